@@ -1,0 +1,1 @@
+//! Where this agent keeps its state and what it may do.

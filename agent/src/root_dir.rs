@@ -1,0 +1,1 @@
+//! A directory handle that nothing can leave.

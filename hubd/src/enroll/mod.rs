@@ -1,0 +1,1 @@
+//! Admitting nodes and operators.

@@ -1,0 +1,1 @@
+//! The only place where protocol and domain meet.

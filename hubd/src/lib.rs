@@ -1,0 +1,19 @@
+//! The hub.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod cli;
+pub mod config;
+pub mod enroll;
+pub mod grpc;
+pub mod hub;
+pub mod node;
+pub mod store;
+pub mod sync;
+pub mod task;
+
+/// The program, called by `main` and by the test binaries.
+#[must_use]
+pub fn main_entry() -> std::process::ExitCode {
+    std::process::ExitCode::SUCCESS
+}

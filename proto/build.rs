@@ -1,0 +1,21 @@
+//! Compiles the protocol with a pure-Rust compiler, so that no `protoc` has to be installed.
+
+const FILES: [&str; 7] = [
+    "cortex/v1/common.proto",
+    "cortex/v1/enroll.proto",
+    "cortex/v1/task.proto",
+    "cortex/v1/node.proto",
+    "cortex/v1/sync.proto",
+    "cortex/v1/operator.proto",
+    "cortex/v1/control.proto",
+];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let descriptors = protox::compile(FILES, ["proto"])?;
+    tonic_prost_build::configure()
+        // `Bytes` instead of `Vec<u8>`: a received message is sliced, not copied.
+        .bytes(".")
+        .compile_fds(descriptors)?;
+    Ok(())
+}

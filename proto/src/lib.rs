@@ -1,0 +1,43 @@
+//! The wire protocol of cortex mesh, `cortex.v1`.
+//!
+//! The comments in `proto/cortex/v1/*.proto` are its manual. This crate holds the generated
+//! messages, clients and servers, and the size limits both sides agree on. It holds no logic:
+//! messages become domain types once, at the door of each daemon.
+
+/// Generated messages, clients and servers.
+pub mod v1 {
+    #![allow(missing_docs, clippy::all, clippy::cast_possible_truncation, unreachable_pub)]
+    tonic::include_proto!("cortex.v1");
+}
+
+/// Largest payload of a pack, and so of any single piece of content on the wire: 4 MiB.
+pub const MAX_PACK_BYTES: usize = 4 * 1024 * 1024;
+
+/// Largest gRPC message either side sends or accepts: a full pack of incompressible data, its
+/// index, and the envelope around it. tonic's own limit on receipt is exactly 4 MiB, which such a
+/// pack exceeds, so this constant has to be set for encoding and decoding, at client and server.
+pub const MAX_MESSAGE_BYTES: usize = MAX_PACK_BYTES + 1024 * 1024;
+
+/// Largest piece of output or standard input in one frame.
+pub const MAX_OUTPUT_FRAME_BYTES: usize = 256 * 1024;
+
+/// HTTP/2 windows of connections that carry control and output. The connection window has a floor
+/// of 8 MiB: since h2 0.4.16 a connection on which many small frames lie unread is closed once
+/// half the connection window is "spent" on them.
+pub const CONTROL_STREAM_WINDOW: u32 = 2 * 1024 * 1024;
+/// See [`CONTROL_STREAM_WINDOW`].
+pub const CONTROL_CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
+/// HTTP/2 windows of connections that carry packs: as large as a long, fast line needs
+/// (window / round-trip time is the ceiling of the rate).
+pub const BULK_STREAM_WINDOW: u32 = 8 * 1024 * 1024;
+/// See [`BULK_STREAM_WINDOW`].
+pub const BULK_CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+/// Largest HTTP/2 frame accepted; larger frames cost less processor time per byte.
+pub const HTTP2_FRAME_BYTES: u32 = 256 * 1024;
+
+/// Trailer with the stable code of a refusal.
+pub const CODE_TRAILER: &str = "cortex-code";
+/// Trailer with the command that helps.
+pub const HINT_TRAILER: &str = "cortex-hint";
+/// Trailer with the milliseconds after which a repetition may succeed.
+pub const RETRY_AFTER_TRAILER: &str = "cortex-retry-after-ms";

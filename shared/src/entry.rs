@@ -1,0 +1,246 @@
+//! What stands at a path of a workspace, and the digests that tell two trees apart.
+//!
+//! Identity is kind, content and executable bit (or link target); the modification time is carried
+//! along but is not identity, so touching a file changes nothing. A directory's digest covers its
+//! children's names, kinds and digests, so equal root digests mean equal trees, and two trees that
+//! differ are compared by descending only where digests differ.
+
+use crate::chunk::Recipe;
+
+/// Longest link target, the kernel's `PATH_MAX`.
+pub const MAX_LINK_TARGET_BYTES: usize = 4096;
+
+/// A BLAKE3 digest of content or of a tree.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Digest([u8; 32]);
+
+impl Digest {
+    /// The digest of nothing: 32 zero bytes, the root digest of a workspace without any version.
+    pub const ZERO: Self = Self([0; 32]);
+
+    /// Takes 32 bytes as a digest.
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// Reads a digest from the wire or the store; `None` unless there are 32 bytes.
+    #[must_use]
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().ok().map(Self)
+    }
+
+    /// BLAKE3 of `data`.
+    #[must_use]
+    pub fn of(data: &[u8]) -> Self {
+        Self(*blake3::hash(data).as_bytes())
+    }
+
+    /// The 32 bytes.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// The first `bytes` bytes as lower-case hexadecimal.
+    #[must_use]
+    pub fn short_hex(&self, bytes: usize) -> String {
+        self.0.iter().take(bytes).map(|b| format!("{b:02x}")).collect()
+    }
+}
+
+impl From<blake3::Hash> for Digest {
+    fn from(hash: blake3::Hash) -> Self {
+        Self(*hash.as_bytes())
+    }
+}
+
+impl std::fmt::Display for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.short_hex(32))
+    }
+}
+
+impl std::fmt::Debug for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.short_hex(6))
+    }
+}
+
+/// A regular file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct File {
+    /// BLAKE3 of the whole content.
+    pub content: Digest,
+    /// Length of the content in bytes.
+    pub size: u64,
+    /// Whether the owner may execute it: the only permission that is synced.
+    pub executable: bool,
+    /// Modification time at its source, nanoseconds since the Unix epoch. Not identity.
+    pub mtime_ns: i64,
+    /// How the content is cut; see [`Recipe`].
+    pub recipe: Recipe,
+}
+
+/// What stands at a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// A regular file.
+    File(File),
+    /// A symbolic link, with the bytes of its target. Never followed.
+    Link {
+        /// 1 to [`MAX_LINK_TARGET_BYTES`] bytes without NUL.
+        target: Box<[u8]>,
+    },
+    /// A directory.
+    Dir,
+}
+
+/// The kind of an entry, as it enters digests and rests in stores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Kind {
+    /// A regular file that may not be executed.
+    File = 1,
+    /// A regular file that may be executed.
+    ExecutableFile = 2,
+    /// A symbolic link.
+    Link = 3,
+    /// A directory.
+    Dir = 4,
+}
+
+impl Entry {
+    /// The kind, executable bit included.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::File(File { executable: false, .. }) => Kind::File,
+            Self::File(File { executable: true, .. }) => Kind::ExecutableFile,
+            Self::Link { .. } => Kind::Link,
+            Self::Dir => Kind::Dir,
+        }
+    }
+
+    /// Whether this is a directory.
+    #[must_use]
+    pub fn is_dir(&self) -> bool {
+        matches!(self, Self::Dir)
+    }
+
+    /// The digest by which compare-and-set tells entries apart. That of a directory is the same for
+    /// every directory, whatever it holds: its children are entries of their own.
+    #[must_use]
+    pub fn identity(&self) -> Digest {
+        let mut hasher = blake3::Hasher::new_derive_key("cortex.v1 entry identity");
+        hasher.update(&[self.kind() as u8]);
+        match self {
+            Self::File(file) => hasher.update(file.content.as_bytes()),
+            Self::Link { target } => hasher.update(target),
+            Self::Dir => &mut hasher,
+        };
+        hasher.finalize().into()
+    }
+
+    /// Whether two entries are the same but for their modification time.
+    #[must_use]
+    pub fn same_identity(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::File(a), Self::File(b)) => {
+                a.content == b.content && a.executable == b.executable
+            }
+            (Self::Link { target: a }, Self::Link { target: b }) => a == b,
+            (Self::Dir, Self::Dir) => true,
+            _ => false,
+        }
+    }
+}
+
+/// Whether two optional entries are the same but for modification times.
+#[must_use]
+pub fn same(a: Option<&Entry>, b: Option<&Entry>) -> bool {
+    match (a, b) {
+        (None, None) => true,
+        (Some(a), Some(b)) => a.same_identity(b),
+        _ => false,
+    }
+}
+
+/// Builds the digest of a directory from its children, which must come sorted by name.
+///
+/// A child's digest is [`Entry::identity`] for files and links, and the child directory's own
+/// digest for directories. An empty directory has the digest of an unused builder.
+pub struct DirDigest(blake3::Hasher);
+
+impl DirDigest {
+    /// A directory without children so far.
+    #[must_use]
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Self {
+        Self(blake3::Hasher::new_derive_key("cortex.v1 directory digest"))
+    }
+
+    /// Adds the next child in byte order of names.
+    pub fn child(&mut self, name: &[u8], kind: Kind, digest: &Digest) {
+        // The length comes first, so that no two lists of children give the same bytes.
+        self.0.update(&u32::try_from(name.len()).unwrap_or(u32::MAX).to_be_bytes());
+        self.0.update(name);
+        self.0.update(&[kind as u8]);
+        self.0.update(digest.as_bytes());
+    }
+
+    /// The digest.
+    #[must_use]
+    pub fn finish(self) -> Digest {
+        self.0.finalize().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(content: &[u8], executable: bool, mtime_ns: i64) -> Entry {
+        Entry::File(File {
+            content: Digest::of(content),
+            size: content.len() as u64,
+            executable,
+            mtime_ns,
+            recipe: Recipe::default(),
+        })
+    }
+
+    #[test]
+    fn time_is_not_identity_but_content_and_executable_bit_are() {
+        let a = file(b"x", false, 1);
+        assert_eq!(a.identity(), file(b"x", false, 2).identity());
+        assert_ne!(a.identity(), file(b"y", false, 1).identity());
+        assert_ne!(a.identity(), file(b"x", true, 1).identity());
+        assert!(a.same_identity(&file(b"x", false, 2)));
+        assert!(!a.same_identity(&file(b"x", true, 1)));
+    }
+
+    #[test]
+    fn a_link_is_not_a_file_with_the_same_bytes() {
+        let link = Entry::Link { target: b"x"[..].into() };
+        assert_ne!(link.identity(), file(b"x", false, 0).identity());
+        assert_ne!(link.identity(), Entry::Dir.identity());
+    }
+
+    #[test]
+    fn directory_digest_depends_on_names_kinds_and_children() {
+        let digest = |children: &[(&[u8], Kind, Digest)]| {
+            let mut builder = DirDigest::new();
+            for (name, kind, digest) in children {
+                builder.child(name, *kind, digest);
+            }
+            builder.finish()
+        };
+        let x = Digest::of(b"x");
+        let base = digest(&[(b"a", Kind::File, x), (b"b", Kind::File, x)]);
+        assert_ne!(base, digest(&[(b"a", Kind::File, x)]));
+        assert_ne!(base, digest(&[(b"a", Kind::File, x), (b"c", Kind::File, x)]));
+        assert_ne!(base, digest(&[(b"a", Kind::Dir, x), (b"b", Kind::File, x)]));
+        assert_ne!(digest(&[(b"ab", Kind::File, x)]), digest(&[(b"a", Kind::File, x)]));
+    }
+}

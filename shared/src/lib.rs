@@ -1,0 +1,32 @@
+//! What both daemons of cortex mesh agree on: types and pure logic, no protocol, no store, no
+//! command line.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`ids`] | identifiers, a type each |
+//! | [`labels`], [`policy`] | names, labels, modes and roles |
+//! | [`secret`], [`peer`] | invite tokens; identities in certificates |
+//! | [`wire_path`], [`entry`] | names, paths, entries and tree digests of a workspace |
+//! | [`chunk`], [`pack`] | how content is cut, and the unit in which it travels and rests |
+//! | [`durable`] | files that survive a crash |
+//! | [`backoff`], [`tasks`], [`telemetry`] | retrying, supervised tasks, logs |
+//!
+//! Invariants: nothing here opens a socket, spawns a process or knows the generated protocol;
+//! everything that parses is bounded and refuses rather than guesses.
+
+#![warn(missing_docs)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod backoff;
+pub mod chunk;
+pub mod durable;
+pub mod entry;
+pub mod ids;
+pub mod labels;
+pub mod pack;
+pub mod peer;
+pub mod policy;
+pub mod secret;
+pub mod tasks;
+pub mod telemetry;
+pub mod wire_path;

@@ -1,0 +1,1 @@
+//! Packs: the unit of wire, disk, fsync and acknowledgement.

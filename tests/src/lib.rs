@@ -1,0 +1,1 @@
+//! A real hub and real agents, as processes, for the scenario files beside this library.
