@@ -36,24 +36,24 @@ impl HeadBoard {
     }
 
     /// A subscriber that will be told of every later move.
-    pub(super) fn subscribe(&self) -> HeadSubscription {
+    pub(super) fn subscribe(&self) -> MovedHeads {
         let mut board = self.0.subscribe();
         let seen = board.borrow_and_update().moves;
-        HeadSubscription { board, seen }
+        MovedHeads { board, seen }
     }
 }
 
 /// A subscription to the heads of all workspaces.
 #[derive(Debug)]
-pub struct HeadSubscription {
+pub struct MovedHeads {
     board: watch::Receiver<Board>,
     seen: u64,
 }
 
-impl HeadSubscription {
+impl MovedHeads {
     /// Waits until a workspace moves, and returns all that moved since the last call with their
     /// newest heads. `None` once the hub's workspaces are closed. May be dropped while it waits.
-    pub async fn moved(&mut self) -> Option<Vec<(WorkspaceId, Head)>> {
+    pub async fn next(&mut self) -> Option<Vec<(WorkspaceId, Head)>> {
         self.board.changed().await.ok()?;
         let board = self.board.borrow_and_update();
         let seen = std::mem::replace(&mut self.seen, board.moves);
@@ -76,18 +76,18 @@ mod tests {
         let head = |seq| Head { epoch, seq, root: Digest::ZERO };
         let (a, b, c) = (WorkspaceId::new(), WorkspaceId::new(), WorkspaceId::new());
         board.announce(a, head(1));
-        let mut subscription = board.subscribe();
+        let mut moved_heads = board.subscribe();
         board.announce(b, head(1));
         board.announce(c, head(5));
         board.announce(b, head(2));
-        let mut moved = subscription.moved().await.unwrap();
+        let mut moved = moved_heads.next().await.unwrap();
         moved.sort_by_key(|(workspace, _)| *workspace);
         let mut expected = vec![(b, head(2)), (c, head(5))];
         expected.sort_by_key(|(workspace, _)| *workspace);
         assert_eq!(moved, expected);
         board.announce(a, head(2));
-        assert_eq!(subscription.moved().await, Some(vec![(a, head(2))]));
+        assert_eq!(moved_heads.next().await, Some(vec![(a, head(2))]));
         drop(board);
-        assert_eq!(subscription.moved().await, None);
+        assert_eq!(moved_heads.next().await, None);
     }
 }

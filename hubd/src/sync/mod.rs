@@ -4,9 +4,9 @@
 //! workspace: its store (`store::workspace`) and its pack files, kept in step. On disk:
 //!
 //! ```text
-//! <data>/ws/<workspace id>/ws.db          versions, and which pack holds which chunk
-//!                         /packs/aa/…     the content, as it was received
-//!                         /tmp/           packs on their way in
+//! <folder>/<workspace id>/ws.db          versions, and which pack holds which chunk
+//!                        /packs/aa/…     the content, as it was received
+//!                        /tmp/           packs on their way in
 //! ```
 //!
 //! The hub orders, checks, stores and forwards. It never merges, never looks into content beyond
@@ -22,21 +22,24 @@ pub mod pack_files;
 mod workspace;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use cortex_shared::durable;
 use cortex_shared::entry::Digest;
-use cortex_shared::ids::WorkspaceId;
+use cortex_shared::ids::{NodeId, WorkspaceId};
 use cortex_shared::pack::InvalidPack;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::OnceCell;
 
-pub use self::budget::{Budget, BudgetLimits};
+use self::budget::Budget;
+pub use self::budget::ContentLimits;
 use self::heads::HeadBoard;
-pub use self::heads::HeadSubscription;
+pub use self::heads::MovedHeads;
 pub use self::pack_files::PackFileError;
 pub use self::workspace::{PutPackAck, WorkspaceHub};
 use crate::store::workspace::StoreError;
+pub use crate::store::workspace::{Conflict, Head, Summary};
 
 /// Why a workspace did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -83,44 +86,71 @@ pub struct Workspaces {
 }
 
 impl Workspaces {
-    /// The workspaces below `data`, none of them open yet. Their writers are tasks of `scope`, and
-    /// end with it once they have done what they had accepted.
-    #[must_use]
-    pub fn new(data: PathBuf, limits: BudgetLimits, scope: TaskScope) -> Self {
-        Self {
-            folder: data.join("ws"),
+    /// The workspaces in `folder`, which is created; none of them is open yet. Their writers are
+    /// tasks of `scope`, and end with it once they have done what they had accepted.
+    ///
+    /// # Errors
+    /// If the folder cannot be created.
+    pub fn open(folder: &Path, limits: ContentLimits, scope: TaskScope) -> Result<Self, SyncError> {
+        durable::create_private_folder(folder)
+            .map_err(|error| PackFileError::new("create", folder, error))?;
+        Ok(Self {
+            folder: folder.to_owned(),
             scope,
             board: Arc::default(),
             budget: Arc::new(Budget::new(limits)),
             open: Mutex::default(),
-        }
+        })
     }
 
-    /// Opens a workspace, or creates it empty. Whether there is such a workspace is for the caller
-    /// to know.
+    /// A workspace, opened if it is not yet, and created empty if there is none on disk. Whether
+    /// there ought to be such a workspace is for the caller to know.
     ///
     /// # Errors
     /// Those of its database and folders. The next call tries again.
-    pub async fn open(&self, id: WorkspaceId) -> Result<Arc<WorkspaceHub>, SyncError> {
+    pub async fn workspace(&self, id: WorkspaceId) -> Result<Arc<WorkspaceHub>, SyncError> {
         let cell = {
             let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
             open.entry(id).or_default().clone()
         };
         let opening = || {
-            WorkspaceHub::open(
-                id,
-                self.folder.join(id.to_string()),
-                self.budget.clone(),
-                self.board.clone(),
-                &self.scope,
-            )
+            let folder = self.folder.join(id.to_string());
+            let (budget, board) = (self.budget.clone(), self.board.clone());
+            WorkspaceHub::open(id, folder, budget, board, &self.scope)
         };
         cell.get_or_try_init(opening).await.cloned()
     }
 
+    /// Head and size of a workspace.
+    ///
+    /// # Errors
+    /// If it cannot be opened or read.
+    pub async fn summary(&self, id: WorkspaceId) -> Result<Summary, SyncError> {
+        self.workspace(id).await?.summary().await
+    }
+
+    /// The version a member has applied completely; 0 if it never said so.
+    ///
+    /// # Errors
+    /// If the workspace cannot be opened or read.
+    pub async fn applied(&self, id: WorkspaceId, member: NodeId) -> Result<u64, SyncError> {
+        self.workspace(id).await?.applied(member).await
+    }
+
+    /// The conflict copies that still exist in a workspace, oldest first, at most 10,000.
+    ///
+    /// # Errors
+    /// If the workspace cannot be opened or read.
+    pub async fn conflicts(&self, id: WorkspaceId) -> Result<Vec<Conflict>, SyncError> {
+        self.workspace(id).await?.conflicts().await
+    }
+
     /// Will tell of every head that moves from now on, in any workspace.
     #[must_use]
-    pub fn subscribe_heads(&self) -> HeadSubscription {
+    pub fn moved(&self) -> MovedHeads {
         self.board.subscribe()
     }
 }
+
+#[cfg(test)]
+mod tests;

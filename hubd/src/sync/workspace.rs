@@ -13,7 +13,7 @@ use cortex_shared::tasks::TaskScope;
 use tokio::sync::watch;
 
 use super::SyncError;
-use super::budget::{Budget, Room};
+use super::budget::{Budget, MemberRoom, Room};
 use super::heads::HeadBoard;
 use super::pack_files::{PackFileError, PackFiles};
 use crate::store::workspace::sqlite::SqliteWorkspaceStore;
@@ -154,10 +154,14 @@ impl WorkspaceHub {
         Ok(self.store.have(chunks).await?)
     }
 
-    /// Waits until `bytes` from a member may be in memory. Taken before they are worked on; given
-    /// back when dropped.
-    pub async fn room(&self, member: NodeId, bytes: usize) -> Room {
-        self.budget.room(member, bytes).await
+    /// Waits until `bytes` from a member may be worked on. Given back when dropped.
+    pub async fn incoming_room(&self, member: NodeId, bytes: usize) -> Room {
+        self.budget.incoming(member, bytes).await
+    }
+
+    /// Waits until `bytes` may lie in memory for a member to take them. Given back when dropped.
+    pub async fn outgoing_room(&self, member: NodeId, bytes: usize) -> MemberRoom {
+        self.budget.outgoing(member, bytes).await
     }
 
     /// Takes a pack: checks every chunk, writes it, and records it. When this returns it survives
