@@ -15,6 +15,7 @@ use cortex_proto::{MAX_MESSAGE_BYTES, v1};
 use cortex_shared::ids::{NodeId, WorkspaceId};
 use futures_util::stream::{self, Stream, StreamExt as _, TryStreamExt as _};
 use prost::Message as _;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedNode, admitted};
@@ -94,6 +95,21 @@ impl SyncService {
     }
 }
 
+/// Ends a stream with a status when the hub shuts down, so that a member that is silent, or does not
+/// read, does not hold the shutdown up.
+fn until_closing<T: Send + 'static>(
+    closing: CancellationToken,
+    answers: impl Stream<Item = Result<T, Status>> + Send + 'static,
+) -> Answers<T> {
+    let answers = answers.take_until(closing.clone().cancelled_owned());
+    let last =
+        stream::once(async move { closing.is_cancelled() }).filter_map(|closing| async move {
+            let refusal = || refuse(Code::Unavailable, "shutting_down", "the hub is shutting down");
+            closing.then(|| Err(refusal()))
+        });
+    Box::pin(answers.chain(last))
+}
+
 type PutFuture = Pin<Box<dyn Future<Output = Result<v1::PutPackAck, Status>> + Send>>;
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -145,7 +161,7 @@ impl Sync for SyncService {
                 async move { service.put_pack(node_id, put).await }
             })
             .try_buffered(PACKS_UNDER_WAY);
-        Ok(Response::new(Box::pin(acks)))
+        Ok(Response::new(until_closing(self.workspaces.closing(), acks)))
     }
 
     async fn commit(
@@ -182,7 +198,7 @@ impl Sync for SyncService {
                 Ok::<_, Status>(Some((convert::wire_page(page), next)))
             }
         });
-        Ok(Response::new(Box::pin(pages)))
+        Ok(Response::new(until_closing(self.workspaces.closing(), pages)))
     }
 
     type GetPacksStream = Answers<v1::Pack>;
@@ -210,7 +226,7 @@ impl Sync for SyncService {
                 }
             })
             .buffered(PACKS_AHEAD);
-        Ok(Response::new(Box::pin(packs)))
+        Ok(Response::new(until_closing(self.workspaces.closing(), packs)))
     }
 
     async fn ack_applied(

@@ -31,6 +31,7 @@ use cortex_shared::ids::{NodeId, WorkspaceId};
 use cortex_shared::pack::InvalidPack;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::OnceCell;
+use tokio_util::sync::CancellationToken;
 
 use self::budget::Budget;
 pub use self::budget::ContentLimits;
@@ -143,6 +144,12 @@ impl Workspaces {
     /// If the workspace cannot be opened or read.
     pub async fn conflicts(&self, id: WorkspaceId) -> Result<Vec<Conflict>, SyncError> {
         self.workspace(id).await?.conflicts().await
+    }
+
+    /// Is cancelled when the workspaces close.
+    #[must_use]
+    pub fn closing(&self) -> CancellationToken {
+        self.scope.token().clone()
     }
 
     /// Will tell of every head that moves from now on, in any workspace.

@@ -581,7 +581,11 @@ pub(crate) async fn a_reader_that_pages_while_the_head_moves_ends_with_the_tree_
     engine: &impl Engine,
 ) {
     let seed = rand::random();
-    println!("seed {seed}");
+    // Captured by the test runner, and shown if the test fails.
+    #[allow(clippy::print_stdout)]
+    {
+        println!("seed {seed}");
+    }
     let mut rng = StdRng::seed_from_u64(seed);
     let mut fixture = Fixture::new(engine).await;
     let mut model = BTreeMap::new();
