@@ -8,6 +8,7 @@
 
 pub mod records;
 pub mod sqlite;
+pub mod workspace;
 mod writer;
 
 use async_trait::async_trait;
