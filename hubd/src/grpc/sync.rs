@@ -39,6 +39,16 @@ pub trait Membership: Send + std::marker::Sync + 'static {
     fn workspace_name(&self, workspace: WorkspaceId) -> Option<String>;
 }
 
+impl Membership for crate::node::membership::Membership {
+    fn is_member(&self, node: NodeId, workspace: WorkspaceId) -> bool {
+        Self::is_member(self, node, workspace)
+    }
+
+    fn workspace_name(&self, workspace: WorkspaceId) -> Option<String> {
+        self.name_of(workspace)
+    }
+}
+
 /// The service. Cheap to clone.
 #[derive(Clone)]
 pub struct SyncService {

@@ -18,6 +18,7 @@
 
 pub mod budget;
 pub mod heads;
+pub mod members;
 pub mod pack_files;
 mod workspace;
 
