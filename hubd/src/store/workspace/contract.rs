@@ -41,6 +41,7 @@ macro_rules! contract_tests {
             cursors_never_go_back,
             conflicts_are_listed_while_their_copies_exist,
             packs_are_found_by_their_chunks,
+            a_useless_pack_that_is_touched_again_stays,
             changes_are_paged_by_size,
             results_stay_within_their_budget,
             a_reader_that_pages_while_the_head_moves_ends_with_the_tree_of_the_head,
@@ -301,6 +302,12 @@ pub(crate) async fn accepted_operations_are_numbered_and_become_visible_together
     assert_eq!(fixture.tree(1).await.len(), 2);
     let summary = fixture.store.summary().await.unwrap();
     assert_eq!((summary.head, summary.entries), (announced, 2));
+    // What came again is no deletion any more.
+    fixture.set(vec![create("a", link("4"))]).await;
+    let page = fixture.store.changes(0, 1000).await.unwrap();
+    let paths: Vec<_> = page.changes.iter().map(|change| change.path.to_string()).collect();
+    assert_eq!(paths, ["b", "b/c", "a"]);
+    head.mark_unchanged();
     // What changes nothing moves nothing.
     fixture.set(vec![create("b", Entry::Dir)]).await;
     assert!(!head.has_changed().unwrap());
@@ -505,6 +512,35 @@ pub(crate) async fn packs_are_found_by_their_chunks(engine: &impl Engine) {
     store.forget_packs(vec![first]).await.unwrap();
     assert_eq!(store.have(vec![hash(b"a"), hash(b"c")]).await.unwrap(), [false, true]);
     assert!(!store.has_pack(first).await.unwrap());
+}
+
+pub(crate) async fn a_useless_pack_that_is_touched_again_stays(engine: &impl Engine) {
+    let fixture = Fixture::new(engine).await;
+    let store = &fixture.store;
+    let now_ms = || jiff::Timestamp::now().as_millisecond();
+    let (used, useless, again) = (
+        fixture.add_chunks(&[b"used", b"beside"]).await,
+        fixture.add_chunks(&[b"useless"]).await,
+        fixture.add_chunks(&[b"again"]).await,
+    );
+    fixture.set(vec![create("f", file(b"used"))]).await;
+    let last_ms = now_ms();
+    while now_ms() <= last_ms {
+        tokio::task::yield_now().await;
+    }
+    let since_ms = last_ms + 1;
+    assert_eq!(store.useless_packs(None, 0).await.unwrap(), (vec![], None));
+    let (mut found, next) = store.useless_packs(None, since_ms).await.unwrap();
+    found.sort();
+    let mut expected = vec![useless, again];
+    expected.sort();
+    assert_eq!((found, next), (expected, None));
+    assert_eq!(fixture.add_chunks(&[b"again"]).await, again);
+    let dropped = store.drop_packs(vec![useless, again], since_ms).await.unwrap();
+    assert_eq!(dropped, [useless]);
+    let packs = store.packs().await.unwrap();
+    assert!(packs.contains(&used) && packs.contains(&again) && !packs.contains(&useless));
+    assert_eq!(store.drop_recipes().await.unwrap(), 0);
 }
 
 pub(crate) async fn changes_are_paged_by_size(engine: &impl Engine) {
