@@ -183,7 +183,7 @@ impl WorkspaceHub {
     /// # Errors
     /// [`SyncError::Pack`] if it is not valid, and those of disk and store.
     pub async fn put_pack(&self, bytes: Bytes, room: Room) -> Result<PutPackAck, SyncError> {
-        let pack = Arc::new(Pack::parse(bytes)?);
+        let pack = Arc::new(blocking(move || Ok(Pack::parse(bytes)?)).await?);
         let hash = pack.hash();
         let _no_collection = self.collection.read().await;
         if self.store.has_pack(hash).await? {
