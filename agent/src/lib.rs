@@ -17,5 +17,5 @@ pub mod sync;
 /// The program, called by `main` and by the test binaries.
 #[must_use]
 pub fn main_entry() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    cli::main()
 }
