@@ -17,5 +17,8 @@ pub mod sync;
 /// The program, called by `main` and by the test binaries.
 #[must_use]
 pub fn main_entry() -> std::process::ExitCode {
+    if sandbox::stage_requested() {
+        return sandbox::stage_main();
+    }
     cli::main()
 }

@@ -1,7 +1,8 @@
 //! Whether a command may run here, and as what: the door between the protocol and [`crate::exec`].
 //!
 //! Pure. The hub has computed the mode in force already, for its messages; here it is computed
-//! again, for force: a hub that lies stays inside the node's own ceiling.
+//! again, for force: a hub that lies stays inside the node's own ceiling. Sizes and contents of
+//! arguments and variables are [`crate::exec`]'s to check, which refuses in the same way.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,14 +12,8 @@ use cortex_shared::ids::WorkspaceId;
 use cortex_shared::policy::Mode;
 
 use super::mode_of;
-use crate::exec::{CommandRequest, Network, WorkspaceView};
-
-/// Largest argument, variable or path.
-const MAX_ARGUMENT_BYTES: usize = 64 * 1024;
-/// Largest sum of arguments and variables.
-const MAX_ARGUMENTS_BYTES: usize = 1024 * 1024;
-/// Largest script.
-const MAX_SCRIPT_BYTES: usize = 4 * 1024 * 1024;
+use crate::exec::{CommandRequest, RequestedLimits, WorkspaceView};
+use crate::sandbox::Network;
 
 /// Who else has a say in the mode.
 #[derive(Clone, Copy, Debug)]
@@ -92,7 +87,6 @@ pub(super) fn command(
     find_workspace: impl FnOnce(Option<WorkspaceId>, &str) -> Result<PathBuf, Refusal>,
     forbidden_paths: Vec<PathBuf>,
 ) -> Result<CommandRequest, Refusal> {
-    check_sizes(&spec)?;
     let mode = mode_in_force(mode_of(spec.mode), authority)?;
     if spec.terminal.is_some() {
         return Err(Refusal::NoTerminals);
@@ -122,45 +116,14 @@ pub(super) fn command(
         mode,
         network,
         time_limit: (spec.time_limit_ms > 0).then(|| Duration::from_millis(spec.time_limit_ms)),
-        memory_bytes: (spec.memory_bytes > 0).then_some(spec.memory_bytes),
-        max_processes: (spec.max_processes > 0).then_some(spec.max_processes),
+        limits: RequestedLimits {
+            memory_bytes: (spec.memory_bytes > 0).then_some(spec.memory_bytes),
+            processes: (spec.max_processes > 0).then_some(spec.max_processes),
+        },
         stdin: spec.stdin,
         forbidden_paths,
+        read_only_paths: Vec::new(),
     })
-}
-
-fn check_sizes(spec: &v1::TaskSpec) -> Result<(), Refusal> {
-    if spec.argv.is_empty() == spec.script.is_empty() {
-        return Err(Refusal::Invalid("either a program or a script is needed"));
-    }
-    if spec.argv.first().is_some_and(|program| program.is_empty()) {
-        return Err(Refusal::Invalid("the program has no name"));
-    }
-    if spec.script.len() > MAX_SCRIPT_BYTES {
-        return Err(Refusal::Invalid("the script is larger than 4 MiB"));
-    }
-    let variables = spec.env.iter().flat_map(|var| [&var.name, &var.value]);
-    let mut total = 0;
-    for text in spec.argv.iter().chain(variables).chain([&spec.cwd]) {
-        if text.len() > MAX_ARGUMENT_BYTES {
-            return Err(Refusal::Invalid("an argument or variable is larger than 64 KiB"));
-        }
-        if text.contains(&0) {
-            return Err(Refusal::Invalid("an argument or variable contains a zero byte"));
-        }
-        total += text.len() + 1;
-    }
-    if total > MAX_ARGUMENTS_BYTES {
-        return Err(Refusal::Invalid("arguments and variables are larger than 1 MiB"));
-    }
-    if spec.env.iter().any(|var| var.name.is_empty() || var.name.contains(&b'=')) {
-        return Err(Refusal::Invalid("a variable's name is empty or contains '='"));
-    }
-    let leaves = spec.cwd.starts_with(b"/") || spec.cwd.split(|b| *b == b'/').any(|c| c == b"..");
-    if leaves {
-        return Err(Refusal::Invalid("the working directory is not inside the workspace"));
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -204,41 +167,21 @@ mod tests {
     }
 
     #[test]
-    fn unusable_requests_are_refused_at_the_door() {
-        let big = || Bytes::from(vec![b'x'; MAX_ARGUMENT_BYTES + 1]);
-        let var = |name: &'static [u8], value: &'static [u8]| v1::EnvVar {
-            name: Bytes::from_static(name),
-            value: Bytes::from_static(value),
-        };
-        let bytes = Bytes::from_static;
-        let bad: Vec<(&str, v1::TaskSpec)> = vec![
-            ("nothing to run", v1::TaskSpec::default()),
-            ("both", v1::TaskSpec { script: bytes(b"ls"), ..spec() }),
-            ("no name", v1::TaskSpec { argv: vec![Bytes::new()], ..spec() }),
-            ("zero byte", v1::TaskSpec { argv: vec![bytes(b"a\0b")], ..spec() }),
-            ("large argument", v1::TaskSpec { argv: vec![bytes(b"a"), big()], ..spec() }),
-            ("many arguments", v1::TaskSpec { argv: vec![bytes(b"x"); 600_000], ..spec() }),
-            ("variable without name", v1::TaskSpec { env: vec![var(b"", b"v")], ..spec() }),
-            ("variable with =", v1::TaskSpec { env: vec![var(b"a=b", b"v")], ..spec() }),
-            ("cwd without workspace", v1::TaskSpec { cwd: bytes(b"d"), ..spec() }),
-            (
-                "cwd that leaves",
-                v1::TaskSpec { workspace: "w".into(), cwd: bytes(b"a/../.."), ..spec() },
-            ),
-            ("absolute cwd", v1::TaskSpec { workspace: "w".into(), cwd: bytes(b"/etc"), ..spec() }),
-            ("workspace id", v1::TaskSpec { workspace_id: bytes(b"short"), ..spec() }),
-            (
-                "large script",
-                v1::TaskSpec {
-                    argv: vec![],
-                    script: vec![b' '; MAX_SCRIPT_BYTES + 1].into(),
-                    ..Default::default()
-                },
-            ),
-        ];
-        for (what, spec) in bad {
-            assert!(matches!(check(spec, OPEN), Err(Refusal::Invalid(_))), "{what}");
-        }
+    fn terminals_bad_ids_and_directories_without_a_workspace_are_refused() {
+        let terminal = v1::TaskSpec { terminal: Some(v1::TerminalSize::default()), ..spec() };
+        assert_eq!(check(terminal, OPEN).map(|_| ()), Err(Refusal::NoTerminals));
+        let bad_id = v1::TaskSpec { workspace_id: Bytes::from_static(b"short"), ..spec() };
+        assert!(matches!(check(bad_id, OPEN), Err(Refusal::Invalid(_))));
+        let cwd = v1::TaskSpec { cwd: Bytes::from_static(b"d"), ..spec() };
+        assert!(matches!(check(cwd, OPEN), Err(Refusal::Invalid(_))));
+    }
+
+    #[test]
+    fn unknown_network_is_none() {
+        let unknown = v1::TaskSpec { network: 9, ..spec() };
+        assert_eq!(check(unknown, OPEN).map(|c| c.network), Ok(Network::None));
+        let full = v1::TaskSpec { network: v1::Network::Full.into(), ..spec() };
+        assert_eq!(check(full, OPEN).map(|c| c.network), Ok(Network::Full));
     }
 
     #[test]

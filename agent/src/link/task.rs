@@ -261,8 +261,8 @@ fn up_frame(event: CommandEvent) -> task_io_up::Frame {
         }),
         CommandEvent::Output { stream, offset, data } => {
             let stream = match stream {
-                exec::Stream::Stdout => v1::OutputStream::Stdout,
-                exec::Stream::Stderr => v1::OutputStream::Stderr,
+                exec::OutputStream::Stdout => v1::OutputStream::Stdout,
+                exec::OutputStream::Stderr => v1::OutputStream::Stderr,
             };
             task_io_up::Frame::Output(v1::Output { stream: stream.into(), offset, data })
         }
@@ -273,24 +273,24 @@ fn up_frame(event: CommandEvent) -> task_io_up::Frame {
 
 fn proto_exit(exit: CommandExit) -> v1::TaskExit {
     let verdict = match exit.verdict {
-        exec::Verdict::Exited => v1::TaskVerdict::Exited,
-        exec::Verdict::Signalled => v1::TaskVerdict::Signalled,
-        exec::Verdict::TimeLimit => v1::TaskVerdict::TimeLimit,
-        exec::Verdict::Cancelled => v1::TaskVerdict::Cancelled,
-        exec::Verdict::Refused => v1::TaskVerdict::Refused,
-        exec::Verdict::NotFound => v1::TaskVerdict::NotFound,
-        exec::Verdict::Failed => v1::TaskVerdict::Failed,
+        exec::CommandVerdict::Exited => v1::TaskVerdict::Exited,
+        exec::CommandVerdict::Signalled => v1::TaskVerdict::Signalled,
+        exec::CommandVerdict::TimeLimit => v1::TaskVerdict::TimeLimit,
+        exec::CommandVerdict::Cancelled => v1::TaskVerdict::Cancelled,
+        exec::CommandVerdict::Refused => v1::TaskVerdict::Refused,
+        exec::CommandVerdict::NotFound => v1::TaskVerdict::NotFound,
+        exec::CommandVerdict::Failed => v1::TaskVerdict::Failed,
     };
     v1::TaskExit {
         verdict: verdict.into(),
-        exit_code: exit.exit_code,
-        signal: exit.signal,
+        exit_code: exit.exit_code.into(),
+        signal: exit.signal.and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
         stdout_bytes: exit.stdout_bytes,
         stdout_hash: Bytes::copy_from_slice(&exit.stdout_hash),
         stderr_bytes: exit.stderr_bytes,
         stderr_hash: Bytes::copy_from_slice(&exit.stderr_hash),
-        reason: exit.reason,
-        hint: exit.hint,
+        reason: exit.reason.unwrap_or_default(),
+        hint: exit.hint.unwrap_or_default(),
         duration_ms: u64::try_from(exit.duration.as_millis()).unwrap_or(u64::MAX),
     }
 }

@@ -1,1 +1,46 @@
-//! The sandbox.
+//! The sandbox: running one command so that it cannot hurt the machine it runs on.
+//!
+//! ```text
+//! agent (many threads)                        launch
+//!  └─ monitor: re-executed binary, one thread  stage → workspace, namespaces
+//!      └─ pid 1 of the sandbox                 init → filesystem, mounts, protect; reaper
+//!          └─ the command                      payload → limits, landlock, seccomp, privileges
+//! ```
+//!
+//! Entry points: [`stage_requested`] and [`stage_main`], first thing in `main`; [`Launcher`] for
+//! one command; [`probe`] for what this machine can enforce.
+//!
+//! Invariants. A command never runs with less than was asked for: whatever cannot be set up or,
+//! read back from the kernel, does not hold, refuses the command before it is executed. A command
+//! never runs as user 0. Nothing asynchronous and no second thread exists in the stage. `unsafe` is
+//! in [`syscalls`] only. Deliberately absent: a setuid helper, acting twice on one path, any way to
+//! weaken strict mode from within a request.
+
+mod channel;
+mod filesystem;
+mod init;
+mod landlock;
+mod launch;
+mod limits;
+mod mounts;
+mod namespaces;
+mod payload;
+mod permissive;
+mod privileges;
+mod protect;
+mod reaper;
+mod remedy;
+mod seccomp;
+mod spec;
+mod stage;
+#[allow(unsafe_code)]
+mod syscalls;
+mod workspace;
+
+pub use launch::{Command, LaunchError, Launched, Launcher, Program, StageHandle, StageMessage};
+pub use remedy::Refusal;
+pub use spec::{
+    Ending, HOME_INSIDE, Identity, Limits, Network, SetupError, Step, WORKSPACE_INSIDE,
+};
+pub use stage::{stage_main, stage_requested};
+pub use workspace::WorkspaceRefusal;

@@ -1,0 +1,136 @@
+//! One output pipe of a command: read as far as credit allows, cut into frames, hashed.
+//!
+//! Not reading is the brake: the pipe fills, and the command waits in `write` as it would for any
+//! slow reader. Small writes are gathered for a moment while output flows, and sent at once after a
+//! pause, so that a prompt appears immediately and a flood of short lines does not become a flood
+//! of frames.
+
+use std::io;
+use std::time::Duration;
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use tokio::net::unix::pipe;
+use tokio::time::Instant;
+
+/// Largest frame of output.
+pub const MAX_FRAME_BYTES: usize = 64 * 1024;
+/// A frame of this size is worth sending, however short ago the last one was.
+const WORTHWHILE_BYTES: usize = 16 * 1024;
+/// Frames smaller than that follow each other no closer than this.
+const GATHER_TIME: Duration = Duration::from_millis(2);
+
+/// One output of a command.
+#[derive(Debug)]
+pub(super) struct OutputPipe {
+    pipe: pipe::Receiver,
+    /// Read and not yet handed out.
+    buffer: BytesMut,
+    /// Bytes that may still be read; known once every process of the command has ended.
+    remaining: Option<u64>,
+    ended: bool,
+    last_frame: Option<Instant>,
+    bytes: u64,
+    hasher: blake3::Hasher,
+}
+
+impl OutputPipe {
+    pub(super) fn new(pipe: pipe::Receiver) -> Self {
+        Self {
+            pipe,
+            buffer: BytesMut::new(),
+            remaining: None,
+            ended: false,
+            last_frame: None,
+            bytes: 0,
+            hasher: blake3::Hasher::new(),
+        }
+    }
+
+    /// Bytes handed out so far.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// BLAKE3 of the bytes handed out so far.
+    pub(super) fn hash(&self) -> [u8; 32] {
+        *self.hasher.finalize().as_bytes()
+    }
+
+    /// Whether everything was handed out.
+    pub(super) fn is_done(&self) -> bool {
+        self.ended && self.buffer.is_empty()
+    }
+
+    /// Every process of the command has ended, so what lies in the pipe now is all there will be.
+    /// End-of-file is not waited for: a process outside that was handed the pipe could hold it open
+    /// for ever.
+    pub(super) fn writers_are_gone(&mut self) {
+        // A pipe that cannot be asked is treated as empty; the frames before are unaffected.
+        self.remaining = Some(rustix::io::ioctl_fionread(&self.pipe).unwrap_or(0));
+    }
+
+    /// The next frame, of at most `credit` bytes; `None` when nothing more will come. Cancelling
+    /// it loses nothing. Must not be called without credit.
+    pub(super) async fn next_frame(&mut self, credit: u64) -> Option<Bytes> {
+        debug_assert!(credit > 0, "without credit nothing may be read");
+        let most = usize::try_from(credit).unwrap_or(usize::MAX).min(MAX_FRAME_BYTES);
+        loop {
+            self.fill(most);
+            if self.buffer.is_empty() {
+                if self.ended {
+                    return None;
+                }
+                if self.pipe.readable().await.is_err() {
+                    self.ended = true;
+                }
+                continue;
+            }
+            let due = self.last_frame.map(|last| last + GATHER_TIME);
+            let due = due.filter(|due| Instant::now() < *due);
+            match due {
+                Some(due) if !self.ended && self.buffer.len() < most.min(WORTHWHILE_BYTES) => {
+                    tokio::time::sleep_until(due).await;
+                }
+                _ => return Some(self.hand_out(most)),
+            }
+        }
+    }
+
+    /// Reads what is there, up to `most` bytes in the buffer.
+    fn fill(&mut self, most: usize) {
+        while !self.ended && self.buffer.len() < most {
+            let room = most - self.buffer.len();
+            let room = self
+                .remaining
+                .and_then(|left| usize::try_from(left).ok())
+                .map_or(room, |left| room.min(left));
+            if room == 0 {
+                self.ended = true;
+                return;
+            }
+            self.buffer.reserve(room);
+            match self.pipe.try_read_buf(&mut (&mut self.buffer).limit(room)) {
+                Ok(0) => self.ended = true,
+                Ok(count) => {
+                    let count = u64::try_from(count).unwrap_or(u64::MAX);
+                    self.remaining = self.remaining.map(|left| left.saturating_sub(count));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    // Nothing there, and nobody left to write anything.
+                    self.ended = self.remaining.is_some();
+                    return;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => self.ended = true,
+            }
+        }
+    }
+
+    fn hand_out(&mut self, most: usize) -> Bytes {
+        let frame = self.buffer.split_to(self.buffer.len().min(most)).freeze();
+        self.hasher.update(&frame);
+        self.bytes += u64::try_from(frame.len()).unwrap_or(u64::MAX);
+        self.last_frame = Some(Instant::now());
+        frame
+    }
+}

@@ -1,0 +1,217 @@
+//! What a request may contain, and what it gets. Pure: no file is looked at, nothing is started.
+
+use std::path::{Component, Path};
+use std::time::Duration;
+
+use cortex_shared::policy::Mode;
+
+use super::request::{CommandRequest, RequestedLimits};
+use crate::sandbox::{Command, HOME_INSIDE, Limits, Program};
+
+/// Longest argument, and longest name with value of a variable. The kernel's own limit is 128 KiB.
+pub const MAX_ARGUMENT_BYTES: usize = 64 * 1024;
+/// Most bytes of all arguments and variables together.
+pub const MAX_ARGUMENTS_BYTES: usize = 1024 * 1024;
+/// Most arguments, and most variables.
+const MAX_ARGUMENTS: usize = 16 * 1024;
+/// Longest script.
+pub const MAX_SCRIPT_BYTES: usize = 4 * 1024 * 1024;
+/// Longest time a command may run on this node.
+pub const MAX_TIME_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Enough for a parallel build on a large machine, few enough that a fork bomb stays a nuisance.
+const DEFAULT_PROCESSES: u64 = 512;
+const MAX_PROCESSES: u64 = 16 * 1024;
+const OPEN_FILES: u64 = 4096;
+const FILE_BYTES: u64 = 2 * 1024 * 1024 * 1024;
+/// Of each of the private temporary directories, which live in memory.
+const TEMPORARY_BYTES: u64 = 512 * 1024 * 1024;
+/// Less than this cannot even start a shell.
+const MIN_MEMORY_BYTES: u64 = 16 * 1024 * 1024;
+
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// What a permissive command keeps of the agent's own environment.
+const KEPT: [&str; 7] = ["PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ"];
+
+/// Why a request was refused before anything was tried.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum RequestRefusal {
+    #[error("nothing to run: neither a program nor a script is named")]
+    Nothing,
+    #[error("both a program and a script are named")]
+    Both,
+    #[error("{what} is too long: {bytes} bytes, at most {most}")]
+    TooLong { what: &'static str, bytes: usize, most: usize },
+    #[error("{what} contains a zero byte")]
+    ZeroByte { what: &'static str },
+    #[error("{name:?} is no name of a variable")]
+    VariableName { name: String },
+    #[error("{cwd:?} is no relative path within the workspace")]
+    WorkingDirectory { cwd: String },
+    #[error("strict mode never lets a command see {path:?}")]
+    ReadOnlyPath { path: std::path::PathBuf },
+}
+
+/// A request turned into what the sandbox understands.
+pub(super) fn resolve(
+    request: CommandRequest,
+    machine_memory_bytes: u64,
+    agent_env: impl Fn(&str) -> Option<Vec<u8>>,
+) -> Result<(Command, Duration), RequestRefusal> {
+    let time_limit = request.time_limit.map_or(MAX_TIME_LIMIT, |limit| limit.min(MAX_TIME_LIMIT));
+    let limits = limits(request.limits, machine_memory_bytes);
+    check_arguments(&request)?;
+    let env = environment(request.mode, &request.env, agent_env)?;
+    let program = match (request.argv.is_empty(), request.script) {
+        (false, None) => Program::Arguments(request.argv),
+        (true, Some(script)) => Program::Script(check_script(script)?),
+        (true, None) => return Err(RequestRefusal::Nothing),
+        (false, Some(_)) => return Err(RequestRefusal::Both),
+    };
+    let (workspace, cwd) = match request.workspace {
+        Some(view) => (Some(view.host_root), check_directory(view.cwd)?),
+        None => (None, Vec::new()),
+    };
+    for path in &request.read_only_paths {
+        if request
+            .forbidden_paths
+            .iter()
+            .any(|secret| secret.starts_with(path) || path.starts_with(secret))
+        {
+            return Err(RequestRefusal::ReadOnlyPath { path: path.clone() });
+        }
+    }
+    let command = Command {
+        program,
+        env,
+        workspace,
+        cwd,
+        mode: request.mode,
+        network: request.network,
+        limits,
+        stdin: request.stdin,
+        read_only: request.read_only_paths,
+        forbidden: request.forbidden_paths,
+    };
+    Ok((command, time_limit))
+}
+
+fn limits(requested: RequestedLimits, machine_memory_bytes: u64) -> Limits {
+    // By default a command may use most of the machine, but never so much that nothing is left for
+    // the agent and its neighbours.
+    let most_memory = (machine_memory_bytes / 8 * 7).max(MIN_MEMORY_BYTES);
+    Limits {
+        memory_bytes: requested
+            .memory_bytes
+            .map_or(most_memory, |bytes| bytes.clamp(MIN_MEMORY_BYTES, most_memory)),
+        processes: requested
+            .processes
+            .map_or(DEFAULT_PROCESSES, |count| u64::from(count).clamp(1, MAX_PROCESSES)),
+        open_files: OPEN_FILES,
+        file_bytes: FILE_BYTES,
+        temporary_bytes: TEMPORARY_BYTES.min((machine_memory_bytes / 8).max(MIN_MEMORY_BYTES)),
+    }
+}
+
+fn check_arguments(request: &CommandRequest) -> Result<(), RequestRefusal> {
+    let too_long = |what, bytes, most| RequestRefusal::TooLong { what, bytes, most };
+    if request.argv.len() > MAX_ARGUMENTS {
+        return Err(too_long("the list of arguments", request.argv.len(), MAX_ARGUMENTS));
+    }
+    if request.env.len() > MAX_ARGUMENTS {
+        return Err(too_long("the list of variables", request.env.len(), MAX_ARGUMENTS));
+    }
+    let mut total = 0;
+    let arguments = request.argv.iter().map(|bytes| ("an argument", bytes.len()));
+    let variables =
+        request.env.iter().map(|(name, value)| ("a variable", name.len() + value.len()));
+    for (what, bytes) in arguments.chain(variables) {
+        if bytes > MAX_ARGUMENT_BYTES {
+            return Err(too_long(what, bytes, MAX_ARGUMENT_BYTES));
+        }
+        total += bytes;
+    }
+    if total > MAX_ARGUMENTS_BYTES {
+        return Err(too_long("the command line", total, MAX_ARGUMENTS_BYTES));
+    }
+    if request.argv.iter().any(|bytes| bytes.contains(&0)) {
+        return Err(RequestRefusal::ZeroByte { what: "an argument" });
+    }
+    if request.argv.first().is_some_and(Vec::is_empty) {
+        return Err(RequestRefusal::Nothing);
+    }
+    Ok(())
+}
+
+fn check_script(script: Vec<u8>) -> Result<Vec<u8>, RequestRefusal> {
+    if script.len() > MAX_SCRIPT_BYTES {
+        return Err(RequestRefusal::TooLong {
+            what: "the script",
+            bytes: script.len(),
+            most: MAX_SCRIPT_BYTES,
+        });
+    }
+    if script.contains(&0) {
+        return Err(RequestRefusal::ZeroByte { what: "the script" });
+    }
+    Ok(script)
+}
+
+fn check_directory(cwd: Vec<u8>) -> Result<Vec<u8>, RequestRefusal> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let path = Path::new(std::ffi::OsStr::from_bytes(&cwd));
+    let inside =
+        path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    if inside && cwd.len() <= 4096 && !cwd.contains(&0) {
+        Ok(cwd)
+    } else {
+        let cwd = String::from_utf8_lossy(&cwd).chars().take(200).collect();
+        Err(RequestRefusal::WorkingDirectory { cwd })
+    }
+}
+
+/// The whole environment of a command: a base that depends on the mode, then what was asked for.
+/// Nothing else of the agent's own environment, which may hold secrets.
+fn environment(
+    mode: Mode,
+    requested: &[(Vec<u8>, Vec<u8>)],
+    agent_env: impl Fn(&str) -> Option<Vec<u8>>,
+) -> Result<Vec<(Vec<u8>, Vec<u8>)>, RequestRefusal> {
+    let mut env: Vec<(Vec<u8>, Vec<u8>)> = [
+        ("PATH", PATH),
+        ("HOME", HOME_INSIDE),
+        ("USER", "cortex"),
+        ("LOGNAME", "cortex"),
+        ("SHELL", "/bin/bash"),
+        ("LANG", "C.UTF-8"),
+        ("TERM", "dumb"),
+        ("TMPDIR", "/tmp"),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.into(), value.into()))
+    .collect();
+    if mode == Mode::Permissive {
+        env.retain(|(name, _)| !matches!(name.as_slice(), b"HOME" | b"USER" | b"LOGNAME"));
+        for name in KEPT {
+            if let Some(value) = agent_env(name) {
+                set(&mut env, name.as_bytes(), &value);
+            }
+        }
+    }
+    for (name, value) in requested {
+        if name.is_empty() || name.contains(&b'=') || name.contains(&0) {
+            let name = String::from_utf8_lossy(name).chars().take(200).collect();
+            return Err(RequestRefusal::VariableName { name });
+        }
+        if value.contains(&0) {
+            return Err(RequestRefusal::ZeroByte { what: "a variable" });
+        }
+        set(&mut env, name, value);
+    }
+    Ok(env)
+}
+
+fn set(env: &mut Vec<(Vec<u8>, Vec<u8>)>, name: &[u8], value: &[u8]) {
+    env.retain(|(known, _)| known != name);
+    env.push((name.to_owned(), value.to_owned()));
+}

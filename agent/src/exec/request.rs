@@ -1,0 +1,156 @@
+//! What is asked of a node, and what it answers: the domain's words for one command.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytes::Bytes;
+use cortex_shared::policy::Mode;
+
+use crate::sandbox::Network;
+
+/// One command. What is out of bounds is refused by [`super::run()`], not here.
+#[derive(Debug, Clone, Default)]
+pub struct CommandRequest {
+    /// The program and its arguments; empty if there is a script.
+    pub argv: Vec<Vec<u8>>,
+    /// A bash script.
+    pub script: Option<Vec<u8>>,
+    /// The workspace it sees; without one it gets an empty private directory.
+    pub workspace: Option<WorkspaceView>,
+    /// Additions to the environment.
+    pub env: Vec<(Vec<u8>, Vec<u8>)>,
+    /// The mode in force: the least that role, policy, ceiling and request allow.
+    pub mode: Mode,
+    /// What of the network it sees.
+    pub network: Network,
+    /// Wall-clock limit; the node's own maximum if there is none or a longer one.
+    pub time_limit: Option<Duration>,
+    /// Limits that differ from the node's defaults.
+    pub limits: RequestedLimits,
+    /// Standard input will be sent; otherwise the command reads end-of-file.
+    pub stdin: bool,
+    /// Directories that the workspace must neither contain nor lie in: the agent's own state.
+    pub forbidden_paths: Vec<PathBuf>,
+    /// Directories of this machine that the command sees read-only, at the same path.
+    pub read_only_paths: Vec<PathBuf>,
+}
+
+/// A workspace as a command sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkspaceView {
+    /// Its directory on this machine.
+    pub host_root: PathBuf,
+    /// The working directory, relative to it; empty for its root.
+    pub cwd: Vec<u8>,
+}
+
+/// Limits asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RequestedLimits {
+    /// Bytes of memory; `None` for the node's default.
+    pub memory_bytes: Option<u64>,
+    /// Processes and threads; `None` for the node's default.
+    pub processes: Option<u32>,
+}
+
+/// One of the two outputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OutputStream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// What a command does, in order.
+#[derive(Debug, Clone)]
+pub enum CommandEvent {
+    /// It runs.
+    Started {
+        /// The process on this machine with which all of the command ends.
+        process_id: u32,
+        /// The mode it runs in.
+        mode: Mode,
+    },
+    /// It wrote something.
+    Output {
+        /// Where.
+        stream: OutputStream,
+        /// How many bytes of this stream came before.
+        offset: u64,
+        /// What: 1 to [`super::MAX_FRAME_BYTES`] bytes.
+        data: Bytes,
+    },
+    /// It took, or will never take, this many more bytes of standard input.
+    StdinTaken(u64),
+    /// It is over. Always the last event.
+    Exit(CommandExit),
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommandExit {
+    /// In what way.
+    pub verdict: CommandVerdict,
+    /// The exit code for whoever waits: the command's own, 124 time limit, 125 failure of the mesh,
+    /// 126 refused, 127 not found, 128 and the signal's number.
+    pub exit_code: u8,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
+    /// Bytes sent of standard output.
+    pub stdout_bytes: u64,
+    /// BLAKE3 of them.
+    pub stdout_hash: [u8; 32],
+    /// Bytes sent of standard error.
+    pub stderr_bytes: u64,
+    /// BLAKE3 of them.
+    pub stderr_hash: [u8; 32],
+    /// Why, for every verdict but exited and signalled.
+    pub reason: Option<String>,
+    /// What helps against `reason`.
+    pub hint: Option<String>,
+    /// From the request to the end.
+    pub duration: Duration,
+}
+
+/// In what way a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CommandVerdict {
+    /// By itself, with an exit code.
+    Exited,
+    /// By a signal that nobody here asked for.
+    Signalled,
+    /// Its time was up.
+    TimeLimit,
+    /// Somebody cancelled it.
+    Cancelled,
+    /// Policy or sandbox refused it; it has not run.
+    Refused,
+    /// The program was not found or cannot be executed.
+    NotFound,
+    /// This node failed.
+    Failed,
+}
+
+/// What the caller may tell a running command. Closing the channel cancels the command.
+#[derive(Debug, Clone)]
+pub enum CommandControl {
+    /// This many more bytes of output may be sent, over both streams.
+    Credit(u64),
+    /// Standard input.
+    Stdin {
+        /// What to write to it.
+        data: Bytes,
+        /// Nothing follows.
+        end: bool,
+    },
+    /// Send this signal to the command's process group.
+    Signal(i32),
+    /// Send `signal`, and end everything after `grace`.
+    Cancel {
+        /// 0 for SIGTERM.
+        signal: i32,
+        /// How long the command may take to end by itself.
+        grace: Duration,
+    },
+}

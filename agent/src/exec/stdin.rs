@@ -1,0 +1,107 @@
+//! Standard input of one command: a bounded queue before its pipe.
+
+use std::collections::VecDeque;
+use std::io;
+
+use bytes::{Buf as _, Bytes};
+use tokio::net::unix::pipe;
+
+/// Most bytes that wait for the command to read. A sender that keeps its own window of
+/// unacknowledged bytes below this is never refused.
+const MAX_QUEUED_BYTES: usize = 1024 * 1024;
+
+/// The sender sent more than it may.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "more than {MAX_QUEUED_BYTES} bytes of standard input were sent before the command took them"
+)]
+pub(super) struct QueueFull;
+
+/// What goes into a command's standard input.
+#[derive(Debug)]
+pub(super) struct Stdin {
+    /// Gone once the command or the sender closed it.
+    pipe: Option<pipe::Sender>,
+    queue: VecDeque<Bytes>,
+    queued_bytes: usize,
+    ended: bool,
+    /// Taken, and not yet told to the sender.
+    taken: u64,
+}
+
+impl Stdin {
+    pub(super) fn new(pipe: Option<pipe::Sender>) -> Self {
+        Self { pipe, queue: VecDeque::new(), queued_bytes: 0, ended: false, taken: 0 }
+    }
+
+    /// Queues bytes. What comes after the end, or after the command closed its side, is dropped and
+    /// counts as taken, so that the sender does not wait for ever.
+    pub(super) fn push(&mut self, data: Bytes, end: bool) -> Result<(), QueueFull> {
+        if self.pipe.is_none() || self.ended {
+            self.taken += length(&data);
+        } else if data.len() > MAX_QUEUED_BYTES - self.queued_bytes {
+            return Err(QueueFull);
+        } else if !data.is_empty() {
+            self.queued_bytes += data.len();
+            self.queue.push_back(data);
+        }
+        self.ended |= end;
+        self.close_if_done();
+        Ok(())
+    }
+
+    /// Whether [`Stdin::write`] has anything to do.
+    pub(super) fn wants_to_write(&self) -> bool {
+        self.pipe.is_some() && !self.queue.is_empty()
+    }
+
+    /// Writes some of what is queued. Cancelling it loses nothing.
+    pub(super) async fn write(&mut self) {
+        let (Some(pipe), Some(data)) = (&self.pipe, self.queue.front_mut()) else { return };
+        let written = match pipe.writable().await {
+            Ok(()) => pipe.try_write(data),
+            Err(error) => Err(error),
+        };
+        match written {
+            Ok(count) => {
+                data.advance(count);
+                if data.is_empty() {
+                    self.queue.pop_front();
+                }
+                self.queued_bytes -= count;
+                self.taken += u64::try_from(count).unwrap_or(u64::MAX);
+                self.close_if_done();
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // The command closed its standard input, or is gone.
+            Err(_) => self.close(),
+        }
+    }
+
+    /// Drops the pipe and what waits for it.
+    pub(super) fn close(&mut self) {
+        self.pipe = None;
+        self.taken += self.queue.drain(..).map(|data| length(&data)).sum::<u64>();
+        self.queued_bytes = 0;
+    }
+
+    /// Bytes taken since the last call.
+    pub(super) fn take_taken(&mut self) -> u64 {
+        std::mem::take(&mut self.taken)
+    }
+
+    /// Whether the sender must be told something.
+    pub(super) fn has_taken(&self) -> bool {
+        self.taken > 0
+    }
+
+    fn close_if_done(&mut self) {
+        if self.ended && self.queue.is_empty() {
+            self.pipe = None;
+        }
+    }
+}
+
+fn length(data: &Bytes) -> u64 {
+    u64::try_from(data.len()).unwrap_or(u64::MAX)
+}

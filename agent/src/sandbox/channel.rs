@@ -1,0 +1,75 @@
+//! The private socket between agent and stage: whole messages, descriptors beside the first.
+//!
+//! The stage's ends here block; the agent's end is in [`super::launch`]. End of file means that
+//! the other side is gone, which ends the command.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::spec::MAX_MESSAGE_BYTES;
+
+/// Most descriptors beside one message: specification, script, standard input.
+const MAX_DESCRIPTORS: usize = 3;
+
+/// Sends one message.
+pub(super) fn send<M: Serialize>(socket: impl AsFd, message: &M) -> io::Result<()> {
+    let bytes = serde_json::to_vec(message)?;
+    if bytes.len() > MAX_MESSAGE_BYTES {
+        return Err(io::Error::other("message for the control socket is too long"));
+    }
+    rustix::net::send(socket, &bytes, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// Receives one message; `None` at the end of the stream.
+pub(super) fn receive<M: DeserializeOwned>(
+    socket: impl AsFd,
+    flags: RecvFlags,
+) -> io::Result<Option<M>> {
+    let mut buffer = vec![0; MAX_MESSAGE_BYTES];
+    let (length, _) = rustix::net::recv(socket, buffer.as_mut_slice(), flags)?;
+    if length == 0 {
+        return Ok(None);
+    }
+    Ok(Some(serde_json::from_slice(&buffer[..length])?))
+}
+
+/// Sends descriptors beside a message of one byte.
+pub(super) fn send_descriptors(socket: impl AsFd, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::Error::other("too many descriptors for one message"));
+    }
+    rustix::net::sendmsg(socket, &[IoSlice::new(&[0])], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// Receives the descriptors of [`send_descriptors`].
+pub(super) fn receive_descriptors(socket: impl AsFd) -> io::Result<Vec<OwnedFd>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    rustix::net::recvmsg(
+        socket,
+        &mut [IoSliceMut::new(&mut byte)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    Ok(control
+        .drain()
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        })
+        .flatten()
+        .collect())
+}

@@ -1,0 +1,329 @@
+//! The file system of a sandbox: a small read-only root into which only what is listed here is
+//! put. What is not listed does not exist inside.
+//!
+//! | inside | what it is |
+//! |---|---|
+//! | `/usr`, `/bin`, `/lib`, … | the host's, read-only |
+//! | `/etc` | a list of harmless files of the host, and a few written here |
+//! | `/proc` | private, with the parts about the whole machine read-only or covered |
+//! | `/dev` | six harmless nodes, private terminals and shared memory |
+//! | `/tmp`, the home | private, of limited size, gone with the command |
+//! | `/workspace` | the workspace, writable, without set-user-id bits and device nodes |
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags};
+
+use super::mounts::{Detached, make_directories, open_below};
+use super::protect;
+use super::spec::{
+    Context as _, HOME_INSIDE, Identity, Network, SetupError, Spec, Step, StrictSpec,
+    WORKSPACE_INSIDE,
+};
+use super::syscalls::{self, MountAttributes, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY};
+use super::workspace::{self, Prepared};
+
+/// Directories of programs and libraries. On most systems all but `/usr` are links into it.
+const SYSTEM: [&str; 8] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "libexec"];
+
+/// Files and directories of `/etc` that programs need and that hold no secrets.
+const ETC: [&str; 42] = [
+    "ld.so.cache",
+    "ld.so.conf",
+    "ld.so.conf.d",
+    "alternatives",
+    "ssl/certs",
+    "ssl/openssl.cnf",
+    "ssl/cert.pem",
+    "ca-certificates",
+    "ca-certificates.conf",
+    "pki/tls/certs",
+    "pki/tls/openssl.cnf",
+    "pki/ca-trust/extracted",
+    "crypto-policies",
+    "localtime",
+    "timezone",
+    "profile",
+    "profile.d",
+    "bash.bashrc",
+    "bashrc",
+    "inputrc",
+    "mime.types",
+    "magic",
+    "terminfo",
+    "locale.alias",
+    "locale.conf",
+    "protocols",
+    "services",
+    "rpc",
+    "os-release",
+    "debian_version",
+    "redhat-release",
+    "alpine-release",
+    "lsb-release",
+    "fonts",
+    "perl",
+    "python3",
+    "python3.11",
+    "python3.12",
+    "python3.13",
+    "host.conf",
+    "gai.conf",
+    "xattr.conf",
+];
+
+const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
+
+/// Parts of `/proc` about the whole machine that stay readable.
+const PROC_READ_ONLY: [&str; 8] =
+    ["sys", "irq", "bus", "fs", "acpi", "scsi", "sysrq-trigger", "mtrr"];
+
+/// Files of `/proc` about the whole machine that say too much.
+const PROC_COVERED: [&str; 15] = [
+    "kcore",
+    "keys",
+    "key-users",
+    "timer_list",
+    "kallsyms",
+    "kpagecount",
+    "kpageflags",
+    "kpagecgroup",
+    "cmdline",
+    "config.gz",
+    "modules",
+    "sched_debug",
+    "latency_stats",
+    "kmsg",
+    "vmallocinfo",
+];
+
+/// Builds the file system and makes it the root of the caller's mount namespace.
+pub(super) fn build(
+    strict: &StrictSpec,
+    workspace: Prepared,
+    spec: &Spec,
+) -> Result<(), SetupError> {
+    let step = Step::FileSystem;
+    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .step(step, "make all mounts private")?;
+    // Everything of the host is taken before the new root covers anything.
+    let sources = Sources::take(strict)?;
+    let workspace = match workspace {
+        Prepared::None => private_directory(spec.limits.temporary_bytes, MountAttrFlags::empty())?,
+        Prepared::ByPath(workspace) => {
+            Detached::from_descriptor(workspace::clone_tree(&workspace)?)?
+        }
+        Prepared::Mapped(tree) => Detached::from_descriptor(tree)?,
+    };
+
+    let root = Detached::new(
+        "tmpfs",
+        &[("size", "4m"), ("nr_inodes", "1k"), ("mode", "0755")],
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV,
+    )?
+    // Any directory would do; this one exists wherever there are programs to run.
+    .attach_over("/usr")?;
+
+    sources.place(&root)?;
+    write_etc(&root, strict)?;
+    place_proc(&root)?;
+    place_devices(&root)?;
+    let size = spec.limits.temporary_bytes;
+    private_directory(size, MountAttrFlags::empty())?.attach(&root, "tmp")?;
+    private_directory(size, MountAttrFlags::MOUNT_ATTR_NOEXEC)?.attach(&root, "dev/shm")?;
+    private_directory(size, MountAttrFlags::empty())?.attach(&root, inside(HOME_INSIDE))?;
+    make_directories(&root, "var")?;
+    link(&root, "../tmp", "var/tmp")?;
+    workspace.attach(&root, inside(WORKSPACE_INSIDE))?;
+    protect::pin(&root)?;
+
+    syscalls::mount_set_attributes(
+        root.as_fd(),
+        MountAttributes { set: READ_ONLY, this_mount_only: true, ..MountAttributes::default() },
+    )
+    .step(step, "make the root read-only")?;
+    enter(&root)
+}
+
+/// Makes `root` the root, and lets go of the old one.
+fn enter(root: &OwnedFd) -> Result<(), SetupError> {
+    let change = || -> rustix::io::Result<()> {
+        rustix::process::fchdir(root)?;
+        rustix::process::pivot_root(".", ".")?;
+        // The old root now lies over the new one, at the same place.
+        rustix::mount::unmount(".", UnmountFlags::DETACH)?;
+        rustix::process::chdir("/")
+    };
+    change().step(Step::FileSystem, "enter the new root")
+}
+
+/// Trees of the host, taken but not yet placed.
+struct Sources {
+    trees: Vec<(String, Detached)>,
+    links: Vec<(String, std::ffi::CString)>,
+}
+
+impl Sources {
+    fn take(strict: &StrictSpec) -> Result<Self, SetupError> {
+        let mut sources = Self { trees: Vec::new(), links: Vec::new() };
+        let read_only = READ_ONLY | NO_SUID | NO_DEV;
+        for name in SYSTEM {
+            sources.take_one(name.to_owned(), read_only)?;
+        }
+        for name in ETC {
+            sources.take_one(format!("etc/{name}"), read_only | NO_EXEC)?;
+        }
+        for name in DEVICES {
+            // Read-only would be no help: it does not concern writing to a device.
+            sources.take_one(format!("dev/{name}"), NO_SUID | NO_EXEC)?;
+        }
+        for path in &strict.read_only {
+            let name = path.to_str().and_then(|path| path.strip_prefix('/')).ok_or_else(|| {
+                SetupError::new(Step::FileSystem, format!("{path:?} is no absolute path"))
+            })?;
+            sources.take_one(name.to_owned(), read_only)?;
+        }
+        Ok(sources)
+    }
+
+    /// Takes a tree, or the link that stands there; nothing if there is neither.
+    fn take_one(&mut self, name: String, attributes: u64) -> Result<(), SetupError> {
+        let path = Path::new("/").join(&name);
+        match rustix::fs::statat(rustix::fs::CWD, &path, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::Symlink => {
+                let target = rustix::fs::readlink(&path, Vec::new())
+                    .step(Step::FileSystem, format_args!("read the link {path:?}"))?;
+                // It is resolved inside, so wherever it points, it can only point inside.
+                self.links.push((name, target));
+            }
+            Ok(_) => {
+                if let Some(tree) = Detached::copy_of(&path, attributes)? {
+                    self.trees.push((name, tree));
+                }
+            }
+            // Not there, or not for this user to see.
+            Err(_) => {}
+        }
+        Ok(())
+    }
+
+    fn place(self, root: &OwnedFd) -> Result<(), SetupError> {
+        for (name, target) in self.links {
+            if let Some((parent, _)) = name.rsplit_once('/') {
+                make_directories(root, parent)?;
+            }
+            link(root, &target, &name)?;
+        }
+        for (name, tree) in self.trees {
+            tree.attach(root, &name)?;
+        }
+        Ok(())
+    }
+}
+
+/// The name of an absolute path inside, relative to the root.
+fn inside(path: &'static str) -> &'static str {
+    path.trim_start_matches('/')
+}
+
+fn private_directory(bytes: u64, more: MountAttrFlags) -> Result<Detached, SetupError> {
+    let size = bytes.to_string();
+    // Small files take a page each, so the number of files follows from the size.
+    let files = (bytes / 4096).clamp(1024, 1_000_000).to_string();
+    Detached::new(
+        "tmpfs",
+        &[("size", &size), ("nr_inodes", &files), ("mode", "0755")],
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | more,
+    )
+}
+
+fn link(root: &OwnedFd, target: impl rustix::path::Arg, name: &str) -> Result<(), SetupError> {
+    rustix::fs::symlinkat(target, root, name)
+        .step(Step::FileSystem, format_args!("create the link /{name}"))
+}
+
+fn write(root: &OwnedFd, name: &str, content: &[u8]) -> Result<(), SetupError> {
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+    rustix::fs::openat(root, name, flags, Mode::from_raw_mode(0o644))
+        .map_err(std::io::Error::from)
+        .and_then(|file| File::from(file).write_all(content))
+        .step(Step::FileSystem, format_args!("write /{name}"))
+}
+
+fn write_etc(root: &OwnedFd, strict: &StrictSpec) -> Result<(), SetupError> {
+    make_directories(root, "etc")?;
+    let Identity { uid, gid, .. } = strict.identity;
+    let mut passwd = format!("cortex:x:{uid}:{gid}:cortex:{HOME_INSIDE}:/bin/bash\n");
+    let mut group = format!("cortex:x:{gid}:\n");
+    passwd.push_str("root:x:0:0:root:/nonexistent:/usr/sbin/nologin\n");
+    group.push_str("root:x:0:\n");
+    // Everything that belongs to somebody else appears under the overflow ids.
+    if uid != 65534 {
+        passwd.push_str("nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n");
+    }
+    if gid != 65534 {
+        group.push_str("nogroup:x:65534:\n");
+    }
+    write(root, "etc/passwd", passwd.as_bytes())?;
+    write(root, "etc/group", group.as_bytes())?;
+    write(root, "etc/hostname", b"cortex\n")?;
+    write(root, "etc/nsswitch.conf", b"passwd: files\ngroup: files\nhosts: files dns\n")?;
+    let own_hosts = b"127.0.0.1 localhost cortex\n::1 localhost cortex\n".as_slice();
+    match strict.network {
+        Network::None => write(root, "etc/hosts", own_hosts),
+        Network::Full => {
+            let hosts = std::fs::read("/etc/hosts").unwrap_or_else(|_| own_hosts.to_vec());
+            write(root, "etc/hosts", &hosts)?;
+            let resolver = std::fs::read("/etc/resolv.conf").unwrap_or_default();
+            write(root, "etc/resolv.conf", &resolver)
+        }
+    }
+}
+
+fn place_proc(root: &OwnedFd) -> Result<(), SetupError> {
+    Detached::new(
+        "proc",
+        &[],
+        MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC,
+    )?
+    .attach(root, "proc")?;
+    let null = open_below(root, "dev/null").step(Step::Proc, "open /dev/null")?;
+    let covers = PROC_READ_ONLY.iter().map(|name| (name, false));
+    for (name, cover) in covers.chain(PROC_COVERED.iter().map(|name| (name, true))) {
+        let path = format!("proc/{name}");
+        let place = match open_below(root, &path) {
+            Ok(place) => place,
+            Err(rustix::io::Errno::NOENT) => continue,
+            Err(error) => return Err(error).step(Step::Proc, format_args!("open /{path}")),
+        };
+        let source = if cover { &null } else { &place };
+        Detached::copy_at(source, Path::new(&path), READ_ONLY | NO_SUID | NO_EXEC)?
+            .attach_at(&place, &format!("restrict /{path}"))?;
+    }
+    Ok(())
+}
+
+fn place_devices(root: &OwnedFd) -> Result<(), SetupError> {
+    Detached::new(
+        "devpts",
+        &[("mode", "0620"), ("ptmxmode", "0666")],
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC,
+    )?
+    .attach(root, "dev/pts")?;
+    for (name, target) in [
+        ("ptmx", "pts/ptmx"),
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ] {
+        link(root, target, &format!("dev/{name}"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,36 @@
+//! Resource limits of the command's process, inherited by everything it starts.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use super::spec::{Context as _, Limits, SetupError, Step};
+
+/// Most locked memory of a process.
+const LOCKED_BYTES: u64 = 8 * 1024 * 1024;
+
+/// Sets all limits, hard and soft alike, so that the command cannot raise them. A limit that the
+/// agent itself runs under is never exceeded.
+///
+/// Processes are counted only where the command has a user namespace of its own. Without one the
+/// count is over everything the user runs on this machine, and a limit would stop the command
+/// because of somebody else's processes.
+pub(super) fn apply(limits: &Limits, count_processes: bool) -> Result<(), SetupError> {
+    let processes = if count_processes { limits.processes } else { u64::MAX };
+    for (name, resource, wanted) in [
+        // Counted over the sandbox's user namespace, since Linux 5.14.
+        ("processes", Resource::Nproc, processes),
+        ("open files", Resource::Nofile, limits.open_files),
+        ("file size", Resource::Fsize, limits.file_bytes),
+        // Data rather than address space: Go, Java and many others reserve far more addresses
+        // than they use.
+        ("memory", Resource::Data, limits.memory_bytes),
+        ("core size", Resource::Core, 0),
+        ("locked memory", Resource::Memlock, LOCKED_BYTES),
+        ("message queues", Resource::Msgqueue, 0),
+        ("real-time priority", Resource::Rtprio, 0),
+    ] {
+        let hard = getrlimit(resource).maximum.map_or(wanted, |own| own.min(wanted));
+        setrlimit(resource, Rlimit { current: Some(hard), maximum: Some(hard) })
+            .step(Step::Limits, format_args!("limit {name} to {hard}"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,118 @@
+//! Namespaces: one clone into all of them, identity maps, and the proof that they are new.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::OwnedFd;
+
+use rustix::process::{Pid, WaitOptions, waitpid};
+
+use super::spec::{Context as _, Identity, Network, SetupError, Step};
+use super::syscalls::{self, Cloned};
+
+/// The namespaces of a sandbox by their names in `/proc/PID/ns`.
+const KINDS: [&str; 7] = ["user", "mnt", "pid", "ipc", "uts", "cgroup", "net"];
+
+/// The flags of the one clone that creates pid 1.
+pub(super) fn clone_flags(network: Network) -> u64 {
+    let always = libc::CLONE_NEWUSER
+        | libc::CLONE_NEWNS
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWCGROUP;
+    let flags = match network {
+        Network::None => always | libc::CLONE_NEWNET,
+        Network::Full => always,
+    };
+    u64::from(flags.cast_unsigned())
+}
+
+/// Which namespaces a process is in.
+pub(super) struct Inodes {
+    links: Vec<(&'static str, std::path::PathBuf)>,
+}
+
+impl Inodes {
+    /// Those of the caller; without the network one where that is shared by intention.
+    pub(super) fn of_this_process(network: Network) -> Result<Self, SetupError> {
+        let links = KINDS
+            .into_iter()
+            .filter(|kind| *kind != "net" || network == Network::None)
+            .map(|kind| {
+                std::fs::read_link(format!("/proc/self/ns/{kind}"))
+                    .map(|link| (kind, link))
+                    .step(Step::Verification, format_args!("look at the {kind} namespace"))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { links })
+    }
+
+    /// Fails unless the caller is in none of these.
+    pub(super) fn verify_left(&self) -> Result<(), SetupError> {
+        for (kind, outer) in &self.links {
+            let inner = std::fs::read_link(format!("/proc/self/ns/{kind}"))
+                .step(Step::Verification, format_args!("look at the {kind} namespace"))?;
+            if inner == *outer {
+                return Err(SetupError::new(
+                    Step::Verification,
+                    format!("the {kind} namespace is still that of the host"),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Maps the one identity of the command into the user namespace of `pid`.
+pub(super) fn map_identity(pid: Pid, identity: Identity) -> Result<(), SetupError> {
+    if !identity.assumed {
+        // An unprivileged process may map its own group only once nobody inside can drop groups.
+        write_proc(pid, "setgroups", "deny")?;
+    }
+    write_proc(pid, "uid_map", &format!("{0} {0} 1\n", identity.uid))?;
+    write_proc(pid, "gid_map", &format!("{0} {0} 1\n", identity.gid))
+}
+
+/// A user namespace for the id mapping of a mount: `owner` on disk appears as `identity`.
+pub(super) fn mapping_namespace(
+    owner: (u32, u32),
+    identity: Identity,
+) -> Result<OwnedFd, SetupError> {
+    let step = Step::MappedWorkspace;
+    let (wait, wake) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .map(|(read, write)| (File::from(read), write))
+        .step(step, "create a pipe")?;
+    let flags = u64::from(libc::CLONE_NEWUSER.cast_unsigned());
+    match syscalls::clone_process(flags, None).step(step, "create a user namespace")? {
+        Cloned::Child => {
+            drop(wake);
+            // Lives until the parent has opened the namespace.
+            let mut wait = wait;
+            wait.read(&mut [0]).ok();
+            syscalls::exit_now(0)
+        }
+        Cloned::Parent(pid) => {
+            let namespace =
+                write_proc(pid, "uid_map", &format!("{} {} 1\n", owner.0, identity.uid))
+                    .and_then(|()| {
+                        write_proc(pid, "gid_map", &format!("{} {} 1\n", owner.1, identity.gid))
+                    })
+                    .and_then(|()| {
+                        File::open(format!("/proc/{}/ns/user", pid.as_raw_nonzero()))
+                            .step(step, "open a user namespace")
+                    });
+            drop(wake);
+            while let Err(rustix::io::Errno::INTR) = waitpid(Some(pid), WaitOptions::empty()) {}
+            namespace.map(OwnedFd::from)
+        }
+    }
+}
+
+fn write_proc(pid: Pid, name: &str, text: &str) -> Result<(), SetupError> {
+    let path = format!("/proc/{}/{name}", pid.as_raw_nonzero());
+    File::options()
+        .write(true)
+        .open(&path)
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .step(Step::IdentityMap, format_args!("write {name}"))
+}

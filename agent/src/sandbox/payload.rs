@@ -1,0 +1,144 @@
+//! The process of the command, from its birth to `exec`.
+//!
+//! Order matters: the working directory before Landlock, capabilities before the filter, the proof
+//! last. A failure is written to the pipe that `exec` would close, and the command has not run.
+
+use std::io::Write as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::Command;
+
+use rustix::fs::Mode;
+
+use super::spec::{
+    Action, Context as _, MAX_INLINE_SCRIPT_BYTES, Report, SetupError, Spec, Step, StrictSpec,
+    WORKSPACE_INSIDE,
+};
+use super::stage::{self, Job};
+use super::{landlock, limits, namespaces, privileges, seccomp, syscalls};
+
+/// How the command's process is confined.
+pub(super) enum Confine<'a> {
+    /// By everything there is.
+    Strict {
+        /// What is particular to the sandbox.
+        strict: &'a StrictSpec,
+        /// The namespaces it must not be in.
+        outer: &'a namespaces::Inodes,
+    },
+    /// By limits only.
+    Permissive,
+}
+
+/// Becomes the command, or reports why not and ends.
+pub(super) fn main(job: Job, confine: Confine<'_>, report_failure: OwnedFd) -> ! {
+    let Err(report) = become_command(job, &confine);
+    if let Ok(message) = serde_json::to_vec(&report) {
+        std::fs::File::from(report_failure).write_all(&message).ok();
+    }
+    syscalls::exit_now(125)
+}
+
+fn become_command(job: Job, confine: &Confine<'_>) -> Result<std::convert::Infallible, Report> {
+    let Job { spec, script, stdin } = job;
+    detach(stdin).map_err(Report::Refused)?;
+    change_directory(&spec, confine).map_err(Report::Refused)?;
+    let mut command = command_line(&spec, script.as_ref()).map_err(Report::Refused)?;
+    limits::apply(&spec.limits, matches!(confine, Confine::Strict { .. }))
+        .map_err(Report::Refused)?;
+    if let Confine::Strict { strict, outer } = confine {
+        confine_strictly(strict, outer).map_err(Report::Refused)?;
+    } else {
+        syscalls::close_on_exec_from(3)
+            .step(Step::Process, "close descriptors")
+            .map_err(Report::Refused)?;
+    }
+    if let Some(script) = &script {
+        // The script is read by path through this descriptor, so it alone survives `exec`.
+        rustix::io::fcntl_setfd(script, rustix::io::FdFlags::empty())
+            .step(Step::Process, "keep the script open")
+            .map_err(Report::Refused)?;
+    }
+    let Some(command) = &mut command else {
+        // A probe ends here, with everything set up and verified.
+        syscalls::exit_now(0)
+    };
+    let error = command.exec();
+    Err(Report::NotExecuted {
+        errno: error.raw_os_error().unwrap_or(libc::EINVAL),
+        program: command.get_program().to_string_lossy().chars().take(200).collect(),
+    })
+}
+
+/// A session of its own, its own standard input, and nothing odd inherited.
+fn detach(stdin: Option<OwnedFd>) -> Result<(), SetupError> {
+    let step = Step::Process;
+    rustix::process::setsid().step(step, "start a session")?;
+    if let Some(stdin) = stdin {
+        rustix::stdio::dup2_stdin(stdin).step(step, "take standard input")?;
+    }
+    syscalls::reset_signals().step(step, "reset signals")?;
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    Ok(())
+}
+
+fn change_directory(spec: &Spec, confine: &Confine<'_>) -> Result<(), SetupError> {
+    let base = match (confine, &spec.workspace) {
+        (Confine::Strict { .. }, _) => Path::new(WORKSPACE_INSIDE),
+        (Confine::Permissive, Some(workspace)) => &workspace.path,
+        (Confine::Permissive, None) => Path::new("/"),
+    };
+    let directory = base.join(&spec.cwd);
+    rustix::process::chdir(&directory)
+        .step(Step::WorkingDirectory, format_args!("change to the working directory {directory:?}"))
+}
+
+/// The program with its arguments and environment; none for a probe.
+fn command_line(spec: &Spec, script: Option<&OwnedFd>) -> Result<Option<Command>, SetupError> {
+    let mut command = match (&spec.action, script) {
+        (Action::Probe, _) => return Ok(None),
+        (Action::Program(arguments), _) => {
+            let mut arguments = arguments.iter().map(|bytes| std::ffi::OsStr::from_bytes(bytes));
+            let program = arguments
+                .next()
+                .ok_or_else(|| SetupError::new(Step::Specification, "no program is named"))?;
+            let mut command = Command::new(program);
+            command.args(arguments);
+            command
+        }
+        (Action::Script, Some(script)) => {
+            let size =
+                rustix::fs::fstat(script).step(Step::Specification, "measure the script")?.st_size;
+            let mut command = Command::new("/bin/bash");
+            command.arg0("bash");
+            if u64::try_from(size).is_ok_and(|size| size <= MAX_INLINE_SCRIPT_BYTES) {
+                let text = stage::read_sealed(script, MAX_INLINE_SCRIPT_BYTES)?;
+                command.arg("-c").arg(std::ffi::OsString::from_vec(text));
+            } else {
+                command.arg(format!("/proc/self/fd/{}", script.as_fd().as_raw_fd()));
+            }
+            command
+        }
+        (Action::Script, None) => {
+            return Err(SetupError::new(Step::Specification, "the script is missing"));
+        }
+    };
+    command.env_clear();
+    for (name, value) in &spec.env {
+        command.env(std::ffi::OsStr::from_bytes(name), std::ffi::OsStr::from_bytes(value));
+    }
+    Ok(Some(command))
+}
+
+fn confine_strictly(strict: &StrictSpec, outer: &namespaces::Inodes) -> Result<(), SetupError> {
+    privileges::lock()?;
+    landlock::restrict(strict)?;
+    privileges::drop_all()?;
+    let filters = seccomp::compile()?;
+    syscalls::close_on_exec_from(3).step(Step::Process, "close descriptors")?;
+    seccomp::install(&filters)?;
+    privileges::verify(strict.identity, filters.len())?;
+    outer.verify_left()
+}

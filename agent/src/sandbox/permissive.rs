@@ -1,0 +1,84 @@
+//! A command without isolation: as the agent's own user, seeing what the agent sees. What still
+//! holds are limits, an environment of its own, and that nothing of it outlives it.
+//!
+//! The monitor is the sub-reaper of everything the command starts: whatever detaches itself ends
+//! up as its child, and is found and ended there. Weaker than pid 1 of a sandbox in one point: if
+//! this monitor is killed, only the command itself dies with it.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use rustix::process::{Pid, Signal, WaitOptions, waitpid};
+
+use super::spec::{Context as _, SetupError, Step};
+use super::stage::{self, Job};
+use super::syscalls::{self, Cloned};
+use super::{payload, reaper};
+
+/// Runs the command to its end, and ends what it left behind.
+pub(super) fn run(job: Job, control: &OwnedFd) -> Result<(), SetupError> {
+    let step = Step::Process;
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+        .step(step, "become the sub-reaper")?;
+    let children =
+        syscalls::signal_descriptor(Signal::CHILD).step(step, "watch for ending processes")?;
+    let (executed, report_failure) =
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).step(step, "create a pipe")?;
+    match syscalls::clone_process(0, None).step(step, "start the command's process")? {
+        Cloned::Child => {
+            drop((executed, children));
+            rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).ok();
+            payload::main(job, payload::Confine::Permissive, report_failure)
+        }
+        Cloned::Parent(pid) => {
+            drop((job, report_failure));
+            stage::release_output()?;
+            let result = reaper::supervise(control, &children, executed.as_fd(), pid);
+            end_descendants();
+            result
+        }
+    }
+}
+
+/// Kills every descendant. Each round kills what it sees; a process that was just being started
+/// becomes our child when its parent dies, and is seen in the next round.
+fn end_descendants() {
+    loop {
+        for pid in descendants() {
+            rustix::process::kill_process(pid, Signal::KILL).ok();
+        }
+        loop {
+            match waitpid(None, WaitOptions::empty()) {
+                // Other children may have come in the meantime.
+                Ok(_) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+fn descendants() -> Vec<Pid> {
+    let mut found = Vec::new();
+    let mut pending = vec![rustix::process::getpid()];
+    while let Some(pid) = pending.pop() {
+        let children = children_of(pid);
+        found.extend(&children);
+        pending.extend(children);
+    }
+    found
+}
+
+fn children_of(pid: Pid) -> Vec<Pid> {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero())) else {
+        return Vec::new();
+    };
+    threads
+        .flatten()
+        .filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok())
+        .flat_map(|list| {
+            list.split_whitespace()
+                .filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
+                .collect::<Vec<_>>()
+        })
+        .collect()
+}

@@ -1,0 +1,224 @@
+//! What the agent tells the stage, and what the stage answers.
+//!
+//! Both run the same binary, so this format has one reader and one writer and may change at will.
+//! The specification travels in a sealed memory file over a private socket, never in arguments or
+//! environment, where other processes could read it.
+
+use std::io;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// `argv[0]` of the stage.
+pub(super) const STAGE_NAME: &str = "cortex-sandbox";
+/// Where the workspace appears inside.
+pub const WORKSPACE_INSIDE: &str = "/workspace";
+/// The home directory inside: private to the command and gone with it.
+pub const HOME_INSIDE: &str = "/home/cortex";
+/// Most bytes of a serialised [`Spec`]. Arguments and environment of 1 MiB, as JSON numbers.
+pub(super) const MAX_SPEC_BYTES: u64 = 16 * 1024 * 1024;
+/// Most bytes of one message on the control socket.
+pub(super) const MAX_MESSAGE_BYTES: usize = 16 * 1024;
+/// Longest script given to `bash -c`; a longer one is given as a file. The kernel takes no
+/// argument of 128 KiB or more (`MAX_ARG_STRLEN`).
+pub(super) const MAX_INLINE_SCRIPT_BYTES: u64 = 120 * 1024;
+
+/// Everything the stage needs to know.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Spec {
+    pub(super) confinement: Confinement,
+    pub(super) action: Action,
+    pub(super) env: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Relative to the workspace, or to the private directory where there is none.
+    pub(super) cwd: PathBuf,
+    pub(super) workspace: Option<WorkspaceSpec>,
+    pub(super) limits: Limits,
+    /// A pipe for standard input comes with the specification; otherwise the command reads
+    /// end-of-file.
+    pub(super) stdin: bool,
+}
+
+/// How the command is confined.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) enum Confinement {
+    /// The sandbox.
+    Strict(StrictSpec),
+    /// None. The process tree still ends with the command.
+    Permissive,
+}
+
+/// What is particular to the sandbox.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct StrictSpec {
+    /// Who the command runs as.
+    pub(super) identity: Identity,
+    pub(super) network: Network,
+    /// Directories of the host visible at the same path, read-only.
+    pub(super) read_only: Vec<PathBuf>,
+    /// The oldest Landlock interface accepted.
+    pub(super) minimum_landlock_abi: i64,
+}
+
+/// The user and group id of a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// User id, the same inside and outside; never 0.
+    pub uid: u32,
+    /// Group id, the same inside and outside.
+    pub gid: u32,
+    /// The agent is root and takes on another identity for the command.
+    pub assumed: bool,
+}
+
+/// What of the network a command sees.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Network {
+    /// A private loopback interface.
+    #[default]
+    None,
+    /// The network of the host.
+    Full,
+}
+
+/// A workspace, named by path and checked by identity, so that a directory exchanged after the
+/// check is noticed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct WorkspaceSpec {
+    pub(super) path: PathBuf,
+    pub(super) device: u64,
+    pub(super) inode: u64,
+    pub(super) owner_uid: u32,
+    pub(super) owner_gid: u32,
+}
+
+/// What to run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) enum Action {
+    /// A program with its arguments, looked up in the `PATH` of the command's environment.
+    Program(Vec<Vec<u8>>),
+    /// The bash script in the second memory file.
+    Script,
+    /// Nothing: set everything up, verify it and end with success.
+    Probe,
+}
+
+/// Limits of one command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Bytes of memory: of the whole command where a control group is to be had, of each process
+    /// otherwise.
+    pub memory_bytes: u64,
+    /// Processes and threads at a time.
+    pub processes: u64,
+    /// Open files of each process.
+    pub open_files: u64,
+    /// Size of a single file.
+    pub file_bytes: u64,
+    /// Size of each private temporary directory.
+    pub temporary_bytes: u64,
+}
+
+/// Agent to stage.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) enum Order {
+    /// Signal the command's process group.
+    Signal(i32),
+    /// End everything now.
+    Kill,
+}
+
+/// Stage to agent.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) enum Report {
+    /// The command runs.
+    Started,
+    /// The program could not be executed; nothing has run.
+    NotExecuted { errno: i32, program: String },
+    /// Something could not be set up; nothing has run.
+    Refused(SetupError),
+    /// The command ended. Everything it left behind is ended with it.
+    Ended(Ending),
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ending {
+    /// By itself, with this code.
+    Exited(i32),
+    /// By this signal.
+    Signalled(i32),
+}
+
+/// The part of the set-up that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Step {
+    /// Receiving and reading the specification.
+    Specification,
+    /// Finding the workspace as it was when it was checked.
+    Workspace,
+    /// Mapping the owner of the workspace to the identity of the command.
+    MappedWorkspace,
+    /// Creating the namespaces.
+    Namespaces,
+    /// Mapping user and group ids of the user namespace.
+    IdentityMap,
+    /// Taking on the identity of the command.
+    Identity,
+    /// Building the file system.
+    FileSystem,
+    /// The private `/proc`.
+    Proc,
+    /// The private network.
+    Loopback,
+    /// The process that runs the command.
+    Process,
+    /// The control group.
+    ControlGroup,
+    /// The working directory.
+    WorkingDirectory,
+    /// Resource limits.
+    Limits,
+    /// Giving up all capabilities.
+    Capabilities,
+    /// Landlock.
+    Landlock,
+    /// The system call filter.
+    Seccomp,
+    /// Reading back that all of it holds.
+    Verification,
+    /// A mistake in the stage itself.
+    Internal,
+}
+
+/// Why the stage refused to run a command.
+#[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
+#[error("{detail}")]
+pub struct SetupError {
+    /// What failed.
+    pub step: Step,
+    /// The error number of the kernel, where there was one.
+    pub errno: Option<i32>,
+    /// What was attempted and what the kernel said.
+    pub detail: String,
+}
+
+impl SetupError {
+    /// An error without an error number of the kernel.
+    pub(super) fn new(step: Step, detail: impl Into<String>) -> Self {
+        Self { step, errno: None, detail: detail.into() }
+    }
+}
+
+/// Adds the step and what was attempted to an error of the kernel.
+pub(super) trait Context<T> {
+    fn step(self, step: Step, attempt: impl std::fmt::Display) -> Result<T, SetupError>;
+}
+
+impl<T, E: Into<io::Error>> Context<T> for Result<T, E> {
+    fn step(self, step: Step, attempt: impl std::fmt::Display) -> Result<T, SetupError> {
+        self.map_err(|error| {
+            let error: io::Error = error.into();
+            SetupError { step, errno: error.raw_os_error(), detail: format!("{attempt}: {error}") }
+        })
+    }
+}

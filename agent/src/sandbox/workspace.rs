@@ -1,0 +1,242 @@
+//! The workspace of a command: refused where it would show what must stay hidden, opened by the
+//! identity that was checked, mapped to the command's user where the agent is root.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+use rustix::mount::OpenTreeFlags;
+
+use super::namespaces;
+use super::spec::{Context as _, Identity, SetupError, Step, WorkspaceSpec};
+use super::syscalls::{self, MountAttributes, NO_DEV, NO_SUID};
+
+/// Directories of the system that are no workspace, nor is anything that contains one of them.
+const SYSTEM: [&str; 14] = [
+    "/usr", "/etc", "/bin", "/sbin", "/lib", "/lib64", "/boot", "/dev", "/proc", "/sys", "/run",
+    "/var/lib", "/var/run", "/var/log",
+];
+/// Directories of the system in which no workspace lies.
+const SYSTEM_INSIDE: [&str; 6] = ["/proc", "/sys", "/dev", "/boot", "/etc", "/usr/bin"];
+
+/// Why a directory cannot be a workspace.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkspaceRefusal {
+    /// It cannot be looked at.
+    #[error("the workspace {path:?} cannot be used: {source}")]
+    Unusable {
+        /// The directory.
+        path: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// It is not a directory.
+    #[error("the workspace {path:?} is not a directory")]
+    NotADirectory {
+        /// The path.
+        path: PathBuf,
+    },
+    /// It contains, or is inside of, something that commands must never see.
+    #[error("the workspace {path:?} would show {hidden:?} to commands")]
+    ShowsHidden {
+        /// The directory.
+        path: PathBuf,
+        /// What must stay hidden.
+        hidden: PathBuf,
+    },
+    /// Another file system is mounted below it.
+    #[error("another file system is mounted inside the workspace, at {mount:?}")]
+    MountInside {
+        /// Where.
+        mount: PathBuf,
+    },
+}
+
+impl WorkspaceRefusal {
+    /// What helps.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Unusable { .. } | Self::NotADirectory { .. } => {
+                "check that the workspace's directory exists and belongs to the agent's user"
+            }
+            Self::ShowsHidden { .. } => {
+                "attach the workspace at a directory of its own, away from system directories, \
+                 home directories as a whole, and the agent's state directory"
+            }
+            Self::MountInside { .. } => {
+                "unmount it, or attach the workspace at a directory without mount points"
+            }
+        }
+    }
+}
+
+/// Checks a workspace, on the agent's side and outside of any sandbox.
+///
+/// # Errors
+/// If it is no directory or would show one of `forbidden`, a system directory or a whole home.
+pub(super) fn check(root: &Path, forbidden: &[PathBuf]) -> Result<WorkspaceSpec, WorkspaceRefusal> {
+    let unusable = |source| WorkspaceRefusal::Unusable { path: root.to_owned(), source };
+    let path = root.canonicalize().map_err(unusable)?;
+    let metadata = path.symlink_metadata().map_err(unusable)?;
+    if !metadata.is_dir() {
+        return Err(WorkspaceRefusal::NotADirectory { path });
+    }
+    let hidden = |hidden: &Path| WorkspaceRefusal::ShowsHidden {
+        path: path.clone(),
+        hidden: hidden.to_owned(),
+    };
+    for system in SYSTEM.map(Path::new) {
+        if system.starts_with(&path) {
+            return Err(hidden(system));
+        }
+    }
+    for system in SYSTEM_INSIDE.map(Path::new) {
+        if path.starts_with(system) {
+            return Err(hidden(system));
+        }
+    }
+    for home in home_directories() {
+        if home.starts_with(&path) {
+            return Err(hidden(&home));
+        }
+    }
+    for secret in forbidden {
+        // A directory that does not exist yet is compared by the name it will have.
+        let secret = canonical_as_far_as_it_exists(secret);
+        if secret.starts_with(&path) || path.starts_with(&secret) {
+            return Err(hidden(&secret));
+        }
+    }
+    if let Some(mount) = mount_below(&path).map_err(unusable)? {
+        return Err(WorkspaceRefusal::MountInside { mount });
+    }
+    Ok(WorkspaceSpec {
+        path,
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        owner_uid: metadata.uid(),
+        owner_gid: metadata.gid(),
+    })
+}
+
+/// The home of root and of every user in the passwd file, as far as they are real directories.
+fn home_directories() -> Vec<PathBuf> {
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let listed = passwd.lines().filter_map(|line| line.split(':').nth(5)).map(PathBuf::from);
+    let own = std::env::var_os("HOME").map(PathBuf::from);
+    listed
+        .chain(own)
+        .chain([PathBuf::from("/root"), PathBuf::from("/home")])
+        .filter(|home| home.is_absolute() && home != Path::new("/"))
+        .filter_map(|home| home.canonicalize().ok())
+        .collect()
+}
+
+fn canonical_as_far_as_it_exists(path: &Path) -> PathBuf {
+    path.ancestors()
+        .find_map(|ancestor| {
+            let known = ancestor.canonicalize().ok()?;
+            Some(known.join(path.strip_prefix(ancestor).ok()?))
+        })
+        .unwrap_or_else(|| path.to_owned())
+}
+
+/// A mount point strictly below `path`. It could be another name for something hidden, and it
+/// would need its own decision on ids and access.
+fn mount_below(path: &Path) -> std::io::Result<Option<PathBuf>> {
+    let table = std::fs::read("/proc/self/mountinfo")?;
+    Ok(table
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
+        .map(unescape_octal)
+        .find(|mount| mount.starts_with(path) && mount != path))
+}
+
+/// Undoes the kernel's `\040` for blanks and the like.
+fn unescape_octal(text: &[u8]) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt as _;
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((&first, after)) = rest.split_first() {
+        let code = (first == b'\\')
+            .then(|| after.get(..3))
+            .flatten()
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        if let Some(code) = code {
+            bytes.push(code);
+            rest = &after[3..];
+        } else {
+            bytes.push(first);
+            rest = after;
+        }
+    }
+    std::ffi::OsString::from_vec(bytes).into()
+}
+
+/// The workspace on its way into the sandbox.
+pub(super) enum Prepared {
+    /// There is none: the command gets an empty private directory.
+    None,
+    /// To be bound from this path by pid 1, which sees the same mounts.
+    ByPath(WorkspaceSpec),
+    /// A detached mount, mapped to the command's identity.
+    Mapped(OwnedFd),
+}
+
+/// Does what only the monitor, outside of all namespaces, can do for the workspace.
+pub(super) fn prepare(
+    workspace: Option<&WorkspaceSpec>,
+    identity: Identity,
+) -> Result<Prepared, SetupError> {
+    let Some(workspace) = workspace else { return Ok(Prepared::None) };
+    if !identity.assumed {
+        return Ok(Prepared::ByPath(workspace.clone()));
+    }
+    let tree = clone_tree(workspace)?;
+    let owner = (workspace.owner_uid, workspace.owner_gid);
+    if owner != (identity.uid, identity.gid) {
+        let userns = namespaces::mapping_namespace(owner, identity)?;
+        syscalls::mount_map_ids(tree.as_fd(), userns.as_fd())
+            .step(Step::MappedWorkspace, "map the owner of the workspace to the command's user")?;
+    }
+    Ok(Prepared::Mapped(tree))
+}
+
+/// A detached, private copy of the mount of a workspace, restricted before anybody can see it.
+pub(super) fn clone_tree(workspace: &WorkspaceSpec) -> Result<OwnedFd, SetupError> {
+    let step = Step::Workspace;
+    let attempt = format!("open the workspace {:?}", workspace.path);
+    let directory = rustix::fs::openat2(
+        CWD,
+        &workspace.path,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+    )
+    .step(step, &attempt)?;
+    let found = rustix::fs::fstat(&directory).step(step, &attempt)?;
+    if (found.st_dev, found.st_ino) != (workspace.device, workspace.inode) {
+        return Err(SetupError::new(
+            step,
+            format!("{:?} is no longer the directory that was checked", workspace.path),
+        ));
+    }
+    let tree = rustix::mount::open_tree(
+        &directory,
+        "",
+        OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH
+            | OpenTreeFlags::AT_RECURSIVE,
+    )
+    .step(step, &attempt)?;
+    syscalls::mount_set_attributes(
+        tree.as_fd(),
+        MountAttributes { set: NO_SUID | NO_DEV, private: true, this_mount_only: false },
+    )
+    .step(step, "restrict the workspace's mount")?;
+    Ok(tree)
+}
