@@ -334,7 +334,7 @@ impl Session<'_> {
                     }
                 }
                 () = tokio::time::sleep_until(last_received + silence) => {
-                    return End::Lost(format!("nothing heard from the hub for {} s", silence.as_secs()));
+                    return End::Lost(format!("nothing heard from the hub for {silence:?}"));
                 }
                 report = reports.next() => {
                     if !self.outbox.send(node_frame::Frame::SyncReport(report)) {

@@ -224,9 +224,7 @@ impl Workspaces {
             let mut engines = lock(&self.inner.engines);
             let gone: Vec<WorkspaceId> = engines
                 .iter()
-                .filter(|(id, engine)| {
-                    !list.iter().any(|m| m.id == **id && m.name == engine.name)
-                })
+                .filter(|(id, engine)| !list.iter().any(|m| m.id == **id && m.name == engine.name))
                 .map(|(id, _)| *id)
                 .collect();
             gone.iter().filter_map(|id| engines.remove(id)).collect()
