@@ -1,1 +1,108 @@
-//! The hub's configuration.
+//! The hub's configuration: what was asked for, and what that comes to.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Default port of the gRPC side.
+pub const DEFAULT_GRPC_PORT: u16 = 7443;
+
+/// A configuration that cannot be wrong.
+#[derive(Clone, Debug)]
+pub struct HubConfig {
+    /// Where everything durable lives.
+    pub data: PathBuf,
+    /// Address of the gRPC side. Loopback unless told otherwise.
+    pub grpc: SocketAddr,
+    /// Host name or address that invites tell nodes to dial.
+    pub advertise: Option<String>,
+    /// How long a node may say nothing before it sends a heartbeat. A session from which nothing
+    /// came for three times as long has ended.
+    pub heartbeat: Duration,
+    /// How long a joining caller waits for an answer at most.
+    pub join_deadline: Duration,
+    /// Joins that wait for the store at the same time; more are told to come back.
+    pub join_queue: usize,
+    /// How long a node has to open the output stream of a task it was given.
+    pub task_start_deadline: Duration,
+    /// How long shutdown waits for open calls.
+    pub shutdown_grace: Duration,
+}
+
+impl HubConfig {
+    /// The defaults, for everything in `data`.
+    #[must_use]
+    pub fn new(data: PathBuf) -> Self {
+        Self {
+            data,
+            grpc: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), DEFAULT_GRPC_PORT),
+            advertise: None,
+            // Below the 60 s after which common NAT boxes forget a connection.
+            heartbeat: Duration::from_secs(15),
+            join_deadline: Duration::from_secs(15),
+            join_queue: 1024,
+            task_start_deadline: Duration::from_secs(10),
+            shutdown_grace: Duration::from_secs(10),
+        }
+    }
+
+    /// The default place for a hub run by this user.
+    #[must_use]
+    pub fn default_data() -> PathBuf {
+        if rustix::process::geteuid().is_root() {
+            return PathBuf::from("/var/lib/cortex-hubd");
+        }
+        directories::ProjectDirs::from("", "", "cortex-hubd").map_or_else(
+            || PathBuf::from("cortex-hubd-data"),
+            |directories| directories.data_dir().to_path_buf(),
+        )
+    }
+}
+
+/// Files below the data directory.
+#[derive(Clone, Debug)]
+pub struct DataLayout(PathBuf);
+
+impl DataLayout {
+    /// The layout below `data`.
+    #[must_use]
+    pub fn new(data: &Path) -> Self {
+        Self(data.to_path_buf())
+    }
+
+    /// The folder itself.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.0
+    }
+
+    /// The main database.
+    #[must_use]
+    pub fn database(&self) -> PathBuf {
+        self.0.join("hub.db")
+    }
+
+    /// The certificate authority.
+    #[must_use]
+    pub fn ca(&self) -> PathBuf {
+        self.0.join("ca")
+    }
+
+    /// The administration socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.0.join("admin.sock")
+    }
+
+    /// Held while a hub runs on this data.
+    #[must_use]
+    pub fn lock(&self) -> PathBuf {
+        self.0.join("lock")
+    }
+
+    /// Workspace content.
+    #[must_use]
+    pub fn workspaces(&self) -> PathBuf {
+        self.0.join("ws")
+    }
+}

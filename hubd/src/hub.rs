@@ -1,1 +1,335 @@
-//! The running hub.
+//! The running hub: everything put together, and taken apart again in order.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cortex_proto::v1::enroll_server::EnrollServer;
+use cortex_proto::v1::node_server::NodeServer;
+use cortex_proto::v1::operator_server::OperatorServer;
+use cortex_proto::v1::{Drain, hub_frame};
+use cortex_proto::{
+    BULK_CONNECTION_WINDOW, BULK_STREAM_WINDOW, HTTP2_FRAME_BYTES, MAX_MESSAGE_BYTES,
+};
+use cortex_shared::clock::unix_ms;
+use cortex_shared::durable;
+use cortex_shared::peer::CaPin;
+use cortex_shared::tasks::TaskScope;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::service::Routes;
+use tonic::transport::Server;
+
+use crate::config::{DataLayout, HubConfig};
+use crate::enroll::ca::{CaError, CertificateAuthority, HubCertificate};
+use crate::enroll::validator::Validator;
+use crate::grpc::accept::{self, Incoming};
+use crate::grpc::auth::AuthLayer;
+use crate::grpc::enroll::EnrollService;
+use crate::grpc::node::NodeService;
+use crate::grpc::operator::{HubAddress, OperatorService};
+use crate::grpc::sync::SyncService;
+use crate::node::membership::Membership;
+use crate::node::registry::Registry;
+use crate::store::sqlite::SqliteStore;
+use crate::store::{Store, StoreError};
+use crate::sync::members::Members;
+use crate::sync::{ContentLimits, SyncError, Workspaces};
+use crate::task::relay::Relay;
+
+/// Streams one connection may have open: a node's running tasks, or an operator's commands.
+const STREAMS_PER_CONNECTION: u32 = 4096;
+/// How often changed "last seen" times are written.
+const LAST_SEEN_INTERVAL: Duration = Duration::from_secs(1);
+/// Nodes told to go away come back within this time, spread evenly.
+const RECONNECT_SPREAD: Duration = Duration::from_secs(2);
+
+/// Why the hub could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A file or folder of the data directory.
+    #[error("cannot use {path}")]
+    Data {
+        /// Which.
+        path: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Another hub runs on this data.
+    #[error("another hub is running on {path}")]
+    Locked {
+        /// Its data directory.
+        path: String,
+    },
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Which.
+        address: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The store.
+    #[error("cannot open the store")]
+    Store(#[from] StoreError),
+    /// The certificate authority.
+    #[error("cannot open the certificate authority")]
+    Ca(#[from] CaError),
+    /// The folder of workspace content.
+    #[error("cannot open the workspaces")]
+    Sync(#[from] SyncError),
+    /// TLS.
+    #[error("cannot set up TLS")]
+    Tls(#[from] rustls::Error),
+}
+
+/// What is durable about a hub, opened and locked: enough for `init`, and what a running hub
+/// stands on.
+pub struct HubData {
+    layout: DataLayout,
+    store: Arc<SqliteStore>,
+    authority: Arc<CertificateAuthority>,
+    /// Held as long as this exists; the kernel releases it when the process dies.
+    _lock: File,
+}
+
+impl HubData {
+    /// Opens or creates the data directory. Idempotent.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub async fn open(config: &HubConfig) -> Result<Self, StartError> {
+        let layout = DataLayout::new(&config.data);
+        let shown = |path: &std::path::Path| path.display().to_string();
+        let data_error = |source| StartError::Data { path: shown(layout.root()), source };
+        durable::create_private_folder(layout.root()).map_err(data_error)?;
+        let lock = File::create(layout.lock()).map_err(data_error)?;
+        lock.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => StartError::Locked { path: shown(layout.root()) },
+            TryLockError::Error(source) => StartError::Data { path: shown(&layout.lock()), source },
+        })?;
+        let store = Arc::new(SqliteStore::open(&layout.database())?);
+        let mesh = store.mesh().await?;
+        let authority = Arc::new(CertificateAuthority::open(&layout.ca(), mesh, unix_ms())?);
+        Ok(Self { layout, store, authority, _lock: lock })
+    }
+
+    /// The pin of the mesh's authority.
+    #[must_use]
+    pub fn pin(&self) -> CaPin {
+        self.authority.pin()
+    }
+}
+
+/// A hub that serves. Dropping it without [`Hub::shutdown`] leaves its tasks to the runtime.
+pub struct Hub {
+    address: SocketAddr,
+    pin: CaPin,
+    registry: Arc<Registry>,
+    store: Arc<dyn Store>,
+    scope: TaskScope,
+    grace: Duration,
+    _data: HubData,
+}
+
+impl Hub {
+    /// Opens the data, listens, and serves.
+    ///
+    /// # Errors
+    /// See [`StartError`]. Nothing is listened on then.
+    pub async fn start(config: HubConfig) -> Result<Self, StartError> {
+        let data = HubData::open(&config).await?;
+        let store: Arc<dyn Store> = Arc::clone(&data.store) as _;
+        let authority = Arc::clone(&data.authority);
+        let started_at_ms = unix_ms();
+        let ended = store
+            .end_open_tasks("the hub was restarted while the command ran".into(), started_at_ms)
+            .await?;
+        if ended > 0 {
+            tracing::warn!(tasks = ended, "tasks were open when the last hub ended");
+        }
+        let scope = TaskScope::new();
+        let registry = Arc::new(Registry::new(store.nodes().await?));
+        let membership = Arc::new(Membership::default());
+        membership.reload(&*store).await?;
+        let content = Arc::new(Workspaces::open(
+            &data.layout.workspaces(),
+            ContentLimits::default(),
+            scope.clone(),
+        )?);
+        let members = Arc::new(Members::new(
+            Arc::clone(&membership),
+            Arc::clone(&registry),
+            Arc::clone(&store),
+            Arc::clone(&content),
+        ));
+        let relay = Relay::new(Arc::clone(&store), scope.clone(), config.task_start_deadline);
+        let validator = Arc::new(Validator::new(
+            config.join_queue,
+            config.join_deadline,
+            Arc::clone(&store),
+            Arc::clone(&authority),
+            Arc::clone(&registry),
+            Arc::clone(&membership),
+            scope.clone(),
+        ));
+
+        let listen_error = |source| StartError::Listen { address: config.grpc, source };
+        let listener = TcpListener::bind(config.grpc).await.map_err(listen_error)?;
+        let address = listener.local_addr().map_err(listen_error)?;
+        let socket = data.layout.socket();
+        let local = accept::bind_local(&socket)
+            .map_err(|source| StartError::Data { path: socket.display().to_string(), source })?;
+        let certificate = HubCertificate::new(Arc::clone(&authority), unix_ms)?;
+        let tls = accept::tls_config(&authority, certificate)?;
+
+        let operator = OperatorService {
+            store: Arc::clone(&store),
+            registry: Arc::clone(&registry),
+            relay: Arc::clone(&relay),
+            members: Arc::clone(&members),
+            content: Arc::clone(&content),
+            authority: Arc::clone(&authority),
+            scope: scope.clone(),
+            address: HubAddress { bound: address, advertise: config.advertise.clone() },
+            started_at_ms,
+        };
+        let node = NodeService {
+            registry: Arc::clone(&registry),
+            relay,
+            members: Arc::clone(&members),
+            scope: scope.clone(),
+            heartbeat: config.heartbeat,
+        };
+        let enroll = EnrollService { validator, authority: Arc::clone(&authority) };
+        let sync = SyncService::new(Arc::clone(&content), membership);
+        let routes = Routes::new(limited(EnrollServer::new(enroll)))
+            .add_service(limited_node(NodeServer::new(node)))
+            .add_service(limited_operator(OperatorServer::new(operator)))
+            .add_service(sync.into_server());
+
+        let mesh = authority.mesh();
+        serve(accept::accept_tls(listener, tls, mesh, &scope), routes.clone(), &scope);
+        serve(accept::accept_local(local, &scope), routes, &scope);
+        hint_heads(&content, members, &scope);
+        save_last_seen(Arc::clone(&registry), Arc::clone(&store), &scope);
+        tracing::info!(%address, %mesh, "hub serves");
+        let pin = authority.pin();
+        let grace = config.shutdown_grace;
+        Ok(Self { address, pin, registry, store, scope, grace, _data: data })
+    }
+
+    /// The address of the gRPC side, with the port that was chosen if none was given.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The pin of the mesh's authority.
+    #[must_use]
+    pub fn pin(&self) -> CaPin {
+        self.pin
+    }
+
+    /// Stops in order: nodes are told when to come back, sessions end (and with them their tasks,
+    /// each with a verdict), calls finish, the store is closed. Takes no longer than the grace time
+    /// and says what did not finish in it.
+    pub async fn shutdown(self) {
+        let sessions = self.registry.sessions();
+        let spread = u64::try_from(RECONNECT_SPREAD.as_millis()).unwrap_or(u64::MAX);
+        for (index, session) in (0_u64..).zip(&sessions) {
+            let reconnect_after_ms = 200 + index * spread / sessions.len().max(1) as u64;
+            // One that is gone needs no telling.
+            session.send(hub_frame::Frame::Drain(Drain { reconnect_after_ms })).ok();
+        }
+        self.scope.cancel();
+        if tokio::time::timeout(self.grace, self.scope.finish()).await.is_err() {
+            tracing::warn!(tasks = self.scope.running(), "not everything finished in time");
+        }
+        let unsaved = self.registry.take_unsaved();
+        if let Err(error) = self.store.touch_nodes(unsaved).await {
+            tracing::warn!(%error, "last-seen times not written");
+        }
+        self.store.close().await;
+        tracing::info!("hub stopped");
+    }
+}
+
+fn limited(server: EnrollServer<EnrollService>) -> EnrollServer<EnrollService> {
+    // Callers without a certificate: nothing they send is large.
+    server.max_decoding_message_size(64 * 1024)
+}
+
+fn limited_node(server: NodeServer<NodeService>) -> NodeServer<NodeService> {
+    server.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES)
+}
+
+fn limited_operator(server: OperatorServer<OperatorService>) -> OperatorServer<OperatorService> {
+    server.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES)
+}
+
+fn serve(incoming: Incoming, routes: Routes, scope: &TaskScope) {
+    let stop = scope.token().clone().cancelled_owned();
+    let server = Server::builder()
+        .initial_stream_window_size(BULK_STREAM_WINDOW)
+        .initial_connection_window_size(BULK_CONNECTION_WINDOW)
+        .max_frame_size(HTTP2_FRAME_BYTES)
+        .max_concurrent_streams(STREAMS_PER_CONNECTION)
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .layer(AuthLayer)
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop);
+    scope.spawn("server", async move {
+        if let Err(error) = server.await {
+            tracing::error!(%error, "server ended");
+        }
+    });
+}
+
+/// Hints at newer versions to the members that are connected.
+fn hint_heads(content: &Workspaces, members: Arc<Members>, scope: &TaskScope) {
+    let mut heads = content.moved();
+    let cancel = scope.token().clone();
+    scope.spawn("head hints", async move {
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                moved = heads.next() => {
+                    let Some(moved) = moved else { return };
+                    for (workspace, head) in moved {
+                        members.head_moved(workspace, head.seq);
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Writes "last seen" beside everyone's path, at most once a second.
+fn save_last_seen(registry: Arc<Registry>, store: Arc<dyn Store>, scope: &TaskScope) {
+    let mut changes = registry.changes();
+    let cancel = scope.token().clone();
+    scope.spawn("last seen", async move {
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                changed = changes.changed() => if changed.is_err() { return },
+            }
+            let unsaved = registry.take_unsaved();
+            if !unsaved.is_empty()
+                && let Err(error) = store.touch_nodes(unsaved).await
+            {
+                tracing::warn!(%error, "last-seen times not written");
+            }
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = tokio::time::sleep(LAST_SEEN_INTERVAL) => {}
+            }
+        }
+    });
+}

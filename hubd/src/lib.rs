@@ -2,7 +2,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-pub mod cli;
+mod cli;
 pub mod config;
 pub mod enroll;
 pub mod grpc;
@@ -15,5 +15,5 @@ pub mod task;
 /// The program, called by `main` and by the test binaries.
 #[must_use]
 pub fn main_entry() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    cli::run()
 }

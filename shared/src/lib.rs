@@ -9,7 +9,7 @@
 //! | [`wire_path`], [`entry`] | names, paths, entries and tree digests of a workspace |
 //! | [`chunk`], [`pack`] | how content is cut, and the unit in which it travels and rests |
 //! | [`durable`] | files that survive a crash |
-//! | [`backoff`], [`tasks`], [`telemetry`] | retrying, supervised tasks, logs |
+//! | [`backoff`], [`tasks`], [`clock`], [`telemetry`] | retrying, supervised tasks, the time, logs |
 //!
 //! Invariants: nothing here opens a socket, spawns a process or knows the generated protocol;
 //! everything that parses is bounded and refuses rather than guesses.
@@ -19,6 +19,7 @@
 
 pub mod backoff;
 pub mod chunk;
+pub mod clock;
 pub mod durable;
 pub mod entry;
 pub mod ids;

@@ -1,1 +1,234 @@
-//! The command line.
+//! The command line of `cortex-hubd`.
+
+mod admin;
+mod output;
+mod serve;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use cortex_shared::policy::Role;
+
+use crate::config::HubConfig;
+use output::Format;
+
+/// The hub of a cortex mesh: admits nodes, relays commands, orders and stores workspace changes.
+#[derive(Parser)]
+#[command(
+    name = "cortex-hubd",
+    version,
+    after_help = "\
+Examples:
+  cortex-hubd serve                       run the hub on 127.0.0.1:7443
+  cortex-hubd invite create --uses 5      print the line that admits five nodes
+  cortex-hubd operator create ann --role admin
+
+Logs go to standard error; CORTEX_LOG sets what is logged (such as info or cortex_hubd=debug)."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+struct DataArg {
+    /// Where the hub keeps everything [default: /var/lib/cortex-hubd for root, the user's data
+    /// directory otherwise]
+    #[arg(long, value_name = "DIR", env = "CORTEX_HUB_DATA")]
+    data: Option<PathBuf>,
+}
+
+impl DataArg {
+    fn config(&self) -> HubConfig {
+        HubConfig::new(self.data.clone().unwrap_or_else(HubConfig::default_data))
+    }
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the hub until SIGTERM or SIGINT
+    Serve(serve::ServeArgs),
+    /// Make the certificate authority and the store, and print the pin
+    Init(DataArg),
+    /// Show what the running hub does
+    Status {
+        #[command(flatten)]
+        data: DataArg,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// The mesh's certificate authority
+    Ca {
+        #[command(subcommand)]
+        command: CaCommand,
+    },
+    /// Invites for nodes
+    Invite {
+        #[command(subcommand)]
+        command: InviteCommand,
+    },
+    /// Operators: people and programs that command nodes
+    Operator {
+        #[command(subcommand)]
+        command: OperatorCommand,
+    },
+    /// Nodes
+    Node {
+        #[command(subcommand)]
+        command: NodeCommand,
+    },
+}
+
+#[derive(Subcommand)]
+enum CaCommand {
+    /// Print the pin of the authority's key, as `join --ca` takes it
+    Pin(DataArg),
+}
+
+#[derive(Subcommand)]
+enum InviteCommand {
+    /// Make an invite and print the line to paste on a node
+    Create {
+        /// How many nodes it admits
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+        uses: u32,
+        /// How long it is valid, such as 30m, 12h or 7d
+        #[arg(long, default_value = "1h", value_parser = parse_duration)]
+        ttl: Duration,
+        /// Label its nodes get; may be repeated
+        #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
+        labels: Vec<(String, String)>,
+        /// Names it allows, with * and ?
+        #[arg(long, value_name = "PATTERN", default_value = "")]
+        name_pattern: String,
+        /// Workspace its nodes become members of; may be repeated
+        #[arg(long = "workspace", value_name = "W")]
+        workspaces: Vec<String>,
+        #[command(flatten)]
+        data: DataArg,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// List invites, newest first
+    List {
+        #[command(flatten)]
+        data: DataArg,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Make an invite unusable; nodes it admitted stay
+    Revoke {
+        /// Its id, the 8 characters after `cxi_`
+        id: String,
+        #[command(flatten)]
+        data: DataArg,
+    },
+}
+
+#[derive(Subcommand)]
+enum OperatorCommand {
+    /// Make an operator's invite and print the line to log in with
+    Create {
+        /// The operator's name
+        name: String,
+        /// What it may do: viewer, operator, admin or agent-token
+        #[arg(long)]
+        role: Role,
+        /// How long the invite is valid, such as 30m, 12h or 7d
+        #[arg(long, default_value = "1h", value_parser = parse_duration)]
+        ttl: Duration,
+        #[command(flatten)]
+        data: DataArg,
+        #[command(flatten)]
+        format: Format,
+    },
+}
+
+#[derive(Subcommand)]
+enum NodeCommand {
+    /// List all nodes
+    List {
+        #[command(flatten)]
+        data: DataArg,
+        #[command(flatten)]
+        format: Format,
+    },
+}
+
+/// Runs the program.
+pub(crate) fn run() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            output::complain(&anyhow::Error::new(error).context("cannot start the runtime"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(async {
+        match cli.command {
+            Command::Serve(args) => serve::serve(args).await,
+            Command::Init(data) => serve::init(&data.config()).await,
+            Command::Status { data, format } => admin::status(&data.config(), format).await,
+            Command::Ca { command: CaCommand::Pin(data) } => serve::pin(&data.config()).await,
+            Command::Invite { command } => admin::invite(command).await,
+            Command::Operator { command } => admin::operator(command).await,
+            Command::Node { command: NodeCommand::List { data, format } } => {
+                admin::nodes(&data.config(), format).await
+            }
+        }
+    });
+    // Blocking reads of a store that hangs must not keep the process.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::complain(&error);
+            output::exit_code(&error)
+        }
+    }
+}
+
+/// A duration: a number and one of ms, s, m, h, d.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let number: u64 = text[..digits].parse().map_err(|_| "expected such as 30m, 12h or 7d")?;
+    let factor_ms = match &text[digits..] {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return Err("expected a unit: ms, s, m, h or d".to_owned()),
+    };
+    number.checked_mul(factor_ms).map(Duration::from_millis).ok_or("too long".to_owned())
+}
+
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
+    cortex_shared::labels::check_label(key, value).map_err(|error| error.to_string())?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations() {
+        assert_eq!(parse_duration("90m"), Ok(Duration::from_secs(5400)));
+        assert_eq!(parse_duration("7d"), Ok(Duration::from_secs(604_800)));
+        for bad in ["", "5", "m", "-1h", "1w", "99999999999999999999d", "999999999999999999d"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,1 +1,5 @@
-//! Sessions of nodes.
+//! Nodes: who is known, who is connected, and which workspaces they share.
+
+pub mod membership;
+pub mod registry;
+pub mod session;

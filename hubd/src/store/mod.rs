@@ -1,1 +1,130 @@
-//! What the hub remembers.
+//! What the hub remembers, in domain words.
+//!
+//! [`Store`] is implemented by [`sqlite::SqliteStore`]. It is deliberately free of that engine's
+//! habits: every method is one transaction, named by what it means, and nothing outside this folder
+//! knows SQL. A method that changes something returns once the change survives power loss.
+//!
+//! No handler of a live session waits for the store, except where its answer means "durable".
+
+pub mod records;
+pub mod sqlite;
+pub mod workspace;
+mod writer;
+
+use async_trait::async_trait;
+use cortex_shared::ids::{MeshId, NodeId, TaskId, WorkspaceId};
+use cortex_shared::secret::InviteId;
+
+pub use records::{
+    Facts, Invite, InviteKind, KeyHash, NewInvite, NewTask, Node, NodeRedemption, Operator,
+    OperatorRedemption, RedeemRefusal, TaskEnd, TaskEndState, Workspace,
+};
+pub use writer::Writer;
+
+/// Why the store could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The engine reported an error; the change was not made.
+    #[error("database error")]
+    Engine(#[source] rusqlite::Error),
+    /// The transaction this change was part of could not be committed; nothing of it was made.
+    #[error("the change could not be made durable: {reason}")]
+    CommitFailed {
+        /// What the engine said.
+        reason: String,
+    },
+    /// A stored value is not what this version writes.
+    #[error("the database holds an invalid {what}")]
+    Corrupt {
+        /// Which value.
+        what: &'static str,
+    },
+    /// The database is of a newer version of the hub.
+    #[error("the database has schema version {found}, this hub knows {known} at most")]
+    TooNew {
+        /// Version in the file.
+        found: i64,
+        /// Newest version this binary knows.
+        known: i64,
+    },
+    /// The store has been closed.
+    #[error("the store is closed")]
+    Closed,
+    /// Something of that name exists.
+    #[error("{what} {name:?} exists already")]
+    Exists {
+        /// Kind of thing.
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// Nothing of that name exists.
+    #[error("there is no {what} {name:?}")]
+    NotFound {
+        /// Kind of thing.
+        what: &'static str,
+        /// Its name or id.
+        name: String,
+    },
+}
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Engine(error)
+    }
+}
+
+/// The hub's memory. Times are milliseconds since the Unix epoch, by the hub's clock.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// The mesh this store belongs to; made up at the first call.
+    async fn mesh(&self) -> Result<MeshId, StoreError>;
+
+    /// Records an invite.
+    async fn create_invite(&self, invite: NewInvite) -> Result<(), StoreError>;
+    /// All invites, newest first.
+    async fn invites(&self) -> Result<Vec<Invite>, StoreError>;
+    /// Makes an invite unusable; [`StoreError::NotFound`] if there is none.
+    async fn revoke_invite(&self, id: InviteId, now_ms: i64) -> Result<(), StoreError>;
+
+    /// Turns an invite into a node, as one compare-and-set. The same invite and key again gives the
+    /// same node and uses nothing up.
+    async fn redeem_node(
+        &self,
+        redemption: NodeRedemption,
+    ) -> Result<Result<Node, RedeemRefusal>, StoreError>;
+    /// Turns an invite into an operator, likewise.
+    async fn redeem_operator(
+        &self,
+        redemption: OperatorRedemption,
+    ) -> Result<Result<Operator, RedeemRefusal>, StoreError>;
+
+    /// All nodes.
+    async fn nodes(&self) -> Result<Vec<Node>, StoreError>;
+    /// Remembers when these nodes were last seen and what they last said of themselves.
+    async fn touch_nodes(&self, nodes: Vec<Node>) -> Result<(), StoreError>;
+
+    /// Journals a task as accepted, before anyone else hears of it.
+    async fn accept_task(&self, task: NewTask) -> Result<(), StoreError>;
+    /// Journals how a task ended. The first verdict stands; a later one changes nothing.
+    async fn end_task(&self, id: TaskId, end: TaskEnd) -> Result<(), StoreError>;
+    /// Ends every task that an earlier run of the hub left open, with this reason; returns how many.
+    async fn end_open_tasks(&self, reason: String, now_ms: i64) -> Result<u64, StoreError>;
+
+    /// All workspaces with their members.
+    async fn workspaces(&self) -> Result<Vec<Workspace>, StoreError>;
+    /// Records a workspace; [`StoreError::Exists`] if the name is taken.
+    async fn create_workspace(&self, workspace: Workspace) -> Result<(), StoreError>;
+    /// Makes a node a member; no change if it is one.
+    async fn attach(
+        &self,
+        workspace: WorkspaceId,
+        node: NodeId,
+        now_ms: i64,
+    ) -> Result<(), StoreError>;
+    /// Ends a membership; no change if there is none.
+    async fn detach(&self, workspace: WorkspaceId, node: NodeId) -> Result<(), StoreError>;
+
+    /// Finishes queued writes and closes.
+    async fn close(&self);
+}

@@ -1,1 +1,4 @@
-//! Commands.
+//! Commands: journalled, relayed, never interpreted.
+
+pub mod mailbox;
+pub mod relay;

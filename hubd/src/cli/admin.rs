@@ -1,0 +1,176 @@
+//! Commands for the running hub, over its administration socket.
+
+use anyhow::Context as _;
+use cortex_proto::v1;
+use cortex_proto::v1::operator_client::OperatorClient;
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+use tower::service_fn;
+
+use super::output::{self, Format};
+use super::{HubConfig, InviteCommand, OperatorCommand};
+use crate::config::DataLayout;
+
+async fn connect(config: &HubConfig) -> anyhow::Result<OperatorClient<Channel>> {
+    let path = DataLayout::new(&config.data).socket();
+    let shown = path.display().to_string();
+    // The address is a formality: the connector goes to the socket.
+    let channel = Endpoint::from_static("http://hub")
+        .connect_with_connector(service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        }))
+        .await
+        .with_context(|| {
+            format!("no hub answers on {shown} (hint: start one with cortex-hubd serve, or name its --data)")
+        })?;
+    Ok(OperatorClient::new(channel))
+}
+
+pub(super) async fn status(config: &HubConfig, format: Format) -> anyhow::Result<()> {
+    let status = connect(config).await?.hub_status(v1::HubStatusRequest {}).await?.into_inner();
+    let document = json!({
+        "version": status.version,
+        "mesh_id": status.mesh_id,
+        "started_at": time(status.started_at_ms),
+        "nodes_known": status.nodes_known,
+        "nodes_online": status.nodes_online,
+        "running_tasks": status.running_tasks,
+        "workspaces": status.workspaces,
+        "grpc_address": status.grpc_address,
+    });
+    let text = format!(
+        "hub {} of mesh {}\naddress     {}\nup since    {}\nnodes       {} online of {}\ntasks       {} running\nworkspaces  {}",
+        status.version,
+        status.mesh_id,
+        status.grpc_address,
+        time(status.started_at_ms).unwrap_or_default(),
+        status.nodes_online,
+        status.nodes_known,
+        status.running_tasks,
+        status.workspaces,
+    );
+    output::show(format, &document, &text);
+    Ok(())
+}
+
+pub(super) async fn invite(command: InviteCommand) -> anyhow::Result<()> {
+    match command {
+        InviteCommand::Create { uses, ttl, labels, name_pattern, workspaces, data, format } => {
+            let request = v1::CreateInviteRequest {
+                uses,
+                ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
+                labels: labels.into_iter().collect(),
+                name_pattern,
+                workspaces,
+            };
+            let invite = connect(&data.config()).await?.create_invite(request).await?.into_inner();
+            let document = json!({
+                "token": invite.token,
+                "id": invite.id,
+                "ca_pin": invite.ca_pin,
+                "expires_at": time(invite.expires_at_ms),
+                "command": invite.command,
+            });
+            output::show(format, &document, &invite.command);
+        }
+        InviteCommand::List { data, format } => {
+            let invites = connect(&data.config())
+                .await?
+                .list_invites(v1::ListInvitesRequest {})
+                .await?
+                .into_inner()
+                .invites;
+            let items = invites.into_iter().map(invite_json).collect();
+            let columns = ["id", "kind", "uses", "max_uses", "expires_at", "state", "created_by"];
+            output::list(format, &columns, items);
+        }
+        InviteCommand::Revoke { id, data } => {
+            connect(&data.config()).await?.revoke_invite(v1::RevokeInviteRequest { id }).await?;
+        }
+    }
+    Ok(())
+}
+
+fn invite_json(invite: v1::InviteInfo) -> Value {
+    let state = if invite.revoked {
+        "revoked"
+    } else if invite.expires_at_ms <= cortex_shared::clock::unix_ms() {
+        "expired"
+    } else if invite.uses >= invite.max_uses {
+        "used up"
+    } else {
+        "valid"
+    };
+    json!({
+        "id": invite.id,
+        "kind": invite.kind,
+        "uses": invite.uses,
+        "max_uses": invite.max_uses,
+        "expires_at": time(invite.expires_at_ms),
+        "created_at": time(invite.created_at_ms),
+        "created_by": invite.created_by,
+        "state": state,
+        "labels": invite.labels,
+        "name_pattern": invite.name_pattern,
+        "workspaces": invite.workspaces,
+    })
+}
+
+pub(super) async fn operator(command: OperatorCommand) -> anyhow::Result<()> {
+    let OperatorCommand::Create { name, role, ttl, data, format } = command;
+    let request = v1::CreateOperatorRequest {
+        name,
+        role: role.to_string(),
+        ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
+    };
+    let invite = connect(&data.config()).await?.create_operator(request).await?.into_inner();
+    let document = json!({
+        "token": invite.token,
+        "ca_pin": invite.ca_pin,
+        "expires_at": time(invite.expires_at_ms),
+        "command": invite.command,
+    });
+    output::show(format, &document, &invite.command);
+    Ok(())
+}
+
+pub(super) async fn nodes(config: &HubConfig, format: Format) -> anyhow::Result<()> {
+    let nodes = connect(config)
+        .await?
+        .list_nodes(v1::ListNodesRequest::default())
+        .await?
+        .into_inner()
+        .nodes;
+    let items = nodes.into_iter().map(node_json).collect();
+    let columns = ["name", "state", "effective_mode", "labels", "last_seen", "node_id"];
+    output::list(format, &columns, items);
+    Ok(())
+}
+
+fn node_json(node: v1::NodeInfo) -> Value {
+    let mode = |mode: v1::Mode| if mode == v1::Mode::Strict { "strict" } else { "permissive" };
+    let node_id = cortex_shared::ids::NodeId::from_slice(&node.node_id);
+    json!({
+        "state": if node.online { "online" } else { "offline" },
+        "effective_mode": mode(node.effective_mode()),
+        "node_id": node_id.map(|id| id.to_string()).unwrap_or_default(),
+        "name": node.name,
+        "labels": node.labels,
+        "last_seen": time(node.last_seen_ms),
+        "joined_at": time(node.joined_at_ms),
+        "hostname": node.hostname,
+        "agent_version": node.agent_version,
+        "running_tasks": node.running_tasks,
+    })
+}
+
+/// A time as RFC 3339 with seconds; `None` for never.
+fn time(ms: i64) -> Option<String> {
+    if ms == 0 {
+        return None;
+    }
+    jiff::Timestamp::from_millisecond(ms).ok().map(|time| format!("{time:.0}"))
+}

@@ -1,0 +1,114 @@
+//! All output of the command line: data on standard output, everything else on standard error.
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::Value;
+
+/// How data is printed.
+#[derive(Args, Clone, Copy)]
+pub(super) struct Format {
+    /// How to print: table, json (one document) or jsonl (a line each)
+    #[arg(short = 'o', long = "output", value_name = "FORMAT", default_value = "table")]
+    output: Kind,
+}
+
+#[derive(clap::ValueEnum, Clone, Copy, PartialEq)]
+enum Kind {
+    Table,
+    Json,
+    Jsonl,
+}
+
+/// A list with a column for each of `columns`, which are fields of the items.
+pub(super) fn list(format: Format, columns: &[&str], items: Vec<Value>) {
+    match format.output {
+        Kind::Json => print(&pretty(&Value::Array(items))),
+        Kind::Jsonl => items.iter().for_each(|item| print(&item.to_string())),
+        Kind::Table => {
+            let header = columns.iter().map(|c| c.to_uppercase().replace('_', " ")).collect();
+            let rows = items.iter().map(|item| columns.iter().map(|c| cell(&item[c])).collect());
+            table(&std::iter::once(header).chain(rows).collect::<Vec<Vec<String>>>());
+        }
+    }
+}
+
+/// One thing: as a document, or as the text that people want of it.
+pub(super) fn show(format: Format, item: &Value, text: &str) {
+    match format.output {
+        Kind::Json => print(&pretty(item)),
+        Kind::Jsonl => print(&item.to_string()),
+        Kind::Table => print(text),
+    }
+}
+
+fn pretty(value: &Value) -> String {
+    format!("{value:#}")
+}
+
+fn cell(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Null => "-".to_owned(),
+        Value::Array(items) => items.iter().map(cell).collect::<Vec<_>>().join(","),
+        Value::Object(fields) => {
+            fields.iter().map(|(k, v)| format!("{k}={}", cell(v))).collect::<Vec<_>>().join(",")
+        }
+        other => other.to_string(),
+    }
+}
+
+fn table(rows: &[Vec<String>]) {
+    let columns = rows.first().map_or(0, Vec::len);
+    let widths: Vec<usize> = (0..columns)
+        .map(|c| rows.iter().map(|row| row[c].chars().count()).max().unwrap_or(0))
+        .collect();
+    for row in rows {
+        let line: String =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}  ")).collect();
+        print(line.trim_end());
+    }
+}
+
+/// Prints a line of data.
+pub(super) fn print(line: &str) {
+    // A reader that has had enough (such as `head`) is no failure.
+    writeln!(anstream::stdout(), "{line}").ok();
+}
+
+/// Says what failed and why, and which command helps.
+pub(super) fn complain(error: &anyhow::Error) {
+    let mut out = anstream::stderr();
+    let chain: Vec<String> = error
+        .chain()
+        .map(|cause| match cause.downcast_ref::<tonic::Status>() {
+            Some(status) => status.message().to_owned(),
+            None => cause.to_string(),
+        })
+        .collect();
+    // Nothing is left to be done if even this cannot be written.
+    writeln!(out, "error: {}", chain.join(": ")).ok();
+    let hint = error
+        .downcast_ref::<tonic::Status>()
+        .and_then(|status| status.metadata().get(cortex_proto::HINT_TRAILER))
+        .and_then(|hint| hint.to_str().ok());
+    if let Some(hint) = hint {
+        writeln!(out, "hint: {hint}").ok();
+    }
+}
+
+/// The exit code of an error, by the same table as the agent's command line.
+pub(super) fn exit_code(error: &anyhow::Error) -> ExitCode {
+    use tonic::Code;
+    let Some(status) = error.downcast_ref::<tonic::Status>() else { return ExitCode::FAILURE };
+    ExitCode::from(match status.code() {
+        Code::InvalidArgument => 2,
+        Code::NotFound => 3,
+        Code::Unauthenticated => 4,
+        Code::PermissionDenied => 5,
+        Code::Unavailable | Code::DeadlineExceeded => 6,
+        Code::AlreadyExists | Code::FailedPrecondition | Code::Aborted => 7,
+        _ => 1,
+    })
+}

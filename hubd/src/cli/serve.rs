@@ -1,0 +1,75 @@
+//! `serve`, `init` and `ca pin`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+use cortex_shared::telemetry::{LogFormat, start_logging};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::output;
+use super::{DataArg, HubConfig};
+use crate::config::DataLayout;
+use crate::hub::{Hub, HubData, StartError};
+
+#[derive(Args)]
+pub(super) struct ServeArgs {
+    #[command(flatten)]
+    data: DataArg,
+    /// Address and port of the gRPC side; port 0 takes a free one [default: 127.0.0.1:7443]
+    #[arg(long, value_name = "ADDR:PORT")]
+    grpc: Option<SocketAddr>,
+    /// Host name or address that invites tell nodes to dial, if another than --grpc
+    #[arg(long, value_name = "HOST")]
+    advertise: Option<String>,
+    /// Log as one JSON object a line
+    #[arg(long)]
+    log_json: bool,
+}
+
+pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    let format = if args.log_json { LogFormat::Json } else { LogFormat::Text };
+    start_logging("info", format);
+    let mut config = args.data.config();
+    if let Some(address) = args.grpc {
+        config.grpc = address;
+    }
+    config.advertise = args.advertise;
+    // Before anything is promised to anybody: a signal from here on leads to an orderly stop.
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    let hub = Hub::start(config).await?;
+    output::print(&format!("grpc listening on {}", hub.address()));
+    notify_service_manager(sd_notify::NotifyState::Ready);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    notify_service_manager(sd_notify::NotifyState::Stopping);
+    hub.shutdown().await;
+    Ok(())
+}
+
+fn notify_service_manager(state: sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::debug!(%error, "the service manager was not told");
+    }
+}
+
+pub(super) async fn init(config: &HubConfig) -> anyhow::Result<()> {
+    output::print(&HubData::open(config).await?.pin().to_string());
+    Ok(())
+}
+
+/// Reads the pin from the authority's files, which a running hub does not mind.
+pub(super) async fn pin(config: &HubConfig) -> anyhow::Result<()> {
+    let folder: PathBuf = DataLayout::new(&config.data).ca();
+    let certificate = folder.join("ca.crt");
+    let pem = std::fs::read(&certificate).with_context(|| {
+        format!("cannot read {} (hint: cortex-hubd init makes it)", certificate.display())
+    })?;
+    let pin = crate::enroll::ca::pin_of_certificate(&pem).map_err(StartError::Ca)?;
+    output::print(&pin.to_string());
+    Ok(())
+}

@@ -1,0 +1,357 @@
+//! The mesh's certificate authority.
+//!
+//! Its key never leaves `DATA/ca` (mode 0700). Certificates are made from the public key of a
+//! request and from nothing else in it: a request can ask for any name and even to be an authority,
+//! and rcgen would copy that. Chains have one level.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use cortex_shared::durable;
+use cortex_shared::ids::MeshId;
+use cortex_shared::peer::{CaPin, HUB_SERVER_NAME, Holder, PeerIdentity};
+use cortex_shared::policy::Role;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData as _,
+    SanType, SerialNumber,
+};
+use rustls::crypto::ring::sign::any_supported_type;
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer};
+
+use crate::store::KeyHash;
+
+/// Life of a node's certificate; renewed at half of it.
+pub const NODE_CERTIFICATE_LIFE: Duration = Duration::from_secs(24 * 3600);
+/// Life of an operator's certificate.
+pub const OPERATOR_CERTIFICATE_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Life of the hub's own certificate; a new one is made at half of it, without a restart.
+const HUB_CERTIFICATE_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Life of the authority itself. It is pinned by key, and replaced by rotation.
+const CA_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// How far into the past a certificate reaches, for members whose clock is behind.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(5 * 60);
+/// Largest request for a certificate.
+pub const MAX_CSR_BYTES: usize = 4096;
+
+/// Why the authority could not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum CaError {
+    /// Files of the authority cannot be read or written.
+    #[error("cannot access {path}")]
+    Io {
+        /// Which file.
+        path: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A key or certificate cannot be made or read.
+    #[error("cannot make or read a certificate")]
+    Certificate(#[source] rcgen::Error),
+    /// The request for a certificate is not one.
+    #[error("the certificate request is not valid")]
+    InvalidRequest,
+}
+
+impl From<rcgen::Error> for CaError {
+    fn from(error: rcgen::Error) -> Self {
+        Self::Certificate(error)
+    }
+}
+
+/// A certificate for somebody else.
+#[derive(Clone, Debug)]
+pub struct Issued {
+    /// The certificate.
+    pub der: CertificateDer<'static>,
+    /// End of its life, milliseconds since the Unix epoch.
+    pub not_after_ms: i64,
+}
+
+/// A request for a certificate, reduced to the one thing that is used of it.
+pub struct CertificateRequest {
+    key: rcgen::PublicKey,
+    hash: KeyHash,
+}
+
+impl CertificateRequest {
+    /// Reads a PKCS#10 request and checks that its sender holds the key.
+    ///
+    /// # Errors
+    /// [`CaError::InvalidRequest`].
+    pub fn parse(der: &[u8]) -> Result<Self, CaError> {
+        if der.len() > MAX_CSR_BYTES {
+            return Err(CaError::InvalidRequest);
+        }
+        let request =
+            CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(der))
+                .map_err(|_| CaError::InvalidRequest)?;
+        let hash = *CaPin::of_spki(&request.public_key.subject_public_key_info()).as_bytes();
+        Ok(Self { key: request.public_key, hash })
+    }
+
+    /// SHA-256 of the key.
+    #[must_use]
+    pub fn key_hash(&self) -> KeyHash {
+        self.hash
+    }
+}
+
+/// The certificate authority of one mesh.
+pub struct CertificateAuthority {
+    mesh: MeshId,
+    issuer: Issuer<'static, KeyPair>,
+    certificate: CertificateDer<'static>,
+    pin: CaPin,
+}
+
+impl CertificateAuthority {
+    /// Loads the authority from `folder`, or makes it there.
+    ///
+    /// # Errors
+    /// If files cannot be read or written, or are damaged. An existing authority is never replaced.
+    pub fn open(folder: &Path, mesh: MeshId, now_ms: i64) -> Result<Self, CaError> {
+        let io = |path: &Path| {
+            let path = path.display().to_string();
+            move |source| CaError::Io { path, source }
+        };
+        durable::create_private_folder(folder).map_err(io(folder))?;
+        let (key_path, certificate_path) = (folder.join("ca.key"), folder.join("ca.crt"));
+        let read = |path: &Path| match fs::read_to_string(path) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(io(path)(error)),
+        };
+        let key = match read(&key_path)? {
+            Some(pem) => KeyPair::from_pem(&pem)?,
+            None => {
+                let key = KeyPair::generate()?;
+                durable::write_file(&key_path, key.serialize_pem().as_bytes(), 0o600)
+                    .map_err(io(&key_path))?;
+                key
+            }
+        };
+        let pin = CaPin::of_spki(&key.subject_public_key_info());
+        let pem = match read(&certificate_path)? {
+            Some(pem) => pem,
+            None => {
+                let pem = ca_params(mesh, now_ms).self_signed(&key)?.pem();
+                durable::write_file(&certificate_path, pem.as_bytes(), 0o644)
+                    .map_err(io(&certificate_path))?;
+                pem
+            }
+        };
+        let certificate = rustls_pki_types::pem::PemObject::from_pem_slice(pem.as_bytes())
+            .map_err(|_| CaError::InvalidRequest)?;
+        let issuer = Issuer::from_ca_cert_der(&certificate, key)?;
+        Ok(Self { mesh, issuer, certificate, pin })
+    }
+
+    /// The mesh it signs for.
+    #[must_use]
+    pub fn mesh(&self) -> MeshId {
+        self.mesh
+    }
+
+    /// Its own certificate.
+    #[must_use]
+    pub fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
+    /// The pin of its key, as it stands in invites.
+    #[must_use]
+    pub fn pin(&self) -> CaPin {
+        self.pin
+    }
+
+    /// Signs a certificate for a node or an operator.
+    ///
+    /// # Errors
+    /// If signing fails.
+    pub fn issue(
+        &self,
+        holder: Holder,
+        request: &CertificateRequest,
+        now_ms: i64,
+    ) -> Result<Issued, CaError> {
+        let life = match &holder {
+            Holder::Operator { role: Role::AgentToken, .. } => NODE_CERTIFICATE_LIFE,
+            Holder::Operator { .. } => OPERATOR_CERTIFICATE_LIFE,
+            Holder::Node(_) | Holder::Hub => NODE_CERTIFICATE_LIFE,
+        };
+        let params = self.leaf_params(holder, life, ExtendedKeyUsagePurpose::ClientAuth, now_ms)?;
+        let der = params.signed_by(&request.key, &self.issuer)?.der().clone();
+        Ok(Issued { der, not_after_ms: now_ms + millis(life) })
+    }
+
+    fn issue_for_hub(&self, now_ms: i64) -> Result<CertifiedKey, CaError> {
+        let key = KeyPair::generate()?;
+        let mut params = self.leaf_params(
+            Holder::Hub,
+            HUB_CERTIFICATE_LIFE,
+            ExtendedKeyUsagePurpose::ServerAuth,
+            now_ms,
+        )?;
+        params.subject_alt_names.push(SanType::DnsName(HUB_SERVER_NAME.try_into()?));
+        let certificate = params.signed_by(&key, &self.issuer)?.der().clone();
+        let key = PrivateKeyDer::try_from(key.serialize_der())
+            .ok()
+            .and_then(|key| any_supported_type(&key).ok())
+            .ok_or(CaError::InvalidRequest)?;
+        // The authority's own certificate goes along: a node that knows only its pin finds it there.
+        Ok(CertifiedKey::new(vec![certificate, self.certificate.clone()], key))
+    }
+
+    fn leaf_params(
+        &self,
+        holder: Holder,
+        life: Duration,
+        usage: ExtendedKeyUsagePurpose,
+        now_ms: i64,
+    ) -> Result<CertificateParams, CaError> {
+        let identity = PeerIdentity { mesh: self.mesh, holder };
+        let mut params = base_params(now_ms, life);
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![usage];
+        params.subject_alt_names = vec![SanType::URI(identity.to_string().try_into()?)];
+        Ok(params)
+    }
+}
+
+/// The pin of the key in an authority's certificate, given as PEM.
+///
+/// # Errors
+/// If this is no certificate.
+pub fn pin_of_certificate(pem: &[u8]) -> Result<CaPin, CaError> {
+    let der: CertificateDer<'static> = rustls_pki_types::pem::PemObject::from_pem_slice(pem)
+        .map_err(|_| CaError::InvalidRequest)?;
+    let (_, certificate) =
+        x509_parser::parse_x509_certificate(&der).map_err(|_| CaError::InvalidRequest)?;
+    Ok(CaPin::of_spki(certificate.public_key().raw))
+}
+
+fn ca_params(mesh: MeshId, now_ms: i64) -> CertificateParams {
+    let mut params = base_params(now_ms, CA_LIFE);
+    params.distinguished_name.push(DnType::CommonName, format!("cortex mesh {mesh}"));
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params
+}
+
+fn base_params(now_ms: i64, life: Duration) -> CertificateParams {
+    let now = rcgen::date_time_ymd(1970, 1, 1)
+        + Duration::from_millis(u64::try_from(now_ms).unwrap_or_default());
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.not_before = now - CLOCK_TOLERANCE;
+    params.not_after = now + life;
+    params.serial_number = Some(SerialNumber::from_slice(&rand::random::<[u8; 16]>()));
+    params.use_authority_key_identifier_extension = true;
+    params
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// Gives the TLS server its certificate, and makes a new one when half of its life is over: a hub
+/// that runs for a year needs no restart for it.
+pub struct HubCertificate {
+    authority: Arc<CertificateAuthority>,
+    clock: fn() -> i64,
+    current: Mutex<(Arc<CertifiedKey>, i64)>,
+}
+
+impl HubCertificate {
+    /// Makes the first certificate.
+    ///
+    /// # Errors
+    /// If signing fails.
+    pub fn new(authority: Arc<CertificateAuthority>, clock: fn() -> i64) -> Result<Self, CaError> {
+        let now = clock();
+        let key = Arc::new(authority.issue_for_hub(now)?);
+        Ok(Self { authority, clock, current: Mutex::new((key, now)) })
+    }
+}
+
+impl std::fmt::Debug for HubCertificate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("HubCertificate")
+    }
+}
+
+impl ResolvesServerCert for HubCertificate {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = (self.clock)();
+        if now - current.1 > millis(HUB_CERTIFICATE_LIFE / 2) {
+            match self.authority.issue_for_hub(now) {
+                Ok(key) => *current = (Arc::new(key), now),
+                Err(error) => tracing::error!(%error, "cannot renew the hub's certificate"),
+            }
+        }
+        Some(Arc::clone(&current.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use cortex_shared::ids::NodeId;
+    use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+    use super::*;
+
+    fn authority() -> (tempfile::TempDir, CertificateAuthority) {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = CertificateAuthority::open(folder.path(), MeshId::new(), 1_000).unwrap();
+        (folder, authority)
+    }
+
+    #[test]
+    fn authority_is_the_same_after_reopening_and_its_key_is_private() {
+        let (folder, first) = authority();
+        let second = CertificateAuthority::open(folder.path(), first.mesh, 9_000).unwrap();
+        assert_eq!(first.pin(), second.pin());
+        assert_eq!(first.certificate(), second.certificate());
+        let mode = fs::metadata(folder.path().join("ca.key")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn nothing_but_the_key_of_a_hostile_request_is_used() {
+        let (_folder, authority) = authority();
+        let key = KeyPair::generate().unwrap();
+        let mut wish = CertificateParams::new(vec!["hub.cortex.internal".to_owned()]).unwrap();
+        wish.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        wish.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let request = wish.serialize_request(&key).unwrap();
+        let request = CertificateRequest::parse(request.der()).unwrap();
+        let node = NodeId::new();
+        let issued = authority.issue(Holder::Node(node), &request, 0).unwrap();
+        let (_, certificate) = X509Certificate::from_der(&issued.der).unwrap();
+        assert!(!certificate.is_ca());
+        let usage = certificate.extended_key_usage().unwrap().unwrap().value;
+        assert!(usage.client_auth && !usage.server_auth && !usage.any);
+        let names = &certificate.subject_alternative_name().unwrap().unwrap().value.general_names;
+        let expected = PeerIdentity { mesh: authority.mesh, holder: Holder::Node(node) };
+        assert_eq!(names.len(), 1);
+        assert_eq!(names[0].to_string(), format!("URI({expected})"));
+    }
+
+    #[test]
+    fn rubbish_is_no_request() {
+        for der in [&b""[..], b"x", &[0x30; 5000]] {
+            assert!(matches!(CertificateRequest::parse(der), Err(CaError::InvalidRequest)));
+        }
+    }
+}

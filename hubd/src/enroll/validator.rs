@@ -1,0 +1,169 @@
+//! Validates joins and logins away from the connections they arrive on.
+//!
+//! Redeeming an invite needs the store, and the store may be slow. So a request takes one of a
+//! bounded number of places, or is told at once to come back; its redemption runs as a task of its
+//! own to its end, even if the caller hangs up; and the caller waits for a bounded time. Nothing
+//! else of the hub waits here: sessions, reconnects and commands do not pass this way.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cortex_shared::clock::unix_ms;
+use cortex_shared::ids::NodeId;
+use cortex_shared::labels::Labels;
+use cortex_shared::peer::Holder;
+use cortex_shared::policy::Mode;
+use cortex_shared::secret::InviteToken;
+use cortex_shared::tasks::TaskScope;
+use tokio::sync::{Semaphore, oneshot};
+
+use super::ca::{CaError, CertificateAuthority, CertificateRequest, Issued};
+use crate::node::membership::Membership;
+use crate::node::registry::Registry;
+use crate::store::{
+    Facts, Node, NodeRedemption, Operator, OperatorRedemption, RedeemRefusal, Store, StoreError,
+};
+
+/// A request to become a node, checked for form.
+pub struct JoinRequest {
+    /// The invite.
+    pub token: InviteToken,
+    /// The key to certify.
+    pub certificate: CertificateRequest,
+    /// Wanted name, valid or empty.
+    pub name: String,
+    /// The node's own labels.
+    pub labels: Labels,
+    /// The node's own ceiling.
+    pub ceiling: Mode,
+    /// The node's machine.
+    pub facts: Facts,
+}
+
+/// Why nobody was admitted.
+#[derive(Debug, thiserror::Error)]
+pub enum EnrollError {
+    /// The invite does not admit this caller.
+    #[error(transparent)]
+    Refused(#[from] RedeemRefusal),
+    /// All places are taken.
+    #[error("too many joins are waiting")]
+    Busy,
+    /// The store did not answer in time; the redemption goes on, and a retry finds its result.
+    #[error("the hub's store did not answer in time")]
+    Deadline,
+    /// The store failed.
+    #[error("the hub's store failed")]
+    Store(#[from] StoreError),
+    /// The certificate could not be made.
+    #[error("the certificate could not be made")]
+    Certificate(#[from] CaError),
+}
+
+/// See the module.
+pub struct Validator {
+    places: Arc<Semaphore>,
+    deadline: Duration,
+    store: Arc<dyn Store>,
+    authority: Arc<CertificateAuthority>,
+    registry: Arc<Registry>,
+    membership: Arc<Membership>,
+    scope: TaskScope,
+}
+
+impl Validator {
+    /// A validator with `places` requests at a time and `deadline` for each.
+    #[must_use]
+    pub fn new(
+        places: usize,
+        deadline: Duration,
+        store: Arc<dyn Store>,
+        authority: Arc<CertificateAuthority>,
+        registry: Arc<Registry>,
+        membership: Arc<Membership>,
+        scope: TaskScope,
+    ) -> Self {
+        let places = Arc::new(Semaphore::new(places));
+        Self { places, deadline, store, authority, registry, membership, scope }
+    }
+
+    /// Admits a node.
+    ///
+    /// # Errors
+    /// See [`EnrollError`]. After [`EnrollError::Deadline`] the same request may succeed.
+    pub async fn join_node(&self, request: JoinRequest) -> Result<(Node, Issued), EnrollError> {
+        let redemption = NodeRedemption {
+            invite: request.token.id().clone(),
+            secret_hash: request.token.secret_hash(),
+            key: request.certificate.key_hash(),
+            new_id: NodeId::new(),
+            wanted_name: request.name,
+            labels: request.labels,
+            ceiling: request.ceiling,
+            facts: request.facts,
+            now_ms: unix_ms(),
+        };
+        let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.registry));
+        let membership = Arc::clone(&self.membership);
+        let node = self
+            .detached(async move {
+                let node = store.redeem_node(redemption).await??;
+                // The invite may have made it a member; what is known in memory follows the store.
+                membership.reload(&*store).await?;
+                registry.add(node.clone());
+                Ok::<_, EnrollError>(node)
+            })
+            .await?;
+        let issued =
+            self.authority.issue(Holder::Node(node.id), &request.certificate, unix_ms())?;
+        tracing::info!(node = %node.name, id = %node.id, invite = %request.token.id(), "node joined");
+        Ok((node, issued))
+    }
+
+    /// Logs an operator in.
+    ///
+    /// # Errors
+    /// As [`Validator::join_node`].
+    pub async fn login_operator(
+        &self,
+        token: &InviteToken,
+        certificate: &CertificateRequest,
+    ) -> Result<(Operator, Issued), EnrollError> {
+        let redemption = OperatorRedemption {
+            invite: token.id().clone(),
+            secret_hash: token.secret_hash(),
+            key: certificate.key_hash(),
+            now_ms: unix_ms(),
+        };
+        let store = Arc::clone(&self.store);
+        let operator = self
+            .detached(
+                async move { Ok::<_, EnrollError>(store.redeem_operator(redemption).await??) },
+            )
+            .await?;
+        let holder = Holder::Operator { name: operator.name.clone(), role: operator.role };
+        let issued = self.authority.issue(holder, certificate, unix_ms())?;
+        tracing::info!(operator = %operator.name, role = %operator.role, "operator logged in");
+        Ok((operator, issued))
+    }
+
+    async fn detached<T, F>(&self, work: F) -> Result<T, EnrollError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, EnrollError>> + Send + 'static,
+    {
+        let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| EnrollError::Busy)?;
+        let (done, result) = oneshot::channel();
+        self.scope.spawn("enroll", async move {
+            let result = work.await;
+            drop(place);
+            // A caller that hung up finds the result when it comes back.
+            done.send(result).ok();
+        });
+        match tokio::time::timeout(self.deadline, result).await {
+            Err(_) => Err(EnrollError::Deadline),
+            Ok(Err(_)) => Err(EnrollError::Store(StoreError::Closed)),
+            Ok(Ok(result)) => result,
+        }
+    }
+}

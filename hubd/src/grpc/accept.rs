@@ -1,0 +1,262 @@
+//! Accepting connections: TCP with TLS 1.3 and optional client certificates, and the
+//! administration socket.
+//!
+//! Every connection is shaken hands with in a task of its own, so that a slow or silent one delays
+//! only itself; how many may be at it at once is bounded, and so is the time each has.
+
+use std::io;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use cortex_shared::ids::MeshId;
+use cortex_shared::peer::PeerIdentity;
+use cortex_shared::tasks::TaskScope;
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::{RootCertStore, ServerConfig};
+use rustls_pki_types::CertificateDer;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_rustls::TlsAcceptor;
+use tonic::transport::server::Connected;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use super::auth::Peer;
+use crate::enroll::ca::{CertificateAuthority, HubCertificate};
+
+/// Handshakes under way at once; more wait in the kernel's queue.
+const MAX_HANDSHAKES: usize = 512;
+/// Time a handshake may take.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+/// Connections that are ready but not yet taken by the server.
+const READY: usize = 64;
+
+/// The server side of TLS: version 1.3 only, certificates of this mesh only, no resumption (it
+/// would skip the check of client certificates, and so of revocation).
+///
+/// # Errors
+/// If rustls refuses the configuration.
+pub fn tls_config(
+    authority: &CertificateAuthority,
+    certificate: HubCertificate,
+) -> Result<ServerConfig, rustls::Error> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut roots = RootCertStore::empty();
+    roots.add(authority.certificate().clone())?;
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+            .allow_unauthenticated()
+            .build()
+            .map_err(|error| rustls::Error::General(error.to_string()))?;
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(Arc::new(certificate));
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+/// The holder of a client certificate that TLS has accepted. Anything that this mesh would not
+/// have issued (an authority, another usage, no or several names) is nobody.
+fn identity_of(certificate: &CertificateDer<'_>, mesh: MeshId) -> Option<(PeerIdentity, i64)> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+    let usage = certificate.extended_key_usage().ok()??.value;
+    let exact_usage = usage.client_auth && !usage.any && !usage.server_auth;
+    if certificate.is_ca() || !exact_usage {
+        return None;
+    }
+    let names = &certificate.subject_alternative_name().ok()??.value.general_names;
+    let [GeneralName::URI(uri)] = names.as_slice() else { return None };
+    let identity: PeerIdentity = uri.parse().ok()?;
+    let not_after_ms = certificate.validity().not_after.timestamp().saturating_mul(1000);
+    (identity.mesh == mesh).then_some((identity, not_after_ms))
+}
+
+/// A connection whose other end is known as well as it will be.
+pub struct PeerStream {
+    stream: Box<dyn Stream>,
+    peer: Peer,
+}
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+impl Connected for PeerStream {
+    type ConnectInfo = Peer;
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for PeerStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for PeerStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffers: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, buffers)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+/// Connections as the server takes them. Closed when accepting ends.
+pub type Incoming = mpsc::Receiver<io::Result<PeerStream>>;
+
+/// Accepts TLS connections until the scope is cancelled.
+#[must_use]
+pub fn accept_tls(
+    listener: TcpListener,
+    config: ServerConfig,
+    mesh: MeshId,
+    scope: &TaskScope,
+) -> Incoming {
+    let (ready, incoming) = mpsc::channel(READY);
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let places = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let (own_scope, cancel) = (scope.clone(), scope.token().clone());
+    scope.spawn("accept", async move {
+        loop {
+            let place = tokio::select! {
+                () = cancel.cancelled() => return,
+                place = Arc::clone(&places).acquire_owned() => place,
+            };
+            let accepted = tokio::select! {
+                () = cancel.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            let (tcp, address) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    pause_after(&error).await;
+                    continue;
+                }
+            };
+            let (acceptor, ready) = (acceptor.clone(), ready.clone());
+            own_scope.spawn("handshake", async move {
+                // Small frames must not wait for more: latency is what people feel.
+                tcp.set_nodelay(true).ok();
+                let tls = match tokio::time::timeout(HANDSHAKE_DEADLINE, acceptor.accept(tcp)).await
+                {
+                    Ok(Ok(tls)) => tls,
+                    Ok(Err(error)) => {
+                        tracing::debug!(%address, %error, "handshake failed");
+                        return;
+                    }
+                    Err(_) => {
+                        tracing::debug!(%address, "handshake took too long");
+                        return;
+                    }
+                };
+                let peer = match tls.get_ref().1.peer_certificates() {
+                    None | Some([]) => Peer::Anonymous(address),
+                    Some([leaf, ..]) => match identity_of(leaf, mesh) {
+                        Some((identity, not_after_ms)) => {
+                            Peer::Certified { address, identity, not_after_ms }
+                        }
+                        None => {
+                            tracing::warn!(%address, "certificate names nobody of this mesh");
+                            return;
+                        }
+                    },
+                };
+                drop(place);
+                // The server is gone: so is the reason for this connection.
+                ready.send(Ok(PeerStream { stream: Box::new(tls), peer })).await.ok();
+            });
+        }
+    });
+    incoming
+}
+
+/// Accepts connections of root and of the hub's own user on the administration socket.
+#[must_use]
+pub fn accept_local(listener: UnixListener, scope: &TaskScope) -> Incoming {
+    let (ready, incoming) = mpsc::channel(READY);
+    let cancel = scope.token().clone();
+    let own_uid = rustix::process::geteuid().as_raw();
+    scope.spawn("accept local", async move {
+        loop {
+            let accepted = tokio::select! {
+                () = cancel.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, _)) => match local_uid(&stream) {
+                    Some(uid) if uid == 0 || uid == own_uid => {
+                        let peer = Peer::Local { uid };
+                        if ready
+                            .send(Ok(PeerStream { stream: Box::new(stream), peer }))
+                            .await
+                            .is_err()
+                        {
+                            return;
+                        }
+                    }
+                    uid => tracing::warn!(?uid, "administration refused"),
+                },
+                Err(error) => pause_after(&error).await,
+            }
+        }
+    });
+    incoming
+}
+
+fn local_uid(stream: &UnixStream) -> Option<u32> {
+    stream.peer_cred().ok().map(|credentials| credentials.uid())
+}
+
+/// Out of descriptors or memory: accepting again at once would only burn the processor.
+async fn pause_after(error: &io::Error) {
+    tracing::warn!(%error, "cannot accept a connection");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+/// Binds the administration socket, mode 0600; a leftover of a hub that died is replaced. The
+/// caller holds the lock of the data directory, so no living hub listens there.
+///
+/// # Errors
+/// Those of the file system.
+pub fn bind_local(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+    Ok(listener)
+}

@@ -1,0 +1,217 @@
+//! From messages to domain types, checked once.
+
+use cortex_proto::v1;
+use cortex_shared::ids::WorkspaceId;
+use cortex_shared::labels::{self, Labels};
+use cortex_shared::policy::Mode;
+use cortex_shared::secret::InviteToken;
+use tonic::{Code, Status};
+
+use super::status::{invalid, refuse};
+use crate::enroll::ca::CertificateRequest;
+use crate::enroll::validator::JoinRequest;
+use crate::store::Facts;
+
+/// Longest text a node may say of itself in one field.
+const MAX_FACT_BYTES: usize = 256;
+/// Longest single argument or variable.
+const MAX_ARGUMENT_BYTES: usize = 64 * 1024;
+/// All arguments and variables together.
+const MAX_ARGUMENTS_BYTES: usize = 1024 * 1024;
+/// Longest script.
+const MAX_SCRIPT_BYTES: usize = 4 * 1024 * 1024;
+/// Longest command line in the journal.
+const MAX_SHOWN_COMMAND_BYTES: usize = 1024;
+
+/// A mode on the wire; anything unknown is strict.
+#[must_use]
+pub fn mode(value: i32) -> Mode {
+    match v1::Mode::try_from(value) {
+        Ok(v1::Mode::Permissive) => Mode::Permissive,
+        Ok(v1::Mode::Strict) | Err(_) => Mode::Strict,
+    }
+}
+
+/// A mode for the wire.
+#[must_use]
+pub fn wire_mode(mode: Mode) -> v1::Mode {
+    match mode {
+        Mode::Strict => v1::Mode::Strict,
+        Mode::Permissive => v1::Mode::Permissive,
+    }
+}
+
+/// An invite token.
+///
+/// # Errors
+/// `invalid_token`, as for one that is well formed but wrong.
+pub fn token(text: &str) -> Result<InviteToken, Status> {
+    if text.len() > 128 {
+        return Err(refuse(Code::PermissionDenied, "invalid_token", "not an invite token"));
+    }
+    text.parse().map_err(|error: cortex_shared::secret::InvalidToken| {
+        refuse(Code::PermissionDenied, "invalid_token", error.to_string())
+    })
+}
+
+/// A certificate request.
+///
+/// # Errors
+/// If it is none.
+pub fn certificate_request(der: &[u8]) -> Result<CertificateRequest, Status> {
+    CertificateRequest::parse(der).map_err(|error| invalid(error.to_string()))
+}
+
+/// Labels.
+///
+/// # Errors
+/// If one is invalid or there are too many.
+pub fn checked_labels(labels: std::collections::HashMap<String, String>) -> Result<Labels, Status> {
+    labels::check_labels(&labels).map_err(|error| invalid(error.to_string()))?;
+    Ok(labels.into_iter().collect())
+}
+
+/// A name of a node, workspace or operator.
+///
+/// # Errors
+/// If it is not valid.
+pub fn name(name: String) -> Result<String, Status> {
+    labels::check_name(&name).map_err(|error| invalid(error.to_string()))?;
+    Ok(name)
+}
+
+fn fact(text: String) -> Result<String, Status> {
+    if text.len() > MAX_FACT_BYTES || text.chars().any(char::is_control) {
+        return Err(invalid("a text about the machine is too long or holds control characters"));
+    }
+    Ok(text)
+}
+
+/// What a node says of itself.
+///
+/// # Errors
+/// If a text is too long.
+pub fn facts(
+    hostname: String,
+    os: String,
+    arch: String,
+    agent_version: String,
+) -> Result<Facts, Status> {
+    Ok(Facts {
+        hostname: fact(hostname)?,
+        os: fact(os)?,
+        arch: fact(arch)?,
+        agent_version: fact(agent_version)?,
+    })
+}
+
+/// A request to join.
+///
+/// # Errors
+/// The first thing that is not valid.
+pub fn join_request(request: v1::JoinNodeRequest) -> Result<JoinRequest, Status> {
+    let token = token(&request.token)?;
+    Ok(JoinRequest {
+        token,
+        certificate: certificate_request(&request.csr_der)?,
+        name: if request.name.is_empty() { String::new() } else { name(request.name)? },
+        labels: checked_labels(request.labels)?,
+        ceiling: mode(request.ceiling),
+        facts: facts(request.hostname, request.os, request.arch, request.agent_version)?,
+    })
+}
+
+/// A workspace id.
+///
+/// # Errors
+/// If it is none.
+pub fn workspace_id(bytes: &[u8]) -> Result<WorkspaceId, Status> {
+    WorkspaceId::from_slice(bytes).map_err(|error| invalid(error.to_string()))
+}
+
+/// Checks the limits of a command. It travels on as it came: only the node opens it.
+///
+/// # Errors
+/// If there is no command, or one of its parts is too large.
+pub fn check_task_spec(spec: &v1::TaskSpec) -> Result<(), Status> {
+    if spec.argv.is_empty() == spec.script.is_empty() {
+        return Err(invalid("a command is either arguments or a script, and not empty"));
+    }
+    if spec.script.len() > MAX_SCRIPT_BYTES {
+        return Err(invalid(format!("the script is larger than {MAX_SCRIPT_BYTES} bytes")));
+    }
+    let variables = spec.env.iter().flat_map(|variable| [&variable.name, &variable.value]);
+    let mut total = 0;
+    for part in spec.argv.iter().chain(variables).chain([&spec.cwd]) {
+        if part.len() > MAX_ARGUMENT_BYTES {
+            return Err(invalid(format!(
+                "an argument or variable is larger than {MAX_ARGUMENT_BYTES} bytes"
+            )));
+        }
+        if part.contains(&0) {
+            return Err(invalid("an argument or variable holds a NUL byte"));
+        }
+        total += part.len() + 1;
+    }
+    if total > MAX_ARGUMENTS_BYTES {
+        return Err(invalid(format!(
+            "arguments and variables are larger than {MAX_ARGUMENTS_BYTES} bytes together"
+        )));
+    }
+    if spec.env.iter().any(|v| v.name.is_empty() || v.name.contains(&b'=')) {
+        return Err(invalid("a variable's name is empty or holds '='"));
+    }
+    Ok(())
+}
+
+/// A command as it stands in the journal.
+#[must_use]
+pub fn shown_command(spec: &v1::TaskSpec) -> String {
+    let mut shown = if spec.argv.is_empty() {
+        String::from_utf8_lossy(&spec.script[..spec.script.len().min(MAX_SHOWN_COMMAND_BYTES)])
+            .into_owned()
+    } else {
+        let arguments: Vec<_> = spec.argv.iter().map(|a| String::from_utf8_lossy(a)).collect();
+        arguments.join(" ")
+    };
+    let mut end = shown.len().min(MAX_SHOWN_COMMAND_BYTES);
+    while !shown.is_char_boundary(end) {
+        end -= 1;
+    }
+    shown.truncate(end);
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_modes_are_strict() {
+        assert_eq!(mode(1), Mode::Permissive);
+        for value in [0, 2, -1, i32::MAX] {
+            assert_eq!(mode(value), Mode::Strict);
+        }
+    }
+
+    #[test]
+    fn commands_are_limited() {
+        let spec = |argv: Vec<Vec<u8>>| v1::TaskSpec {
+            argv: argv.into_iter().map(Into::into).collect(),
+            ..Default::default()
+        };
+        assert!(check_task_spec(&spec(vec![b"true".to_vec()])).is_ok());
+        assert!(check_task_spec(&spec(vec![])).is_err());
+        assert!(check_task_spec(&spec(vec![b"a\0b".to_vec()])).is_err());
+        assert!(check_task_spec(&spec(vec![vec![b'x'; MAX_ARGUMENT_BYTES + 1]])).is_err());
+        assert!(check_task_spec(&spec(vec![vec![b'x'; MAX_ARGUMENT_BYTES]; 17])).is_err());
+        let both = v1::TaskSpec { script: "true".into(), ..spec(vec![b"true".to_vec()]) };
+        assert!(check_task_spec(&both).is_err());
+    }
+
+    #[test]
+    fn long_commands_are_cut_between_characters() {
+        let spec = v1::TaskSpec { script: "ä".repeat(2000).into(), ..Default::default() };
+        assert!(shown_command(&spec).len() <= MAX_SHOWN_COMMAND_BYTES + 2);
+    }
+}

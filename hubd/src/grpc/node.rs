@@ -1,0 +1,222 @@
+//! The Node service: sessions and the streams of running tasks.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cortex_proto::v1::node_server::Node;
+use cortex_proto::v1::{
+    Credit, HubFrame, NodeFrame, RequestAttachRequest, RequestAttachResponse, Signal, Stdin,
+    TaskIoDown, TaskIoUp, Welcome, hub_frame, node_frame, task_io_down, task_io_up,
+};
+use cortex_shared::clock::unix_ms;
+use cortex_shared::ids::TaskId;
+use cortex_shared::tasks::TaskScope;
+use futures_util::{Stream, StreamExt as _, stream};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use super::auth::{AdmittedNode, admitted};
+use super::convert;
+use super::status::{from_store, invalid, refuse, with_hint};
+use crate::node::registry::Registry;
+use crate::node::session::{self, SessionGuard};
+use crate::sync::members::Members;
+use crate::task::mailbox;
+use crate::task::relay::{Relay, Task};
+
+/// Time a node has to send its first frame on a stream.
+const FIRST_FRAME: Duration = Duration::from_secs(10);
+
+/// See the module.
+pub struct NodeService {
+    /// Who is known and connected.
+    pub registry: Arc<Registry>,
+    /// Running tasks.
+    pub relay: Arc<Relay>,
+    /// Workspaces and their members.
+    pub members: Arc<Members>,
+    /// Owns the session tasks.
+    pub scope: TaskScope,
+    /// Interval told to nodes.
+    pub heartbeat: Duration,
+}
+
+type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+async fn first_frame<T>(inbound: &mut Streaming<T>) -> Result<T, Status> {
+    match tokio::time::timeout(FIRST_FRAME, inbound.message()).await {
+        Ok(Ok(Some(frame))) => Ok(frame),
+        Ok(Ok(None)) => Err(invalid("the stream ended before its first frame")),
+        Ok(Err(status)) => Err(status),
+        Err(_) => Err(refuse(Code::DeadlineExceeded, "no_first_frame", "no first frame in time")),
+    }
+}
+
+#[tonic::async_trait]
+impl Node for NodeService {
+    type LinkStream = BoxStream<HubFrame>;
+    type TaskIoStream = BoxStream<TaskIoDown>;
+
+    async fn link(
+        &self,
+        request: Request<Streaming<NodeFrame>>,
+    ) -> Result<Response<Self::LinkStream>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let mut inbound = request.into_inner();
+        let Some(node_frame::Frame::Hello(hello)) = first_frame(&mut inbound).await?.frame else {
+            return Err(invalid("the first frame of a session is Hello"));
+        };
+        let facts = convert::facts(hello.hostname, hello.os, hello.arch, hello.agent_version)?;
+        let ceiling = convert::mode(hello.ceiling);
+        let cancel = self.scope.token().child_token();
+        let (ends, node) = self
+            .registry
+            .begin_session(node_id, facts, ceiling, hello.sandbox, cancel)
+            .ok_or_else(|| {
+                with_hint(
+                    refuse(
+                        Code::PermissionDenied,
+                        "node_unknown",
+                        "this node is revoked or unknown",
+                    ),
+                    "ask an administrator for a new invite",
+                )
+            })?;
+        let guard = SessionGuard::new(
+            ends.handle.clone(),
+            Arc::clone(&self.registry),
+            Arc::clone(&self.relay),
+        );
+        let welcome = hub_frame::Frame::Welcome(Welcome {
+            session_id: ends.handle.id.as_bytes().to_vec().into(),
+            epoch: ends.handle.epoch,
+            name: node.name.clone(),
+            heartbeat_interval_ms: u64::try_from(self.heartbeat.as_millis()).unwrap_or(u64::MAX),
+            hub_time_ms: unix_ms(),
+            policy: convert::wire_mode(node.policy).into(),
+            hub_version: env!("CARGO_PKG_VERSION").to_owned(),
+        });
+        // The queue is empty: these two fit.
+        ends.handle.send(welcome).ok();
+        self.members.send_memberships(node_id).await;
+        tracing::info!(node = %node.name, id = %node_id, session = %ends.handle.id, "node connected");
+        let (cancel, heartbeat) = (ends.cancel.clone(), self.heartbeat);
+        self.scope.spawn("session", async move {
+            session::run(guard, inbound, cancel, heartbeat).await;
+        });
+        // What is queued is still sent after the session was ended: the reason is among it.
+        let end = ends.cancel.cancelled_owned();
+        let frames = ReceiverStream::new(ends.outbox).map(Ok);
+        let outbound = stream_until(frames, end);
+        Ok(Response::new(Box::pin(outbound)))
+    }
+
+    async fn task_io(
+        &self,
+        request: Request<Streaming<TaskIoUp>>,
+    ) -> Result<Response<Self::TaskIoStream>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let mut inbound = request.into_inner();
+        let Some(task_io_up::Frame::Hello(hello)) = first_frame(&mut inbound).await?.frame else {
+            return Err(invalid("the first frame of a task is TaskIoHello"));
+        };
+        let id = TaskId::from_slice(&hello.task_id).map_err(|e| invalid(e.to_string()))?;
+        let task = self.relay.attach(node_id, id).ok_or_else(|| {
+            refuse(Code::NotFound, "task_unknown", "no such task waits for this node")
+        })?;
+        let (relay, reading) = (Arc::clone(&self.relay), Arc::clone(&task));
+        self.scope.spawn("task output", async move {
+            // Never waits for the reader: the mailbox takes everything that credit allows.
+            while let Some(Ok(frame)) = inbound.next().await {
+                let more = frame.frame.is_none_or(|frame| relay.node_frame(&reading, frame));
+                if !more {
+                    return;
+                }
+            }
+            relay.stream_ended(&reading);
+        });
+        let outbound = stream::unfold(task, |task: Arc<Task>| async move {
+            let frame = match task.to_node.next().await? {
+                mailbox::NodeFrame::Signal(number) => {
+                    task_io_down::Frame::Signal(Signal { number })
+                }
+                mailbox::NodeFrame::Resize(size) => task_io_down::Frame::Resize(size),
+                mailbox::NodeFrame::Credit(bytes) => task_io_down::Frame::Credit(Credit { bytes }),
+                mailbox::NodeFrame::Stdin(data, end) => {
+                    task_io_down::Frame::Stdin(Stdin { data, end })
+                }
+            };
+            Some((Ok(TaskIoDown { frame: Some(frame) }), task))
+        });
+        Ok(Response::new(Box::pin(outbound)))
+    }
+
+    async fn request_attach(
+        &self,
+        request: Request<RequestAttachRequest>,
+    ) -> Result<Response<RequestAttachResponse>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let name = request.into_inner().workspace;
+        // The same answer for a workspace that does not exist: a node learns nothing of others'.
+        let workspace = self.members.membership.by_name(&name);
+        match workspace.filter(|w| w.members.contains(&node_id)) {
+            Some(workspace) => Ok(Response::new(RequestAttachResponse {
+                workspace_id: workspace.id.as_bytes().to_vec().into(),
+            })),
+            None => Err(with_hint(
+                refuse(
+                    Code::PermissionDenied,
+                    "not_a_member",
+                    format!("this node may not have the workspace {name:?}"),
+                ),
+                &format!(
+                    "an operator can grant it: cortex-agent workspace attach {name} --node NODE"
+                ),
+            )),
+        }
+    }
+
+    async fn request_detach(
+        &self,
+        request: Request<RequestAttachRequest>,
+    ) -> Result<Response<RequestAttachResponse>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let name = request.into_inner().workspace;
+        let workspace = self
+            .members
+            .membership
+            .by_name(&name)
+            .filter(|w| w.members.contains(&node_id))
+            .ok_or_else(|| {
+                refuse(Code::NotFound, "not_a_member", format!("not a member of {name:?}"))
+            })?;
+        self.members.detach(workspace.id, node_id).await.map_err(from_store)?;
+        Ok(Response::new(RequestAttachResponse {
+            workspace_id: workspace.id.as_bytes().to_vec().into(),
+        }))
+    }
+}
+
+/// Passes a stream on until `end`, and then only what is ready at once.
+fn stream_until<S: Stream + Unpin>(
+    frames: S,
+    end: impl Future<Output = ()>,
+) -> impl Stream<Item = S::Item> {
+    let end = Box::pin(end);
+    stream::unfold((frames, end, false), |(mut frames, mut end, mut ended)| async move {
+        let item = if ended {
+            futures_util::FutureExt::now_or_never(frames.next()).flatten()
+        } else {
+            tokio::select! {
+                biased;
+                item = frames.next() => item,
+                () = &mut end => {
+                    ended = true;
+                    futures_util::FutureExt::now_or_never(frames.next()).flatten()
+                }
+            }
+        };
+        item.map(|item| (item, (frames, end, ended)))
+    })
+}

@@ -1,0 +1,142 @@
+//! How refusals look to a caller: a gRPC code, a text, a stable word and, where there is one, the
+//! command that helps. Internal errors get an id that also stands in the log, and nothing else.
+
+use std::time::Duration;
+
+use cortex_proto::{CODE_TRAILER, HINT_TRAILER, RETRY_AFTER_TRAILER};
+use tonic::metadata::MetadataValue;
+use tonic::{Code, Status};
+
+use crate::enroll::validator::EnrollError;
+use crate::node::registry::{NodeLookup, SessionEnded};
+use crate::store::{RedeemRefusal, StoreError};
+
+/// A refusal with its stable word.
+pub fn refuse(code: Code, word: &'static str, text: impl Into<String>) -> Status {
+    let mut status = Status::new(code, text);
+    status.metadata_mut().insert(CODE_TRAILER, MetadataValue::from_static(word));
+    status
+}
+
+/// Adds the command that helps.
+pub fn with_hint(mut status: Status, hint: &str) -> Status {
+    // A hint that cannot stand in a trailer (a name that is not ASCII) is left out.
+    if let Ok(value) = MetadataValue::try_from(hint) {
+        status.metadata_mut().insert(HINT_TRAILER, value);
+    }
+    status
+}
+
+/// Adds the time after which a repetition may succeed.
+pub fn with_retry_after(mut status: Status, after: Duration) -> Status {
+    let value = MetadataValue::from(u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
+    status.metadata_mut().insert(RETRY_AFTER_TRAILER, value);
+    status
+}
+
+/// Something the caller sent is not what the protocol allows.
+pub fn invalid(text: impl Into<String>) -> Status {
+    refuse(Code::InvalidArgument, "invalid_argument", text)
+}
+
+/// An error of the hub's own: the caller gets an id, the log gets the chain.
+pub fn internal(error: &(dyn std::error::Error + 'static)) -> Status {
+    let id = format!("{:08x}", rand::random::<u32>());
+    let mut chain = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        chain.push_str(": ");
+        chain.push_str(&error.to_string());
+        source = error.source();
+    }
+    tracing::error!(error_id = %id, error = %chain, "internal error");
+    refuse(Code::Internal, "internal", format!("the hub failed (error id {id})"))
+}
+
+/// How errors of the store look to a caller.
+pub fn from_store(error: StoreError) -> Status {
+    match &error {
+        StoreError::Exists { .. } => {
+            refuse(Code::AlreadyExists, "already_exists", error.to_string())
+        }
+        StoreError::NotFound { .. } => refuse(Code::NotFound, "not_found", error.to_string()),
+        StoreError::Closed => {
+            refuse(Code::Unavailable, "shutting_down", "the hub is shutting down")
+        }
+        StoreError::Engine(_)
+        | StoreError::Corrupt { .. }
+        | StoreError::TooNew { .. }
+        | StoreError::CommitFailed { .. } => internal(&error),
+    }
+}
+
+/// How a refused join or login looks to a caller.
+pub fn from_enroll(error: EnrollError) -> Status {
+    let ask = "ask an administrator for a new one: cortex-hubd invite create";
+    match error {
+        EnrollError::Refused(refusal) => {
+            let text = refusal.to_string();
+            match refusal {
+                RedeemRefusal::Unknown => {
+                    with_hint(refuse(Code::PermissionDenied, "invalid_token", text), ask)
+                }
+                RedeemRefusal::Expired => {
+                    with_hint(refuse(Code::PermissionDenied, "invite_expired", text), ask)
+                }
+                RedeemRefusal::UsedUp => {
+                    with_hint(refuse(Code::PermissionDenied, "invite_used_up", text), ask)
+                }
+                RedeemRefusal::Revoked => {
+                    with_hint(refuse(Code::PermissionDenied, "invite_revoked", text), ask)
+                }
+                RedeemRefusal::NameNotAllowed { .. } => with_hint(
+                    refuse(Code::PermissionDenied, "name_not_allowed", text),
+                    "choose another name with --name",
+                ),
+                RedeemRefusal::NameTaken { .. } => with_hint(
+                    refuse(Code::AlreadyExists, "name_taken", text),
+                    "choose another name with --name",
+                ),
+            }
+        }
+        EnrollError::Busy => with_retry_after(
+            refuse(Code::ResourceExhausted, "busy", error.to_string()),
+            // Spread over a second or two: everyone turned away at once must not return at once.
+            Duration::from_millis(500 + u64::from(rand::random::<u16>() % 2000)),
+        ),
+        EnrollError::Deadline => with_retry_after(
+            refuse(Code::Unavailable, "store_slow", error.to_string()),
+            Duration::from_secs(2),
+        ),
+        EnrollError::Store(error) => from_store(error),
+        EnrollError::Certificate(error) => internal(&error),
+    }
+}
+
+/// How a name that leads to no node looks to a caller.
+pub fn from_lookup(error: NodeLookup) -> Status {
+    let status = refuse(Code::NotFound, "node_not_found", error.to_string());
+    match error {
+        NodeLookup::Unknown { similar: Some(name), .. } => {
+            with_hint(status, &format!("did you mean {name:?}?"))
+        }
+        NodeLookup::Unknown { similar: None, .. } => {
+            with_hint(status, "list the nodes: cortex-agent node list")
+        }
+        NodeLookup::Ambiguous { .. } => with_hint(status, "give more characters, or the name"),
+    }
+}
+
+/// The node is known, but not connected.
+pub fn offline(name: &str) -> Status {
+    with_hint(
+        refuse(Code::Unavailable, "node_offline", format!("node {name:?} is offline")),
+        "see when it was last seen: cortex-agent node list --offline",
+    )
+}
+
+impl From<SessionEnded> for Box<Status> {
+    fn from(error: SessionEnded) -> Self {
+        Box::new(refuse(Code::Unavailable, "node_offline", error.to_string()))
+    }
+}

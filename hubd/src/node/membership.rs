@@ -1,0 +1,123 @@
+//! Which nodes are members of which workspaces: the store's record, held in memory so that no
+//! handler of a live session asks the store.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Mutex, PoisonError};
+
+use cortex_shared::clock::unix_ms;
+use cortex_shared::ids::{NodeId, WorkspaceId};
+
+use crate::store::{Store, StoreError, Workspace};
+
+/// All workspaces and their members. Changes reach the store first, and memory after that.
+#[derive(Default)]
+pub struct Membership {
+    workspaces: Mutex<HashMap<WorkspaceId, Workspace>>,
+}
+
+impl Membership {
+    /// Reads everything from the store.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn reload(&self, store: &dyn Store) -> Result<(), StoreError> {
+        let workspaces =
+            store.workspaces().await?.into_iter().map(|w| (w.id, w)).collect::<HashMap<_, _>>();
+        *self.lock() = workspaces;
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<WorkspaceId, Workspace>> {
+        self.workspaces.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All workspaces by name.
+    #[must_use]
+    pub fn all(&self) -> Vec<Workspace> {
+        let mut all: Vec<_> = self.lock().values().cloned().collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
+    }
+
+    /// The workspace of this name.
+    #[must_use]
+    pub fn by_name(&self, name: &str) -> Option<Workspace> {
+        self.lock().values().find(|w| w.name == name).cloned()
+    }
+
+    /// The workspaces this node is a member of, by name.
+    #[must_use]
+    pub fn of_node(&self, node: NodeId) -> Vec<Workspace> {
+        let mut all = self.all();
+        all.retain(|w| w.members.contains(&node));
+        all
+    }
+
+    /// Whether a node is a member of a workspace.
+    #[must_use]
+    pub fn is_member(&self, node: NodeId, workspace: WorkspaceId) -> bool {
+        self.lock().get(&workspace).is_some_and(|w| w.members.contains(&node))
+    }
+
+    /// The name of a workspace.
+    #[must_use]
+    pub fn name_of(&self, workspace: WorkspaceId) -> Option<String> {
+        self.lock().get(&workspace).map(|w| w.name.clone())
+    }
+
+    /// The members of a workspace.
+    #[must_use]
+    pub fn members(&self, workspace: WorkspaceId) -> BTreeSet<NodeId> {
+        self.lock().get(&workspace).map(|w| w.members.clone()).unwrap_or_default()
+    }
+
+    /// Makes a workspace of this name, durable when this returns.
+    ///
+    /// # Errors
+    /// Those of the store; [`StoreError::Exists`] if the name is taken.
+    pub async fn create(&self, store: &dyn Store, name: &str) -> Result<Workspace, StoreError> {
+        let workspace = Workspace {
+            id: WorkspaceId::new(),
+            name: name.to_owned(),
+            created_at_ms: unix_ms(),
+            members: BTreeSet::new(),
+        };
+        store.create_workspace(workspace.clone()).await?;
+        self.lock().insert(workspace.id, workspace.clone());
+        Ok(workspace)
+    }
+
+    /// Makes a node a member, durable when this returns.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn attach(
+        &self,
+        store: &dyn Store,
+        workspace: WorkspaceId,
+        node: NodeId,
+    ) -> Result<(), StoreError> {
+        store.attach(workspace, node, unix_ms()).await?;
+        if let Some(workspace) = self.lock().get_mut(&workspace) {
+            workspace.members.insert(node);
+        }
+        Ok(())
+    }
+
+    /// Ends a membership, durable when this returns.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn detach(
+        &self,
+        store: &dyn Store,
+        workspace: WorkspaceId,
+        node: NodeId,
+    ) -> Result<(), StoreError> {
+        store.detach(workspace, node).await?;
+        if let Some(workspace) = self.lock().get_mut(&workspace) {
+            workspace.members.remove(&node);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,417 @@
+//! Every known node and its live session, if it has one.
+//!
+//! The records are the store's, loaded at start, so that accepting a session of a node with a valid
+//! certificate touches no database. What nodes report of themselves (sandbox, sync progress) is
+//! kept as it came, checked for size at the door: it is shown to people and decides nothing.
+//!
+//! The lock covers map operations only.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use cortex_proto::v1::{HubFrame, SandboxReport, Superseded, SyncStatus, hub_frame};
+use cortex_shared::clock::unix_ms;
+use cortex_shared::ids::{NodeId, SessionId, WorkspaceId};
+use cortex_shared::policy::Mode;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::store::{Facts, Node};
+
+/// Frames that may wait for a node on its control stream. They are small and the node always reads
+/// them; a full queue means a dead peer.
+pub const OUTBOX_FRAMES: usize = 512;
+
+/// A handle to one session; clones share it.
+#[derive(Clone, Debug)]
+pub struct SessionHandle {
+    /// Whose.
+    pub node: NodeId,
+    /// Which: tells a late farewell of an old session from the current one.
+    pub id: SessionId,
+    /// Grows with each session of the node.
+    pub epoch: u64,
+    outbox: mpsc::Sender<HubFrame>,
+    cancel: CancellationToken,
+}
+
+impl SessionHandle {
+    /// Queues a control frame. A session whose queue is full is ended: its peer no longer reads.
+    ///
+    /// # Errors
+    /// If the session has ended, by this or otherwise.
+    pub fn send(&self, frame: hub_frame::Frame) -> Result<(), SessionEnded> {
+        if self.cancel.is_cancelled() {
+            return Err(SessionEnded);
+        }
+        self.outbox.try_send(HubFrame { frame: Some(frame) }).map_err(|error| {
+            if matches!(error, mpsc::error::TrySendError::Full(_)) {
+                tracing::warn!(node = %self.node, session = %self.id, "node reads no control frames, ending its session");
+            }
+            self.cancel.cancel();
+            SessionEnded
+        })
+    }
+
+    /// Ends the session.
+    pub fn close(&self) {
+        self.cancel.cancel();
+    }
+}
+
+/// The session is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the node is not connected")]
+pub struct SessionEnded;
+
+/// What the session task itself needs.
+pub struct SessionEnds {
+    /// The handle that others get.
+    pub handle: SessionHandle,
+    /// Frames to be sent to the node.
+    pub outbox: mpsc::Receiver<HubFrame>,
+    /// Cancelled when the session is to end.
+    pub cancel: CancellationToken,
+}
+
+/// A node as others see it.
+#[derive(Clone, Debug)]
+pub struct NodeView {
+    /// The record.
+    pub node: Node,
+    /// Its session, if it is connected.
+    pub session: Option<SessionHandle>,
+    /// What its kernel can enforce, by its own word.
+    pub sandbox: Option<SandboxReport>,
+}
+
+struct Known {
+    node: Node,
+    epoch: u64,
+    session: Option<SessionHandle>,
+    sandbox: Option<SandboxReport>,
+    sync: HashMap<WorkspaceId, SyncStatus>,
+    /// The record has changed since it was last written to the store.
+    unsaved: bool,
+}
+
+/// See the module.
+pub struct Registry {
+    nodes: Mutex<HashMap<NodeId, Known>>,
+    changed: watch::Sender<u64>,
+}
+
+/// Why a name or prefix does not lead to one node.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NodeLookup {
+    /// Nothing fits.
+    #[error("no node matches {wanted:?}")]
+    Unknown {
+        /// What was asked for.
+        wanted: String,
+        /// A name that looks like it.
+        similar: Option<String>,
+    },
+    /// More than one id begins like this.
+    #[error("{wanted:?} is the beginning of more than one node id")]
+    Ambiguous {
+        /// What was asked for.
+        wanted: String,
+    },
+}
+
+impl Registry {
+    /// A registry of these nodes, none of them connected.
+    #[must_use]
+    pub fn new(nodes: Vec<Node>) -> Self {
+        let nodes = nodes.into_iter().map(|node| (node.id, Known::new(node))).collect();
+        Self { nodes: Mutex::new(nodes), changed: watch::Sender::new(0) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, Known>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes whenever a node connects, leaves or reports; only the latest state matters.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Tells watchers that something they show has changed.
+    pub fn notify(&self) {
+        self.changed.send_modify(|version| *version += 1);
+    }
+
+    /// Makes a node known.
+    pub fn add(&self, node: Node) {
+        self.lock().entry(node.id).or_insert_with(|| Known::new(node));
+        self.notify();
+    }
+
+    /// All nodes by name.
+    #[must_use]
+    pub fn all(&self) -> Vec<NodeView> {
+        let mut all: Vec<_> = self.lock().values().map(Known::view).collect();
+        all.sort_by(|a, b| a.node.name.cmp(&b.node.name));
+        all
+    }
+
+    /// The node of this id.
+    #[must_use]
+    pub fn get(&self, id: NodeId) -> Option<NodeView> {
+        self.lock().get(&id).map(Known::view)
+    }
+
+    /// The node of this name, or the only one whose id begins like this.
+    ///
+    /// # Errors
+    /// See [`NodeLookup`].
+    pub fn find(&self, wanted: &str) -> Result<NodeView, NodeLookup> {
+        let nodes = self.lock();
+        if let Some(known) = nodes.values().find(|known| known.node.name == wanted) {
+            return Ok(known.view());
+        }
+        // Fewer characters would make a typing error run a command somewhere else.
+        let long_enough = wanted.len() >= 4;
+        let mut fitting = nodes
+            .values()
+            .filter(|known| long_enough && known.node.id.to_string().starts_with(wanted));
+        match (fitting.next(), fitting.next()) {
+            (Some(known), None) => Ok(known.view()),
+            (Some(_), Some(_)) => Err(NodeLookup::Ambiguous { wanted: wanted.to_owned() }),
+            (None, _) => Err(NodeLookup::Unknown {
+                wanted: wanted.to_owned(),
+                similar: most_similar(wanted, nodes.values().map(|k| k.node.name.as_str())),
+            }),
+        }
+    }
+
+    /// Begins a session of a known node that is not revoked; an older one is told and ended.
+    #[must_use]
+    pub fn begin_session(
+        &self,
+        id: NodeId,
+        facts: Facts,
+        ceiling: Mode,
+        sandbox: Option<SandboxReport>,
+        cancel: CancellationToken,
+    ) -> Option<(SessionEnds, Node)> {
+        let (outbox, receiver) = mpsc::channel(OUTBOX_FRAMES);
+        let mut nodes = self.lock();
+        let known = nodes.get_mut(&id).filter(|known| known.node.revoked_at_ms.is_none())?;
+        // Beginning at the time keeps epochs growing over restarts of the hub without a write.
+        known.epoch = (known.epoch + 1).max(unix_ms().unsigned_abs());
+        let handle = SessionHandle {
+            node: id,
+            id: SessionId::new(),
+            epoch: known.epoch,
+            outbox,
+            cancel: cancel.clone(),
+        };
+        let older = known.session.replace(handle.clone());
+        known.node.facts = facts;
+        known.node.ceiling = ceiling;
+        known.sandbox = sandbox;
+        known.sync.clear();
+        known.seen();
+        let node = known.node.clone();
+        drop(nodes);
+        if let Some(older) = older {
+            // It may be gone already, which is as good.
+            older.send(hub_frame::Frame::Superseded(Superseded { by_epoch: handle.epoch })).ok();
+            older.close();
+        }
+        self.notify();
+        Some((SessionEnds { handle, outbox: receiver, cancel }, node))
+    }
+
+    /// Ends a session, if it is still the node's current one; returns whether it was.
+    pub fn end_session(&self, node: NodeId, session: SessionId) -> bool {
+        let mut nodes = self.lock();
+        let Some(known) = nodes.get_mut(&node) else { return false };
+        if known.session.as_ref().is_none_or(|current| current.id != session) {
+            return false;
+        }
+        known.session = None;
+        known.seen();
+        drop(nodes);
+        self.notify();
+        true
+    }
+
+    /// Keeps what a node reports of its workspaces, if the report is of its current session.
+    pub fn report_sync(&self, node: NodeId, session: SessionId, reports: Vec<SyncStatus>) {
+        let mut nodes = self.lock();
+        let Some(known) = nodes.get_mut(&node) else { return };
+        if known.session.as_ref().is_none_or(|current| current.id != session) {
+            return;
+        }
+        known.sync = reports
+            .into_iter()
+            .filter_map(|r| Some((WorkspaceId::from_slice(&r.workspace_id).ok()?, r)))
+            .collect();
+        drop(nodes);
+        self.notify();
+    }
+
+    /// What a node last reported of a workspace in its current session.
+    #[must_use]
+    pub fn sync_status(&self, node: NodeId, workspace: WorkspaceId) -> Option<SyncStatus> {
+        self.lock().get(&node)?.sync.get(&workspace).cloned()
+    }
+
+    /// Records that were not written to the store since the last call.
+    #[must_use]
+    pub fn take_unsaved(&self) -> Vec<Node> {
+        let mut nodes = self.lock();
+        nodes
+            .values_mut()
+            .filter_map(|known| std::mem::take(&mut known.unsaved).then(|| known.node.clone()))
+            .collect()
+    }
+
+    /// All live sessions.
+    #[must_use]
+    pub fn sessions(&self) -> Vec<SessionHandle> {
+        self.lock().values().filter_map(|known| known.session.clone()).collect()
+    }
+}
+
+impl Known {
+    fn new(node: Node) -> Self {
+        Self { node, epoch: 0, session: None, sandbox: None, sync: HashMap::new(), unsaved: false }
+    }
+
+    fn view(&self) -> NodeView {
+        NodeView {
+            node: self.node.clone(),
+            session: self.session.clone(),
+            sandbox: self.sandbox.clone(),
+        }
+    }
+
+    fn seen(&mut self) {
+        self.node.last_seen_ms = unix_ms();
+        self.unsaved = true;
+    }
+}
+
+/// The candidate that differs from `wanted` by the fewest edits, if they are few.
+#[must_use]
+pub fn most_similar<'a>(wanted: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
+    let limit = (wanted.len() / 3).max(1) + 1;
+    candidates
+        .map(|name| (edit_distance(wanted.as_bytes(), name.as_bytes()), name))
+        .filter(|(distance, _)| *distance <= limit)
+        .min()
+        .map(|(_, name)| name.to_owned())
+}
+
+/// Insertions, deletions, replacements and swaps of neighbours that lead from `a` to `b`.
+fn edit_distance(a: &[u8], b: &[u8]) -> usize {
+    let mut rows = vec![vec![0; b.len() + 1]; a.len() + 1];
+    for i in 0..=a.len() {
+        for j in 0..=b.len() {
+            rows[i][j] = if i == 0 || j == 0 {
+                i + j
+            } else {
+                let replace = rows[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
+                let mut best = replace.min(rows[i - 1][j] + 1).min(rows[i][j - 1] + 1);
+                if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                    best = best.min(rows[i - 2][j - 2] + 1);
+                }
+                best
+            };
+        }
+    }
+    rows[a.len()][b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(name: &str) -> Node {
+        Node {
+            id: NodeId::new(),
+            name: name.into(),
+            labels: Default::default(),
+            key: [0; 32],
+            policy: Mode::Strict,
+            ceiling: Mode::Strict,
+            joined_at_ms: 0,
+            last_seen_ms: 0,
+            revoked_at_ms: None,
+            facts: Facts::default(),
+        }
+    }
+
+    fn begin(registry: &Registry, id: NodeId) -> SessionEnds {
+        registry
+            .begin_session(id, Facts::default(), Mode::Strict, None, CancellationToken::new())
+            .unwrap()
+            .0
+    }
+
+    #[test]
+    fn late_farewell_does_not_evict_the_newer_session() {
+        let one = node("a");
+        let id = one.id;
+        let registry = Registry::new(vec![one]);
+        let mut old = begin(&registry, id);
+        let new = begin(&registry, id);
+        assert!(old.cancel.is_cancelled());
+        assert!(matches!(
+            old.outbox.try_recv().unwrap().frame,
+            Some(hub_frame::Frame::Superseded(_))
+        ));
+        assert!(new.handle.epoch > old.handle.epoch);
+        assert!(!registry.end_session(id, old.handle.id));
+        assert_eq!(registry.get(id).unwrap().session.unwrap().id, new.handle.id);
+        assert!(registry.end_session(id, new.handle.id));
+        assert!(registry.get(id).unwrap().session.is_none());
+    }
+
+    #[test]
+    fn revoked_and_unknown_nodes_get_no_session() {
+        let mut gone = node("a");
+        gone.revoked_at_ms = Some(1);
+        let id = gone.id;
+        let registry = Registry::new(vec![gone]);
+        for id in [id, NodeId::new()] {
+            let facts = Facts::default();
+            let token = CancellationToken::new();
+            assert!(registry.begin_session(id, facts, Mode::Strict, None, token).is_none());
+        }
+    }
+
+    #[test]
+    fn a_node_that_reads_nothing_loses_its_session() {
+        let one = node("a");
+        let id = one.id;
+        let registry = Registry::new(vec![one]);
+        let ends = begin(&registry, id);
+        let frame = || hub_frame::Frame::Heartbeat(cortex_proto::v1::Heartbeat {});
+        for _ in 0..OUTBOX_FRAMES {
+            ends.handle.send(frame()).unwrap();
+        }
+        assert_eq!(ends.handle.send(frame()), Err(SessionEnded));
+        assert!(ends.cancel.is_cancelled());
+    }
+
+    #[test]
+    fn nodes_are_found_by_name_and_by_unique_prefix_of_the_id() {
+        let (a, b) = (node("web-3"), node("db"));
+        let prefix = a.id.to_string();
+        let registry = Registry::new(vec![a, b]);
+        assert_eq!(registry.find("db").unwrap().node.name, "db");
+        assert_eq!(registry.find(&prefix).unwrap().node.name, "web-3");
+        // Version 7 ids of the same second begin alike.
+        assert!(matches!(registry.find(&prefix[..4]), Err(NodeLookup::Ambiguous { .. })));
+        let Err(NodeLookup::Unknown { similar, .. }) = registry.find("wbe-3") else { panic!() };
+        assert_eq!(similar.as_deref(), Some("web-3"));
+        let Err(NodeLookup::Unknown { similar, .. }) = registry.find("zzzzzzzz") else { panic!() };
+        assert_eq!(similar, None);
+    }
+}

@@ -1,0 +1,246 @@
+//! The records of the store.
+
+use std::collections::BTreeSet;
+
+use cortex_shared::ids::{NodeId, TaskId, WorkspaceId};
+use cortex_shared::labels::Labels;
+use cortex_shared::policy::{Mode, Role};
+use cortex_shared::secret::{InviteId, SecretHash};
+
+/// SHA-256 of a public key (its SubjectPublicKeyInfo).
+pub type KeyHash = [u8; 32];
+
+/// Whom an invite admits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InviteKind {
+    /// Nodes.
+    Node,
+    /// One operator, with this role.
+    Operator(Role),
+}
+
+/// An invite to be recorded.
+#[derive(Clone, Debug)]
+pub struct NewInvite {
+    /// The public part of the token.
+    pub id: InviteId,
+    /// What is kept of the secret part.
+    pub secret_hash: SecretHash,
+    /// Whom it admits.
+    pub kind: InviteKind,
+    /// How often it can be used.
+    pub max_uses: u32,
+    /// When it ends.
+    pub expires_at_ms: i64,
+    /// When it was made.
+    pub created_at_ms: i64,
+    /// Who made it.
+    pub created_by: String,
+    /// Labels its nodes get.
+    pub labels: Labels,
+    /// Names it allows (a shell pattern); for an operator the very name. Empty for any.
+    pub name_pattern: String,
+    /// Workspaces its nodes become members of.
+    pub workspaces: BTreeSet<WorkspaceId>,
+}
+
+/// A recorded invite.
+#[derive(Clone, Debug)]
+pub struct Invite {
+    /// What was recorded.
+    pub invite: NewInvite,
+    /// How often it has been used.
+    pub uses: u32,
+    /// When it was revoked.
+    pub revoked_at_ms: Option<i64>,
+}
+
+/// A node.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Its identity.
+    pub id: NodeId,
+    /// Its unique name.
+    pub name: String,
+    /// Labels set by operators and invites.
+    pub labels: Labels,
+    /// Its public key.
+    pub key: KeyHash,
+    /// The hub's policy for it.
+    pub policy: Mode,
+    /// What it last said of its own ceiling.
+    pub ceiling: Mode,
+    /// When it joined.
+    pub joined_at_ms: i64,
+    /// When a session of it last began or ended; 0 for never.
+    pub last_seen_ms: i64,
+    /// When it was revoked.
+    pub revoked_at_ms: Option<i64>,
+    /// What it last said of its machine.
+    pub facts: Facts,
+}
+
+/// What a node says of itself. Never used to decide what anyone may do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Host name.
+    pub hostname: String,
+    /// Operating system.
+    pub os: String,
+    /// Processor architecture.
+    pub arch: String,
+    /// Version of the agent.
+    pub agent_version: String,
+}
+
+/// A request to turn an invite into a node.
+#[derive(Clone, Debug)]
+pub struct NodeRedemption {
+    /// From the token.
+    pub invite: InviteId,
+    /// From the token.
+    pub secret_hash: SecretHash,
+    /// The key the node made.
+    pub key: KeyHash,
+    /// The id it is given if it is new.
+    pub new_id: NodeId,
+    /// The name it wants; empty to have one made of the host name.
+    pub wanted_name: String,
+    /// Its own labels; those of the invite win.
+    pub labels: Labels,
+    /// Its own ceiling.
+    pub ceiling: Mode,
+    /// Its machine.
+    pub facts: Facts,
+    /// The hub's clock.
+    pub now_ms: i64,
+}
+
+/// A request to turn an invite into an operator.
+#[derive(Clone, Debug)]
+pub struct OperatorRedemption {
+    /// From the token.
+    pub invite: InviteId,
+    /// From the token.
+    pub secret_hash: SecretHash,
+    /// The key the operator made.
+    pub key: KeyHash,
+    /// The hub's clock.
+    pub now_ms: i64,
+}
+
+/// An operator that has logged in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Operator {
+    /// Its unique name.
+    pub name: String,
+    /// What it may do.
+    pub role: Role,
+}
+
+/// Why an invite was not redeemed. Only a caller that knew the secret is told which.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RedeemRefusal {
+    /// No such invite, or the secret is wrong, or it admits something else.
+    #[error("this invite token is not valid here")]
+    Unknown,
+    /// Past its time.
+    #[error("this invite has expired")]
+    Expired,
+    /// Used as often as it may be.
+    #[error("this invite has been used up")]
+    UsedUp,
+    /// Revoked by an operator.
+    #[error("this invite has been revoked")]
+    Revoked,
+    /// The invite does not allow this name.
+    #[error("this invite allows only names like {pattern:?}, not {name:?}")]
+    NameNotAllowed {
+        /// The name that was wanted.
+        name: String,
+        /// The pattern of the invite.
+        pattern: String,
+    },
+    /// Another node has this name.
+    #[error("another node is named {name:?}")]
+    NameTaken {
+        /// The name that was wanted.
+        name: String,
+    },
+}
+
+/// A task to be journalled.
+#[derive(Clone, Debug)]
+pub struct NewTask {
+    /// Its id.
+    pub id: TaskId,
+    /// Where it is to run.
+    pub node: NodeId,
+    /// Who asked.
+    pub actor: String,
+    /// The command as it is shown to people.
+    pub command: String,
+    /// Workspace it runs in; empty for none.
+    pub workspace: String,
+    /// Mode it runs in.
+    pub mode: Mode,
+    /// When it was accepted.
+    pub accepted_at_ms: i64,
+}
+
+/// How a task ended.
+#[derive(Clone, Debug)]
+pub struct TaskEnd {
+    /// finished, failed or cancelled.
+    pub state: TaskEndState,
+    /// The verdict's stable word, such as `exited` or `stream_lost`.
+    pub verdict: &'static str,
+    /// Exit code of the command, where it has one.
+    pub exit_code: Option<u32>,
+    /// Signal that ended the command, where one did.
+    pub signal: Option<u32>,
+    /// Why, for people.
+    pub reason: String,
+    /// Bytes of output.
+    pub stdout_bytes: u64,
+    /// Bytes of error output.
+    pub stderr_bytes: u64,
+    /// When.
+    pub ended_at_ms: i64,
+}
+
+/// The state a task ends in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskEndState {
+    /// The command ran to its own end.
+    Finished,
+    /// The mesh could not run it, or lost it.
+    Failed,
+    /// Somebody cancelled it.
+    Cancelled,
+}
+
+impl TaskEndState {
+    /// The word in the store and in listings.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// A workspace and its members.
+#[derive(Clone, Debug)]
+pub struct Workspace {
+    /// Its identity.
+    pub id: WorkspaceId,
+    /// Its unique name.
+    pub name: String,
+    /// When it was made.
+    pub created_at_ms: i64,
+    /// The nodes that hold a copy.
+    pub members: BTreeSet<NodeId>,
+}

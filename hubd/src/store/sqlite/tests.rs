@@ -1,0 +1,200 @@
+//! The contract of [`Store`], run on the SQLite engine. Another engine runs the same functions.
+
+use cortex_shared::policy::Role;
+use cortex_shared::secret::InviteToken;
+
+use super::super::{Facts, InviteKind, TaskEndState};
+use super::*;
+
+fn store() -> (tempfile::TempDir, SqliteStore) {
+    let folder = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open(&folder.path().join("hub.db")).unwrap();
+    (folder, store)
+}
+
+fn invite(token: &InviteToken, kind: InviteKind) -> NewInvite {
+    NewInvite {
+        id: token.id().clone(),
+        secret_hash: token.secret_hash(),
+        kind,
+        max_uses: 1,
+        expires_at_ms: 1_000,
+        created_at_ms: 0,
+        created_by: "local".into(),
+        labels: [("env".to_owned(), "prod".to_owned())].into(),
+        name_pattern: String::new(),
+        workspaces: BTreeSet::new(),
+    }
+}
+
+use std::collections::BTreeSet;
+
+fn redemption(token: &InviteToken, key: u8) -> NodeRedemption {
+    NodeRedemption {
+        invite: token.id().clone(),
+        secret_hash: token.secret_hash(),
+        key: [key; 32],
+        new_id: NodeId::new(),
+        wanted_name: String::new(),
+        labels: [("env".to_owned(), "dev".to_owned())].into(),
+        ceiling: cortex_shared::policy::Mode::Strict,
+        facts: Facts { hostname: "Box".into(), ..Facts::default() },
+        now_ms: 10,
+    }
+}
+
+#[tokio::test]
+async fn repeated_redemption_with_the_same_key_gives_the_same_node_and_uses_nothing_up() {
+    let (_folder, store) = store();
+    let token = InviteToken::generate();
+    store.create_invite(invite(&token, InviteKind::Node)).await.unwrap();
+    let first = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap();
+    // Even after its time: the reply may have been lost.
+    let late = NodeRedemption { now_ms: 5_000, ..redemption(&token, 1) };
+    let again = store.redeem_node(late).await.unwrap().unwrap();
+    assert_eq!(first.id, again.id);
+    assert_eq!(store.invites().await.unwrap()[0].uses, 1);
+    assert_eq!(
+        store.redeem_node(redemption(&token, 2)).await.unwrap().unwrap_err(),
+        RedeemRefusal::UsedUp
+    );
+    assert_eq!(first.labels["env"], "prod", "the invite's label wins over the node's own");
+}
+
+#[tokio::test]
+async fn refusals_name_their_reason_only_to_who_knows_the_secret() {
+    let (_folder, store) = store();
+    let token = InviteToken::generate();
+    store.create_invite(invite(&token, InviteKind::Node)).await.unwrap();
+    let expired = NodeRedemption { now_ms: 1_000, ..redemption(&token, 1) };
+    let guess =
+        NodeRedemption { secret_hash: InviteToken::generate().secret_hash(), ..expired.clone() };
+    assert_eq!(store.redeem_node(expired).await.unwrap().unwrap_err(), RedeemRefusal::Expired);
+    assert_eq!(store.redeem_node(guess).await.unwrap().unwrap_err(), RedeemRefusal::Unknown);
+    store.revoke_invite(token.id().clone(), 20).await.unwrap();
+    assert_eq!(
+        store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap_err(),
+        RedeemRefusal::Revoked
+    );
+    let unknown = store.redeem_node(redemption(&InviteToken::generate(), 1)).await.unwrap();
+    assert_eq!(unknown.unwrap_err(), RedeemRefusal::Unknown);
+}
+
+#[tokio::test]
+async fn an_invite_admits_only_what_it_is_for() {
+    let (_folder, store) = store();
+    let (node, operator) = (InviteToken::generate(), InviteToken::generate());
+    store.create_invite(invite(&node, InviteKind::Node)).await.unwrap();
+    let mut for_operator = invite(&operator, InviteKind::Operator(Role::Viewer));
+    for_operator.name_pattern = "ann".into();
+    store.create_invite(for_operator).await.unwrap();
+    let as_operator = |token: &InviteToken| OperatorRedemption {
+        invite: token.id().clone(),
+        secret_hash: token.secret_hash(),
+        key: [1; 32],
+        now_ms: 10,
+    };
+    assert_eq!(
+        store.redeem_operator(as_operator(&node)).await.unwrap(),
+        Err(RedeemRefusal::Unknown)
+    );
+    assert_eq!(
+        store.redeem_node(redemption(&operator, 1)).await.unwrap().unwrap_err(),
+        RedeemRefusal::Unknown
+    );
+    let ann = Operator { name: "ann".into(), role: Role::Viewer };
+    for _ in 0..2 {
+        assert_eq!(store.redeem_operator(as_operator(&operator)).await.unwrap(), Ok(ann.clone()));
+    }
+}
+
+#[tokio::test]
+async fn names_are_unique_and_obey_the_pattern() {
+    let (_folder, store) = store();
+    let token = InviteToken::generate();
+    let many =
+        NewInvite { max_uses: 9, name_pattern: "box*".into(), ..invite(&token, InviteKind::Node) };
+    store.create_invite(many).await.unwrap();
+    let first = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap();
+    let second = store.redeem_node(redemption(&token, 2)).await.unwrap().unwrap();
+    assert_eq!((first.name.as_str(), second.name.as_str()), ("box", "box-2"));
+    let named =
+        |name: &str, key| NodeRedemption { wanted_name: name.into(), ..redemption(&token, key) };
+    let taken = store.redeem_node(named("box", 3)).await.unwrap().unwrap_err();
+    assert_eq!(taken, RedeemRefusal::NameTaken { name: "box".into() });
+    let outside = store.redeem_node(named("web", 3)).await.unwrap().unwrap_err();
+    assert!(matches!(outside, RedeemRefusal::NameNotAllowed { .. }));
+    assert_eq!(store.invites().await.unwrap()[0].uses, 2, "a refusal uses nothing up");
+}
+
+#[tokio::test]
+async fn everything_is_there_after_reopening() {
+    let (folder, store) = store();
+    let token = InviteToken::generate();
+    let workspace = Workspace {
+        id: WorkspaceId::new(),
+        name: "code".into(),
+        created_at_ms: 1,
+        members: BTreeSet::new(),
+    };
+    store.create_workspace(workspace.clone()).await.unwrap();
+    let mut with_workspace = invite(&token, InviteKind::Node);
+    with_workspace.workspaces.insert(workspace.id);
+    store.create_invite(with_workspace).await.unwrap();
+    let node = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap();
+    let mesh = store.mesh().await.unwrap();
+    store.close().await;
+    drop(store);
+
+    let store = SqliteStore::open(&folder.path().join("hub.db")).unwrap();
+    assert_eq!(store.mesh().await.unwrap(), mesh);
+    assert_eq!(store.nodes().await.unwrap()[0].id, node.id);
+    let workspaces = store.workspaces().await.unwrap();
+    assert_eq!(workspaces[0].members, [node.id].into());
+    assert!(matches!(
+        store.create_workspace(workspace).await,
+        Err(StoreError::Exists { what: "workspace", .. })
+    ));
+    store.detach(workspaces[0].id, node.id).await.unwrap();
+    assert!(store.workspaces().await.unwrap()[0].members.is_empty());
+}
+
+#[tokio::test]
+async fn the_first_verdict_of_a_task_stands() {
+    let (_folder, store) = store();
+    let id = TaskId::new();
+    let task = NewTask {
+        id,
+        node: NodeId::new(),
+        actor: "ann".into(),
+        command: "true".into(),
+        workspace: String::new(),
+        mode: cortex_shared::policy::Mode::Strict,
+        accepted_at_ms: 1,
+    };
+    store.accept_task(task.clone()).await.unwrap();
+    store.accept_task(NewTask { id: TaskId::new(), ..task }).await.unwrap();
+    let end = TaskEnd {
+        state: TaskEndState::Finished,
+        verdict: "exited",
+        exit_code: Some(7),
+        signal: None,
+        reason: String::new(),
+        stdout_bytes: 1,
+        stderr_bytes: 2,
+        ended_at_ms: 3,
+    };
+    store.end_task(id, end).await.unwrap();
+    assert_eq!(store.end_open_tasks("hub restarted".into(), 9).await.unwrap(), 1);
+    let verdict: (String, Option<u32>) = store
+        .read(move |c| {
+            Ok(c.query_row(
+                "SELECT verdict, exit_code FROM tasks WHERE id = ?",
+                [id.as_bytes().as_slice()],
+                |row| Ok((row.get(0)?, row.get(1)?)),
+            )?)
+        })
+        .await
+        .unwrap();
+    assert_eq!(verdict, ("exited".to_owned(), Some(7)));
+}

@@ -1,0 +1,73 @@
+//! Workspaces and their members. Their content has databases of its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cortex_shared::ids::{NodeId, WorkspaceId};
+use rusqlite::{Connection, Transaction, params};
+
+use super::super::{StoreError, Workspace};
+use super::{is_duplicate, node_id, workspace_id};
+
+pub(super) fn list(connection: &Connection) -> Result<Vec<Workspace>, StoreError> {
+    let mut members: BTreeMap<WorkspaceId, BTreeSet<NodeId>> = BTreeMap::new();
+    let mut statement = connection.prepare("SELECT workspace, node FROM members")?;
+    let mut rows = statement.query([])?;
+    while let Some(row) = rows.next()? {
+        let workspace = workspace_id(&row.get::<_, Vec<u8>>(0)?)?;
+        members.entry(workspace).or_default().insert(node_id(&row.get::<_, Vec<u8>>(1)?)?);
+    }
+    let mut statement =
+        connection.prepare("SELECT id, name, created_at FROM workspaces ORDER BY name")?;
+    let mut rows = statement.query([])?;
+    let mut workspaces = Vec::new();
+    while let Some(row) = rows.next()? {
+        let id = workspace_id(&row.get::<_, Vec<u8>>(0)?)?;
+        workspaces.push(Workspace {
+            id,
+            name: row.get(1)?,
+            created_at_ms: row.get(2)?,
+            members: members.remove(&id).unwrap_or_default(),
+        });
+    }
+    Ok(workspaces)
+}
+
+pub(super) fn create(t: &Transaction<'_>, workspace: &Workspace) -> Result<(), StoreError> {
+    t.execute(
+        "INSERT INTO workspaces VALUES (?,?,?)",
+        params![workspace.id.as_bytes().as_slice(), workspace.name, workspace.created_at_ms],
+    )
+    .map_err(|error| {
+        if is_duplicate(&error) {
+            StoreError::Exists { what: "workspace", name: workspace.name.clone() }
+        } else {
+            error.into()
+        }
+    })?;
+    Ok(())
+}
+
+pub(super) fn attach(
+    t: &Transaction<'_>,
+    workspace: WorkspaceId,
+    node: NodeId,
+    now_ms: i64,
+) -> Result<(), StoreError> {
+    t.execute(
+        "INSERT INTO members VALUES (?,?,?) ON CONFLICT DO NOTHING",
+        params![workspace.as_bytes().as_slice(), node.as_bytes().as_slice(), now_ms],
+    )?;
+    Ok(())
+}
+
+pub(super) fn detach(
+    t: &Transaction<'_>,
+    workspace: WorkspaceId,
+    node: NodeId,
+) -> Result<(), StoreError> {
+    t.execute(
+        "DELETE FROM members WHERE workspace = ? AND node = ?",
+        params![workspace.as_bytes().as_slice(), node.as_bytes().as_slice()],
+    )?;
+    Ok(())
+}

@@ -1,0 +1,131 @@
+//! Who has which workspace, and telling them: memberships when they change, and a hint when a
+//! workspace has a newer version.
+
+use std::sync::Arc;
+
+use cortex_proto::v1::{self, HeadMoved, Memberships, hub_frame};
+use cortex_shared::ids::{NodeId, WorkspaceId};
+
+use super::{SyncError, Workspaces};
+use crate::node::membership::Membership;
+use crate::node::registry::Registry;
+use crate::store::{Store, StoreError, Workspace};
+
+/// See the module.
+pub struct Members {
+    /// The record of memberships.
+    pub membership: Arc<Membership>,
+    registry: Arc<Registry>,
+    store: Arc<dyn Store>,
+    content: Arc<Workspaces>,
+}
+
+impl Members {
+    /// Combines the record, the sessions and the content.
+    #[must_use]
+    pub fn new(
+        membership: Arc<Membership>,
+        registry: Arc<Registry>,
+        store: Arc<dyn Store>,
+        content: Arc<Workspaces>,
+    ) -> Self {
+        Self { membership, registry, store, content }
+    }
+
+    /// Makes a workspace; durable when this returns.
+    ///
+    /// # Errors
+    /// [`StoreError::Exists`] if the name is taken; those of the store.
+    pub async fn create(&self, name: &str) -> Result<Workspace, StoreError> {
+        let workspace = self.membership.create(&*self.store, name).await?;
+        self.registry.notify();
+        Ok(workspace)
+    }
+
+    /// Makes a node a member, and tells it if it is connected.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn attach(&self, workspace: WorkspaceId, node: NodeId) -> Result<(), StoreError> {
+        self.membership.attach(&*self.store, workspace, node).await?;
+        self.send_memberships(node).await;
+        self.registry.notify();
+        Ok(())
+    }
+
+    /// Ends a membership, and tells the node if it is connected.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn detach(&self, workspace: WorkspaceId, node: NodeId) -> Result<(), StoreError> {
+        self.membership.detach(&*self.store, workspace, node).await?;
+        self.send_memberships(node).await;
+        self.registry.notify();
+        Ok(())
+    }
+
+    /// Sends a connected node the complete list of its workspaces.
+    pub async fn send_memberships(&self, node: NodeId) {
+        let Some(session) = self.registry.get(node).and_then(|view| view.session) else { return };
+        let mut workspaces = Vec::new();
+        for workspace in self.membership.of_node(node) {
+            match self.content.summary(workspace.id).await {
+                Ok(summary) => workspaces.push(v1::Membership {
+                    workspace_id: workspace.id.as_bytes().to_vec().into(),
+                    name: workspace.name,
+                    head_seq: summary.head.seq,
+                    workspace_epoch: summary.head.epoch.as_bytes().to_vec().into(),
+                }),
+                // The node keeps its copy as it is; the others are told.
+                Err(error) => {
+                    tracing::error!(workspace = %workspace.name, %error, "workspace cannot be opened");
+                }
+            }
+        }
+        // A session that has just ended needs no list.
+        session.send(hub_frame::Frame::Memberships(Memberships { workspaces })).ok();
+    }
+
+    /// Hints at a newer version to every connected member.
+    pub fn head_moved(&self, workspace: WorkspaceId, seq: u64) {
+        for node in self.membership.members(workspace) {
+            if let Some(session) = self.registry.get(node).and_then(|view| view.session) {
+                let workspace_id = workspace.as_bytes().to_vec().into();
+                // Losing a hint costs time, nothing else.
+                session.send(hub_frame::Frame::HeadMoved(HeadMoved { workspace_id, seq })).ok();
+            }
+        }
+        self.registry.notify();
+    }
+
+    /// A workspace with its size and the progress of its members, as operators see it.
+    ///
+    /// # Errors
+    /// If its content cannot be read.
+    pub async fn describe(&self, workspace: &Workspace) -> Result<v1::WorkspaceInfo, SyncError> {
+        let content = self.content.workspace(workspace.id).await?;
+        let summary = content.summary().await?;
+        let mut members = Vec::with_capacity(workspace.members.len());
+        for node in &workspace.members {
+            let view = self.registry.get(*node);
+            members.push(v1::WorkspaceMember {
+                node_id: node.as_bytes().to_vec().into(),
+                node_name: view.as_ref().map(|v| v.node.name.clone()).unwrap_or_default(),
+                online: view.is_some_and(|v| v.session.is_some()),
+                applied_seq: content.applied(*node).await?,
+                status: self.registry.sync_status(*node, workspace.id),
+            });
+        }
+        members.sort_by(|a, b| a.node_name.cmp(&b.node_name));
+        Ok(v1::WorkspaceInfo {
+            workspace_id: workspace.id.as_bytes().to_vec().into(),
+            name: workspace.name.clone(),
+            epoch: summary.head.epoch.as_bytes().to_vec().into(),
+            head_seq: summary.head.seq,
+            entries: summary.entries,
+            content_bytes: summary.content_bytes,
+            created_at_ms: workspace.created_at_ms,
+            members,
+        })
+    }
+}

@@ -1,0 +1,270 @@
+//! Relays running tasks between their readers and their nodes.
+//!
+//! A task is journalled before the node hears of it, and its verdict is journalled before the
+//! reader hears of it. Whoever takes a task out of the table gives it its verdict, so it gets
+//! exactly one: the node's exit, or the loss of the session, or a deadline.
+//!
+//! In memory only: a restart of the hub fails what was running, from the journal.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use cortex_proto::v1::{
+    CancelTask, StartTask, TaskExit, TaskSpec, TaskVerdict, hub_frame, task_io_up,
+};
+use cortex_shared::clock::unix_ms;
+use cortex_shared::ids::{NodeId, SessionId, TaskId};
+use cortex_shared::tasks::TaskScope;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::mailbox::{End, ToNode, ToReader};
+use crate::node::registry::SessionHandle;
+use crate::store::{NewTask, Store, StoreError, TaskEnd, TaskEndState};
+
+/// Time a cancelled command has before it is killed, if the caller names none.
+pub const DEFAULT_CANCEL_GRACE: Duration = Duration::from_secs(2);
+
+/// A task that is accepted and has not ended.
+pub struct Task {
+    /// Its id.
+    pub id: TaskId,
+    /// Where it runs.
+    pub node: NodeId,
+    session: SessionHandle,
+    /// Frames to its reader.
+    pub to_reader: ToReader,
+    /// Frames to its node.
+    pub to_node: ToNode,
+    attached: AtomicBool,
+    last_frame: Mutex<Instant>,
+    /// Cancelled when the task has its verdict.
+    ended: CancellationToken,
+}
+
+impl Task {
+    /// Asks the node to end the command.
+    pub fn cancel(&self, signal: u32, grace: Duration) {
+        let frame = hub_frame::Frame::CancelTask(CancelTask {
+            task_id: self.id.as_bytes().to_vec().into(),
+            signal,
+            grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
+        });
+        // A node that is gone has nothing to cancel: the loss of its session ends the task.
+        self.session.send(frame).ok();
+    }
+
+    /// Whether the task has its verdict.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.ended.is_cancelled()
+    }
+}
+
+/// See the module.
+pub struct Relay {
+    tasks: Mutex<HashMap<TaskId, Arc<Task>>>,
+    store: Arc<dyn Store>,
+    scope: TaskScope,
+    start_deadline: Duration,
+}
+
+impl Relay {
+    /// A relay without tasks. A node has `start_deadline` to open the stream of a task.
+    #[must_use]
+    pub fn new(store: Arc<dyn Store>, scope: TaskScope, start_deadline: Duration) -> Arc<Self> {
+        Arc::new(Self { tasks: Mutex::default(), store, scope, start_deadline })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<TaskId, Arc<Task>>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many tasks have no verdict yet.
+    #[must_use]
+    pub fn running(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// How many of them are on this node.
+    #[must_use]
+    pub fn running_on(&self, node: NodeId) -> usize {
+        self.lock().values().filter(|task| task.node == node).count()
+    }
+
+    /// Journals a task, then sends it to its node. The task is durable when this returns.
+    ///
+    /// # Errors
+    /// Those of the store; the node has then not heard of it.
+    pub async fn start(
+        self: &Arc<Self>,
+        new: NewTask,
+        spec: TaskSpec,
+        initial_credit: u64,
+        session: SessionHandle,
+    ) -> Result<Arc<Task>, StoreError> {
+        let to_reader = ToReader::new(0);
+        let initial_credit = to_reader.grant(initial_credit);
+        let task = Arc::new(Task {
+            id: new.id,
+            node: new.node,
+            session,
+            to_reader,
+            to_node: ToNode::default(),
+            attached: AtomicBool::new(false),
+            last_frame: Mutex::new(Instant::now()),
+            ended: CancellationToken::new(),
+        });
+        let frame = hub_frame::Frame::StartTask(StartTask {
+            task_id: task.id.as_bytes().to_vec().into(),
+            spec: Some(spec),
+            actor: new.actor.clone(),
+            initial_credit,
+        });
+        self.store.accept_task(new).await?;
+        // First into the table, then to the node: if the session ends in between, either the table
+        // is searched after this, or the send fails.
+        self.lock().insert(task.id, Arc::clone(&task));
+        if task.session.send(frame).is_err() {
+            self.fail(task.id, TaskVerdict::StreamLost, "the node is not connected");
+        }
+        let (relay, id, ended) = (Arc::clone(self), task.id, task.ended.clone());
+        let deadline = self.start_deadline;
+        let waiting = Arc::clone(&task);
+        self.scope.spawn("task start deadline", async move {
+            let late = tokio::time::timeout(deadline, ended.cancelled()).await.is_err();
+            if late && !waiting.attached.load(Ordering::Acquire) {
+                relay.fail(id, TaskVerdict::Failed, "the node did not start the command in time");
+            }
+        });
+        Ok(task)
+    }
+
+    /// The node opened the task's stream; `None` if this is not its task, or not the first time.
+    #[must_use]
+    pub fn attach(&self, node: NodeId, id: TaskId) -> Option<Arc<Task>> {
+        let task = Arc::clone(self.lock().get(&id).filter(|task| task.node == node)?);
+        (!task.attached.swap(true, Ordering::AcqRel)).then_some(task)
+    }
+
+    /// Takes a frame from the node; returns whether more may follow.
+    pub fn node_frame(&self, task: &Task, frame: task_io_up::Frame) -> bool {
+        *task.last_frame.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        match frame {
+            task_io_up::Frame::Started(started) => task.to_reader.started(started),
+            task_io_up::Frame::Output(output) => {
+                if task.to_reader.output(output).is_err() {
+                    task.cancel(0, Duration::ZERO);
+                    self.fail(task.id, TaskVerdict::Failed, "the node sent more than was granted");
+                    return false;
+                }
+            }
+            task_io_up::Frame::StdinCredit(credit) => {
+                task.to_node.stdin_taken(credit.bytes);
+                task.to_reader.stdin_credit(credit.bytes);
+            }
+            task_io_up::Frame::Exit(exit) => {
+                self.finish(task.id, task.session.id, exit);
+                return false;
+            }
+            task_io_up::Frame::Hello(_) => {}
+        }
+        true
+    }
+
+    /// The node's stream of this task ended; without an exit before, its end is not known.
+    pub fn stream_ended(&self, task: &Task) {
+        self.fail(task.id, TaskVerdict::StreamLost, "the node closed the stream of the command");
+    }
+
+    /// The session ended: nobody waits any longer for its tasks.
+    pub fn session_lost(&self, session: SessionId) {
+        let lost: Vec<TaskId> = self
+            .lock()
+            .values()
+            .filter(|task| task.session.id == session)
+            .map(|task| task.id)
+            .collect();
+        for id in lost {
+            self.fail(
+                id,
+                TaskVerdict::StreamLost,
+                "the connection to the node was lost; the command may still be running there",
+            );
+        }
+    }
+
+    /// When something last came from one of this session's tasks.
+    #[must_use]
+    pub fn last_frame(&self, session: SessionId) -> Option<Instant> {
+        let tasks = self.lock();
+        let of_session = tasks.values().filter(|task| task.session.id == session);
+        of_session.map(|task| *task.last_frame.lock().unwrap_or_else(PoisonError::into_inner)).max()
+    }
+
+    fn fail(&self, id: TaskId, verdict: TaskVerdict, reason: &str) {
+        if let Some(task) = self.take(id, |_| true) {
+            let exit = TaskExit {
+                verdict: verdict.into(),
+                reason: reason.to_owned(),
+                ..TaskExit::default()
+            };
+            self.conclude(task, exit);
+        }
+    }
+
+    /// Gives a task the verdict its node reports.
+    pub fn finish(&self, id: TaskId, session: SessionId, exit: TaskExit) {
+        if let Some(task) = self.take(id, |task| task.session.id == session) {
+            self.conclude(task, exit);
+        }
+    }
+
+    fn take(&self, id: TaskId, wanted: impl FnOnce(&Task) -> bool) -> Option<Arc<Task>> {
+        let mut tasks = self.lock();
+        if wanted(tasks.get(&id)?) { tasks.remove(&id) } else { None }
+    }
+
+    /// Journals the verdict, and only then tells the reader.
+    fn conclude(&self, task: Arc<Task>, exit: TaskExit) {
+        task.ended.cancel();
+        task.to_node.close();
+        let end = journal_entry(&exit);
+        let store = Arc::clone(&self.store);
+        self.scope.spawn("task verdict", async move {
+            let end = match store.end_task(task.id, end).await {
+                Ok(()) => End::Exit(exit),
+                Err(error) => {
+                    tracing::error!(task = %task.id, %error, "verdict not journalled");
+                    End::NotRecorded
+                }
+            };
+            task.to_reader.end(end);
+        });
+    }
+}
+
+fn journal_entry(exit: &TaskExit) -> TaskEnd {
+    let (state, verdict) = match exit.verdict() {
+        TaskVerdict::Exited => (TaskEndState::Finished, "exited"),
+        TaskVerdict::Signalled => (TaskEndState::Finished, "signalled"),
+        TaskVerdict::TimeLimit => (TaskEndState::Failed, "time_limit"),
+        TaskVerdict::Cancelled => (TaskEndState::Cancelled, "cancelled"),
+        TaskVerdict::Refused => (TaskEndState::Failed, "refused"),
+        TaskVerdict::NotFound => (TaskEndState::Failed, "not_found"),
+        TaskVerdict::Failed | TaskVerdict::Unspecified => (TaskEndState::Failed, "failed"),
+        TaskVerdict::StreamLost => (TaskEndState::Failed, "stream_lost"),
+    };
+    TaskEnd {
+        state,
+        verdict,
+        exit_code: (exit.verdict() == TaskVerdict::Exited).then_some(exit.exit_code),
+        signal: (exit.signal != 0).then_some(exit.signal),
+        reason: exit.reason.clone(),
+        stdout_bytes: exit.stdout_bytes,
+        stderr_bytes: exit.stderr_bytes,
+        ended_at_ms: unix_ms(),
+    }
+}
