@@ -91,6 +91,10 @@ impl Executor {
                 let hint = refusal.hint().to_owned();
                 Err(verdict(CommandVerdict::Refused, refusal.to_string(), Some(hint)))
             }
+            Err(LaunchError::Identity(error)) => {
+                let hint = error.hint().to_owned();
+                Err(verdict(CommandVerdict::Refused, error.to_string(), Some(hint)))
+            }
             Err(error @ LaunchError::TooLong) => {
                 Err(verdict(CommandVerdict::Refused, error.to_string(), None))
             }

@@ -19,16 +19,13 @@ use tokio::net::unix::pipe;
 use tokio::process::Child;
 
 use super::channel;
+use super::identity::{self, NoIdentity};
 use super::remedy::Refusal;
 use super::spec::{
-    Action, Confinement, Ending, Identity, Limits, MAX_SPEC_BYTES, Network,
-    Order, Report, STAGE_NAME, Spec, StrictSpec,
+    Action, Confinement, Ending, Limits, MAX_SPEC_BYTES, Network, Order, Report, STAGE_NAME, Spec,
+    StrictSpec,
 };
 use super::workspace::{self, WorkspaceRefusal};
-
-/// The user that commands of a root agent run as, unless configured otherwise: beyond every range
-/// that distributions, containers and directory services hand out (see systemd's list of UIDs).
-const DEFAULT_ASSUMED_ID: u32 = 1_912_602_624;
 
 /// The oldest Landlock that makes a sandbox here.
 const MINIMUM_LANDLOCK_ABI: i64 = 1;
@@ -90,6 +87,9 @@ pub enum LaunchError {
     /// The workspace must not be shown.
     #[error(transparent)]
     Workspace(#[from] WorkspaceRefusal),
+    /// There is no user to run it as.
+    #[error(transparent)]
+    Identity(#[from] NoIdentity),
     /// Arguments and environment are too long.
     #[error("arguments and environment are too long")]
     TooLong,
@@ -201,7 +201,7 @@ impl Files {
         let confinement = match command.mode {
             Mode::Permissive => Confinement::Permissive,
             Mode::Strict => Confinement::Strict(StrictSpec {
-                identity: identity(),
+                identity: identity::of_commands()?,
                 network: command.network,
                 read_only: command.read_only,
                 minimum_landlock_abi: MINIMUM_LANDLOCK_ABI,
@@ -239,16 +239,6 @@ fn sealed(bytes: &[u8]) -> Result<OwnedFd, LaunchError> {
         Ok(file.into())
     };
     write().map_err(io_error("write a memory file"))
-}
-
-/// Who commands run as.
-fn identity() -> Identity {
-    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-    if uid == 0 {
-        Identity { uid: DEFAULT_ASSUMED_ID, gid: DEFAULT_ASSUMED_ID, assumed: true }
-    } else {
-        Identity { uid, gid, assumed: false }
-    }
 }
 
 /// A started command.

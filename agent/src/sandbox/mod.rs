@@ -18,6 +18,7 @@
 
 mod channel;
 mod filesystem;
+mod identity;
 mod init;
 mod landlock;
 mod launch;
@@ -37,6 +38,7 @@ mod stage;
 mod syscalls;
 mod workspace;
 
+pub use identity::NoIdentity;
 pub use launch::{Command, LaunchError, Launched, Launcher, Program, StageHandle, StageMessage};
 pub use remedy::Refusal;
 pub use spec::{

@@ -1,0 +1,95 @@
+//! Output and arguments arrive unchanged, and no faster than the reader permits.
+
+use std::time::Duration;
+
+use cortex_agent::exec::{CommandControl, CommandRequest, CommandVerdict};
+use tempfile::TempDir;
+
+use crate::support::{PLENTY, Running, in_workspace, program, run, script, view};
+
+#[tokio::test]
+async fn arguments_environment_and_directory_arrive_unchanged() {
+    let workspace = TempDir::new().unwrap();
+    std::fs::create_dir(workspace.path().join("sub dir")).unwrap();
+    let print = "printf '%s|' \"$@\" \"$PWD\" \"$ODD\" \"$PATH\"";
+    let request = CommandRequest {
+        workspace: view(workspace.path(), "sub dir"),
+        env: vec![
+            (b"ODD".to_vec(), b"a b\n\xff".to_vec()),
+            (b"PATH".to_vec(), b"/usr/bin:/bin".to_vec()),
+        ],
+        ..program(&["bash", "-c", print, "x", "", "a  b", "*"])
+    };
+    let mut running = Running::start(request, PLENTY);
+    while running.next().await.is_some() {}
+    assert_eq!(running.stdout, b"|a  b|*|/workspace/sub dir|a b\n\xff|/usr/bin:/bin|");
+}
+
+#[tokio::test]
+async fn a_script_of_any_permitted_length_runs() {
+    for bytes in [100_000, 130_000, 300_000, 4_000_000] {
+        let text = format!("X='{}'\necho ${{#X}}", "y".repeat(bytes));
+        let ran = run(script(&text)).await;
+        assert_eq!(ran.stdout, format!("{bytes}\n"), "{:?} {}", ran.exit, ran.stderr);
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_output_arrives_whole() {
+    let bytes = 64 << 20;
+    let ran = run(script(&format!("head -c {bytes} /dev/zero; seq 1 100000 >&2"))).await;
+    assert!(ran.succeeded());
+    assert_eq!(ran.exit.stdout_bytes, bytes);
+    assert!(ran.stderr.ends_with("\n100000\n"));
+}
+
+#[tokio::test]
+async fn without_credit_the_command_waits() {
+    let workspace = TempDir::new().unwrap();
+    let marker = workspace.path().join("marker");
+    let total: u64 = 1 << 20;
+    let text = format!("head -c {total} /dev/zero; touch marker");
+    let mut running = Running::start(in_workspace(&text, workspace.path()), 100_000);
+    while running.stdout.len() < 100_000 {
+        running.next().await.unwrap();
+    }
+    assert_eq!(running.stdout.len(), 100_000, "more was sent than there was credit for");
+    let more = tokio::time::timeout(Duration::from_millis(300), running.events.recv()).await;
+    assert!(more.is_err(), "{more:?} was sent without credit");
+    assert!(!marker.exists(), "the command did not wait for its reader");
+    running.order(CommandControl::Credit(total)).await;
+    let ran = running.finish().await;
+    assert!(ran.succeeded() && marker.exists());
+    assert_eq!(ran.exit.stdout_bytes, total);
+}
+
+#[tokio::test]
+async fn a_command_that_waits_for_credit_can_be_ended() {
+    let mut running = Running::start(script("yes"), 0);
+    running.until_started().await;
+    let grace = Duration::from_secs(30);
+    running.order(CommandControl::Cancel { signal: 0, grace }).await;
+    // What it wrote before still waits for credit; the second cancel says that nobody wants it.
+    running.order(CommandControl::Cancel { signal: 0, grace }).await;
+    running.order(CommandControl::Credit(1 << 20)).await;
+    assert_eq!(running.finish().await.exit.verdict, CommandVerdict::Cancelled);
+
+    let text = "head -c 200000 /dev/zero; exec sleep 300";
+    let request = CommandRequest { time_limit: Some(Duration::from_millis(300)), ..script(text) };
+    let mut running = Running::start(request, 10);
+    running.until_started().await;
+    running.order(CommandControl::Credit(1 << 20)).await;
+    assert_eq!(running.finish().await.exit.verdict, CommandVerdict::TimeLimit);
+}
+
+#[tokio::test]
+async fn small_writes_become_few_frames() {
+    let text = "for i in $(seq 1 2000); do echo $i; done";
+    let mut running = Running::start(script(text), PLENTY);
+    let mut frames = 0;
+    while let Some(event) = running.next().await {
+        frames += usize::from(matches!(event, cortex_agent::exec::CommandEvent::Output { .. }));
+    }
+    assert!(running.stdout.ends_with(b"\n2000\n"));
+    assert!(frames < 500, "{frames} frames for 2000 lines");
+}

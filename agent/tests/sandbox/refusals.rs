@@ -1,0 +1,104 @@
+//! Commands that must not run, and have not.
+
+use std::path::Path;
+
+use cortex_agent::exec::{CommandRequest, CommandVerdict};
+use tempfile::TempDir;
+
+use crate::support::{in_workspace, run, script, succeeds_outside, view};
+
+#[tokio::test]
+async fn a_refused_command_has_not_run() {
+    let parent = TempDir::new().unwrap();
+    let root = parent.path().join("workspace");
+    let state = parent.path().join("state");
+    for directory in [&root, &state, &root.join("sub")] {
+        std::fs::create_dir(directory).unwrap();
+    }
+    std::os::unix::fs::symlink(&state, root.join("link")).unwrap();
+    let marker = root.join("marker");
+    let touch = "touch /workspace/marker marker";
+    let at =
+        |root: &Path, cwd: &str| CommandRequest { workspace: view(root, cwd), ..script(touch) };
+    let ok = || in_workspace(touch, &root);
+    let cases = [
+        ("a missing working directory", at(&root, "nowhere")),
+        ("a working directory outside", at(&root, "../state")),
+        ("a working directory outside by a link", at(&root, "link")),
+        ("an absolute working directory", at(&root, "/tmp")),
+        ("a missing workspace", at(&parent.path().join("no"), "")),
+        ("a file as workspace", at(Path::new("/etc/passwd"), "")),
+        ("the root as workspace", at(Path::new("/"), "")),
+        ("a home as workspace", at(Path::new("/root"), "")),
+        ("all homes as workspace", at(Path::new("/home"), "")),
+        ("the system as workspace", at(Path::new("/usr"), "")),
+        (
+            "a workspace around the agent's state",
+            CommandRequest { forbidden_paths: vec![root.join("sub")], ..ok() },
+        ),
+        (
+            "a workspace in the agent's state",
+            CommandRequest { forbidden_paths: vec![parent.path().to_owned()], ..ok() },
+        ),
+        (
+            "the agent's state seen read-only",
+            CommandRequest {
+                forbidden_paths: vec![state.join("x")],
+                read_only_paths: vec![state.clone()],
+                ..ok()
+            },
+        ),
+        ("nothing to run", CommandRequest { script: None, ..ok() }),
+        ("a program and a script", CommandRequest { argv: vec![b"true".to_vec()], ..ok() }),
+        ("a zero byte", in_workspace("touch marker\0", &root)),
+        ("an odd variable", CommandRequest { env: vec![(b"A=B".into(), b"c".into())], ..ok() }),
+        (
+            "a long argument",
+            CommandRequest { script: None, argv: vec![vec![b'x'; 100_000]], ..ok() },
+        ),
+    ];
+    for (what, request) in cases {
+        let ran = run(request).await;
+        assert_eq!(ran.exit.verdict, CommandVerdict::Refused, "{what}: {ran:?}");
+        assert_eq!(ran.exit.exit_code, 126, "{what}");
+        assert!(ran.exit.reason.is_some(), "{what} gives no reason");
+        assert!(!marker.exists(), "{what}: the command has run");
+    }
+    assert!(run(ok()).await.succeeded());
+    assert!(marker.exists(), "the marker does not work");
+}
+
+#[tokio::test]
+async fn without_user_namespaces_strict_commands_are_refused_with_a_remedy() {
+    // In an outer namespace, its owner may forbid further ones.
+    let outer = ["-U", "--map-user=1000", "--map-group=1000", "--keep-caps"];
+    if !succeeds_outside(&format!("unshare {} true", outer.join(" ")), Path::new("/")) {
+        eprintln!("skipped: user namespaces are not available here, so they cannot be taken away");
+        return;
+    }
+    let text = tokio::task::spawn_blocking(move || {
+        let limit = "echo 0 > /proc/sys/user/max_user_namespaces && exec \"$@\"";
+        let output = std::process::Command::new("unshare")
+            .args(outer)
+            .args(["sh", "-c", limit, "sh"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "refusals::apart_refused", "--ignored", "--nocapture"])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    });
+    let text = text.await.unwrap();
+    assert!(text.contains("refused as it should be"), "{text}");
+}
+
+#[tokio::test]
+#[ignore = "run by the test above, without user namespaces"]
+async fn apart_refused() {
+    let workspace = TempDir::new().unwrap();
+    let ran = run(in_workspace("touch marker", workspace.path())).await;
+    assert_eq!(ran.exit.verdict, CommandVerdict::Refused, "{ran:?}");
+    assert!(ran.exit.hint.as_ref().unwrap().contains("max_user_namespaces"), "{ran:?}");
+    assert!(!workspace.path().join("marker").exists(), "the command has run");
+    eprintln!("refused as it should be");
+}
