@@ -1,1 +1,153 @@
 //! Authenticated channels to the hub.
+//!
+//! The hub is trusted because its mesh's authority signed it for one fixed name, whatever address
+//! it is reached at. Before a node has joined, the authority itself is known only by the pin of its
+//! key; afterwards its certificate is stored. In both cases a hub that does not prove itself ends
+//! the handshake before anything of ours, client certificate and token included, is sent.
+//!
+//! Nothing here is kept: a [`HubClient`] is made from an identity whenever a connection is needed,
+//! so a renewed certificate is used by the next connection.
+
+mod address;
+mod connector;
+mod error;
+mod verifier;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cortex_proto::{
+    BULK_CONNECTION_WINDOW, BULK_STREAM_WINDOW, CONTROL_CONNECTION_WINDOW, CONTROL_STREAM_WINDOW,
+    HTTP2_FRAME_BYTES,
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tonic::transport::{Channel, Endpoint};
+
+pub use address::{HubAddress, InvalidAddress};
+pub use error::{ConnectError, HubRefused, certificate_refusal, connect_error_in};
+pub use verifier::{Trust, pin_of};
+
+use connector::TlsConnector;
+
+/// How long reaching the hub may take: name, TCP and TLS together.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a connection is for, which decides its windows. Bulk data has a connection of its own, so
+/// that it never delays a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Sessions, commands and their output, questions.
+    Control,
+    /// Packs and manifests of workspaces.
+    Bulk,
+}
+
+/// The certificate and key with which this side proves itself.
+#[derive(Debug)]
+pub struct ClientCertificate {
+    /// The leaf certificate.
+    pub certificate: CertificateDer<'static>,
+    /// Its private key.
+    pub key: PrivateKeyDer<'static>,
+}
+
+impl Clone for ClientCertificate {
+    fn clone(&self) -> Self {
+        Self { certificate: self.certificate.clone(), key: self.key.clone_key() }
+    }
+}
+
+/// Makes channels to one hub as one identity.
+#[derive(Clone, Debug)]
+pub struct HubClient {
+    address: HubAddress,
+    tls: Arc<rustls::ClientConfig>,
+}
+
+impl HubClient {
+    /// A client for the hub at `address`; `certificate` is absent while joining or logging in.
+    ///
+    /// # Errors
+    /// If certificate and key do not fit each other.
+    pub fn new(
+        address: HubAddress,
+        trust: Trust,
+        certificate: Option<ClientCertificate>,
+    ) -> Result<Self, ConnectError> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let verifier = Arc::new(verifier::HubVerifier::new(trust, Arc::clone(&provider)));
+        let builder = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(ConnectError::Config)?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier);
+        let mut tls = match certificate {
+            Some(ClientCertificate { certificate, key }) => builder
+                .with_client_auth_cert(vec![certificate], key)
+                .map_err(ConnectError::Config)?,
+            None => builder.with_no_client_auth(),
+        };
+        tls.alpn_protocols = vec![b"h2".to_vec()];
+        // A resumed session would skip the check of certificates on both sides.
+        tls.resumption = rustls::client::Resumption::disabled();
+        Ok(Self { address, tls: Arc::new(tls) })
+    }
+
+    /// Where the hub is.
+    #[must_use]
+    pub fn address(&self) -> &HubAddress {
+        &self.address
+    }
+
+    /// Connects now. The channel reconnects by itself if it is used after the connection broke.
+    ///
+    /// # Errors
+    /// Why the hub could not be reached or was not believed.
+    pub async fn connect(&self, purpose: Purpose) -> Result<Channel, ConnectError> {
+        let endpoint = endpoint(purpose);
+        let connecting = endpoint.connect_with_connector(self.connector());
+        match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
+            Ok(Ok(channel)) => Ok(channel),
+            Ok(Err(error)) => Err(connect_error_in(&error).unwrap_or_else(|| {
+                ConnectError::Http2 { address: self.address.clone(), source: Arc::new(error) }
+            })),
+            Err(_) => Err(ConnectError::TimedOut { address: self.address.clone() }),
+        }
+    }
+
+    /// A channel that connects with its first use.
+    #[must_use]
+    pub fn connect_lazy(&self, purpose: Purpose) -> Channel {
+        endpoint(purpose).connect_with_connector_lazy(self.connector())
+    }
+
+    /// Reaches the hub and checks it, without speaking any protocol above TLS.
+    ///
+    /// # Errors
+    /// As [`HubClient::connect`].
+    pub async fn probe(&self) -> Result<(), ConnectError> {
+        self.connector().dial().await.map(drop)
+    }
+
+    fn connector(&self) -> TlsConnector {
+        TlsConnector::new(self.address.clone(), Arc::clone(&self.tls))
+    }
+}
+
+fn endpoint(purpose: Purpose) -> Endpoint {
+    let (stream_window, connection_window) = match purpose {
+        Purpose::Control => (CONTROL_STREAM_WINDOW, CONTROL_CONNECTION_WINDOW),
+        Purpose::Bulk => (BULK_STREAM_WINDOW, BULK_CONNECTION_WINDOW),
+    };
+    // The connector does the TLS, so the scheme seen here is the one below it.
+    Endpoint::from_static("http://hub.cortex.internal")
+        .initial_stream_window_size(stream_window)
+        .initial_connection_window_size(connection_window)
+        .max_frame_size(HTTP2_FRAME_BYTES)
+        .http2_keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(10))
+        .keep_alive_while_idle(true)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,316 @@
-//! Where this agent keeps its state and what it may do.
+//! Where this agent keeps its state, and what its owner decided about it.
+//!
+//! | place | what | written by |
+//! |---|---|---|
+//! | `STATE/identity/` | key and certificates of this node, see [`crate::identity`] | `join` |
+//! | `STATE/agent.json` | [`Settings`] | `join`, `ceiling set`, `workspace attach` |
+//! | `STATE/agent.lock`, `STATE/agent.sock` | one daemon per state; its local socket | `run` |
+//! | `STATE/workspaces/ID/` | index of a workspace, see [`crate::sync`] | `run` |
+//! | `CONFIG/contexts/NAME/`, `CONFIG/current-context` | operators' logins, see [`contexts`] | `login` |
+//!
+//! Every file is replaced whole and durably; a crash leaves the old one or the new one.
+
+pub mod contexts;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use cortex_shared::durable;
+use cortex_shared::ids::WorkspaceId;
+use cortex_shared::policy::Mode;
+use serde::{Deserialize, Serialize};
+
+use crate::client::HubAddress;
+
+/// Largest file of settings or identity that is read: far more than any of them needs.
+const MAX_FILE_BYTES: u64 = 256 * 1024;
+
+/// Why state or settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The user has no home directory, and no directory was named.
+    #[error("this user has no home directory, and no {what} was named")]
+    NoHome {
+        /// The directory in question.
+        what: &'static str,
+    },
+    /// A file or directory cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file or directory cannot be written.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file does not hold what it should.
+    #[error("{} is damaged: {problem}", path.display())]
+    Damaged {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Others than the owner may read a secret.
+    #[error("{} may be read by others (mode {mode:o})", path.display())]
+    TooOpen {
+        /// The path.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// There is no such context.
+    #[error("there is no context {0:?}")]
+    NoSuchContext(String),
+    /// Nobody has logged in here.
+    #[error("not logged in")]
+    NotLoggedIn,
+    /// This node has not joined a mesh.
+    #[error("this node has not joined a mesh (state in {})", state.display())]
+    NotJoined {
+        /// The state directory.
+        state: PathBuf,
+    },
+}
+
+/// The directory with everything this node must remember.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateDir(PathBuf);
+
+impl StateDir {
+    /// The directory that was named, or the default: `/var/lib/cortex-agent` for root, the user's
+    /// data directory otherwise.
+    ///
+    /// # Errors
+    /// If none was named and the user has no home.
+    pub fn resolve(named: Option<PathBuf>) -> Result<Self, ConfigError> {
+        if let Some(path) = named {
+            let path =
+                std::path::absolute(&path).map_err(|source| ConfigError::Read { path, source })?;
+            return Ok(Self(path));
+        }
+        if rustix::process::geteuid().is_root() {
+            return Ok(Self(PathBuf::from("/var/lib/cortex-agent")));
+        }
+        directories::ProjectDirs::from("", "", "cortex-agent")
+            .map(|dirs| Self(dirs.data_dir().to_owned()))
+            .ok_or(ConfigError::NoHome { what: "state directory (--state)" })
+    }
+
+    /// Creates the directory, for its owner only.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn create(&self) -> Result<(), ConfigError> {
+        durable::create_private_folder(&self.0)
+            .map_err(|source| ConfigError::Write { path: self.0.clone(), source })
+    }
+
+    /// The directory itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Key and certificates.
+    #[must_use]
+    pub fn identity(&self) -> PathBuf {
+        self.0.join("identity")
+    }
+
+    /// The local socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.0.join("agent.sock")
+    }
+
+    /// The lock that one daemon holds.
+    #[must_use]
+    pub fn lock(&self) -> PathBuf {
+        self.0.join("agent.lock")
+    }
+
+    /// What the agent keeps about one workspace.
+    #[must_use]
+    pub fn workspace(&self, id: WorkspaceId) -> PathBuf {
+        self.0.join("workspaces").join(id.to_string())
+    }
+
+    fn settings(&self) -> PathBuf {
+        self.0.join("agent.json")
+    }
+}
+
+/// What the node's owner decided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Where the hub is.
+    pub hub: HubAddress,
+    /// Where workspaces live unless told otherwise.
+    pub workspace_root: PathBuf,
+    /// The owner's upper bound for the mode of every command.
+    pub ceiling: Mode,
+    /// Workspaces that live elsewhere, by name.
+    pub workspace_paths: BTreeMap<String, PathBuf>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawSettings {
+    hub: String,
+    workspace_root: PathBuf,
+    #[serde(default)]
+    ceiling: Mode,
+    #[serde(default)]
+    workspace_paths: BTreeMap<String, PathBuf>,
+}
+
+impl Settings {
+    /// Reads the settings of a joined node.
+    ///
+    /// # Errors
+    /// If there are none, or they are damaged.
+    pub fn load(state: &StateDir) -> Result<Self, ConfigError> {
+        let path = state.settings();
+        let raw: RawSettings = read_json(&path)?
+            .ok_or_else(|| ConfigError::NotJoined { state: state.path().to_owned() })?;
+        let damaged = |problem: String| ConfigError::Damaged { path: path.clone(), problem };
+        let settings = Self {
+            hub: raw.hub.parse().map_err(|error| damaged(format!("{error}")))?,
+            workspace_root: raw.workspace_root,
+            ceiling: raw.ceiling,
+            workspace_paths: raw.workspace_paths,
+        };
+        let roots = settings.workspace_paths.values().chain([&settings.workspace_root]);
+        for root in roots {
+            if !root.is_absolute() {
+                return Err(damaged(format!("{} is not an absolute path", root.display())));
+            }
+        }
+        Ok(settings)
+    }
+
+    /// Writes the settings durably.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn save(&self, state: &StateDir) -> Result<(), ConfigError> {
+        let raw = RawSettings {
+            hub: self.hub.to_string(),
+            workspace_root: self.workspace_root.clone(),
+            ceiling: self.ceiling,
+            workspace_paths: self.workspace_paths.clone(),
+        };
+        write_json(&state.settings(), &raw)
+    }
+
+    /// Where the workspace of this name lives. The name has been checked, so it is one component.
+    #[must_use]
+    pub fn workspace_path(&self, name: &str) -> PathBuf {
+        self.workspace_paths.get(name).cloned().unwrap_or_else(|| self.workspace_root.join(name))
+    }
+}
+
+/// Where workspaces live unless told otherwise: `~/cortex`.
+///
+/// # Errors
+/// If the user has no home.
+pub fn default_workspace_root() -> Result<PathBuf, ConfigError> {
+    directories::BaseDirs::new()
+        .map(|dirs| dirs.home_dir().join("cortex"))
+        .ok_or(ConfigError::NoHome { what: "workspace directory (--workspace-root)" })
+}
+
+/// Reads a small file; `None` if it does not exist.
+pub(crate) fn read_bounded(path: &Path) -> Result<Option<Vec<u8>>, ConfigError> {
+    use std::io::Read as _;
+    let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+    let file = match std::fs::File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut contents = Vec::new();
+    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut contents).map_err(failed)?;
+    if u64::try_from(contents.len()).is_ok_and(|length| length > MAX_FILE_BYTES) {
+        return Err(ConfigError::Damaged {
+            path: path.to_owned(),
+            problem: format!("larger than {MAX_FILE_BYTES} bytes"),
+        });
+    }
+    Ok(Some(contents))
+}
+
+pub(crate) fn read_json<T: for<'de> Deserialize<'de>>(
+    path: &Path,
+) -> Result<Option<T>, ConfigError> {
+    let Some(contents) = read_bounded(path)? else { return Ok(None) };
+    serde_json::from_slice(&contents)
+        .map(Some)
+        .map_err(|error| ConfigError::Damaged { path: path.to_owned(), problem: error.to_string() })
+}
+
+pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), ConfigError> {
+    let mut text = serde_json::to_vec_pretty(value)
+        .map_err(|error| ConfigError::Write { path: path.to_owned(), source: error.into() })?;
+    text.push(b'\n');
+    write_private(path, &text)
+}
+
+pub(crate) fn write_private(path: &Path, contents: &[u8]) -> Result<(), ConfigError> {
+    durable::write_file(path, contents, 0o600)
+        .map_err(|source| ConfigError::Write { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings() -> Settings {
+        Settings {
+            hub: "hub:7443".parse().unwrap(),
+            workspace_root: "/srv/cortex".into(),
+            ceiling: Mode::Strict,
+            workspace_paths: BTreeMap::from([("app".to_owned(), PathBuf::from("/home/ann/app"))]),
+        }
+    }
+
+    #[test]
+    fn settings_survive_the_disk_and_choose_paths() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::resolve(Some(folder.path().to_owned())).unwrap();
+        assert!(matches!(Settings::load(&state), Err(ConfigError::NotJoined { .. })));
+        settings().save(&state).unwrap();
+        let loaded = Settings::load(&state).unwrap();
+        assert_eq!(loaded, settings());
+        assert_eq!(loaded.workspace_path("app"), Path::new("/home/ann/app"));
+        assert_eq!(loaded.workspace_path("web"), Path::new("/srv/cortex/web"));
+    }
+
+    #[test]
+    fn settings_without_a_ceiling_are_strict_and_unknown_keys_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::resolve(Some(folder.path().to_owned())).unwrap();
+        let write = |text: &str| std::fs::write(state.settings(), text).unwrap();
+        write(r#"{"hub":"hub:7443","workspace_root":"/w"}"#);
+        assert_eq!(Settings::load(&state).unwrap().ceiling, Mode::Strict);
+        for bad in [
+            r#"{"hub":"hub:7443","workspace_root":"/w","cieling":"permissive"}"#,
+            r#"{"hub":"hub:7443","workspace_root":"w"}"#,
+            r#"{"hub":"hub","workspace_root":"/w"}"#,
+            r#"{"hub":"hub:7443","workspace_root":"/w","ceiling":"none"}"#,
+            "",
+        ] {
+            write(bad);
+            assert!(matches!(Settings::load(&state), Err(ConfigError::Damaged { .. })), "{bad}");
+        }
+    }
+}

@@ -1,1 +1,214 @@
-//! The local socket.
+//! The local socket, `STATE/agent.sock`: the machine's owner asks and tells its own agent.
+//!
+//! Answered are root and the agent's own user, told apart by the credentials the kernel gives; the
+//! socket's mode 0600 is the first barrier, the check the second. Holds no state of its own.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixListener as StdListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use cortex_proto::v1::control_server::{Control, ControlServer};
+use cortex_proto::v1::{self};
+use cortex_proto::{CODE_TRAILER, HINT_TRAILER};
+use cortex_shared::labels;
+use cortex_shared::policy::Mode;
+use cortex_shared::tasks::TaskScope;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Code, Request, Response, Status};
+
+use crate::client::HubAddress;
+use crate::config::ConfigError;
+use crate::identity::NodeIdentity;
+use crate::link::dispatch::Dispatcher;
+use crate::link::proto_mode;
+use crate::link::session::LinkState;
+use crate::link::workspaces::{PlaceError, Workspaces};
+
+/// How long the hub may take to answer a question passed on to it.
+const HUB_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Why there is no local socket.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot open the local socket {}", path.display())]
+pub struct ControlError {
+    path: PathBuf,
+    source: std::io::Error,
+}
+
+/// What the local socket answers from.
+pub struct LocalControl {
+    /// Who this node is.
+    pub identity: NodeIdentity,
+    /// Where its hub is.
+    pub hub: HubAddress,
+    /// Its owner's bound.
+    pub ceiling: Mode,
+    /// The latest state of the connection.
+    pub link: watch::Receiver<LinkState>,
+    /// What runs.
+    pub dispatcher: Dispatcher,
+    /// Its workspaces.
+    pub workspaces: Workspaces,
+}
+
+/// Opens the socket and answers until the scope is cancelled.
+///
+/// # Errors
+/// If the socket cannot be bound. A left-over socket is replaced: the caller holds the state's
+/// lock, so no other agent uses it.
+pub fn serve(control: LocalControl, path: &Path, scope: &TaskScope) -> Result<(), ControlError> {
+    let failed = |source| ControlError { path: path.to_owned(), source };
+    let listener = bind(path).map_err(failed)?;
+    let stop = scope.token().clone();
+    let connections =
+        UnixListenerStream::new(listener).filter(|accepted| accepted.as_ref().is_ok_and(may_ask));
+    scope.spawn("local socket", async move {
+        let server = tonic::transport::Server::builder()
+            .add_service(ControlServer::new(control))
+            .serve_with_incoming_shutdown(connections, stop.clone().cancelled_owned());
+        // The orderly end waits for clients, which must not keep the daemon.
+        let limit = async {
+            stop.cancelled().await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        };
+        tokio::select! {
+            result = server => if let Err(error) = result {
+                tracing::error!(%error, "the local socket failed");
+            },
+            () = limit => {}
+        }
+    });
+    Ok(())
+}
+
+fn bind(path: &Path) -> std::io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    // Between bind and chmod others could connect, which is why each caller is also checked.
+    let listener = StdListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
+}
+
+fn may_ask(stream: &UnixStream) -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    let allowed = stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own);
+    if !allowed {
+        tracing::warn!("another user tried the local socket");
+    }
+    allowed
+}
+
+#[tonic::async_trait]
+impl Control for LocalControl {
+    async fn agent_status(
+        &self,
+        _: Request<v1::AgentStatusRequest>,
+    ) -> Result<Response<v1::AgentStatusResponse>, Status> {
+        let link = self.link.borrow().clone();
+        let session = link.session;
+        Ok(Response::new(v1::AgentStatusResponse {
+            node_id: self.identity.node_id.as_bytes().to_vec().into(),
+            name: session
+                .as_ref()
+                .map_or_else(|| self.identity.name.clone(), |session| session.name.clone()),
+            mesh_id: self.identity.mesh.to_string(),
+            hub: self.hub.to_string(),
+            connected: session.is_some(),
+            link_problem: link.problem.unwrap_or_default(),
+            next_attempt_ms: link.next_attempt_ms,
+            connected_since_ms: session.as_ref().map_or(0, |session| session.since_ms),
+            session_epoch: session.as_ref().map_or(0, |session| session.epoch),
+            certificate_not_after_ms: self.identity.credentials.not_after_ms(),
+            ceiling: proto_mode(self.ceiling).into(),
+            policy: proto_mode(self.dispatcher.policy()).into(),
+            workspaces: self.workspaces.statuses(),
+            running_tasks: u32::try_from(self.dispatcher.running_tasks()).unwrap_or(u32::MAX),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            process_id: std::process::id(),
+        }))
+    }
+
+    async fn attach_local(
+        &self,
+        request: Request<v1::AttachLocalRequest>,
+    ) -> Result<Response<v1::AttachLocalResponse>, Status> {
+        use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+        let v1::AttachLocalRequest { workspace, path } = request.into_inner();
+        check_workspace(&workspace)?;
+        if path.len() > 4096 || path.contains(&0) {
+            return Err(Status::invalid_argument("the path is no path"));
+        }
+        let wanted = (!path.is_empty()).then(|| Path::new(std::ffi::OsStr::from_bytes(&path)));
+        let placed = self.workspaces.place(&workspace, wanted).map_err(|error| match error {
+            PlaceError::Config(ConfigError::Write { .. }) => {
+                tracing::error!(%error, "settings cannot be stored");
+                Status::internal(error.to_string())
+            }
+            PlaceError::NotAbsolute(_) => Status::invalid_argument(error.to_string()),
+            _ => Status::failed_precondition(error.to_string()),
+        })?;
+        self.ask_hub(async |mut client, request| client.request_attach(request).await, workspace)
+            .await?;
+        let path = placed.into_os_string().into_vec().into();
+        Ok(Response::new(v1::AttachLocalResponse { path }))
+    }
+
+    async fn detach_local(
+        &self,
+        request: Request<v1::DetachLocalRequest>,
+    ) -> Result<Response<v1::DetachLocalResponse>, Status> {
+        let workspace = request.into_inner().workspace;
+        check_workspace(&workspace)?;
+        self.ask_hub(async |mut client, request| client.request_detach(request).await, workspace)
+            .await?;
+        Ok(Response::new(v1::DetachLocalResponse {}))
+    }
+}
+
+type HubClient = cortex_proto::v1::node_client::NodeClient<tonic::transport::Channel>;
+
+impl LocalControl {
+    /// Passes a question on to the hub, over the live session.
+    async fn ask_hub(
+        &self,
+        ask: impl AsyncFnOnce(
+            HubClient,
+            Request<v1::RequestAttachRequest>,
+        ) -> Result<Response<v1::RequestAttachResponse>, Status>,
+        workspace: String,
+    ) -> Result<(), Status> {
+        let session = self.link.borrow().session.clone();
+        let Some(session) = session else {
+            return Err(with_code(
+                Status::unavailable("this node has no session with its hub"),
+                "no_session",
+                "cortex-agent status",
+            ));
+        };
+        let mut request = Request::new(v1::RequestAttachRequest { workspace });
+        request.set_timeout(HUB_TIMEOUT);
+        match tokio::time::timeout(HUB_TIMEOUT, ask(session.client, request)).await {
+            Ok(answer) => answer.map(drop),
+            Err(_) => Err(Status::new(Code::DeadlineExceeded, "the hub did not answer in time")),
+        }
+    }
+}
+
+fn check_workspace(name: &str) -> Result<(), Status> {
+    labels::check_name(name).map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
+fn with_code(mut status: Status, code: &'static str, hint: &'static str) -> Status {
+    let metadata = status.metadata_mut();
+    metadata.insert(CODE_TRAILER, tonic::metadata::MetadataValue::from_static(code));
+    metadata.insert(HINT_TRAILER, tonic::metadata::MetadataValue::from_static(hint));
+    status
+}

@@ -20,5 +20,5 @@ pub fn main_entry() -> std::process::ExitCode {
     if sandbox::stage_requested() {
         return sandbox::stage_main();
     }
-    std::process::ExitCode::SUCCESS
+    cli::main()
 }

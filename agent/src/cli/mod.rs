@@ -1,1 +1,218 @@
-//! The command line.
+//! The command line: a verb a file, each with its arguments, its help and its work.
+//!
+//! Results go through [`printer`], failures through [`error`]; a verb returns the exit code.
+
+mod completion;
+mod context;
+mod doctor;
+pub mod error;
+mod exec;
+mod hub;
+mod invite;
+mod join;
+mod local;
+mod login;
+mod node;
+pub mod printer;
+mod run;
+mod status;
+mod token;
+mod units;
+mod version;
+mod watch;
+mod whoami;
+mod workspace;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
+
+use crate::config::StateDir;
+use crate::config::contexts::ConfigDir;
+use error::{CliError, Exit};
+use printer::{ColorWhen, Format, Printer};
+
+/// What every verb knows.
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// This node's identity, index and socket; several agents may run on one machine
+    #[arg(long, global = true, env = "CORTEX_STATE", value_name = "DIR")]
+    state: Option<PathBuf>,
+    /// Which login to use instead of the current one
+    #[arg(long, global = true, env = "CORTEX_CONTEXT", value_name = "NAME")]
+    context: Option<String>,
+    /// When to use colour
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN")]
+    color: ColorWhen,
+}
+
+impl Global {
+    fn state(&self) -> Result<StateDir, CliError> {
+        Ok(StateDir::resolve(self.state.clone())?)
+    }
+
+    fn config(&self) -> Result<ConfigDir, CliError> {
+        Ok(ConfigDir::resolve()?)
+    }
+
+    fn printer(&self, output: Output) -> Printer {
+        Printer::stdout(output.format, self.color)
+    }
+}
+
+/// Shape of the output, on everything that lists or shows.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Output {
+    /// Shape of the output
+    #[arg(short = 'o', long = "output", value_enum, default_value_t, value_name = "FORMAT")]
+    format: Format,
+}
+
+/// cortex mesh: the same files on every machine, and a safe shell on any of them.
+///
+/// On a node, `join` admits this machine to a mesh and `run` is the daemon that keeps it there.
+/// Anywhere, `login` makes you an operator, who lists nodes, runs commands on them and manages
+/// workspaces.
+#[derive(Debug, Parser)]
+#[command(name = "cortex-agent", version, propagate_version = true, max_term_width = 100)]
+#[command(after_help = "\
+Examples:
+  cortex-agent join hub.example.org:7443 --ca sha256:… --token-file invite
+  cortex-agent login hub.example.org:7443 --ca sha256:… --token-stdin < token
+  cortex-agent node list --online
+  cortex-agent exec build-1 -s 'uname -a; nproc'
+
+Exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 not logged in, 5 forbidden, 6 unreachable or
+timed out, 7 conflict. `exec` ends with the command's own; see `cortex-agent exec --help`.")]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Join(join::JoinArgs),
+    Run(run::RunArgs),
+    Status(status::StatusArgs),
+    Doctor(doctor::DoctorArgs),
+    Login(login::LoginArgs),
+    Logout(context::LogoutArgs),
+    Whoami(whoami::WhoamiArgs),
+    Context(context::ContextArgs),
+    Node(node::NodeArgs),
+    Exec(Box<exec::ExecArgs>),
+    Workspace(workspace::WorkspaceArgs),
+    Invite(invite::InviteArgs),
+    Version(version::VersionArgs),
+    Completion(completion::CompletionArgs),
+}
+
+/// Reads the arguments, does the work, and says what the process ends with.
+pub(crate) fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version go to standard output with 0, mistakes to standard error with 2.
+            let code = if error.use_stderr() { Exit::Usage.code() } else { 0 };
+            error.print().ok();
+            return ExitCode::from(code);
+        }
+    };
+    let color = cli.global.color;
+    match dispatch(cli) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            if error.exit() != Exit::ReaderGone {
+                printer::complain(&error.render(), color);
+            }
+            ExitCode::from(error.exit().code())
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<u8, CliError> {
+    let Cli { global, verb } = cli;
+    // The daemon has a runtime of several threads; a single command is there faster without.
+    let runtime = match verb {
+        Verb::Run(_) => tokio::runtime::Builder::new_multi_thread().enable_all().build(),
+        _ => tokio::runtime::Builder::new_current_thread().enable_all().build(),
+    }
+    .map_err(|error| CliError::new(Exit::Failed, "cannot start the runtime").because(error))?;
+    let done = |result: Result<(), CliError>| result.map(|()| 0);
+    let result = runtime.block_on(async {
+        match verb {
+            Verb::Join(args) => done(Box::pin(join::join(&global, args)).await),
+            Verb::Run(args) => done(Box::pin(run::run(&global, args)).await),
+            Verb::Status(args) => done(Box::pin(status::status(&global, args)).await),
+            Verb::Doctor(args) => Box::pin(doctor::doctor(&global, args)).await,
+            Verb::Login(args) => done(Box::pin(login::login(&global, args)).await),
+            Verb::Logout(args) => done(context::logout(&global, args)),
+            Verb::Whoami(args) => done(Box::pin(whoami::whoami(&global, args)).await),
+            Verb::Context(args) => done(context::context(&global, args)),
+            Verb::Node(args) => done(Box::pin(node::node(&global, args)).await),
+            Verb::Exec(args) => Box::pin(exec::exec(&global, *args)).await,
+            Verb::Workspace(args) => done(Box::pin(workspace::workspace(&global, args)).await),
+            Verb::Invite(args) => done(Box::pin(invite::invite(&global, args)).await),
+            Verb::Version(args) => done(version::version(&global, args)),
+            Verb::Completion(args) => {
+                done(completion::completion(&global, args, &mut Cli::command()))
+            }
+        }
+    });
+    // A thread that still waits for standard input must not keep the process.
+    runtime.shutdown_background();
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn contract_of_names_and_flags_parses() {
+        for line in [
+            "join hub:7443 --ca sha256:00 --token-file F --name n --label a=b --label c=d --workspace-root /w --ceiling strict",
+            "run",
+            "--state /s status -o json",
+            "doctor -o json",
+            "login hub:7443 --ca sha256:00 --token-stdin --context x",
+            "logout",
+            "whoami -o json",
+            "context list",
+            "context use x",
+            "context remove x",
+            "node list @a=b --online -o jsonl",
+            "node list --offline",
+            "node show n1",
+            "exec n1 -- ls -l --color",
+            "exec n1 -s ls",
+            "exec n1 -i --workspace w --cwd d --env K=V --mode permissive --net full --memory 1G --pids 10 --time-limit 10s -- cat",
+            "workspace create w",
+            "workspace list",
+            "workspace attach w --node n",
+            "workspace attach w --path /p",
+            "workspace detach w",
+            "workspace status w --watch",
+            "workspace status",
+            "workspace conflicts w",
+            "invite create --uses 2 --ttl 1h --label a=b --name-pattern x-* --workspace w -o json",
+            "invite list",
+            "invite revoke abcdefgh",
+            "version",
+            "completion bash",
+        ] {
+            let words = std::iter::once("cortex-agent").chain(line.split(' '));
+            if let Err(error) = Cli::try_parse_from(words) {
+                panic!("{line}: {error}");
+            }
+        }
+    }
+}

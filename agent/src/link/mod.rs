@@ -1,1 +1,46 @@
-//! The session with the hub.
+//! The session with the hub, and what it makes this node do.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`session`] | owns the `Link` stream: hello, heartbeats, reconnecting |
+//! | [`dispatch`] | what each frame of the hub means here |
+//! | `task`, `request` | one command: its stream, its credit, its end; whether it may run at all |
+//! | `started` | which task ids have been seen, so that none runs twice |
+//! | [`workspaces`] | the sync engine of each workspace this node is a member of |
+//!
+//! Nothing of a session outlives the process but the ids of started tasks and the last list of
+//! memberships, which are on disk before they count. When a session ends, its tasks are cancelled.
+
+pub mod dispatch;
+mod request;
+pub mod session;
+mod started;
+mod task;
+pub mod workspaces;
+
+use cortex_proto::v1;
+use cortex_shared::policy::Mode;
+
+/// A mode as the protocol writes it.
+#[must_use]
+pub fn proto_mode(mode: Mode) -> v1::Mode {
+    match mode {
+        Mode::Strict => v1::Mode::Strict,
+        Mode::Permissive => v1::Mode::Permissive,
+    }
+}
+
+/// A mode as the protocol writes it; a value this agent does not know is strict.
+#[must_use]
+pub fn mode_of(value: i32) -> Mode {
+    match v1::Mode::try_from(value) {
+        Ok(v1::Mode::Permissive) => Mode::Permissive,
+        Ok(v1::Mode::Strict) | Err(_) => Mode::Strict,
+    }
+}
+
+/// Milliseconds since the epoch on this machine's clock.
+#[must_use]
+pub fn now_ms() -> i64 {
+    jiff::Timestamp::now().as_millisecond()
+}

@@ -1,0 +1,296 @@
+//! What went wrong, for people and scripts: a text, its causes, the command that helps, and the
+//! exit code.
+
+use std::error::Error as StdError;
+use std::fmt::Write as _;
+
+use cortex_proto::{CODE_TRAILER, HINT_TRAILER, RETRY_AFTER_TRAILER};
+use tonic::{Code, Status};
+
+use crate::client::{ConnectError, certificate_refusal, connect_error_in};
+use crate::config::ConfigError;
+
+/// Exit codes of every command but `exec`, whose own code is [`Exit::Code`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// 0: the reader of the output went away, which is no failure of ours.
+    ReaderGone,
+    /// 1
+    Failed,
+    /// 2
+    Usage,
+    /// 3
+    NotFound,
+    /// 4
+    NotLoggedIn,
+    /// 5
+    Forbidden,
+    /// 6
+    Unreachable,
+    /// 7
+    Conflict,
+    /// Another one.
+    Code(u8),
+}
+
+impl Exit {
+    /// The number the process ends with.
+    #[must_use]
+    pub fn code(self) -> u8 {
+        match self {
+            Self::ReaderGone => 0,
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::NotFound => 3,
+            Self::NotLoggedIn => 4,
+            Self::Forbidden => 5,
+            Self::Unreachable => 6,
+            Self::Conflict => 7,
+            Self::Code(code) => code,
+        }
+    }
+}
+
+/// An error of the command line.
+#[derive(Debug)]
+pub struct CliError {
+    exit: Exit,
+    message: String,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+    hint: Option<String>,
+}
+
+impl CliError {
+    /// An error with an exit code of its own.
+    #[must_use]
+    pub fn new(exit: Exit, message: impl Into<String>) -> Self {
+        Self { exit, message: message.into(), source: None, hint: None }
+    }
+
+    /// Wrong use of the command line.
+    #[must_use]
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self::new(Exit::Usage, message)
+    }
+
+    /// Adds the command that helps.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Adds the cause.
+    #[must_use]
+    pub fn because(mut self, source: impl StdError + Send + Sync + 'static) -> Self {
+        self.source = Some(Box::new(source));
+        self
+    }
+
+    /// The same error with another exit code.
+    #[must_use]
+    pub fn with_exit(mut self, exit: Exit) -> Self {
+        if self.exit != Exit::ReaderGone {
+            self.exit = exit;
+        }
+        self
+    }
+
+    /// What the process ends with.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        self.exit
+    }
+
+    /// Everything there is to say, a line each: `error: …`, `cause: …`, `hint: …`. Texts from
+    /// elsewhere are stripped of control characters, so that they cannot play with the terminal.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let mut text = format!("error: {}\n", printable(&self.message));
+        let mut next = self.source.as_deref().map(|source| source as &(dyn StdError + 'static));
+        let mut said = self.message.clone();
+        while let Some(cause) = next {
+            let cause_text = cause.to_string();
+            // Some errors repeat their cause in their own text.
+            if !said.contains(&cause_text) {
+                writeln!(text, "cause: {}", printable(&cause_text))
+                    .expect("writing to a string succeeds");
+            }
+            said = cause_text;
+            next = cause.source();
+        }
+        if let Some(hint) = &self.hint {
+            writeln!(text, "hint: {}", printable(hint)).expect("writing to a string succeeds");
+        }
+        text
+    }
+}
+
+/// Text from elsewhere, fit for a terminal: control characters become spaces.
+#[must_use]
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+impl From<ConfigError> for CliError {
+    fn from(error: ConfigError) -> Self {
+        let (exit, hint) = match &error {
+            ConfigError::NoHome { .. } => (Exit::Usage, None),
+            ConfigError::Read { .. } | ConfigError::Write { .. } => (Exit::Failed, None),
+            ConfigError::Damaged { .. } => (
+                Exit::Failed,
+                Some("restore the file from a backup, or join or log in anew elsewhere".to_owned()),
+            ),
+            ConfigError::TooOpen { path, .. } => {
+                (Exit::Failed, Some(format!("chmod 600 {}", path.display())))
+            }
+            ConfigError::NoSuchContext(_) => {
+                (Exit::NotFound, Some("cortex-agent context list".to_owned()))
+            }
+            ConfigError::NotLoggedIn => (
+                Exit::NotLoggedIn,
+                Some(
+                    "cortex-agent login HUB:PORT --ca sha256:… --token-file FILE; an admin makes the token with `cortex-hubd operator create`"
+                        .to_owned(),
+                ),
+            ),
+            ConfigError::NotJoined { .. } => (
+                Exit::NotLoggedIn,
+                Some(
+                    "cortex-agent join HUB:PORT --ca sha256:… --token-file FILE; `cortex-agent invite create` prints the whole line"
+                        .to_owned(),
+                ),
+            ),
+        };
+        Self { exit, hint, ..Self::from_source(error) }
+    }
+}
+
+impl CliError {
+    fn from_source(error: impl StdError + Send + Sync + 'static) -> Self {
+        Self::new(Exit::Failed, error.to_string()).because(error)
+    }
+}
+
+impl From<ConnectError> for CliError {
+    fn from(error: ConnectError) -> Self {
+        let hint = error.hint();
+        Self::from_source(error).with_exit(Exit::Unreachable).hint(hint)
+    }
+}
+
+impl From<Status> for CliError {
+    fn from(status: Status) -> Self {
+        if let Some(error) = connect_error_in(&status) {
+            return error.into();
+        }
+        if let Some(refusal) = certificate_refusal(&status) {
+            return Self::new(Exit::NotLoggedIn, format!("the hub refused: {refusal}"))
+                .hint("compare the clocks (`date -u`); otherwise log in or join again");
+        }
+        let trailer =
+            |name| status.metadata().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+        let code = trailer(CODE_TRAILER);
+        let (exit, own_hint) = match status.code() {
+            Code::InvalidArgument | Code::OutOfRange => (Exit::Usage, None),
+            Code::NotFound => (Exit::NotFound, None),
+            Code::Unauthenticated => (Exit::NotLoggedIn, None),
+            Code::PermissionDenied => {
+                (Exit::Forbidden, Some("`cortex-agent whoami` shows the role".to_owned()))
+            }
+            Code::Unavailable | Code::DeadlineExceeded => {
+                (Exit::Unreachable, Some("`cortex-agent doctor` looks closer".to_owned()))
+            }
+            Code::ResourceExhausted => {
+                let wait = trailer(RETRY_AFTER_TRAILER).and_then(|ms| ms.parse::<u64>().ok());
+                let hint = wait.map(|ms| format!("try again in {} s", ms.div_ceil(1000)));
+                (Exit::Unreachable, hint)
+            }
+            Code::AlreadyExists | Code::FailedPrecondition | Code::Aborted => {
+                (Exit::Conflict, None)
+            }
+            Code::Unimplemented => {
+                (Exit::Failed, Some("the hub is older than this program".to_owned()))
+            }
+            _ => (Exit::Failed, None),
+        };
+        let message = match status.message() {
+            "" => status.code().description().to_owned(),
+            text => text.to_owned(),
+        };
+        let message = match code {
+            Some(code) => format!("{message} ({code})"),
+            None => message,
+        };
+        let mut error = Self::new(exit, message);
+        error.hint = trailer(HINT_TRAILER).or(own_hint);
+        error
+    }
+}
+
+/// Writing our own output failed. A reader that went away is no failure.
+impl From<std::io::Error> for CliError {
+    fn from(error: std::io::Error) -> Self {
+        if error.kind() == std::io::ErrorKind::BrokenPipe {
+            return Self::new(Exit::ReaderGone, "");
+        }
+        Self::new(Exit::Failed, "cannot write the output").because(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_refusal_has_its_exit_code() {
+        for (code, exit) in [
+            (Code::InvalidArgument, 2),
+            (Code::NotFound, 3),
+            (Code::Unauthenticated, 4),
+            (Code::PermissionDenied, 5),
+            (Code::Unavailable, 6),
+            (Code::DeadlineExceeded, 6),
+            (Code::ResourceExhausted, 6),
+            (Code::AlreadyExists, 7),
+            (Code::FailedPrecondition, 7),
+            (Code::Aborted, 7),
+            (Code::Internal, 1),
+            (Code::Unknown, 1),
+        ] {
+            let error = CliError::from(Status::new(code, "because"));
+            assert_eq!(error.exit().code(), exit, "{code:?}");
+        }
+        assert_eq!(CliError::from(ConfigError::NotLoggedIn).exit().code(), 4);
+        assert_eq!(CliError::from(ConfigError::NoSuchContext("x".into())).exit().code(), 3);
+        let gone = std::io::Error::from(std::io::ErrorKind::BrokenPipe);
+        assert_eq!(CliError::from(gone).exit().code(), 0);
+    }
+
+    #[test]
+    fn code_and_hint_of_the_hub_are_shown_without_control_characters() {
+        let mut status = Status::not_found("no node matches \"wbe\"\u{1b}[2J");
+        status.metadata_mut().insert(CODE_TRAILER, "no_such_node".parse().unwrap());
+        status.metadata_mut().insert(HINT_TRAILER, "cortex-agent node list".parse().unwrap());
+        assert_eq!(
+            CliError::from(status).render(),
+            "error: no node matches \"wbe\" [2J (no_such_node)\nhint: cortex-agent node list\n"
+        );
+    }
+
+    #[test]
+    fn causes_are_listed_once() {
+        let address: crate::client::HubAddress = "hub:1".parse().unwrap();
+        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        let error = ConnectError::Unreachable { address, source: std::sync::Arc::new(refused) };
+        let error = CliError::from(error);
+        assert_eq!(error.exit().code(), 6);
+        let text = error.render();
+        assert!(
+            text.starts_with(
+                "error: hub hub:1 cannot be reached\ncause: connection refused\nhint: "
+            ),
+            "{text}"
+        );
+    }
+}

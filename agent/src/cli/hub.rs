@@ -1,0 +1,95 @@
+//! Channels to the hub for the verbs.
+
+use std::time::Duration;
+
+use cortex_proto::MAX_MESSAGE_BYTES;
+use cortex_proto::v1::enroll_client::EnrollClient;
+use cortex_proto::v1::operator_client::OperatorClient;
+use cortex_shared::peer::CaPin;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Status};
+
+use super::Global;
+use super::error::CliError;
+use crate::client::{HubAddress, HubClient, Purpose, Trust};
+
+/// How long a question to the hub may take. Streams have no such limit.
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long one attempt at joining or logging in may take; the hub answers from its database.
+const ENROLL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How often an attempt is repeated where the hub is busy or the answer was lost. Repeating is
+/// harmless: the hub recognises the key.
+const ENROLL_ATTEMPTS: u32 = 5;
+
+/// Connects as the operator of the chosen context.
+pub(crate) async fn operator(global: &Global) -> Result<OperatorClient<Channel>, CliError> {
+    let config = global.config()?;
+    let context = config.choose(global.context.as_deref())?;
+    let credentials = config.credentials(&context)?;
+    let channel = context.client(credentials)?.connect(Purpose::Control).await?;
+    Ok(OperatorClient::new(channel)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES))
+}
+
+/// A question that must be answered within [`QUESTION_TIMEOUT`].
+pub(crate) fn question<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(QUESTION_TIMEOUT);
+    request
+}
+
+/// Asks to be admitted, repeating where that is of use. `call` is told the deadline.
+pub(crate) async fn enroll<T, F>(
+    hub: HubAddress,
+    pins: Vec<CaPin>,
+    mut call: impl FnMut(EnrollClient<Channel>, Duration) -> F,
+) -> Result<T, CliError>
+where
+    F: Future<Output = Result<T, Status>>,
+{
+    let client = HubClient::new(hub, Trust::Pins(pins), None)?;
+    let mut attempt = 1;
+    loop {
+        let channel = client.connect(Purpose::Control).await?;
+        let status = match call(EnrollClient::new(channel), ENROLL_TIMEOUT).await {
+            Ok(answer) => return Ok(answer),
+            Err(status) => status,
+        };
+        let busy = matches!(status.code(), Code::ResourceExhausted | Code::Unavailable);
+        if !busy || attempt == ENROLL_ATTEMPTS {
+            return Err(status.into());
+        }
+        tokio::time::sleep(retry_after(&status)).await;
+        attempt += 1;
+    }
+}
+
+/// What the hub asks for, at most half a minute; a second otherwise.
+fn retry_after(status: &Status) -> Duration {
+    status
+        .metadata()
+        .get(cortex_proto::RETRY_AFTER_TRAILER)
+        .and_then(|value| value.to_str().ok()?.parse().ok())
+        .map_or(Duration::from_secs(1), Duration::from_millis)
+        .min(Duration::from_secs(30))
+}
+
+/// Reads `sha256:HEX[,sha256:HEX…]`.
+pub(crate) fn parse_pins(text: &str) -> Result<Vec<CaPin>, CliError> {
+    text.split(',')
+        .map(|pin| {
+            pin.parse().map_err(|error| {
+                CliError::usage(format!("--ca {pin}: {error}"))
+                    .hint("`cortex-hubd ca pin` on the hub's machine shows it")
+            })
+        })
+        .collect()
+}
+
+/// Reads an address given as an argument.
+pub(crate) fn parse_address(text: &str) -> Result<HubAddress, CliError> {
+    text.parse().map_err(|error| CliError::usage(format!("{error}")))
+}

@@ -1,0 +1,195 @@
+//! `join`: makes this machine a node of a mesh.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::Args;
+use cortex_proto::v1;
+use cortex_shared::ids::{MeshId, NodeId};
+use cortex_shared::labels;
+use cortex_shared::policy::Mode;
+use rustls_pki_types::CertificateDer;
+use serde::Serialize;
+use tonic::Request;
+
+use super::error::{CliError, Exit};
+use super::token::TokenArgs;
+use super::{Global, Output, hub};
+use crate::client::pin_of;
+use crate::config::{Settings, default_workspace_root};
+use crate::identity::{NodeIdentity, holder_of};
+use crate::link::proto_mode;
+
+/// Make this machine a node of a mesh
+#[derive(Debug, Args)]
+#[command(after_help = "\
+An admin's `cortex-agent invite create` (or `cortex-hubd invite create` on the hub) prints the whole
+line. The hub is believed only if its certificate authority has the given pin; otherwise nothing is
+sent. The token is read from a file, from standard input or from CORTEX_TOKEN, never from an
+argument. A machine that has joined already keeps its identity: the invite is then not used.
+
+Examples:
+  cortex-agent join hub.example.org:7443 --ca sha256:5e88… --token-file invite --label env=prod
+  CORTEX_TOKEN=cxi_… cortex-agent join 10.0.0.5:7443 --ca sha256:5e88… --name build-1")]
+pub(crate) struct JoinArgs {
+    /// Where the hub is reached
+    #[arg(value_name = "HUB:PORT")]
+    hub: String,
+    /// Pin of the mesh's certificate authority; several, separated by commas, while it changes
+    #[arg(long, value_name = "sha256:HEX[,…]")]
+    ca: String,
+    #[command(flatten)]
+    token: TokenArgs,
+    /// Name of the node; by default made of the host's name
+    #[arg(long)]
+    name: Option<String>,
+    /// A label for the node; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    labels: Vec<String>,
+    /// Where workspaces live, in a directory each [default: ~/cortex]
+    #[arg(long, value_name = "DIR")]
+    workspace_root: Option<PathBuf>,
+    /// This machine's own upper bound for what commands may do, whatever the hub allows
+    #[arg(long, value_name = "strict|permissive", default_value_t)]
+    ceiling: Mode,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Serialize)]
+struct Joined<'a> {
+    node_id: String,
+    name: &'a str,
+    mesh_id: String,
+    hub: String,
+    already_joined: bool,
+}
+
+pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError> {
+    let address = hub::parse_address(&args.hub)?;
+    let pins = hub::parse_pins(&args.ca)?;
+    let labels = parse_labels(&args.labels)?;
+    if let Some(name) = &args.name {
+        labels::check_name(name).map_err(|error| CliError::usage(error.to_string()))?;
+    }
+    let workspace_root = match args.workspace_root {
+        Some(path) => std::path::absolute(&path)
+            .map_err(|error| CliError::usage("--workspace-root is no path").because(error))?,
+        None => default_workspace_root()?,
+    };
+    let state = global.state()?;
+    let mut printer = global.printer(args.output);
+    if let Some(identity) = NodeIdentity::load(&state)? {
+        let own_pin = pin_of(&identity.credentials.authority);
+        if !own_pin.is_some_and(|pin| pins.contains(&pin)) {
+            return Err(CliError::new(
+                Exit::Conflict,
+                format!(
+                    "this machine is node {} of another mesh, {}",
+                    identity.name, identity.mesh
+                ),
+            )
+            .hint("give --state DIR for a second node on this machine"));
+        }
+        let joined = Joined {
+            node_id: identity.node_id.to_string(),
+            name: &identity.name,
+            mesh_id: identity.mesh.to_string(),
+            hub: Settings::load(&state)?.hub.to_string(),
+            already_joined: true,
+        };
+        let sentence = format!(
+            "already joined as {} ({}); the invite was not used",
+            joined.name, joined.node_id
+        );
+        return printer.say(&sentence, &joined);
+    }
+
+    let token = args.token.read()?;
+    state.create()?;
+    let key = NodeIdentity::pending_key(&state)?;
+    let csr_der = key.request_der().map_err(|error| {
+        CliError::new(Exit::Failed, "cannot sign the certificate request").because(error)
+    })?;
+    let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let response = hub::enroll(address.clone(), pins.clone(), |mut client, deadline| {
+        let mut request = Request::new(v1::JoinNodeRequest {
+            token: token.to_string(),
+            csr_der: csr_der.clone().into(),
+            name: args.name.clone().unwrap_or_default(),
+            labels: labels.clone().into_iter().collect(),
+            hostname: hostname.clone(),
+            os: std::env::consts::OS.to_owned(),
+            arch: std::env::consts::ARCH.to_owned(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            ceiling: proto_mode(args.ceiling).into(),
+        });
+        request.set_timeout(deadline);
+        async move { client.join_node(request).await }
+    })
+    .await?
+    .into_inner();
+
+    let identity = admitted(&key, &pins, &response)?;
+    let settings = Settings {
+        hub: address,
+        workspace_root,
+        ceiling: args.ceiling,
+        workspace_paths: BTreeMap::new(),
+    };
+    settings.save(&state)?;
+    identity.store(&state)?;
+    let joined = Joined {
+        node_id: identity.node_id.to_string(),
+        name: &identity.name,
+        mesh_id: identity.mesh.to_string(),
+        hub: settings.hub.to_string(),
+        already_joined: false,
+    };
+    let sentence = format!("joined as {} ({})", joined.name, joined.node_id);
+    printer.say(&sentence, &joined)
+}
+
+/// Checks that what the hub issued is for this key, from the pinned authority, for the node it says.
+fn admitted(
+    key: &crate::identity::PendingKey,
+    pins: &[cortex_shared::peer::CaPin],
+    response: &v1::JoinNodeResponse,
+) -> Result<NodeIdentity, CliError> {
+    let wrong =
+        |what: &str| CliError::new(Exit::Failed, format!("the hub's answer is wrong: {what}"));
+    let node_id = NodeId::from_slice(&response.node_id).map_err(|_| wrong("node id"))?;
+    let mesh: MeshId = response.mesh_id.parse().map_err(|_| wrong("mesh id"))?;
+    labels::check_name(&response.name).map_err(|_| wrong("name"))?;
+    let certificate = CertificateDer::from(response.certificate_der.to_vec());
+    let authority = CertificateDer::from(response.ca_der.to_vec());
+    if !pin_of(&authority).is_some_and(|pin| pins.contains(&pin)) {
+        return Err(wrong("its authority is not the pinned one"));
+    }
+    if !key.fits(&certificate) {
+        return Err(wrong("the certificate is for another key"));
+    }
+    let identity = NodeIdentity {
+        node_id,
+        name: response.name.clone(),
+        mesh,
+        credentials: key.with(certificate, authority),
+    };
+    if holder_of(&identity.credentials.own.certificate) != Some(identity.peer()) {
+        return Err(wrong("the certificate is for another node"));
+    }
+    Ok(identity)
+}
+
+/// Reads `KEY=VALUE` arguments.
+pub(super) fn parse_labels(texts: &[String]) -> Result<labels::Labels, CliError> {
+    let mut parsed = labels::Labels::new();
+    for text in texts {
+        let (key, value) = text
+            .split_once('=')
+            .ok_or_else(|| CliError::usage(format!("--label {text}: expected KEY=VALUE")))?;
+        parsed.insert(key.to_owned(), value.to_owned());
+    }
+    labels::check_labels(&parsed).map_err(|error| CliError::usage(error.to_string()))?;
+    Ok(parsed)
+}

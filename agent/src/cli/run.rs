@@ -1,0 +1,49 @@
+//! `run`: the node's daemon.
+
+use clap::{Args, ValueEnum};
+use cortex_shared::telemetry::{LogFormat, start_logging};
+
+use super::Global;
+use super::error::{CliError, Exit};
+use crate::daemon;
+
+/// Keep this node in its mesh: the daemon
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Dials the hub and stays connected, runs commands that operators send, and keeps workspaces equal.
+Listens on no network port. Logs to standard error; CORTEX_LOG=debug says more. SIGTERM or SIGINT
+ends it in order, within 10 seconds.")]
+pub(crate) struct RunArgs {
+    /// How log lines look
+    #[arg(long, value_enum, default_value_t)]
+    log_format: LogShape,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum LogShape {
+    /// For people
+    #[default]
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+pub(crate) async fn run(global: &Global, args: RunArgs) -> Result<(), CliError> {
+    start_logging(
+        "info",
+        match args.log_format {
+            LogShape::Text => LogFormat::Text,
+            LogShape::Json => LogFormat::Json,
+        },
+    );
+    let state = global.state()?;
+    daemon::run(state).await.map_err(|error| match error {
+        daemon::DaemonError::Config(error) => error.into(),
+        daemon::DaemonError::Connect(error) => error.into(),
+        daemon::DaemonError::AlreadyRunning { .. } => {
+            CliError::new(Exit::Conflict, error.to_string())
+                .hint("`cortex-agent status` shows it; give --state DIR for a second agent")
+        }
+        other => CliError::new(Exit::Failed, other.to_string()).because(other),
+    })
+}

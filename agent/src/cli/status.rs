@@ -1,0 +1,90 @@
+//! `status`: this node's agent, its session and its workspaces.
+
+use clap::Args;
+use cortex_proto::v1;
+use cortex_shared::ids::NodeId;
+use serde::Serialize;
+
+use super::error::CliError;
+use super::workspace::SyncRow;
+use super::{Global, Output, hub, local, printer};
+use crate::link::mode_of;
+
+/// Show this node's agent: connection, certificate, running commands, workspaces
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Asks the agent that runs with this state (--state), over its local socket. Fails with 6 if none
+runs. For the whole mesh, see `cortex-agent node list`.")]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Serialize)]
+struct Status {
+    node_id: String,
+    name: String,
+    mesh_id: String,
+    hub: String,
+    connected: bool,
+    link_problem: Option<String>,
+    next_attempt_ms: i64,
+    connected_since_ms: i64,
+    session_epoch: u64,
+    certificate_not_after_ms: i64,
+    ceiling: String,
+    policy: String,
+    running_tasks: u32,
+    version: String,
+    process_id: u32,
+    workspaces: Vec<SyncRow>,
+}
+
+pub(crate) async fn status(global: &Global, args: StatusArgs) -> Result<(), CliError> {
+    let mut agent = local::agent(global).await?;
+    let answer = agent.agent_status(hub::question(v1::AgentStatusRequest {})).await?.into_inner();
+    let status = Status {
+        node_id: NodeId::from_slice(&answer.node_id).map(|id| id.to_string()).unwrap_or_default(),
+        name: answer.name,
+        mesh_id: answer.mesh_id,
+        hub: answer.hub,
+        connected: answer.connected,
+        link_problem: (!answer.link_problem.is_empty()).then_some(answer.link_problem),
+        next_attempt_ms: answer.next_attempt_ms,
+        connected_since_ms: answer.connected_since_ms,
+        session_epoch: answer.session_epoch,
+        certificate_not_after_ms: answer.certificate_not_after_ms,
+        ceiling: mode_of(answer.ceiling).to_string(),
+        policy: mode_of(answer.policy).to_string(),
+        running_tasks: answer.running_tasks,
+        version: answer.version,
+        process_id: answer.process_id,
+        workspaces: answer.workspaces.iter().map(SyncRow::of).collect(),
+    };
+    let connection = match &status.link_problem {
+        None if status.connected => format!(
+            "connected since {} (session {})",
+            printer::time(status.connected_since_ms),
+            status.session_epoch
+        ),
+        None => "connecting".to_owned(),
+        Some(problem) => {
+            format!(
+                "not connected: {problem}; next attempt {}",
+                printer::time(status.next_attempt_ms)
+            )
+        }
+    };
+    let mut lines = vec![
+        ("node", format!("{} ({})", status.name, status.node_id)),
+        ("hub", status.hub.clone()),
+        ("session", connection),
+        ("certificate until", printer::time(status.certificate_not_after_ms)),
+        ("ceiling", status.ceiling.clone()),
+        ("hub policy", status.policy.clone()),
+        ("running commands", status.running_tasks.to_string()),
+        ("agent", format!("version {}, process {}", status.version, status.process_id)),
+    ];
+    lines.extend(status.workspaces.iter().map(|row| ("workspace", row.sentence())));
+    global.printer(args.output).show(&status, &lines)
+}

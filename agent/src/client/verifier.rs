@@ -1,0 +1,200 @@
+//! The check of the hub within the TLS handshake.
+
+use std::sync::Arc;
+
+use cortex_shared::ids::MeshId;
+use cortex_shared::peer::{CaPin, HUB_SERVER_NAME, Holder, PeerIdentity};
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::{CertificateError, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
+
+use super::HubRefused;
+
+/// Whom to believe.
+#[derive(Clone, Debug)]
+pub enum Trust {
+    /// Whoever the authority with one of these keys signed: before joining or logging in.
+    Pins(Vec<CaPin>),
+    /// Whoever this authority signed as the hub of this mesh: afterwards.
+    Authority {
+        /// The stored certificate.
+        certificate: CertificateDer<'static>,
+        /// Its mesh.
+        mesh: MeshId,
+    },
+}
+
+/// The pin of a certificate's key; `None` if it is no certificate.
+#[must_use]
+pub fn pin_of(certificate: &CertificateDer<'_>) -> Option<CaPin> {
+    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+    Some(CaPin::of_spki(parsed.public_key().raw))
+}
+
+#[derive(Debug)]
+pub(super) struct HubVerifier {
+    trust: Trust,
+    provider: Arc<CryptoProvider>,
+}
+
+impl HubVerifier {
+    pub(super) fn new(trust: Trust, provider: Arc<CryptoProvider>) -> Self {
+        Self { trust, provider }
+    }
+
+    /// The authority to check against: the stored one, or the one in the hub's own chain that has a
+    /// pinned key.
+    fn authority<'a>(
+        &'a self,
+        chain: &'a [CertificateDer<'a>],
+    ) -> Result<&'a CertificateDer<'a>, HubRefused> {
+        match &self.trust {
+            Trust::Authority { certificate, .. } => Ok(certificate),
+            Trust::Pins(pins) => chain
+                .iter()
+                .find(|certificate| pin_of(certificate).is_some_and(|pin| pins.contains(&pin)))
+                .ok_or_else(|| HubRefused::Pin {
+                    expected: pins.clone(),
+                    shown: chain.last().and_then(pin_of),
+                }),
+        }
+    }
+
+    fn check(
+        &self,
+        leaf: &CertificateDer<'_>,
+        chain: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), rustls::Error> {
+        let authority = self.authority(chain).map_err(refuse)?;
+        let mut roots = RootCertStore::empty();
+        roots.add(authority.clone().into_owned())?;
+        let verifier = WebPkiServerVerifier::builder_with_provider(
+            Arc::new(roots),
+            Arc::clone(&self.provider),
+        )
+        .build()
+        .map_err(|error| rustls::Error::General(error.to_string()))?;
+        let name = ServerName::try_from(HUB_SERVER_NAME).expect("the fixed name is a DNS name");
+        verifier.verify_server_cert(leaf, chain, &name, &[], now).map_err(explain)?;
+        self.check_is_hub(leaf).map_err(refuse)
+    }
+
+    /// What the general check of certificates leaves open: that the key may be used by servers only
+    /// because it says so, and that its holder is the hub of this mesh.
+    fn check_is_hub(&self, leaf: &CertificateDer<'_>) -> Result<(), HubRefused> {
+        let (_, leaf) = X509Certificate::from_der(leaf)
+            .map_err(|_| HubRefused::NotAHub("it cannot be read"))?;
+        let for_servers =
+            leaf.extended_key_usage().ok().flatten().is_some_and(|usage| usage.value.server_auth);
+        if !for_servers {
+            return Err(HubRefused::NotAHub("it is not for servers"));
+        }
+        let names = leaf
+            .subject_alternative_name()
+            .ok()
+            .flatten()
+            .ok_or(HubRefused::NotAHub("it names nobody"))?;
+        let uris: Vec<&str> = names
+            .value
+            .general_names
+            .iter()
+            .filter_map(|name| match name {
+                GeneralName::URI(uri) => Some(*uri),
+                _ => None,
+            })
+            .collect();
+        let [uri] = uris.as_slice() else {
+            return Err(HubRefused::NotAHub("it does not name exactly one holder"));
+        };
+        let identity: PeerIdentity =
+            uri.parse().map_err(|_| HubRefused::NotAHub("its holder is not one of a mesh"))?;
+        if identity.holder != Holder::Hub {
+            return Err(HubRefused::NotAHub("its holder is a node or an operator"));
+        }
+        match &self.trust {
+            Trust::Authority { mesh, .. } if *mesh != identity.mesh => Err(HubRefused::NotThisMesh),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn refuse(reason: HubRefused) -> rustls::Error {
+    CertificateError::Other(rustls::OtherError(Arc::new(reason))).into()
+}
+
+/// Gives the refusals that people meet a text of ours; the others keep the library's.
+fn explain(error: rustls::Error) -> rustls::Error {
+    let rustls::Error::InvalidCertificate(reason) = &error else { return error };
+    match reason {
+        CertificateError::ExpiredContext { time, not_after } => {
+            refuse(HubRefused::Expired { not_after: timestamp(*not_after), now: timestamp(*time) })
+        }
+        CertificateError::NotValidYetContext { time, not_before } => {
+            refuse(HubRefused::NotYetValid {
+                not_before: timestamp(*not_before),
+                now: timestamp(*time),
+            })
+        }
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+            refuse(HubRefused::NotThisMesh)
+        }
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+            refuse(HubRefused::NotAHub("it has another name"))
+        }
+        CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
+            refuse(HubRefused::NotAHub("it is not for servers"))
+        }
+        _ => error,
+    }
+}
+
+fn timestamp(time: UnixTime) -> String {
+    i64::try_from(time.as_secs())
+        .ok()
+        .and_then(|seconds| jiff::Timestamp::from_second(seconds).ok())
+        .map_or_else(|| "an unknown time".to_owned(), |time| time.to_string())
+}
+
+impl ServerCertVerifier for HubVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.check(end_entity, intermediates, now).map(|()| ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("only TLS 1.3 is spoken".to_owned()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(
+            message,
+            cert,
+            dss,
+            &self.provider.signature_verification_algorithms,
+        )
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}

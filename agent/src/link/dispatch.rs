@@ -1,0 +1,266 @@
+//! What each frame of the hub means on this node.
+//!
+//! Called by the session's task for each frame and never makes it wait: a task is started in a task
+//! of its own, everything else is handed over. State: which tasks run, the policy in force (strict
+//! until a hub says otherwise), and the record of started tasks, which is on disk.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use cortex_proto::v1::node_client::NodeClient;
+use cortex_proto::v1::{self, hub_frame};
+use cortex_shared::ids::{TaskId, WorkspaceId};
+use cortex_shared::policy::Mode;
+use cortex_shared::tasks::TaskScope;
+use tokio::sync::{mpsc, watch};
+use tonic::transport::Channel;
+
+use super::mode_of;
+use super::request::{self, Authority, Refusal};
+use super::session::Outbox;
+use super::started::StartedTasks;
+use super::task::{self, TaskContext};
+use super::workspaces::{Membership, Reports, Workspaces};
+use crate::config::{ConfigError, StateDir};
+use crate::exec::CommandControl;
+
+/// Commands that run at the same time; more is refused, so that a node cannot be buried.
+const MAX_RUNNING: usize = 256;
+/// Cancels of one task that may wait; more say nothing new.
+const CANCELS: usize = 4;
+/// Longest time between the first signal of a cancel and KILL.
+const MAX_GRACE: Duration = Duration::from_secs(60);
+
+/// What a session lends to what it makes the node do.
+#[derive(Clone)]
+pub struct SessionContext {
+    /// The connection.
+    pub client: NodeClient<Channel>,
+    /// The way back for small frames.
+    pub outbox: Outbox,
+    /// Tasks that end with the session.
+    pub tasks: TaskScope,
+}
+
+/// Turns frames into deeds. Clones share the same state.
+#[derive(Clone)]
+pub struct Dispatcher {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    state: StateDir,
+    ceiling: Mode,
+    workspaces: Workspaces,
+    started: Mutex<StartedTasks>,
+    session: Mutex<Option<SessionContext>>,
+    policy: watch::Sender<Mode>,
+    running: Mutex<HashMap<TaskId, mpsc::Sender<CommandControl>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every critical section leaves the data whole, so a panic elsewhere does not spoil it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Dispatcher {
+    /// A dispatcher without a session.
+    ///
+    /// # Errors
+    /// If the record of started tasks cannot be read or written: without it no task could be run
+    /// safely.
+    pub fn new(
+        state: StateDir,
+        ceiling: Mode,
+        workspaces: Workspaces,
+    ) -> Result<Self, ConfigError> {
+        let path = state.path().join("started-tasks");
+        let started = StartedTasks::open(Path::new(&path))
+            .map_err(|source| ConfigError::Write { path, source })?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                state,
+                ceiling,
+                workspaces,
+                started: Mutex::new(started),
+                session: Mutex::new(None),
+                policy: watch::Sender::new(Mode::Strict),
+                running: Mutex::new(HashMap::new()),
+            }),
+        })
+    }
+
+    /// How many commands run.
+    #[must_use]
+    pub fn running_tasks(&self) -> usize {
+        lock(&self.inner.running).len()
+    }
+
+    /// The hub's policy for this node, as last told.
+    #[must_use]
+    pub fn policy(&self) -> Mode {
+        *self.inner.policy.borrow()
+    }
+
+    pub(super) fn begin_session(&self, context: SessionContext, policy: Mode) {
+        self.inner.policy.send_replace(policy);
+        *lock(&self.inner.session) = Some(context);
+        self.inner.workspaces.set_online(true);
+    }
+
+    pub(super) fn end_session(&self) {
+        *lock(&self.inner.session) = None;
+        self.inner.workspaces.set_online(false);
+    }
+
+    /// Reports on workspaces, at the pace they may be sent.
+    pub(super) fn reports(&self) -> Reports {
+        self.inner.workspaces.reports()
+    }
+
+    /// Does what a frame asks for.
+    pub(super) fn handle(&self, frame: hub_frame::Frame) {
+        match frame {
+            hub_frame::Frame::StartTask(start) => self.start(start),
+            hub_frame::Frame::CancelTask(cancel) => self.cancel(&cancel),
+            hub_frame::Frame::HeadMoved(moved) => {
+                if let Ok(id) = WorkspaceId::from_slice(&moved.workspace_id) {
+                    self.inner.workspaces.head_moved(id, moved.seq);
+                }
+            }
+            hub_frame::Frame::Memberships(list) => {
+                let members = list.workspaces.iter().filter_map(|entry| {
+                    Membership::from_wire(entry)
+                        .inspect_err(|problem| {
+                            tracing::warn!(problem, "a membership that the hub sent is not valid");
+                        })
+                        .ok()
+                });
+                self.inner.workspaces.set_memberships(members.collect());
+            }
+            hub_frame::Frame::Policy(update) => {
+                let policy = mode_of(update.policy);
+                if self.inner.policy.send_replace(policy) != policy {
+                    tracing::info!(%policy, "the hub's policy for this node changed");
+                }
+            }
+            // The session answers heartbeats by being alive, and ends itself on the last two; a
+            // second welcome says nothing.
+            hub_frame::Frame::Welcome(_)
+            | hub_frame::Frame::Heartbeat(_)
+            | hub_frame::Frame::Drain(_)
+            | hub_frame::Frame::Superseded(_) => {}
+        }
+    }
+
+    fn start(&self, start: v1::StartTask) {
+        let Some(session) = lock(&self.inner.session).clone() else { return };
+        let Ok(id) = TaskId::from_slice(&start.task_id) else {
+            tracing::warn!("the hub sent a task without a valid id");
+            return;
+        };
+        let (cancel, cancels) = mpsc::channel(CANCELS);
+        {
+            let mut running = lock(&self.inner.running);
+            if running.contains_key(&id) {
+                return;
+            }
+            if running.len() >= MAX_RUNNING {
+                drop(running);
+                refuse(&session, id, "too many commands run on this node");
+                return;
+            }
+            running.insert(id, cancel);
+        }
+        let guard = Running { dispatcher: self.clone(), id };
+        let dispatcher = self.clone();
+        session.tasks.clone().spawn("task", async move {
+            dispatcher.run(session, id, start, cancels).await;
+            drop(guard);
+        });
+    }
+
+    async fn run(
+        &self,
+        session: SessionContext,
+        id: TaskId,
+        start: v1::StartTask,
+        cancels: mpsc::Receiver<CommandControl>,
+    ) {
+        let actor = super::super::cli::error::printable(&start.actor);
+        let recording = {
+            let inner = Arc::clone(&self.inner);
+            tokio::task::spawn_blocking(move || lock(&inner.started).begin(id)).await
+        };
+        match recording {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) => {
+                tracing::warn!(task = %id, "the hub ordered a task a second time; it does not run");
+                refuse(&session, id, "this task has been run before");
+                return;
+            }
+            Ok(Err(error)) => {
+                tracing::error!(%error, "a task cannot be recorded, so it does not run");
+                refuse(&session, id, "the node cannot record that the task starts");
+                return;
+            }
+            Err(_) => return,
+        }
+        let command = start
+            .spec
+            .ok_or(Refusal::Invalid("no specification"))
+            .and_then(|spec| self.check(spec));
+        if let Err(refusal) = &command {
+            tracing::info!(task = %id, actor, %refusal, "command refused");
+        } else {
+            tracing::info!(task = %id, actor, "command starts");
+        }
+        let context =
+            TaskContext { client: session.client, outbox: session.outbox, scope: session.tasks };
+        task::run_task(context, id, command, start.initial_credit, cancels).await;
+    }
+
+    fn check(&self, spec: v1::TaskSpec) -> Result<crate::exec::CommandRequest, Refusal> {
+        let authority = Authority { policy: self.policy(), ceiling: self.inner.ceiling };
+        let forbidden = vec![self.inner.state.path().to_owned()];
+        let find = |id, name: &str| self.inner.workspaces.root_of(id, name);
+        request::command(spec, authority, find, forbidden)
+    }
+
+    fn cancel(&self, cancel: &v1::CancelTask) {
+        let Ok(id) = TaskId::from_slice(&cancel.task_id) else { return };
+        let signal = i32::try_from(cancel.signal).ok().filter(|n| (1..=64).contains(n));
+        let signal = signal.unwrap_or(15);
+        let grace = Duration::from_millis(cancel.grace_ms).min(MAX_GRACE);
+        if let Some(sender) = lock(&self.inner.running).get(&id) {
+            // Full: as many cancels wait already, and one is enough.
+            sender.try_send(CommandControl::Cancel { signal, grace }).ok();
+        }
+    }
+}
+
+fn refuse(session: &SessionContext, id: TaskId, reason: &str) {
+    let exit = v1::TaskExit {
+        verdict: v1::TaskVerdict::Failed.into(),
+        reason: reason.to_owned(),
+        ..Default::default()
+    };
+    session.outbox.send(v1::node_frame::Frame::TaskRefused(v1::TaskRefused {
+        task_id: id.as_bytes().to_vec().into(),
+        exit: Some(exit),
+    }));
+}
+
+/// A task in the table of running ones; leaves it whatever way the task ends.
+struct Running {
+    dispatcher: Dispatcher,
+    id: TaskId,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        lock(&self.dispatcher.inner.running).remove(&self.id);
+    }
+}

@@ -1,0 +1,325 @@
+//! The workspaces this node is a member of, and the sync engine of each.
+//!
+//! The hub says which they are; the last list is kept on disk, so that scanning goes on without a
+//! hub. One task (spawned by [`Workspaces::start`]) starts and stops engines as the list changes;
+//! others look up in a table. Where a workspace lives is decided on this node alone.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use cortex_proto::v1;
+use cortex_shared::ids::WorkspaceId;
+use cortex_shared::labels;
+use cortex_shared::tasks::TaskScope;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::request::Refusal;
+use crate::client::{HubClient, Purpose};
+use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
+use crate::sync::{self, TonicHub, WorkspaceConfig, WorkspaceHandle};
+
+/// Shortest time between two reports of one node.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// Most workspaces of one node; a hub that sends more is not believed.
+const MAX_WORKSPACES: usize = 1024;
+
+/// A workspace this node is a member of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Membership {
+    /// Its id.
+    pub id: WorkspaceId,
+    /// Its name: one harmless path component.
+    pub name: String,
+}
+
+impl Membership {
+    /// Reads what the hub sent.
+    pub(super) fn from_wire(wire: &v1::Membership) -> Result<Self, &'static str> {
+        let id = WorkspaceId::from_slice(&wire.workspace_id).map_err(|_| "workspace id")?;
+        labels::check_name(&wire.name).map_err(|_| "workspace name")?;
+        Ok(Self { id, name: wire.name.clone() })
+    }
+}
+
+/// All workspaces of this node. Clones share the same state.
+#[derive(Clone)]
+pub struct Workspaces {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    state: StateDir,
+    hub: HubClient,
+    settings: Mutex<Settings>,
+    wanted: watch::Sender<Vec<Membership>>,
+    online: watch::Sender<bool>,
+    /// Counts changes of any status, so that one receiver sees all.
+    changes: watch::Sender<u64>,
+    engines: Mutex<BTreeMap<WorkspaceId, Engine>>,
+}
+
+struct Engine {
+    name: String,
+    root: PathBuf,
+    handle: WorkspaceHandle,
+    scope: TaskScope,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Workspaces {
+    /// Begins with the last known memberships, offline.
+    ///
+    /// # Errors
+    /// If the list on disk is damaged.
+    pub fn start(
+        state: StateDir,
+        settings: Settings,
+        hub: HubClient,
+        scope: &TaskScope,
+    ) -> Result<Self, ConfigError> {
+        let known: Vec<Membership> = read_json(&list_path(&state))?.unwrap_or_default();
+        let workspaces = Self {
+            inner: Arc::new(Inner {
+                state,
+                hub,
+                settings: Mutex::new(settings),
+                wanted: watch::Sender::new(known),
+                online: watch::Sender::new(false),
+                changes: watch::Sender::new(0),
+                engines: Mutex::new(BTreeMap::new()),
+            }),
+        };
+        let keeper = workspaces.clone();
+        let own_scope = scope.clone();
+        scope.spawn("workspaces", async move { keeper.keep(own_scope).await });
+        Ok(workspaces)
+    }
+
+    /// The hub's complete list. Engines are started and stopped soon after.
+    pub(super) fn set_memberships(&self, mut list: Vec<Membership>) {
+        if list.len() > MAX_WORKSPACES {
+            tracing::error!(count = list.len(), "the hub sent too many memberships");
+            list.truncate(MAX_WORKSPACES);
+        }
+        self.inner.wanted.send_if_modified(|wanted| {
+            let changed = *wanted != list;
+            if changed {
+                *wanted = list;
+            }
+            changed
+        });
+    }
+
+    pub(super) fn set_online(&self, online: bool) {
+        self.inner.online.send_replace(online);
+    }
+
+    pub(super) fn head_moved(&self, id: WorkspaceId, seq: u64) {
+        if let Some(engine) = lock(&self.inner.engines).get(&id) {
+            engine.handle.head_moved(seq);
+        }
+    }
+
+    /// The root of a workspace, by id or, without one, by name.
+    pub(super) fn root_of(&self, id: Option<WorkspaceId>, name: &str) -> Result<PathBuf, Refusal> {
+        let engines = lock(&self.inner.engines);
+        let engine = match id {
+            Some(id) => engines.get(&id),
+            None => engines.values().find(|engine| engine.name == name),
+        };
+        let engine = engine.ok_or_else(|| Refusal::NoSuchWorkspace { name: name.to_owned() })?;
+        if !engine.root.is_dir() {
+            let reason = format!("{} is not a directory", engine.root.display());
+            return Err(Refusal::WorkspaceUnusable { reason });
+        }
+        Ok(engine.root.clone())
+    }
+
+    /// The state of each workspace, by name.
+    #[must_use]
+    pub fn statuses(&self) -> Vec<v1::SyncStatus> {
+        let engines = lock(&self.inner.engines);
+        let mut list: Vec<v1::SyncStatus> = engines
+            .values()
+            .map(|engine| v1::SyncStatus::from(&*engine.handle.status().borrow()))
+            .collect();
+        list.sort_by(|a, b| a.workspace.cmp(&b.workspace));
+        list
+    }
+
+    /// Reports to send to the hub.
+    pub(super) fn reports(&self) -> Reports {
+        let mut changes = self.inner.changes.subscribe();
+        changes.mark_changed();
+        Reports { workspaces: self.clone(), changes, not_before: Instant::now() }
+    }
+
+    /// Chooses where a workspace will live on this node; durable.
+    ///
+    /// # Errors
+    /// If the place cannot be used, or the settings cannot be written.
+    pub fn place(&self, name: &str, path: Option<&Path>) -> Result<PathBuf, PlaceError> {
+        let running = lock(&self.inner.engines)
+            .values()
+            .find(|engine| engine.name == name)
+            .map(|engine| engine.root.clone());
+        let mut settings = lock(&self.inner.settings);
+        let wanted = path.map_or_else(|| settings.workspace_path(name), Path::to_owned);
+        if !wanted.is_absolute() {
+            return Err(PlaceError::NotAbsolute(wanted));
+        }
+        if let Some(current) = running {
+            return if current == wanted {
+                Ok(current)
+            } else {
+                Err(PlaceError::Elsewhere { current })
+            };
+        }
+        let state = self.inner.state.path();
+        if wanted.starts_with(state) || state.starts_with(&wanted) {
+            return Err(PlaceError::OwnState(wanted));
+        }
+        for (other, root) in &settings.workspace_paths {
+            if other != name && (root.starts_with(&wanted) || wanted.starts_with(root)) {
+                return Err(PlaceError::Overlaps { other: other.clone(), root: root.clone() });
+            }
+        }
+        if path.is_some() && settings.workspace_path(name) != wanted {
+            let mut changed = settings.clone();
+            changed.workspace_paths.insert(name.to_owned(), wanted.clone());
+            changed.save(&self.inner.state)?;
+            *settings = changed;
+        }
+        Ok(wanted)
+    }
+
+    async fn keep(&self, scope: TaskScope) {
+        let mut wanted = self.inner.wanted.subscribe();
+        loop {
+            let list = wanted.borrow_and_update().clone();
+            self.follow(&list, &scope).await;
+            tokio::select! {
+                () = scope.token().cancelled() => break,
+                changed = wanted.changed() => if changed.is_err() { break },
+            }
+        }
+        self.follow(&[], &scope).await;
+    }
+
+    /// Makes the running engines those of the list.
+    async fn follow(&self, list: &[Membership], scope: &TaskScope) {
+        if !scope.token().is_cancelled()
+            && let Err(error) = write_json(&list_path(&self.inner.state), &list)
+        {
+            tracing::warn!(%error, "the list of workspaces cannot be stored");
+        }
+        let leaving: Vec<Engine> = {
+            let mut engines = lock(&self.inner.engines);
+            let gone: Vec<WorkspaceId> = engines
+                .iter()
+                .filter(|(id, engine)| !list.iter().any(|m| m.id == **id && m.name == engine.name))
+                .map(|(id, _)| *id)
+                .collect();
+            gone.iter().filter_map(|id| engines.remove(id)).collect()
+        };
+        for engine in leaving {
+            engine.scope.cancel();
+            engine.handle.stop().await;
+            tracing::info!(workspace = engine.name, "workspace stopped");
+        }
+        for membership in list {
+            if lock(&self.inner.engines).contains_key(&membership.id) {
+                continue;
+            }
+            let engine = self.start_engine(membership, scope);
+            lock(&self.inner.engines).insert(membership.id, engine);
+        }
+        self.inner.changes.send_modify(|count| *count += 1);
+    }
+
+    fn start_engine(&self, membership: &Membership, scope: &TaskScope) -> Engine {
+        let root = lock(&self.inner.settings).workspace_path(&membership.name);
+        tracing::info!(workspace = membership.name, root = %root.display(), "workspace started");
+        let config = WorkspaceConfig {
+            id: membership.id,
+            name: membership.name.clone(),
+            root: root.clone(),
+            state_dir: self.inner.state.workspace(membership.id),
+        };
+        let hub = TonicHub::new(self.inner.hub.connect_lazy(Purpose::Bulk));
+        let scope = scope.child();
+        let online = self.inner.online.subscribe();
+        let handle = sync::start_workspace(config, hub, online, &scope);
+        let mut status = handle.status();
+        let changes = self.inner.changes.clone();
+        let stop = scope.token().clone();
+        scope.spawn("workspace status", async move {
+            let follow = async {
+                while status.changed().await.is_ok() {
+                    changes.send_modify(|count| *count += 1);
+                }
+            };
+            stop.run_until_cancelled(follow).await;
+        });
+        Engine { name: membership.name.clone(), root, handle, scope }
+    }
+}
+
+fn list_path(state: &StateDir) -> PathBuf {
+    state.path().join("memberships.json")
+}
+
+/// Why a workspace cannot live in a place.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaceError {
+    /// The path depends on who reads it.
+    #[error("{} is not an absolute path", .0.display())]
+    NotAbsolute(PathBuf),
+    /// It lives somewhere else already.
+    #[error("the workspace lives in {} already", current.display())]
+    Elsewhere {
+        /// Where.
+        current: PathBuf,
+    },
+    /// It would contain, or be inside, what this agent keeps.
+    #[error("{} overlaps with this agent's own state", .0.display())]
+    OwnState(PathBuf),
+    /// Two workspaces would share files.
+    #[error("the place overlaps with workspace {other:?} in {}", root.display())]
+    Overlaps {
+        /// The other one.
+        other: String,
+        /// Where it lives.
+        root: PathBuf,
+    },
+    /// The decision cannot be stored.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+}
+
+/// Reports for the hub: one as soon as something changed, at most one a second.
+pub(super) struct Reports {
+    workspaces: Workspaces,
+    changes: watch::Receiver<u64>,
+    not_before: Instant,
+}
+
+impl Reports {
+    /// The next report. Dropping the future loses nothing.
+    pub(super) async fn next(&mut self) -> v1::SyncReport {
+        tokio::time::sleep_until(self.not_before).await;
+        if self.changes.changed().await.is_err() {
+            // The sender lives as long as `workspaces`, which is held here.
+            std::future::pending::<()>().await;
+        }
+        self.not_before = Instant::now() + REPORT_INTERVAL;
+        v1::SyncReport { workspaces: self.workspaces.statuses() }
+    }
+}

@@ -1,0 +1,291 @@
+//! `cortex-agent exec` against a hub that tells the truth, and one that does not.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::io::{Read as _, Write as _};
+use std::process::{Child, Output, Stdio};
+use std::time::Duration;
+
+use cortex_proto::v1::{self, exec_down, exec_up};
+use support::{Agent, Exec, Hub, within};
+use tonic::Status;
+
+struct Mesh {
+    hub: Hub,
+    agent: Agent,
+}
+
+impl Mesh {
+    async fn new() -> Self {
+        let hub = Hub::start(v1::Mode::Strict, Duration::from_secs(60)).await;
+        let agent = Agent::unjoined();
+        agent.login(&hub).await;
+        Self { hub, agent }
+    }
+
+    fn spawn(&self, args: &[&str]) -> Child {
+        let mut command = self.agent.command();
+        command.arg("exec").args(args);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    }
+
+    /// Starts `exec n1 -- x` and gives the hub's end.
+    async fn exec(&mut self) -> (Child, Exec) {
+        let child = self.spawn(&["n1", "--", "x"]);
+        (child, self.hub.exec().await)
+    }
+}
+
+async fn end(child: Child) -> Output {
+    within(tokio::task::spawn_blocking(move || child.wait_with_output())).await.unwrap().unwrap()
+}
+
+fn signal(child: &Child, signal: rustix::process::Signal) {
+    rustix::process::kill_process(rustix::process::Pid::from_child(child), signal).unwrap();
+}
+
+fn exit(stdout: &[u8]) -> v1::TaskExit {
+    v1::TaskExit {
+        verdict: v1::TaskVerdict::Exited.into(),
+        stdout_bytes: stdout.len() as u64,
+        stdout_hash: blake3::hash(stdout).as_bytes().to_vec().into(),
+        stderr_hash: blake3::hash(b"").as_bytes().to_vec().into(),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn output_passes_byte_for_byte_and_the_commands_exit_code_is_ours() {
+    let mut mesh = Mesh::new().await;
+    let (child, exec) = mesh.exec().await;
+    assert_eq!(exec.start.spec.as_ref().unwrap().argv, ["x"]);
+    let bytes: Vec<u8> = (0..=255).collect();
+    exec.output(0, &bytes[..100]).await;
+    exec.output(100, &bytes[100..]).await;
+    let stderr =
+        v1::Output { stream: v1::OutputStream::Stderr.into(), data: "e".into(), offset: 0 };
+    exec.send(exec_down::Frame::Output(stderr)).await;
+    let exit = v1::TaskExit {
+        exit_code: 42,
+        stderr_bytes: 1,
+        stderr_hash: blake3::hash(b"e").as_bytes().to_vec().into(),
+        ..exit(&bytes)
+    };
+    exec.send(exec_down::Frame::Exit(exit)).await;
+    let output = end(child).await;
+    assert_eq!(
+        (output.status.code(), output.stdout, output.stderr),
+        (Some(42), bytes, b"e".to_vec())
+    );
+}
+
+#[tokio::test]
+async fn output_that_is_not_complete_is_never_a_success() {
+    type Pieces = &'static [(u64, &'static [u8])];
+    let cases: [(&str, Pieces); 4] = [
+        ("missing", &[(0, b"ab")]),
+        ("changed", &[(0, b"abX")]),
+        ("gap", &[(0, b"a"), (2, b"c")]),
+        ("nothing", &[]),
+    ];
+    let mut mesh = Mesh::new().await;
+    for (what, pieces) in cases {
+        let (child, exec) = mesh.exec().await;
+        for (offset, data) in pieces {
+            exec.output(*offset, data).await;
+        }
+        exec.send(exec_down::Frame::Exit(exit(b"abc"))).await;
+        let output = end(child).await;
+        assert_eq!(output.status.code(), Some(125), "{what}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("incomplete"), "{what}");
+    }
+}
+
+#[tokio::test]
+async fn failures_of_the_mesh_are_125_and_refusals_126() {
+    let mut mesh = Mesh::new().await;
+    // The stream ends, or breaks, before the exit.
+    let (child, exec) = mesh.exec().await;
+    drop(exec);
+    assert_eq!(end(child).await.status.code(), Some(125));
+    let (child, exec) = mesh.exec().await;
+    exec.fail(Status::unavailable("the hub stops")).await;
+    assert_eq!(end(child).await.status.code(), Some(125));
+    // Verdicts without a run.
+    for (verdict, code) in [
+        (v1::TaskVerdict::Refused, 126),
+        (v1::TaskVerdict::NotFound, 127),
+        (v1::TaskVerdict::TimeLimit, 124),
+        (v1::TaskVerdict::StreamLost, 125),
+    ] {
+        let (child, exec) = mesh.exec().await;
+        let reason = "because\u{1b}[31m".to_owned();
+        let exit = v1::TaskExit { verdict: verdict.into(), reason, ..Default::default() };
+        exec.send(exec_down::Frame::Exit(exit)).await;
+        let output = end(child).await;
+        assert_eq!(output.status.code(), Some(code));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains("because [31m") && !text.contains('\u{1b}'), "{text}");
+    }
+    assert_eq!(end(mesh.spawn(&["nobody", "--", "x"])).await.status.code(), Some(125));
+    assert_eq!(end(mesh.spawn(&["forbidden", "--", "x"])).await.status.code(), Some(126));
+    assert_eq!(end(mesh.spawn(&["n1"])).await.status.code(), Some(2));
+}
+
+#[tokio::test]
+async fn credit_comes_back_only_for_what_was_written() {
+    let mut mesh = Mesh::new().await;
+    let (mut child, mut exec) = mesh.exec().await;
+    let window = usize::try_from(exec.start.initial_credit).unwrap();
+    // Nobody reads the pipe: it takes 64 KiB, and so much credit may come back at most.
+    let piece = vec![b'x'; 64 * 1024];
+    for n in 0..window / piece.len() {
+        exec.output((n * piece.len()) as u64, &piece).await;
+    }
+    let mut credit = 0;
+    let early = tokio::time::timeout(Duration::from_millis(500), async {
+        while let Some(exec_up::Frame::Credit(more)) = exec.next().await {
+            credit += more.bytes;
+        }
+    });
+    assert!(early.await.is_err());
+    assert!(credit <= 2 * 64 * 1024, "{credit}");
+    let mut stdout = child.stdout.take().unwrap();
+    let reader = tokio::task::spawn_blocking(move || {
+        let mut bytes = Vec::new();
+        stdout.read_to_end(&mut bytes).unwrap();
+        bytes.len()
+    });
+    while credit < window as u64 {
+        let Some(exec_up::Frame::Credit(more)) = exec.next().await else { panic!("no credit") };
+        credit += more.bytes;
+    }
+    exec.send(exec_down::Frame::Exit(exit(&vec![b'x'; window]))).await;
+    assert_eq!(end(child).await.status.code(), Some(0));
+    assert_eq!(reader.await.unwrap(), window);
+}
+
+#[tokio::test]
+async fn hub_that_sends_more_than_was_granted_is_left() {
+    let mut mesh = Mesh::new().await;
+    let (child, exec) = mesh.exec().await;
+    let piece = vec![b'x'; 1024 * 1024];
+    for n in 0..3 {
+        let data = v1::Output {
+            stream: v1::OutputStream::Stdout.into(),
+            offset: n * piece.len() as u64,
+            data: piece.clone().into(),
+        };
+        exec.send(exec_down::Frame::Output(data)).await;
+    }
+    // Nobody reads the pipe, so it can only end because of the excess.
+    let output = end_unread(child).await;
+    assert_eq!(output, Some(125));
+}
+
+/// Waits for the end without reading what the process writes.
+async fn end_unread(mut child: Child) -> Option<i32> {
+    let stdout = child.stdout.take();
+    let code =
+        within(tokio::task::spawn_blocking(move || child.wait())).await.unwrap().unwrap().code();
+    drop(stdout);
+    code
+}
+
+#[tokio::test]
+async fn interrupt_cancels_and_waits_and_a_second_one_leaves() {
+    let mut mesh = Mesh::new().await;
+    for kind in [rustix::process::Signal::INT, rustix::process::Signal::TERM] {
+        let (child, mut exec) = mesh.exec().await;
+        exec.output(0, b"x").await;
+        assert!(matches!(exec.next().await, Some(exec_up::Frame::Credit(_))));
+        signal(&child, kind);
+        let Some(exec_up::Frame::Cancel(cancel)) = exec.next().await else { panic!("no cancel") };
+        assert_eq!((cancel.signal, cancel.grace_ms), (15, 2000));
+        exec.output(1, b"last words").await;
+        let exit = v1::TaskExit {
+            verdict: v1::TaskVerdict::Cancelled.into(),
+            signal: 15,
+            ..exit(b"xlast words")
+        };
+        exec.send(exec_down::Frame::Exit(exit)).await;
+        let output = end(child).await;
+        assert_eq!((output.status.code(), output.stdout), (Some(130), b"xlast words".to_vec()));
+    }
+    let (child, mut exec) = mesh.exec().await;
+    exec.output(0, b"x").await;
+    assert!(matches!(exec.next().await, Some(exec_up::Frame::Credit(_))));
+    signal(&child, rustix::process::Signal::INT);
+    assert!(matches!(exec.next().await, Some(exec_up::Frame::Cancel(_))));
+    signal(&child, rustix::process::Signal::INT);
+    assert_eq!(end(child).await.status.code(), Some(130));
+}
+
+#[tokio::test]
+async fn reader_that_goes_away_cancels_the_command() {
+    let mut mesh = Mesh::new().await;
+    let (mut child, mut exec) = mesh.exec().await;
+    drop(child.stdout.take());
+    exec.output(0, b"x").await;
+    loop {
+        match exec.next().await {
+            Some(exec_up::Frame::Cancel(_)) => break,
+            Some(exec_up::Frame::Credit(_)) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    exec.send(exec_down::Frame::Exit(exit(b"x"))).await;
+    assert_eq!(end(child).await.status.code(), Some(141));
+}
+
+#[tokio::test]
+async fn input_is_sent_within_its_window_and_closed() {
+    let mut mesh = Mesh::new().await;
+    let mut child = mesh.spawn(&["n1", "-i", "--", "cat"]);
+    let mut exec = mesh.hub.exec().await;
+    assert!(exec.start.spec.as_ref().unwrap().stdin);
+    let total = 1024 * 1024;
+    let mut stdin = child.stdin.take().unwrap();
+    let writer = tokio::task::spawn_blocking(move || stdin.write_all(&vec![b'x'; total]).unwrap());
+    let window = usize::try_from(cortex_proto::STDIN_WINDOW_BYTES).unwrap();
+    let mut received = 0;
+    while received < window {
+        let Some(exec_up::Frame::Stdin(input)) = exec.next().await else { panic!("no input") };
+        received += input.data.len();
+    }
+    assert_eq!(received, window);
+    let early = tokio::time::timeout(Duration::from_millis(200), exec.up.message()).await;
+    assert!(early.is_err());
+    exec.send(exec_down::Frame::StdinCredit(v1::Credit { bytes: total as u64 })).await;
+    loop {
+        let Some(exec_up::Frame::Stdin(input)) = exec.next().await else { panic!("no input") };
+        received += input.data.len();
+        if input.end {
+            break;
+        }
+    }
+    assert_eq!(received, total);
+    writer.await.unwrap();
+    exec.send(exec_down::Frame::Exit(exit(b""))).await;
+    assert_eq!(end(child).await.status.code(), Some(0));
+}
+
+#[tokio::test]
+async fn json_holds_the_output_and_the_end() {
+    let mut mesh = Mesh::new().await;
+    let child = mesh.spawn(&["n1", "-s", "x", "-o", "json"]);
+    let exec = mesh.hub.exec().await;
+    assert_eq!(exec.start.spec.as_ref().unwrap().script, "x");
+    exec.output(0, b"hello\n").await;
+    exec.send(exec_down::Frame::Exit(v1::TaskExit { exit_code: 3, ..exit(b"hello\n") })).await;
+    let output = end(child).await;
+    assert_eq!(output.status.code(), Some(3));
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(document["stdout"], "hello\n");
+    assert_eq!(document["verdict"], "exited");
+    assert_eq!(document["exit_code"], 3);
+    assert_eq!(document["complete"], true);
+}

@@ -1,0 +1,240 @@
+//! The agent's process against a hub that behaves, and one that does not.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::time::Duration;
+
+use cortex_proto::v1::{self, hub_frame, node_frame, task_io_down, task_io_up};
+use cortex_shared::ids::TaskId;
+use support::{Agent, Hub, run, shell, within};
+
+const QUICK: Duration = Duration::from_millis(200);
+
+async fn connected(policy: v1::Mode, ceiling: &str) -> (Hub, Agent, support::Session) {
+    let mut hub = Hub::start(policy, QUICK).await;
+    let agent = Agent::joined(&hub, ceiling).await;
+    let session = hub.session().await;
+    (hub, agent, session)
+}
+
+#[tokio::test]
+async fn joining_twice_keeps_the_identity_and_a_wrong_pin_leaves_nothing_behind() {
+    let hub = Hub::start(v1::Mode::Strict, QUICK).await;
+    let agent = Agent::unjoined();
+    assert!(agent.join(&hub, "strict").await.status.success());
+    let key = std::fs::read(agent.path("state/identity/key.pem")).unwrap();
+    let again = agent.join(&hub, "strict").await;
+    assert!(again.status.success());
+    assert!(String::from_utf8_lossy(&again.stdout).contains("invite was not used"));
+    assert_eq!(std::fs::read(agent.path("state/identity/key.pem")).unwrap(), key);
+
+    let other = Hub::start(v1::Mode::Strict, QUICK).await;
+    let elsewhere = agent.join(&other, "strict").await;
+    assert_eq!(elsewhere.status.code(), Some(7));
+
+    let fresh = Agent::unjoined();
+    let mismatched = Hub { address: hub.address, ..other };
+    let refused = fresh.join(&mismatched, "strict").await;
+    assert_eq!(refused.status.code(), Some(6));
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(text.contains(&hub.ca.pin().to_string()), "{text}");
+    assert!(text.contains(&mismatched.ca.pin().to_string()), "{text}");
+    assert!(!fresh.path("state/identity/node.json").exists());
+}
+
+#[tokio::test]
+async fn session_sends_heartbeats_and_tells_its_state_locally() {
+    let (_hub, agent, mut session) = connected(v1::Mode::Strict, "strict").await;
+    assert_eq!(session.hello.ceiling, i32::from(v1::Mode::Strict));
+    assert_eq!(session.hello.instance_id.len(), 16);
+    loop {
+        let frame = within(session.frames.message()).await.unwrap().unwrap().frame.unwrap();
+        if matches!(frame, node_frame::Frame::Heartbeat(_)) {
+            break;
+        }
+    }
+    let mut status = agent.command();
+    status.args(["status", "-o", "json"]);
+    let output = run(status).await;
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(status["connected"], true);
+    assert_eq!(status["name"], "n1");
+    assert_eq!(status["ceiling"], "strict");
+}
+
+#[tokio::test]
+async fn silent_hub_is_left_and_dialled_again() {
+    let (mut hub, _agent, session) = connected(v1::Mode::Strict, "strict").await;
+    // The hub answers no heartbeat, so it seems dead after three intervals.
+    let second = hub.session().await;
+    assert_eq!(second.hello.instance_id, session.hello.instance_id);
+}
+
+#[tokio::test]
+async fn drain_tells_when_to_come_back() {
+    let mut hub = Hub::start(v1::Mode::Strict, Duration::from_secs(60)).await;
+    let _agent = Agent::joined(&hub, "strict").await;
+    let session = hub.session().await;
+    session.send(hub_frame::Frame::Drain(v1::Drain { reconnect_after_ms: 1 })).await;
+    hub.session().await;
+}
+
+#[tokio::test]
+async fn asking_for_permissive_without_both_halves_is_refused_and_does_not_run() {
+    for (policy, ceiling, missing) in
+        [(v1::Mode::Permissive, "strict", "ceiling"), (v1::Mode::Strict, "permissive", "policy")]
+    {
+        let (mut hub, agent, session) = connected(policy, ceiling).await;
+        let marker = agent.path("marker");
+        let spec = v1::TaskSpec {
+            mode: v1::Mode::Permissive.into(),
+            ..shell(&format!("touch {}", marker.display()))
+        };
+        session.start(TaskId::new().as_bytes(), spec, 1024).await;
+        let (_, exit) = hub.task().await.read_to_exit().await;
+        assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Refused));
+        assert!(exit.reason.contains(missing), "{}", exit.reason);
+        assert!(!marker.exists());
+    }
+}
+
+#[tokio::test]
+async fn command_runs_once_streams_its_output_and_tells_its_end() {
+    let (mut hub, agent, mut session) = connected(v1::Mode::Permissive, "permissive").await;
+    let marker = agent.path("marker");
+    let spec = v1::TaskSpec {
+        mode: v1::Mode::Permissive.into(),
+        ..shell(&format!("echo ran >> {}; echo out; exit 3", marker.display()))
+    };
+    let id = TaskId::new();
+    session.start(id.as_bytes(), spec.clone(), 1024).await;
+    let (stdout, exit) = hub.task().await.read_to_exit().await;
+    assert_eq!(stdout, b"out\n");
+    assert_eq!((exit.verdict, exit.exit_code), (v1::TaskVerdict::Exited.into(), 3));
+    assert_eq!(exit.stdout_hash, blake3::hash(b"out\n").as_bytes().as_slice());
+
+    session.start(id.as_bytes(), spec, 1024).await;
+    let node_frame::Frame::TaskRefused(refused) = session.next().await else {
+        panic!("the second order is refused");
+    };
+    assert_eq!(refused.task_id, id.as_bytes().as_slice());
+    assert_eq!(std::fs::read(marker).unwrap(), b"ran\n");
+}
+
+#[tokio::test]
+async fn no_more_output_comes_than_was_granted() {
+    let mut hub = Hub::start(v1::Mode::Permissive, Duration::from_secs(60)).await;
+    let _agent = Agent::joined(&hub, "permissive").await;
+    let session = hub.session().await;
+    let spec = v1::TaskSpec {
+        mode: v1::Mode::Permissive.into(),
+        ..shell("head -c 100000 /dev/zero; echo done >&2")
+    };
+    session.start(TaskId::new().as_bytes(), spec, 1000).await;
+    let mut task = hub.task().await;
+    let mut received = 0;
+    while received < 1000 {
+        if let task_io_up::Frame::Output(output) = task.next().await {
+            received += output.data.len();
+        }
+    }
+    assert_eq!(received, 1000);
+    // A pipe holds less than what is left, so the command cannot have ended; and nothing comes.
+    let more = tokio::time::timeout(Duration::from_millis(300), task.up.message()).await;
+    assert!(more.is_err(), "{more:?}");
+    task.send(task_io_down::Frame::Credit(v1::Credit { bytes: 1_000_000 })).await;
+    let (stdout, exit) = task.read_to_exit().await;
+    assert_eq!(stdout.len() + received, 100_000);
+    assert_eq!((exit.stdout_bytes, exit.stderr_bytes), (100_000, 5));
+}
+
+#[tokio::test]
+async fn input_reaches_the_command_and_its_taking_is_told() {
+    let (mut hub, _agent, session) = connected(v1::Mode::Permissive, "permissive").await;
+    let spec =
+        v1::TaskSpec { mode: v1::Mode::Permissive.into(), stdin: true, ..shell("cat; echo end") };
+    session.start(TaskId::new().as_bytes(), spec, 1_000_000).await;
+    let task = hub.task().await;
+    for _ in 0..4 {
+        let data = vec![b'x'; 64 * 1024].into();
+        task.send(task_io_down::Frame::Stdin(v1::Stdin { data, end: false })).await;
+    }
+    task.send(task_io_down::Frame::Stdin(v1::Stdin { data: "y\n".into(), end: true })).await;
+    let (stdout, exit) = task.read_to_exit().await;
+    assert_eq!(stdout.len(), 4 * 64 * 1024 + 6);
+    assert!(stdout.ends_with(b"xy\nend\n"));
+    assert_eq!(exit.exit_code, 0);
+}
+
+#[tokio::test]
+async fn cancel_ends_a_command_and_a_lost_stream_or_session_does_too() {
+    let (mut hub, agent, session) = connected(v1::Mode::Permissive, "permissive").await;
+    let waiting = |name: &str| v1::TaskSpec {
+        mode: v1::Mode::Permissive.into(),
+        ..shell(&format!(
+            "trap 'touch {0}; exit 0' TERM; echo ready; while :; do sleep 0.1; done",
+            agent.path(name).display()
+        ))
+    };
+    let ready = async |task: &mut support::TaskIo| {
+        while !matches!(task.next().await, task_io_up::Frame::Output(_)) {}
+    };
+    let gone = async |name: &str| {
+        let path = agent.path(name);
+        within(async {
+            while !path.exists() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    };
+
+    let id = TaskId::new();
+    session.start(id.as_bytes(), waiting("cancelled"), 1024).await;
+    let mut task = hub.task().await;
+    ready(&mut task).await;
+    let cancel =
+        v1::CancelTask { task_id: id.as_bytes().to_vec().into(), signal: 15, grace_ms: 5000 };
+    session.send(hub_frame::Frame::CancelTask(cancel)).await;
+    let (_, exit) = task.read_to_exit().await;
+    assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Cancelled));
+    gone("cancelled").await;
+
+    session.start(TaskId::new().as_bytes(), waiting("stream-lost"), 1024).await;
+    let mut task = hub.task().await;
+    ready(&mut task).await;
+    drop(task);
+    gone("stream-lost").await;
+
+    session.start(TaskId::new().as_bytes(), waiting("session-lost"), 1024).await;
+    let mut task = hub.task().await;
+    ready(&mut task).await;
+    drop(session);
+    gone("session-lost").await;
+}
+
+#[tokio::test]
+async fn sigterm_ends_running_commands_and_reports_them_before_leaving() {
+    let mut hub = Hub::start(v1::Mode::Permissive, Duration::from_secs(60)).await;
+    let mut agent = Agent::joined(&hub, "permissive").await;
+    let session = hub.session().await;
+    let spec = v1::TaskSpec { mode: v1::Mode::Permissive.into(), ..shell("echo ready; sleep 600") };
+    session.start(TaskId::new().as_bytes(), spec, 1024).await;
+    let mut task = hub.task().await;
+    while !matches!(task.next().await, task_io_up::Frame::Output(_)) {}
+    rustix::process::kill_process(agent.process_id(), rustix::process::Signal::TERM).unwrap();
+    let (_, exit) = task.read_to_exit().await;
+    assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Cancelled));
+    assert!(agent.end_of_daemon().await.success());
+    assert!(!agent.path("state/agent.sock").exists());
+}
+
+#[tokio::test]
+async fn second_daemon_on_the_same_state_is_refused() {
+    let (_hub, agent, _session) = connected(v1::Mode::Strict, "strict").await;
+    let mut second = agent.command();
+    second.arg("run");
+    assert_eq!(run(second).await.status.code(), Some(7));
+}
