@@ -5,7 +5,7 @@
 //! children's names, kinds and digests, so equal root digests mean equal trees, and two trees that
 //! differ are compared by descending only where digests differ.
 
-use crate::chunk::Recipe;
+use crate::chunk::{ChunkRef, InvalidRecipe, Recipe};
 
 /// Longest link target, the kernel's `PATH_MAX`.
 pub const MAX_LINK_TARGET_BYTES: usize = 4096;
@@ -82,6 +82,33 @@ pub struct File {
     pub recipe: Recipe,
 }
 
+impl File {
+    /// The chunks of the content in order: those of the recipe, or the content itself where it is a
+    /// single chunk. None for empty content.
+    pub fn chunks(&self) -> impl Iterator<Item = ChunkRef> + '_ {
+        // A size beyond a chunk's without a recipe is refused by `Entry::check`.
+        let single = (self.recipe.is_empty() && self.size > 0).then(|| ChunkRef {
+            hash: self.content,
+            len: u32::try_from(self.size).unwrap_or(u32::MAX),
+        });
+        self.recipe.0.iter().copied().chain(single)
+    }
+}
+
+/// Why something cannot be an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidEntry {
+    /// The recipe does not fit the content.
+    #[error("invalid recipe: {0}")]
+    Recipe(#[from] InvalidRecipe),
+    /// Empty content with the hash of other content, or a size without content.
+    #[error("content hash and size contradict each other")]
+    EmptyContent,
+    /// A link target that is empty, too long, or holds a NUL byte.
+    #[error("link target is empty, longer than {MAX_LINK_TARGET_BYTES} bytes, or holds a NUL byte")]
+    LinkTarget,
+}
+
 /// What stands at a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Entry {
@@ -111,6 +138,28 @@ pub enum Kind {
 }
 
 impl Entry {
+    /// Checks what came from outside.
+    ///
+    /// # Errors
+    /// See [`InvalidEntry`].
+    pub fn check(&self) -> Result<(), InvalidEntry> {
+        match self {
+            Self::File(file) => {
+                file.recipe.check(file.size)?;
+                if (file.size == 0) == (file.content == Digest::of(b"")) {
+                    Ok(())
+                } else {
+                    Err(InvalidEntry::EmptyContent)
+                }
+            }
+            Self::Link { target } => {
+                let fits = (1..=MAX_LINK_TARGET_BYTES).contains(&target.len());
+                if fits && !target.contains(&0) { Ok(()) } else { Err(InvalidEntry::LinkTarget) }
+            }
+            Self::Dir => Ok(()),
+        }
+    }
+
     /// The kind, executable bit included.
     #[must_use]
     pub fn kind(&self) -> Kind {
@@ -225,6 +274,48 @@ mod tests {
         let link = Entry::Link { target: b"x"[..].into() };
         assert_ne!(link.identity(), file(b"x", false, 0).identity());
         assert_ne!(link.identity(), Entry::Dir.identity());
+    }
+
+    #[test]
+    fn entries_that_contradict_themselves_are_refused() {
+        let with = |size, content: &[u8], chunks| {
+            let content = Digest::of(content);
+            Entry::File(File {
+                content,
+                size,
+                executable: false,
+                mtime_ns: 0,
+                recipe: Recipe(chunks),
+            })
+        };
+        let chunk = ChunkRef { hash: Digest::ZERO, len: 2 };
+        assert_eq!(with(0, b"", vec![]).check(), Ok(()));
+        assert_eq!(with(1, b"x", vec![]).check(), Ok(()));
+        assert_eq!(with(4, b"abcd", vec![chunk, chunk]).check(), Ok(()));
+        assert_eq!(with(0, b"x", vec![]).check(), Err(InvalidEntry::EmptyContent));
+        assert_eq!(with(1, b"", vec![]).check(), Err(InvalidEntry::EmptyContent));
+        assert!(with(5, b"abcde", vec![chunk, chunk]).check().is_err());
+        for (target, fits) in [
+            (b"a".to_vec(), true),
+            (vec![b'a'; MAX_LINK_TARGET_BYTES], true),
+            (vec![], false),
+            (b"a\0".to_vec(), false),
+            (vec![b'a'; MAX_LINK_TARGET_BYTES + 1], false),
+        ] {
+            assert_eq!(Entry::Link { target: target.into() }.check().is_ok(), fits);
+        }
+    }
+
+    #[test]
+    fn chunks_of_a_file_are_its_recipe_or_its_content() {
+        let Entry::File(mut file) = file(b"abcd", false, 0) else { unreachable!() };
+        let single: Vec<_> = file.chunks().collect();
+        assert_eq!(single, [ChunkRef { hash: file.content, len: 4 }]);
+        let chunk = ChunkRef { hash: Digest::ZERO, len: 2 };
+        file.recipe = Recipe(vec![chunk, chunk]);
+        assert_eq!(file.chunks().collect::<Vec<_>>(), [chunk, chunk]);
+        (file.size, file.recipe) = (0, Recipe::default());
+        assert_eq!(file.chunks().count(), 0);
     }
 
     #[test]
