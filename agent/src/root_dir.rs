@@ -116,10 +116,8 @@ fn checked(name: &[u8]) -> io::Result<&[u8]> {
     Ok(name)
 }
 
-const DIR_FLAGS: OFlags = OFlags::RDONLY
-    .union(OFlags::DIRECTORY)
-    .union(OFlags::NOFOLLOW)
-    .union(OFlags::CLOEXEC);
+const DIR_FLAGS: OFlags =
+    OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 impl DirHandle {
     /// Opens a directory by an ordinary path, following links: for roots, which their owner names.
@@ -389,7 +387,9 @@ impl RootDir {
         let Some(path) = path else { return Ok(self.top.clone()) };
         if !self.step_by_step.load(Ordering::Relaxed) {
             match self.open_at_once(path) {
-                Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOSYS | Errno::PERM)) => {
+                Err(error)
+                    if matches!(Errno::from_io_error(&error), Some(Errno::NOSYS | Errno::PERM)) =>
+                {
                     self.step_by_step.store(true, Ordering::Relaxed);
                 }
                 result => return result,
@@ -403,7 +403,8 @@ impl RootDir {
             ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let mut attempts = 0;
         loop {
-            match rustix::fs::openat2(&self.top, path.as_bytes(), DIR_FLAGS, Mode::empty(), resolve) {
+            match rustix::fs::openat2(&self.top, path.as_bytes(), DIR_FLAGS, Mode::empty(), resolve)
+            {
                 Ok(fd) => return Ok(DirHandle(Arc::new(fd))),
                 // A rename elsewhere raced with the resolution: the kernel asks to try again.
                 Err(Errno::AGAIN) if attempts < 16 => attempts += 1,
@@ -468,10 +469,7 @@ mod tests {
         let deep = path("a/b/c");
         let at_once = root.open_at_once(&deep).unwrap().meta().unwrap();
         assert_eq!(at_once, root.open_by_steps(&deep).unwrap().meta().unwrap());
-        assert_eq!(
-            root.open_dir(Some(&path("a/x"))).unwrap_err().kind(),
-            io::ErrorKind::NotFound
-        );
+        assert_eq!(root.open_dir(Some(&path("a/x"))).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

@@ -1,1 +1,3 @@
 //! Workspaces of this node.
+
+pub mod plan;
