@@ -1,3 +1,4 @@
 //! Workspaces of this node.
 
+pub mod index;
 pub mod plan;

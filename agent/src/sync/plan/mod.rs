@@ -190,7 +190,7 @@ impl Planner<'_> {
                 match &decision {
                     Decision::Want(wanted) => need.directory |= wanted.entry.is_some(),
                     Decision::Skip => {
-                        need.stays_local |= row.local.is_some();
+                        need.stays_local |= row.local.is_some() || row.unknown;
                         need.stays_remote |= row.remote.is_some();
                     }
                 }
