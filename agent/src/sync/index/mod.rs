@@ -352,11 +352,7 @@ impl Index {
     ///
     /// # Errors
     /// Those of SQLite, and a damaged row.
-    pub fn with_content(
-        &self,
-        content: &Digest,
-        limit: u32,
-    ) -> Result<Vec<IndexRow>, IndexError> {
+    pub fn with_content(&self, content: &Digest, limit: u32) -> Result<Vec<IndexRow>, IndexError> {
         let sql = format!("SELECT {COLUMNS} FROM entry WHERE content = ? LIMIT ?");
         self.read_rows(&sql, params![content.as_bytes(), limit])
     }
