@@ -50,7 +50,7 @@ impl Clock {
 }
 
 /// What to look at.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Scope {
     /// A directory (the root for `None`) and everything below it.
     Tree(Option<WirePath>),

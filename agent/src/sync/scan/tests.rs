@@ -185,18 +185,19 @@ fn unreadable_is_not_deleted() {
     tree.write("g", "changed");
     fs::set_permissions(tree.path("d"), fs::Permissions::from_mode(0)).unwrap();
     fs::set_permissions(tree.path("g"), fs::Permissions::from_mode(0)).unwrap();
-    // Root reads everything: this thread, and those it starts, do without that privilege.
-    rustix::thread::set_capabilities(
-        None,
-        rustix::thread::CapabilitySets {
-            effective: rustix::thread::CapabilitySet::empty(),
-            permitted: rustix::thread::capabilities(None).unwrap().permitted,
-            inheritable: rustix::thread::CapabilitySet::empty(),
-        },
-    )
-    .unwrap();
-    assert!(fs::read(tree.path("g")).is_err(), "positive control: it is unreadable");
-    let report = tree.scan_all();
+    // Root reads everything: a thread, and those it starts, do without that privilege.
+    let report = std::thread::scope(|scope| {
+        let scan = scope.spawn(|| {
+            let permitted = rustix::thread::capabilities(None).unwrap().permitted;
+            let none = rustix::thread::CapabilitySet::empty();
+            let sets =
+                rustix::thread::CapabilitySets { effective: none, permitted, inheritable: none };
+            rustix::thread::set_capabilities(None, sets).unwrap();
+            assert!(fs::read(tree.path("g")).is_err(), "positive control: it is unreadable");
+            tree.scan_all()
+        });
+        scan.join().unwrap()
+    });
     assert_eq!(tree.seen(), ["d/?", "d/f", "g?"]);
     assert!(report.findings.iter().all(|finding| finding.code == "unreadable"));
     fs::set_permissions(tree.path("d"), fs::Permissions::from_mode(0o700)).unwrap();
