@@ -13,11 +13,12 @@ use super::ignore::Ignore;
 use super::index::{Index, IndexError};
 use super::private_dir::PrivateDir;
 use super::scan::ScanError;
+use super::watch::Watch;
 use crate::root_dir::RootDir;
 
 /// Why the engine could not go on with what it was doing.
 #[derive(Debug, thiserror::Error)]
-pub enum SyncError {
+pub(super) enum SyncError {
     /// It was told to stop.
     #[error("stopped")]
     Cancelled,
@@ -47,6 +48,8 @@ pub(super) struct Core {
     pub(super) private: Arc<PrivateDir>,
     pub(super) index: Index,
     pub(super) ignore: Ignore,
+    /// `None` if the kernel gives us no watcher at all.
+    pub(super) watch: Option<Watch>,
     pub(super) owner: Option<(u32, u32)>,
 }
 
@@ -56,6 +59,11 @@ pub(super) struct CoreCell(Option<Box<Core>>);
 impl CoreCell {
     pub(super) fn new(core: Core) -> Self {
         Self(Some(Box::new(core)))
+    }
+
+    /// Closes the index and the tree.
+    pub(super) fn close(&mut self) {
+        self.0 = None;
     }
 
     /// Does blocking work. The caller must not drop the future before it ends: the core would be

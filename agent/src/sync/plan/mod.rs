@@ -109,7 +109,7 @@ pub struct Plan {
     pub push_deletions: usize,
     /// Deletions that were held back.
     pub held_deletions: usize,
-    /// Paths about which nothing could be decided, because they could not be read.
+    /// Changes at the hub that are not made here, because what stands in their place is unknown.
     pub skipped: usize,
 }
 
@@ -178,7 +178,8 @@ impl Planner<'_> {
                 last.is_some_and(|last| *last == row.path || last.is_below(&row.path));
             let open = index < self.options.context || (self.options.truncated && reaches_end);
             let decision = if row.unknown || below_unknown {
-                self.plan.skipped += 1;
+                let remote_changed = !same(row.base.as_ref(), row.remote.as_ref());
+                self.plan.skipped += usize::from(remote_changed);
                 Decision::Skip
             } else {
                 self.decide_row(row, need, open)

@@ -52,8 +52,10 @@ pub(in crate::sync) struct Pushed {
     /// Files that were not what the index says.
     pub(in crate::sync) dirty: Vec<Scope>,
     pub(in crate::sync) findings: Vec<Finding>,
-    /// Packs that were sent.
-    pub(in crate::sync) packs: usize,
+    /// Conflict copies among them.
+    pub(in crate::sync) conflicts: usize,
+    /// Deletions among them.
+    pub(in crate::sync) deletions: usize,
 }
 
 /// Sends operations, in order, in as many commits as it takes.
@@ -99,7 +101,7 @@ async fn push_batch<H: Hub>(
 ) -> Result<(), SyncError> {
     let missing = missing_chunks(session, &ops).await?;
     if !missing.is_empty() {
-        let failed = send_packs(session, &ops, missing, pushed).await?;
+        let failed = send_packs(session, &ops, missing).await?;
         for path in &failed {
             pushed.dirty.push(Scope::Children(path.parent()));
         }
@@ -153,7 +155,6 @@ async fn send_packs<H: Hub>(
     session: &mut Session<'_, H>,
     ops: &[PushOp],
     missing: HashSet<Digest>,
-    pushed: &mut Pushed,
 ) -> Result<HashSet<WirePath>, SyncError> {
     let (sender, receiver) = mpsc::channel(QUEUED_PACKS);
     let files: Vec<_> = ops
@@ -188,7 +189,6 @@ async fn send_packs<H: Hub>(
     if acknowledged? != sent {
         return Err(HubError::protocol("acknowledged other packs than were sent").into());
     }
-    pushed.packs += sent.len();
     Ok(failed)
 }
 
@@ -291,12 +291,14 @@ async fn record<H: Hub>(
             }
         }
     }
-    let accepted: Vec<_> = ops
-        .into_iter()
-        .zip(is_rejected)
-        .filter(|(_, rejected)| !rejected)
-        .map(|(op, _)| (op.path, op.new))
-        .collect();
+    let mut accepted = Vec::with_capacity(ops.len());
+    for (op, rejected) in ops.into_iter().zip(is_rejected) {
+        if !rejected {
+            pushed.conflicts += usize::from(op.conflict_of.is_some());
+            pushed.deletions += usize::from(op.new.is_none());
+            accepted.push((op.path, op.new));
+        }
+    }
     pushed.accepted += accepted.len();
     for (_, expected, current) in &learned {
         if cortex_shared::entry::same(expected.as_ref(), current.as_ref()) {
