@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use cortex_shared::ids::{NodeId, WorkspaceId};
-use rusqlite::{Connection, Transaction, params};
+use rusqlite::{Connection, params};
 
 use super::super::{StoreError, Workspace};
 use super::{is_duplicate, node_id, workspace_id};
@@ -32,7 +32,7 @@ pub(super) fn list(connection: &Connection) -> Result<Vec<Workspace>, StoreError
     Ok(workspaces)
 }
 
-pub(super) fn create(t: &Transaction<'_>, workspace: &Workspace) -> Result<(), StoreError> {
+pub(super) fn create(t: &Connection, workspace: &Workspace) -> Result<(), StoreError> {
     t.execute(
         "INSERT INTO workspaces VALUES (?,?,?)",
         params![workspace.id.as_bytes().as_slice(), workspace.name, workspace.created_at_ms],
@@ -48,7 +48,7 @@ pub(super) fn create(t: &Transaction<'_>, workspace: &Workspace) -> Result<(), S
 }
 
 pub(super) fn attach(
-    t: &Transaction<'_>,
+    t: &Connection,
     workspace: WorkspaceId,
     node: NodeId,
     now_ms: i64,
@@ -61,7 +61,7 @@ pub(super) fn attach(
 }
 
 pub(super) fn detach(
-    t: &Transaction<'_>,
+    t: &Connection,
     workspace: WorkspaceId,
     node: NodeId,
 ) -> Result<(), StoreError> {
