@@ -350,3 +350,6 @@ fn save_last_seen(registry: Arc<Registry>, store: Arc<dyn Store>, scope: &TaskSc
         }
     });
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,16 +15,16 @@ mod readers;
 mod tests;
 mod writer;
 
-use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use cortex_shared::tasks::TaskScope;
 use rusqlite::{Connection, ErrorCode, TransactionBehavior};
+use tokio::sync::mpsc;
 
 use self::readers::Readers;
-use self::writer::WriterHandle;
+use self::writer::{Request, Writer};
 
 /// How long a connection waits for a lock. Within the hub only opening and closing ever take one that
 /// matters; an administrator's shell may hold one for a moment.
@@ -89,9 +89,9 @@ pub(super) struct Settings {
     pub(super) cache_kib: u32,
 }
 
-/// An open database.
+/// An open database: [`Database::write`], [`Database::write_then`] and [`Database::read`].
 pub(super) struct Database {
-    writer: WriterHandle,
+    requests: mpsc::Sender<Request>,
     readers: Arc<Readers>,
 }
 
@@ -113,7 +113,7 @@ impl Database {
         });
         let connection = opened.await.map_err(|_| DatabaseError::Writer)??;
         let readers = Arc::new(Readers::new(path.clone()));
-        let (handle, writer) = writer::new(path, settings.cache_kib, connection);
+        let (requests, writer) = Writer::new(path, settings.cache_kib, connection);
         let (token, remaining) = (scope.token().clone(), Arc::clone(&readers));
         scope.spawn("database", async move {
             let connection = writer.run(token).await;
@@ -123,57 +123,7 @@ impl Database {
                 tokio::task::spawn_blocking(move || close(connection)).await.ok();
             }
         });
-        Ok(Self { writer: handle, readers })
-    }
-
-    /// Runs `work` in a transaction and returns its result once that survives power loss. If `work`
-    /// returns an error or panics, what it did is undone, and only that. A caller that stops waiting
-    /// does not undo its work.
-    ///
-    /// # Errors
-    /// Those of `work`, and [`DatabaseError::Closed`], `NotCommitted` or `Writer`.
-    pub(super) async fn write<T, E>(
-        &self,
-        work: impl FnOnce(&Connection) -> Result<T, E> + Send + 'static,
-    ) -> Result<T, E>
-    where
-        T: Send + 'static,
-        E: Error + From<DatabaseError> + Send + 'static,
-    {
-        self.write_then(work, |_| {}).await
-    }
-
-    /// The same; `after` runs once the result is durable, in the order of the transactions, before the
-    /// caller has it, and also if the caller is gone by then. It must neither block nor panic.
-    ///
-    /// # Errors
-    /// As [`Database::write`].
-    pub(super) async fn write_then<T, E>(
-        &self,
-        work: impl FnOnce(&Connection) -> Result<T, E> + Send + 'static,
-        after: impl FnOnce(&T) + Send + 'static,
-    ) -> Result<T, E>
-    where
-        T: Send + 'static,
-        E: Error + From<DatabaseError> + Send + 'static,
-    {
-        self.writer.write_then(work, after).await
-    }
-
-    /// Runs `work` within one read transaction, on a thread that may block. It sees one moment of the
-    /// database, with everything that has been answered before, and cannot change it.
-    ///
-    /// # Errors
-    /// Those of `work`, and [`DatabaseError::Closed`], `Sqlite` or `Writer`.
-    pub(super) async fn read<T, E>(
-        &self,
-        work: impl FnOnce(&Connection) -> Result<T, E> + Send + 'static,
-    ) -> Result<T, E>
-    where
-        T: Send + 'static,
-        E: From<DatabaseError> + Send + 'static,
-    {
-        self.readers.read(work).await
+        Ok(Self { requests, readers })
     }
 }
 

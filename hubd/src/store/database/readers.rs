@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rusqlite::{Connection, OpenFlags};
 use tokio::sync::Semaphore;
 
-use super::{BUSY_TIMEOUT, DatabaseError};
+use super::{BUSY_TIMEOUT, Database, DatabaseError};
 
 /// Readings at the same time. More would wait for the same disk and processors.
 const CONNECTIONS: u32 = 4;
@@ -35,8 +35,24 @@ impl Readers {
         Self { path, permits, idle: Arc::default() }
     }
 
-    /// See [`super::Database::read`].
-    pub(super) async fn read<T, E>(
+    /// Waits for the readings that go on and closes all connections; later readings are refused.
+    pub(super) async fn close(&self) {
+        // Only this closes the semaphore, so that all of it can be had.
+        let all = self.permits.acquire_many(CONNECTIONS).await;
+        self.permits.close();
+        let idle = std::mem::take(&mut *self.idle.lock());
+        drop(all);
+        tokio::task::spawn_blocking(move || drop(idle)).await.ok();
+    }
+}
+
+impl Database {
+    /// Runs `work` within one read transaction, on a thread that may block. It sees one moment of the
+    /// database, with everything that has been answered before, and cannot change it.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`DatabaseError::Closed`], `Sqlite` or `Writer`.
+    pub(in crate::store) async fn read<T, E>(
         &self,
         work: impl FnOnce(&Connection) -> Result<T, E> + Send + 'static,
     ) -> Result<T, E>
@@ -44,9 +60,9 @@ impl Readers {
         T: Send + 'static,
         E: From<DatabaseError> + Send + 'static,
     {
-        let permit = Arc::clone(&self.permits).acquire_owned().await;
+        let permit = Arc::clone(&self.readers.permits).acquire_owned().await;
         let permit = permit.map_err(|_| DatabaseError::Closed)?;
-        let (path, idle) = (self.path.clone(), Arc::clone(&self.idle));
+        let (path, idle) = (self.readers.path.clone(), Arc::clone(&self.readers.idle));
         tokio::task::spawn_blocking(move || {
             // Held by the thread, not by the caller: it may go away while the reading goes on.
             let _permit = permit;
@@ -63,16 +79,6 @@ impl Readers {
         })
         .await
         .map_err(|_| DatabaseError::Writer)?
-    }
-
-    /// Waits for the readings that go on and closes all connections; later readings are refused.
-    pub(super) async fn close(&self) {
-        // Only this closes the semaphore, so that all of it can be had.
-        let all = self.permits.acquire_many(CONNECTIONS).await;
-        self.permits.close();
-        let idle = std::mem::take(&mut *self.idle.lock());
-        drop(all);
-        tokio::task::spawn_blocking(move || drop(idle)).await.ok();
     }
 }
 

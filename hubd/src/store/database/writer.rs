@@ -14,7 +14,7 @@ use rusqlite::{Connection, ErrorCode, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::DatabaseError;
+use super::{Database, DatabaseError};
 
 /// Requests that may wait before callers have to wait for a place: some commands for each of hundreds
 /// of nodes. What they hold in memory is bounded by those who let them in, not here.
@@ -25,7 +25,7 @@ const BATCH: usize = 128;
 
 /// Why a transaction was not committed.
 #[derive(Clone)]
-struct Failure {
+pub(super) struct Failure {
     reason: String,
     disk_full: bool,
 }
@@ -55,12 +55,15 @@ fn comes_from_full_disk(error: &(dyn Error + 'static)) -> bool {
 }
 
 /// Work whose changes are to be undone.
-struct Undo {
+pub(super) struct Undo {
     disk_full: bool,
 }
 
 /// A request on its way through the writer.
-trait Job: Send {
+pub(super) type Request = Box<dyn Job>;
+
+/// What the writer does with a request.
+pub(super) trait Job: Send {
     /// Does the work.
     fn run(&mut self, connection: &Connection) -> Result<(), Undo>;
     /// Answers, once it is known whether the transaction was committed.
@@ -108,14 +111,30 @@ where
     }
 }
 
-/// Hands requests to the writer.
-pub(super) struct WriterHandle {
-    queue: mpsc::Sender<Box<dyn Job>>,
-}
+impl Database {
+    /// Runs `work` in a transaction and returns its result once that survives power loss. If `work`
+    /// returns an error or panics, what it did is undone, and only that. A caller that stops waiting
+    /// does not undo its work.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`DatabaseError::Closed`], `NotCommitted` or `Writer`.
+    pub(in crate::store) async fn write<T, E>(
+        &self,
+        work: impl FnOnce(&Connection) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: Error + From<DatabaseError> + Send + 'static,
+    {
+        self.write_then(work, |_| {}).await
+    }
 
-impl WriterHandle {
-    /// See [`super::Database::write_then`].
-    pub(super) async fn write_then<T, E>(
+    /// The same; `after` runs once the result is durable, in the order of the transactions, before the
+    /// caller has it, and also if the caller is gone by then. It must neither block nor panic.
+    ///
+    /// # Errors
+    /// As [`Database::write`].
+    pub(in crate::store) async fn write_then<T, E>(
         &self,
         work: impl FnOnce(&Connection) -> Result<T, E> + Send + 'static,
         after: impl FnOnce(&T) + Send + 'static,
@@ -126,7 +145,7 @@ impl WriterHandle {
     {
         let (reply, answer) = oneshot::channel();
         let job = TypedJob { work: Some(work), result: None, after, reply };
-        self.queue.send(Box::new(job)).await.map_err(|_| DatabaseError::Closed)?;
+        self.requests.send(Box::new(job)).await.map_err(|_| DatabaseError::Closed)?;
         answer.await.map_err(|_| DatabaseError::Writer)?
     }
 }
@@ -135,19 +154,22 @@ impl WriterHandle {
 pub(super) struct Writer {
     path: PathBuf,
     cache_kib: u32,
-    requests: mpsc::Receiver<Box<dyn Job>>,
+    requests: mpsc::Receiver<Request>,
     /// Absent only while a batch runs, or if that batch took it along.
     connection: Option<Connection>,
 }
 
-/// The writer of a database that has been opened, to be run, and the handle to it.
-pub(super) fn new(path: PathBuf, cache_kib: u32, connection: Connection) -> (WriterHandle, Writer) {
-    let (queue, requests) = mpsc::channel(QUEUE);
-    let writer = Writer { path, cache_kib, requests, connection: Some(connection) };
-    (WriterHandle { queue }, writer)
-}
-
 impl Writer {
+    /// The writer of a database that has been opened, to be run, and its queue.
+    pub(super) fn new(
+        path: PathBuf,
+        cache_kib: u32,
+        connection: Connection,
+    ) -> (mpsc::Sender<Request>, Self) {
+        let (queue, requests) = mpsc::channel(QUEUE);
+        (queue, Self { path, cache_kib, requests, connection: Some(connection) })
+    }
+
     /// Works until the token is cancelled, and then until nothing waits any more; or until the handle
     /// is gone. Gives the connection back.
     pub(super) async fn run(mut self, token: CancellationToken) -> Option<Connection> {
@@ -169,7 +191,7 @@ impl Writer {
         }
     }
 
-    async fn carry_out(&mut self, batch: Vec<Box<dyn Job>>) {
+    async fn carry_out(&mut self, batch: Vec<Request>) {
         let connection = self.connection.take();
         let (path, cache_kib) = (self.path.clone(), self.cache_kib);
         let done = tokio::task::spawn_blocking(move || {
@@ -201,7 +223,7 @@ impl Writer {
 }
 
 /// Carries a batch out and answers everyone in it.
-fn run_batch(connection: &mut Connection, mut batch: Vec<Box<dyn Job>>) -> Result<(), Failure> {
+fn run_batch(connection: &mut Connection, mut batch: Vec<Request>) -> Result<(), Failure> {
     let committed = in_one_transaction(connection, &mut batch);
     for job in batch {
         job.finish(committed.as_ref().err().cloned());
@@ -209,10 +231,7 @@ fn run_batch(connection: &mut Connection, mut batch: Vec<Box<dyn Job>>) -> Resul
     committed
 }
 
-fn in_one_transaction(
-    connection: &mut Connection,
-    batch: &mut [Box<dyn Job>],
-) -> Result<(), Failure> {
+fn in_one_transaction(connection: &mut Connection, batch: &mut [Request]) -> Result<(), Failure> {
     let mut tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     for job in batch {
         let savepoint = tx.savepoint()?;

@@ -74,12 +74,7 @@ pub(super) fn create(t: &Connection, invite: &NewInvite) -> Result<(), StoreErro
 pub(super) fn list(connection: &Connection) -> Result<Vec<Invite>, StoreError> {
     let mut statement =
         connection.prepare(&format!("SELECT {COLUMNS} FROM invites ORDER BY created_at DESC"))?;
-    let mut rows = statement.query([])?;
-    let mut invites = Vec::new();
-    while let Some(row) = rows.next()? {
-        invites.push(read(row)?);
-    }
-    Ok(invites)
+    statement.query_and_then([], read)?.collect()
 }
 
 pub(super) fn revoke(t: &Connection, id: &InviteId, now_ms: i64) -> Result<(), StoreError> {

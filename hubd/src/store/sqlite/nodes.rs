@@ -31,12 +31,7 @@ fn read(row: &Row<'_>) -> Result<Node, StoreError> {
 pub(super) fn list(connection: &Connection) -> Result<Vec<Node>, StoreError> {
     let mut statement =
         connection.prepare(&format!("SELECT {COLUMNS} FROM nodes ORDER BY name"))?;
-    let mut rows = statement.query([])?;
-    let mut nodes = Vec::new();
-    while let Some(row) = rows.next()? {
-        nodes.push(read(row)?);
-    }
-    Ok(nodes)
+    statement.query_and_then([], read)?.collect()
 }
 
 /// The node of this id.

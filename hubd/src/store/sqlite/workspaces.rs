@@ -18,18 +18,16 @@ pub(super) fn list(connection: &Connection) -> Result<Vec<Workspace>, StoreError
     }
     let mut statement =
         connection.prepare("SELECT id, name, created_at FROM workspaces ORDER BY name")?;
-    let mut rows = statement.query([])?;
-    let mut workspaces = Vec::new();
-    while let Some(row) = rows.next()? {
+    let workspaces = statement.query_and_then([], |row| {
         let id = workspace_id(&row.get::<_, Vec<u8>>(0)?)?;
-        workspaces.push(Workspace {
+        Ok(Workspace {
             id,
             name: row.get(1)?,
             created_at_ms: row.get(2)?,
             members: members.remove(&id).unwrap_or_default(),
-        });
-    }
-    Ok(workspaces)
+        })
+    })?;
+    workspaces.collect()
 }
 
 pub(super) fn create(t: &Connection, workspace: &Workspace) -> Result<(), StoreError> {

@@ -251,20 +251,18 @@ impl WorkspaceStore for SqliteWorkspaceStore {
             let mut statement = connection.prepare_cached(
                 "SELECT path, copy, node, at_ms FROM conflicts ORDER BY at_ms, copy LIMIT ?1",
             )?;
-            let mut rows = statement.query([CONFLICTS_LISTED])?;
-            let mut conflicts = Vec::new();
             let path =
                 |bytes: Vec<u8>| WirePath::new(bytes).map_err(|_| damaged("an invalid path"));
-            while let Some(row) = rows.next()? {
-                conflicts.push(Conflict {
+            let conflicts = statement.query_and_then([CONFLICTS_LISTED], |row| {
+                Ok(Conflict {
                     path: path(row.get(0)?)?,
                     copy: path(row.get(1)?)?,
                     node: NodeId::from_slice(&row.get::<_, Vec<u8>>(2)?)
                         .map_err(|_| damaged("a node id"))?,
                     at_ms: row.get(3)?,
-                });
-            }
-            Ok(conflicts)
+                })
+            })?;
+            conflicts.collect()
         }))
     }
 }
