@@ -7,7 +7,7 @@ use cortex_agent::exec::{CommandRequest, CommandVerdict, RequestedLimits};
 use cortex_agent::sandbox::Network;
 use tempfile::TempDir;
 
-use crate::support::{in_workspace, run, script, succeeds_outside, token};
+use crate::support::{in_workspace, launcher, run, script, succeeds_outside, token};
 
 /// A process outside that must survive; ended by its id when dropped.
 struct Victim(std::process::Child);
@@ -165,8 +165,7 @@ async fn hooks_and_configuration_cannot_be_planted() {
         echo evil > .git/config; rm -f .git/config; mv .git/config .git/c; rm -rf .git/hooks
         echo evil > .git/modules/sub/config; echo evil > .git/modules/sub/hooks/x
         echo evil > .vscode/tasks.json; echo evil > .envrc; rm -f .envrc; mv .vscode v
-        echo new > .git/index; true";
-    assert!(succeeds_outside("cp -r . /dev/null 2>/dev/null; true", workspace.path()));
+        echo new > .git/index; echo ../evil > .git/commondir; true";
     let ran = run(in_workspace(text, workspace.path())).await;
     assert!(ran.succeeded(), "{ran:?}");
     for file in files {
@@ -176,6 +175,7 @@ async fn hooks_and_configuration_cannot_be_planted() {
         assert_eq!(std::fs::read_dir(path(directory)).unwrap().count(), 0, "{directory}");
     }
     assert!(!path("old").exists());
+    assert!(ran.exit.hint.unwrap().contains(".git/commondir"), "what appeared is not named");
     assert_eq!(std::fs::read_to_string(path(".git/index")).unwrap(), "new\n", "git cannot work");
 }
 
@@ -202,6 +202,25 @@ async fn limits_hold() {
     };
     let ran = run(request).await;
     assert!(!ran.succeeded() && ran.stdout.is_empty(), "{ran:?}");
+}
+
+#[tokio::test]
+async fn memory_is_limited_for_all_processes_together() {
+    let eat = "for i in 1 2 3 4; do perl -e '$x = \"x\" x (60 << 20); sleep 2; print \"$i\\n\"' & \
+               done; wait";
+    assert!(succeeds_outside(eat, Path::new("/")), "too little memory for this test");
+    let groups = launcher().control_groups();
+    if groups == "none" {
+        eprintln!("skipped: no control groups for this user, so memory is limited by process only");
+        return;
+    }
+    let request = CommandRequest {
+        limits: RequestedLimits { memory_bytes: Some(128 << 20), ..RequestedLimits::default() },
+        ..script(eat)
+    };
+    let ran = run(request).await;
+    assert!(ran.stdout.lines().count() < 4, "{groups}: {ran:?}");
+    assert!(ran.exit.hint.unwrap().contains("memory"));
 }
 
 #[tokio::test]
