@@ -25,6 +25,7 @@ mod workspace;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use cortex_shared::durable;
 use cortex_shared::entry::Digest;
@@ -78,13 +79,23 @@ impl SyncError {
     }
 }
 
+/// How often useless content is looked for: rarely against the days for which it is kept, since each
+/// look reads all entries.
+const COLLECTION_PERIOD: Duration = Duration::from_secs(6 * 3600);
+/// How long content stays that nothing names, in milliseconds: the 72 hours for which members may
+/// rely on what they were told, and one more, within which a touch is not always recorded anew.
+const CONTENT_KEPT_MS: i64 = 73 * 3600 * 1000;
+
+/// Workspaces that are open, or are being opened.
+type OpenWorkspaces = Mutex<HashMap<WorkspaceId, Arc<OnceCell<Arc<WorkspaceHub>>>>>;
+
 /// All workspaces of a hub.
 pub struct Workspaces {
     folder: PathBuf,
     scope: TaskScope,
     board: Arc<HeadBoard>,
     budget: Arc<Budget>,
-    open: Mutex<HashMap<WorkspaceId, Arc<OnceCell<Arc<WorkspaceHub>>>>>,
+    open: Arc<OpenWorkspaces>,
 }
 
 impl Workspaces {
@@ -96,12 +107,14 @@ impl Workspaces {
     pub fn open(folder: &Path, limits: ContentLimits, scope: TaskScope) -> Result<Self, SyncError> {
         durable::create_private_folder(folder)
             .map_err(|error| PackFileError::new("create", folder, error))?;
+        let open = Arc::new(OpenWorkspaces::default());
+        scope.spawn("pack collection", collect_regularly(open.clone(), scope.token().clone()));
         Ok(Self {
             folder: folder.to_owned(),
             scope,
             board: Arc::default(),
             budget: Arc::new(Budget::new(limits)),
-            open: Mutex::default(),
+            open,
         })
     }
 
@@ -157,6 +170,32 @@ impl Workspaces {
     #[must_use]
     pub fn moved(&self) -> MovedHeads {
         self.board.subscribe()
+    }
+}
+
+/// Lets go of useless content in all workspaces that are open, one after another.
+async fn collect_regularly(open: Arc<OpenWorkspaces>, closing: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(COLLECTION_PERIOD) => {}
+            () = closing.cancelled() => return,
+        }
+        let workspaces: Vec<Arc<WorkspaceHub>> = {
+            let open = open.lock().unwrap_or_else(PoisonError::into_inner);
+            open.values().filter_map(|cell| cell.get().cloned()).collect()
+        };
+        for workspace in workspaces {
+            let since_ms = jiff::Timestamp::now().as_millisecond() - CONTENT_KEPT_MS;
+            let id = workspace.id();
+            tokio::select! {
+                collected = workspace.collect(since_ms) => match collected {
+                    Ok(0) => {}
+                    Ok(packs) => tracing::info!(workspace = %id, packs, "content collected"),
+                    Err(error) => tracing::error!(workspace = %id, %error, "collection failed"),
+                },
+                () = closing.cancelled() => return,
+            }
+        }
     }
 }
 

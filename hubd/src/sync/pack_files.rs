@@ -128,6 +128,23 @@ impl PackFiles {
         Ok(intact.then(|| bytes.into()))
     }
 
+    /// Removes packs. What a crash leaves of them is adopted again, and collected again later.
+    ///
+    /// # Errors
+    /// Those of the file system, after the others have been removed.
+    pub fn remove(&self, packs: &[Digest]) -> Result<(), PackFileError> {
+        let mut result = Ok(());
+        for path in packs.iter().map(|pack| self.path(pack)) {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    result = Err(PackFileError::new("remove", &path, error));
+                }
+                _ => {}
+            }
+        }
+        result
+    }
+
     /// The names of all packs on disk.
     ///
     /// # Errors

@@ -200,6 +200,52 @@ async fn a_pack_with_a_wrong_chunk_is_refused_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn content_goes_when_nothing_names_it_and_nobody_touched_it_lately() {
+    let folder = tempfile::tempdir().unwrap();
+    let id = WorkspaceId::new();
+    let hub = Hub::open(folder.path(), id).await;
+    let now_ms = jiff::Timestamp::now().as_millisecond();
+    let (long_ago, any_time) = (now_ms - 1000, now_ms + 1_000_000);
+    let named = pack_of(&[b"named", b"beside"]);
+    let unnamed = pack_of(&[b"unnamed"]);
+    let parts = pack_of(&[b"first ", b"part"]);
+    for pack in [&named, &unnamed, &parts] {
+        hub.put(pack).await;
+    }
+    let recipe = [&b"first "[..], b"part"].map(|data| ChunkRef::of(data).unwrap());
+    let large = Entry::File(cortex_shared::entry::File {
+        content: Digest::of(b"first part"),
+        size: 10,
+        executable: false,
+        mtime_ns: 0,
+        recipe: cortex_shared::chunk::Recipe(recipe.into()),
+    });
+    let small = file(b"named");
+    hub.commit(vec![
+        op("small", None, Some(small.clone())),
+        op("large", None, Some(large.clone())),
+    ])
+    .await;
+
+    assert_eq!(hub.workspace.collect(long_ago).await.unwrap(), 0, "all was touched lately");
+    assert!(hub.have(b"unnamed").await);
+    assert_eq!(hub.workspace.collect(any_time).await.unwrap(), 1);
+    assert!(!hub.have(b"unnamed").await);
+    assert!(hub.have(b"named").await && hub.have(b"beside").await && hub.have(b"part").await);
+    let lost = hub.commit(vec![op("new", None, Some(file(b"unnamed")))]).await;
+    assert_eq!(lost.rejected[0].reason, crate::store::workspace::RejectReason::MissingChunks);
+    assert!(!hub.put(&unnamed).await.duplicate, "it can come again");
+    assert_eq!(hub.commit(vec![op("new", None, Some(file(b"unnamed")))]).await.seqs, [3]);
+
+    hub.commit(vec![op("small", Some(&small), None), op("large", Some(&large), None)]).await;
+    assert_eq!(hub.workspace.collect(any_time).await.unwrap(), 2);
+    assert!(hub.have(b"unnamed").await && !hub.have(b"named").await && !hub.have(b"part").await);
+    let files = PackFiles::open(&folder.path().join(id.to_string())).unwrap();
+    assert_eq!(files.list().unwrap().len(), 1, "the files went as well");
+    hub.close().await;
+}
+
+#[tokio::test]
 async fn moved_heads_are_announced_and_a_closed_hub_says_so() {
     let folder = tempfile::tempdir().unwrap();
     let id = WorkspaceId::new();

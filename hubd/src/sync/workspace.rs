@@ -10,7 +10,7 @@ use cortex_shared::entry::Digest;
 use cortex_shared::ids::{NodeId, WorkspaceEpoch, WorkspaceId};
 use cortex_shared::pack::Pack;
 use cortex_shared::tasks::TaskScope;
-use tokio::sync::watch;
+use tokio::sync::{RwLock, watch};
 
 use super::SyncError;
 use super::budget::{Budget, MemberRoom, Room};
@@ -21,6 +21,9 @@ use crate::store::workspace::{
     ChangesPage, Commit, CommitResult, Conflict, Head, PackAdded, PackRecord, Summary,
     WorkspaceStore,
 };
+
+/// Packs that are let go in one transaction.
+const PACKS_DROPPED: usize = 64;
 
 /// A pack that is durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +40,10 @@ pub struct WorkspaceHub {
     store: Arc<dyn WorkspaceStore>,
     files: Arc<PackFiles>,
     budget: Arc<Budget>,
+    /// Shared by those that bring packs, from the look whether a pack is known to its record; alone
+    /// for the collection, from forgetting packs to removing their files. Otherwise a pack that is
+    /// sent anew just then would lose its new file.
+    collection: RwLock<()>,
 }
 
 impl WorkspaceHub {
@@ -65,7 +72,13 @@ impl WorkspaceHub {
             Ok(())
         })
         .await?;
-        let hub = Arc::new(Self { id, store: Arc::new(store), files: Arc::new(files), budget });
+        let hub = Arc::new(Self {
+            id,
+            store: Arc::new(store),
+            files: Arc::new(files),
+            budget,
+            collection: RwLock::new(()),
+        });
         hub.reconcile().await?;
         hub.forward_heads(board, scope);
         Ok(hub)
@@ -170,8 +183,9 @@ impl WorkspaceHub {
     /// # Errors
     /// [`SyncError::Pack`] if it is not valid, and those of disk and store.
     pub async fn put_pack(&self, bytes: Bytes, room: Room) -> Result<PutPackAck, SyncError> {
-        let pack = Arc::new(Pack::parse(bytes)?);
+        let pack = Arc::new(blocking(move || Ok(Pack::parse(bytes)?)).await?);
         let hash = pack.hash();
+        let _no_collection = self.collection.read().await;
         if self.store.has_pack(hash).await? {
             return Ok(PutPackAck { hash, duplicate: true });
         }
@@ -204,6 +218,33 @@ impl WorkspaceHub {
     pub async fn read_pack(&self, pack: Digest) -> Result<Bytes, SyncError> {
         let files = self.files.clone();
         blocking(move || Ok(files.read(&pack)?)).await?.ok_or(SyncError::Damaged { pack })
+    }
+
+    /// Lets go of content that no entry names and that nobody has touched since, and returns how many
+    /// packs went. Members go on meanwhile; only those that send packs wait, for a slice at a time.
+    ///
+    /// # Errors
+    /// Those of store and disk. What was found by then has gone.
+    pub async fn collect(&self, untouched_since_ms: i64) -> Result<usize, SyncError> {
+        let mut collected = 0;
+        let mut slice = None;
+        loop {
+            let (useless, next) = self.store.useless_packs(slice, untouched_since_ms).await?;
+            for packs in useless.chunks(PACKS_DROPPED) {
+                let alone = self.collection.write().await;
+                let dropped = self.store.drop_packs(packs.to_vec(), untouched_since_ms).await?;
+                collected += dropped.len();
+                let files = self.files.clone();
+                blocking(move || Ok(files.remove(&dropped)?)).await?;
+                drop(alone);
+            }
+            slice = next;
+            if slice.is_none() {
+                break;
+            }
+        }
+        while self.store.drop_recipes().await? > 0 {}
+        Ok(collected)
     }
 
     /// Applies operations; see [`WorkspaceStore::commit`].

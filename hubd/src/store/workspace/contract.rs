@@ -1,18 +1,21 @@
 //! What every engine of a workspace's store does. An engine's tests call [`contract_tests`].
 
+mod fixture;
+
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
 
 use cortex_shared::chunk::{ChunkRef, Recipe};
-use cortex_shared::entry::{Digest, DirDigest, Entry, File};
-use cortex_shared::ids::{CommitId, NodeId, WorkspaceEpoch};
+use cortex_shared::entry::{Digest, Entry, File};
+use cortex_shared::ids::{NodeId, WorkspaceEpoch};
 use cortex_shared::tasks::TaskScope;
-use cortex_shared::wire_path::WirePath;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
+use self::fixture::{Fixture, assert_root, create, link, path, random_op, read_on};
+pub(crate) use self::fixture::{file, op, root_digest};
 use super::*;
 
 /// Opens stores of one kind.
@@ -41,6 +44,7 @@ macro_rules! contract_tests {
             cursors_never_go_back,
             conflicts_are_listed_while_their_copies_exist,
             packs_are_found_by_their_chunks,
+            a_useless_pack_that_is_touched_again_stays,
             changes_are_paged_by_size,
             results_stay_within_their_budget,
             a_reader_that_pages_while_the_head_moves_ends_with_the_tree_of_the_head,
@@ -57,141 +61,6 @@ macro_rules! contract_tests {
     };
 }
 pub(crate) use contract_tests;
-
-/// A store in a folder of its own.
-pub(crate) struct Fixture {
-    folder: tempfile::TempDir,
-    scope: TaskScope,
-    store: Arc<dyn WorkspaceStore>,
-    epoch: WorkspaceEpoch,
-    node: NodeId,
-}
-
-impl Fixture {
-    async fn new(engine: &impl Engine) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let scope = TaskScope::new();
-        let store = engine.open(folder.path(), &scope).await;
-        let epoch = store.watch_head().borrow().epoch;
-        Self { folder, scope, store, epoch, node: NodeId::new() }
-    }
-
-    async fn reopen(self, engine: &impl Engine) -> Self {
-        let Self { folder, scope, store, epoch, node } = self;
-        scope.cancel();
-        scope.finish().await;
-        drop(store);
-        let scope = TaskScope::new();
-        let store = engine.open(folder.path(), &scope).await;
-        Self { folder, scope, store, epoch, node }
-    }
-
-    fn batch(&self, ops: Vec<Op>) -> Commit {
-        let ops = ops.into_iter().map(Ok).collect();
-        Commit { id: CommitId::new(), node: self.node, epoch: self.epoch, ops }
-    }
-
-    async fn commit(&self, ops: Vec<Op>) -> CommitResult {
-        self.store.commit(self.batch(ops)).await.unwrap()
-    }
-
-    /// Commits what must be accepted.
-    async fn set(&self, ops: Vec<Op>) -> CommitResult {
-        let result = self.commit(ops).await;
-        assert_eq!(result.rejected, [], "all accepted");
-        result
-    }
-
-    /// Makes chunks present, as one pack.
-    async fn add_chunks(&self, contents: &[&[u8]]) -> Digest {
-        let chunks: Vec<_> = contents.iter().map(|data| ChunkRef::of(data).unwrap()).collect();
-        let hash = Digest::of(&chunks.iter().flat_map(|c| *c.hash.as_bytes()).collect::<Vec<_>>());
-        let record = PackRecord { hash, bytes: 100, chunks };
-        self.store.add_pack(record).await.unwrap();
-        hash
-    }
-
-    /// The whole tree, read in pages of about `budget` bytes, checked against the root digest.
-    async fn tree(&self, budget: usize) -> BTreeMap<WirePath, Entry> {
-        let mut tree = BTreeMap::new();
-        let page = read_on(&*self.store, &mut tree, 0, budget).await;
-        assert_root(&tree, &page);
-        tree
-    }
-}
-
-fn assert_root(tree: &BTreeMap<WirePath, Entry>, head: &Head) {
-    let expected = if head.seq == 0 { Digest::ZERO } else { root_digest(tree) };
-    assert_eq!(head.root, expected, "root digest at {}", head.seq);
-}
-
-/// Reads from `after` to the head and applies it; returns that head.
-async fn read_on(
-    store: &dyn WorkspaceStore,
-    tree: &mut BTreeMap<WirePath, Entry>,
-    mut after: u64,
-    budget: usize,
-) -> Head {
-    loop {
-        let page = store.changes(after, budget).await.unwrap();
-        for change in page.changes {
-            assert!(change.seq > after && change.seq <= page.last_seq);
-            after = change.seq;
-            match change.entry {
-                Some(entry) => drop(tree.insert(change.path, entry)),
-                None => drop(tree.remove(&change.path)),
-            }
-        }
-        after = page.last_seq;
-        if after == page.head.seq {
-            return page.head;
-        }
-    }
-}
-
-/// The digest of a tree, computed from nothing but the tree.
-pub(crate) fn root_digest(tree: &BTreeMap<WirePath, Entry>) -> Digest {
-    fn digest_of(tree: &BTreeMap<WirePath, Entry>, parent: Option<&WirePath>) -> Digest {
-        let mut builder = DirDigest::new();
-        // The order of paths is that of a walk, so children come sorted by name.
-        for (path, entry) in tree.iter().filter(|(path, _)| path.parent().as_ref() == parent) {
-            let digest = match entry {
-                Entry::Dir => digest_of(tree, Some(path)),
-                _ => entry.identity(),
-            };
-            builder.child(path.name(), entry.kind(), &digest);
-        }
-        builder.finish()
-    }
-    digest_of(tree, None)
-}
-
-pub(crate) fn path(text: &str) -> WirePath {
-    WirePath::new(text).unwrap()
-}
-
-pub(crate) fn file(content: &[u8]) -> Entry {
-    Entry::File(File {
-        content: Digest::of(content),
-        size: content.len() as u64,
-        executable: false,
-        mtime_ns: 1,
-        recipe: Recipe::default(),
-    })
-}
-
-fn link(target: &str) -> Entry {
-    Entry::Link { target: target.as_bytes().into() }
-}
-
-pub(crate) fn op(at: &str, expected: Option<&Entry>, new: Option<Entry>) -> Op {
-    let expected = expected.map(Entry::identity);
-    Op { path: path(at), expected, new, conflict_of: None }
-}
-
-fn create(at: &str, new: Entry) -> Op {
-    op(at, None, Some(new))
-}
 
 pub(crate) async fn a_new_workspace_is_empty(engine: &impl Engine) {
     let fixture = Fixture::new(engine).await;
@@ -301,6 +170,12 @@ pub(crate) async fn accepted_operations_are_numbered_and_become_visible_together
     assert_eq!(fixture.tree(1).await.len(), 2);
     let summary = fixture.store.summary().await.unwrap();
     assert_eq!((summary.head, summary.entries), (announced, 2));
+    // What came again is no deletion any more.
+    fixture.set(vec![create("a", link("4"))]).await;
+    let page = fixture.store.changes(0, 1000).await.unwrap();
+    let paths: Vec<_> = page.changes.iter().map(|change| change.path.to_string()).collect();
+    assert_eq!(paths, ["b", "b/c", "a"]);
+    head.mark_unchanged();
     // What changes nothing moves nothing.
     fixture.set(vec![create("b", Entry::Dir)]).await;
     assert!(!head.has_changed().unwrap());
@@ -507,6 +382,35 @@ pub(crate) async fn packs_are_found_by_their_chunks(engine: &impl Engine) {
     assert!(!store.has_pack(first).await.unwrap());
 }
 
+pub(crate) async fn a_useless_pack_that_is_touched_again_stays(engine: &impl Engine) {
+    let fixture = Fixture::new(engine).await;
+    let store = &fixture.store;
+    let now_ms = || jiff::Timestamp::now().as_millisecond();
+    let (used, useless, again) = (
+        fixture.add_chunks(&[b"used", b"beside"]).await,
+        fixture.add_chunks(&[b"useless"]).await,
+        fixture.add_chunks(&[b"again"]).await,
+    );
+    fixture.set(vec![create("f", file(b"used"))]).await;
+    let last_ms = now_ms();
+    while now_ms() <= last_ms {
+        tokio::task::yield_now().await;
+    }
+    let since_ms = last_ms + 1;
+    assert_eq!(store.useless_packs(None, 0).await.unwrap(), (vec![], None));
+    let (mut found, next) = store.useless_packs(None, since_ms).await.unwrap();
+    found.sort();
+    let mut expected = vec![useless, again];
+    expected.sort();
+    assert_eq!((found, next), (expected, None));
+    assert_eq!(fixture.add_chunks(&[b"again"]).await, again);
+    let dropped = store.drop_packs(vec![useless, again], since_ms).await.unwrap();
+    assert_eq!(dropped, [useless]);
+    let packs = store.packs().await.unwrap();
+    assert!(packs.contains(&used) && packs.contains(&again) && !packs.contains(&useless));
+    assert_eq!(store.drop_recipes().await.unwrap(), 0);
+}
+
 pub(crate) async fn changes_are_paged_by_size(engine: &impl Engine) {
     let fixture = Fixture::new(engine).await;
     let ops = (0..100).map(|n| create(&format!("{n:050}"), link("target"))).collect();
@@ -548,33 +452,6 @@ pub(crate) async fn results_stay_within_their_budget(engine: &impl Engine) {
     let missing: Vec<usize> = result.rejected.iter().map(|r| r.missing.len()).collect();
     assert_eq!(missing[0], 100_000);
     assert!((1..100_000).contains(&missing[1]), "{missing:?}");
-}
-
-/// A random operation that is valid for the tree, and what it makes of the tree.
-fn random_op(rng: &mut StdRng, tree: &mut BTreeMap<WirePath, Entry>) -> Option<Op> {
-    let names = ["a", "b", "c", "a-b"];
-    let depth = rng.random_range(1..=3);
-    let text: Vec<_> = (0..depth).map(|_| names[rng.random_range(0..names.len())]).collect();
-    let path = path(&text.join("/"));
-    if path.ancestors().any(|above| tree.get(&above) != Some(&Entry::Dir)) {
-        return None;
-    }
-    let current = tree.get(&path).cloned();
-    let has_children = tree.keys().any(|other| other.is_below(&path));
-    let new = match rng.random_range(0..4) {
-        0 => None,
-        1 => Some(Entry::Dir),
-        _ => Some(link(&rng.random_range(0..50).to_string())),
-    };
-    if has_children && new != Some(Entry::Dir) {
-        return None;
-    }
-    match &new {
-        Some(entry) => drop(tree.insert(path.clone(), entry.clone())),
-        None => drop(tree.remove(&path)),
-    }
-    let expected = current.as_ref().map(Entry::identity);
-    Some(Op { path, expected, new, conflict_of: None })
 }
 
 pub(crate) async fn a_reader_that_pages_while_the_head_moves_ends_with_the_tree_of_the_head(

@@ -12,6 +12,8 @@
 //! * Each accepted change takes the next number (`seq`) inside the transaction that makes it durable,
 //!   and nobody hears of it earlier. So a number is never given twice, and a parent's is below that
 //!   of its children.
+//! * Content is let go only when no entry names it and nobody has sent it, asked for it, named it or
+//!   ceased to name it for a while.
 //! * What is answered with `Ok` is durable.
 
 pub mod model;
@@ -110,6 +112,10 @@ impl StoreError {
     }
 }
 
+/// Where a search for useless packs goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CollectionSlice(i64);
+
 /// The answer of a store, which may take as long as a disk does.
 pub type Answer<'a, T> = BoxFuture<'a, Result<T, StoreError>>;
 
@@ -135,6 +141,22 @@ pub trait WorkspaceStore: Send + Sync + 'static {
 
     /// Forgets packs whose files are gone, with the chunks that were only there.
     fn forget_packs(&self, packs: Vec<Digest>) -> Answer<'_, ()>;
+
+    /// Some packs that nothing needs: no entry names any of their chunks, and none was touched since.
+    /// With the slice to ask for next, if there is more to look at.
+    fn useless_packs(
+        &self,
+        slice: Option<CollectionSlice>,
+        untouched_since_ms: i64,
+    ) -> Answer<'_, (Vec<Digest>, Option<CollectionSlice>)>;
+
+    /// Forgets useless packs, but for those of which something has been touched by now; returns the
+    /// forgotten ones, whose files may go.
+    fn drop_packs(&self, packs: Vec<Digest>, untouched_since_ms: i64) -> Answer<'_, Vec<Digest>>;
+
+    /// Forgets some of the recipes that nothing names any more; returns how many, 0 once there are
+    /// none.
+    fn drop_recipes(&self) -> Answer<'_, usize>;
 
     /// All recorded packs.
     fn packs(&self) -> Answer<'_, HashSet<Digest>>;

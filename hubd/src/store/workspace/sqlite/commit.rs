@@ -2,11 +2,11 @@
 
 use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::ids::{CommitId, WorkspaceEpoch};
-use rusqlite::{Connection, OptionalExtension as _, params};
+use rusqlite::{Connection, params};
 
 use super::super::{Commit, CommitResult, InvalidOp, Op, RejectReason, Rejection, StoreError};
 use super::tree::{ENTRY_COLUMNS, Found, Tree, damaged, digest, entry_from_row, signed, unsigned};
-use super::{HeadRow, read_head};
+use super::{HeadRow, content, read_head};
 
 /// Most bytes of entries and missing chunks in one result: more would not fit a message of the
 /// protocol (5 MiB) together with its up to 5,000 rejections.
@@ -109,7 +109,7 @@ impl Work<'_> {
         if let Some(Entry::File(file)) = &op.new {
             let mut missing = Vec::new();
             for chunk in file.chunks() {
-                match self.chunk_len(&chunk.hash)? {
+                match content::len_of(self.connection, &chunk.hash)? {
                     None => missing.push(chunk.hash),
                     Some(len) if len != i64::from(chunk.len) => {
                         return Ok(Outcome::Rejected(RejectReason::Invalid, found, Vec::new()));
@@ -120,6 +120,12 @@ impl Work<'_> {
             if !missing.is_empty() {
                 return Ok(Outcome::Rejected(RejectReason::MissingChunks, found, missing));
             }
+        }
+        if let Some(found) = &found {
+            self.protect(&self.tree.entry(found.id)?)?;
+        }
+        if let Some(new) = &op.new {
+            self.protect(new)?;
         }
         self.head.seq += 1;
         let seq = self.head.seq;
@@ -143,12 +149,14 @@ impl Work<'_> {
         Ok(Outcome::Accepted(seq))
     }
 
-    fn chunk_len(&self, hash: &Digest) -> Result<Option<i64>, StoreError> {
-        Ok(self
-            .connection
-            .prepare_cached("SELECT len FROM chunks WHERE hash = ?1")?
-            .query_row([hash.as_bytes()], |row| row.get(0))
-            .optional()?)
+    /// Keeps content that the tree begins or ceases to name from being collected for a while:
+    /// members may be about to fetch it, or to name it again.
+    fn protect(&self, entry: &Entry) -> Result<(), StoreError> {
+        let Entry::File(file) = entry else { return Ok(()) };
+        for chunk in file.chunks() {
+            content::renew(self.connection, &chunk.hash, self.now_ms)?;
+        }
+        Ok(())
     }
 
     fn count(&mut self, found: Option<&Found>, new: Option<&Entry>) {

@@ -12,6 +12,22 @@ use super::tree::{digest, signed};
 /// against the 72 hours that a touch protects, and spares most questions a write.
 pub(super) const TOUCH_INTERVAL_MS: i64 = 3600 * 1000;
 
+/// The length of a chunk that is present.
+pub(super) fn len_of(connection: &Connection, hash: &Digest) -> Result<Option<i64>, StoreError> {
+    Ok(connection
+        .prepare_cached("SELECT len FROM chunks WHERE hash = ?1")?
+        .query_row([hash.as_bytes()], |row| row.get(0))
+        .optional()?)
+}
+
+/// Renews the protection of a chunk unless that was done lately.
+pub(super) fn renew(connection: &Connection, hash: &Digest, now_ms: i64) -> Result<(), StoreError> {
+    connection
+        .prepare_cached("UPDATE chunks SET touched = ?2 WHERE hash = ?1 AND touched < ?3")?
+        .execute(params![hash.as_bytes(), now_ms, now_ms - TOUCH_INTERVAL_MS])?;
+    Ok(())
+}
+
 /// What a look at the chunks table found.
 pub(super) enum Presence {
     Absent,

@@ -6,6 +6,7 @@
 //! own ([`readers`]). A crash loses the requests that were not answered yet, and nothing else.
 
 mod changes;
+mod collect;
 mod commit;
 mod content;
 mod readers;
@@ -32,8 +33,8 @@ use self::readers::Readers;
 use self::tree::{damaged, digest, signed, unsigned};
 use self::writer::WriterHandle;
 use super::{
-    Answer, ChangesPage, Commit, CommitResult, Conflict, Head, PackAdded, PackRecord, StoreError,
-    Summary, WorkspaceStore,
+    Answer, ChangesPage, CollectionSlice, Commit, CommitResult, Conflict, Head, PackAdded,
+    PackRecord, StoreError, Summary, WorkspaceStore,
 };
 
 /// How long a connection waits for a lock. Only opening and closing ever take one that matters.
@@ -172,6 +173,35 @@ impl WorkspaceStore for SqliteWorkspaceStore {
 
     fn forget_packs(&self, packs: Vec<Digest>) -> Answer<'_, ()> {
         Box::pin(self.writer.write(move |connection| content::forget_packs(connection, &packs)))
+    }
+
+    fn useless_packs(
+        &self,
+        slice: Option<CollectionSlice>,
+        untouched_since_ms: i64,
+    ) -> Answer<'_, (Vec<Digest>, Option<CollectionSlice>)> {
+        let after = slice.map_or(0, |slice| slice.0);
+        Box::pin(async move {
+            let (packs, next) = self
+                .readers
+                .read(move |connection| {
+                    collect::useless_packs(connection, after, untouched_since_ms)
+                })
+                .await?;
+            Ok((packs, next.map(CollectionSlice)))
+        })
+    }
+
+    fn drop_packs(&self, packs: Vec<Digest>, untouched_since_ms: i64) -> Answer<'_, Vec<Digest>> {
+        Box::pin(
+            self.writer.write(move |connection| {
+                collect::drop_packs(connection, &packs, untouched_since_ms)
+            }),
+        )
+    }
+
+    fn drop_recipes(&self) -> Answer<'_, usize> {
+        Box::pin(self.writer.write(collect::drop_recipes))
     }
 
     fn packs(&self) -> Answer<'_, HashSet<Digest>> {

@@ -46,6 +46,7 @@ CREATE TABLE entries (
     UNIQUE (parent_id, name)
 ) STRICT;
 CREATE INDEX entries_by_seq ON entries (seq);
+CREATE INDEX entries_by_recipe ON entries (recipe) WHERE recipe IS NOT NULL;
 
 -- The last deletion of each path at which nothing stands now.
 CREATE TABLE deletions (
@@ -79,6 +80,7 @@ CREATE TABLE rejections (
     current_seq INTEGER NOT NULL,
     PRIMARY KEY (commit_id, position)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX rejections_by_recipe ON rejections (recipe) WHERE recipe IS NOT NULL;
 
 CREATE TABLE packs (
     id INTEGER PRIMARY KEY,
@@ -86,7 +88,8 @@ CREATE TABLE packs (
     bytes INTEGER NOT NULL,
     at_ms INTEGER NOT NULL
 ) STRICT;
--- One row per chunk that is present. touched: when a member last sent it or was told of it.
+-- One row per chunk that is present. touched: when a member last sent it or was
+-- told of it, or the tree began or ceased to name it.
 CREATE TABLE chunks (
     hash BLOB PRIMARY KEY CHECK (length(hash) = 32),
     len INTEGER NOT NULL,

@@ -1,0 +1,512 @@
+//! Changing the tree here.
+//!
+//! In batches: staged files get their attributes and are synced; then each takes its place by a
+//! rename that replaces nothing unseen; then the touched directories are synced; then the index is
+//! told, in one transaction. A crash in between leaves every path with its old or its new content
+//! and at worst makes the next scan find what the index was not told yet.
+//!
+//! What is displaced is looked at after it has been displaced, when nobody can reach it by name any
+//! more. If it is not what the plan was made for, it is somebody's newer work: it is put back, and
+//! the plan for that path is dropped. Otherwise it goes to the trash.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File as OsFile;
+use std::io;
+
+use cortex_shared::chunk::Cutter;
+use cortex_shared::entry::{Entry, File};
+use cortex_shared::wire_path::WirePath;
+use rustix::fs::{Mode, Timespec, Timestamps};
+use rustix::io::Errno;
+
+use super::index::{Index, IndexError, Seen, Stamp};
+use super::plan::LocalChange;
+use super::private_dir::PrivateDir;
+use super::problem::Finding;
+use super::scan::Scope;
+use crate::root_dir::{DirHandle, Meta, RootDir, file_meta};
+
+/// Up to so many files or directories are synced one by one; for more the whole file system is.
+const SYNC_ONE_BY_ONE: usize = 32;
+
+/// A change, with what shall stand at its path if that has to be a new file or link.
+#[derive(Debug)]
+pub struct Staged {
+    /// The change.
+    pub change: LocalChange,
+    /// Name in the stage.
+    pub stage_name: Option<Vec<u8>>,
+}
+
+/// Whether a change needs a new file or link in the stage.
+#[must_use]
+pub fn needs_stage(change: &LocalChange) -> bool {
+    match (&change.from, &change.to) {
+        (Some(Entry::File(from)), Some(Entry::File(to))) => {
+            change.aside.is_some() || from.content != to.content
+        }
+        (_, Some(Entry::File(_) | Entry::Link { .. })) => true,
+        (_, Some(Entry::Dir) | None) => false,
+    }
+}
+
+/// What an applier needs.
+pub struct Applier<'a> {
+    /// The tree.
+    pub root: &'a RootDir,
+    /// The stage and the trash.
+    pub private: &'a PrivateDir,
+    /// To be told.
+    pub index: &'a mut Index,
+    /// Whom new files belong to; `None` leaves them to the user the agent runs as.
+    pub owner: Option<(u32, u32)>,
+}
+
+/// What became of a batch.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Changes that were made.
+    pub applied: usize,
+    /// Where something else was found than the plan was made for.
+    pub dirty: BTreeSet<Option<WirePath>>,
+    /// What people should know.
+    pub findings: Vec<Finding>,
+}
+
+impl Report {
+    /// The scopes to be scanned before planning again.
+    pub fn scopes(&self) -> impl Iterator<Item = Scope> + '_ {
+        self.dirty.iter().cloned().map(Scope::Children)
+    }
+}
+
+enum Placed {
+    Done,
+    /// Not what the plan was made for.
+    Surprise,
+}
+
+/// Directories to be synced once, at the end of a batch.
+#[derive(Default)]
+struct Touched {
+    directories: BTreeMap<Option<WirePath>, DirHandle>,
+    too_many: bool,
+}
+
+impl Touched {
+    fn add(&mut self, directory: Option<WirePath>, handle: &DirHandle) {
+        if self.directories.len() < SYNC_ONE_BY_ONE {
+            self.directories.entry(directory).or_insert_with(|| handle.clone());
+        } else if !self.directories.contains_key(&directory) {
+            self.too_many = true;
+        }
+    }
+
+    fn sync(&self, root: &RootDir) -> io::Result<()> {
+        if self.too_many {
+            return root.top().sync_file_system();
+        }
+        self.directories.values().try_for_each(DirHandle::sync)
+    }
+}
+
+impl Applier<'_> {
+    /// Makes the changes of a batch, in order.
+    ///
+    /// # Errors
+    /// If the index fails, or if nothing can be made durable; single paths that fail are in the
+    /// report.
+    pub fn apply(mut self, batch: Vec<Staged>) -> Result<Report, ApplyError> {
+        let mut report = Report::default();
+        let one_by_one = batch.iter().filter(|s| s.stage_name.is_some()).count() <= SYNC_ONE_BY_ONE;
+        let mut ready = Vec::with_capacity(batch.len());
+        for staged in batch {
+            match self.prepare(&staged) {
+                // Many open files at once would meet the limit of the process.
+                Ok(file) => ready.push((staged, file.filter(|_| one_by_one))),
+                Err(error) => self.give_up(staged, &error, &mut report),
+            }
+        }
+        self.sync_files(&ready, one_by_one)?;
+        let mut touched = Touched::default();
+        let mut placed = Vec::with_capacity(ready.len());
+        for (staged, file) in ready {
+            drop(file);
+            match self.place(&staged, &mut touched) {
+                Ok(Placed::Done) => placed.push(staged.change),
+                Ok(Placed::Surprise) => {
+                    report.dirty.insert(staged.change.path.parent());
+                    self.remove_staged(&staged);
+                }
+                Err(error) => self.give_up(staged, &error, &mut report),
+            }
+        }
+        touched.sync(self.root).map_err(ApplyError::Durability)?;
+        report.applied = placed.len();
+        self.record(placed, &mut report)?;
+        Ok(report)
+    }
+
+    /// Gives a staged file its attributes, before it takes its place: a crash must not leave a file
+    /// that looks like an edit.
+    fn prepare(&self, staged: &Staged) -> io::Result<Option<OsFile>> {
+        let Some(stage_name) = &staged.stage_name else { return Ok(None) };
+        let stage = self.private.stage();
+        if let Some((uid, gid)) = self.owner {
+            stage.set_owner(stage_name, uid, gid)?;
+        }
+        let Some(Entry::File(entry)) = &staged.change.to else { return Ok(None) };
+        let file = stage.open_for_writing(stage_name)?;
+        // Other permission bits than the executable one are the user's own: they stay.
+        let replaced = match &staged.change {
+            LocalChange { from: Some(Entry::File(_)), aside: None, path, .. } => {
+                let (parent, leaf) = self.root.parent_of(path)?;
+                parent.try_lstat(leaf)?.map(|meta| meta.mode & 0o777)
+            }
+            _ => None,
+        };
+        let mode = match replaced {
+            Some(mode) => mode,
+            None => file_meta(&file)?.mode & 0o777,
+        };
+        set_mode(&file, mode, entry.executable)?;
+        let time = timespec(entry.mtime_ns);
+        let times = Timestamps { last_access: time, last_modification: time };
+        rustix::fs::futimens(&file, &times)?;
+        Ok(Some(file))
+    }
+
+    fn sync_files(
+        &self,
+        ready: &[(Staged, Option<OsFile>)],
+        one_by_one: bool,
+    ) -> Result<(), ApplyError> {
+        let result = if one_by_one {
+            ready.iter().filter_map(|(_, file)| file.as_ref()).try_for_each(OsFile::sync_all)
+        } else {
+            self.private.stage().sync_file_system()
+        };
+        result.map_err(ApplyError::Durability)
+    }
+
+    fn place(&mut self, staged: &Staged, touched: &mut Touched) -> Result<Placed, PlaceError> {
+        let change = &staged.change;
+        let directory = change.path.parent();
+        let (parent, leaf) = match self.root.parent_of(&change.path) {
+            Ok(found) => found,
+            Err(error) if vanished(&error) => return Ok(Placed::Surprise),
+            Err(error) => return Err(error.into()),
+        };
+        touched.add(directory.clone(), &parent);
+        let Some(current) = self.expected(change, &parent, leaf)? else {
+            return Ok(Placed::Surprise);
+        };
+        let mut from = change.from.as_ref();
+        if let Some(aside) = &change.aside {
+            // Moves whatever stands there, so nothing can be lost.
+            match parent.rename_new(leaf, &parent, aside.name()) {
+                Err(error) if exists(&error) || vanished(&error) => return Ok(Placed::Surprise),
+                result => result?,
+            }
+            from = None;
+        }
+        match (from, &change.to) {
+            (None, None) => Ok(Placed::Done),
+            (Some(Entry::Dir), None) => remove_directory(&parent, leaf),
+            (Some(_), None) => self.displace(change, &parent, leaf, &current),
+            (None, Some(Entry::Dir)) => self.make_directory(&parent, leaf),
+            (Some(Entry::Dir), Some(Entry::Dir)) => Ok(Placed::Done),
+            (Some(_), Some(Entry::Dir)) => match self.displace(change, &parent, leaf, &current)? {
+                Placed::Done => self.make_directory(&parent, leaf),
+                Placed::Surprise => Ok(Placed::Surprise),
+            },
+            (Some(Entry::File(_)), Some(Entry::File(to))) if staged.stage_name.is_none() => {
+                set_executable(&parent, leaf, &current, to)
+            }
+            (from, Some(_)) => {
+                let stage_name = staged.stage_name.as_deref().ok_or(io::ErrorKind::InvalidInput)?;
+                match from {
+                    None => self.place_new(stage_name, &parent, leaf),
+                    Some(Entry::Dir) => match remove_directory(&parent, leaf)? {
+                        Placed::Done => self.place_new(stage_name, &parent, leaf),
+                        Placed::Surprise => Ok(Placed::Surprise),
+                    },
+                    Some(_) => self.replace(stage_name, change, &parent, leaf, &current),
+                }
+            }
+        }
+    }
+
+    /// What stands at the path, if that is what the plan was made for; the inner `Option` is `None`
+    /// for nothing.
+    fn expected(
+        &self,
+        change: &LocalChange,
+        parent: &DirHandle,
+        leaf: &[u8],
+    ) -> Result<Option<Option<Current>>, PlaceError> {
+        let meta = parent.try_lstat(leaf)?;
+        Ok(match (&change.from, meta) {
+            (None, None) => Some(None),
+            (Some(Entry::Dir), Some(meta)) if meta.kind == crate::root_dir::FileKind::Dir => {
+                Some(Some(Current { meta, stamp: Stamp::new(&meta, false) }))
+            }
+            (Some(Entry::File(_) | Entry::Link { .. }), Some(meta)) => {
+                let stamp = self.index.get(&change.path)?.and_then(|row| row.stamp);
+                stamp
+                    .filter(|stamp| *stamp == Stamp::new(&meta, stamp.racy))
+                    .map(|stamp| Some(Current { meta, stamp }))
+            }
+            _ => None,
+        })
+    }
+
+    fn make_directory(&self, parent: &DirHandle, leaf: &[u8]) -> Result<Placed, PlaceError> {
+        match parent.make_dir(leaf, 0o777) {
+            Err(error) if exists(&error) => return Ok(Placed::Surprise),
+            result => result?,
+        }
+        if let Some((uid, gid)) = self.owner {
+            parent.set_owner(leaf, uid, gid)?;
+        }
+        Ok(Placed::Done)
+    }
+
+    fn place_new(
+        &self,
+        stage_name: &[u8],
+        parent: &DirHandle,
+        leaf: &[u8],
+    ) -> Result<Placed, PlaceError> {
+        match self.private.stage().rename_new(stage_name, parent, leaf) {
+            Err(error) if exists(&error) || vanished(&error) => Ok(Placed::Surprise),
+            result => {
+                result?;
+                Ok(Placed::Done)
+            }
+        }
+    }
+
+    /// Takes a file or link away.
+    fn displace(
+        &self,
+        change: &LocalChange,
+        parent: &DirHandle,
+        leaf: &[u8],
+        current: &Option<Current>,
+    ) -> Result<Placed, PlaceError> {
+        let (trash, name) = (self.private.trash(), self.private.trash_name());
+        match parent.rename_new(leaf, trash, &name) {
+            Err(error) if vanished(&error) => return Ok(Placed::Surprise),
+            result => result?,
+        }
+        if is_still(trash, &name, change, current)? {
+            return Ok(Placed::Done);
+        }
+        // If somebody has put yet another file there meanwhile, this one stays in the trash.
+        match trash.rename_new(&name, parent, leaf) {
+            Err(error) if !exists(&error) => Err(error.into()),
+            _ => Ok(Placed::Surprise),
+        }
+    }
+
+    /// Puts a staged file or link in the place of another in one step.
+    fn replace(
+        &self,
+        stage_name: &[u8],
+        change: &LocalChange,
+        parent: &DirHandle,
+        leaf: &[u8],
+        current: &Option<Current>,
+    ) -> Result<Placed, PlaceError> {
+        let stage = self.private.stage();
+        let ours = stage.lstat(stage_name)?;
+        match stage.exchange(stage_name, parent, leaf) {
+            Ok(()) => {}
+            Err(error) if vanished(&error) => return Ok(Placed::Surprise),
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::INVAL) => {
+                // No exchange on this file system: for an instant nothing stands there.
+                return match self.displace(change, parent, leaf, current)? {
+                    Placed::Done => self.place_new(stage_name, parent, leaf),
+                    Placed::Surprise => Ok(Placed::Surprise),
+                };
+            }
+            Err(error) => return Err(error.into()),
+        }
+        if is_still(stage, stage_name, change, current)? {
+            self.private.discard(stage_name)?;
+            return Ok(Placed::Done);
+        }
+        stage.exchange(stage_name, parent, leaf)?;
+        if stage.lstat(stage_name)?.ino != ours.ino {
+            // Somebody wrote a third time, between the two exchanges. That file would be removed as
+            // ours: it is kept.
+            self.private.discard(stage_name)?;
+        }
+        Ok(Placed::Surprise)
+    }
+
+    /// Tells the index what stands there now, with new stamps: our own renames changed the old ones.
+    fn record(&mut self, placed: Vec<LocalChange>, report: &mut Report) -> Result<(), ApplyError> {
+        let clock = self.private.clock().map_err(ApplyError::Durability)?;
+        let root = self.root;
+        self.index.batch(|writer| {
+            for change in placed {
+                let parent = root.parent_of(&change.path).map(|(parent, _)| parent);
+                let stamp_of = |path: &WirePath| {
+                    let meta = parent.as_ref().ok()?.lstat(path.name()).ok()?;
+                    Some((meta, Stamp::new(&meta, clock.is_racy(&meta))))
+                };
+                let mut see = |path: &WirePath, entry: Option<&Entry>| match entry {
+                    None => writer.set_local(path, Seen::Absent),
+                    Some(Entry::Dir) => writer.set_local(path, Seen::Entry(Entry::Dir, None)),
+                    Some(entry) => match stamp_of(path) {
+                        Some((meta, stamp)) if fits(entry, &meta) => {
+                            writer.set_local(path, Seen::Entry(entry.clone(), Some(stamp)))
+                        }
+                        // Somebody was there already.
+                        _ => {
+                            report.dirty.insert(path.parent());
+                            writer.set_local(path, Seen::Unknown)
+                        }
+                    },
+                };
+                if let Some(aside) = &change.aside {
+                    see(aside, change.from.as_ref())?;
+                }
+                see(&change.path, change.to.as_ref())?;
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    fn give_up(&self, staged: Staged, error: &impl ToString, report: &mut Report) {
+        self.remove_staged(&staged);
+        report.findings.push(Finding::at(&staged.change.path, "apply_failed", error.to_string()));
+    }
+
+    fn remove_staged(&self, staged: &Staged) {
+        if let Some(name) = &staged.stage_name
+            && let Err(error) = self.private.stage().remove_file(name)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, "cannot remove a staged file; the next start does");
+        }
+    }
+}
+
+/// Why a batch failed as a whole.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// The index refused.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    /// What was written cannot be made to survive power loss, so nothing may be claimed of it.
+    #[error("cannot make changes durable")]
+    Durability(#[source] io::Error),
+}
+
+#[derive(Debug, thiserror::Error)]
+enum PlaceError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Index(#[from] IndexError),
+}
+
+impl From<io::ErrorKind> for PlaceError {
+    fn from(kind: io::ErrorKind) -> Self {
+        Self::Io(kind.into())
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Current {
+    meta: Meta,
+    stamp: Stamp,
+}
+
+fn exists(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AlreadyExists
+}
+
+fn vanished(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+        || Errno::from_io_error(error) == Some(Errno::LOOP)
+}
+
+/// Removes a directory; one that is not empty holds what nobody has planned for.
+fn remove_directory(parent: &DirHandle, leaf: &[u8]) -> Result<Placed, PlaceError> {
+    match parent.remove_dir(leaf) {
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Err(PlaceError::Io(
+            io::Error::new(error.kind(), "kept: it still holds files that are not synced"),
+        )),
+        Err(error) if vanished(&error) => Ok(Placed::Surprise),
+        result => {
+            result?;
+            Ok(Placed::Done)
+        }
+    }
+}
+
+/// Whether what has been displaced is what stood there when it was planned.
+fn is_still(
+    directory: &DirHandle,
+    name: &[u8],
+    change: &LocalChange,
+    current: &Option<Current>,
+) -> io::Result<bool> {
+    let meta = directory.lstat(name)?;
+    let Some(current) = current else { return Ok(false) };
+    if !current.stamp.fits_renamed(&meta) || current.meta.kind != meta.kind {
+        return Ok(false);
+    }
+    match &change.from {
+        // The stamp alone proves nothing here.
+        Some(Entry::File(file)) if current.stamp.racy => {
+            let cut = Cutter::new()
+                .cut(directory.open_file(name)?, |_, _| Ok::<_, std::convert::Infallible>(()));
+            Ok(cut.is_ok_and(|cut| cut.content == file.content))
+        }
+        _ => Ok(true),
+    }
+}
+
+fn fits(entry: &Entry, meta: &Meta) -> bool {
+    use crate::root_dir::FileKind;
+    match entry {
+        Entry::File(file) => meta.kind == FileKind::File && meta.size == file.size,
+        Entry::Link { .. } => meta.kind == FileKind::Link,
+        Entry::Dir => meta.kind == FileKind::Dir,
+    }
+}
+
+fn set_mode(file: &OsFile, mode: u32, executable: bool) -> io::Result<()> {
+    // Whoever may read may execute.
+    let mode = if executable { mode | ((mode & 0o444) >> 2) | 0o100 } else { mode & !0o111 };
+    Ok(rustix::fs::fchmod(file, Mode::from_raw_mode(mode))?)
+}
+
+fn set_executable(
+    parent: &DirHandle,
+    leaf: &[u8],
+    current: &Option<Current>,
+    to: &File,
+) -> Result<Placed, PlaceError> {
+    let file = parent.open_file(leaf)?;
+    let meta = file_meta(&file)?;
+    if current.is_none_or(|current| current.meta != meta) {
+        return Ok(Placed::Surprise);
+    }
+    set_mode(&file, meta.mode & 0o777, to.executable)?;
+    file.sync_all()?;
+    Ok(Placed::Done)
+}
+
+fn timespec(ns: i64) -> Timespec {
+    Timespec { tv_sec: ns.div_euclid(1_000_000_000), tv_nsec: ns.rem_euclid(1_000_000_000) as _ }
+}

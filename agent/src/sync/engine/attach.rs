@@ -1,0 +1,126 @@
+//! Beginning to work in a root directory, or refusing to.
+//!
+//! A root that is missing, or is another directory than the one whose files are in the index, would
+//! look like a user who deleted everything. So it is not read at all: the workspace halts and says
+//! why.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use super::super::WorkspaceConfig;
+use super::super::core::Core;
+use super::super::ignore::Ignore;
+use super::super::index::{Index, IndexError};
+use super::super::private_dir::PrivateDir;
+use super::super::watch::{Dirty, Watch};
+use crate::root_dir::{DirHandle, DirIdentity, RootDir};
+
+/// Why a workspace cannot be worked in.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum AttachError {
+    #[error(
+        "the root directory {} is missing; bring it back (is a disk not mounted?), or detach the \
+         workspace and attach it again to begin anew", path.display()
+    )]
+    Missing { path: PathBuf },
+    #[error(
+        "another directory stands at {} than the one that was synced; bring the old one back, or \
+         detach the workspace and attach it again to merge with this one", path.display()
+    )]
+    Replaced { path: PathBuf },
+    #[error("another agent works in {}; stop it or choose another directory", path.display())]
+    Locked { path: PathBuf },
+    #[error("cannot use the root directory {}: {source}", path.display())]
+    Root { path: PathBuf, source: io::Error },
+    #[error("cannot use the state directory {}: {source}", path.display())]
+    State { path: PathBuf, source: io::Error },
+    #[error("no place for the private directory on the file system of {}: {source}", path.display())]
+    Private { path: PathBuf, source: io::Error },
+    #[error("cannot use the index: {0}")]
+    Index(#[from] IndexError),
+}
+
+/// The open root, and which directory it is.
+pub(super) struct Attached {
+    pub(super) core: Core,
+    pub(super) identity: DirIdentity,
+}
+
+impl WorkspaceConfig {
+    /// Where the index and, if it is on the same file system, the private directory are.
+    pub(super) fn state_folder(&self) -> PathBuf {
+        self.state_dir.join("workspaces").join(self.id.to_string())
+    }
+}
+
+/// Opens everything. Blocking.
+pub(super) fn attach(config: &WorkspaceConfig, dirty: Arc<Dirty>) -> Result<Attached, AttachError> {
+    let path = || config.root.clone();
+    let folder = config.state_folder();
+    cortex_shared::durable::create_private_folder(&folder)
+        .map_err(|source| AttachError::State { path: folder.clone(), source })?;
+    let (top, made) = match DirHandle::open_ambient(&config.root) {
+        Ok(top) => (top, false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if Index::open(&folder)?.root()?.is_some() {
+                return Err(AttachError::Missing { path: path() });
+            }
+            let made = std::fs::create_dir_all(&config.root)
+                .and_then(|()| DirHandle::open_ambient(&config.root));
+            (made.map_err(|source| AttachError::Root { path: path(), source })?, true)
+        }
+        Err(source) => return Err(AttachError::Root { path: path(), source }),
+    };
+    // Held as long as the directory is open. On the directory itself, since agents with different
+    // state directories have nothing else in common.
+    match rustix::fs::flock(&top, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => return Err(AttachError::Locked { path: path() }),
+        // Some network file systems lock nothing.
+        Err(errno) => tracing::warn!(root = ?config.root, %errno, "cannot lock the root"),
+        Ok(()) => {}
+    }
+    let identity = top.identity().map_err(|source| AttachError::Root { path: path(), source })?;
+    let mut index = Index::open(&folder)?;
+    match index.root()? {
+        Some(known) if known != identity && !made => {
+            return Err(AttachError::Replaced { path: path() });
+        }
+        Some(_) => {}
+        None => index.batch(|writer| writer.set_root(identity))?,
+    }
+    let private = PrivateDir::open(config.id, &folder, &config.root, &top)
+        .map_err(|source| AttachError::Private { path: path(), source })?;
+    let meta = top.meta().map_err(|source| AttachError::Root { path: path(), source })?;
+    let owner = rustix::process::geteuid().is_root().then_some((meta.uid, meta.gid));
+    let watch = Watch::new(&config.root, dirty)
+        .inspect_err(|error| tracing::warn!(%error, "cannot watch; looking from time to time"))
+        .ok();
+    let core = Core {
+        root: RootDir::new(top),
+        private: Arc::new(private),
+        index,
+        ignore: Ignore,
+        watch,
+        owner,
+    };
+    Ok(Attached { core, identity })
+}
+
+/// Checks that the root is still what it was. Blocking.
+pub(super) fn check_root(
+    config: &WorkspaceConfig,
+    identity: DirIdentity,
+) -> Result<(), AttachError> {
+    match DirHandle::open_ambient(&config.root).and_then(|top| top.identity()) {
+        Ok(now) if now == identity => Ok(()),
+        Ok(_) => Err(AttachError::Replaced { path: config.root.clone() }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(AttachError::Missing { path: config.root.clone() })
+        }
+        Err(source) => Err(AttachError::Root { path: config.root.clone(), source }),
+    }
+}

@@ -1,0 +1,449 @@
+//! The engine of one workspace: one task that owns everything about it.
+//!
+//! It goes round: look where something may have changed, learn what changed at the hub, plan, send,
+//! apply, until nothing is left to do; then it waits for a reason to go round again. It keeps no
+//! queue: stopped at any instant, it finds its work again by looking.
+
+mod attach;
+mod pass;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use cortex_shared::backoff::Backoff;
+use cortex_shared::wire_path::WirePath;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::core::{CoreCell, SyncError};
+use super::hub::Hub;
+use super::index::{Cursor, Index};
+use super::problem::{Finding, Problems, Stage};
+use super::scan::{Report, ScanError, Scanner, Scope};
+use super::status::{Progress, SyncState};
+use super::watch::Dirty;
+use super::{FlushError, WorkspaceConfig};
+use crate::root_dir::DirIdentity;
+use attach::{AttachError, Attached, attach, check_root};
+
+/// How long it has to be quiet before changes are looked at, so that one look sees a whole save.
+const QUIET: Duration = Duration::from_millis(50);
+/// The longest a change waits for quiet.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+/// Everything is looked at this often, whatever the hints say.
+const FULL_SCAN: Duration = Duration::from_secs(600);
+/// The same where not every directory can be watched.
+const POLL: Duration = Duration::from_secs(30);
+/// How often a halted workspace looks whether its root is back.
+const HALTED_RETRY: Duration = Duration::from_secs(2);
+/// When paths that could not be synced are tried again.
+const PROBLEM_RETRY: Duration = Duration::from_secs(30);
+/// First and longest wait before a file that is being written is looked at again.
+const UNSTABLE_RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+/// Bounds of the wait before the hub is called again after a failure.
+const HUB_RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
+
+/// What others ask of the engine.
+pub(super) enum Command {
+    /// Look at everything, sync, and tell when all is done.
+    Flush(oneshot::Sender<Result<(), FlushError>>),
+    /// Push the deletions that are held.
+    ConfirmDeletions,
+}
+
+pub(super) struct Engine<H> {
+    pub(super) config: WorkspaceConfig,
+    pub(super) hub: H,
+    pub(super) online: watch::Receiver<bool>,
+    pub(super) head: watch::Receiver<u64>,
+    pub(super) commands: mpsc::Receiver<Command>,
+    pub(super) cancel: CancellationToken,
+    pub(super) progress: Progress,
+}
+
+/// What the engine holds while it works in a root.
+struct Work {
+    core: CoreCell,
+    identity: DirIdentity,
+    dirty: Arc<Dirty>,
+    problems: Problems,
+    /// How far the hub is known; `None` before the first contact of this run.
+    cursor: Option<Cursor>,
+    /// Remote may be behind the hub.
+    outdated: bool,
+    acknowledged_seq: Option<u64>,
+    next_full_scan: Instant,
+    limited: bool,
+    /// Directories to look at again, and when.
+    revisits: Vec<(Instant, Scope)>,
+    /// How long was waited before the last look at a directory with unstable files.
+    unstable: HashMap<Option<WirePath>, Duration>,
+    hub_backoff: Backoff,
+    retry_at: Option<Instant>,
+    flushes: Vec<oneshot::Sender<Result<(), FlushError>>>,
+    /// Deletions that were pushed, and when: for the hold of mass deletions.
+    deletions: VecDeque<(Instant, usize)>,
+    deletions_confirmed: bool,
+}
+
+/// Why the engine stopped working in a root.
+enum End {
+    Stopped,
+    Halted(String),
+    /// The index was damaged.
+    Again,
+}
+
+/// What a round came to.
+enum Round {
+    Done,
+    /// There is more to do at once.
+    More,
+    /// The hub is not to be asked now.
+    Offline,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum RoundError {
+    #[error(transparent)]
+    Root(#[from] AttachError),
+    #[error(transparent)]
+    Sync(#[from] SyncError),
+}
+
+impl<H: Hub> Engine<H> {
+    /// Runs until it is cancelled.
+    pub(super) async fn run(mut self) {
+        while !self.cancel.is_cancelled() {
+            let dirty = Arc::new(Dirty::default());
+            let reason = match self.attach(dirty.clone()).await {
+                Ok(Attached { core, identity }) => {
+                    let mut work = Work::new(CoreCell::new(core), identity, dirty);
+                    let end = self.work(&mut work).await;
+                    for flush in work.flushes.drain(..) {
+                        flush.send(Err(FlushError::Stopped)).ok();
+                    }
+                    match end {
+                        End::Stopped => return,
+                        End::Halted(reason) => reason,
+                        End::Again => continue,
+                    }
+                }
+                Err(reason) => reason,
+            };
+            self.halted(reason).await;
+        }
+    }
+
+    async fn attach(&self, dirty: Arc<Dirty>) -> Result<Attached, String> {
+        let config = self.config.clone();
+        tokio::task::spawn_blocking(move || attach(&config, dirty))
+            .await
+            .map_err(|error| error.to_string())?
+            .map_err(|error| error.to_string())
+    }
+
+    /// Tells why nothing is done, and waits a while.
+    async fn halted(&mut self, reason: String) {
+        tracing::error!(workspace = %self.config.name, reason, "sync halted");
+        self.progress.update(|status| {
+            status.state = SyncState::Halted;
+            status.halted_reason.clone_from(&reason);
+        });
+        let retry = tokio::time::sleep(HALTED_RETRY);
+        tokio::pin!(retry);
+        loop {
+            tokio::select! {
+                () = self.cancel.cancelled() => return,
+                () = &mut retry => return,
+                Some(command) = self.commands.recv() => {
+                    if let Command::Flush(answer) = command {
+                        answer.send(Err(FlushError::Halted { reason: reason.clone() })).ok();
+                    }
+                }
+            }
+        }
+    }
+
+    async fn work(&mut self, work: &mut Work) -> End {
+        self.progress.update(|status| status.halted_reason.clear());
+        work.dirty.add(Scope::Tree(None));
+        loop {
+            let round = Box::pin(self.round(work)).await;
+            let more = match &round {
+                Ok(Round::More) => true,
+                Ok(Round::Done | Round::Offline) => false,
+                Err(RoundError::Root(error)) => return End::Halted(error.to_string()),
+                Err(RoundError::Sync(error)) => match self.failed(work, error) {
+                    Some(end) => return end,
+                    None => false,
+                },
+            };
+            if more {
+                continue;
+            }
+            work.answer_flushes(&round);
+            if !self.wait(work).await {
+                return End::Stopped;
+            }
+        }
+    }
+
+    /// Decides what a failure means: the end of the work in this root, or another try later.
+    fn failed(&self, work: &mut Work, error: &SyncError) -> Option<End> {
+        match error {
+            SyncError::Cancelled => return Some(End::Stopped),
+            SyncError::Panicked => return Some(End::Halted(error.to_string())),
+            SyncError::Scan(ScanError::Root(source)) => {
+                return Some(End::Halted(format!("the root directory cannot be read: {source}")));
+            }
+            SyncError::Index(index) | SyncError::Scan(ScanError::Index(index))
+                if index.is_damage() =>
+            {
+                tracing::error!(workspace = %self.config.name, %error, "index is damaged");
+                work.core.close();
+                return match Index::set_aside(&self.config.state_folder()) {
+                    Ok(()) => Some(End::Again),
+                    Err(error) => Some(End::Halted(error.to_string())),
+                };
+            }
+            SyncError::Hub(_) => {
+                tracing::warn!(workspace = %self.config.name, %error, "hub failed");
+                self.progress.state(SyncState::Offline);
+            }
+            _ => tracing::error!(workspace = %self.config.name, %error, "sync failed"),
+        }
+        let finding = Finding { path: None, code: "sync_failed", message: error.to_string() };
+        work.problems.replace(Stage::Push, |_| true, vec![finding]);
+        let problems = work.problems.list();
+        self.progress.update(|status| status.problems = problems);
+        work.outdated = true;
+        work.retry_at = Some(Instant::now() + work.hub_backoff.next_delay());
+        None
+    }
+
+    async fn round(&mut self, work: &mut Work) -> Result<Round, RoundError> {
+        let config = self.config.clone();
+        let identity = work.identity;
+        tokio::task::spawn_blocking(move || check_root(&config, identity))
+            .await
+            .map_err(|_| SyncError::Panicked)??;
+        self.look(work).await?;
+        let problems = work.problems.list();
+        self.progress.update(|status| status.problems = problems);
+        let now = Instant::now();
+        if !*self.online.borrow_and_update() || work.retry_at.is_some_and(|at| at > now) {
+            self.progress.state(SyncState::Offline);
+            return Ok(Round::Offline);
+        }
+        // Nothing of what was just seen is believed if the root was swapped meanwhile.
+        let config = self.config.clone();
+        tokio::task::spawn_blocking(move || check_root(&config, identity))
+            .await
+            .map_err(|_| SyncError::Panicked)??;
+        work.retry_at = None;
+        let round = self.pass(work).await?;
+        work.hub_backoff.reset();
+        Ok(round)
+    }
+
+    /// Scans where something may have changed.
+    async fn look(&mut self, work: &mut Work) -> Result<(), SyncError> {
+        let scopes = work.dirty.take();
+        if scopes.is_empty() {
+            return Ok(());
+        }
+        self.progress.state(SyncState::Scanning);
+        let everything = scopes.contains(&Scope::Tree(None));
+        for scope in scopes {
+            let cancel = self.cancel.clone();
+            let scanned = scope.clone();
+            let (report, entries, limited) = work
+                .core
+                .run(move |core| {
+                    let mut report = Report::default();
+                    // A file that was moved here is seen with its directory.
+                    let is_file = matches!(&scanned, Scope::Tree(Some(path))
+                        if core.root.open_dir(Some(path)).is_err());
+                    if !is_file {
+                        let watch = &mut core.watch;
+                        let scanner = Scanner {
+                            root: &core.root,
+                            index: &mut core.index,
+                            ignore: &core.ignore,
+                            clock: core.private.clock()?,
+                            on_directory: &mut |directory| {
+                                if let Some(watch) = watch {
+                                    watch.directory(directory);
+                                }
+                            },
+                            cancel: &cancel,
+                        };
+                        report = scanner.scan(&scanned)?;
+                    }
+                    let limited = core.watch.as_ref().is_none_or(|watch| watch.limited);
+                    Ok::<_, SyncError>((report, core.index.counts().local, limited))
+                })
+                .await?;
+            if report.cancelled {
+                return Err(SyncError::Cancelled);
+            }
+            work.limited = limited;
+            work.seen(&scope, report);
+            self.progress.update(|status| status.entries = entries);
+        }
+        if everything {
+            let pause = if work.limited { POLL } else { FULL_SCAN };
+            work.next_full_scan = Instant::now() + pause;
+            work.core.run(|core| core.private.empty_trash()).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits for a reason to go round again; false if that is to stop.
+    async fn wait(&mut self, work: &mut Work) -> bool {
+        let due = work.next_due();
+        tokio::select! {
+            () = self.cancel.cancelled() => return false,
+            () = work.dirty.changed() => return self.settle(&work.dirty.clone()).await,
+            seq = next_value(&mut self.head) => {
+                work.outdated |= work.cursor.is_none_or(|cursor| seq > cursor.seq);
+            }
+            online = next_value(&mut self.online) => {
+                if online {
+                    work.outdated = true;
+                    work.retry_at = None;
+                }
+            }
+            Some(command) = self.commands.recv() => match command {
+                Command::Flush(answer) => {
+                    work.flushes.push(answer);
+                    work.dirty.add(Scope::Tree(None));
+                    work.outdated = true;
+                    work.retry_at = None;
+                }
+                Command::ConfirmDeletions => work.deletions_confirmed = true,
+            },
+            () = tokio::time::sleep_until(due) => work.collect_due(),
+        }
+        true
+    }
+
+    /// Waits until nothing changes for a moment, but not for ever.
+    async fn settle(&self, dirty: &Dirty) -> bool {
+        let end = Instant::now() + LONGEST_WAIT;
+        loop {
+            let quiet = (Instant::now() + QUIET).min(end);
+            tokio::select! {
+                () = self.cancel.cancelled() => return false,
+                () = tokio::time::sleep_until(quiet) => return true,
+                () = dirty.changed() => {}
+            }
+        }
+    }
+}
+
+/// The next value; never if there is nobody left to send one.
+async fn next_value<T: Copy>(receiver: &mut watch::Receiver<T>) -> T {
+    if receiver.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    *receiver.borrow_and_update()
+}
+
+impl Work {
+    fn new(core: CoreCell, identity: DirIdentity, dirty: Arc<Dirty>) -> Self {
+        Self {
+            core,
+            identity,
+            dirty,
+            problems: Problems::default(),
+            cursor: None,
+            outdated: true,
+            acknowledged_seq: None,
+            next_full_scan: Instant::now() + FULL_SCAN,
+            limited: false,
+            revisits: Vec::new(),
+            unstable: HashMap::new(),
+            hub_backoff: Backoff::new(HUB_RETRY.0, HUB_RETRY.1),
+            retry_at: None,
+            flushes: Vec::new(),
+            deletions: VecDeque::new(),
+            deletions_confirmed: false,
+        }
+    }
+
+    /// Takes over what a scan found besides the index.
+    fn seen(&mut self, scope: &Scope, report: Report) {
+        let covered = |path: Option<&WirePath>| match path {
+            Some(path) => scope.covers(path),
+            None => *scope == Scope::Tree(None),
+        };
+        let mut findings = report.findings;
+        if self.limited && *scope == Scope::Tree(None) {
+            let message = "not every directory can be watched: raise fs.inotify.max_user_watches; \
+                           changes are looked for every 30 s meanwhile";
+            findings.push(Finding { path: None, code: "watch_limit", message: message.to_owned() });
+        }
+        self.problems.replace(Stage::Scan, covered, findings);
+        let now = Instant::now();
+        self.unstable.retain(|directory, _| {
+            report.unstable.contains(directory) || !scope_lists(scope, directory.as_ref())
+        });
+        for directory in report.unstable {
+            let delay = self.unstable.entry(directory.clone()).or_insert(UNSTABLE_RETRY.0 / 2);
+            *delay = (*delay * 2).min(UNSTABLE_RETRY.1);
+            self.revisits.push((now + *delay, Scope::Children(directory)));
+        }
+        for directory in report.racy {
+            self.revisits.push((now + QUIET * 2, Scope::Children(directory)));
+        }
+    }
+
+    fn next_due(&self) -> Instant {
+        let revisit = self.revisits.iter().map(|(at, _)| *at).min();
+        [Some(self.next_full_scan), self.retry_at, revisit]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(self.next_full_scan)
+    }
+
+    fn collect_due(&mut self) {
+        let now = Instant::now();
+        if self.next_full_scan <= now {
+            self.dirty.add(Scope::Tree(None));
+            // Hints of the hub can be lost as well.
+            self.outdated = true;
+        }
+        let (due, later) = self.revisits.drain(..).partition(|(at, _)| *at <= now);
+        self.revisits = later;
+        let due: Vec<(Instant, Scope)> = due;
+        for (_, scope) in due {
+            self.dirty.add(scope);
+        }
+    }
+
+    fn answer_flushes(&mut self, round: &Result<Round, RoundError>) {
+        for flush in self.flushes.drain(..) {
+            let answer = match round {
+                Ok(Round::Offline) => Err(FlushError::Offline),
+                Ok(_) => Ok(()),
+                Err(error) => Err(FlushError::Failed { message: error.to_string() }),
+            };
+            flush.send(answer).ok();
+        }
+    }
+}
+
+/// Whether a scan of `scope` lists `directory`.
+fn scope_lists(scope: &Scope, directory: Option<&WirePath>) -> bool {
+    scope.directory() == directory
+        || match (scope, directory) {
+            (Scope::Tree(None), _) => true,
+            (Scope::Tree(Some(_)), Some(directory)) => scope.covers(directory),
+            _ => false,
+        }
+}

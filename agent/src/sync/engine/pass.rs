@@ -1,0 +1,246 @@
+//! One pass: learn what changed at the hub, then plan and do until nothing is left to do.
+
+use std::time::Duration;
+
+use cortex_shared::entry::Entry;
+use cortex_shared::wire_path::WirePath;
+use tokio::time::Instant;
+
+use super::{Engine, PROBLEM_RETRY, Round, Work};
+use crate::sync::apply::needs_stage;
+use crate::sync::core::{SyncError, waiting};
+use crate::sync::hub::Hub;
+use crate::sync::index::{Index, IndexError};
+use crate::sync::plan::{Options, Plan, plan};
+use crate::sync::problem::{Finding, Stage};
+use crate::sync::status::SyncState;
+use crate::sync::transfer::{Pulled, Pushed, Session, pull, push, refresh};
+
+/// Rows that are planned at once; bounds memory.
+const WINDOW_ROWS: u32 = 20_000;
+/// Deletions within a minute that need nobody's word, whatever the size of the workspace.
+const FREE_DELETIONS: usize = 100;
+const DELETION_WINDOW: Duration = Duration::from_secs(60);
+/// Passes over all windows in one round. Two members that change the same paths all the time make
+/// more than a few; a mistake of ours must not make it endless.
+const MAX_SWEEPS: usize = 50;
+
+/// A plan for one window.
+struct Planned {
+    plan: Plan,
+    /// The last row of the window, if there are more.
+    next: Option<WirePath>,
+}
+
+/// What one sweep over all windows did and found.
+#[derive(Default)]
+struct Sweep {
+    progress: bool,
+    interrupted: bool,
+    /// Changes of the hub that are still not made here.
+    unapplied: usize,
+    unpushed: usize,
+    held: usize,
+    push_findings: Vec<Finding>,
+    apply_findings: Vec<Finding>,
+}
+
+impl<H: Hub> Engine<H> {
+    pub(super) async fn pass(&self, work: &mut Work) -> Result<Round, SyncError> {
+        for _ in 0..MAX_SWEEPS {
+            if work.outdated {
+                self.progress.state(SyncState::Downloading);
+                let cursor = refresh(&mut self.session(work)).await?;
+                work.cursor = Some(cursor);
+                work.outdated = false;
+            }
+            let sweep = Box::pin(self.sweep(work)).await?;
+            self.report(work, &sweep);
+            if sweep.interrupted || !work.dirty.is_empty() {
+                return Ok(Round::More);
+            }
+            if !sweep.progress && !work.outdated {
+                self.finish(work, &sweep).await?;
+                return Ok(Round::Done);
+            }
+        }
+        let finding = Finding {
+            path: None,
+            code: "no_end",
+            message: "the workspace changes faster than it can be synced".to_owned(),
+        };
+        work.problems.replace(Stage::Plan, |_| true, vec![finding]);
+        work.retry_at = Some(Instant::now() + PROBLEM_RETRY);
+        Ok(Round::Done)
+    }
+
+    fn session<'a>(&'a self, work: &'a mut Work) -> Session<'a, H> {
+        Session {
+            hub: &self.hub,
+            workspace: self.config.id,
+            core: &mut work.core,
+            cancel: &self.cancel,
+            progress: &self.progress,
+        }
+    }
+
+    /// Plans and does, window by window.
+    async fn sweep(&self, work: &mut Work) -> Result<Sweep, SyncError> {
+        let mut sweep = Sweep::default();
+        let mut after = None;
+        loop {
+            let Planned { plan, next } = self.plan(work, after).await?;
+            sweep.held += plan.held_deletions;
+            sweep.unapplied += plan.skipped;
+            let (unpushed, unapplied) = (plan.push.len(), plan.local.len());
+            let bytes = plan.local.iter().filter(|change| needs_stage(change)).map(bytes_of).sum();
+            self.progress.plan((unpushed + unapplied) as u64, bytes);
+            self.progress
+                .update(|status| status.pending_push = (unpushed + plan.held_deletions) as u64);
+            if !plan.push.is_empty() {
+                self.progress.state(SyncState::Uploading);
+                let Some(cursor) = work.cursor else { return Ok(sweep) };
+                let pushed = push(&mut self.session(work), cursor.epoch, plan.push).await?;
+                sweep.unpushed += unpushed - pushed.accepted.min(unpushed);
+                self.take_pushed(work, pushed, &mut sweep).await?;
+            }
+            if !plan.local.is_empty() {
+                self.progress.state(SyncState::Applying);
+                let dirty = work.dirty.clone();
+                let urgent = move || !dirty.is_empty();
+                let pulled = pull(&mut self.session(work), plan.local, urgent).await?;
+                sweep.unapplied += unapplied - pulled.applied.min(unapplied);
+                take_pulled(work, pulled, &mut sweep);
+            }
+            match next {
+                Some(next) if !sweep.interrupted => after = Some(next),
+                _ => return Ok(sweep),
+            }
+        }
+    }
+
+    async fn take_pushed(
+        &self,
+        work: &mut Work,
+        pushed: Pushed,
+        sweep: &mut Sweep,
+    ) -> Result<(), SyncError> {
+        sweep.progress |= pushed.accepted > 0 || pushed.learned > 0;
+        sweep.push_findings.extend(pushed.findings);
+        work.outdated |= pushed.outdated;
+        if pushed.deletions > 0 {
+            work.deletions.push_back((Instant::now(), pushed.deletions));
+        }
+        for scope in pushed.dirty {
+            work.dirty.add(scope);
+        }
+        if !pushed.outdated {
+            work.cursor = work.core.run(|core| core.index.cursor()).await?;
+        }
+        self.progress.update(|status| status.conflicts += pushed.conflicts as u64);
+        Ok(())
+    }
+
+    /// Plans for the next window of rows that differ.
+    async fn plan(&self, work: &mut Work, after: Option<WirePath>) -> Result<Planned, SyncError> {
+        let now = Instant::now();
+        while work.deletions.front().is_some_and(|(at, _)| now - *at > DELETION_WINDOW) {
+            work.deletions.pop_front();
+        }
+        let recent: usize = work.deletions.iter().map(|(_, count)| count).sum();
+        let confirmed = work.deletions_confirmed;
+        work.core.run(move |core| plan_window(&core.index, after.as_ref(), recent, confirmed)).await
+    }
+
+    /// Tells what stands in the way now.
+    fn report(&self, work: &mut Work, sweep: &Sweep) {
+        let mut plan_findings = Vec::new();
+        if sweep.held > 0 {
+            let message = format!(
+                "{} deletions are held back because they are so many; confirm them, or restore the \
+                 files",
+                sweep.held
+            );
+            plan_findings.push(Finding { path: None, code: "mass_delete_held", message });
+        }
+        work.problems.replace(Stage::Plan, |_| true, plan_findings);
+        work.problems.replace(Stage::Push, |_| true, sweep.push_findings.clone());
+        work.problems.replace(Stage::Apply, |_| true, sweep.apply_findings.clone());
+        let problems = work.problems.list();
+        self.progress.update(|status| status.problems = problems);
+    }
+
+    /// Nothing more can be done now.
+    async fn finish(&self, work: &mut Work, sweep: &Sweep) -> Result<(), SyncError> {
+        work.deletions_confirmed = false;
+        if sweep.unapplied > 0 || !sweep.push_findings.is_empty() {
+            work.retry_at = Some(Instant::now() + PROBLEM_RETRY);
+        }
+        let Some(cursor) = work.cursor else { return Ok(()) };
+        if sweep.unapplied == 0 && work.acknowledged_seq != Some(cursor.seq) {
+            waiting(&self.cancel, self.hub.ack_applied(self.config.id, cursor)).await?;
+            work.acknowledged_seq = Some(cursor.seq);
+        }
+        let entries = work.core.run(|core| Ok::<_, SyncError>(core.index.counts().local)).await?;
+        let pending = (sweep.unpushed + sweep.held) as u64;
+        self.progress.update(|status| {
+            status.state = SyncState::Idle;
+            status.applied_seq = work.acknowledged_seq.unwrap_or(0);
+            status.head_seq = status.head_seq.max(cursor.seq);
+            status.entries = entries;
+            status.pending_push = pending;
+            (status.files_done, status.files_total) = (0, 0);
+            (status.bytes_done, status.bytes_total) = (0, 0);
+        });
+        Ok(())
+    }
+}
+
+fn take_pulled(work: &mut Work, pulled: Pulled, sweep: &mut Sweep) {
+    sweep.progress |= pulled.applied > 0;
+    sweep.interrupted |= pulled.interrupted;
+    sweep.apply_findings.extend(pulled.findings);
+    for scope in pulled.dirty {
+        work.dirty.add(scope);
+    }
+}
+
+fn bytes_of(change: &crate::sync::plan::LocalChange) -> u64 {
+    match &change.to {
+        Some(Entry::File(file)) => file.size,
+        _ => 0,
+    }
+}
+
+/// Plans one window. If it would delete suspiciously much at the hub, the deletions are held.
+fn plan_window(
+    index: &Index,
+    after: Option<&WirePath>,
+    recent_deletions: usize,
+    confirmed: bool,
+) -> Result<Planned, IndexError> {
+    let window = index.window(after, WINDOW_ROWS)?;
+    let options =
+        Options { truncated: window.truncated, context: window.context, hold_deletions: false };
+    let failure = std::cell::RefCell::new(None);
+    let look_up = |path: &WirePath| match index.get(path) {
+        Ok(found) => found.map(|found| found.row),
+        Err(error) => {
+            *failure.borrow_mut() = Some(error);
+            None
+        }
+    };
+    let mut planned = plan(&window.rows, &look_up, options);
+    if !confirmed && planned.push_deletions > 0 {
+        let known = usize::try_from(index.counts().base).unwrap_or(usize::MAX);
+        let limit = FREE_DELETIONS.max(known.saturating_add(recent_deletions) / 4);
+        if planned.push_deletions + recent_deletions > limit {
+            planned = plan(&window.rows, &look_up, Options { hold_deletions: true, ..options });
+        }
+    }
+    if let Some(error) = failure.into_inner() {
+        return Err(error);
+    }
+    let next = window.truncated.then(|| window.rows.last().map(|row| row.path.clone())).flatten();
+    Ok(Planned { plan: planned, next })
+}

@@ -1,0 +1,198 @@
+//! The hub as the sync engine sees it: an ordered log of changes and a store of chunks.
+//!
+//! A trait, so that the engine runs against a hub in memory as well; [`super::tonic_hub`] speaks the
+//! protocol. Every call may fail at any time and may be repeated: operations compare and set, packs
+//! are named by their content.
+
+use std::future::Future;
+use std::time::Duration;
+
+use bytes::Bytes;
+use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::ids::{CommitId, WorkspaceEpoch, WorkspaceId};
+use cortex_shared::wire_path::WirePath;
+use futures_util::stream::BoxStream;
+
+use super::index::Cursor;
+
+/// Most hashes in one question, as the protocol says.
+pub const MAX_HASHES: usize = 8192;
+/// A call that has made no progress for so long is given up: the line is dead though it looks open.
+pub const STALL_LIMIT: Duration = Duration::from_secs(30);
+
+/// Why the hub did not do something.
+#[derive(Debug, thiserror::Error)]
+pub enum HubError {
+    /// It cannot be reached, or the line broke. Try again later.
+    #[error("hub is unreachable: {message}")]
+    Unavailable {
+        /// What happened.
+        message: String,
+    },
+    /// It answered no. Trying the same again at once is useless.
+    #[error("hub refused: {message}")]
+    Refused {
+        /// Stable code of the refusal, empty if it gave none.
+        code: String,
+        /// Text for people.
+        message: String,
+    },
+    /// It said something that makes no sense.
+    #[error("hub broke the protocol: {what}")]
+    Protocol {
+        /// What.
+        what: String,
+    },
+}
+
+impl HubError {
+    /// A violation of the protocol.
+    pub fn protocol(what: impl ToString) -> Self {
+        Self::Protocol { what: what.to_string() }
+    }
+
+    pub(super) fn stalled() -> Self {
+        Self::Unavailable { message: format!("no progress for {} s", STALL_LIMIT.as_secs()) }
+    }
+}
+
+/// The newest version of a workspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Its history.
+    pub epoch: WorkspaceEpoch,
+    /// Its last change.
+    pub seq: u64,
+}
+
+/// An operation of a commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommitOp {
+    /// Where.
+    pub path: WirePath,
+    /// Identity of what is there; `None` if nothing is.
+    pub expected: Option<Digest>,
+    /// What shall be there.
+    pub new: Option<Entry>,
+    /// See [`super::plan::PushOp::conflict_of`].
+    pub conflict_of: Option<WirePath>,
+}
+
+/// Why an operation was not applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RejectReason {
+    /// Something else is there.
+    Conflict,
+    /// The parent is not a directory.
+    NoParent,
+    /// The directory has children.
+    NotEmpty,
+    /// The hub lacks chunks.
+    MissingChunks,
+    /// It will never be applied.
+    Invalid,
+}
+
+/// An operation that was not applied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejected {
+    /// Which, counted from 0.
+    pub index: usize,
+    /// Why.
+    pub reason: RejectReason,
+    /// What is there.
+    pub current: Option<Entry>,
+}
+
+/// The result of a commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Committed {
+    /// The head afterwards.
+    pub seq: u64,
+    /// What was not applied, in the order of the request.
+    pub rejected: Vec<Rejected>,
+    /// How many changes the commit made: those operations that were applied and not already so.
+    pub changes: u64,
+}
+
+/// A commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// Repeating it gives the same result.
+    pub id: CommitId,
+    /// The history it belongs to.
+    pub epoch: WorkspaceEpoch,
+    /// What it does.
+    pub ops: Vec<CommitOp>,
+}
+
+/// A change since a cursor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// Where.
+    pub path: WirePath,
+    /// What is there now; `None` if it was deleted.
+    pub entry: Option<Entry>,
+}
+
+/// Some of the changes since a cursor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChangesPage {
+    /// In the order in which they were made.
+    pub changes: Vec<Change>,
+    /// Ask for what comes after this.
+    pub last_seq: u64,
+    /// The head at the time of this page; there is no further page once `last_seq` is this.
+    pub head_seq: u64,
+}
+
+/// A stream of answers.
+pub type Answers<T> = BoxStream<'static, Result<T, HubError>>;
+
+/// What the engine needs of the hub. Calls may be dropped at any time.
+pub trait Hub: Send + Sync + 'static {
+    /// The newest version.
+    fn head(&self, workspace: WorkspaceId) -> impl Future<Output = Result<Head, HubError>> + Send;
+
+    /// For each of at most [`MAX_HASHES`] chunks, whether the hub has it.
+    fn have(
+        &self,
+        workspace: WorkspaceId,
+        chunks: &[Digest],
+    ) -> impl Future<Output = Result<Vec<bool>, HubError>> + Send;
+
+    /// Sends packs; the answers are the names of those that are durable, in order.
+    fn put_packs(
+        &self,
+        workspace: WorkspaceId,
+        packs: BoxStream<'static, Bytes>,
+    ) -> impl Future<Output = Result<Answers<Digest>, HubError>> + Send;
+
+    /// Applies operations by compare-and-set.
+    fn commit(
+        &self,
+        workspace: WorkspaceId,
+        commit: Commit,
+    ) -> impl Future<Output = Result<Committed, HubError>> + Send;
+
+    /// The changes after a number, to the head.
+    fn changes(
+        &self,
+        workspace: WorkspaceId,
+        after: u64,
+    ) -> impl Future<Output = Result<Answers<ChangesPage>, HubError>> + Send;
+
+    /// Packs that hold at most [`MAX_HASHES`] chunks.
+    fn get_packs(
+        &self,
+        workspace: WorkspaceId,
+        chunks: &[Digest],
+    ) -> impl Future<Output = Result<Answers<Bytes>, HubError>> + Send;
+
+    /// Tells that everything up to a version is applied here, durably.
+    fn ack_applied(
+        &self,
+        workspace: WorkspaceId,
+        cursor: Cursor,
+    ) -> impl Future<Output = Result<(), HubError>> + Send;
+}

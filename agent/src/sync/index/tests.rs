@@ -1,0 +1,154 @@
+use cortex_shared::chunk::Recipe;
+use cortex_shared::entry::File;
+
+use super::*;
+
+fn path(text: &str) -> WirePath {
+    WirePath::new(text).unwrap()
+}
+
+fn file(content: &str) -> Entry {
+    Entry::File(File {
+        content: Digest::of(content.as_bytes()),
+        size: content.len() as u64,
+        executable: false,
+        mtime_ns: 0,
+        recipe: Recipe::default(),
+    })
+}
+
+fn seen(content: &str) -> Seen {
+    Seen::Entry(file(content), None)
+}
+
+fn open() -> (tempfile::TempDir, Index) {
+    let folder = tempfile::tempdir().unwrap();
+    let index = Index::open(folder.path()).unwrap();
+    (folder, index)
+}
+
+fn paths(rows: &[IndexRow]) -> Vec<String> {
+    rows.iter().map(|found| found.row.path.to_string()).collect()
+}
+
+#[test]
+fn rows_agree_once_both_sides_are_equal_and_vanish_once_nothing_is_left() {
+    let (_folder, mut index) = open();
+    let p = path("a");
+    index.batch(|w| w.set_local(&p, seen("x"))).unwrap();
+    assert_eq!(index.get(&p).unwrap().unwrap().row.base, None);
+    assert_eq!(index.window(None, 10).unwrap().rows.len(), 1);
+    index.batch(|w| w.set_remote(&p, Some(file("x")))).unwrap();
+    assert_eq!(index.get(&p).unwrap().unwrap().row.base, Some(file("x")));
+    assert!(index.window(None, 10).unwrap().rows.is_empty());
+    assert_eq!(index.counts(), Counts { local: 1, base: 1 });
+    index
+        .batch(|w| {
+            w.set_local(&p, Seen::Absent)?;
+            w.set_remote(&p, None)
+        })
+        .unwrap();
+    assert_eq!(index.get(&p).unwrap(), None);
+    assert_eq!(index.counts(), Counts::default());
+}
+
+#[test]
+fn children_are_found_without_what_lies_below_them() {
+    let (_folder, mut index) = open();
+    index
+        .batch(|w| {
+            for name in ["a", "a/x", "a/x/y", "a\u{1}", "a-b", "b/only-below", "c"] {
+                w.set_local(&path(name), seen("x"))?;
+            }
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(paths(&index.children(None).unwrap()), ["a", "a?", "a-b", "c"]);
+    assert_eq!(paths(&index.children(Some(&path("a"))).unwrap()), ["a/x"]);
+    let below = index.below(Some(&path("a")), None, 10).unwrap();
+    assert_eq!(paths(&below), ["a/x", "a/x/y"]);
+    let rest = index.below(None, Some(&path("a-b")), 10).unwrap();
+    assert_eq!(paths(&rest), ["b/only-below", "c"]);
+}
+
+#[test]
+fn a_window_brings_the_differing_ancestors_of_its_first_row() {
+    let (_folder, mut index) = open();
+    index
+        .batch(|w| {
+            w.set_local(&path("d"), Seen::Entry(Entry::Dir, None))?;
+            w.set_local(&path("d/e"), Seen::Entry(Entry::Dir, None))?;
+            w.set_remote(&path("d/e"), Some(Entry::Dir))?;
+            w.set_local(&path("d/e/f"), seen("x"))?;
+            w.set_local(&path("g"), seen("x"))
+        })
+        .unwrap();
+    let window = index.window(Some(&path("d/e")), 1).unwrap();
+    let shown: Vec<_> = window.rows.iter().map(|row| row.path.to_string()).collect();
+    assert_eq!(shown, ["d", "d/e/f"]);
+    assert_eq!((window.context, window.truncated), (1, true));
+}
+
+#[test]
+fn what_cannot_be_read_keeps_what_was_known_and_is_planned_for() {
+    let (_folder, mut index) = open();
+    let p = path("a");
+    index
+        .batch(|w| {
+            w.set_local(&p, seen("x"))?;
+            w.set_remote(&p, Some(file("x")))?;
+            w.set_local(&p, Seen::Unknown)
+        })
+        .unwrap();
+    let window = index.window(None, 10).unwrap();
+    assert_eq!(window.rows[0].local, Some(file("x")));
+    assert!(window.rows[0].unknown);
+}
+
+#[test]
+fn a_failed_batch_leaves_nothing_behind() {
+    let (_folder, mut index) = open();
+    let failed: Result<(), _> = index.batch(|w| {
+        w.set_local(&path("a"), seen("x"))?;
+        Err(IndexError::Damaged { what: "test" })
+    });
+    assert!(failed.is_err());
+    assert_eq!(index.get(&path("a")).unwrap(), None);
+    assert_eq!(index.counts(), Counts::default());
+}
+
+#[test]
+fn forgetting_the_history_keeps_what_is_here() {
+    let (_folder, mut index) = open();
+    let cursor = Cursor { epoch: WorkspaceEpoch::new(), seq: 7 };
+    index
+        .batch(|w| {
+            w.set_cursor(cursor)?;
+            w.set_local(&path("here"), seen("x"))?;
+            w.set_remote(&path("here"), Some(file("x")))?;
+            w.set_remote(&path("there"), Some(file("x")))
+        })
+        .unwrap();
+    assert_eq!(index.cursor().unwrap(), Some(cursor));
+    index.batch(|w| w.forget_history()).unwrap();
+    assert_eq!(index.cursor().unwrap(), None);
+    let rows = index.window(None, 10).unwrap().rows;
+    assert_eq!(rows.len(), 1);
+    assert_eq!((&rows[0].base, &rows[0].remote), (&None, &None));
+    assert_eq!(index.counts(), Counts { local: 1, base: 0 });
+}
+
+#[test]
+fn a_damaged_index_is_moved_aside_and_totals_survive_reopening() {
+    let (folder, mut index) = open();
+    index.batch(|w| w.set_local(&path("a"), seen("x"))).unwrap();
+    drop(index);
+    let index = Index::open(folder.path()).unwrap();
+    assert_eq!(index.counts().local, 1);
+    drop(index);
+    std::fs::remove_file(folder.path().join("index.db-wal")).ok();
+    std::fs::write(folder.path().join(FILE_NAME), vec![b'x'; 8192]).unwrap();
+    let index = Index::open(folder.path()).unwrap();
+    assert_eq!(index.counts().local, 0);
+    assert!(folder.path().join("index.db.damaged").exists());
+}

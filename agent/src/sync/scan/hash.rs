@@ -1,0 +1,184 @@
+//! Reading a file whole while making sure that it did not change meanwhile.
+
+use std::io::{self, Read};
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::thread;
+
+use cortex_shared::chunk::{CutError, Cutter};
+use cortex_shared::entry::{Entry, File};
+use cortex_shared::wire_path::WirePath;
+use rustix::io::Errno;
+use tokio_util::sync::CancellationToken;
+
+use super::Clock;
+use crate::root_dir::{DirHandle, file_meta};
+use crate::sync::index::Stamp;
+
+/// Hashing is limited by memory bandwidth well before more threads would help.
+const WORKERS: usize = 2;
+/// Files that wait for a worker; bounds the directory handles kept open.
+const QUEUE: usize = 64;
+
+/// A file to be read.
+pub(super) struct Job {
+    pub(super) path: WirePath,
+    pub(super) parent: DirHandle,
+}
+
+/// What came of it.
+pub(super) enum Outcome {
+    Stable(Entry, Stamp),
+    Vanished,
+    /// It changed while it was read, or became something else.
+    Unstable,
+    Unreadable(io::Error),
+    TooLarge,
+}
+
+pub(super) struct Hashed {
+    pub(super) path: WirePath,
+    pub(super) outcome: Outcome,
+}
+
+/// Two threads that read files. Lives within one scan.
+pub(super) struct Pool {
+    jobs: SyncSender<Job>,
+    results: Receiver<Hashed>,
+    waiting: usize,
+}
+
+impl Pool {
+    /// Runs `work` with a pool; its threads have ended when this returns.
+    pub(super) fn run<T>(
+        clock: Clock,
+        cancel: &CancellationToken,
+        work: impl FnOnce(&mut Self) -> T,
+    ) -> T {
+        thread::scope(|scope| {
+            let (jobs, job_receiver) = sync_channel::<Job>(QUEUE);
+            let (result_sender, results) = sync_channel(QUEUE);
+            let job_receiver = std::sync::Arc::new(Mutex::new(job_receiver));
+            for _ in 0..WORKERS {
+                let (jobs, results) = (job_receiver.clone(), result_sender.clone());
+                scope.spawn(move || worker(&jobs, &results, clock, cancel));
+            }
+            drop(result_sender);
+            let mut pool = Self { jobs, results, waiting: 0 };
+            let result = work(&mut pool);
+            // Closes the queues, so that the workers end.
+            drop(pool);
+            result
+        })
+    }
+
+    /// Queues a file and hands over results meanwhile.
+    pub(super) fn submit(&mut self, mut job: Job, mut take: impl FnMut(Hashed)) {
+        loop {
+            match self.jobs.try_send(job) {
+                Ok(()) => {
+                    self.waiting += 1;
+                    break;
+                }
+                Err(TrySendError::Full(back)) => {
+                    job = back;
+                    self.receive_one(&mut take);
+                }
+                Err(TrySendError::Disconnected(_)) => {
+                    unreachable!("workers end only after the pool is dropped")
+                }
+            }
+        }
+        while let Ok(hashed) = self.results.try_recv() {
+            self.waiting -= 1;
+            take(hashed);
+        }
+    }
+
+    /// Hands over all results that are still to come.
+    pub(super) fn finish(&mut self, mut take: impl FnMut(Hashed)) {
+        while self.waiting > 0 {
+            self.receive_one(&mut take);
+        }
+    }
+
+    fn receive_one(&mut self, take: &mut impl FnMut(Hashed)) {
+        let hashed = self.results.recv().expect("workers end only after the pool is dropped");
+        self.waiting -= 1;
+        take(hashed);
+    }
+}
+
+fn worker(
+    jobs: &Mutex<Receiver<Job>>,
+    results: &SyncSender<Hashed>,
+    clock: Clock,
+    cancel: &CancellationToken,
+) {
+    let mut cutter = Cutter::new();
+    loop {
+        let next = jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).recv();
+        let Ok(Job { path, parent }) = next else { return };
+        let outcome = read_stably(&parent, path.name(), &mut cutter, clock, cancel);
+        if results.send(Hashed { path, outcome }).is_err() {
+            return;
+        }
+    }
+}
+
+/// Reads that end early once the scan is cancelled: a large file must not delay a stop.
+struct Cancellable<'a, R> {
+    inner: R,
+    cancel: &'a CancellationToken,
+}
+
+impl<R: Read> Read for Cancellable<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.cancel.is_cancelled() {
+            return Err(io::Error::other("cancelled"));
+        }
+        let piece = buffer.len().min(1024 * 1024);
+        self.inner.read(&mut buffer[..piece])
+    }
+}
+
+/// Hashes and cuts a file in one pass. The attributes are read before and after, through the handle
+/// and by name: if any of them differ, the content is not believed.
+fn read_stably(
+    parent: &DirHandle,
+    name: &[u8],
+    cutter: &mut Cutter,
+    clock: Clock,
+    cancel: &CancellationToken,
+) -> Outcome {
+    let result = (|| {
+        let file = parent.open_file(name)?;
+        let before = file_meta(&file)?;
+        let reader = Cancellable { inner: &file, cancel };
+        let cut = match cutter.cut(reader, |_, _| Ok::<_, std::convert::Infallible>(())) {
+            Ok(cut) => cut,
+            Err(CutError::Read(error)) => return Err(error),
+            Err(CutError::TooLarge) => return Ok(Outcome::TooLarge),
+        };
+        let (after, named) = (file_meta(&file)?, parent.lstat(name)?);
+        if before != after || before != named || before.size != cut.size {
+            return Ok(Outcome::Unstable);
+        }
+        let stamp = Stamp::new(&before, clock.is_racy(&before));
+        let entry = Entry::File(File {
+            content: cut.content,
+            size: cut.size,
+            executable: before.executable(),
+            mtime_ns: before.mtime_ns,
+            recipe: cut.recipe,
+        });
+        Ok(Outcome::Stable(entry, stamp))
+    })();
+    result.unwrap_or_else(|error| match Errno::from_io_error(&error) {
+        Some(Errno::NOENT | Errno::NOTDIR) => Outcome::Vanished,
+        // It became a link or something else since it was listed.
+        Some(Errno::LOOP | Errno::NXIO) => Outcome::Unstable,
+        _ if error.kind() == io::ErrorKind::InvalidInput => Outcome::Unstable,
+        _ => Outcome::Unreadable(error),
+    })
+}

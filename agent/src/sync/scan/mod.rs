@@ -1,0 +1,529 @@
+//! Looking at the tree here: a sorted walk joined with the index.
+//!
+//! The walk and the index come in the same order, so memory does not grow with the number of files.
+//! Links are never followed, other file systems never entered, sockets, pipes and devices passed
+//! over. A file whose stamp is unchanged is not read. What cannot be read is unknown, never absent.
+//! Runs on a blocking thread and writes what it finds in batches; after a crash the next scan finds
+//! the rest.
+
+mod hash;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::io;
+
+use cortex_shared::entry::{Entry, MAX_LINK_TARGET_BYTES};
+use cortex_shared::wire_path::WirePath;
+use tokio_util::sync::CancellationToken;
+
+use super::ignore::Ignore;
+use super::index::{Index, IndexError, IndexRow, Seen, Stamp};
+use super::problem::Finding;
+use crate::root_dir::{DirHandle, FileKind, Meta, RootDir};
+use hash::{Hashed, Job, Outcome, Pool};
+
+/// Rows written in one transaction.
+const BATCH_ROWS: usize = 512;
+/// Rows read from the index at once.
+const PAGE_ROWS: u32 = 1024;
+/// Most findings of one scan that are told.
+const MAX_FINDINGS: usize = 200;
+/// Most directories of one scan that are named for another look; beyond it the root is.
+const MAX_REVISITS: usize = 256;
+
+/// The file system's own clock: times of files are compared with nothing else.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    /// What the file system took for now when the scan began, in nanoseconds.
+    pub now_ns: i64,
+    /// The shortest time in which two changes surely get different times, in nanoseconds.
+    pub tick_ns: i64,
+}
+
+impl Clock {
+    /// Whether a file was changed so recently that another change could look the same.
+    #[must_use]
+    pub fn is_racy(&self, meta: &Meta) -> bool {
+        meta.mtime_ns.max(meta.ctime_ns).saturating_add(self.tick_ns) > self.now_ns
+    }
+}
+
+/// What to look at.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// A directory (the root for `None`) and everything below it.
+    Tree(Option<WirePath>),
+    /// What is directly in a directory, and everything below directories that are new there.
+    Children(Option<WirePath>),
+}
+
+impl Scope {
+    /// The directory.
+    #[must_use]
+    pub fn directory(&self) -> Option<&WirePath> {
+        match self {
+            Self::Tree(directory) | Self::Children(directory) => directory.as_ref(),
+        }
+    }
+
+    /// Whether a scan of this scope looks at `path`.
+    #[must_use]
+    pub fn covers(&self, path: &WirePath) -> bool {
+        match self {
+            Self::Tree(None) => true,
+            Self::Tree(Some(directory)) => path == directory || path.is_below(directory),
+            Self::Children(directory) => path.parent() == *directory,
+        }
+    }
+}
+
+/// What a scan needs.
+pub struct Scanner<'a> {
+    /// The tree.
+    pub root: &'a RootDir,
+    /// What is known of it.
+    pub index: &'a mut Index,
+    /// What is left out.
+    pub ignore: &'a Ignore,
+    /// The file system's clock.
+    pub clock: Clock,
+    /// Called for each directory before it is listed, so that it can be watched from then on.
+    pub on_directory: &'a mut dyn FnMut(Option<&WirePath>),
+    /// Ends the scan early.
+    pub cancel: &'a CancellationToken,
+}
+
+/// What a scan found besides what it wrote to the index.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Paths whose row was written.
+    pub changed: u64,
+    /// Directories with files that were changing, for another look soon.
+    pub unstable: Vec<Option<WirePath>>,
+    /// Directories with files that were changed just before they were read, for another look after
+    /// a tick.
+    pub racy: Vec<Option<WirePath>>,
+    /// What people should know.
+    pub findings: Vec<Finding>,
+    /// It was cancelled before its end: absence of anything has not been concluded.
+    pub cancelled: bool,
+}
+
+/// Why a scan failed as a whole.
+#[derive(Debug, thiserror::Error)]
+pub enum ScanError {
+    /// The index refused.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    /// The directory to look at cannot be read.
+    #[error("cannot read the root directory")]
+    Root(#[source] io::Error),
+}
+
+impl Scanner<'_> {
+    /// Looks at `scope` and brings the index up to date.
+    ///
+    /// # Errors
+    /// If the index fails or the root cannot be read. Anything else concerns single paths and is in
+    /// the report.
+    pub fn scan(self, scope: &Scope) -> Result<Report, ScanError> {
+        let (clock, cancel) = (self.clock, self.cancel);
+        Pool::run(clock, cancel, |pool| {
+            let device = self.root.top().meta().map_err(ScanError::Root)?.dev;
+            let mut walk =
+                Walk { scanner: self, pool, device, writes: Vec::new(), report: Report::default() };
+            walk.run(scope)?;
+            Ok(walk.report)
+        })
+    }
+}
+
+enum Write {
+    Seen(WirePath, Seen),
+    AbsentBelow(WirePath),
+}
+
+/// Rows of the index in the order of the walk.
+struct Cursor {
+    page: VecDeque<IndexRow>,
+    /// Where the next page is read: below this directory, after the last row. `None` if there is
+    /// none, since the rows given are all.
+    more: Option<Option<WirePath>>,
+    last: Option<WirePath>,
+}
+
+impl Cursor {
+    fn tree(directory: Option<&WirePath>) -> Self {
+        Self { page: VecDeque::new(), more: Some(directory.cloned()), last: None }
+    }
+
+    fn rows(rows: Vec<IndexRow>) -> Self {
+        Self { page: rows.into(), more: None, last: None }
+    }
+
+    fn peek(&mut self, index: &Index) -> Result<Option<&IndexRow>, IndexError> {
+        if self.page.is_empty()
+            && let Some(directory) = &self.more
+        {
+            self.page = index.below(directory.as_ref(), self.last.as_ref(), PAGE_ROWS)?.into();
+            match self.page.back() {
+                Some(row) => self.last = Some(row.row.path.clone()),
+                None => self.more = None,
+            }
+        }
+        Ok(self.page.front())
+    }
+
+    fn next(&mut self, index: &Index) -> Result<Option<IndexRow>, IndexError> {
+        self.peek(index)?;
+        Ok(self.page.pop_front())
+    }
+}
+
+struct Walk<'a, 'b> {
+    scanner: Scanner<'a>,
+    pool: &'b mut Pool,
+    device: u64,
+    writes: Vec<Write>,
+    report: Report,
+}
+
+impl Walk<'_, '_> {
+    fn run(&mut self, scope: &Scope) -> Result<(), ScanError> {
+        let directory = scope.directory();
+        let handle = match self.scanner.root.open_dir(directory) {
+            Ok(handle) => handle,
+            Err(error) => match directory {
+                None => return Err(ScanError::Root(error)),
+                // It vanished since; what happened is seen from further up.
+                Some(path) => return self.run(&Scope::Children(path.parent())),
+            },
+        };
+        let (mut cursor, deep) = match scope {
+            Scope::Tree(_) => (Cursor::tree(directory), true),
+            Scope::Children(_) => (Cursor::rows(self.scanner.index.children(directory)?), false),
+        };
+        if let Err(error) = self.walk(directory, &handle, &mut cursor, deep)? {
+            let Some(path) = directory else { return Err(ScanError::Root(error)) };
+            self.unreadable(path, &error);
+        }
+        let (mut hashed, report) = (Vec::new(), &mut self.report);
+        self.pool.finish(|result| hashed.push(result));
+        report.cancelled = self.scanner.cancel.is_cancelled();
+        for result in hashed {
+            self.take(result);
+        }
+        self.flush()?;
+        Ok(())
+    }
+
+    /// Walks one directory. The inner error is that of listing it; nothing has been concluded then.
+    fn walk(
+        &mut self,
+        directory: Option<&WirePath>,
+        handle: &DirHandle,
+        cursor: &mut Cursor,
+        deep: bool,
+    ) -> Result<Result<(), io::Error>, ScanError> {
+        (self.scanner.on_directory)(directory);
+        let names = match handle.names() {
+            Ok(names) => names,
+            Err(error) => return Ok(Err(error)),
+        };
+        for name in names {
+            if self.scanner.cancel.is_cancelled() {
+                return Ok(Ok(()));
+            }
+            if self.scanner.ignore.ignores_name(directory, &name) {
+                continue;
+            }
+            let path = match directory {
+                Some(directory) => directory.join(&name),
+                None => WirePath::new(name.clone()),
+            };
+            let path = match path {
+                Ok(path) => path,
+                Err(error) => {
+                    self.find(Finding {
+                        path: directory.cloned(),
+                        code: "path_too_long",
+                        message: format!("{}: {error}", name.escape_ascii()),
+                    });
+                    continue;
+                }
+            };
+            self.absent_before(&path, cursor, deep)?;
+            let row = match cursor.peek(self.scanner.index)? {
+                Some(found) if found.row.path == path => cursor.next(self.scanner.index)?,
+                _ => None,
+            };
+            self.visit(path, &name, row, handle, cursor, deep)?;
+            if self.writes.len() >= BATCH_ROWS {
+                self.flush()?;
+            }
+        }
+        if !self.scanner.cancel.is_cancelled() {
+            self.absent_rest(directory, cursor, deep)?;
+        }
+        Ok(Ok(()))
+    }
+
+    fn visit(
+        &mut self,
+        path: WirePath,
+        name: &[u8],
+        row: Option<IndexRow>,
+        handle: &DirHandle,
+        cursor: &mut Cursor,
+        deep: bool,
+    ) -> Result<(), ScanError> {
+        let meta = match handle.lstat(name) {
+            Ok(meta) => meta,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.absent(path, row, deep);
+                return Ok(());
+            }
+            Err(error) => {
+                self.unreadable(&path, &error);
+                return self.skip_below(&path, cursor);
+            }
+        };
+        let local =
+            row.as_ref().filter(|row| !row.row.unknown).and_then(|row| row.row.local.as_ref());
+        let was_dir = row.as_ref().is_some_and(|row| matches!(row.row.local, Some(Entry::Dir)));
+        if was_dir && meta.kind != FileKind::Dir && !deep {
+            self.writes.push(Write::AbsentBelow(path.clone()));
+        }
+        match meta.kind {
+            FileKind::Dir if meta.dev != self.device => {
+                self.find(Finding::at(
+                    &path,
+                    "other_file_system",
+                    "another file system is mounted here",
+                ));
+                if row.is_some() {
+                    self.writes.push(Write::Seen(path.clone(), Seen::Unknown));
+                }
+                self.skip_below(&path, cursor)?;
+            }
+            FileKind::Dir => {
+                let known = local.is_some_and(Entry::is_dir);
+                if !known {
+                    self.see(path.clone(), Seen::Entry(Entry::Dir, None));
+                }
+                // A directory that was unknown was not looked into either.
+                if deep || !known {
+                    self.descend(&path, name, handle, cursor, deep)?;
+                }
+            }
+            FileKind::File => {
+                let unchanged = local.is_some_and(|entry| matches!(entry, Entry::File(_)))
+                    && row
+                        .as_ref()
+                        .and_then(|row| row.stamp)
+                        .is_some_and(|stamp| stamp.proves_unchanged(&meta));
+                if !unchanged {
+                    let mut results = Vec::new();
+                    self.pool.submit(Job { path, parent: handle.clone() }, |result| {
+                        results.push(result)
+                    });
+                    for result in results {
+                        self.take(result);
+                    }
+                }
+            }
+            FileKind::Link => self.visit_link(path, name, local, &row, handle, &meta),
+            FileKind::Other => {
+                self.find(Finding::at(
+                    &path,
+                    "special_file",
+                    "sockets, pipes and devices are not synced",
+                ));
+                if row.is_some() {
+                    self.see(path, Seen::Unknown);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn visit_link(
+        &mut self,
+        path: WirePath,
+        name: &[u8],
+        local: Option<&Entry>,
+        row: &Option<IndexRow>,
+        handle: &DirHandle,
+        meta: &Meta,
+    ) {
+        let target = match handle.read_link(name) {
+            Ok(target) if target.len() <= MAX_LINK_TARGET_BYTES => target,
+            Ok(_) => {
+                return self.unreadable(&path, &io::Error::other("link target is too long"));
+            }
+            Err(error) => return self.unreadable(&path, &error),
+        };
+        let entry = Entry::Link { target: target.into() };
+        // A link cannot be changed in place, so the time of looking does not matter.
+        let stamp = Stamp::new(meta, false);
+        let known = row.as_ref().and_then(|row| row.stamp) == Some(stamp);
+        if !known || local != Some(&entry) {
+            self.see(path, Seen::Entry(entry, Some(stamp)));
+        }
+    }
+
+    fn descend(
+        &mut self,
+        path: &WirePath,
+        name: &[u8],
+        handle: &DirHandle,
+        cursor: &mut Cursor,
+        deep: bool,
+    ) -> Result<(), ScanError> {
+        let below = match handle.open_dir(name) {
+            Ok(below) => below,
+            Err(error) => {
+                self.unreadable(path, &error);
+                return self.skip_below(path, cursor);
+            }
+        };
+        let listed = if deep {
+            self.walk(Some(path), &below, cursor, true)?
+        } else {
+            // New here, so it is read whole, against rows of its own.
+            self.flush()?;
+            self.walk(Some(path), &below, &mut Cursor::tree(Some(path)), true)?
+        };
+        if let Err(error) = listed {
+            self.unreadable(path, &error);
+            self.skip_below(path, cursor)?;
+        }
+        Ok(())
+    }
+
+    /// Rows that the walk has passed without finding their files.
+    fn absent_before(
+        &mut self,
+        path: &WirePath,
+        cursor: &mut Cursor,
+        deep: bool,
+    ) -> Result<(), ScanError> {
+        while cursor.peek(self.scanner.index)?.is_some_and(|found| found.row.path < *path) {
+            if let Some(found) = cursor.next(self.scanner.index)? {
+                self.absent(found.row.path.clone(), Some(found), deep);
+            }
+        }
+        Ok(())
+    }
+
+    fn absent_rest(
+        &mut self,
+        directory: Option<&WirePath>,
+        cursor: &mut Cursor,
+        deep: bool,
+    ) -> Result<(), ScanError> {
+        let inside = |found: &IndexRow| directory.is_none_or(|d| found.row.path.is_below(d));
+        while cursor.peek(self.scanner.index)?.is_some_and(inside) {
+            if let Some(found) = cursor.next(self.scanner.index)? {
+                self.absent(found.row.path.clone(), Some(found), deep);
+            }
+            if self.writes.len() >= BATCH_ROWS {
+                self.flush()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn absent(&mut self, path: WirePath, row: Option<IndexRow>, deep: bool) {
+        let Some(row) = row else { return };
+        // What is left out now but was not before is no deletion.
+        if self.scanner.ignore.ignores(&path) {
+            return;
+        }
+        let was_dir = matches!(row.row.local, Some(Entry::Dir));
+        if row.row.local.is_some() || row.row.unknown {
+            self.see(path.clone(), Seen::Absent);
+        }
+        if was_dir && !deep {
+            self.writes.push(Write::AbsentBelow(path));
+        }
+    }
+
+    fn skip_below(&mut self, directory: &WirePath, cursor: &mut Cursor) -> Result<(), ScanError> {
+        while cursor
+            .peek(self.scanner.index)?
+            .is_some_and(|found| found.row.path.is_below(directory))
+        {
+            cursor.next(self.scanner.index)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, Hashed { path, outcome }: Hashed) {
+        match outcome {
+            Outcome::Stable(entry, stamp) => {
+                if stamp.racy {
+                    revisit(&mut self.report.racy, path.parent());
+                }
+                self.see(path, Seen::Entry(entry, Some(stamp)));
+            }
+            // Whether it is gone for good is for the next look to tell.
+            Outcome::Vanished => revisit(&mut self.report.unstable, path.parent()),
+            Outcome::Unstable => {
+                revisit(&mut self.report.unstable, path.parent());
+                self.see(path, Seen::Unknown);
+            }
+            Outcome::Unreadable(_) if self.scanner.cancel.is_cancelled() => {}
+            Outcome::Unreadable(error) => self.unreadable(&path, &error),
+            Outcome::TooLarge => {
+                self.find(Finding::at(&path, "too_large", "the file is too large to be synced"));
+                self.see(path, Seen::Unknown);
+            }
+        }
+    }
+
+    fn unreadable(&mut self, path: &WirePath, error: &io::Error) {
+        self.find(Finding::at(path, "unreadable", error));
+        self.see(path.clone(), Seen::Unknown);
+    }
+
+    fn find(&mut self, finding: Finding) {
+        if self.report.findings.len() < MAX_FINDINGS {
+            self.report.findings.push(finding);
+        }
+    }
+
+    fn see(&mut self, path: WirePath, seen: Seen) {
+        self.report.changed += 1;
+        self.writes.push(Write::Seen(path, seen));
+    }
+
+    fn flush(&mut self) -> Result<(), IndexError> {
+        if self.writes.is_empty() {
+            return Ok(());
+        }
+        let writes = std::mem::take(&mut self.writes);
+        self.scanner.index.batch(|writer| {
+            for write in writes {
+                match write {
+                    Write::Seen(path, seen) => writer.set_local(&path, seen)?,
+                    Write::AbsentBelow(path) => writer.set_absent_below(&path)?,
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+fn revisit(list: &mut Vec<Option<WirePath>>, directory: Option<WirePath>) {
+    if list.last() == Some(&directory) || list.first() == Some(&None) {
+        return;
+    }
+    if list.len() == MAX_REVISITS {
+        list.clear();
+        list.push(None);
+    } else {
+        list.push(directory);
+    }
+}

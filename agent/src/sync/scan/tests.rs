@@ -1,0 +1,230 @@
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::Path;
+
+use super::*;
+
+/// A tree and its index. The clock is far ahead, so that nothing is racy unless a test says so.
+struct Fixture {
+    folder: tempfile::TempDir,
+    _state: tempfile::TempDir,
+    index: Index,
+    now_ns: i64,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let state = tempfile::tempdir().unwrap();
+        let index = Index::open(state.path()).unwrap();
+        Self { folder: tempfile::tempdir().unwrap(), _state: state, index, now_ns: i64::MAX }
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn write(&self, name: &str, content: &str) {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+
+    fn scan(&mut self, scope: &Scope) -> Report {
+        let root = RootDir::open(self.folder.path()).unwrap();
+        let scanner = Scanner {
+            root: &root,
+            index: &mut self.index,
+            ignore: &Ignore,
+            clock: Clock { now_ns: self.now_ns, tick_ns: 10_000_000 },
+            on_directory: &mut |_| {},
+            cancel: &CancellationToken::new(),
+        };
+        scanner.scan(scope).unwrap()
+    }
+
+    fn scan_all(&mut self) -> Report {
+        self.scan(&Scope::Tree(None))
+    }
+
+    /// Paths and kinds of everything that is known to stand here; `?` marks the unknown.
+    fn seen(&self) -> Vec<String> {
+        let rows = self.index.below(None, None, 1000).unwrap();
+        rows.iter()
+            .filter(|found| found.row.local.is_some() || found.row.unknown)
+            .map(|found| {
+                let kind = match &found.row.local {
+                    Some(Entry::Dir) => "/",
+                    Some(Entry::Link { .. }) => "@",
+                    Some(Entry::File(file)) if file.executable => "*",
+                    _ => "",
+                };
+                format!("{}{kind}{}", found.row.path, if found.row.unknown { "?" } else { "" })
+            })
+            .collect()
+    }
+}
+
+fn children(path: &str) -> Scope {
+    Scope::Children(Some(WirePath::new(path).unwrap()))
+}
+
+#[test]
+fn every_kind_of_file_is_seen_and_a_second_look_finds_nothing_new() {
+    let mut tree = Fixture::new();
+    tree.write("a/b/file", "x");
+    tree.write("a-b", "x");
+    tree.write("empty", "");
+    tree.write(".git/config", "left out");
+    tree.write("run", "x");
+    fs::set_permissions(tree.path("run"), fs::Permissions::from_mode(0o755)).unwrap();
+    symlink("/", tree.path("link")).unwrap();
+    fs::write(tree.folder.path().join(Path::new(std::ffi::OsStr::from_bytes(b"\xff"))), "x")
+        .unwrap();
+    let report = tree.scan_all();
+    assert!(report.findings.is_empty(), "{:?}", report.findings);
+    assert_eq!(
+        tree.seen(),
+        ["a/", "a/b/", "a/b/file", "a-b", "empty", "link@", "run*", "\u{fffd}"]
+    );
+    assert_eq!(tree.scan_all().changed, 0);
+}
+
+#[test]
+fn changes_are_found_whatever_they_are_and_by_either_scope() {
+    for deep in [true, false] {
+        let mut tree = Fixture::new();
+        tree.write("d/kept", "x");
+        tree.write("d/edited", "x");
+        tree.write("d/gone", "x");
+        tree.write("d/dir-gone/x/y", "x");
+        tree.write("d/dir-to-file/x", "x");
+        tree.write("d/file-to-dir", "x");
+        tree.scan_all();
+        tree.write("d/edited", "longer");
+        fs::remove_file(tree.path("d/gone")).unwrap();
+        fs::remove_dir_all(tree.path("d/dir-gone")).unwrap();
+        fs::remove_dir_all(tree.path("d/dir-to-file")).unwrap();
+        tree.write("d/dir-to-file", "x");
+        fs::remove_file(tree.path("d/file-to-dir")).unwrap();
+        tree.write("d/file-to-dir/x/y", "x");
+        tree.scan(&if deep { Scope::Tree(None) } else { children("d") });
+        let expected = [
+            "d/",
+            "d/dir-to-file",
+            "d/edited",
+            "d/file-to-dir/",
+            "d/file-to-dir/x/",
+            "d/file-to-dir/x/y",
+            "d/kept",
+        ];
+        assert_eq!(tree.seen(), expected, "deep: {deep}");
+        let row = tree.index.get(&WirePath::new("d/edited").unwrap()).unwrap().unwrap();
+        assert!(matches!(row.row.local, Some(Entry::File(file)) if file.size == 6));
+        assert_eq!(tree.scan_all().changed, 0, "deep: {deep}");
+    }
+}
+
+#[test]
+fn a_directory_that_vanished_is_noticed_from_above() {
+    let mut tree = Fixture::new();
+    tree.write("d/e/f", "x");
+    tree.scan_all();
+    fs::remove_dir_all(tree.path("d")).unwrap();
+    tree.scan(&children("d/e"));
+    assert!(tree.seen().is_empty());
+}
+
+#[test]
+fn a_change_that_restores_size_and_time_is_found_by_its_ctime() {
+    let mut tree = Fixture::new();
+    tree.write("f", "old");
+    tree.scan_all();
+    let modified = fs::metadata(tree.path("f")).unwrap().modified().unwrap();
+    tree.write("f", "new");
+    fs::File::options().write(true).open(tree.path("f")).unwrap().set_modified(modified).unwrap();
+    assert_eq!(tree.scan_all().changed, 1);
+}
+
+#[test]
+fn a_file_changed_just_now_is_read_again_even_if_it_looks_the_same() {
+    let mut tree = Fixture::new();
+    tree.write("f", "x");
+    let meta = DirHandle::open_ambient(tree.folder.path()).unwrap().lstat(b"f").unwrap();
+    tree.now_ns = meta.ctime_ns;
+    let report = tree.scan_all();
+    assert_eq!(report.racy, [None]);
+    assert_eq!(tree.scan_all().changed, 1, "read again");
+    tree.now_ns = meta.ctime_ns + 20_000_000;
+    assert_eq!(tree.scan_all().changed, 1, "read again, and now believed");
+    assert_eq!(tree.scan_all().changed, 0);
+}
+
+#[test]
+fn sockets_and_pipes_are_passed_over_and_do_not_block() {
+    let mut tree = Fixture::new();
+    tree.write("f", "x");
+    tree.scan_all();
+    let listener = std::os::unix::net::UnixListener::bind(tree.path("socket")).unwrap();
+    fs::remove_file(tree.path("f")).unwrap();
+    let at = fs::File::open(tree.folder.path()).unwrap();
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    rustix::fs::mknodat(&at, "f", rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    let report = tree.scan_all();
+    assert_eq!(tree.seen(), ["f?"]);
+    assert_eq!(report.findings.len(), 2);
+    drop(listener);
+}
+
+#[test]
+fn unreadable_is_not_deleted() {
+    let mut tree = Fixture::new();
+    tree.write("d/f", "x");
+    tree.write("g", "x");
+    tree.scan_all();
+    tree.write("g", "changed");
+    fs::set_permissions(tree.path("d"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(tree.path("g"), fs::Permissions::from_mode(0)).unwrap();
+    // Root reads everything: a thread, and those it starts, do without that privilege.
+    let report = std::thread::scope(|scope| {
+        let scan = scope.spawn(|| {
+            let permitted = rustix::thread::capabilities(None).unwrap().permitted;
+            let none = rustix::thread::CapabilitySet::empty();
+            let sets =
+                rustix::thread::CapabilitySets { effective: none, permitted, inheritable: none };
+            rustix::thread::set_capabilities(None, sets).unwrap();
+            assert!(fs::read(tree.path("g")).is_err(), "positive control: it is unreadable");
+            tree.scan_all()
+        });
+        scan.join().unwrap()
+    });
+    assert_eq!(tree.seen(), ["d/?", "d/f", "g?"]);
+    assert!(report.findings.iter().all(|finding| finding.code == "unreadable"));
+    fs::set_permissions(tree.path("d"), fs::Permissions::from_mode(0o700)).unwrap();
+    fs::set_permissions(tree.path("g"), fs::Permissions::from_mode(0o600)).unwrap();
+    tree.scan_all();
+    assert_eq!(tree.seen(), ["d/", "d/f", "g"]);
+}
+
+#[test]
+fn a_cancelled_scan_concludes_nothing_about_what_it_did_not_see() {
+    let mut tree = Fixture::new();
+    tree.write("f", "x");
+    tree.scan_all();
+    fs::remove_file(tree.path("f")).unwrap();
+    let root = RootDir::open(tree.folder.path()).unwrap();
+    let cancel = CancellationToken::new();
+    let report = Scanner {
+        root: &root,
+        index: &mut tree.index,
+        ignore: &Ignore,
+        clock: Clock { now_ns: 0, tick_ns: 0 },
+        // Cancelled after the directory has been opened and before it is listed.
+        on_directory: &mut |_| cancel.cancel(),
+        cancel: &cancel,
+    }
+    .scan(&Scope::Tree(None))
+    .unwrap();
+    assert!(report.cancelled);
+    assert_eq!(tree.seen(), ["f"]);
+}

@@ -1,0 +1,298 @@
+//! A hub in memory that keeps to the protocol: compare-and-set per path, packs verified, changes in
+//! order. For tests of the engine only.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bytes::Bytes;
+use cortex_shared::entry::{Digest, Entry, same};
+use cortex_shared::ids::{WorkspaceEpoch, WorkspaceId};
+use cortex_shared::pack::Pack;
+use cortex_shared::wire_path::WirePath;
+use futures_util::StreamExt as _;
+use futures_util::stream::{self, BoxStream};
+use tokio::sync::watch;
+
+use crate::sync::hub::{
+    Answers, Change, ChangesPage, Commit, CommitOp, Committed, Head, Hub, HubError, RejectReason,
+    Rejected,
+};
+use crate::sync::index::Cursor;
+
+/// Small, so that reading many changes takes several pages.
+const PAGE_CHANGES: usize = 100;
+
+struct State {
+    epoch: WorkspaceEpoch,
+    seq: u64,
+    entries: BTreeMap<WirePath, Entry>,
+    /// The last change of each path; `None` where it was deleted.
+    changes: BTreeMap<u64, WirePath>,
+    changed_at: HashMap<WirePath, u64>,
+    packs: HashMap<Digest, Bytes>,
+    chunks: HashMap<Digest, Digest>,
+}
+
+pub(super) struct Shared {
+    state: Mutex<State>,
+    head: watch::Sender<u64>,
+    broken: AtomicBool,
+    /// So many packs are still taken before the line breaks.
+    packs_left: AtomicUsize,
+    pub(super) commits: AtomicUsize,
+    pub(super) packs_received: AtomicUsize,
+    pub(super) packs_sent: AtomicUsize,
+    pub(super) conflicts: Mutex<Vec<(WirePath, WirePath)>>,
+}
+
+#[derive(Clone)]
+pub(super) struct MemoryHub(pub(super) Arc<Shared>);
+
+impl MemoryHub {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(Shared {
+            state: Mutex::new(State {
+                epoch: WorkspaceEpoch::new(),
+                seq: 0,
+                entries: BTreeMap::new(),
+                changes: BTreeMap::new(),
+                changed_at: HashMap::new(),
+                packs: HashMap::new(),
+                chunks: HashMap::new(),
+            }),
+            head: watch::Sender::new(0),
+            broken: AtomicBool::new(false),
+            packs_left: AtomicUsize::new(usize::MAX),
+            commits: AtomicUsize::new(0),
+            packs_received: AtomicUsize::new(0),
+            packs_sent: AtomicUsize::new(0),
+            conflicts: Mutex::default(),
+        }))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap()
+    }
+
+    /// The head; wakes at every commit.
+    pub(super) fn subscribe(&self) -> watch::Receiver<u64> {
+        self.0.head.subscribe()
+    }
+
+    pub(super) fn tree(&self) -> BTreeMap<WirePath, Entry> {
+        self.state().entries.clone()
+    }
+
+    /// Loses everything after `seq` as a restored backup would, under a new epoch.
+    pub(super) fn roll_back(&self, tree: BTreeMap<WirePath, Entry>) {
+        let mut state = self.state();
+        state.epoch = WorkspaceEpoch::new();
+        state.seq = 0;
+        state.changes.clear();
+        state.changed_at.clear();
+        state.entries.clear();
+        for (path, entry) in tree {
+            state.put(&path, Some(entry));
+        }
+        self.0.head.send_replace(state.seq);
+    }
+
+    /// Counters of commits, packs received, packs sent.
+    pub(super) fn traffic(&self) -> [usize; 3] {
+        [&self.0.commits, &self.0.packs_received, &self.0.packs_sent]
+            .map(|counter| counter.load(Ordering::SeqCst))
+    }
+
+    /// From now on every call fails, or works again.
+    pub(super) fn set_broken(&self, broken: bool) {
+        self.0.broken.store(broken, Ordering::SeqCst);
+    }
+
+    /// The line breaks after so many more packs.
+    pub(super) fn break_after_packs(&self, packs: usize) {
+        self.0.packs_left.store(packs, Ordering::SeqCst);
+    }
+
+    fn check(&self) -> Result<(), HubError> {
+        if self.0.broken.load(Ordering::SeqCst) {
+            return Err(HubError::Unavailable { message: "broken by the test".to_owned() });
+        }
+        Ok(())
+    }
+
+    fn take_pack(&self, bytes: Bytes) -> Result<Digest, HubError> {
+        let left = self
+            .0
+            .packs_left
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        if left.is_err() {
+            self.set_broken(true);
+        }
+        self.check()?;
+        let pack = Pack::parse(bytes).map_err(HubError::protocol)?;
+        pack.verify().map_err(HubError::protocol)?;
+        let mut state = self.state();
+        for indexed in pack.index() {
+            state.chunks.insert(indexed.chunk.hash, pack.hash());
+        }
+        state.packs.insert(pack.hash(), pack.bytes().clone());
+        self.0.packs_received.fetch_add(1, Ordering::SeqCst);
+        Ok(pack.hash())
+    }
+}
+
+impl State {
+    fn put(&mut self, path: &WirePath, entry: Option<Entry>) {
+        self.seq += 1;
+        if let Some(old) = self.changed_at.insert(path.clone(), self.seq) {
+            self.changes.remove(&old);
+        }
+        self.changes.insert(self.seq, path.clone());
+        match entry {
+            Some(entry) => self.entries.insert(path.clone(), entry),
+            None => self.entries.remove(path),
+        };
+    }
+
+    /// Whether it changed anything.
+    fn apply(&mut self, op: &CommitOp) -> Result<bool, RejectReason> {
+        let current = self.entries.get(&op.path);
+        if same(current, op.new.as_ref()) {
+            return Ok(false);
+        }
+        if current.map(Entry::identity) != op.expected {
+            return Err(RejectReason::Conflict);
+        }
+        if op.new.is_some()
+            && op
+                .path
+                .parent()
+                .is_some_and(|parent| !self.entries.get(&parent).is_some_and(Entry::is_dir))
+        {
+            return Err(RejectReason::NoParent);
+        }
+        let has_children = self
+            .entries
+            .range(op.path.clone()..)
+            .nth(1)
+            .is_some_and(|(path, _)| path.is_below(&op.path));
+        if has_children && !op.new.as_ref().is_some_and(Entry::is_dir) {
+            return Err(RejectReason::NotEmpty);
+        }
+        if let Some(entry) = &op.new {
+            if entry.check().is_err() {
+                return Err(RejectReason::Invalid);
+            }
+            if let Entry::File(file) = entry
+                && file.chunks().any(|chunk| !self.chunks.contains_key(&chunk.hash))
+            {
+                return Err(RejectReason::MissingChunks);
+            }
+        }
+        self.put(&op.path, op.new.clone());
+        Ok(true)
+    }
+}
+
+impl Hub for MemoryHub {
+    async fn head(&self, _: WorkspaceId) -> Result<Head, HubError> {
+        self.check()?;
+        let state = self.state();
+        Ok(Head { epoch: state.epoch, seq: state.seq })
+    }
+
+    async fn have(&self, _: WorkspaceId, chunks: &[Digest]) -> Result<Vec<bool>, HubError> {
+        self.check()?;
+        let state = self.state();
+        Ok(chunks.iter().map(|chunk| state.chunks.contains_key(chunk)).collect())
+    }
+
+    async fn put_packs(
+        &self,
+        _: WorkspaceId,
+        packs: BoxStream<'static, Bytes>,
+    ) -> Result<Answers<Digest>, HubError> {
+        self.check()?;
+        let hub = self.clone();
+        Ok(packs.map(move |pack| hub.take_pack(pack)).boxed())
+    }
+
+    async fn commit(&self, _: WorkspaceId, commit: Commit) -> Result<Committed, HubError> {
+        self.check()?;
+        let mut state = self.state();
+        if commit.epoch != state.epoch {
+            return Err(HubError::Refused {
+                code: "stale_epoch".to_owned(),
+                message: "another epoch".to_owned(),
+            });
+        }
+        self.0.commits.fetch_add(1, Ordering::SeqCst);
+        let mut rejected = Vec::new();
+        let mut changes = 0;
+        for (index, op) in commit.ops.iter().enumerate() {
+            match state.apply(op) {
+                Ok(changed) => {
+                    changes += u64::from(changed);
+                    if let Some(original) = &op.conflict_of {
+                        self.0.conflicts.lock().unwrap().push((original.clone(), op.path.clone()));
+                    }
+                }
+                Err(reason) => {
+                    let current = state.entries.get(&op.path).cloned();
+                    rejected.push(Rejected { index, reason, current });
+                }
+            }
+        }
+        self.0.head.send_replace(state.seq);
+        Ok(Committed { seq: state.seq, rejected, changes })
+    }
+
+    async fn changes(&self, _: WorkspaceId, after: u64) -> Result<Answers<ChangesPage>, HubError> {
+        self.check()?;
+        let state = self.state();
+        let head_seq = state.seq;
+        let all: Vec<_> = state
+            .changes
+            .range(after + 1..)
+            .map(|(seq, path)| {
+                let entry = state.entries.get(path).cloned();
+                (*seq, Change { path: path.clone(), entry })
+            })
+            .collect();
+        let mut pages: Vec<_> = all
+            .chunks(PAGE_CHANGES)
+            .map(|part| ChangesPage {
+                changes: part.iter().map(|(_, change)| change.clone()).collect(),
+                last_seq: part[part.len() - 1].0,
+                head_seq,
+            })
+            .collect();
+        if let Some(last) = pages.last_mut() {
+            last.last_seq = head_seq;
+        }
+        Ok(stream::iter(pages.into_iter().map(Ok)).boxed())
+    }
+
+    async fn get_packs(
+        &self,
+        _: WorkspaceId,
+        chunks: &[Digest],
+    ) -> Result<Answers<Bytes>, HubError> {
+        self.check()?;
+        let state = self.state();
+        let mut names: Vec<_> =
+            chunks.iter().filter_map(|chunk| state.chunks.get(chunk)).copied().collect();
+        names.sort();
+        names.dedup();
+        self.0.packs_sent.fetch_add(names.len(), Ordering::SeqCst);
+        let packs: Vec<_> = names.iter().map(|name| Ok(state.packs[name].clone())).collect();
+        Ok(stream::iter(packs).boxed())
+    }
+
+    async fn ack_applied(&self, _: WorkspaceId, cursor: Cursor) -> Result<(), HubError> {
+        self.check()?;
+        assert!(cursor.seq <= self.state().seq);
+        Ok(())
+    }
+}

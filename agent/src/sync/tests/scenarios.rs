@@ -1,0 +1,374 @@
+//! What users do, and what must come of it.
+
+use std::os::unix::fs::{MetadataExt as _, symlink};
+
+use super::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_kind_of_file_arrives_and_a_second_run_does_nothing() {
+    let mesh = Mesh::new();
+    let mut a = mesh.stopped_node("a");
+    a.write("dir/sub/file", "content");
+    a.write("empty", "");
+    a.write("dir/run", "#!/bin/sh\n");
+    fs::set_permissions(a.path("dir/run"), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::create_dir(a.path("empty dir")).unwrap();
+    symlink("../nowhere", a.path("dir/link")).unwrap();
+    symlink("sub", a.path("dir/link to directory")).unwrap();
+    fs::write(a.config.root.join(std::ffi::OsStr::from_bytes(b"not \xff utf-8")), "x").unwrap();
+    a.write("-rf\n", "x");
+    a.write(".git/config", "stays here");
+    let big: Vec<u8> = (0..5_000_000_u32).flat_map(|n| (n / 3).to_le_bytes()).collect();
+    a.write("big", &big);
+    a.start();
+    let b = mesh.node("b");
+    a.flush().await;
+    b.flush().await;
+    let mut expected = a.tree();
+    expected.retain(|name, _| !name.starts_with(b".git"));
+    assert_eq!(b.tree(), expected);
+    let time = |node: &Node| fs::metadata(node.path("big")).unwrap().modified().unwrap();
+    assert_eq!(time(&a), time(&b));
+    let traffic = mesh.hub.traffic();
+    a.flush().await;
+    b.flush().await;
+    // Touching a file is no change.
+    fs::File::open(a.path("empty")).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
+    a.flush().await;
+    assert_eq!(mesh.hub.traffic(), traffic);
+    let status = b.status();
+    assert_eq!((status.state, status.pending_push), (SyncState::Idle, 0));
+    assert_eq!(status.applied_seq, status.head_seq);
+    assert!(status.problems.is_empty(), "{:?}", status.problems);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_saved_file_is_noticed_and_reaches_the_other_node_by_itself() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    settle(&[&a, &b]).await;
+    let mut head = mesh.hub.subscribe();
+    // Deep and new: the directories have to be noticed one by one.
+    a.write("x/y/z/file", "content");
+    let complete = |seq: &u64| *seq >= 4;
+    let seq = *tokio::time::timeout(LIMIT, head.wait_for(complete)).await.unwrap().unwrap();
+    b.handle().head_moved(seq);
+    b.until(|status| status.applied_seq >= seq).await;
+    assert_eq!(b.read("x/y/z/file"), "content");
+    // A directory that is renamed is still watched below.
+    fs::rename(a.path("x"), a.path("renamed")).unwrap();
+    tokio::time::timeout(LIMIT, head.wait_for(|seq| *seq >= 12)).await.unwrap().unwrap();
+    a.write("renamed/y/z/file", "changed");
+    tokio::time::timeout(LIMIT, head.wait_for(|seq| *seq >= 13)).await.unwrap().unwrap();
+    b.flush().await;
+    assert_eq!(b.names(), ["renamed", "renamed/y", "renamed/y/z", "renamed/y/z/file"]);
+    assert_eq!(b.read("renamed/y/z/file"), "changed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn edits_deletions_and_type_changes_reach_the_other_node() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    a.write("edited", "old");
+    a.write("deleted", "x");
+    a.write("deleted dir/sub/x", "x");
+    a.write("file to dir", "x");
+    a.write("dir to file/x", "x");
+    a.write("file to link", "x");
+    symlink("x", a.path("link to dir")).unwrap();
+    a.write("made executable", "x");
+    settle(&[&a, &b]).await;
+    b.write("edited", "new");
+    fs::remove_file(b.path("deleted")).unwrap();
+    fs::remove_dir_all(b.path("deleted dir")).unwrap();
+    fs::remove_file(b.path("file to dir")).unwrap();
+    b.write("file to dir/x", "x");
+    fs::remove_dir_all(b.path("dir to file")).unwrap();
+    b.write("dir to file", "x");
+    fs::remove_file(b.path("file to link")).unwrap();
+    symlink("y", b.path("file to link")).unwrap();
+    fs::remove_file(b.path("link to dir")).unwrap();
+    fs::create_dir(b.path("link to dir")).unwrap();
+    fs::set_permissions(b.path("made executable"), fs::Permissions::from_mode(0o755)).unwrap();
+    let expected = b.tree();
+    settle(&[&b, &a]).await;
+    assert_eq!(a.tree(), expected);
+    assert!(mesh.hub.0.conflicts.lock().unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_edited_on_both_sides_leaves_exactly_one_conflict_copy() {
+    let mesh = Mesh::new();
+    let (mut a, mut b) = (mesh.node("a"), mesh.node("b"));
+    a.write("d/f.txt", "base");
+    settle(&[&a, &b]).await;
+    a.stop().await;
+    b.stop().await;
+    a.write("d/f.txt", "by a");
+    b.write("d/f.txt", "by b");
+    a.start();
+    a.flush().await;
+    b.start();
+    settle(&[&a, &b]).await;
+    let names = a.names();
+    assert_eq!(names.len(), 3, "{names:?}");
+    assert_eq!(a.read("d/f.txt"), "by a", "the committed version keeps the name");
+    assert!(names[1].starts_with("d/f.conflict-") && names[1].ends_with(".txt"), "{names:?}");
+    assert_eq!(a.read(&names[1]), "by b");
+    assert_eq!(mesh.hub.0.conflicts.lock().unwrap().len(), 1);
+    assert_eq!(b.status().conflicts, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_edit_beats_a_deletion_in_either_order() {
+    let mesh = Mesh::new();
+    let (mut a, mut b) = (mesh.node("a"), mesh.node("b"));
+    for name in ["d/edited by a", "d/edited by b", "d/sub/x"] {
+        a.write(name, "base");
+    }
+    settle(&[&a, &b]).await;
+    a.stop().await;
+    b.stop().await;
+    fs::remove_file(a.path("d/edited by b")).unwrap();
+    fs::remove_dir_all(a.path("d/sub")).unwrap();
+    a.write("d/edited by a", "edit");
+    fs::remove_file(b.path("d/edited by a")).unwrap();
+    b.write("d/edited by b", "edit");
+    a.start();
+    a.flush().await;
+    b.start();
+    settle(&[&a, &b]).await;
+    assert_eq!(a.names(), ["d", "d/edited by a", "d/edited by b"]);
+    assert_eq!((a.read("d/edited by a"), a.read("d/edited by b")), ("edit".into(), "edit".into()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn renames_and_copies_move_no_content() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    let content: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
+    a.write("d/big", &content);
+    settle(&[&a, &b]).await;
+    let [_, received, sent] = mesh.hub.traffic();
+    fs::rename(a.path("d"), a.path("e")).unwrap();
+    fs::copy(a.path("e/big"), a.path("copy")).unwrap();
+    settle(&[&a, &b]).await;
+    assert_eq!(b.names(), ["copy", "e", "e/big"]);
+    assert_eq!(mesh.hub.traffic()[1..], [received, sent]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_small_change_in_a_large_file_moves_little() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    let mut state = 1_u64;
+    let mut content: Vec<u8> = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 33) as u8
+    })
+    .take(24 << 20)
+    .collect();
+    a.write("big", &content);
+    settle(&[&a, &b]).await;
+    let before = mesh.hub.traffic();
+    content.insert(1000, b'x');
+    a.write("big", &content);
+    settle(&[&a, &b]).await;
+    let after = mesh.hub.traffic();
+    assert!(after[1] - before[1] <= 2, "{before:?} {after:?}");
+    assert!(after[2] - before[2] <= 2, "{before:?} {after:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sparse_file_arrives_sparse() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    fs::create_dir_all(&a.config.root).unwrap();
+    let file = fs::File::create(a.path("sparse")).unwrap();
+    file.set_len(1 << 30).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"middle", 500 << 20).unwrap();
+    a.flush().await;
+    b.flush().await;
+    let meta = fs::metadata(b.path("sparse")).unwrap();
+    assert_eq!(meta.len(), 1 << 30);
+    assert!(meta.blocks() * 512 <= 16 << 20, "{} blocks", meta.blocks());
+    let mut middle = [0; 6];
+    let copy = fs::File::open(b.path("sparse")).unwrap();
+    std::os::unix::fs::FileExt::read_exact_at(&copy, &mut middle, 500 << 20).unwrap();
+    assert_eq!(&middle, b"middle");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_small_files_travel_in_few_packs() {
+    let mesh = Mesh::new();
+    let (mut a, b) = (mesh.stopped_node("a"), mesh.node("b"));
+    for number in 0..2000 {
+        a.write(&format!("d{}/f{number}", number % 20), format!("content {number}"));
+    }
+    a.start();
+    settle(&[&a, &b]).await;
+    let [commits, received, sent] = mesh.hub.traffic();
+    assert!(commits <= 4 && received <= 4 && sent <= 4, "{:?}", mesh.hub.traffic());
+    assert_eq!(b.status().entries, 2000);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broken_line_and_a_restart_only_cost_time() {
+    let mesh = Mesh::new();
+    let mut a = mesh.stopped_node("a");
+    let mut state = 7_u64;
+    for number in 0..12 {
+        let content: Vec<u8> = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) as u8
+        })
+        .take(3 << 20)
+        .collect();
+        a.write(&format!("f{number}"), content);
+    }
+    mesh.hub.break_after_packs(4);
+    a.start();
+    a.until(|status| !status.problems.is_empty()).await;
+    a.stop().await;
+    let before = mesh.hub.traffic()[1];
+    assert!(before <= 4);
+    mesh.hub.break_after_packs(usize::MAX);
+    mesh.hub.set_broken(false);
+    a.start();
+    let mut b = mesh.node("b");
+    a.flush().await;
+    // What had been acknowledged is not sent again: 36 MiB in packs of up to 4 MiB.
+    assert!(mesh.hub.traffic()[1] <= 13, "{:?}", mesh.hub.traffic());
+    b.stop().await;
+    b.start();
+    settle(&[&a, &b]).await;
+    assert_eq!(b.names().len(), 12);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn offline_changes_are_seen_and_follow_later() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    a.write("f", "old");
+    settle(&[&a, &b]).await;
+    a.online.send_replace(false);
+    a.write("f", "new");
+    a.write("g", "new");
+    a.until(|status| status.state == SyncState::Offline && status.entries == 2).await;
+    assert_eq!(a.handle().flush().await, Err(crate::sync::FlushError::Offline));
+    a.online.send_replace(true);
+    settle(&[&a, &b]).await;
+    assert_eq!(b.read("f"), "new");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_root_that_vanished_or_was_replaced_is_not_believed() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    a.write("f", "x");
+    settle(&[&a, &b]).await;
+    let (root, elsewhere) = (a.config.root.clone(), mesh.folder.path().join("elsewhere"));
+    fs::rename(&root, &elsewhere).unwrap();
+    let status = a.until_state(SyncState::Halted).await;
+    assert!(status.halted_reason.contains("missing"), "{}", status.halted_reason);
+    fs::create_dir(&root).unwrap();
+    let status = a.until(|status| status.halted_reason.contains("another directory")).await;
+    assert_eq!(status.state, SyncState::Halted);
+    assert!(matches!(a.handle().flush().await, Err(crate::sync::FlushError::Halted { .. })));
+    fs::remove_dir(&root).unwrap();
+    fs::rename(&elsewhere, &root).unwrap();
+    a.until_state(SyncState::Idle).await;
+    settle(&[&a, &b]).await;
+    assert_eq!(b.names(), ["f"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deleting_very_much_is_held_until_it_is_confirmed() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    for number in 0..150 {
+        a.write(&format!("d/f{number}"), "x");
+    }
+    settle(&[&a, &b]).await;
+    fs::remove_dir_all(a.path("d")).unwrap();
+    a.write("new", "other changes still travel");
+    a.flush().await;
+    b.flush().await;
+    assert_eq!(b.names().len(), 152);
+    let status = a.status();
+    assert_eq!(status.problems[0].code, "mass_delete_held");
+    assert_eq!(status.pending_push, 151);
+    a.handle().confirm_deletions().await;
+    settle(&[&a, &b]).await;
+    assert_eq!(b.names(), ["new"]);
+    assert!(a.status().problems.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_agents_on_one_directory_are_refused() {
+    let mesh = Mesh::new();
+    let mut first = mesh.node("a");
+    first.flush().await;
+    let mut second = mesh.stopped_node("b");
+    second.config.root = first.config.root.clone();
+    second.start();
+    let status = second.until_state(SyncState::Halted).await;
+    assert!(status.halted_reason.contains("another agent"), "{}", status.halted_reason);
+    first.stop().await;
+    second.until_state(SyncState::Idle).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_index_and_a_rolled_back_hub_merge_and_delete_nothing() {
+    let mesh = Mesh::new();
+    let (mut a, b) = (mesh.node("a"), mesh.node("b"));
+    a.write("f", "x");
+    settle(&[&a, &b]).await;
+    let backup = mesh.hub.tree();
+    a.write("later", "x");
+    settle(&[&a, &b]).await;
+    mesh.hub.roll_back(backup);
+    settle(&[&a, &b]).await;
+    assert_eq!(a.names(), ["f", "later"]);
+    a.stop().await;
+    let workspace = a.config.state_dir.join("workspaces").join(mesh.workspace.to_string());
+    fs::write(workspace.join("index.db"), vec![0x55; 10_000]).unwrap();
+    fs::remove_file(workspace.join("index.db-wal")).ok();
+    fs::remove_file(a.path("f")).unwrap();
+    a.start();
+    settle(&[&a, &b]).await;
+    assert_eq!(a.names(), ["f", "later"], "a deletion that nobody remembers is none");
+    assert!(mesh.hub.0.conflicts.lock().unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_directory_that_still_holds_ignored_files_is_kept_and_told() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    a.write("d/f", "x");
+    settle(&[&a, &b]).await;
+    b.write("d/.git/config", "precious");
+    fs::remove_dir_all(a.path("d")).unwrap();
+    a.flush().await;
+    b.flush().await;
+    assert_eq!(b.names(), ["d", "d/.git", "d/.git/config"]);
+    let problems = b.status().problems;
+    assert!(problems[0].message.contains("not synced"), "{problems:?}");
+    fs::remove_dir_all(b.path("d/.git")).unwrap();
+    b.flush().await;
+    assert!(b.names().is_empty());
+    assert!(b.status().problems.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stopping_takes_less_than_a_second_whatever_is_going_on() {
+    let mesh = Mesh::new();
+    let mut a = mesh.stopped_node("a");
+    fs::create_dir_all(&a.config.root).unwrap();
+    fs::File::create(a.path("huge")).unwrap().set_len(20 << 30).unwrap();
+    a.start();
+    a.until_state(SyncState::Scanning).await;
+    let begun = std::time::Instant::now();
+    a.stop().await;
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+}

@@ -1,0 +1,28 @@
+//! Moving content and versions between the tree here and the hub.
+
+mod pull;
+mod push;
+mod refresh;
+mod stage;
+
+use cortex_shared::ids::{WorkspaceEpoch, WorkspaceId};
+use tokio_util::sync::CancellationToken;
+
+use super::core::CoreCell;
+use super::status::Progress;
+
+pub(super) use pull::{Pulled, pull};
+pub(super) use push::{Pushed, push};
+pub(super) use refresh::refresh;
+
+/// What every transfer needs.
+pub(super) struct Session<'a, H> {
+    pub(super) hub: &'a H,
+    pub(super) workspace: WorkspaceId,
+    pub(super) core: &'a mut CoreCell,
+    pub(super) cancel: &'a CancellationToken,
+    pub(super) progress: &'a Progress,
+}
+
+/// The history that operations belong to.
+pub(super) type Epoch = WorkspaceEpoch;

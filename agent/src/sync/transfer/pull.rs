@@ -1,0 +1,235 @@
+//! Carrying out the changes to the tree here: fetching what is not here yet, then applying.
+//!
+//! The changes of a plan are worked through in groups, in order. Each group is fetched, put together
+//! in the stage and applied before the next, but a pack that arrives serves later groups as well.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cortex_shared::entry::{Digest, Entry};
+use futures_util::StreamExt as _;
+
+use super::Session;
+use super::stage::{Stage, StageError};
+use crate::sync::apply::{Applier, Staged, needs_stage};
+use crate::sync::core::{SyncError, waiting};
+use crate::sync::hub::{Hub, MAX_HASHES};
+use crate::sync::plan::LocalChange;
+use crate::sync::problem::Finding;
+use crate::sync::scan::Scope;
+
+/// Changes of one group: the more, the fewer times the disk is asked to sync.
+const GROUP_CHANGES: usize = 2048;
+/// Content of one group, unless a single file is larger.
+const GROUP_BYTES: u64 = 64 * 1024 * 1024;
+/// What stays free on the file system, so that an application there can go on.
+const RESERVE_BYTES: u64 = 64 * 1024 * 1024;
+
+/// What came of a pull.
+#[derive(Debug, Default)]
+pub(in crate::sync) struct Pulled {
+    /// Changes that were made.
+    pub(in crate::sync) applied: usize,
+    pub(in crate::sync) dirty: Vec<Scope>,
+    pub(in crate::sync) findings: Vec<Finding>,
+    /// It ended early because something more urgent came up.
+    pub(in crate::sync) interrupted: bool,
+}
+
+/// Makes changes, in order. Between groups, `urgent` may ask for an early end.
+pub(in crate::sync) async fn pull<H: Hub>(
+    session: &mut Session<'_, H>,
+    changes: Vec<LocalChange>,
+    urgent: impl Fn() -> bool,
+) -> Result<Pulled, SyncError> {
+    let mut pulled = Pulled::default();
+    let groups = groups(&changes);
+    let changes = Arc::new(changes);
+    let stage = {
+        let changes = changes.clone();
+        session
+            .core
+            .run(move |core| {
+                Ok::<_, SyncError>(Stage::new(core.private.clone(), &changes, needs_stage))
+            })
+            .await?
+    };
+    let stage = Arc::new(Mutex::new(stage));
+    let mut result = Ok(());
+    for group in groups {
+        result = pull_group(session, &stage, &changes, group, &mut pulled).await;
+        if result.is_err() || urgent() {
+            pulled.interrupted = true;
+            break;
+        }
+    }
+    session
+        .core
+        .run(move |_| {
+            lock(&stage).clean();
+            Ok::<_, SyncError>(())
+        })
+        .await?;
+    result.map(|()| pulled)
+}
+
+type Changes = Arc<Vec<LocalChange>>;
+
+/// The lock is only ever held by one blocking thread at a time.
+fn lock(stage: &Mutex<Stage>) -> MutexGuard<'_, Stage> {
+    stage.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn pull_group<H: Hub>(
+    session: &mut Session<'_, H>,
+    stage: &Arc<Mutex<Stage>>,
+    changes: &Changes,
+    group: Range<usize>,
+    pulled: &mut Pulled,
+) -> Result<(), SyncError> {
+    let begun = begin(session, stage, changes, group.clone()).await?;
+    pulled.findings.extend(begun.findings);
+    fetch(session, stage, &begun.needed).await?;
+    let (stage, changes) = (stage.clone(), changes.clone());
+    let cancel = session.cancel.clone();
+    let report = session
+        .core
+        .run(move |core| {
+            let mut stage = lock(&stage);
+            let mut batch = Vec::with_capacity(group.len());
+            let mut findings = Vec::new();
+            for number in group.filter(|number| !begun.skipped.contains(number)) {
+                if cancel.is_cancelled() {
+                    return Err(SyncError::Cancelled);
+                }
+                let change = changes[number].clone();
+                if !needs_stage(&change) {
+                    batch.push(Staged { change, stage_name: None });
+                } else if let Some(name) = stage.finished(number, &change) {
+                    stage.taken(number);
+                    batch.push(Staged { change, stage_name: Some(name) });
+                } else {
+                    let text = "its content did not arrive whole from the hub";
+                    findings.push(Finding::at(&change.path, "content_missing", text));
+                }
+            }
+            drop(stage);
+            let applier = Applier {
+                root: &core.root,
+                private: &core.private,
+                index: &mut core.index,
+                owner: core.owner,
+            };
+            let mut report = applier.apply(batch)?;
+            report.findings.extend(findings);
+            Ok(report)
+        })
+        .await?;
+    session.progress.applied(report.applied);
+    pulled.applied += report.applied;
+    pulled.dirty.extend(report.scopes());
+    pulled.findings.extend(report.findings);
+    Ok(())
+}
+
+#[derive(Default)]
+struct Begun {
+    /// Chunks to be fetched, each once.
+    needed: Vec<Digest>,
+    /// Changes that cannot be made now.
+    skipped: HashSet<usize>,
+    findings: Vec<Finding>,
+}
+
+/// Begins the files of a group with what is here.
+async fn begin<H: Hub>(
+    session: &mut Session<'_, H>,
+    stage: &Arc<Mutex<Stage>>,
+    changes: &Changes,
+    group: Range<usize>,
+) -> Result<Begun, SyncError> {
+    let (stage, changes) = (stage.clone(), changes.clone());
+    let cancel = session.cancel.clone();
+    session
+        .core
+        .run(move |core| {
+            let mut begun = Begun::default();
+            let mut asked = HashSet::new();
+            let bytes: u64 = changes[group.clone()].iter().map(size_of).sum();
+            let space = rustix::fs::fstatvfs(core.root.top()).map_err(std::io::Error::from)?;
+            let free = space.f_bavail.saturating_mul(space.f_frsize);
+            let fits = bytes == 0 || free >= bytes.saturating_add(RESERVE_BYTES);
+            let mut stage = lock(&stage);
+            for number in group {
+                if cancel.is_cancelled() {
+                    return Err(SyncError::Cancelled);
+                }
+                let change = &changes[number];
+                if size_of(change) > 0 && !fits {
+                    let text = format!("{free} bytes are free, {bytes} are needed");
+                    begun.findings.push(Finding::at(&change.path, "no_space", text));
+                    begun.skipped.insert(number);
+                    continue;
+                }
+                match stage.begin(number, change, core) {
+                    Ok(needed) => {
+                        begun.needed.extend(needed.into_iter().filter(|hash| asked.insert(*hash)));
+                    }
+                    Err(StageError::Io(error)) => {
+                        begun.findings.push(Finding::at(&change.path, "stage_failed", error));
+                        begun.skipped.insert(number);
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Ok(begun)
+        })
+        .await
+}
+
+/// Fetches chunks and puts them where they are wanted.
+async fn fetch<H: Hub>(
+    session: &mut Session<'_, H>,
+    stage: &Arc<Mutex<Stage>>,
+    needed: &[Digest],
+) -> Result<(), SyncError> {
+    for part in needed.chunks(MAX_HASHES) {
+        let mut packs =
+            waiting(session.cancel, session.hub.get_packs(session.workspace, part)).await?;
+        loop {
+            let pack = async { packs.next().await.transpose() };
+            let Some(pack) = waiting(session.cancel, pack).await? else { break };
+            let stage = stage.clone();
+            let bytes = tokio::task::spawn_blocking(move || lock(&stage).take_pack(pack))
+                .await
+                .map_err(|_| SyncError::Panicked)??;
+            session.progress.fetched(bytes);
+        }
+    }
+    Ok(())
+}
+
+fn size_of(change: &LocalChange) -> u64 {
+    match &change.to {
+        Some(Entry::File(file)) if needs_stage(change) => file.size,
+        _ => 0,
+    }
+}
+
+fn groups(changes: &[LocalChange]) -> Vec<Range<usize>> {
+    let mut groups = Vec::new();
+    let (mut start, mut bytes) = (0, 0);
+    for (number, change) in changes.iter().enumerate() {
+        let size = size_of(change);
+        if number > start && (number - start == GROUP_CHANGES || bytes + size > GROUP_BYTES) {
+            groups.push(start..number);
+            (start, bytes) = (number, 0);
+        }
+        bytes += size;
+    }
+    if start < changes.len() {
+        groups.push(start..changes.len());
+    }
+    groups
+}

@@ -1,0 +1,336 @@
+//! Sending changes to the hub: which chunks it lacks, those chunks in packs, then the commit.
+//!
+//! A commit is only made once its packs are acknowledged, which means durable. If the answer to a
+//! commit is lost, the next refresh tells what became of it.
+
+use std::collections::HashSet;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+
+use bytes::Bytes;
+use cortex_shared::chunk::ChunkRef;
+use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::ids::CommitId;
+use cortex_shared::pack::{PackBuilder, Pushed as InPack};
+use cortex_shared::wire_path::WirePath;
+use futures_util::StreamExt as _;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use super::{Epoch, Session};
+use crate::root_dir::RootDir;
+use crate::sync::core::{SyncError, waiting};
+use crate::sync::hub::{
+    Commit, CommitOp, Committed, Hub, HubError, MAX_HASHES, RejectReason, Rejected,
+};
+use crate::sync::index::Cursor;
+use crate::sync::plan::PushOp;
+use crate::sync::problem::Finding;
+use crate::sync::scan::Scope;
+
+/// Operations of one commit: few enough that others see the beginning of a large change early.
+const COMMIT_OPS: usize = 1000;
+/// Encoded operations of one commit, at most (a single larger one goes alone).
+const COMMIT_BYTES: usize = 1024 * 1024;
+/// Content of one commit, at most (a single larger file goes alone).
+const COMMIT_CONTENT_BYTES: u64 = 64 * 1024 * 1024;
+/// Finished packs that wait for the line; with the one being built this bounds memory to 16 MiB.
+const QUEUED_PACKS: usize = 2;
+/// The fastest level worth its while: measured 470 MB/s at a ratio of 4.5 on source text.
+const COMPRESSION_LEVEL: i32 = 1;
+
+/// What came of a push.
+#[derive(Debug, Default)]
+pub(in crate::sync) struct Pushed {
+    /// Operations the hub took.
+    pub(in crate::sync) accepted: usize,
+    /// Rows that now know better what the hub has.
+    pub(in crate::sync) learned: usize,
+    /// The hub's tree is not what it is taken for: refresh before planning again.
+    pub(in crate::sync) outdated: bool,
+    /// Files that were not what the index says.
+    pub(in crate::sync) dirty: Vec<Scope>,
+    pub(in crate::sync) findings: Vec<Finding>,
+    /// Conflict copies among them.
+    pub(in crate::sync) conflicts: usize,
+    /// Deletions among them.
+    pub(in crate::sync) deletions: usize,
+}
+
+/// Sends operations, in order, in as many commits as it takes.
+pub(in crate::sync) async fn push<H: Hub>(
+    session: &mut Session<'_, H>,
+    epoch: Epoch,
+    ops: Vec<PushOp>,
+) -> Result<Pushed, SyncError> {
+    let mut pushed = Pushed::default();
+    let mut ops = ops.into_iter().peekable();
+    while ops.peek().is_some() {
+        let mut batch = Vec::new();
+        let (mut bytes, mut content) = (0, 0);
+        while let Some(op) = ops.next_if(|op| {
+            let (more_bytes, more_content) = weight(op);
+            let fits = batch.len() < COMMIT_OPS
+                && bytes + more_bytes <= COMMIT_BYTES
+                && content + more_content <= COMMIT_CONTENT_BYTES;
+            (bytes, content) = (bytes + more_bytes, content + more_content);
+            fits || batch.is_empty()
+        }) {
+            batch.push(op);
+        }
+        push_batch(session, epoch, batch, &mut pushed).await?;
+    }
+    Ok(pushed)
+}
+
+fn weight(op: &PushOp) -> (usize, u64) {
+    let (recipe, size) = match &op.new {
+        Some(Entry::File(file)) => (file.recipe.0.len() * 36, file.size),
+        Some(Entry::Link { target }) => (target.len(), 0),
+        _ => (0, 0),
+    };
+    (op.path.as_bytes().len() + recipe + 128, size)
+}
+
+async fn push_batch<H: Hub>(
+    session: &mut Session<'_, H>,
+    epoch: Epoch,
+    mut ops: Vec<PushOp>,
+    pushed: &mut Pushed,
+) -> Result<(), SyncError> {
+    let missing = missing_chunks(session, &ops).await?;
+    if !missing.is_empty() {
+        let failed = send_packs(session, &ops, missing).await?;
+        for path in &failed {
+            pushed.dirty.push(Scope::Children(path.parent()));
+        }
+        ops.retain(|op| !failed.contains(&op.path));
+    }
+    if ops.is_empty() {
+        return Ok(());
+    }
+    let commit = Commit {
+        id: CommitId::new(),
+        epoch,
+        ops: ops
+            .iter()
+            .map(|op| CommitOp {
+                path: op.path.clone(),
+                expected: op.expected.as_ref().map(Entry::identity),
+                new: op.new.clone(),
+                conflict_of: op.conflict_of.clone(),
+            })
+            .collect(),
+    };
+    let committed = waiting(session.cancel, session.hub.commit(session.workspace, commit)).await?;
+    record(session, epoch, ops, committed, pushed).await
+}
+
+/// The chunks of these operations that the hub lacks.
+async fn missing_chunks<H: Hub>(
+    session: &mut Session<'_, H>,
+    ops: &[PushOp],
+) -> Result<HashSet<Digest>, SyncError> {
+    let mut asked = HashSet::new();
+    let mut hashes = Vec::new();
+    for op in ops {
+        if let Some(Entry::File(file)) = &op.new {
+            hashes.extend(file.chunks().map(|chunk| chunk.hash).filter(|hash| asked.insert(*hash)));
+        }
+    }
+    let mut missing = HashSet::new();
+    for part in hashes.chunks(MAX_HASHES) {
+        let have = waiting(session.cancel, session.hub.have(session.workspace, part)).await?;
+        if have.len() != part.len() {
+            return Err(HubError::protocol("answer to another number of chunks").into());
+        }
+        missing.extend(part.iter().zip(have).filter(|(_, have)| !have).map(|(hash, _)| *hash));
+    }
+    Ok(missing)
+}
+
+/// Sends the missing chunks. Returns the paths whose files no longer hold what they should.
+async fn send_packs<H: Hub>(
+    session: &mut Session<'_, H>,
+    ops: &[PushOp],
+    missing: HashSet<Digest>,
+) -> Result<HashSet<WirePath>, SyncError> {
+    let (sender, receiver) = mpsc::channel(QUEUED_PACKS);
+    let files: Vec<_> = ops
+        .iter()
+        .filter_map(|op| match &op.new {
+            Some(Entry::File(file)) => Some((op.path.clone(), file.chunks().collect())),
+            _ => None,
+        })
+        .collect();
+    let root = session.core.run(|core| Ok::<_, SyncError>(core.root.clone())).await?;
+    let cancel = session.cancel.clone();
+    let packer = tokio::task::spawn_blocking(move || {
+        Packer { root, sender, missing, sent: Vec::new(), failed: HashSet::new(), cancel }
+            .run(files)
+    });
+    let acknowledged = async {
+        let packs = ReceiverStream::new(receiver).boxed();
+        let mut acks =
+            waiting(session.cancel, session.hub.put_packs(session.workspace, packs)).await?;
+        let mut names = Vec::new();
+        loop {
+            let ack = async { acks.next().await.transpose() };
+            match waiting(session.cancel, ack).await? {
+                Some(name) => names.push(name),
+                None => break Ok::<_, SyncError>(names),
+            }
+        }
+    }
+    .await;
+    // The queue is closed by now, so the packer ends; its files are not left open behind us.
+    let (sent, failed) = packer.await.map_err(|_| SyncError::Panicked)??;
+    if acknowledged? != sent {
+        return Err(HubError::protocol("acknowledged other packs than were sent").into());
+    }
+    Ok(failed)
+}
+
+struct Packer {
+    root: RootDir,
+    sender: mpsc::Sender<Bytes>,
+    /// Chunks that are still to be packed.
+    missing: HashSet<Digest>,
+    /// Names of the packs handed over.
+    sent: Vec<Digest>,
+    failed: HashSet<WirePath>,
+    cancel: CancellationToken,
+}
+
+impl Packer {
+    /// Names of the packs, and the paths that could not be read as they should be.
+    fn run(
+        mut self,
+        files: Vec<(WirePath, Vec<ChunkRef>)>,
+    ) -> io::Result<(Vec<Digest>, HashSet<WirePath>)> {
+        let mut builder = PackBuilder::new(COMPRESSION_LEVEL)?;
+        let mut buffer = Vec::new();
+        let mut open = true;
+        for (path, chunks) in files {
+            if !open || self.cancel.is_cancelled() {
+                break;
+            }
+            if !chunks.iter().any(|chunk| self.missing.contains(&chunk.hash)) {
+                continue;
+            }
+            let file = self.root.parent_of(&path).and_then(|(dir, leaf)| dir.open_file(leaf));
+            let Ok(file) = file else {
+                self.failed.insert(path);
+                continue;
+            };
+            let mut offset = 0;
+            for chunk in chunks {
+                let start = offset;
+                offset += u64::from(chunk.len);
+                if !self.missing.contains(&chunk.hash) {
+                    continue;
+                }
+                buffer.resize(chunk.len as usize, 0);
+                let read = file.read_exact_at(&mut buffer, start);
+                if read.is_err() || Digest::of(&buffer) != chunk.hash {
+                    self.failed.insert(path);
+                    break;
+                }
+                if builder.push(chunk, &buffer) == InPack::Full {
+                    open = self.send(&mut builder);
+                    builder.push(chunk, &buffer);
+                }
+                self.missing.remove(&chunk.hash);
+                if !open {
+                    break;
+                }
+            }
+        }
+        if open {
+            self.send(&mut builder);
+        }
+        Ok((self.sent, self.failed))
+    }
+
+    /// Hands over a pack; false if nobody wants it any more.
+    fn send(&mut self, builder: &mut PackBuilder) -> bool {
+        let Some((name, pack)) = builder.finish() else { return true };
+        self.sent.push(name);
+        self.sender.blocking_send(pack).is_ok()
+    }
+}
+
+/// Writes down what the hub now has.
+async fn record<H: Hub>(
+    session: &mut Session<'_, H>,
+    epoch: Epoch,
+    ops: Vec<PushOp>,
+    committed: Committed,
+    pushed: &mut Pushed,
+) -> Result<(), SyncError> {
+    let Committed { seq, rejected, changes } = committed;
+    if rejected.iter().any(|rejected| rejected.index >= ops.len()) {
+        return Err(HubError::protocol("rejected an operation that was not sent").into());
+    }
+    let mut is_rejected = vec![false; ops.len()];
+    let mut learned = Vec::new();
+    for Rejected { index, reason, current } in rejected {
+        is_rejected[index] = true;
+        let op = &ops[index];
+        match reason {
+            RejectReason::Conflict => learned.push((op.path.clone(), op.expected.clone(), current)),
+            RejectReason::NoParent | RejectReason::NotEmpty => pushed.outdated = true,
+            RejectReason::MissingChunks => {
+                let text = "the hub lost content that it had; it is sent again";
+                pushed.findings.push(Finding::at(&op.path, "missing_chunks", text));
+            }
+            RejectReason::Invalid => {
+                let text = "the hub does not accept this entry";
+                pushed.findings.push(Finding::at(&op.path, "rejected", text));
+            }
+        }
+    }
+    let mut accepted = Vec::with_capacity(ops.len());
+    for (op, rejected) in ops.into_iter().zip(is_rejected) {
+        if !rejected {
+            pushed.conflicts += usize::from(op.conflict_of.is_some());
+            pushed.deletions += usize::from(op.new.is_none());
+            accepted.push((op.path, op.new));
+        }
+    }
+    pushed.accepted += accepted.len();
+    for (_, expected, current) in &learned {
+        if cortex_shared::entry::same(expected.as_ref(), current.as_ref()) {
+            // It says that something else is there and names what we expected.
+            pushed.outdated = true;
+        } else {
+            pushed.learned += 1;
+        }
+    }
+    session.progress.pushed(accepted.len());
+    let head = session
+        .core
+        .run(move |core| {
+            let cursor = core.index.cursor()?;
+            core.index.batch(|writer| {
+                for (path, entry) in accepted {
+                    writer.set_remote(&path, entry)?;
+                }
+                for (path, _, current) in learned {
+                    writer.set_remote(&path, current)?;
+                }
+                // Nobody else committed in between: these changes need not be fetched.
+                let next =
+                    cursor.filter(|cursor| cursor.epoch == epoch && cursor.seq + changes == seq);
+                if next.is_some() {
+                    writer.set_cursor(Cursor { epoch, seq })?;
+                }
+                Ok(next.is_some())
+            })
+        })
+        .await?;
+    session.progress.head(seq);
+    pushed.outdated |= !head;
+    Ok(())
+}

@@ -1,0 +1,336 @@
+//! Putting files together in the stage, from chunks in whatever order they come.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use cortex_shared::chunk::ChunkRef;
+use cortex_shared::entry::{Digest, Entry, File};
+use cortex_shared::pack::Pack;
+use cortex_shared::wire_path::WirePath;
+
+use crate::root_dir::RootDir;
+use crate::sync::core::Core;
+use crate::sync::hub::HubError;
+use crate::sync::index::IndexError;
+use crate::sync::plan::LocalChange;
+use crate::sync::private_dir::PrivateDir;
+
+/// Local files that are tried as a source of the same content.
+const SOURCES: u32 = 4;
+
+struct StagedFile {
+    name: Vec<u8>,
+    created: bool,
+    /// Places in the file that wait for a chunk.
+    waiting: usize,
+    broken: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Place {
+    file: usize,
+    offset: u64,
+    len: u32,
+}
+
+/// The files and links of a plan that are being put together. Knows every place where a chunk is
+/// wanted, so that a pack that arrives serves all of them, and none is fetched twice.
+pub(super) struct Stage {
+    private: Arc<PrivateDir>,
+    /// By number of the change; `None` for changes that need no file.
+    files: Vec<Option<StagedFile>>,
+    wanted: HashMap<Digest, Vec<Place>>,
+}
+
+impl Stage {
+    /// A stage for `changes`; `needed` tells which of them get a file or link.
+    pub(super) fn new(
+        private: Arc<PrivateDir>,
+        changes: &[LocalChange],
+        needed: impl Fn(&LocalChange) -> bool,
+    ) -> Self {
+        let mut files = Vec::with_capacity(changes.len());
+        let mut wanted: HashMap<Digest, Vec<Place>> = HashMap::new();
+        for (number, change) in changes.iter().enumerate() {
+            if !needed(change) {
+                files.push(None);
+                continue;
+            }
+            let mut waiting = 0;
+            if let Some(Entry::File(file)) = &change.to {
+                for (chunk, offset) in with_offsets(file) {
+                    let place = Place { file: number, offset, len: chunk.len };
+                    wanted.entry(chunk.hash).or_default().push(place);
+                    waiting += 1;
+                }
+            }
+            let name = private.stage_name();
+            files.push(Some(StagedFile { name, created: false, waiting, broken: false }));
+        }
+        Self { private, files, wanted }
+    }
+
+    /// Begins the file or link of a change and takes what can be had from here. Returns the chunks
+    /// that have to be fetched for it.
+    pub(super) fn begin(
+        &mut self,
+        number: usize,
+        change: &LocalChange,
+        core: &Core,
+    ) -> Result<Vec<Digest>, StageError> {
+        if self.files[number].is_none() {
+            return Ok(Vec::new());
+        }
+        let file = match &change.to {
+            Some(Entry::File(file)) => file,
+            Some(Entry::Link { target }) => {
+                if let Some(staged) = &mut self.files[number] {
+                    self.private.stage().make_link(&staged.name, target)?;
+                    staged.created = true;
+                }
+                return Ok(Vec::new());
+            }
+            Some(Entry::Dir) | None => return Ok(Vec::new()),
+        };
+        self.create(number)?;
+        self.settle_zeros(number, file);
+        if self.is_waiting(number) {
+            self.copy_same_content(number, file, core)?;
+        }
+        if self.is_waiting(number) {
+            self.copy_shared_chunks(number, file, &change.path, core)?;
+        }
+        if !self.is_waiting(number) {
+            return Ok(Vec::new());
+        }
+        let is_here = |chunk: &ChunkRef| {
+            self.wanted
+                .get(&chunk.hash)
+                .is_some_and(|places| places.iter().any(|place| place.file == number))
+        };
+        Ok(file.chunks().filter(is_here).map(|chunk| chunk.hash).collect())
+    }
+
+    fn is_waiting(&self, number: usize) -> bool {
+        self.files[number].as_ref().is_some_and(|file| file.waiting > 0)
+    }
+
+    fn create(&mut self, number: usize) -> io::Result<()> {
+        if let Some(staged) = &mut self.files[number]
+            && !staged.created
+        {
+            self.private.stage().create_new(&staged.name, 0o666)?;
+            staged.created = true;
+        }
+        Ok(())
+    }
+
+    /// Whether nothing is missing and nothing went wrong; the name in the stage if so.
+    pub(super) fn finished(&self, number: usize, change: &LocalChange) -> Option<Vec<u8>> {
+        let staged = self.files[number].as_ref()?;
+        if !staged.created || staged.waiting > 0 || staged.broken {
+            return None;
+        }
+        let Some(Entry::File(file)) = &change.to else { return Some(staged.name.clone()) };
+        let check = || -> io::Result<bool> {
+            let handle = self.private.stage().open_for_writing(&staged.name)?;
+            // Also makes the hole at the end, if there is one.
+            handle.set_len(file.size)?;
+            // A single chunk is the content, and its hash has been checked.
+            Ok(file.recipe.is_empty() || hash_of(&handle)? == file.content)
+        };
+        check().unwrap_or(false).then(|| staged.name.clone())
+    }
+
+    /// Forgets the name of a file that has been taken over.
+    pub(super) fn taken(&mut self, number: usize) {
+        self.files[number] = None;
+    }
+
+    /// Removes what has not been taken over.
+    pub(super) fn clean(&self) {
+        for staged in self.files.iter().flatten().filter(|staged| staged.created) {
+            // What stays is removed at the next start.
+            self.private.stage().remove_file(&staged.name).ok();
+        }
+    }
+
+    /// Writes every wanted chunk of a pack to its places.
+    pub(super) fn take_pack(&mut self, pack: Bytes) -> Result<u64, StageError> {
+        let pack = Pack::parse(pack).map_err(HubError::protocol)?;
+        let mut failure = None;
+        let mut bytes = 0;
+        pack.for_each_chunk(|chunk, data| {
+            if failure.is_some() {
+                return;
+            }
+            let Some(places) = self.wanted.remove(&chunk.hash) else { return };
+            bytes += data.len() as u64;
+            for place in places {
+                if let Err(error) = self.write(place, data) {
+                    failure = Some(error);
+                    return;
+                }
+            }
+        })
+        .map_err(HubError::protocol)?;
+        failure.map_or(Ok(bytes), |error| Err(error.into()))
+    }
+
+    fn write(&mut self, place: Place, data: &[u8]) -> io::Result<()> {
+        self.create(place.file)?;
+        let Some(staged) = &mut self.files[place.file] else { return Ok(()) };
+        staged.waiting -= 1;
+        if place.len as usize != data.len() {
+            staged.broken = true;
+            return Ok(());
+        }
+        // Zeros become a hole, since the length is set at the end.
+        if data.iter().any(|&b| b != 0) {
+            let file = self.private.stage().open_for_writing(&staged.name)?;
+            file.write_all_at(data, place.offset)?;
+        }
+        Ok(())
+    }
+
+    fn settle_zeros(&mut self, number: usize, file: &File) {
+        for chunk in file.chunks().filter(ChunkRef::is_zero) {
+            self.settle(number, &chunk.hash, None);
+        }
+    }
+
+    /// Notes that a chunk is in its places in one file, or only in that at `offset`.
+    fn settle(&mut self, number: usize, hash: &Digest, offset: Option<u64>) {
+        let Some(places) = self.wanted.get_mut(hash) else { return };
+        let before = places.len();
+        places.retain(|place| {
+            place.file != number || offset.is_some_and(|offset| place.offset != offset)
+        });
+        let settled = before - places.len();
+        if places.is_empty() {
+            self.wanted.remove(hash);
+        }
+        if let Some(staged) = &mut self.files[number] {
+            staged.waiting -= settled;
+        }
+    }
+
+    /// Copies the content from a file here that has the same: a rename or a copy costs no transfer.
+    fn copy_same_content(
+        &mut self,
+        number: usize,
+        file: &File,
+        core: &Core,
+    ) -> Result<(), StageError> {
+        for source in core.index.with_content(&file.content, SOURCES)? {
+            let Some(staged) = &self.files[number] else { return Ok(()) };
+            let target = self.private.stage().open_for_writing(&staged.name)?;
+            if copy(&core.root, &source.row.path, target, file).unwrap_or(false) {
+                for chunk in file.chunks() {
+                    self.settle(number, &chunk.hash, None);
+                }
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies chunks from the version of the file that stands here.
+    fn copy_shared_chunks(
+        &mut self,
+        number: usize,
+        file: &File,
+        path: &WirePath,
+        core: &Core,
+    ) -> Result<(), StageError> {
+        if file.recipe.is_empty() {
+            return Ok(());
+        }
+        let Some(Entry::File(old)) = core.index.get(path)?.and_then(|found| found.row.local) else {
+            return Ok(());
+        };
+        let opened = core.root.parent_of(path).and_then(|(dir, leaf)| dir.open_file(leaf));
+        let Ok(source) = opened else { return Ok(()) };
+        let at: HashMap<Digest, u64> =
+            with_offsets(&old).map(|(chunk, offset)| (chunk.hash, offset)).collect();
+        let Some(staged) = &self.files[number] else { return Ok(()) };
+        let target = self.private.stage().open_for_writing(&staged.name)?;
+        let mut buffer = Vec::new();
+        for (chunk, offset) in with_offsets(file) {
+            let Some(&from) = at.get(&chunk.hash) else { continue };
+            buffer.resize(chunk.len as usize, 0);
+            // It may have been changed since it was hashed: the hash decides.
+            if source.read_exact_at(&mut buffer, from).is_ok() && Digest::of(&buffer) == chunk.hash
+            {
+                target.write_all_at(&buffer, offset)?;
+                self.settle(number, &chunk.hash, Some(offset));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why files cannot be put together, as opposed to a single one.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StageError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
+}
+
+impl From<StageError> for crate::sync::core::SyncError {
+    fn from(error: StageError) -> Self {
+        match error {
+            StageError::Io(error) => error.into(),
+            StageError::Index(error) => error.into(),
+            StageError::Hub(error) => error.into(),
+        }
+    }
+}
+
+fn with_offsets(file: &File) -> impl Iterator<Item = (ChunkRef, u64)> + '_ {
+    let mut next = 0;
+    file.chunks().map(move |chunk| {
+        let offset = next;
+        next += u64::from(chunk.len);
+        (chunk, offset)
+    })
+}
+
+/// Copies a whole file; false if it turns out not to have the wanted content.
+fn copy(
+    root: &RootDir,
+    path: &WirePath,
+    mut target: std::fs::File,
+    wanted: &File,
+) -> io::Result<bool> {
+    let (parent, leaf) = root.parent_of(path)?;
+    let mut source = parent.open_file(leaf)?;
+    // In the kernel, sharing blocks where the file system can.
+    let copied = io::copy(&mut io::Read::take(&mut source, wanted.size), &mut target)?;
+    if copied == wanted.size && hash_of(&target)? == wanted.content {
+        return Ok(true);
+    }
+    target.set_len(0)?;
+    Ok(false)
+}
+
+fn hash_of(file: &std::fs::File) -> io::Result<Digest> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 256 * 1024];
+    let mut offset = 0;
+    loop {
+        let read = file.read_at(&mut buffer, offset)?;
+        if read == 0 {
+            return Ok(hasher.finalize().into());
+        }
+        hasher.update(&buffer[..read]);
+        offset += read as u64;
+    }
+}

@@ -1,0 +1,195 @@
+//! Hints from the kernel that something changed here.
+//!
+//! An event only says where to look; the scan decides. So nothing is lost if events are, and nothing
+//! is believed of them. Every directory is watched by itself, before it is listed, each time it is
+//! scanned: watching one again costs little and heals what a rename left behind.
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cortex_shared::wire_path::WirePath;
+use notify::event::{EventKind, ModifyKind, RenameMode};
+use notify::{Config, ErrorKind, RecommendedWatcher, RecursiveMode, Watcher as _};
+use tokio::sync::Notify;
+
+use super::ignore::Ignore;
+use super::scan::Scope;
+
+/// More places than that are not remembered one by one: everything is looked at instead.
+const MAX_SCOPES: usize = 10_000;
+
+/// Where changes have to be looked for. Shared by the watcher and the engine.
+#[derive(Debug, Default)]
+pub(super) struct Dirty {
+    scopes: Mutex<HashSet<Scope>>,
+    changed: Notify,
+}
+
+impl Dirty {
+    fn lock(&self) -> MutexGuard<'_, HashSet<Scope>> {
+        self.scopes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a place and wakes the engine.
+    pub(super) fn add(&self, scope: Scope) {
+        let mut scopes = self.lock();
+        if scopes.contains(&Scope::Tree(None)) {
+            // Covers everything.
+        } else if scope == Scope::Tree(None) || scopes.len() >= MAX_SCOPES {
+            scopes.clear();
+            scopes.insert(Scope::Tree(None));
+        } else {
+            scopes.insert(scope);
+        }
+        drop(scopes);
+        self.changed.notify_one();
+    }
+
+    /// Takes all places, in the order of the tree.
+    pub(super) fn take(&self) -> Vec<Scope> {
+        let mut scopes: Vec<_> = std::mem::take(&mut *self.lock()).into_iter().collect();
+        scopes.sort_by(|a, b| a.directory().cmp(&b.directory()));
+        scopes
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    /// Waits until something is added.
+    pub(super) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+}
+
+/// Watches the directories of one workspace.
+pub(super) struct Watch {
+    watcher: RecommendedWatcher,
+    root: PathBuf,
+    /// The kernel watches no more directories: the rest is looked at from time to time.
+    pub(super) limited: bool,
+}
+
+impl Watch {
+    /// Begins without any directory.
+    pub(super) fn new(root: &Path, dirty: Arc<Dirty>) -> notify::Result<Self> {
+        let handler_root = root.to_owned();
+        let handler = move |event: notify::Result<notify::Event>| {
+            for scope in scopes_of(&handler_root, event) {
+                dirty.add(scope);
+            }
+        };
+        let config = Config::default().with_follow_symlinks(false);
+        let watcher = RecommendedWatcher::new(handler, config)?;
+        Ok(Self { watcher, root: root.to_owned(), limited: false })
+    }
+
+    /// Watches a directory (the root for `None`), if the kernel lets us.
+    pub(super) fn directory(&mut self, directory: Option<&WirePath>) {
+        let path = match directory {
+            Some(directory) => self.root.join(OsStr::from_bytes(directory.as_bytes())),
+            None => self.root.clone(),
+        };
+        match self.watcher.watch(&path, RecursiveMode::NonRecursive) {
+            Ok(()) => {}
+            Err(error) if matches!(error.kind, ErrorKind::MaxFilesWatch) => self.limited = true,
+            // It vanished between being found and being watched; whoever removed it made an event.
+            Err(error) => tracing::debug!(?path, %error, "cannot watch directory"),
+        }
+    }
+}
+
+fn scopes_of(root: &Path, event: notify::Result<notify::Event>) -> Vec<Scope> {
+    let Ok(event) = event else { return vec![Scope::Tree(None)] };
+    if event.need_rescan() {
+        return vec![Scope::Tree(None)];
+    }
+    // Our own reading makes these.
+    if matches!(event.kind, EventKind::Access(_)) {
+        return Vec::new();
+    }
+    let arrived = matches!(
+        event.kind,
+        EventKind::Modify(ModifyKind::Name(RenameMode::To | RenameMode::Both | RenameMode::Any))
+    );
+    let mut scopes = Vec::new();
+    for path in &event.paths {
+        let Ok(relative) = path.strip_prefix(root) else { continue };
+        let bytes = relative.as_os_str().as_bytes();
+        if bytes.is_empty() {
+            scopes.push(Scope::Children(None));
+            continue;
+        }
+        let Ok(path) = WirePath::new(bytes) else { continue };
+        if Ignore.ignores(&path) {
+            continue;
+        }
+        scopes.push(Scope::Children(path.parent()));
+        if arrived {
+            // A directory that was moved here has lost the watches below it.
+            scopes.push(Scope::Tree(Some(path)));
+        }
+    }
+    scopes
+}
+
+#[cfg(test)]
+mod tests {
+    use notify::Event;
+    use notify::event::{AccessKind, CreateKind, Flag};
+
+    use super::*;
+
+    fn scopes(event: Event) -> Vec<Scope> {
+        scopes_of(Path::new("/root"), Ok(event))
+    }
+
+    fn path(text: &str) -> Option<WirePath> {
+        Some(WirePath::new(text).unwrap())
+    }
+
+    #[test]
+    fn events_name_the_directory_to_look_at() {
+        let create =
+            |path: &str| Event::new(EventKind::Create(CreateKind::File)).add_path(path.into());
+        assert_eq!(scopes(create("/root/a/b")), [Scope::Children(path("a"))]);
+        assert_eq!(scopes(create("/root/a")), [Scope::Children(None)]);
+        assert_eq!(scopes(create("/root")), [Scope::Children(None)]);
+        assert!(scopes(create("/root/.git/index.lock")).is_empty());
+        assert!(scopes(create("/root/.cortex/stage/1")).is_empty());
+        assert!(scopes(create("/elsewhere")).is_empty());
+        let read = Event::new(EventKind::Access(AccessKind::Any)).add_path("/root/a".into());
+        assert!(scopes(read).is_empty());
+        let overflow = Event::new(EventKind::Other).set_flag(Flag::Rescan);
+        assert_eq!(scopes(overflow), [Scope::Tree(None)]);
+        let moved = Event::new(EventKind::Modify(ModifyKind::Name(RenameMode::To)))
+            .add_path("/root/a/d".into());
+        assert_eq!(scopes(moved), [Scope::Children(path("a")), Scope::Tree(path("a/d"))]);
+    }
+
+    #[test]
+    fn too_many_places_become_everything() {
+        let dirty = Dirty::default();
+        for number in 0..=MAX_SCOPES {
+            dirty.add(Scope::Children(path(&format!("d{number}"))));
+        }
+        dirty.add(Scope::Children(path("later")));
+        assert_eq!(dirty.take(), [Scope::Tree(None)]);
+        assert!(dirty.is_empty());
+    }
+
+    #[test]
+    fn a_file_in_a_watched_directory_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let dirty = Arc::new(Dirty::default());
+        let mut watch = Watch::new(folder.path(), dirty.clone()).unwrap();
+        watch.directory(None);
+        std::fs::write(folder.path().join("f"), b"x").unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(dirty.changed());
+        assert_eq!(dirty.take(), [Scope::Children(None)]);
+    }
+}

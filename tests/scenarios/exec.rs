@@ -1,0 +1,150 @@
+//! Running commands: output, exit codes, cancelling, losing the node.
+
+use std::process::{Command, Stdio};
+
+use cortex_tests::mesh::{As, Mesh, Operator};
+use cortex_tests::process::{Daemon, Outcome, run};
+use cortex_tests::is_root;
+use rustix::process::Signal;
+
+fn exec(operator: &Operator, node: &str, script: &str) -> Outcome {
+    operator.agent(&["exec", node, "-s", script])
+}
+
+#[test]
+fn exit_codes_and_both_streams_come_back() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let users = if is_root() { vec![As::Me, As::Unprivileged] } else { vec![As::Me] };
+    for (index, user) in users.into_iter().enumerate() {
+        let name = format!("n{index}");
+        let _node = mesh.node(&name, user);
+        let outcome = exec(&operator, &name, "echo to out; echo to err >&2; exit 7");
+        assert_eq!(outcome.code, 7, "{}", outcome.stderr);
+        assert_eq!(outcome.text(), "to out\n");
+        assert_eq!(outcome.stderr, "to err\n");
+        assert_eq!(operator.agent(&["exec", &name, "--", "true"]).code, 0);
+        assert_eq!(operator.agent(&["exec", &name, "--", "no-such-program"]).code, 127);
+        assert_eq!(exec(&operator, &name, "kill -TERM $$").code, 128 + 15);
+        let bytes = operator.agent(&["exec", &name, "--", "printf", r"\000\377\n"]).ok();
+        assert_eq!(bytes.stdout, b"\x00\xff\n", "output is bytes");
+        assert_eq!(exec(&operator, &name, "sleep 60 & exit 3").code, 3, "ends with its command");
+    }
+}
+
+#[test]
+fn every_byte_of_64_mib_arrives() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let _node = mesh.node("a", As::Me);
+    let script = "head -c 67108864 /dev/zero | tr '\\0' x; head -c 1048576 /dev/zero >&2";
+    let outcome = exec(&operator, "a", script);
+    assert_eq!(outcome.code, 0);
+    assert_eq!(outcome.stdout.len(), 64 << 20);
+    assert!(outcome.stdout.iter().all(|&byte| byte == b'x'));
+    assert_eq!(outcome.stderr.len(), 1 << 20);
+}
+
+#[test]
+fn a_missing_node_a_misspelt_one_and_an_offline_one_are_different_answers() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let mut node = mesh.node("web-3", As::Me);
+    let misspelt = exec(&operator, "wbe-3", "true");
+    assert_eq!(misspelt.code, 125);
+    assert!(misspelt.stderr.contains("did you mean \"web-3\""), "{}", misspelt.stderr);
+    node.stop();
+    let offline = exec(&operator, "web-3", "true");
+    assert_eq!(offline.code, 125);
+    assert!(offline.stderr.contains("offline"), "{}", offline.stderr);
+}
+
+#[test]
+fn interrupting_the_client_ends_the_command_on_the_node() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let _node = mesh.node("a", As::Me);
+    let mark = format!("cortex-mark-{}", rand::random::<u64>());
+    let script = format!("exec -a {mark} sleep 300 & echo started; wait");
+    let mut command = operator.command(&["exec", "a", "-s", &script]);
+    let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
+    client.line("that it started", |line| (line == "started").then_some(()));
+    assert!(runs(&mark), "the command runs");
+    client.signal(Signal::INT);
+    assert_eq!(client.wait().code(), Some(130));
+    assert!(!runs(&mark), "nothing of it is left");
+}
+
+/// Whether a process of this name exists anywhere on the machine.
+fn runs(mark: &str) -> bool {
+    let folders = std::fs::read_dir("/proc").unwrap().map_while(Result::ok);
+    folders.filter_map(|folder| std::fs::read(folder.path().join("cmdline")).ok()).any(|line| {
+        line.windows(mark.len()).any(|window| window == mark.as_bytes())
+            && !line.windows(4).any(|window| window == b"exec")
+    })
+}
+
+#[test]
+fn losing_the_node_is_told_at_once_and_is_not_the_commands_failure() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let mut node = mesh.node("a", As::Me);
+    let mut command = operator.command(&["exec", "a", "-s", "echo started; sleep 300"]);
+    let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
+    client.line("that it started", |line| (line == "started").then_some(()));
+    node.kill();
+    assert_eq!(client.wait().code(), Some(125));
+    let log = std::fs::read_to_string(mesh.path("client.log")).unwrap();
+    assert!(log.contains("lost"), "{log}");
+}
+
+#[test]
+fn a_viewer_runs_nothing_and_an_agent_token_only_in_workspaces() {
+    let mut mesh = Mesh::start();
+    let (viewer, token) = (mesh.operator("viewer"), mesh.operator("agent-token"));
+    let _node = mesh.node("a", As::Me);
+    let outcome = exec(&viewer, "a", "true");
+    assert_eq!(outcome.code, 126, "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("viewer"), "{}", outcome.stderr);
+    let outcome = exec(&token, "a", "true");
+    assert_eq!(outcome.code, 126, "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("workspace"), "{}", outcome.stderr);
+}
+
+#[test]
+fn permissive_is_refused_where_nobody_allowed_it() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("admin");
+    let _node = mesh.node("a", As::Me);
+    let outcome = operator.agent(&["exec", "a", "--mode", "permissive", "--", "true"]);
+    assert_eq!(outcome.code, 126, "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("policy"), "{}", outcome.stderr);
+}
+
+#[test]
+fn standard_input_is_passed_on_and_ends() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let _node = mesh.node("a", As::Me);
+    let input: Vec<u8> = (0..3_000_000_u32).map(|n| n as u8).collect();
+    let outcome = run(&mut operator.command(&["exec", "a", "-i", "--", "cat"]), &input).ok();
+    assert!(outcome.stdout == input);
+    let without = run(&mut operator.command(&["exec", "a", "--", "cat"]), b"ignored").ok();
+    assert!(without.stdout.is_empty());
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_its_command() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let _node = mesh.node("a", As::Me);
+    let mut flood =
+        operator.command(&["exec", "a", "--", "yes"]).stdout(Stdio::piped()).spawn().unwrap();
+    let output = flood.stdout.take().unwrap();
+    let head = Command::new("head").arg("-n1").stdin(output).output().unwrap();
+    assert_eq!(head.stdout, b"y\n");
+    // It ends by itself, without an error of its own making.
+    assert!(flood.wait().unwrap().code().is_some());
+    let listed = operator.agent(&["node", "list", "-o", "json"]).ok().json();
+    assert_eq!(listed[0]["state"], "online");
+}

@@ -1,0 +1,209 @@
+//! Workspaces on real nodes: the same files everywhere, whatever happens in between.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{Seek as _, SeekFrom, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+
+use cortex_tests::is_root;
+use cortex_tests::mesh::{As, Mesh, Node, Operator};
+use cortex_tests::process::Outcome;
+use cortex_tests::tree;
+use cortex_tests::wait::until;
+use rand::{Rng as _, SeedableRng as _};
+
+/// Two nodes with one workspace.
+struct Pair {
+    mesh: Mesh,
+    operator: Operator,
+    a: Node,
+    b: Node,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let mut mesh = Mesh::start();
+        let operator = mesh.operator("operator");
+        let _made: Outcome = operator.agent(&["workspace", "create", "w"]).ok();
+        let a = mesh.node("a", As::Me);
+        // Where possible the other one is of an unprivileged user.
+        let b = mesh.node("b", if is_root() { As::Unprivileged } else { As::Me });
+        let pair = Self { mesh, operator, a, b };
+        for node in ["a", "b"] {
+            let attach = ["workspace", "attach", "w", "--node", node];
+            let _attached: Outcome = pair.operator.agent(&attach).ok();
+        }
+        pair.settle();
+        pair
+    }
+
+    fn roots(&self) -> (PathBuf, PathBuf) {
+        (self.a.workspace("w"), self.b.workspace("w"))
+    }
+
+    /// Waits until all members that are online say they are at the head.
+    fn settle(&self) {
+        let _settled: Outcome = self.operator.agent(&["workspace", "status", "w", "--watch"]).ok();
+    }
+
+    /// Waits until both trees are equal and stay so.
+    fn converge(&self) {
+        let (a, b) = self.roots();
+        until("both copies are equal", || tree::read(&a) == tree::read(&b));
+        self.settle();
+        tree::assert_equal(&a, &b);
+    }
+}
+
+/// Bytes that do not compress, the same for the same seed.
+fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    rand::rngs::StdRng::seed_from_u64(seed).fill_bytes(&mut bytes);
+    bytes
+}
+
+fn allocated(path: &Path) -> u64 {
+    fs::metadata(path).unwrap().blocks() * 512
+}
+
+#[test]
+fn every_kind_of_file_arrives() {
+    let pair = Pair::new();
+    let (a, b) = pair.roots();
+    fs::write(a.join("exactly-4-mib"), noise(1, 4 << 20)).unwrap();
+    fs::write(a.join("empty"), b"").unwrap();
+    fs::create_dir_all(a.join("deep/er/and/deeper")).unwrap();
+    fs::write(a.join("deep/er/and/deeper/file"), b"x").unwrap();
+    fs::create_dir(a.join("empty-folder")).unwrap();
+    fs::write(a.join(OsStr::from_bytes(b"not-utf8-\xff\xfe")), b"name").unwrap();
+    fs::write(a.join("-rf\n *"), b"unusual name").unwrap();
+    fs::write(a.join("tool"), b"#!/bin/sh\n").unwrap();
+    fs::set_permissions(a.join("tool"), fs::Permissions::from_mode(0o755)).unwrap();
+    symlink("deep/er", a.join("link")).unwrap();
+    symlink("nowhere", a.join("dangling")).unwrap();
+    pair.converge();
+    assert_eq!(fs::read(b.join("exactly-4-mib")).unwrap(), noise(1, 4 << 20));
+    assert_eq!(fs::read_link(b.join("link")).unwrap(), Path::new("deep/er"));
+    assert!(b.join(OsStr::from_bytes(b"not-utf8-\xff\xfe")).exists());
+    let mode = fs::metadata(b.join("tool")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o111, 0o111 & mode, "executable");
+    assert_ne!(mode & 0o100, 0);
+    let owner = |path: &Path| fs::metadata(path).unwrap().uid();
+    assert_eq!(owner(&b.join("empty")), owner(&b), "files belong to the workspace's owner");
+
+    // And the other way: change, replace by another kind, delete.
+    fs::write(b.join("empty"), b"no longer").unwrap();
+    fs::remove_file(b.join("tool")).unwrap();
+    fs::create_dir(b.join("tool")).unwrap();
+    fs::write(b.join("tool/inside"), b"x").unwrap();
+    fs::remove_dir_all(b.join("deep")).unwrap();
+    fs::rename(b.join("exactly-4-mib"), b.join("renamed")).unwrap();
+    until("the changes arrived", || !a.join("deep").exists() && a.join("renamed").exists());
+    pair.converge();
+    assert_eq!(fs::read(a.join("empty")).unwrap(), b"no longer");
+    assert_eq!(fs::read(a.join("tool/inside")).unwrap(), b"x");
+}
+
+#[test]
+fn a_sparse_file_of_1_gib_arrives_and_stays_sparse() {
+    let pair = Pair::new();
+    let (a, b) = pair.roots();
+    let size = 1 << 30;
+    let mut file = fs::File::create(a.join("sparse")).unwrap();
+    file.set_len(size).unwrap();
+    file.seek(SeekFrom::Start(size / 2)).unwrap();
+    file.write_all(b"in the middle of nothing").unwrap();
+    drop(file);
+    until("the file arrived", || b.join("sparse").exists());
+    pair.converge();
+    assert_eq!(fs::metadata(b.join("sparse")).unwrap().len(), size);
+    let taken = allocated(&b.join("sparse"));
+    assert!(taken < 64 << 20, "{taken} bytes are allocated");
+}
+
+#[test]
+fn a_file_edited_on_both_sides_while_one_is_offline_leaves_one_conflict_copy_on_both() {
+    let mut pair = Pair::new();
+    let (a, b) = pair.roots();
+    fs::write(a.join("notes.txt"), b"common").unwrap();
+    until("the file arrived", || b.join("notes.txt").exists());
+    pair.converge();
+    pair.b.stop();
+    fs::write(a.join("notes.txt"), b"edited on a").unwrap();
+    fs::write(b.join("notes.txt"), b"edited on b").unwrap();
+    let head = |pair: &Pair| {
+        let status = pair.operator.agent(&["workspace", "status", "w", "-o", "json"]).ok().json();
+        status["head_seq"].as_u64().unwrap()
+    };
+    let before = head(&pair);
+    until("a's edit is committed", || head(&pair) > before);
+    pair.b.run();
+    let copies = |root: &Path| {
+        let names = fs::read_dir(root).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut copies: Vec<_> = names
+            .filter(|name| name.to_string_lossy().starts_with("notes.conflict-"))
+            .collect();
+        copies.sort();
+        copies
+    };
+    until("the conflict copy is on both", || copies(&a).len() == 1 && copies(&b).len() == 1);
+    pair.converge();
+    assert_eq!(copies(&a), copies(&b));
+    assert_eq!(fs::read(a.join("notes.txt")).unwrap(), b"edited on a", "the committed one stays");
+    assert_eq!(fs::read(a.join(&copies(&a)[0])).unwrap(), b"edited on b");
+    let listed = pair.operator.agent(&["workspace", "conflicts", "w", "-o", "json"]).ok().json();
+    assert_eq!(listed.as_array().unwrap().len(), 1);
+    assert_eq!(listed[0]["path"], "notes.txt");
+}
+
+#[test]
+fn a_hub_killed_in_the_middle_of_a_sync_loses_nothing() {
+    let mut pair = Pair::new();
+    let (a, b) = pair.roots();
+    for number in 0..50 {
+        fs::write(a.join(format!("part-{number}")), noise(number, 4 << 20)).unwrap();
+    }
+    // In the middle: the hub has content, and not all of it.
+    let packs = pair.mesh.path("hub/ws");
+    let stored = |folder: &Path| tree::read(folder).len();
+    until("some content is at the hub", || stored(&packs) > 12);
+    pair.mesh.kill_hub();
+    let arrived = fs::read_dir(&b).unwrap().count();
+    assert!(arrived < 50, "the sync was over before the hub was killed");
+    pair.mesh.start_hub();
+    pair.mesh.wait_online("a");
+    pair.mesh.wait_online("b");
+    until("all files arrived", || fs::read_dir(&b).unwrap().count() >= 50);
+    pair.converge();
+    for number in 0..50 {
+        let path = b.join(format!("part-{number}"));
+        assert!(fs::read(path).unwrap() == noise(number, 4 << 20), "part {number}");
+    }
+}
+
+#[test]
+fn what_was_written_while_a_node_was_dead_arrives_after_its_start() {
+    let mut pair = Pair::new();
+    let (a, b) = pair.roots();
+    pair.b.kill();
+    fs::write(a.join("from-a"), b"1").unwrap();
+    fs::write(b.join("from-b"), b"2").unwrap();
+    pair.b.run();
+    until("both arrived", || a.join("from-b").exists() && b.join("from-a").exists());
+    pair.converge();
+}
+
+#[test]
+fn a_command_sees_the_synced_files_and_what_it_writes_is_synced() {
+    let pair = Pair::new();
+    let (a, _) = pair.roots();
+    fs::write(a.join("input"), b"3\n1\n2\n").unwrap();
+    until("the input arrived", || pair.b.workspace("w").join("input").exists());
+    let script = ["exec", "b", "--workspace", "w", "-s", "sort input > output; mkdir d; cat output"];
+    let outcome = pair.operator.agent(&script).ok();
+    assert_eq!(outcome.text(), "1\n2\n3\n");
+    until("the output came back", || a.join("output").exists() && a.join("d").is_dir());
+    pair.converge();
+}

@@ -1,0 +1,320 @@
+//! A hub, its nodes and an operator.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::process::{Daemon, Outcome, run};
+use crate::{is_root, program};
+
+/// The user that unprivileged agents run as when the tests run as root. Any number that owns
+/// nothing will do.
+const UNPRIVILEGED: u32 = 54_321;
+
+/// As whom an agent runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum As {
+    /// As the user of the tests.
+    Me,
+    /// As a user without any rights, which only root can start.
+    Unprivileged,
+}
+
+/// See the module.
+pub struct Mesh {
+    scratch: TempDir,
+    hub: Option<Daemon>,
+    address: String,
+    operators: u32,
+}
+
+impl Mesh {
+    /// Starts a hub.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    #[must_use]
+    pub fn start() -> Self {
+        // Agents of another user live below it, too.
+        let scratch = tempfile::Builder::new()
+            .prefix("cortex-test-")
+            .permissions(std::fs::Permissions::from_mode(0o755))
+            .tempdir()
+            .expect("there is room for scratch files");
+        let mut mesh =
+            Self { scratch, hub: None, address: "127.0.0.1:0".to_owned(), operators: 0 };
+        mesh.start_hub();
+        mesh
+    }
+
+    /// Starts the hub, on the port it had before if it ran before.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn start_hub(&mut self) {
+        let mut command = Command::new(program("hubd-under-test"));
+        command.args(["serve", "--grpc", &self.address, "--data"]).arg(self.path("hub"));
+        let mut hub = Daemon::start("hub", &mut command, &self.path("hub.log"));
+        self.address = hub.line("its address", |line| {
+            line.strip_prefix("grpc listening on ").map(str::to_owned)
+        });
+        self.hub = Some(hub);
+    }
+
+    /// The hub's process.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn hub(&mut self) -> &mut Daemon {
+        self.hub.as_mut().expect("the hub runs")
+    }
+
+    /// `kill -9` to the hub.
+    pub fn kill_hub(&mut self) {
+        self.hub().kill();
+    }
+
+    /// Address and port of the hub.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// A path in the scratch directory.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.scratch.path().join(name)
+    }
+
+    /// Runs a command of `cortex-hubd` for this hub.
+    #[must_use]
+    pub fn hubd(&self, arguments: &[&str]) -> Outcome {
+        let mut command = Command::new(program("hubd-under-test"));
+        command.args(arguments).arg("--data").arg(self.path("hub"));
+        run(&mut command, b"")
+    }
+
+    /// The pin of the mesh's authority.
+    #[must_use]
+    pub fn pin(&self) -> String {
+        self.hubd(&["ca", "pin"]).ok().text().trim().to_owned()
+    }
+
+    /// A token that admits nodes, made with these further arguments of `invite create`.
+    ///
+    /// # Panics
+    /// If the hub gives none.
+    #[must_use]
+    pub fn invite(&self, arguments: &[&str]) -> String {
+        let all = [&["invite", "create", "-o", "json"], arguments].concat();
+        self.hubd(&all).ok().json()["token"].as_str().expect("a token").to_owned()
+    }
+
+    /// A node that has not joined.
+    #[must_use]
+    pub fn new_node(&self, name: &str, user: As) -> Node {
+        let home = self.path(name);
+        std::fs::create_dir(&home).expect("the scratch directory is writable");
+        let user = match user {
+            As::Me => None,
+            As::Unprivileged => {
+                std::os::unix::fs::chown(&home, Some(UNPRIVILEGED), Some(UNPRIVILEGED))
+                    .expect("root gives files away");
+                Some(UNPRIVILEGED)
+            }
+        };
+        let program = self.readable_agent();
+        let log = self.path(&format!("{name}.log"));
+        let node = Node { name: name.to_owned(), home, user, program, log, daemon: None };
+        std::fs::File::create(&node.log).expect("the scratch directory is writable");
+        node
+    }
+
+    /// A node that has joined and is connected.
+    ///
+    /// # Panics
+    /// If it cannot join.
+    #[must_use]
+    pub fn node(&self, name: &str, user: As) -> Node {
+        let mut node = self.new_node(name, user);
+        let _joined: Outcome = self.join(&node, &self.invite(&[]), &self.pin()).ok();
+        node.run();
+        self.wait_online(name);
+        node
+    }
+
+    /// Joins a node with this token and pin.
+    #[must_use]
+    pub fn join(&self, node: &Node, token: &str, pin: &str) -> Outcome {
+        let arguments =
+            ["join", &self.address, "--ca", pin, "--token-stdin", "--name", &node.name];
+        run(&mut node.command(&arguments), token.as_bytes())
+    }
+
+    /// Waits until the hub knows a node as connected.
+    ///
+    /// # Panics
+    /// If it never is.
+    pub fn wait_online(&self, name: &str) {
+        let wait = ["node", "wait", name, "--for", "online", "--timeout", "60s"];
+        let _online: Outcome = self.admin_context().agent(&wait).ok();
+    }
+
+    fn admin_context(&self) -> Operator {
+        let folder = self.path("admin");
+        if !folder.exists() {
+            return self.log_in("admin", "admin", folder);
+        }
+        Operator { config: folder }
+    }
+
+    /// A new operator that has logged in.
+    ///
+    /// # Panics
+    /// If it cannot.
+    #[must_use]
+    pub fn operator(&mut self, role: &str) -> Operator {
+        self.operators += 1;
+        let name = format!("{role}-{}", self.operators);
+        let folder = self.path(&name);
+        self.log_in(&name, role, folder)
+    }
+
+    fn log_in(&self, name: &str, role: &str, config: PathBuf) -> Operator {
+        let created = self.hubd(&["operator", "create", name, "--role", role, "-o", "json"]).ok();
+        let created: Value = created.json();
+        let text = |field: &str| created[field].as_str().expect("a text").to_owned();
+        let operator = Operator { config };
+        let mut command =
+            operator.command(&["login", &self.address, "--ca", &text("ca_pin"), "--token-stdin"]);
+        let _logged_in: Outcome = run(&mut command, text("token").as_bytes()).ok();
+        operator
+    }
+
+    /// A copy of the agent that every user can execute: the build directory may be private.
+    fn readable_agent(&self) -> PathBuf {
+        let copy = self.path("cortex-agent");
+        if !copy.exists() {
+            std::fs::copy(program("agent-under-test"), &copy).expect("there is room for a copy");
+            let mode = std::fs::Permissions::from_mode(0o755);
+            std::fs::set_permissions(&copy, mode).expect("our own file");
+        }
+        copy
+    }
+}
+
+/// A machine, as far as the mesh can tell: state, workspaces and agent of its own.
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    home: PathBuf,
+    user: Option<u32>,
+    program: PathBuf,
+    log: PathBuf,
+    daemon: Option<Daemon>,
+}
+
+impl Node {
+    /// A command of this node's agent.
+    #[must_use]
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(arguments);
+        self.environment(&mut command);
+        command
+    }
+
+    fn environment(&self, command: &mut Command) {
+        command
+            .env_remove("CORTEX_TOKEN")
+            .env("HOME", &self.home)
+            .env("CORTEX_STATE", self.home.join("state"))
+            .env("CORTEX_CONFIG_DIR", self.home.join("config"))
+            .current_dir(&self.home);
+        if let Some(user) = self.user {
+            assert!(is_root(), "only root starts agents as somebody else");
+            command.uid(user).gid(user);
+        }
+    }
+
+    /// Runs a command of this node's agent to its end.
+    #[must_use]
+    pub fn agent(&self, arguments: &[&str]) -> Outcome {
+        run(&mut self.command(arguments), b"")
+    }
+
+    /// Starts the daemon.
+    pub fn run(&mut self) {
+        let mut command = self.command(&["run"]);
+        self.daemon = Some(Daemon::start(&self.name, &mut command, &self.log));
+    }
+
+    /// The daemon.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn daemon(&mut self) -> &mut Daemon {
+        self.daemon.as_mut().expect("the agent runs")
+    }
+
+    /// `kill -9` to the daemon.
+    pub fn kill(&mut self) {
+        self.daemon().kill();
+    }
+
+    /// Stops the daemon in order.
+    ///
+    /// # Panics
+    /// If it does not stop, or not in order.
+    pub fn stop(&mut self) {
+        let status = self.daemon().terminate();
+        assert!(status.success(), "{} ended with {status}: {}", self.name, self.log());
+    }
+
+    /// What it has logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Its home directory.
+    #[must_use]
+    pub fn home(&self) -> &Path {
+        &self.home
+    }
+
+    /// Where a workspace of it lies.
+    #[must_use]
+    pub fn workspace(&self, name: &str) -> PathBuf {
+        self.home.join("cortex").join(name)
+    }
+}
+
+/// Somebody who commands nodes: a configuration directory with a login.
+pub struct Operator {
+    config: PathBuf,
+}
+
+impl Operator {
+    /// A command of this operator.
+    #[must_use]
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program("agent-under-test"));
+        command
+            .args(arguments)
+            .env_remove("CORTEX_TOKEN")
+            .env_remove("CORTEX_STATE")
+            .env("CORTEX_CONFIG_DIR", &self.config);
+        command
+    }
+
+    /// Runs a command of this operator to its end.
+    #[must_use]
+    pub fn agent(&self, arguments: &[&str]) -> Outcome {
+        run(&mut self.command(arguments), b"")
+    }
+}
