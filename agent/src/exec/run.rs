@@ -16,7 +16,7 @@ use super::request::{
     CommandControl, CommandEvent, CommandExit, CommandRequest, CommandVerdict, OutputStream,
 };
 use super::stdin::Stdin;
-use crate::sandbox::{Ending, LaunchError, Launched, Launcher, StageHandle, StageMessage};
+use crate::sandbox::{Absent, Ending, LaunchError, Launched, Launcher, StageHandle, StageMessage};
 
 /// Longest time from starting the stage to the command being executed.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -64,11 +64,14 @@ impl Executor {
         let mode = request.mode;
         let mut exit = match self.start(request).await {
             Err(exit) => exit,
-            Ok((launched, time_limit)) => {
+            Ok((mut launched, time_limit)) => {
+                let absent = std::mem::take(&mut launched.absent);
                 let deadline = begun + time_limit;
-                Running::new(launched, mode, initial_credit, deadline, control, events.clone())
-                    .run()
-                    .await
+                let exit =
+                    Running::new(launched, mode, initial_credit, deadline, control, events.clone())
+                        .run()
+                        .await;
+                name_what_appeared(exit, absent).await
             }
         };
         exit.duration = begun.elapsed();
@@ -104,6 +107,21 @@ impl Executor {
             }
         }
     }
+}
+
+/// Says what a command left in its workspace that programs outside the sandbox would obey.
+async fn name_what_appeared(mut exit: CommandExit, absent: Absent) -> CommandExit {
+    // A panic there would be a mistake of ours, and no reason to hide how the command ended.
+    let appeared = tokio::task::spawn_blocking(move || absent.present()).await.unwrap_or_default();
+    if exit.hint.is_none() && !appeared.is_empty() {
+        let names: Vec<_> = appeared.iter().map(|name| name.display().to_string()).collect();
+        exit.hint = Some(format!(
+            "it created {}, which programs outside the sandbox obey: look at it before using git, \
+             a shell or an editor in this workspace",
+            names.join(", ")
+        ));
+    }
+    exit
 }
 
 fn verdict(verdict: CommandVerdict, reason: String, hint: Option<String>) -> CommandExit {

@@ -31,7 +31,7 @@ use super::workspace::{self, Prepared};
 const SYSTEM: [&str; 8] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "libexec"];
 
 /// Files and directories of `/etc` that programs need and that hold no secrets.
-const ETC: [&str; 42] = [
+const ETC: [&str; 41] = [
     "ld.so.cache",
     "ld.so.conf",
     "ld.so.conf.d",
@@ -48,7 +48,6 @@ const ETC: [&str; 42] = [
     "localtime",
     "timezone",
     "profile",
-    "profile.d",
     "bash.bashrc",
     "bashrc",
     "inputrc",

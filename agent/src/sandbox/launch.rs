@@ -20,6 +20,7 @@ use tokio::process::Child;
 
 use super::channel;
 use super::identity::{self, NoIdentity};
+use super::planted::Absent;
 use super::remedy::Refusal;
 use super::spec::{
     Action, Confinement, Ending, Limits, MAX_SPEC_BYTES, Network, Order, Report, STAGE_NAME, Spec,
@@ -165,6 +166,7 @@ impl Launcher {
             stdout,
             stderr,
             stdin: stdin.map(|(sender, _)| sender),
+            absent: files.absent,
             stage: StageHandle {
                 control: UnixDatagram::from_std(ours.into())
                     .map_err(io_error("watch the control socket"))?,
@@ -184,6 +186,7 @@ fn output_pipe() -> Result<(OwnedFd, pipe::Receiver), LaunchError> {
 struct Files {
     spec: OwnedFd,
     script: Option<OwnedFd>,
+    absent: Absent,
 }
 
 impl Files {
@@ -193,6 +196,10 @@ impl Files {
             .as_deref()
             .map(|root| workspace::check(root, &command.forbidden))
             .transpose()?;
+        let absent = match (&workspace, command.mode) {
+            (Some(workspace), Mode::Strict) => Absent::in_workspace(&workspace.path),
+            _ => Absent::default(),
+        };
         let (action, script) = match command.program {
             Program::Arguments(arguments) => (Action::Program(arguments), None),
             Program::Script(text) => (Action::Script, Some(sealed(&text)?)),
@@ -223,7 +230,7 @@ impl Files {
         if u64::try_from(spec.len()).map_or(true, |length| length > MAX_SPEC_BYTES) {
             return Err(LaunchError::TooLong);
         }
-        Ok(Self { spec: sealed(&spec)?, script })
+        Ok(Self { spec: sealed(&spec)?, script, absent })
     }
 }
 
@@ -250,6 +257,8 @@ pub struct Launched {
     pub stderr: pipe::Receiver,
     /// Its standard input, where it was asked for.
     pub stdin: Option<pipe::Sender>,
+    /// Names that its workspace did not have before; empty in permissive mode.
+    pub absent: Absent,
     /// Its life.
     pub stage: StageHandle,
 }

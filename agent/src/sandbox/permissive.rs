@@ -7,7 +7,7 @@
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use rustix::process::{Pid, Signal, WaitOptions, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, wait};
 
 use super::spec::{Context as _, SetupError, Step};
 use super::stage::{self, Job};
@@ -47,7 +47,7 @@ fn end_descendants() {
             rustix::process::kill_process(pid, Signal::KILL).ok();
         }
         loop {
-            match waitpid(None, WaitOptions::empty()) {
+            match wait(WaitOptions::empty()) {
                 // Other children may have come in the meantime.
                 Ok(_) => break,
                 Err(rustix::io::Errno::INTR) => {}

@@ -120,6 +120,8 @@ fn run(job: Job, control: &OwnedFd) -> Result<(), SetupError> {
     // A command that eats all memory must be the first to go, not the agent. Raising the value
     // needs no privilege, and the whole sandbox inherits it.
     std::fs::write("/proc/self/oom_score_adj", "500").ok();
+    // An interrupt typed at the agent's terminal is for the agent, which ends its commands in order.
+    rustix::process::setsid().step(Step::Process, "start a session")?;
     // Nothing here may keep the agent's working directory busy.
     rustix::process::chdir("/").step(Step::Process, "leave the agent's directory")?;
     match job.spec.confinement.clone() {

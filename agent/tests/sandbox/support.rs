@@ -15,6 +15,10 @@ pub(crate) const PLENTY: u64 = 1 << 40;
 /// Nothing here takes this long unless it hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+pub(crate) fn launcher() -> Launcher {
+    Launcher::with_stage(env!("CARGO_BIN_EXE_cortex-agent"))
+}
+
 pub(crate) fn script(text: &str) -> CommandRequest {
     CommandRequest { script: Some(text.as_bytes().to_vec()), ..CommandRequest::default() }
 }
@@ -59,7 +63,7 @@ impl Finished {
 
 impl Running {
     pub(crate) fn start(request: CommandRequest, credit: u64) -> Self {
-        let executor = Executor::new(Launcher::with_stage(env!("CARGO_BIN_EXE_cortex-agent")));
+        let executor = Executor::new(launcher());
         let (control, orders) = mpsc::channel(16);
         let (sender, events) = mpsc::channel(4);
         tokio::spawn(async move { executor.run(request, credit, orders, sender).await });
