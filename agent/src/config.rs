@@ -17,7 +17,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use cortex_shared::durable;
-use cortex_shared::ids::WorkspaceId;
 use cortex_shared::policy::Mode;
 use serde::{Deserialize, Serialize};
 
@@ -136,12 +135,6 @@ impl StateDir {
     #[must_use]
     pub fn lock(&self) -> PathBuf {
         self.0.join("agent.lock")
-    }
-
-    /// What the agent keeps about one workspace.
-    #[must_use]
-    pub fn workspace(&self, id: WorkspaceId) -> PathBuf {
-        self.0.join("workspaces").join(id.to_string())
     }
 
     fn settings(&self) -> PathBuf {

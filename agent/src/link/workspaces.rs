@@ -17,10 +17,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::report;
 use super::request::Refusal;
 use crate::client::{HubClient, Purpose};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
-use crate::sync::{self, TonicHub, WorkspaceConfig, WorkspaceHandle};
+use crate::sync::tonic_hub::TonicHub;
+use crate::sync::{self, WorkspaceConfig, WorkspaceHandle};
 
 /// Shortest time between two reports of one node.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -148,7 +150,7 @@ impl Workspaces {
         let engines = lock(&self.inner.engines);
         let mut list: Vec<v1::SyncStatus> = engines
             .values()
-            .map(|engine| v1::SyncStatus::from(&*engine.handle.status().borrow()))
+            .map(|engine| report::sync_status(&engine.handle.status().borrow()))
             .collect();
         list.sort_by(|a, b| a.workspace.cmp(&b.workspace));
         list
@@ -252,7 +254,7 @@ impl Workspaces {
             id: membership.id,
             name: membership.name.clone(),
             root: root.clone(),
-            state_dir: self.inner.state.workspace(membership.id),
+            state_dir: self.inner.state.path().to_owned(),
         };
         let hub = TonicHub::new(self.inner.hub.connect_lazy(Purpose::Bulk));
         let scope = scope.child();
