@@ -34,6 +34,7 @@ pub mod scan;
 pub mod status;
 #[cfg(test)]
 mod tests;
+pub mod tonic_hub;
 mod transfer;
 mod watch;
 

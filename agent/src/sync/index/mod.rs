@@ -496,18 +496,15 @@ impl Writer<'_> {
     /// # Errors
     /// Those of SQLite, and a damaged row.
     pub fn set_absent_below(&mut self, directory: &WirePath) -> Result<(), IndexError> {
-        let paths = {
-            let sql = "SELECT key FROM entry WHERE key > ? AND key < ? \
-                       AND (local IS NOT NULL OR unknown != 0)";
-            let mut statement = self.database.prepare_cached(sql)?;
-            let keys = statement
-                .query_map([bounded(directory, 0), bounded(directory, 1)], |row| {
-                    row.get::<_, Vec<u8>>(0)
-                })?
-                .collect::<Result<Vec<_>, _>>()?;
-            keys
-        };
-        for key in paths {
+        let sql = "SELECT key FROM entry WHERE key > ? AND key < ? \
+                   AND (local IS NOT NULL OR unknown != 0)";
+        let range = [bounded(directory, 0), bounded(directory, 1)];
+        let keys = self
+            .database
+            .prepare_cached(sql)?
+            .query_map(range, |row| row.get::<_, Vec<u8>>(0))?
+            .collect::<Result<Vec<_>, _>>()?;
+        for key in keys {
             let path =
                 WirePath::from_sort_key(&key).map_err(|_| IndexError::Damaged { what: "path" })?;
             self.set_local(&path, Seen::Absent)?;

@@ -96,6 +96,13 @@ impl Node {
     }
 }
 
+/// Bytes that do not compress, the same for the same seed.
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
 fn collect(root: &Path, directory: &Path, tree: &mut BTreeMap<Vec<u8>, String>) {
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
