@@ -96,6 +96,7 @@ pub(super) fn resolve(
         mode: request.mode,
         network: request.network,
         limits,
+        limits_asked_for: request.limits != RequestedLimits::default(),
         stdin: request.stdin,
         read_only: request.read_only_paths,
         forbidden: request.forbidden_paths,

@@ -4,6 +4,7 @@
 //! waits for the receiver of events alone, so a stalled reader cannot keep a cancel from working.
 
 use std::collections::VecDeque;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use cortex_shared::policy::Mode;
@@ -16,7 +17,9 @@ use super::request::{
     CommandControl, CommandEvent, CommandExit, CommandRequest, CommandVerdict, OutputStream,
 };
 use super::stdin::Stdin;
-use crate::sandbox::{Absent, Ending, LaunchError, Launched, Launcher, StageHandle, StageMessage};
+use crate::sandbox::{
+    Absent, Ending, Group, LaunchError, Launched, Launcher, StageHandle, StageMessage,
+};
 
 /// Longest time from starting the stage to the command being executed.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -28,23 +31,38 @@ const MAX_GRACE: Duration = Duration::from_secs(10 * 60);
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs commands.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Executor {
     launcher: Launcher,
 }
 
-/// Runs one command with the running program as the sandbox stage. See [`Executor::run`].
+/// Runs one command with the executor of this process, which is prepared by the first call. See
+/// [`Executor::run`].
 pub async fn run(
     request: CommandRequest,
     initial_credit: u64,
     control: mpsc::Receiver<CommandControl>,
     events: mpsc::Sender<CommandEvent>,
 ) {
-    Executor::default().run(request, initial_credit, control, events).await;
+    Executor::of_this_process().run(request, initial_credit, control, events).await;
 }
 
 impl Executor {
-    /// With another program as the sandbox stage.
+    /// The one executor of this process, with the running program as the sandbox stage and with
+    /// control groups where they are to be had. The first call prepares it, which may move this
+    /// process to another control group.
+    pub fn of_this_process() -> &'static Self {
+        static SHARED: OnceLock<Executor> = OnceLock::new();
+        SHARED.get_or_init(|| Self::new(Launcher::default().with_control_groups()))
+    }
+
+    /// What starts its commands.
+    #[must_use]
+    pub fn launcher(&self) -> &Launcher {
+        &self.launcher
+    }
+
+    /// With a launcher of its own.
     #[must_use]
     pub fn new(launcher: Launcher) -> Self {
         Self { launcher }
@@ -66,12 +84,13 @@ impl Executor {
             Err(exit) => exit,
             Ok((mut launched, time_limit)) => {
                 let absent = std::mem::take(&mut launched.absent);
+                let group = std::mem::take(&mut launched.group);
                 let deadline = begun + time_limit;
                 let exit =
                     Running::new(launched, mode, initial_credit, deadline, control, events.clone())
                         .run()
                         .await;
-                name_what_appeared(exit, absent).await
+                look_back(exit, absent, group).await
             }
         };
         exit.duration = begun.elapsed();
@@ -109,10 +128,15 @@ impl Executor {
     }
 }
 
-/// Says what a command left in its workspace that programs outside the sandbox would obey.
-async fn name_what_appeared(mut exit: CommandExit, absent: Absent) -> CommandExit {
+/// Says what only shows afterwards: why it was killed, and what it left in its workspace that
+/// programs outside the sandbox would obey.
+async fn look_back(mut exit: CommandExit, absent: Absent, group: Group) -> CommandExit {
+    let look = tokio::task::spawn_blocking(move || (absent.present(), group.ran_out_of_memory()));
     // A panic there would be a mistake of ours, and no reason to hide how the command ended.
-    let appeared = tokio::task::spawn_blocking(move || absent.present()).await.unwrap_or_default();
+    let (appeared, out_of_memory) = look.await.unwrap_or_default();
+    if exit.hint.is_none() && out_of_memory {
+        exit.hint = Some("it ran out of memory: allow it more".to_owned());
+    }
     if exit.hint.is_none() && !appeared.is_empty() {
         let names: Vec<_> = appeared.iter().map(|name| name.display().to_string()).collect();
         exit.hint = Some(format!(

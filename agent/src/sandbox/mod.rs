@@ -16,6 +16,7 @@
 //! in `syscalls` only. Deliberately absent: a setuid helper, acting twice on one path, any way to
 //! weaken strict mode from within a request.
 
+mod cgroup;
 mod channel;
 mod filesystem;
 mod identity;
@@ -40,6 +41,7 @@ mod stage;
 mod syscalls;
 mod workspace;
 
+pub use cgroup::Group;
 pub use identity::NoIdentity;
 pub use launch::{Command, LaunchError, Launched, Launcher, Program, StageHandle, StageMessage};
 pub use planted::Absent;

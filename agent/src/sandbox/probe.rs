@@ -20,6 +20,8 @@ pub struct Capabilities {
     pub landlock_abi: u32,
     /// The kernel filters system calls.
     pub seccomp: bool,
+    /// Where limits of a whole command are enforced: "v2", "v1" or "none".
+    pub control_groups: &'static str,
     /// This process may create user namespaces.
     pub user_namespaces: bool,
     /// This process is root, so commands run as another user.
@@ -45,6 +47,7 @@ impl Launcher {
                 .is_none_or(|refusal| !matches!(refusal.what, "namespaces" | "user namespace")),
             missing: missing.into_iter().collect(),
             landlock_abi: landlock_abi.unwrap_or(0),
+            control_groups: self.control_groups(),
             seccomp: rustix::thread::secure_computing_mode().is_ok(),
             root: rustix::process::geteuid().is_root(),
         }
@@ -91,6 +94,7 @@ fn empty_command() -> Command {
             file_bytes: MEBIBYTE,
             temporary_bytes: MEBIBYTE,
         },
+        limits_asked_for: true,
         stdin: false,
         read_only: Vec::new(),
         forbidden: Vec::new(),
@@ -111,7 +115,7 @@ impl From<&Capabilities> for v1::SandboxReport {
                 })
                 .collect(),
             landlock_abi: found.landlock_abi,
-            cgroup: "none".to_owned(),
+            cgroup: found.control_groups.to_owned(),
             seccomp: found.seccomp,
             user_namespaces: found.user_namespaces,
             root: found.root,

@@ -36,6 +36,19 @@ pub(super) struct Spec {
     /// A pipe for standard input comes with the specification; otherwise the command reads
     /// end-of-file.
     pub(super) stdin: bool,
+    /// Descriptors of control groups that come with the specification.
+    pub(super) control_group: ControlGroup,
+}
+
+/// How the command enters its control group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum ControlGroup {
+    /// It has none.
+    None,
+    /// By being created in the one directory that comes.
+    BornInto,
+    /// By the monitor writing itself to each of so many files that come.
+    Joined(usize),
 }
 
 /// How the command is confined.

@@ -7,7 +7,7 @@ use cortex_agent::exec::{CommandRequest, CommandVerdict, RequestedLimits};
 use cortex_agent::sandbox::Network;
 use tempfile::TempDir;
 
-use crate::support::{in_workspace, run, script, succeeds_outside, token};
+use crate::support::{in_workspace, launcher, run, script, succeeds_outside, token};
 
 /// A process outside that must survive; ended by its id when dropped.
 struct Victim(std::process::Child);
@@ -202,6 +202,25 @@ async fn limits_hold() {
     };
     let ran = run(request).await;
     assert!(!ran.succeeded() && ran.stdout.is_empty(), "{ran:?}");
+}
+
+#[tokio::test]
+async fn memory_is_limited_for_all_processes_together() {
+    let eat = "for i in 1 2 3 4; do perl -e '$x = \"x\" x (60 << 20); sleep 2; print \"$i\\n\"' & \
+               done; wait";
+    assert!(succeeds_outside(eat, Path::new("/")), "too little memory for this test");
+    let groups = launcher().control_groups();
+    if groups == "none" {
+        eprintln!("skipped: no control groups for this user, so memory is limited by process only");
+        return;
+    }
+    let request = CommandRequest {
+        limits: RequestedLimits { memory_bytes: Some(128 << 20), ..RequestedLimits::default() },
+        ..script(eat)
+    };
+    let ran = run(request).await;
+    assert!(ran.stdout.lines().count() < 4, "{groups}: {ran:?}");
+    assert!(ran.exit.hint.unwrap().contains("memory"));
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Running a command and gathering what it does.
 
 use std::path::Path;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use cortex_agent::exec::{
@@ -15,8 +16,12 @@ pub(crate) const PLENTY: u64 = 1 << 40;
 /// Nothing here takes this long unless it hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// One for all tests, as a process has one.
 pub(crate) fn launcher() -> Launcher {
-    Launcher::with_stage(env!("CARGO_BIN_EXE_cortex-agent"))
+    static LAUNCHER: LazyLock<Launcher> = LazyLock::new(|| {
+        Launcher::with_stage(env!("CARGO_BIN_EXE_cortex-agent")).with_control_groups()
+    });
+    LAUNCHER.clone()
 }
 
 pub(crate) fn script(text: &str) -> CommandRequest {
