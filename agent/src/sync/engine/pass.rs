@@ -21,6 +21,8 @@ const WINDOW_ROWS: u32 = 20_000;
 /// Deletions within a minute that need nobody's word, whatever the size of the workspace.
 const FREE_DELETIONS: usize = 100;
 const DELETION_WINDOW: Duration = Duration::from_secs(60);
+/// How long changes here wait for a pull that goes on: it is then interrupted between two groups.
+const LONGEST_PULL: Duration = Duration::from_secs(5);
 /// Passes over all windows in one round. Two members that change the same paths all the time make
 /// more than a few; a mistake of ours must not make it endless.
 const MAX_SWEEPS: usize = 50;
@@ -106,8 +108,9 @@ impl<H: Hub> Engine<H> {
             }
             if !plan.local.is_empty() {
                 self.progress.state(SyncState::Applying);
-                let dirty = work.dirty.clone();
-                let urgent = move || !dirty.is_empty();
+                // Our own changes make hints as well, so a hint alone is no reason to stop.
+                let (dirty, begun) = (work.dirty.clone(), Instant::now());
+                let urgent = move || begun.elapsed() > LONGEST_PULL && !dirty.is_empty();
                 let pulled = pull(&mut self.session(work), plan.local, urgent).await?;
                 sweep.unapplied += unapplied - pulled.applied.min(unapplied);
                 take_pulled(work, pulled, &mut sweep);
