@@ -1,1 +1,3 @@
 //! What the hub remembers.
+
+pub mod workspace;

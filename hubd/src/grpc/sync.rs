@@ -1,0 +1,284 @@
+//! The `Sync` service: content and versions of workspaces, for their members.
+//!
+//! A call names a workspace and is refused unless its caller, who is known by its certificate alone,
+//! is a member. Streams ask again for each message, so that an ended membership ends them.
+
+mod convert;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use cortex_proto::v1::sync_server::{Sync, SyncServer};
+use cortex_proto::{MAX_MESSAGE_BYTES, v1};
+use cortex_shared::ids::{NodeId, WorkspaceId};
+use futures_util::stream::{self, Stream, StreamExt as _, TryStreamExt as _};
+use prost::Message as _;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use super::auth::{AdmittedNode, admitted};
+use super::status::{internal, invalid, refuse, with_retry_after};
+use crate::store::workspace::StoreError;
+use crate::sync::{SyncError, WorkspaceHub, Workspaces};
+
+/// Packs of one stream that are worked on at the same time: while one is flushed to disk, others
+/// are received, checked and flushed with it.
+const PACKS_UNDER_WAY: usize = 4;
+/// Packs of one stream that are read ahead of the member.
+const PACKS_AHEAD: usize = 2;
+/// Largest page of changes, unless a single change is larger.
+const PAGE_BYTES: usize = 1024 * 1024;
+
+/// Who is a member of what.
+pub trait Membership: Send + std::marker::Sync + 'static {
+    /// Whether a node is a member of a workspace. Asked often, answered from memory.
+    fn is_member(&self, node: NodeId, workspace: WorkspaceId) -> bool;
+    /// The name of a workspace.
+    fn workspace_name(&self, workspace: WorkspaceId) -> Option<String>;
+}
+
+/// The service. Cheap to clone.
+#[derive(Clone)]
+pub struct SyncService {
+    workspaces: Arc<Workspaces>,
+    membership: Arc<dyn Membership>,
+}
+
+/// A member and the workspace it asks for.
+#[derive(Clone)]
+struct Member {
+    node: NodeId,
+    workspace: Arc<WorkspaceHub>,
+}
+
+impl SyncService {
+    /// Serves these workspaces to their members.
+    #[must_use]
+    pub fn new(workspaces: Arc<Workspaces>, membership: Arc<dyn Membership>) -> Self {
+        Self { workspaces, membership }
+    }
+
+    /// The service with the message limits of the protocol.
+    #[must_use]
+    pub fn into_server(self) -> SyncServer<Self> {
+        SyncServer::new(self)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    async fn member(&self, node: NodeId, workspace_id: &[u8]) -> Result<Member, Status> {
+        let id = convert::workspace_id(workspace_id)?;
+        self.check_member(node, id)?;
+        let workspace = self.workspaces.workspace(id).await.map_err(status)?;
+        Ok(Member { node, workspace })
+    }
+
+    fn check_member(&self, node: NodeId, workspace: WorkspaceId) -> Result<(), Status> {
+        if self.membership.is_member(node, workspace) {
+            return Ok(());
+        }
+        // The same for a workspace that does not exist: who is no member need not know.
+        let text = "this node is not a member of the workspace";
+        Err(refuse(Code::PermissionDenied, "not_a_member", text))
+    }
+
+    async fn put_pack(&self, node: NodeId, put: v1::PutPack) -> Result<PutFuture, Status> {
+        let Member { workspace, .. } = self.member(node, &put.workspace_id).await?;
+        let room = workspace.incoming_room(node, put.pack.len()).await;
+        Ok(Box::pin(async move {
+            let ack = workspace.put_pack(put.pack, room).await.map_err(status)?;
+            let pack_hash = convert::wire_digest(&ack.hash);
+            Ok(v1::PutPackAck { pack_hash, duplicate: ack.duplicate })
+        }))
+    }
+}
+
+/// Ends a stream with a status when the hub shuts down, so that a member that is silent, or does not
+/// read, does not hold the shutdown up.
+fn until_closing<T: Send + 'static>(
+    closing: CancellationToken,
+    answers: impl Stream<Item = Result<T, Status>> + Send + 'static,
+) -> Answers<T> {
+    let answers = answers.take_until(closing.clone().cancelled_owned());
+    let last =
+        stream::once(async move { closing.is_cancelled() }).filter_map(|closing| async move {
+            let refusal = || refuse(Code::Unavailable, "shutting_down", "the hub is shutting down");
+            closing.then(|| Err(refusal()))
+        });
+    Box::pin(answers.chain(last))
+}
+
+type PutFuture = Pin<Box<dyn Future<Output = Result<v1::PutPackAck, Status>> + Send>>;
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Sync for SyncService {
+    async fn head(
+        &self,
+        request: Request<v1::HeadRequest>,
+    ) -> Result<Response<v1::HeadResponse>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let Member { node, workspace } =
+            self.member(node_id, &request.get_ref().workspace_id).await?;
+        let head = *workspace.head().borrow();
+        Ok(Response::new(v1::HeadResponse {
+            epoch: Bytes::copy_from_slice(head.epoch.as_bytes()),
+            seq: head.seq,
+            root_digest: convert::wire_digest(&head.root),
+            name: self.membership.workspace_name(workspace.id()).unwrap_or_default(),
+            applied_seq: workspace.applied(node).await.map_err(status)?,
+        }))
+    }
+
+    async fn have(
+        &self,
+        request: Request<v1::HaveRequest>,
+    ) -> Result<Response<v1::HaveResponse>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let request = request.into_inner();
+        let Member { workspace, .. } = self.member(node_id, &request.workspace_id).await?;
+        let chunks = convert::hashes(&request.chunks)?;
+        let answers = workspace.have(chunks).await.map_err(status)?;
+        Ok(Response::new(v1::HaveResponse { bitmap: convert::bitmap(&answers) }))
+    }
+
+    type PutPacksStream = Answers<v1::PutPackAck>;
+
+    async fn put_packs(
+        &self,
+        request: Request<Streaming<v1::PutPack>>,
+    ) -> Result<Response<Self::PutPacksStream>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let service = self.clone();
+        // One message is taken in at a time, and waits for its room before the next one is; then
+        // several are worked on at once, and answered in order.
+        let acks = request
+            .into_inner()
+            .and_then(move |put| {
+                let service = service.clone();
+                async move { service.put_pack(node_id, put).await }
+            })
+            .try_buffered(PACKS_UNDER_WAY);
+        Ok(Response::new(until_closing(self.workspaces.closing(), acks)))
+    }
+
+    async fn commit(
+        &self,
+        request: Request<v1::CommitRequest>,
+    ) -> Result<Response<v1::CommitResponse>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let request = request.into_inner();
+        let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
+        let room = workspace.incoming_room(node, request.encoded_len()).await;
+        let commit = convert::commit(request, node)?;
+        let result = workspace.commit(commit).await.map_err(status)?;
+        drop(room);
+        Ok(Response::new(convert::wire_result(result)))
+    }
+
+    type ChangesStream = Answers<v1::ChangesPage>;
+
+    async fn changes(
+        &self,
+        request: Request<v1::ChangesRequest>,
+    ) -> Result<Response<Self::ChangesStream>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let request = request.into_inner();
+        let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
+        let service = self.clone();
+        let pages = stream::try_unfold(Some(request.after_seq), move |after| {
+            let (service, workspace) = (service.clone(), workspace.clone());
+            async move {
+                let Some(after) = after else { return Ok(None) };
+                service.check_member(node, workspace.id())?;
+                let page = workspace.changes(after, PAGE_BYTES).await.map_err(status)?;
+                let next = (page.last_seq < page.head.seq).then_some(page.last_seq);
+                Ok::<_, Status>(Some((convert::wire_page(page), next)))
+            }
+        });
+        Ok(Response::new(until_closing(self.workspaces.closing(), pages)))
+    }
+
+    type GetPacksStream = Answers<v1::Pack>;
+
+    async fn get_packs(
+        &self,
+        request: Request<v1::GetPacksRequest>,
+    ) -> Result<Response<Self::GetPacksStream>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let request = request.into_inner();
+        let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
+        let chunks = convert::hashes(&request.chunks)?;
+        let packs = workspace.packs_of(chunks).await.map_err(status)?;
+        // Held as long as the stream: a member that does not read keeps its own room only.
+        let room = workspace.outgoing_room(node, PACKS_AHEAD * MAX_MESSAGE_BYTES).await;
+        let service = self.clone();
+        let packs = stream::iter(packs)
+            .map(move |pack| {
+                let _held = &room;
+                let (service, workspace) = (service.clone(), workspace.clone());
+                async move {
+                    service.check_member(node, workspace.id())?;
+                    let pack = workspace.read_pack(pack).await.map_err(status)?;
+                    Ok(v1::Pack { pack })
+                }
+            })
+            .buffered(PACKS_AHEAD);
+        Ok(Response::new(until_closing(self.workspaces.closing(), packs)))
+    }
+
+    async fn ack_applied(
+        &self,
+        request: Request<v1::AckAppliedRequest>,
+    ) -> Result<Response<v1::AckAppliedResponse>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let request = request.into_inner();
+        let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
+        let epoch = convert::epoch(&request.epoch)?;
+        workspace.ack_applied(node, epoch, request.seq).await.map_err(status)?;
+        Ok(Response::new(v1::AckAppliedResponse {}))
+    }
+}
+
+/// How errors of a workspace look to a member.
+fn status(error: SyncError) -> Status {
+    if error.is_disk_full() {
+        tracing::error!(%error, "the disk is full");
+        let status = refuse(Code::ResourceExhausted, "disk_full", "the hub's disk is full");
+        return with_retry_after(status, Duration::from_secs(60));
+    }
+    match &error {
+        SyncError::Pack(reason) => invalid(format!("invalid pack: {reason}")),
+        SyncError::Damaged { .. } => {
+            tracing::error!(%error, "acknowledged content is damaged");
+            refuse(Code::DataLoss, "content_damaged", error.to_string())
+        }
+        SyncError::Store(reason) => {
+            let text = reason.to_string();
+            match reason {
+                StoreError::Closed => refuse(Code::Unavailable, "shutting_down", text),
+                StoreError::WrongEpoch { .. } => {
+                    refuse(Code::FailedPrecondition, "epoch_changed", text)
+                }
+                StoreError::BeyondHead { .. } => {
+                    refuse(Code::FailedPrecondition, "beyond_head", text)
+                }
+                StoreError::UnknownChunks { .. } => refuse(Code::NotFound, "missing_chunks", text),
+                StoreError::ForeignCommit { .. } => {
+                    refuse(Code::AlreadyExists, "commit_id_used", text)
+                }
+                StoreError::Damaged { .. }
+                | StoreError::TooNew { .. }
+                | StoreError::Writer
+                | StoreError::Sqlite(_)
+                | StoreError::NotCommitted { .. } => internal(&error),
+            }
+        }
+        SyncError::Files(_) | SyncError::Failed => internal(&error),
+    }
+}
+
+#[cfg(test)]
+mod tests;

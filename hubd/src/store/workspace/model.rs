@@ -1,0 +1,168 @@
+//! What goes into a workspace's store and comes out of it.
+
+use cortex_shared::chunk::ChunkRef;
+use cortex_shared::entry::{Digest, Entry, InvalidEntry};
+use cortex_shared::ids::{CommitId, NodeId, WorkspaceEpoch};
+use cortex_shared::wire_path::{InvalidPath, WirePath};
+
+/// The newest version of a workspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Which history `seq` counts in.
+    pub epoch: WorkspaceEpoch,
+    /// Number of the last accepted change, 0 if there was none.
+    pub seq: u64,
+    /// Digest of the root directory; [`Digest::ZERO`] at seq 0.
+    pub root: Digest,
+}
+
+/// Head and size of a workspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// The newest version.
+    pub head: Head,
+    /// Files, links and directories, without the root.
+    pub entries: u64,
+    /// Sum of the files' sizes.
+    pub content_bytes: u64,
+}
+
+/// One change of one path, already checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Op {
+    /// Where.
+    pub path: WirePath,
+    /// Identity of the entry the member saw here; `None` if it saw none.
+    pub expected: Option<Digest>,
+    /// The new entry; `None` to delete.
+    pub new: Option<Entry>,
+    /// If this path is a conflict copy: the path that kept its name.
+    pub conflict_of: Option<WirePath>,
+}
+
+/// Why an operation is not even looked at. Kept within a commit, since the others may be valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidOp {
+    /// Its path, or the path it is a conflict copy of.
+    #[error("invalid path: {0}")]
+    Path(#[from] InvalidPath),
+    /// Its new entry.
+    #[error("invalid entry: {0}")]
+    Entry(#[from] InvalidEntry),
+    /// A digest that is not 32 bytes, or an entry of no known kind.
+    #[error("malformed")]
+    Malformed,
+}
+
+/// A batch of operations.
+#[derive(Clone, Debug)]
+pub struct Commit {
+    /// The idempotency key.
+    pub id: CommitId,
+    /// Who commits.
+    pub node: NodeId,
+    /// The history the member works in.
+    pub epoch: WorkspaceEpoch,
+    /// What to do, in this order.
+    pub ops: Vec<Result<Op, InvalidOp>>,
+}
+
+/// Why an operation was not applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum RejectReason {
+    /// The entry at the path is not the expected one.
+    Conflict = 1,
+    /// The parent is not a directory of the tree.
+    NoParent = 2,
+    /// A directory to be deleted or replaced still has children.
+    NotEmpty = 3,
+    /// Chunks of the content are not present.
+    MissingChunks = 4,
+    /// A path, link, recipe or digest that cannot be.
+    Invalid = 5,
+}
+
+/// An operation that was not applied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejection {
+    /// Its place in the request.
+    pub index: u32,
+    /// Why.
+    pub reason: RejectReason,
+    /// The entry at its path. Left out although there is one (then `current_seq` is not 0) where
+    /// all of them would make the answer too large for a message.
+    pub current: Option<Entry>,
+    /// Version of the entry at its path, 0 if there is none.
+    pub current_seq: u64,
+    /// Chunks that are not present; at least one if that is the reason, but not necessarily all.
+    pub missing: Vec<Digest>,
+}
+
+/// What became of a commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommitResult {
+    /// Version after the commit.
+    pub seq: u64,
+    /// Root digest after the commit.
+    pub root: Digest,
+    /// The operations that were not applied, in order.
+    pub rejected: Vec<Rejection>,
+    /// For each other operation its number, in order; 0 where nothing had to change.
+    pub seqs: Vec<u64>,
+}
+
+/// A pack whose file is durable.
+#[derive(Clone, Debug)]
+pub struct PackRecord {
+    /// Its name.
+    pub hash: Digest,
+    /// Its size on disk.
+    pub bytes: u64,
+    /// What it holds.
+    pub chunks: Vec<ChunkRef>,
+}
+
+/// Whether a pack was new.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PackAdded {
+    /// It is recorded now.
+    New,
+    /// It was recorded before.
+    Known,
+}
+
+/// One change of the tree, as a member reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// Its number.
+    pub seq: u64,
+    /// Where.
+    pub path: WirePath,
+    /// What stands there now; `None` if it was deleted.
+    pub entry: Option<Entry>,
+}
+
+/// Some changes, all read at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChangesPage {
+    /// In the order of their numbers.
+    pub changes: Vec<Change>,
+    /// Read on after this one. Equals the head's seq on the last page.
+    pub last_seq: u64,
+    /// The newest version at that moment.
+    pub head: Head,
+}
+
+/// A conflict copy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conflict {
+    /// The path that kept its name.
+    pub path: WirePath,
+    /// The copy beside it.
+    pub copy: WirePath,
+    /// Who committed the copy.
+    pub node: NodeId,
+    /// When, in milliseconds since the Unix epoch by the hub's clock.
+    pub at_ms: i64,
+}

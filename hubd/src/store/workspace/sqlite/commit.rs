@@ -1,0 +1,355 @@
+//! Applying commits: the one place where the tree changes.
+
+use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::ids::{CommitId, WorkspaceEpoch};
+use rusqlite::{Connection, params};
+
+use super::super::{Commit, CommitResult, InvalidOp, Op, RejectReason, Rejection, StoreError};
+use super::tree::{ENTRY_COLUMNS, Found, Tree, damaged, digest, entry_from_row, signed, unsigned};
+use super::{HeadRow, content, read_head};
+
+/// Most bytes of entries and missing chunks in one result: more would not fit a message of the
+/// protocol (5 MiB) together with its up to 5,000 rejections.
+const RESULT_BUDGET_BYTES: usize = 4 * 1024 * 1024;
+/// How long a result is kept for a repetition, in milliseconds: a week.
+const RESULT_KEPT_MS: i64 = 7 * 24 * 3600 * 1000;
+/// How many old results one commit clears away.
+const RESULTS_CLEARED: i64 = 16;
+
+/// Carries a commit out, or returns the result it had before.
+pub(super) fn commit(
+    connection: &Connection,
+    commit: &Commit,
+    now_ms: i64,
+) -> Result<CommitResult, StoreError> {
+    if let Some(recorded) = recorded(connection, commit)? {
+        return Ok(recorded);
+    }
+    let head = read_head(connection)?;
+    let epoch = WorkspaceEpoch::from_slice(&head.epoch).map_err(|_| damaged("the epoch"))?;
+    if epoch != commit.epoch {
+        return Err(StoreError::WrongEpoch { asked: commit.epoch, current: epoch });
+    }
+    let mut work = Work {
+        connection,
+        tree: Tree::new(connection),
+        head,
+        budget: RESULT_BUDGET_BYTES,
+        commit,
+        now_ms,
+    };
+    let old_seq = work.head.seq;
+    let mut result =
+        CommitResult { seq: 0, root: Digest::ZERO, rejected: Vec::new(), seqs: Vec::new() };
+    for (index, op) in (0..).zip(&commit.ops) {
+        match work.apply(op)? {
+            Outcome::Accepted(seq) => result.seqs.push(seq),
+            Outcome::Rejected(reason, found, missing) => {
+                result.rejected.push(work.rejection(index, reason, found, missing)?);
+            }
+        }
+    }
+    if let Some(root) = work.tree.refresh_digests()? {
+        work.head.root = root;
+    }
+    (result.seq, result.root) = (work.head.seq, work.head.root);
+    if result.seq == old_seq {
+        // Nothing changed, so there is nothing that a repetition could do twice: it is judged anew
+        // rather than remembered, and refused commits leave nothing behind.
+        return Ok(result);
+    }
+    work.write_head()?;
+    record(connection, commit, &result, now_ms)?;
+    Ok(result)
+}
+
+enum Outcome {
+    /// With its number, or 0 if nothing had to change.
+    Accepted(u64),
+    Rejected(RejectReason, Option<Found>, Vec<Digest>),
+}
+
+struct Work<'a> {
+    connection: &'a Connection,
+    tree: Tree<'a>,
+    head: HeadRow,
+    budget: usize,
+    commit: &'a Commit,
+    now_ms: i64,
+}
+
+impl Work<'_> {
+    fn apply(&mut self, op: &Result<Op, InvalidOp>) -> Result<Outcome, StoreError> {
+        let Ok(op) = op else {
+            return Ok(Outcome::Rejected(RejectReason::Invalid, None, Vec::new()));
+        };
+        let Some(parent) = self.tree.parent(&op.path)? else {
+            return Ok(match op.new {
+                // Nothing can stand there, which is what the member wants.
+                None => Outcome::Accepted(0),
+                Some(_) => Outcome::Rejected(RejectReason::NoParent, None, Vec::new()),
+            });
+        };
+        let found = self.tree.find(parent.0, op.path.name())?;
+        let current = found.as_ref().map(|found| found.identity);
+        if current == op.new.as_ref().map(Entry::identity) {
+            self.note_conflict(op)?;
+            return Ok(Outcome::Accepted(0));
+        }
+        if current != op.expected {
+            return Ok(Outcome::Rejected(RejectReason::Conflict, found, Vec::new()));
+        }
+        if let Some(found) = &found
+            && found.identity == Entry::Dir.identity()
+            && self.tree.has_children(found.id)?
+        {
+            // The new entry is none or of another kind: an equal one was accepted above.
+            return Ok(Outcome::Rejected(RejectReason::NotEmpty, Some(*found), Vec::new()));
+        }
+        if let Some(Entry::File(file)) = &op.new {
+            let mut missing = Vec::new();
+            for chunk in file.chunks() {
+                match content::len_of(self.connection, &chunk.hash)? {
+                    None => missing.push(chunk.hash),
+                    Some(len) if len != i64::from(chunk.len) => {
+                        return Ok(Outcome::Rejected(RejectReason::Invalid, found, Vec::new()));
+                    }
+                    Some(_) => {}
+                }
+            }
+            if !missing.is_empty() {
+                return Ok(Outcome::Rejected(RejectReason::MissingChunks, found, missing));
+            }
+        }
+        if let Some(found) = &found {
+            self.protect(&self.tree.entry(found.id)?)?;
+        }
+        if let Some(new) = &op.new {
+            self.protect(new)?;
+        }
+        self.head.seq += 1;
+        let seq = self.head.seq;
+        self.count(found.as_ref(), op.new.as_ref());
+        match (&op.new, &found) {
+            (Some(new), found) => {
+                self.tree.put(&op.path, parent, found.as_ref(), new, seq)?;
+                self.connection
+                    .prepare_cached("DELETE FROM deletions WHERE path = ?1")?
+                    .execute([op.path.as_bytes()])?;
+            }
+            (None, Some(found)) => {
+                self.tree.remove(&op.path, parent, found)?;
+                self.connection
+                    .prepare_cached("INSERT OR REPLACE INTO deletions (path, seq) VALUES (?1, ?2)")?
+                    .execute(params![op.path.as_bytes(), signed(seq)])?;
+            }
+            (None, None) => return Err(damaged("two answers for one path")),
+        }
+        self.note_conflict(op)?;
+        Ok(Outcome::Accepted(seq))
+    }
+
+    /// Keeps content that the tree begins or ceases to name from being collected for a while:
+    /// members may be about to fetch it, or to name it again.
+    fn protect(&self, entry: &Entry) -> Result<(), StoreError> {
+        let Entry::File(file) = entry else { return Ok(()) };
+        for chunk in file.chunks() {
+            content::renew(self.connection, &chunk.hash, self.now_ms)?;
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, found: Option<&Found>, new: Option<&Entry>) {
+        if let Some(found) = found {
+            self.head.entries -= 1;
+            self.head.content_bytes -= found.size;
+        }
+        if let Some(new) = new {
+            self.head.entries += 1;
+            if let Entry::File(file) = new {
+                self.head.content_bytes += file.size;
+            }
+        }
+    }
+
+    /// A conflict is listed as long as its copy exists.
+    fn note_conflict(&self, op: &Op) -> Result<(), StoreError> {
+        match (&op.new, &op.conflict_of) {
+            (Some(_), Some(path)) => {
+                // Two members with the same losing content make the same copy: the first is named.
+                self.connection
+                    .prepare_cached(
+                        "INSERT OR IGNORE INTO conflicts (copy, path, node, at_ms)
+                         VALUES (?1, ?2, ?3, ?4)",
+                    )?
+                    .execute(params![
+                        op.path.as_bytes(),
+                        path.as_bytes(),
+                        self.commit.node.as_bytes(),
+                        self.now_ms,
+                    ])?;
+            }
+            (None, _) => {
+                self.connection
+                    .prepare_cached("DELETE FROM conflicts WHERE copy = ?1")?
+                    .execute([op.path.as_bytes()])?;
+            }
+            (Some(_), None) => {}
+        }
+        Ok(())
+    }
+
+    fn rejection(
+        &mut self,
+        index: u32,
+        reason: RejectReason,
+        found: Option<Found>,
+        mut missing: Vec<Digest>,
+    ) -> Result<Rejection, StoreError> {
+        // The first one always fits: 5,000 of them are 160 kB.
+        missing.truncate((self.budget / 32).max(1));
+        self.budget = self.budget.saturating_sub(missing.len() * 32);
+        let mut rejection = Rejection { index, reason, current: None, current_seq: 0, missing };
+        if let Some(found) = found {
+            rejection.current_seq = found.seq;
+            let entry = self.tree.entry(found.id)?;
+            let bytes = entry_bytes(&entry);
+            if bytes <= self.budget {
+                self.budget -= bytes;
+                rejection.current = Some(entry);
+            }
+        }
+        Ok(rejection)
+    }
+
+    fn write_head(&self) -> Result<(), StoreError> {
+        self.connection
+            .prepare_cached(
+                "UPDATE head SET seq = ?1, root = ?2, entries = ?3, content_bytes = ?4",
+            )?
+            .execute(params![
+                signed(self.head.seq),
+                self.head.root.as_bytes(),
+                signed(self.head.entries),
+                signed(self.head.content_bytes),
+            ])?;
+        Ok(())
+    }
+}
+
+/// About how many bytes an entry takes in a message.
+pub(super) fn entry_bytes(entry: &Entry) -> usize {
+    64 + match entry {
+        Entry::File(file) => file.recipe.0.len() * cortex_shared::chunk::CHUNK_REF_BYTES,
+        Entry::Link { target } => target.len(),
+        Entry::Dir => 0,
+    }
+}
+
+fn record(
+    connection: &Connection,
+    commit: &Commit,
+    result: &CommitResult,
+    now_ms: i64,
+) -> Result<(), StoreError> {
+    connection
+        .prepare_cached(
+            "DELETE FROM commits WHERE commit_id IN
+             (SELECT commit_id FROM commits WHERE at_ms < ?1 ORDER BY at_ms LIMIT ?2)",
+        )?
+        .execute([now_ms - RESULT_KEPT_MS, RESULTS_CLEARED])?;
+    let seqs: Vec<u8> = result.seqs.iter().flat_map(|seq| seq.to_be_bytes()).collect();
+    connection
+        .prepare_cached(
+            "INSERT INTO commits (commit_id, node, at_ms, seq, root, seqs)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        )?
+        .execute(params![
+            commit.id.as_bytes(),
+            commit.node.as_bytes(),
+            now_ms,
+            signed(result.seq),
+            result.root.as_bytes(),
+            seqs,
+        ])?;
+    let mut insert = connection.prepare_cached(
+        "INSERT INTO rejections (commit_id, position, reason, missing, kind, size, mtime_ns,
+         content, recipe, target, current_seq) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+    )?;
+    for rejection in &result.rejected {
+        let missing: Vec<u8> = rejection.missing.iter().flat_map(|hash| *hash.as_bytes()).collect();
+        let (file, target) = match &rejection.current {
+            Some(Entry::File(file)) => (Some(file), None),
+            Some(Entry::Link { target }) => (None, Some(target)),
+            Some(Entry::Dir) | None => (None, None),
+        };
+        // The recipe itself rests in its table, under its digest, as long as the result does.
+        let recipe = file
+            .filter(|file| !file.recipe.is_empty())
+            .map(|file| *Digest::of(&file.recipe.encode()).as_bytes());
+        insert.execute(params![
+            commit.id.as_bytes(),
+            rejection.index,
+            rejection.reason as u8,
+            missing,
+            rejection.current.as_ref().map(|entry| entry.kind() as u8),
+            file.map(|file| signed(file.size)),
+            file.map(|file| file.mtime_ns),
+            file.map(|file| *file.content.as_bytes()),
+            recipe,
+            target,
+            signed(rejection.current_seq),
+        ])?;
+    }
+    Ok(())
+}
+
+fn recorded(connection: &Connection, commit: &Commit) -> Result<Option<CommitResult>, StoreError> {
+    let mut statement = connection
+        .prepare_cached("SELECT node, seq, root, seqs FROM commits WHERE commit_id = ?1")?;
+    let mut rows = statement.query([commit.id.as_bytes()])?;
+    let Some(row) = rows.next()? else { return Ok(None) };
+    if row.get::<_, Vec<u8>>(0)? != commit.node.as_bytes() {
+        return Err(StoreError::ForeignCommit { commit: commit.id });
+    }
+    let seqs: Vec<u8> = row.get(3)?;
+    Ok(Some(CommitResult {
+        seq: unsigned(row.get(1)?)?,
+        root: digest(&row.get::<_, Vec<u8>>(2)?)?,
+        rejected: recorded_rejections(connection, commit.id)?,
+        seqs: seqs.as_chunks::<8>().0.iter().map(|seq| u64::from_be_bytes(*seq)).collect(),
+    }))
+}
+
+fn recorded_rejections(
+    connection: &Connection,
+    commit: CommitId,
+) -> Result<Vec<Rejection>, StoreError> {
+    let mut statement = connection.prepare_cached(&format!(
+        "SELECT e.position, e.reason, e.missing, e.current_seq, {ENTRY_COLUMNS}
+         FROM rejections e LEFT JOIN recipes r ON r.digest = e.recipe
+         WHERE e.commit_id = ?1 ORDER BY e.position"
+    ))?;
+    let mut rows = statement.query([commit.as_bytes()])?;
+    let mut rejections = Vec::new();
+    while let Some(row) = rows.next()? {
+        let missing: Vec<u8> = row.get(2)?;
+        let known = row.get::<_, Option<i64>>(4)?.is_some();
+        rejections.push(Rejection {
+            index: row.get(0)?,
+            reason: reject_reason(row.get(1)?)?,
+            current: if known { Some(entry_from_row(row, 4)?) } else { None },
+            current_seq: unsigned(row.get(3)?)?,
+            missing: missing.as_chunks::<32>().0.iter().map(|h| Digest::from_bytes(*h)).collect(),
+        });
+    }
+    Ok(rejections)
+}
+
+fn reject_reason(number: i64) -> Result<RejectReason, StoreError> {
+    use RejectReason::{Conflict, Invalid, MissingChunks, NoParent, NotEmpty};
+    [Conflict, NoParent, NotEmpty, MissingChunks, Invalid]
+        .into_iter()
+        .find(|reason| *reason as i64 == number)
+        .ok_or(damaged("an unknown reason of a rejection"))
+}

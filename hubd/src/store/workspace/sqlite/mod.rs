@@ -1,0 +1,292 @@
+//! A workspace's store in a SQLite database of its own, so that a large commit in one workspace
+//! holds up no other.
+//!
+//! WAL with `synchronous=FULL`: what has been answered survives power loss. One writer takes all
+//! changes, several at a time in one transaction ([`writer`]); readers have connections of their
+//! own ([`readers`]). A crash loses the requests that were not answered yet, and nothing else.
+
+mod changes;
+mod collect;
+mod commit;
+mod content;
+mod readers;
+mod schema;
+#[cfg(test)]
+mod tests;
+mod tree;
+mod writer;
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use cortex_shared::entry::Digest;
+use cortex_shared::ids::{NodeId, WorkspaceEpoch};
+use cortex_shared::tasks::TaskScope;
+use cortex_shared::wire_path::WirePath;
+use rusqlite::{Connection, OptionalExtension as _, params};
+use tokio::sync::watch;
+
+use self::content::Presence;
+use self::readers::Readers;
+use self::tree::{damaged, digest, signed, unsigned};
+use self::writer::WriterHandle;
+use super::{
+    Answer, ChangesPage, CollectionSlice, Commit, CommitResult, Conflict, Head, PackAdded,
+    PackRecord, StoreError, Summary, WorkspaceStore,
+};
+
+/// How long a connection waits for a lock. Only opening and closing ever take one that matters.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Most conflicts in one answer.
+const CONFLICTS_LISTED: i64 = 10_000;
+
+/// The store of one workspace. Must be opened once only at a time.
+pub struct SqliteWorkspaceStore {
+    writer: WriterHandle,
+    readers: Readers,
+    head: Arc<watch::Sender<Head>>,
+}
+
+impl SqliteWorkspaceStore {
+    /// Opens the database at `path`, or creates it with an empty tree and a new epoch. Its folder
+    /// must exist.
+    ///
+    /// The store's writer is a task of `scope` and ends with it.
+    ///
+    /// # Errors
+    /// Those of the database, and [`StoreError::TooNew`].
+    pub async fn open(path: PathBuf, scope: &TaskScope) -> Result<Self, StoreError> {
+        let opening = path.clone();
+        let opened = tokio::task::spawn_blocking(move || {
+            let mut connection = open_writer(&opening)?;
+            schema::migrate(&mut connection)?;
+            let head = head_of(&read_head(&connection)?)?;
+            Ok::<_, StoreError>((connection, head))
+        });
+        let (connection, head) = opened.await.map_err(|_| StoreError::Writer)??;
+        Ok(Self {
+            writer: WriterHandle::start(path.clone(), connection, scope),
+            readers: Readers::new(path),
+            head: Arc::new(watch::Sender::new(head)),
+        })
+    }
+}
+
+/// A connection that may write.
+fn open_writer(path: &Path) -> Result<Connection, StoreError> {
+    let connection = Connection::open(path)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    Ok(connection)
+}
+
+/// The row of the head table.
+struct HeadRow {
+    epoch: Vec<u8>,
+    seq: u64,
+    root: Digest,
+    entries: u64,
+    content_bytes: u64,
+}
+
+fn read_head(connection: &Connection) -> Result<HeadRow, StoreError> {
+    let mut statement =
+        connection.prepare_cached("SELECT epoch, seq, root, entries, content_bytes FROM head")?;
+    let mut rows = statement.query([])?;
+    let row = rows.next()?.ok_or(damaged("no head"))?;
+    Ok(HeadRow {
+        epoch: row.get(0)?,
+        seq: unsigned(row.get(1)?)?,
+        root: digest(&row.get::<_, Vec<u8>>(2)?)?,
+        entries: unsigned(row.get(3)?)?,
+        content_bytes: unsigned(row.get(4)?)?,
+    })
+}
+
+fn head_of(row: &HeadRow) -> Result<Head, StoreError> {
+    let epoch = WorkspaceEpoch::from_slice(&row.epoch).map_err(|_| damaged("the epoch"))?;
+    Ok(Head { epoch, seq: row.seq, root: row.root })
+}
+
+/// Milliseconds since the Unix epoch.
+fn now_ms() -> i64 {
+    jiff::Timestamp::now().as_millisecond()
+}
+
+impl WorkspaceStore for SqliteWorkspaceStore {
+    fn watch_head(&self) -> watch::Receiver<Head> {
+        self.head.subscribe()
+    }
+
+    fn summary(&self) -> Answer<'_, Summary> {
+        Box::pin(self.readers.read(|connection| {
+            let row = read_head(connection)?;
+            let head = head_of(&row)?;
+            Ok(Summary { head, entries: row.entries, content_bytes: row.content_bytes })
+        }))
+    }
+
+    fn have(&self, chunks: Vec<Digest>) -> Answer<'_, Vec<bool>> {
+        Box::pin(async move {
+            let now_ms = now_ms();
+            let asked = chunks.clone();
+            let presence = self
+                .readers
+                .read(move |connection| content::presence(connection, &asked, now_ms))
+                .await?;
+            let stale: Vec<Digest> = chunks
+                .iter()
+                .zip(&presence)
+                .filter(|(_, presence)| matches!(presence, Presence::Stale))
+                .map(|(hash, _)| *hash)
+                .collect();
+            // The writer has the last word on these: a collection may have come in between.
+            let mut touched = if stale.is_empty() {
+                Vec::new()
+            } else {
+                let write =
+                    move |connection: &Connection| content::touch(connection, &stale, now_ms);
+                self.writer.write(write).await?
+            }
+            .into_iter();
+            let present = presence.into_iter().map(|presence| match presence {
+                Presence::Absent => false,
+                Presence::Present => true,
+                Presence::Stale => touched.next().unwrap_or(false),
+            });
+            Ok(present.collect())
+        })
+    }
+
+    fn has_pack(&self, pack: Digest) -> Answer<'_, bool> {
+        Box::pin(self.readers.read(move |connection| content::has_pack(connection, &pack)))
+    }
+
+    fn add_pack(&self, pack: PackRecord) -> Answer<'_, PackAdded> {
+        let write = move |connection: &Connection| content::add_pack(connection, &pack, now_ms());
+        Box::pin(self.writer.write(write))
+    }
+
+    fn forget_packs(&self, packs: Vec<Digest>) -> Answer<'_, ()> {
+        Box::pin(self.writer.write(move |connection| content::forget_packs(connection, &packs)))
+    }
+
+    fn useless_packs(
+        &self,
+        slice: Option<CollectionSlice>,
+        untouched_since_ms: i64,
+    ) -> Answer<'_, (Vec<Digest>, Option<CollectionSlice>)> {
+        let after = slice.map_or(0, |slice| slice.0);
+        Box::pin(async move {
+            let (packs, next) = self
+                .readers
+                .read(move |connection| {
+                    collect::useless_packs(connection, after, untouched_since_ms)
+                })
+                .await?;
+            Ok((packs, next.map(CollectionSlice)))
+        })
+    }
+
+    fn drop_packs(&self, packs: Vec<Digest>, untouched_since_ms: i64) -> Answer<'_, Vec<Digest>> {
+        Box::pin(
+            self.writer.write(move |connection| {
+                collect::drop_packs(connection, &packs, untouched_since_ms)
+            }),
+        )
+    }
+
+    fn drop_recipes(&self) -> Answer<'_, usize> {
+        Box::pin(self.writer.write(collect::drop_recipes))
+    }
+
+    fn packs(&self) -> Answer<'_, HashSet<Digest>> {
+        Box::pin(self.readers.read(content::packs))
+    }
+
+    fn packs_of(&self, chunks: Vec<Digest>) -> Answer<'_, Vec<Digest>> {
+        Box::pin(self.readers.read(move |connection| content::packs_of(connection, &chunks)))
+    }
+
+    fn commit(&self, commit: Commit) -> Answer<'_, CommitResult> {
+        let head = self.head.clone();
+        let epoch = commit.epoch;
+        let write = move |connection: &Connection| commit::commit(connection, &commit, now_ms());
+        let publish = move |result: &CommitResult| {
+            // A repeated commit returns an older version, which must not take the head back.
+            head.send_if_modified(|head| {
+                let newer = result.seq > head.seq;
+                if newer {
+                    *head = Head { epoch, seq: result.seq, root: result.root };
+                }
+                newer
+            });
+        };
+        Box::pin(self.writer.write_then(write, publish))
+    }
+
+    fn changes(&self, after_seq: u64, budget_bytes: usize) -> Answer<'_, ChangesPage> {
+        let read =
+            move |connection: &Connection| changes::changes(connection, after_seq, budget_bytes);
+        Box::pin(self.readers.read(read))
+    }
+
+    fn applied(&self, node: NodeId) -> Answer<'_, u64> {
+        Box::pin(self.readers.read(move |connection| {
+            let applied: Option<i64> = connection
+                .prepare_cached(
+                    "SELECT applied_seq FROM cursors JOIN head USING (epoch) WHERE node = ?1",
+                )?
+                .query_row([node.as_bytes()], |row| row.get(0))
+                .optional()?;
+            unsigned(applied.unwrap_or(0))
+        }))
+    }
+
+    fn ack_applied(&self, node: NodeId, epoch: WorkspaceEpoch, seq: u64) -> Answer<'_, ()> {
+        Box::pin(self.writer.write(move |connection| {
+            let head = head_of(&read_head(connection)?)?;
+            if head.epoch != epoch {
+                return Err(StoreError::WrongEpoch { asked: epoch, current: head.epoch });
+            }
+            if seq > head.seq {
+                return Err(StoreError::BeyondHead { asked: seq, head: head.seq });
+            }
+            connection
+                .prepare_cached(
+                    "INSERT INTO cursors (node, epoch, applied_seq, at_ms) VALUES (?1, ?2, ?3, ?4)
+                     ON CONFLICT (node) DO UPDATE SET epoch = excluded.epoch,
+                     applied_seq = excluded.applied_seq, at_ms = excluded.at_ms
+                     WHERE epoch != excluded.epoch OR applied_seq < excluded.applied_seq",
+                )?
+                .execute(params![node.as_bytes(), epoch.as_bytes(), signed(seq), now_ms()])?;
+            Ok(())
+        }))
+    }
+
+    fn conflicts(&self) -> Answer<'_, Vec<Conflict>> {
+        Box::pin(self.readers.read(|connection| {
+            let mut statement = connection.prepare_cached(
+                "SELECT path, copy, node, at_ms FROM conflicts ORDER BY at_ms, copy LIMIT ?1",
+            )?;
+            let mut rows = statement.query([CONFLICTS_LISTED])?;
+            let mut conflicts = Vec::new();
+            let path =
+                |bytes: Vec<u8>| WirePath::new(bytes).map_err(|_| damaged("an invalid path"));
+            while let Some(row) = rows.next()? {
+                conflicts.push(Conflict {
+                    path: path(row.get(0)?)?,
+                    copy: path(row.get(1)?)?,
+                    node: NodeId::from_slice(&row.get::<_, Vec<u8>>(2)?)
+                        .map_err(|_| damaged("a node id"))?,
+                    at_ms: row.get(3)?,
+                });
+            }
+            Ok(conflicts)
+        }))
+    }
+}

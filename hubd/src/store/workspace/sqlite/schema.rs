@@ -1,0 +1,144 @@
+//! The tables, and how a database of an older program becomes a current one.
+
+use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior, params};
+
+use cortex_shared::entry::{Digest, DirDigest, Kind};
+use cortex_shared::ids::WorkspaceEpoch;
+
+use super::super::StoreError;
+
+/// Row of the root directory.
+pub(super) const ROOT_ID: i64 = 1;
+
+/// Each step turns version n into n + 1 (`PRAGMA user_version`). Steps are only added, never changed.
+const MIGRATIONS: &[&str] = &["
+-- The newest version, and counters that would otherwise need a look at every entry.
+CREATE TABLE head (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    epoch BLOB NOT NULL CHECK (length(epoch) = 16),
+    seq INTEGER NOT NULL,
+    root BLOB NOT NULL CHECK (length(root) = 32),
+    entries INTEGER NOT NULL CHECK (entries >= 0),
+    content_bytes INTEGER NOT NULL CHECK (content_bytes >= 0)
+) STRICT;
+
+-- Recipes by the hash of their own bytes. Not by content: a member that lies about the recipe of
+-- some content must not spoil the recipe of another that does not.
+CREATE TABLE recipes (
+    digest BLOB PRIMARY KEY,
+    recipe BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- kind as in cortex_shared::entry::Kind. digest: identity of a file or link, tree digest of a
+-- directory. content, size, mtime_ns, recipe: files; recipe is NULL for a single chunk or none.
+CREATE TABLE entries (
+    id INTEGER PRIMARY KEY,
+    parent_id INTEGER REFERENCES entries (id),
+    name BLOB NOT NULL,
+    kind INTEGER NOT NULL,
+    size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    content BLOB,
+    recipe BLOB REFERENCES recipes (digest),
+    target BLOB,
+    digest BLOB NOT NULL,
+    seq INTEGER NOT NULL,
+    UNIQUE (parent_id, name)
+) STRICT;
+CREATE INDEX entries_by_seq ON entries (seq);
+CREATE INDEX entries_by_recipe ON entries (recipe) WHERE recipe IS NOT NULL;
+
+-- The last deletion of each path at which nothing stands now.
+CREATE TABLE deletions (
+    path BLOB PRIMARY KEY,
+    seq INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX deletions_by_seq ON deletions (seq);
+
+-- Results of commits by their idempotency key. seqs: 8 bytes each, big-endian.
+CREATE TABLE commits (
+    commit_id BLOB PRIMARY KEY CHECK (length(commit_id) = 16),
+    node BLOB NOT NULL,
+    at_ms INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    root BLOB NOT NULL,
+    seqs BLOB NOT NULL
+) STRICT;
+CREATE INDEX commits_by_time ON commits (at_ms);
+-- The columns from kind on are those of entries; kind is NULL if the entry is left out.
+CREATE TABLE rejections (
+    commit_id BLOB NOT NULL REFERENCES commits (commit_id) ON DELETE CASCADE,
+    position INTEGER NOT NULL,
+    reason INTEGER NOT NULL,
+    missing BLOB NOT NULL,
+    kind INTEGER,
+    size INTEGER,
+    mtime_ns INTEGER,
+    content BLOB,
+    recipe BLOB,
+    target BLOB,
+    current_seq INTEGER NOT NULL,
+    PRIMARY KEY (commit_id, position)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX rejections_by_recipe ON rejections (recipe) WHERE recipe IS NOT NULL;
+
+CREATE TABLE packs (
+    id INTEGER PRIMARY KEY,
+    hash BLOB NOT NULL UNIQUE CHECK (length(hash) = 32),
+    bytes INTEGER NOT NULL,
+    at_ms INTEGER NOT NULL
+) STRICT;
+-- One row per chunk that is present. touched: when a member last sent it or was
+-- told of it, or the tree began or ceased to name it.
+CREATE TABLE chunks (
+    hash BLOB PRIMARY KEY CHECK (length(hash) = 32),
+    len INTEGER NOT NULL,
+    pack_id INTEGER NOT NULL REFERENCES packs (id),
+    touched INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX chunks_by_pack ON chunks (pack_id);
+
+CREATE TABLE cursors (
+    node BLOB PRIMARY KEY CHECK (length(node) = 16),
+    epoch BLOB NOT NULL,
+    applied_seq INTEGER NOT NULL,
+    at_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE conflicts (
+    copy BLOB PRIMARY KEY,
+    path BLOB NOT NULL,
+    node BLOB NOT NULL,
+    at_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+"];
+
+/// Brings a database to the newest version and fills a new one with an empty tree.
+pub(super) fn migrate(connection: &mut Connection) -> Result<(), StoreError> {
+    let known = i64::try_from(MIGRATIONS.len()).expect("few migrations");
+    let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let found: i64 = tx.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    if found > known {
+        return Err(StoreError::TooNew { found, known });
+    }
+    for migration in MIGRATIONS.iter().skip(usize::try_from(found).unwrap_or(0)) {
+        tx.execute_batch(migration)?;
+    }
+    tx.pragma_update(None, "user_version", known)?;
+    let head: Option<i64> =
+        tx.query_row("SELECT seq FROM head", [], |row| row.get(0)).optional()?;
+    if head.is_none() {
+        tx.execute(
+            "INSERT INTO head (one, epoch, seq, root, entries, content_bytes)
+             VALUES (1, ?1, 0, ?2, 0, 0)",
+            params![WorkspaceEpoch::new().as_bytes(), Digest::ZERO.as_bytes()],
+        )?;
+        tx.execute(
+            "INSERT INTO entries (id, parent_id, name, kind, size, mtime_ns, digest, seq)
+             VALUES (?1, NULL, x'', ?2, 0, 0, ?3, 0)",
+            params![ROOT_ID, Kind::Dir as u8, DirDigest::new().finish().as_bytes()],
+        )?;
+    }
+    tx.commit()?;
+    Ok(())
+}

@@ -1,0 +1,209 @@
+//! Packs as files: `packs/<first two digits>/<hash>`, immutable, as they were received.
+//!
+//! A pack is written to `tmp/`, flushed, renamed and its folder flushed before anything else knows
+//! of it. A crash leaves at most a file in `tmp/`, which the next start sweeps, or a complete pack
+//! that no index knows, which the next start adopts: packs describe themselves.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use cortex_shared::durable;
+use cortex_shared::entry::Digest;
+use cortex_shared::pack::{MAX_ENCODED_BYTES, Pack};
+
+/// A file or folder that could not be used.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action} {path}")]
+pub struct PackFileError {
+    /// What was tried.
+    pub action: &'static str,
+    /// On what.
+    pub path: PathBuf,
+    /// Why not.
+    #[source]
+    pub source: io::Error,
+}
+
+impl PackFileError {
+    pub(super) fn new(action: &'static str, path: &Path, source: io::Error) -> Self {
+        Self { action, path: path.to_owned(), source }
+    }
+
+    /// Whether there was no space left.
+    #[must_use]
+    pub fn is_disk_full(&self) -> bool {
+        matches!(self.source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    }
+}
+
+/// The pack files of one workspace. All methods block on the disk.
+#[derive(Debug)]
+pub struct PackFiles {
+    packs: PathBuf,
+    temporary: PathBuf,
+    damaged: PathBuf,
+    next_temporary: AtomicU64,
+}
+
+impl PackFiles {
+    /// Creates the folders below `folder` where they are missing, and sweeps what an interrupted
+    /// write left over.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn open(folder: &Path) -> Result<Self, PackFileError> {
+        let files = Self {
+            packs: folder.join("packs"),
+            temporary: folder.join("tmp"),
+            damaged: folder.join("damaged"),
+            next_temporary: AtomicU64::new(0),
+        };
+        for path in [&files.packs, &files.temporary] {
+            durable::create_private_folder(path)
+                .map_err(|error| PackFileError::new("create", path, error))?;
+        }
+        // All 256 of them at once, so that writing a pack never has to make its folder durable.
+        for first in 0..=u8::MAX {
+            let path = files.packs.join(format!("{first:02x}"));
+            match fs::create_dir(&path) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(PackFileError::new("create", &path, error));
+                }
+                _ => {}
+            }
+        }
+        for path in [&files.packs, &folder.to_owned()] {
+            durable::sync_folder(path).map_err(|error| PackFileError::new("flush", path, error))?;
+        }
+        for left_over in list(&files.temporary)? {
+            fs::remove_file(&left_over)
+                .map_err(|error| PackFileError::new("remove", &left_over, error))?;
+        }
+        Ok(files)
+    }
+
+    /// Writes a pack. When this returns, it survives power loss.
+    ///
+    /// # Errors
+    /// Those of the file system; the pack is then not there.
+    pub fn write(&self, pack: &Pack) -> Result<(), PackFileError> {
+        let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
+        let temporary = self.temporary.join(number.to_string());
+        let path = self.path(&pack.hash());
+        let written = (|| {
+            let mut file =
+                OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+            file.write_all(pack.bytes())?;
+            // After a failed flush the cached pages cannot be believed, so the file goes and the
+            // sender repeats.
+            file.sync_all()?;
+            fs::rename(&temporary, &path)
+        })();
+        if let Err(error) = written {
+            // The first error is the one that matters; the next start sweeps the folder anyway.
+            fs::remove_file(&temporary).ok();
+            return Err(PackFileError::new("write", &path, error));
+        }
+        let folder = path.parent().unwrap_or(&self.packs);
+        durable::sync_folder(folder).map_err(|error| PackFileError::new("flush", folder, error))
+    }
+
+    /// Reads a pack whole; `None` if it is not there, or is no longer what its name says.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn read(&self, hash: &Digest) -> Result<Option<Bytes>, PackFileError> {
+        let path = self.path(hash);
+        let bytes = match read_bounded(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(PackFileError::new("read", &path, error)),
+        };
+        let body = bytes.len().saturating_sub(32);
+        let intact = Digest::of(&bytes[..body]) == *hash && bytes[body..] == *hash.as_bytes();
+        Ok(intact.then(|| bytes.into()))
+    }
+
+    /// Removes packs. What a crash leaves of them is adopted again, and collected again later.
+    ///
+    /// # Errors
+    /// Those of the file system, after the others have been removed.
+    pub fn remove(&self, packs: &[Digest]) -> Result<(), PackFileError> {
+        let mut result = Ok(());
+        for path in packs.iter().map(|pack| self.path(pack)) {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    result = Err(PackFileError::new("remove", &path, error));
+                }
+                _ => {}
+            }
+        }
+        result
+    }
+
+    /// The names of all packs on disk.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn list(&self) -> Result<Vec<Digest>, PackFileError> {
+        let mut packs = Vec::new();
+        for folder in list(&self.packs)? {
+            for path in list(&folder)? {
+                let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+                match parse_name(name) {
+                    Some(hash) if self.path(&hash) == path => packs.push(hash),
+                    _ => tracing::warn!(path = %path.display(), "this file is not a pack"),
+                }
+            }
+        }
+        Ok(packs)
+    }
+
+    /// Puts a pack that is not intact aside, where nothing reads it but a person can.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn set_aside(&self, hash: &Digest) -> Result<(), PackFileError> {
+        durable::create_private_folder(&self.damaged)
+            .map_err(|error| PackFileError::new("create", &self.damaged, error))?;
+        let path = self.path(hash);
+        fs::rename(&path, self.damaged.join(hash.to_string()))
+            .map_err(|error| PackFileError::new("move", &path, error))
+    }
+
+    fn path(&self, hash: &Digest) -> PathBuf {
+        self.packs.join(hash.short_hex(1)).join(hash.to_string())
+    }
+}
+
+fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    use std::io::Read as _;
+    let file = File::open(path)?;
+    let len = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
+    let mut bytes = Vec::with_capacity(len.min(MAX_ENCODED_BYTES));
+    file.take(MAX_ENCODED_BYTES as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn list(folder: &Path) -> Result<Vec<PathBuf>, PackFileError> {
+    let failed = |error| PackFileError::new("list", folder, error);
+    fs::read_dir(folder)
+        .map_err(failed)?
+        .map(|entry| entry.map(|entry| entry.path()).map_err(failed))
+        .collect()
+}
+
+fn parse_name(name: &str) -> Option<Digest> {
+    if name.len() != 64 || !name.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return None;
+    }
+    let mut hash = [0; 32];
+    for (byte, digits) in hash.iter_mut().zip(name.as_bytes().chunks_exact(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
+    }
+    Some(Digest::from_bytes(hash))
+}

@@ -1,0 +1,379 @@
+//! What a hub still has after it stopped anywhere.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Command, Stdio};
+
+use bytes::Bytes;
+use cortex_shared::chunk::ChunkRef;
+use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::ids::CommitId;
+use cortex_shared::pack::{Pack, PackBuilder};
+use cortex_shared::wire_path::WirePath;
+
+use super::pack_files::PackFiles;
+use super::*;
+use crate::store::workspace::contract::{file, op, root_digest};
+use crate::store::workspace::{Commit, CommitResult};
+
+/// A hub's workspaces in a folder, with one workspace open.
+struct Hub {
+    scope: TaskScope,
+    workspaces: Workspaces,
+    workspace: Arc<WorkspaceHub>,
+    node: NodeId,
+}
+
+impl Hub {
+    async fn open(folder: &Path, id: WorkspaceId) -> Self {
+        let scope = TaskScope::new();
+        let workspaces = Workspaces::open(folder, ContentLimits::default(), scope.clone()).unwrap();
+        let workspace = workspaces.workspace(id).await.unwrap();
+        Self { scope, workspaces, workspace, node: NodeId::new() }
+    }
+
+    async fn close(self) {
+        self.scope.cancel();
+        self.scope.finish().await;
+    }
+
+    async fn put(&self, pack: &Bytes) -> PutPackAck {
+        let room = self.workspace.incoming_room(self.node, pack.len()).await;
+        self.workspace.put_pack(pack.clone(), room).await.unwrap()
+    }
+
+    async fn commit(&self, ops: Vec<crate::store::workspace::Op>) -> CommitResult {
+        let epoch = self.workspace.head().borrow().epoch;
+        let ops = ops.into_iter().map(Ok).collect();
+        let commit = Commit { id: CommitId::new(), node: self.node, epoch, ops };
+        self.workspace.commit(commit).await.unwrap()
+    }
+
+    async fn have(&self, data: &[u8]) -> bool {
+        self.workspace.have(vec![Digest::of(data)]).await.unwrap()[0]
+    }
+
+    async fn tree(&self) -> BTreeMap<WirePath, Entry> {
+        let page = self.workspace.changes(0, usize::MAX).await.unwrap();
+        assert_eq!(page.last_seq, page.head.seq);
+        let entries = page.changes.into_iter();
+        let tree: BTreeMap<_, _> = entries.filter_map(|c| Some((c.path, c.entry?))).collect();
+        assert!(page.head.seq == 0 || page.head.root == root_digest(&tree));
+        tree
+    }
+}
+
+fn pack_of(contents: &[&[u8]]) -> Bytes {
+    let mut builder = PackBuilder::new(1).unwrap();
+    for data in contents {
+        builder.push(ChunkRef::of(data).unwrap(), data);
+    }
+    builder.finish().unwrap().1
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_folder(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
+/// After each step of an upload and a commit: what a hub that starts from the disk as it is
+/// then knows.
+#[tokio::test]
+async fn what_was_acknowledged_is_there_after_a_stop_between_any_two_steps() {
+    let folder = tempfile::tempdir().unwrap();
+    let id = WorkspaceId::new();
+    let hub = Hub::open(&folder.path().join("live"), id).await;
+    let pack = pack_of(&[b"one", b"two"]);
+    let mut copies = 0;
+    let mut stop_here = || {
+        copies += 1;
+        let copy = folder.path().join(copies.to_string());
+        copy_folder(&folder.path().join("live"), &copy);
+        async move { Hub::open(&copy, id).await }
+    };
+
+    let stopped = stop_here().await;
+    assert!(!stopped.have(b"one").await);
+    stopped.close().await;
+
+    assert!(!hub.put(&pack).await.duplicate);
+    let stopped = stop_here().await;
+    assert!(stopped.have(b"one").await && stopped.have(b"two").await);
+    assert!(stopped.put(&pack).await.duplicate, "a repetition is answered at once");
+    stopped.close().await;
+
+    let result = hub.commit(vec![op("a", None, Some(file(b"one")))]).await;
+    let stopped = stop_here().await;
+    assert_eq!(stopped.tree().await.len(), 1);
+    let head = *stopped.workspace.head().borrow();
+    assert_eq!((head.seq, head.root), (result.seq, result.root));
+    let packs = stopped.workspace.packs_of(vec![Digest::of(b"one")]).await.unwrap();
+    assert_eq!(stopped.workspace.read_pack(packs[0]).await.unwrap(), pack);
+    let next = stopped.commit(vec![op("b", None, Some(file(b"two")))]).await;
+    assert_eq!(next.seqs, [result.seq + 1]);
+    stopped.close().await;
+    hub.close().await;
+}
+
+#[tokio::test]
+async fn a_start_sweeps_adopts_and_forgets() {
+    let folder = tempfile::tempdir().unwrap();
+    let id = WorkspaceId::new();
+    let hub = Hub::open(folder.path(), id).await;
+    let lost = hub.put(&pack_of(&[b"lost", b"shared"])).await.hash;
+    let kept = hub.put(&pack_of(&[b"kept", b"shared"])).await.hash;
+    hub.close().await;
+
+    let home = folder.path().join(id.to_string());
+    let path_of = |pack: Digest| home.join("packs").join(pack.short_hex(1)).join(pack.to_string());
+    // An interrupted write; one that stopped between the rename and the database; a pack that the
+    // disk has damaged, and one that it has lost.
+    std::fs::write(home.join("tmp").join("7"), b"half a pack").unwrap();
+    let orphan = Pack::parse(pack_of(&[b"orphan"])).unwrap();
+    PackFiles::open(&home).unwrap().write(&orphan).unwrap();
+    let damaged = Pack::parse(pack_of(&[b"damaged"])).unwrap();
+    PackFiles::open(&home).unwrap().write(&damaged).unwrap();
+    let mut bytes = damaged.bytes().to_vec();
+    bytes[20] ^= 1;
+    std::fs::write(path_of(damaged.hash()), bytes).unwrap();
+    std::fs::remove_file(path_of(lost)).unwrap();
+    std::fs::write(home.join("packs").join("00").join("README"), b"not a pack").unwrap();
+
+    let hub = Hub::open(folder.path(), id).await;
+    assert_eq!(std::fs::read_dir(home.join("tmp")).unwrap().count(), 0);
+    assert!(hub.have(b"orphan").await, "adopted");
+    assert!(!hub.have(b"damaged").await, "not believed");
+    assert!(home.join("damaged").join(damaged.hash().to_string()).exists(), "but not destroyed");
+    assert!(!hub.have(b"lost").await, "asked for again");
+    assert!(hub.have(b"kept").await);
+    let packs = hub.workspace.packs_of(vec![Digest::of(b"shared")]).await.unwrap();
+    assert_eq!(packs, [kept], "found in the pack that is left");
+    // What is asked for again can be sent again.
+    assert!(!hub.put(&pack_of(&[b"lost", b"shared"])).await.duplicate);
+    assert!(!hub.put(damaged.bytes()).await.duplicate);
+    assert!(hub.have(b"lost").await && hub.have(b"damaged").await);
+    hub.close().await;
+}
+
+#[tokio::test]
+async fn a_pack_that_changed_on_disk_is_not_passed_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let id = WorkspaceId::new();
+    let hub = Hub::open(folder.path(), id).await;
+    let hash = hub.put(&pack_of(&[b"content"])).await.hash;
+    assert!(hub.workspace.read_pack(hash).await.is_ok());
+    let home = folder.path().join(id.to_string());
+    let path = home.join("packs").join(hash.short_hex(1)).join(hash.to_string());
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[17] ^= 0x10;
+    std::fs::write(&path, bytes).unwrap();
+    let read = hub.workspace.read_pack(hash).await;
+    assert!(matches!(read, Err(SyncError::Damaged { pack }) if pack == hash));
+    hub.close().await;
+}
+
+#[tokio::test]
+async fn a_pack_with_a_wrong_chunk_is_refused_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let id = WorkspaceId::new();
+    let hub = Hub::open(folder.path(), id).await;
+    let mut bytes = pack_of(&[b"honest"]).to_vec();
+    bytes[16] ^= 1;
+    let body = bytes.len() - 32;
+    let seal = Digest::of(&bytes[..body]);
+    bytes[body..].copy_from_slice(seal.as_bytes());
+    let room = hub.workspace.incoming_room(hub.node, bytes.len()).await;
+    let refused = hub.workspace.put_pack(bytes.into(), room).await;
+    assert!(matches!(refused, Err(SyncError::Pack(_))));
+    assert!(!hub.have(b"honest").await);
+    let home = folder.path().join(id.to_string());
+    assert_eq!(PackFiles::open(&home).unwrap().list().unwrap(), []);
+    hub.close().await;
+}
+
+#[tokio::test]
+async fn content_goes_when_nothing_names_it_and_nobody_touched_it_lately() {
+    let folder = tempfile::tempdir().unwrap();
+    let id = WorkspaceId::new();
+    let hub = Hub::open(folder.path(), id).await;
+    let now_ms = jiff::Timestamp::now().as_millisecond();
+    let (long_ago, any_time) = (now_ms - 1000, now_ms + 1_000_000);
+    let named = pack_of(&[b"named", b"beside"]);
+    let unnamed = pack_of(&[b"unnamed"]);
+    let parts = pack_of(&[b"first ", b"part"]);
+    for pack in [&named, &unnamed, &parts] {
+        hub.put(pack).await;
+    }
+    let recipe = [&b"first "[..], b"part"].map(|data| ChunkRef::of(data).unwrap());
+    let large = Entry::File(cortex_shared::entry::File {
+        content: Digest::of(b"first part"),
+        size: 10,
+        executable: false,
+        mtime_ns: 0,
+        recipe: cortex_shared::chunk::Recipe(recipe.into()),
+    });
+    let small = file(b"named");
+    hub.commit(vec![
+        op("small", None, Some(small.clone())),
+        op("large", None, Some(large.clone())),
+    ])
+    .await;
+
+    assert_eq!(hub.workspace.collect(long_ago).await.unwrap(), 0, "all was touched lately");
+    assert!(hub.have(b"unnamed").await);
+    assert_eq!(hub.workspace.collect(any_time).await.unwrap(), 1);
+    assert!(!hub.have(b"unnamed").await);
+    assert!(hub.have(b"named").await && hub.have(b"beside").await && hub.have(b"part").await);
+    let lost = hub.commit(vec![op("new", None, Some(file(b"unnamed")))]).await;
+    assert_eq!(lost.rejected[0].reason, crate::store::workspace::RejectReason::MissingChunks);
+    assert!(!hub.put(&unnamed).await.duplicate, "it can come again");
+    assert_eq!(hub.commit(vec![op("new", None, Some(file(b"unnamed")))]).await.seqs, [3]);
+
+    hub.commit(vec![op("small", Some(&small), None), op("large", Some(&large), None)]).await;
+    assert_eq!(hub.workspace.collect(any_time).await.unwrap(), 2);
+    assert!(hub.have(b"unnamed").await && !hub.have(b"named").await && !hub.have(b"part").await);
+    let files = PackFiles::open(&folder.path().join(id.to_string())).unwrap();
+    assert_eq!(files.list().unwrap().len(), 1, "the files went as well");
+    hub.close().await;
+}
+
+#[tokio::test]
+async fn moved_heads_are_announced_and_a_closed_hub_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let id = WorkspaceId::new();
+    let hub = Hub::open(folder.path(), id).await;
+    let mut moved = hub.workspaces.moved();
+    let result = hub.commit(vec![op("d", None, Some(Entry::Dir))]).await;
+    // Opening announces the head as well, so the commit may come as the second news.
+    loop {
+        let heads = moved.next().await.unwrap();
+        if heads.iter().any(|(at, head)| *at == id && head.seq == result.seq) {
+            break;
+        }
+    }
+    hub.scope.cancel();
+    hub.scope.finish().await;
+    let epoch = hub.workspace.head().borrow().epoch;
+    let commit = Commit { id: CommitId::new(), node: hub.node, epoch, ops: Vec::new() };
+    let refused = hub.workspace.commit(commit).await;
+    assert!(matches!(refused, Err(SyncError::Store(StoreError::Closed))));
+}
+
+#[tokio::test]
+async fn concurrent_openings_share_one_workspace() {
+    let folder = tempfile::tempdir().unwrap();
+    let scope = TaskScope::new();
+    let workspaces =
+        Workspaces::open(folder.path(), ContentLimits::default(), scope.clone()).unwrap();
+    let id = WorkspaceId::new();
+    let (a, b) = tokio::join!(workspaces.workspace(id), workspaces.workspace(id));
+    assert!(Arc::ptr_eq(&a.unwrap(), &b.unwrap()));
+    assert_eq!(workspaces.summary(id).await.unwrap().entries, 0);
+    assert_eq!(workspaces.applied(id, NodeId::new()).await.unwrap(), 0);
+    scope.cancel();
+    scope.finish().await;
+}
+
+const CHILD_FOLDER: &str = "CORTEX_TEST_CHILD_FOLDER";
+const CHILD_WORKSPACE: &str = "CORTEX_TEST_CHILD_WORKSPACE";
+/// The child ends by itself after this many rounds, should nobody kill it.
+const CHILD_ROUNDS: u32 = 3000;
+
+/// A hub that works until it is killed, and says on its output what has been acknowledged.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "the child process of killed_at_any_instant_nothing_acknowledged_is_lost"]
+async fn hub_that_works_until_it_is_killed() {
+    let folder = std::env::var(CHILD_FOLDER).unwrap();
+    let id = std::env::var(CHILD_WORKSPACE).unwrap().parse().unwrap();
+    let hub = Arc::new(Hub::open(Path::new(&folder), id).await);
+    let start = hub.workspace.head().borrow().seq;
+    let workers: Vec<_> = (0..4)
+        .map(|worker| {
+            let hub = hub.clone();
+            tokio::spawn(async move {
+                for round in 0..CHILD_ROUNDS {
+                    let name = format!("{start}-{worker}-{round}");
+                    hub.put(&pack_of(&[name.as_bytes()])).await;
+                    writeln!(std::io::stdout(), "acked pack {name}").unwrap();
+                    let file = Some(file(name.as_bytes()));
+                    let result = hub.commit(vec![op(&name, None, file)]).await;
+                    writeln!(std::io::stdout(), "acked file {name} {}", result.seq).unwrap();
+                }
+            })
+        })
+        .collect();
+    for worker in workers {
+        worker.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn killed_at_any_instant_nothing_acknowledged_is_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let id = WorkspaceId::new();
+    let seed: u64 = rand::random();
+    let mut packs = Vec::new();
+    let mut files = Vec::new();
+    let mut newest = 0;
+    for round in 0..6_u64 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "sync::tests::hub_that_works_until_it_is_killed"])
+            .args(["--ignored", "--nocapture"])
+            .env(CHILD_FOLDER, folder.path())
+            .env(CHILD_WORKSPACE, id.to_string())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // Any number of acknowledgements, so that the kill comes in the middle of anything.
+        let wanted = 1 + Digest::of(&seed.wrapping_add(round).to_be_bytes()).as_bytes()[0] as usize;
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let mut acked = 0;
+        for line in output.lines() {
+            let line = line.unwrap();
+            // The test runner's own words may stand before the first one, without a line's end.
+            let Some((_, news)) = line.split_once("acked ") else { continue };
+            match news.split(' ').collect::<Vec<_>>()[..] {
+                ["pack", name] => packs.push(name.to_owned()),
+                ["file", name, seq] => {
+                    files.push(name.to_owned());
+                    newest = newest.max(seq.parse().unwrap());
+                }
+                _ => continue,
+            }
+            acked += 1;
+            if acked == wanted {
+                child.kill().unwrap();
+            }
+        }
+        child.wait().unwrap();
+        assert!(acked >= wanted, "seed {seed}: the child ended early");
+
+        let hub = Hub::open(folder.path(), id).await;
+        let tree = hub.tree().await;
+        assert!(hub.workspace.head().borrow().seq >= newest, "seed {seed}");
+        for name in &packs {
+            assert!(hub.have(name.as_bytes()).await, "seed {seed}: pack {name}");
+        }
+        for name in &files {
+            let path = WirePath::new(name.as_str()).unwrap();
+            assert_eq!(tree.get(&path), Some(&file(name.as_bytes())), "seed {seed}: {name}");
+        }
+        // Every entry's content can be read, acknowledged or not.
+        for entry in tree.values() {
+            let Entry::File(file) = entry else { continue };
+            let packs = hub.workspace.packs_of(vec![file.content]).await.unwrap();
+            let pack = Pack::parse(hub.workspace.read_pack(packs[0]).await.unwrap()).unwrap();
+            assert!(pack.chunk(&file.content).unwrap().is_some());
+        }
+        hub.close().await;
+    }
+}

@@ -1,0 +1,312 @@
+//! One workspace of the hub: its store and its pack files, kept in step.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use cortex_shared::durable;
+use cortex_shared::entry::Digest;
+use cortex_shared::ids::{NodeId, WorkspaceEpoch, WorkspaceId};
+use cortex_shared::pack::Pack;
+use cortex_shared::tasks::TaskScope;
+use tokio::sync::{RwLock, watch};
+
+use super::SyncError;
+use super::budget::{Budget, MemberRoom, Room};
+use super::heads::HeadBoard;
+use super::pack_files::{PackFileError, PackFiles};
+use crate::store::workspace::sqlite::SqliteWorkspaceStore;
+use crate::store::workspace::{
+    ChangesPage, Commit, CommitResult, Conflict, Head, PackAdded, PackRecord, Summary,
+    WorkspaceStore,
+};
+
+/// Packs that are let go in one transaction.
+const PACKS_DROPPED: usize = 64;
+
+/// A pack that is durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PutPackAck {
+    /// Its name.
+    pub hash: Digest,
+    /// Whether the hub had it already.
+    pub duplicate: bool,
+}
+
+/// One workspace. All its operations may be called at the same time.
+pub struct WorkspaceHub {
+    id: WorkspaceId,
+    store: Arc<dyn WorkspaceStore>,
+    files: Arc<PackFiles>,
+    budget: Arc<Budget>,
+    /// Shared by those that bring packs, from the look whether a pack is known to its record; alone
+    /// for the collection, from forgetting packs to removing their files. Otherwise a pack that is
+    /// sent anew just then would lose its new file.
+    collection: RwLock<()>,
+}
+
+impl WorkspaceHub {
+    /// Opens the workspace in `folder`, or creates it, and brings files and store in step.
+    pub(super) async fn open(
+        id: WorkspaceId,
+        folder: PathBuf,
+        budget: Arc<Budget>,
+        board: Arc<HeadBoard>,
+        scope: &TaskScope,
+    ) -> Result<Arc<Self>, SyncError> {
+        let (opening, syncing) = (folder.clone(), folder.clone());
+        let files = blocking(move || {
+            durable::create_private_folder(&opening)
+                .map_err(|error| PackFileError::new("create", &opening, error))?;
+            Ok(PackFiles::open(&opening)?)
+        })
+        .await?;
+        let store = SqliteWorkspaceStore::open(folder.join("ws.db"), scope).await?;
+        blocking(move || {
+            // The folder, the one of all workspaces and the one above may all be new.
+            for folder in syncing.ancestors().take(3) {
+                durable::sync_folder(folder)
+                    .map_err(|error| PackFileError::new("flush", folder, error))?;
+            }
+            Ok(())
+        })
+        .await?;
+        let hub = Arc::new(Self {
+            id,
+            store: Arc::new(store),
+            files: Arc::new(files),
+            budget,
+            collection: RwLock::new(()),
+        });
+        hub.reconcile().await?;
+        hub.forward_heads(board, scope);
+        Ok(hub)
+    }
+
+    /// Brings the store in step with the files on disk.
+    async fn reconcile(&self) -> Result<(), SyncError> {
+        let files = self.files.clone();
+        let on_disk: HashSet<Digest> =
+            blocking(move || Ok(files.list()?)).await?.into_iter().collect();
+        let recorded = self.store.packs().await?;
+        let lost: Vec<Digest> = recorded.difference(&on_disk).copied().collect();
+        let mut to_record: Vec<Digest> = on_disk.difference(&recorded).copied().collect();
+        if !lost.is_empty() {
+            tracing::error!(
+                workspace = %self.id, lost = lost.len(),
+                "packs are missing on disk; their content will be asked for again"
+            );
+            self.store.forget_packs(lost).await?;
+            // A lost pack may have shadowed chunks that others hold as well.
+            to_record = on_disk.into_iter().collect();
+        }
+        for hash in to_record {
+            let files = self.files.clone();
+            let pack = blocking(move || {
+                let pack = files.read(&hash)?.and_then(|bytes| Pack::parse(bytes).ok());
+                let intact = pack.filter(|pack| pack.verify().is_ok());
+                if intact.is_none() {
+                    files.set_aside(&hash)?;
+                }
+                Ok(intact)
+            })
+            .await?;
+            match pack {
+                Some(pack) => drop(self.store.add_pack(record(&pack)).await?),
+                None => {
+                    tracing::error!(workspace = %self.id, pack = %hash, "set a damaged pack aside");
+                    self.store.forget_packs(vec![hash]).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn forward_heads(&self, board: Arc<HeadBoard>, scope: &TaskScope) {
+        let id = self.id;
+        let mut heads = self.store.watch_head();
+        let token = scope.token().clone();
+        scope.spawn("workspace heads", async move {
+            loop {
+                let head = *heads.borrow_and_update();
+                board.announce(id, head);
+                tokio::select! {
+                    moved = heads.changed() => if moved.is_err() { return },
+                    () = token.cancelled() => return,
+                }
+            }
+        });
+    }
+
+    /// Which workspace this is.
+    #[must_use]
+    pub fn id(&self) -> WorkspaceId {
+        self.id
+    }
+
+    /// The newest durable head, now and whenever it moves.
+    #[must_use]
+    pub fn head(&self) -> watch::Receiver<Head> {
+        self.store.watch_head()
+    }
+
+    /// Head and size.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn summary(&self) -> Result<Summary, SyncError> {
+        Ok(self.store.summary().await?)
+    }
+
+    /// For each chunk whether it is present. A "yes" protects it from collection for 72 hours.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn have(&self, chunks: Vec<Digest>) -> Result<Vec<bool>, SyncError> {
+        Ok(self.store.have(chunks).await?)
+    }
+
+    /// Waits until `bytes` from a member may be worked on. Given back when dropped.
+    pub async fn incoming_room(&self, member: NodeId, bytes: usize) -> Room {
+        self.budget.incoming(member, bytes).await
+    }
+
+    /// Waits until `bytes` may lie in memory for a member to take them. Given back when dropped.
+    pub async fn outgoing_room(&self, member: NodeId, bytes: usize) -> MemberRoom {
+        self.budget.outgoing(member, bytes).await
+    }
+
+    /// Takes a pack: checks every chunk, writes it, and records it. When this returns it survives
+    /// power loss. `room` is that of its bytes.
+    ///
+    /// # Errors
+    /// [`SyncError::Pack`] if it is not valid, and those of disk and store.
+    pub async fn put_pack(&self, bytes: Bytes, room: Room) -> Result<PutPackAck, SyncError> {
+        let pack = Arc::new(blocking(move || Ok(Pack::parse(bytes)?)).await?);
+        let hash = pack.hash();
+        let _no_collection = self.collection.read().await;
+        if self.store.has_pack(hash).await? {
+            return Ok(PutPackAck { hash, duplicate: true });
+        }
+        let room = Arc::new(room);
+        let (files, to_write, held) = (self.files.clone(), pack.clone(), room.clone());
+        blocking(move || {
+            // The thread goes on if the caller goes away, and so do the bytes.
+            let _held = held;
+            to_write.verify()?;
+            Ok(files.write(&to_write)?)
+        })
+        .await?;
+        let added = self.store.add_pack(record(&pack)).await?;
+        drop(room);
+        Ok(PutPackAck { hash, duplicate: added == PackAdded::Known })
+    }
+
+    /// The packs that hold these chunks, each once, in the order of the first chunk that needs it.
+    ///
+    /// # Errors
+    /// `StoreError::UnknownChunks` if one is not present.
+    pub async fn packs_of(&self, chunks: Vec<Digest>) -> Result<Vec<Digest>, SyncError> {
+        Ok(self.store.packs_of(chunks).await?)
+    }
+
+    /// A pack as it was received.
+    ///
+    /// # Errors
+    /// [`SyncError::Damaged`] if it is no longer what its name says, and those of the disk.
+    pub async fn read_pack(&self, pack: Digest) -> Result<Bytes, SyncError> {
+        let files = self.files.clone();
+        blocking(move || Ok(files.read(&pack)?)).await?.ok_or(SyncError::Damaged { pack })
+    }
+
+    /// Lets go of content that no entry names and that nobody has touched since, and returns how many
+    /// packs went. Members go on meanwhile; only those that send packs wait, for a slice at a time.
+    ///
+    /// # Errors
+    /// Those of store and disk. What was found by then has gone.
+    pub async fn collect(&self, untouched_since_ms: i64) -> Result<usize, SyncError> {
+        let mut collected = 0;
+        let mut slice = None;
+        loop {
+            let (useless, next) = self.store.useless_packs(slice, untouched_since_ms).await?;
+            for packs in useless.chunks(PACKS_DROPPED) {
+                let alone = self.collection.write().await;
+                let dropped = self.store.drop_packs(packs.to_vec(), untouched_since_ms).await?;
+                collected += dropped.len();
+                let files = self.files.clone();
+                blocking(move || Ok(files.remove(&dropped)?)).await?;
+                drop(alone);
+            }
+            slice = next;
+            if slice.is_none() {
+                break;
+            }
+        }
+        while self.store.drop_recipes().await? > 0 {}
+        Ok(collected)
+    }
+
+    /// Applies operations; see [`WorkspaceStore::commit`].
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn commit(&self, commit: Commit) -> Result<CommitResult, SyncError> {
+        Ok(self.store.commit(commit).await?)
+    }
+
+    /// The changes after a version; see [`WorkspaceStore::changes`].
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn changes(
+        &self,
+        after_seq: u64,
+        budget_bytes: usize,
+    ) -> Result<ChangesPage, SyncError> {
+        Ok(self.store.changes(after_seq, budget_bytes).await?)
+    }
+
+    /// The version a member has applied completely; 0 if it never said so.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn applied(&self, member: NodeId) -> Result<u64, SyncError> {
+        Ok(self.store.applied(member).await?)
+    }
+
+    /// Notes that a member has applied everything up to a version.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn ack_applied(
+        &self,
+        member: NodeId,
+        epoch: WorkspaceEpoch,
+        seq: u64,
+    ) -> Result<(), SyncError> {
+        Ok(self.store.ack_applied(member, epoch, seq).await?)
+    }
+
+    /// The conflict copies that still exist.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn conflicts(&self) -> Result<Vec<Conflict>, SyncError> {
+        Ok(self.store.conflicts().await?)
+    }
+}
+
+fn record(pack: &Pack) -> PackRecord {
+    PackRecord {
+        hash: pack.hash(),
+        bytes: pack.bytes().len() as u64,
+        chunks: pack.index().iter().map(|indexed| indexed.chunk).collect(),
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, SyncError> + Send + 'static,
+) -> Result<T, SyncError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| SyncError::Failed)?
+}
