@@ -348,6 +348,16 @@ impl Index {
         Ok(Window { rows, context, truncated })
     }
 
+    /// At how many paths the trees differ.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn differing(&self) -> Result<u64, IndexError> {
+        let sql = "SELECT count(*) FROM entry INDEXED BY entry_dirty WHERE dirty != 0";
+        let count: i64 = self.database.prepare_cached(sql)?.query_row([], |row| row.get(0))?;
+        Ok(count.unsigned_abs())
+    }
+
     /// Up to `limit` local files with this content.
     ///
     /// # Errors
