@@ -349,6 +349,7 @@ impl Node for Service {
 #[tonic::async_trait]
 impl Operator for Service {
     type ExecStream = ReceiverStream<Result<v1::ExecDown, Status>>;
+    type WatchNodesStream = ReceiverStream<Result<v1::ListNodesResponse, Status>>;
     type WorkspaceStatusStream = ReceiverStream<Result<v1::WorkspaceStatusResponse, Status>>;
 
     async fn exec(
@@ -374,6 +375,13 @@ impl Operator for Service {
         &self,
         _: Request<v1::WorkspaceStatusRequest>,
     ) -> Result<Response<Self::WorkspaceStatusStream>, Status> {
+        Err(Status::unimplemented("not in this hub"))
+    }
+
+    async fn watch_nodes(
+        &self,
+        _: Request<v1::ListNodesRequest>,
+    ) -> Result<Response<Self::WatchNodesStream>, Status> {
         Err(Status::unimplemented("not in this hub"))
     }
 
