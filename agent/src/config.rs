@@ -17,7 +17,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use cortex_shared::durable;
-use cortex_shared::ids::WorkspaceId;
 use cortex_shared::policy::Mode;
 use serde::{Deserialize, Serialize};
 
@@ -138,12 +137,6 @@ impl StateDir {
         self.0.join("agent.lock")
     }
 
-    /// What the agent keeps about one workspace.
-    #[must_use]
-    pub fn workspace(&self, id: WorkspaceId) -> PathBuf {
-        self.0.join("workspaces").join(id.to_string())
-    }
-
     fn settings(&self) -> PathBuf {
         self.0.join("agent.json")
     }
@@ -210,6 +203,27 @@ impl Settings {
             workspace_paths: self.workspace_paths.clone(),
         };
         write_json(&state.settings(), &raw)
+    }
+
+    /// Changes the settings durably. Changes of several processes follow one another.
+    ///
+    /// # Errors
+    /// If there are no settings yet, they are damaged, or the file system refuses.
+    pub fn update(state: &StateDir, change: impl FnOnce(&mut Self)) -> Result<Self, ConfigError> {
+        let path = state.path().join("agent.json.lock");
+        let failed = |source| ConfigError::Write { path: path.clone(), source };
+        let lock = std::fs::File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(failed)?;
+        // Held for milliseconds; ends with the file.
+        lock.lock().map_err(failed)?;
+        let mut settings = Self::load(state)?;
+        change(&mut settings);
+        settings.save(state)?;
+        Ok(settings)
     }
 
     /// Where the workspace of this name lives. The name has been checked, so it is one component.
@@ -293,6 +307,25 @@ mod tests {
         assert_eq!(loaded, settings());
         assert_eq!(loaded.workspace_path("app"), Path::new("/home/ann/app"));
         assert_eq!(loaded.workspace_path("web"), Path::new("/srv/cortex/web"));
+    }
+
+    #[test]
+    fn concurrent_changes_of_settings_are_all_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::resolve(Some(folder.path().to_owned())).unwrap();
+        settings().save(&state).unwrap();
+        std::thread::scope(|scope| {
+            for n in 0..8 {
+                let state = &state;
+                scope.spawn(move || {
+                    Settings::update(state, |settings| {
+                        settings.workspace_paths.insert(format!("w{n}"), "/w".into());
+                    })
+                    .unwrap();
+                });
+            }
+        });
+        assert_eq!(Settings::load(&state).unwrap().workspace_paths.len(), 9);
     }
 
     #[test]

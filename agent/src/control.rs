@@ -12,7 +12,6 @@ use cortex_proto::v1::control_server::{Control, ControlServer};
 use cortex_proto::v1::{self};
 use cortex_proto::{CODE_TRAILER, HINT_TRAILER};
 use cortex_shared::labels;
-use cortex_shared::policy::Mode;
 use cortex_shared::tasks::TaskScope;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
@@ -45,8 +44,6 @@ pub struct LocalControl {
     pub identity: NodeIdentity,
     /// Where its hub is.
     pub hub: HubAddress,
-    /// Its owner's bound.
-    pub ceiling: Mode,
     /// The latest state of the connection.
     pub link: watch::Receiver<LinkState>,
     /// What runs.
@@ -127,7 +124,7 @@ impl Control for LocalControl {
             connected_since_ms: session.as_ref().map_or(0, |session| session.since_ms),
             session_epoch: session.as_ref().map_or(0, |session| session.epoch),
             certificate_not_after_ms: self.identity.credentials.not_after_ms(),
-            ceiling: proto_mode(self.ceiling).into(),
+            ceiling: proto_mode(self.dispatcher.ceiling()).into(),
             policy: proto_mode(self.dispatcher.policy()).into(),
             workspaces: self.workspaces.statuses(),
             running_tasks: u32::try_from(self.dispatcher.running_tasks()).unwrap_or(u32::MAX),

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use cortex_proto::v1;
 use cortex_shared::tasks::TaskScope;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
@@ -22,6 +23,7 @@ use crate::identity::NodeIdentity;
 use crate::link::dispatch::Dispatcher;
 use crate::link::session::{Greeting, LinkState, keep_session};
 use crate::link::workspaces::Workspaces;
+use crate::sandbox::Launcher;
 
 /// How long an orderly stop may take.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -63,9 +65,7 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     let identity = NodeIdentity::require(&state)?;
     let _lock = lock_state(&state)?;
     let mut stop = StopSignals::new()?;
-    let sandbox = tokio::task::spawn_blocking(crate::sandbox::probe)
-        .await
-        .map_err(|error| DaemonError::System { what: "probe the sandbox", source: error.into() })?;
+    let sandbox = v1::SandboxReport::from(&Launcher::default().probe().await);
     if !sandbox.strict_available {
         for piece in &sandbox.missing {
             tracing::warn!(
@@ -81,12 +81,11 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     let hub = identity.client(settings.hub.clone())?;
     let ceiling = settings.ceiling;
     let workspaces = Workspaces::start(state.clone(), settings.clone(), hub.clone(), &scope)?;
-    let dispatcher = Dispatcher::new(state.clone(), ceiling, workspaces.clone())?;
+    let dispatcher = Dispatcher::new(state.clone(), workspaces.clone())?;
     let (link_state, link) = watch::channel(LinkState::default());
     let local = LocalControl {
         identity: identity.clone(),
         hub: settings.hub,
-        ceiling,
         link: link.clone(),
         dispatcher: dispatcher.clone(),
         workspaces,

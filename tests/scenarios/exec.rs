@@ -2,9 +2,9 @@
 
 use std::process::{Command, Stdio};
 
+use cortex_tests::is_root;
 use cortex_tests::mesh::{As, Mesh, Operator};
 use cortex_tests::process::{Daemon, Outcome, run};
-use cortex_tests::is_root;
 use rustix::process::Signal;
 
 fn exec(operator: &Operator, node: &str, script: &str) -> Outcome {
@@ -146,5 +146,5 @@ fn a_reader_that_goes_away_ends_its_command() {
     // It ends by itself, without an error of its own making.
     assert!(flood.wait().unwrap().code().is_some());
     let listed = operator.agent(&["node", "list", "-o", "json"]).ok().json();
-    assert_eq!(listed[0]["state"], "online");
+    assert_eq!(listed[0]["online"], true);
 }

@@ -19,14 +19,16 @@ fn a_command_sees_its_workspace_and_nothing_of_its_users_home() {
         std::fs::write(&secret, "a secret of the user").unwrap();
         std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o644)).unwrap();
         let secret = secret.to_str().unwrap();
-        let _attached: Outcome = operator.agent(&["workspace", "attach", "w", "--node", &name]).ok();
+        let _attached: Outcome =
+            operator.agent(&["workspace", "attach", "w", "--node", &name]).ok();
         let synced = ["workspace", "status", "w", "--watch"];
         let _synced: Outcome = operator.agent(&synced).ok();
 
         // Outside the sandbox the same act succeeds.
         let outside = std::process::Command::new("cat").arg(secret).output().unwrap();
         assert_eq!(outside.stdout, b"a secret of the user");
-        let inside = |script: &str| operator.agent(&["exec", &name, "--workspace", "w", "-s", script]);
+        let inside =
+            |script: &str| operator.agent(&["exec", &name, "--workspace", "w", "-s", script]);
         let outcome = inside(&format!("cat {secret}"));
         assert_ne!(outcome.code, 0);
         assert!(!outcome.text().contains("a secret"), "{}", outcome.text());

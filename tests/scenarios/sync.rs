@@ -142,9 +142,8 @@ fn a_file_edited_on_both_sides_while_one_is_offline_leaves_one_conflict_copy_on_
     pair.b.run();
     let copies = |root: &Path| {
         let names = fs::read_dir(root).unwrap().map(|entry| entry.unwrap().file_name());
-        let mut copies: Vec<_> = names
-            .filter(|name| name.to_string_lossy().starts_with("notes.conflict-"))
-            .collect();
+        let mut copies: Vec<_> =
+            names.filter(|name| name.to_string_lossy().starts_with("notes.conflict-")).collect();
         copies.sort();
         copies
     };
@@ -201,7 +200,8 @@ fn a_command_sees_the_synced_files_and_what_it_writes_is_synced() {
     let (a, _) = pair.roots();
     fs::write(a.join("input"), b"3\n1\n2\n").unwrap();
     until("the input arrived", || pair.b.workspace("w").join("input").exists());
-    let script = ["exec", "b", "--workspace", "w", "-s", "sort input > output; mkdir d; cat output"];
+    let script =
+        ["exec", "b", "--workspace", "w", "-s", "sort input > output; mkdir d; cat output"];
     let outcome = pair.operator.agent(&script).ok();
     assert_eq!(outcome.text(), "1\n2\n3\n");
     until("the output came back", || a.join("output").exists() && a.join("d").is_dir());

@@ -45,8 +45,7 @@ impl Mesh {
             .permissions(std::fs::Permissions::from_mode(0o755))
             .tempdir()
             .expect("there is room for scratch files");
-        let mut mesh =
-            Self { scratch, hub: None, address: "127.0.0.1:0".to_owned(), operators: 0 };
+        let mut mesh = Self { scratch, hub: None, address: "127.0.0.1:0".to_owned(), operators: 0 };
         mesh.start_hub();
         mesh
     }
@@ -59,9 +58,8 @@ impl Mesh {
         let mut command = Command::new(program("hubd-under-test"));
         command.args(["serve", "--grpc", &self.address, "--data"]).arg(self.path("hub"));
         let mut hub = Daemon::start("hub", &mut command, &self.path("hub.log"));
-        self.address = hub.line("its address", |line| {
-            line.strip_prefix("grpc listening on ").map(str::to_owned)
-        });
+        self.address = hub
+            .line("its address", |line| line.strip_prefix("grpc listening on ").map(str::to_owned));
         self.hub = Some(hub);
     }
 
@@ -150,8 +148,7 @@ impl Mesh {
     /// Joins a node with this token and pin.
     #[must_use]
     pub fn join(&self, node: &Node, token: &str, pin: &str) -> Outcome {
-        let arguments =
-            ["join", &self.address, "--ca", pin, "--token-stdin", "--name", &node.name];
+        let arguments = ["join", &self.address, "--ca", pin, "--token-stdin", "--name", &node.name];
         run(&mut node.command(&arguments), token.as_bytes())
     }
 

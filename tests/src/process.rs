@@ -168,9 +168,8 @@ impl Outcome {
     /// If it is none.
     #[must_use]
     pub fn json(&self) -> serde_json::Value {
-        serde_json::from_slice(&self.stdout).unwrap_or_else(|error| {
-            panic!("not JSON ({error}): {}\n{}", self.text(), self.stderr)
-        })
+        serde_json::from_slice(&self.stdout)
+            .unwrap_or_else(|error| panic!("not JSON ({error}): {}\n{}", self.text(), self.stderr))
     }
 }
 

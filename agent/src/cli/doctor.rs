@@ -15,6 +15,7 @@ use super::{Global, Output, hub, local, printer};
 use crate::client::{ConnectError, Purpose, certificate_refusal};
 use crate::config::{Settings, StateDir};
 use crate::identity::NodeIdentity;
+use crate::sandbox::Launcher;
 
 /// Free disk below which it is worth a word.
 const LOW_DISK_BYTES: u64 = 1024 * 1024 * 1024;
@@ -106,7 +107,7 @@ pub(crate) async fn doctor(global: &Global, args: DoctorArgs) -> Result<u8, CliE
         }
         Err(error) => findings.push(failed("identity", error.into())),
     }
-    findings.extend(sandbox(&crate::sandbox::probe()));
+    findings.extend(sandbox(&(&Launcher::default().probe().await).into()));
     findings.push(inotify());
     findings.push(disk("state disk", existing(state.path())));
     global.printer(args.output).list(&findings)?;

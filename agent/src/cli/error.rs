@@ -195,9 +195,10 @@ impl From<Status> for CliError {
             Code::InvalidArgument | Code::OutOfRange => (Exit::Usage, None),
             Code::NotFound => (Exit::NotFound, None),
             Code::Unauthenticated => (Exit::NotLoggedIn, None),
-            Code::PermissionDenied => {
-                (Exit::Forbidden, Some("`cortex-agent whoami` shows the role".to_owned()))
-            }
+            Code::PermissionDenied => (
+                Exit::Forbidden,
+                Some("`cortex-agent whoami` shows who the hub takes you for".to_owned()),
+            ),
             Code::Unavailable | Code::DeadlineExceeded => {
                 (Exit::Unreachable, Some("`cortex-agent doctor` looks closer".to_owned()))
             }

@@ -2,6 +2,7 @@
 //!
 //! Results go through [`printer`], failures through [`error`]; a verb returns the exit code.
 
+mod ceiling;
 mod completion;
 mod context;
 mod doctor;
@@ -96,6 +97,7 @@ struct Cli {
 enum Verb {
     Join(join::JoinArgs),
     Run(run::RunArgs),
+    Ceiling(ceiling::CeilingArgs),
     Status(status::StatusArgs),
     Doctor(doctor::DoctorArgs),
     Login(login::LoginArgs),
@@ -146,6 +148,7 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
         match verb {
             Verb::Join(args) => done(Box::pin(join::join(&global, args)).await),
             Verb::Run(args) => done(Box::pin(run::run(&global, args)).await),
+            Verb::Ceiling(args) => done(ceiling::ceiling(&global, args)),
             Verb::Status(args) => done(Box::pin(status::status(&global, args)).await),
             Verb::Doctor(args) => Box::pin(doctor::doctor(&global, args)).await,
             Verb::Login(args) => done(Box::pin(login::login(&global, args)).await),
@@ -182,6 +185,8 @@ mod tests {
             "join hub:7443 --ca sha256:00 --token-file F --name n --label a=b --label c=d --workspace-root /w --ceiling strict",
             "run",
             "--state /s status -o json",
+            "ceiling show -o json",
+            "ceiling set permissive",
             "doctor -o json",
             "login hub:7443 --ca sha256:00 --token-stdin --context x",
             "logout",

@@ -1,6 +1,7 @@
-//! `node list|show`: the machines of the mesh.
+//! `node list|show|wait`: the machines of the mesh.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use cortex_proto::v1;
@@ -9,7 +10,7 @@ use serde::Serialize;
 
 use super::error::{CliError, Exit};
 use super::printer::Row;
-use super::{Global, Output, hub, printer};
+use super::{Global, Output, hub, printer, units};
 use crate::link::mode_of;
 
 /// The machines of the mesh
@@ -47,6 +48,54 @@ Examples:
         #[command(flatten)]
         output: Output,
     },
+    /// Wait until a node is online or offline
+    #[command(after_help = "\
+Exit codes: 0 it is, 6 it was not in time.
+
+Example:
+  cortex-agent node wait build-1 --for online --timeout 2m")]
+    Wait {
+        /// Name, or a unique prefix of the id
+        node: String,
+        /// What to wait for
+        #[arg(long = "for", value_enum)]
+        presence: Presence,
+        /// When to give up; without it, never
+        #[arg(long, value_name = "DUR", value_parser = units::parse_duration)]
+        timeout: Option<Duration>,
+    },
+}
+
+/// Whether a node has a live session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Presence {
+    Online,
+    Offline,
+}
+
+async fn wait(
+    global: &Global,
+    node: String,
+    state: Presence,
+    timeout: Option<Duration>,
+) -> Result<(), CliError> {
+    let watch = async {
+        let mut client = hub::operator(global).await?;
+        let request = v1::ListNodesRequest { selector: node.clone() };
+        let mut updates = client.watch_nodes(request).await?.into_inner();
+        while let Some(update) = updates.message().await? {
+            if update.nodes.iter().all(|node| node.online == (state == Presence::Online)) {
+                return Ok(());
+            }
+        }
+        Err(CliError::new(Exit::Unreachable, "the hub ended the stream"))
+    };
+    let Some(timeout) = timeout else { return watch.await };
+    tokio::time::timeout(timeout, watch).await.unwrap_or_else(|_| {
+        let state = if state == Presence::Online { "online" } else { "offline" };
+        let text = format!("{node} was not {state} within {timeout:?}");
+        Err(CliError::new(Exit::Unreachable, text))
+    })
 }
 
 /// A node as it is listed; the JSON of scripts.
@@ -196,6 +245,7 @@ pub(crate) async fn node(global: &Global, args: NodeArgs) -> Result<(), CliError
             ];
             global.printer(output).show(row, &lines)
         }
+        NodeVerb::Wait { node, presence, timeout } => wait(global, node, presence, timeout).await,
     }
 }
 

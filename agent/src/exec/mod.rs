@@ -2,10 +2,10 @@
 //!
 //! | module | subject |
 //! |---|---|
-//! | [`request`](self) | what is asked for and what comes back |
-//! | [`policy`] | pure: limits, environment, and what a request may contain |
-//! | [`output`] | one output pipe: credit, frames, hash |
-//! | [`run`](self::run()) | one command from start to exit |
+//! | `request` | what is asked for and what comes back |
+//! | `policy` | pure: limits, environment, and what a request may contain |
+//! | `output`, `stdin` | a pipe each: credit, frames, hash; a bounded queue |
+//! | `run` | one command from start to exit |
 //!
 //! Invariants. [`CommandEvent::Exit`] is always sent, once, last. No more bytes are under way than
 //! credit was given. Every wait has an end: the command's time limit, the grace after a signal, the

@@ -33,6 +33,9 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 /// What a permissive command keeps of the agent's own environment.
 const KEPT: [&str; 7] = ["PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ"];
 
+/// Names and values.
+type Environment = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// Why a request was refused before anything was tried.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum RequestRefusal {
@@ -73,10 +76,14 @@ pub(super) fn resolve(
         None => (None, Vec::new()),
     };
     for path in &request.read_only_paths {
-        if request
-            .forbidden_paths
-            .iter()
-            .any(|secret| secret.starts_with(path) || path.starts_with(secret))
+        let plain = path.components().skip(1).all(|part| matches!(part, Component::Normal(_)));
+        if !path.is_absolute()
+            || !plain
+            || path.parent().is_none()
+            || request
+                .forbidden_paths
+                .iter()
+                .any(|secret| secret.starts_with(path) || path.starts_with(secret))
         {
             return Err(RequestRefusal::ReadOnlyPath { path: path.clone() });
         }
@@ -89,6 +96,7 @@ pub(super) fn resolve(
         mode: request.mode,
         network: request.network,
         limits,
+        limits_asked_for: request.limits != RequestedLimits::default(),
         stdin: request.stdin,
         read_only: request.read_only_paths,
         forbidden: request.forbidden_paths,
@@ -176,8 +184,8 @@ fn environment(
     mode: Mode,
     requested: &[(Vec<u8>, Vec<u8>)],
     agent_env: impl Fn(&str) -> Option<Vec<u8>>,
-) -> Result<Vec<(Vec<u8>, Vec<u8>)>, RequestRefusal> {
-    let mut env: Vec<(Vec<u8>, Vec<u8>)> = [
+) -> Result<Environment, RequestRefusal> {
+    let mut env: Environment = [
         ("PATH", PATH),
         ("HOME", HOME_INSIDE),
         ("USER", "cortex"),
@@ -211,7 +219,117 @@ fn environment(
     Ok(env)
 }
 
-fn set(env: &mut Vec<(Vec<u8>, Vec<u8>)>, name: &[u8], value: &[u8]) {
+fn set(env: &mut Environment, name: &[u8], value: &[u8]) {
     env.retain(|(known, _)| known != name);
     env.push((name.to_owned(), value.to_owned()));
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::exec::WorkspaceView;
+
+    const MACHINE: u64 = 8 << 30;
+
+    fn resolve_on_a_machine(
+        request: CommandRequest,
+    ) -> Result<(Command, Duration), RequestRefusal> {
+        resolve(request, MACHINE, |name| Some(format!("agent's {name}").into_bytes()))
+    }
+
+    fn echo() -> CommandRequest {
+        CommandRequest { script: Some(b"echo".to_vec()), ..CommandRequest::default() }
+    }
+
+    #[test]
+    fn an_unspecific_request_gets_the_strictest_of_everything() {
+        let (command, time_limit) = resolve_on_a_machine(echo()).unwrap();
+        assert_eq!(command.mode, Mode::Strict);
+        assert_eq!(command.network, crate::sandbox::Network::None);
+        assert_eq!(time_limit, MAX_TIME_LIMIT);
+        assert_eq!(command.limits.processes, DEFAULT_PROCESSES);
+        assert_eq!(command.limits.memory_bytes, MACHINE / 8 * 7);
+    }
+
+    #[test]
+    fn limits_stay_within_what_the_node_has() {
+        for (asked, memory_bytes, processes) in [
+            ((Some(1), Some(0)), MIN_MEMORY_BYTES, 1),
+            ((Some(64 << 20), Some(50)), 64 << 20, 50),
+            ((Some(u64::MAX), Some(u32::MAX)), MACHINE / 8 * 7, MAX_PROCESSES),
+        ] {
+            let asked = RequestedLimits { memory_bytes: asked.0, processes: asked.1 };
+            let given = limits(asked, MACHINE);
+            assert_eq!((given.memory_bytes, given.processes), (memory_bytes, processes));
+        }
+        let longest = CommandRequest { time_limit: Some(Duration::MAX), ..echo() };
+        assert_eq!(resolve_on_a_machine(longest).unwrap().1, MAX_TIME_LIMIT);
+    }
+
+    #[test]
+    fn a_strict_command_inherits_nothing_of_the_agents_environment() {
+        let (command, _) = resolve_on_a_machine(echo()).unwrap();
+        for (name, value) in &command.env {
+            assert!(!value.starts_with(b"agent's"), "{}", String::from_utf8_lossy(name));
+        }
+        let permissive = CommandRequest { mode: Mode::Permissive, ..echo() };
+        let (command, _) = resolve_on_a_machine(permissive).unwrap();
+        let inherited: Vec<_> =
+            command.env.iter().filter(|(_, value)| value.starts_with(b"agent's")).collect();
+        assert_eq!(inherited.len(), KEPT.len());
+    }
+
+    #[test]
+    fn a_requested_variable_replaces_the_default_one() {
+        let env = vec![(b"HOME".to_vec(), b"/tmp".to_vec())];
+        let (command, _) = resolve_on_a_machine(CommandRequest { env, ..echo() }).unwrap();
+        let homes: Vec<_> = command.env.iter().filter(|(name, _)| name == b"HOME").collect();
+        assert_eq!(homes, [&(b"HOME".to_vec(), b"/tmp".to_vec())]);
+    }
+
+    #[test]
+    fn paths_that_leave_the_workspace_are_refused() {
+        for (cwd, inside) in [
+            ("", true),
+            ("a/b", true),
+            ("./a", true),
+            ("..", false),
+            ("a/../b", false),
+            ("/", false),
+            ("/workspace", false),
+            ("a\0b", false),
+        ] {
+            assert_eq!(check_directory(cwd.into()).is_ok(), inside, "{cwd:?}");
+        }
+        for path in ["/", "relative", "/opt/../root"] {
+            let read_only_paths = vec![path.into()];
+            assert!(resolve_on_a_machine(CommandRequest { read_only_paths, ..echo() }).is_err());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn an_accepted_directory_never_climbs(cwd in proptest::collection::vec(any::<u8>(), 0..40)) {
+            if let Ok(cwd) = check_directory(cwd) {
+                prop_assert!(cwd.first() != Some(&b'/'));
+                prop_assert!(!cwd.split(|byte| *byte == b'/').any(|part| part == b".."));
+            }
+        }
+
+        #[test]
+        fn an_accepted_command_line_is_bounded(
+            sizes in proptest::collection::vec(0_usize..70_000, 0..24),
+        ) {
+            let argv: Vec<_> = sizes.iter().map(|size| vec![b'x'; *size]).collect();
+            let workspace = Some(WorkspaceView { host_root: "/w".into(), cwd: Vec::new() });
+            let request = CommandRequest { argv, workspace, ..CommandRequest::default() };
+            if resolve_on_a_machine(request).is_ok() {
+                prop_assert!(sizes.iter().all(|size| *size <= MAX_ARGUMENT_BYTES));
+                prop_assert!(sizes.iter().sum::<usize>() <= MAX_ARGUMENTS_BYTES);
+                prop_assert!(sizes.first().is_some_and(|size| *size > 0));
+            }
+        }
+    }
 }

@@ -107,7 +107,8 @@ pub struct CommandExit {
     pub stderr_hash: [u8; 32],
     /// Why, for every verdict but exited and signalled.
     pub reason: Option<String>,
-    /// What helps against `reason`.
+    /// What helps against `reason`; or, without one, what its reader should know of what the command
+    /// left behind.
     pub hint: Option<String>,
     /// From the request to the end.
     pub duration: Duration,

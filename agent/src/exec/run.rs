@@ -4,6 +4,7 @@
 //! waits for the receiver of events alone, so a stalled reader cannot keep a cancel from working.
 
 use std::collections::VecDeque;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use cortex_shared::policy::Mode;
@@ -16,7 +17,9 @@ use super::request::{
     CommandControl, CommandEvent, CommandExit, CommandRequest, CommandVerdict, OutputStream,
 };
 use super::stdin::Stdin;
-use crate::sandbox::{Ending, LaunchError, Launched, Launcher, StageHandle, StageMessage};
+use crate::sandbox::{
+    Absent, Ending, Group, LaunchError, Launched, Launcher, StageHandle, StageMessage,
+};
 
 /// Longest time from starting the stage to the command being executed.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -28,23 +31,38 @@ const MAX_GRACE: Duration = Duration::from_secs(10 * 60);
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs commands.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Executor {
     launcher: Launcher,
 }
 
-/// Runs one command with the running program as the sandbox stage. See [`Executor::run`].
+/// Runs one command with the executor of this process, which is prepared by the first call. See
+/// [`Executor::run`].
 pub async fn run(
     request: CommandRequest,
     initial_credit: u64,
     control: mpsc::Receiver<CommandControl>,
     events: mpsc::Sender<CommandEvent>,
 ) {
-    Executor::default().run(request, initial_credit, control, events).await;
+    Executor::of_this_process().run(request, initial_credit, control, events).await;
 }
 
 impl Executor {
-    /// With another program as the sandbox stage.
+    /// The one executor of this process, with the running program as the sandbox stage and with
+    /// control groups where they are to be had. The first call prepares it, which may move this
+    /// process to another control group.
+    pub fn of_this_process() -> &'static Self {
+        static SHARED: OnceLock<Executor> = OnceLock::new();
+        SHARED.get_or_init(|| Self::new(Launcher::default().with_control_groups()))
+    }
+
+    /// What starts its commands.
+    #[must_use]
+    pub fn launcher(&self) -> &Launcher {
+        &self.launcher
+    }
+
+    /// With a launcher of its own.
     #[must_use]
     pub fn new(launcher: Launcher) -> Self {
         Self { launcher }
@@ -64,11 +82,20 @@ impl Executor {
         let mode = request.mode;
         let mut exit = match self.start(request).await {
             Err(exit) => exit,
-            Ok((launched, time_limit)) => {
-                let deadline = begun + time_limit;
-                Running::new(launched, mode, initial_credit, deadline, control, events.clone())
-                    .run()
-                    .await
+            Ok((mut launched, time_limit)) => {
+                let absent = std::mem::take(&mut launched.absent);
+                let group = std::mem::take(&mut launched.group);
+                let exit = Running::new(
+                    launched,
+                    mode,
+                    initial_credit,
+                    time_limit,
+                    control,
+                    events.clone(),
+                )
+                .run()
+                .await;
+                look_back(exit, absent, group).await
             }
         };
         exit.duration = begun.elapsed();
@@ -106,6 +133,26 @@ impl Executor {
     }
 }
 
+/// Says what only shows afterwards: why it was killed, and what it left in its workspace that
+/// programs outside the sandbox would obey.
+async fn look_back(mut exit: CommandExit, absent: Absent, group: Group) -> CommandExit {
+    let look = tokio::task::spawn_blocking(move || (absent.present(), group.ran_out_of_memory()));
+    // A panic there would be a mistake of ours, and no reason to hide how the command ended.
+    let (appeared, out_of_memory) = look.await.unwrap_or_default();
+    if exit.hint.is_none() && out_of_memory {
+        exit.hint = Some("it ran out of memory: allow it more".to_owned());
+    }
+    if exit.hint.is_none() && !appeared.is_empty() {
+        let names: Vec<_> = appeared.iter().map(|name| name.display().to_string()).collect();
+        exit.hint = Some(format!(
+            "it created {}, which programs outside the sandbox obey: look at it before using git, \
+             a shell or an editor in this workspace",
+            names.join(", ")
+        ));
+    }
+    exit
+}
+
 fn verdict(verdict: CommandVerdict, reason: String, hint: Option<String>) -> CommandExit {
     let nothing = *blake3::hash(b"").as_bytes();
     let exit_code = match verdict {
@@ -132,7 +179,7 @@ fn verdict(verdict: CommandVerdict, reason: String, hint: Option<String>) -> Com
 /// Why a command is being ended from here.
 #[derive(Debug)]
 enum Stop {
-    TimeLimit(Duration),
+    TimeLimit,
     Cancelled(&'static str),
     Failed(String),
 }
@@ -185,6 +232,7 @@ struct Running {
     pending: VecDeque<CommandEvent>,
     /// When the stage was started, and when the command's time is up.
     begun: Instant,
+    time_limit: Duration,
     deadline: Instant,
     started: bool,
     ending: Option<Ending>,
@@ -203,10 +251,11 @@ impl Running {
         launched: Launched,
         mode: Mode,
         credit: u64,
-        deadline: Instant,
+        time_limit: Duration,
         control: mpsc::Receiver<CommandControl>,
         events: mpsc::Sender<CommandEvent>,
     ) -> Self {
+        let begun = Instant::now();
         Self {
             stage: launched.stage,
             mode,
@@ -218,8 +267,9 @@ impl Running {
             control_open: true,
             events,
             pending: VecDeque::new(),
-            begun: Instant::now(),
-            deadline,
+            begun,
+            time_limit,
+            deadline: begun + time_limit,
             started: false,
             ending: None,
             not_run: None,
@@ -290,8 +340,7 @@ impl Running {
         let now = Instant::now();
         match self.escalation {
             Escalation::None if now >= self.deadline => {
-                let limit = self.deadline - self.begun;
-                self.stop(Stop::TimeLimit(limit), libc::SIGTERM, DEFAULT_GRACE);
+                self.stop(Stop::TimeLimit, libc::SIGTERM, DEFAULT_GRACE);
             }
             Escalation::None => {
                 let reason = "the sandbox could not be set up in time".to_owned();
@@ -451,8 +500,8 @@ impl Running {
                 let hint = "look for a hung file system or device on this node".to_owned();
                 return verdict(CommandVerdict::Failed, reason, Some(hint));
             }
-            Some(Stop::TimeLimit(limit)) => {
-                let reason = format!("it ran longer than its limit of {limit:?}");
+            Some(Stop::TimeLimit) => {
+                let reason = format!("it ran longer than its limit of {:?}", self.time_limit);
                 verdict(CommandVerdict::TimeLimit, reason, None)
             }
             Some(Stop::Cancelled(why)) => {

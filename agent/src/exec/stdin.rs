@@ -105,3 +105,44 @@ impl Stdin {
 fn length(data: &Bytes) -> u64 {
     u64::try_from(data.len()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_the_command_took_is_counted_and_the_end_closes_the_pipe() {
+        let (sender, receiver) = pipe::pipe().unwrap();
+        let mut stdin = Stdin::new(Some(sender));
+        stdin.push(Bytes::from_static(b"hello "), false).unwrap();
+        stdin.push(Bytes::from_static(b"world"), true).unwrap();
+        while stdin.wants_to_write() {
+            stdin.write().await;
+        }
+        assert_eq!(stdin.take_taken(), 11);
+        let mut text = Vec::new();
+        tokio::io::AsyncReadExt::read_to_end(&mut { receiver }, &mut text).await.unwrap();
+        assert_eq!(text, b"hello world");
+    }
+
+    #[tokio::test]
+    async fn a_closed_reader_swallows_everything() {
+        let (sender, receiver) = pipe::pipe().unwrap();
+        drop(receiver);
+        let mut stdin = Stdin::new(Some(sender));
+        stdin.push(Bytes::from_static(b"lost"), false).unwrap();
+        stdin.write().await;
+        stdin.push(Bytes::from_static(b"too"), false).unwrap();
+        assert!(!stdin.wants_to_write());
+        assert_eq!(stdin.take_taken(), 7);
+    }
+
+    #[tokio::test]
+    async fn a_sender_without_a_window_is_stopped() {
+        let (sender, _receiver) = pipe::pipe().unwrap();
+        let mut stdin = Stdin::new(Some(sender));
+        let frame = Bytes::from(vec![0; MAX_QUEUED_BYTES]);
+        stdin.push(frame.clone(), false).unwrap();
+        assert!(stdin.push(Bytes::from_static(b"x"), false).is_err());
+    }
+}

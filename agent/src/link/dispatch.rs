@@ -23,7 +23,7 @@ use super::session::Outbox;
 use super::started::StartedTasks;
 use super::task::{self, TaskContext};
 use super::workspaces::{Membership, Reports, Workspaces};
-use crate::config::{ConfigError, StateDir};
+use crate::config::{ConfigError, Settings, StateDir};
 use crate::exec::CommandControl;
 
 /// Commands that run at the same time; more is refused, so that a node cannot be buried.
@@ -52,7 +52,6 @@ pub struct Dispatcher {
 
 struct Inner {
     state: StateDir,
-    ceiling: Mode,
     workspaces: Workspaces,
     started: Mutex<StartedTasks>,
     session: Mutex<Option<SessionContext>>,
@@ -71,18 +70,13 @@ impl Dispatcher {
     /// # Errors
     /// If the record of started tasks cannot be read or written: without it no task could be run
     /// safely.
-    pub fn new(
-        state: StateDir,
-        ceiling: Mode,
-        workspaces: Workspaces,
-    ) -> Result<Self, ConfigError> {
+    pub fn new(state: StateDir, workspaces: Workspaces) -> Result<Self, ConfigError> {
         let path = state.path().join("started-tasks");
         let started = StartedTasks::open(Path::new(&path))
             .map_err(|source| ConfigError::Write { path, source })?;
         Ok(Self {
             inner: Arc::new(Inner {
                 state,
-                ceiling,
                 workspaces,
                 started: Mutex::new(started),
                 session: Mutex::new(None),
@@ -102,6 +96,19 @@ impl Dispatcher {
     #[must_use]
     pub fn policy(&self) -> Mode {
         *self.inner.policy.borrow()
+    }
+
+    /// The owner's bound as it is now. Read anew, so that lowering it counts at once; what cannot
+    /// be read allows nothing.
+    #[must_use]
+    pub fn ceiling(&self) -> Mode {
+        match Settings::load(&self.inner.state) {
+            Ok(settings) => settings.ceiling,
+            Err(error) => {
+                tracing::error!(%error, "the ceiling cannot be read and counts as strict");
+                Mode::Strict
+            }
+        }
     }
 
     pub(super) fn begin_session(&self, context: SessionContext, policy: Mode) {
@@ -165,6 +172,8 @@ impl Dispatcher {
         {
             let mut running = lock(&self.inner.running);
             if running.contains_key(&id) {
+                // Not refused: the hub would take that for the end of the task that runs.
+                tracing::warn!(task = %id, "the hub ordered a task that runs; it is not started again");
                 return;
             }
             if running.len() >= MAX_RUNNING {
@@ -189,7 +198,8 @@ impl Dispatcher {
         start: v1::StartTask,
         cancels: mpsc::Receiver<CommandControl>,
     ) {
-        let actor = super::super::cli::error::printable(&start.actor);
+        // Written as a quoted string: it comes from elsewhere.
+        let actor = start.actor;
         let recording = {
             let inner = Arc::clone(&self.inner);
             tokio::task::spawn_blocking(move || lock(&inner.started).begin(id)).await
@@ -213,9 +223,9 @@ impl Dispatcher {
             .ok_or(Refusal::Invalid("no specification"))
             .and_then(|spec| self.check(spec));
         if let Err(refusal) = &command {
-            tracing::info!(task = %id, actor, %refusal, "command refused");
+            tracing::info!(task = %id, ?actor, %refusal, "command refused");
         } else {
-            tracing::info!(task = %id, actor, "command starts");
+            tracing::info!(task = %id, ?actor, "command starts");
         }
         let context =
             TaskContext { client: session.client, outbox: session.outbox, scope: session.tasks };
@@ -223,7 +233,8 @@ impl Dispatcher {
     }
 
     fn check(&self, spec: v1::TaskSpec) -> Result<crate::exec::CommandRequest, Refusal> {
-        let authority = Authority { policy: self.policy(), ceiling: self.inner.ceiling };
+        let ceiling = self.ceiling();
+        let authority = Authority { policy: self.policy(), ceiling };
         let forbidden = vec![self.inner.state.path().to_owned()];
         let find = |id, name: &str| self.inner.workspaces.root_of(id, name);
         request::command(spec, authority, find, forbidden)

@@ -6,12 +6,13 @@
 //! | [`dispatch`] | what each frame of the hub means here |
 //! | `task`, `request` | one command: its stream, its credit, its end; whether it may run at all |
 //! | `started` | which task ids have been seen, so that none runs twice |
-//! | [`workspaces`] | the sync engine of each workspace this node is a member of |
+//! | [`workspaces`], `report` | the sync engine of each workspace this node is a member of, and its state |
 //!
 //! Nothing of a session outlives the process but the ids of started tasks and the last list of
 //! memberships, which are on disk before they count. When a session ends, its tasks are cancelled.
 
 pub mod dispatch;
+mod report;
 mod request;
 pub mod session;
 mod started;

@@ -17,10 +17,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::report;
 use super::request::Refusal;
 use crate::client::{HubClient, Purpose};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
-use crate::sync::{self, TonicHub, WorkspaceConfig, WorkspaceHandle};
+use crate::sync::tonic_hub::TonicHub;
+use crate::sync::{self, WorkspaceConfig, WorkspaceHandle};
 
 /// Shortest time between two reports of one node.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -148,7 +150,7 @@ impl Workspaces {
         let engines = lock(&self.inner.engines);
         let mut list: Vec<v1::SyncStatus> = engines
             .values()
-            .map(|engine| v1::SyncStatus::from(&*engine.handle.status().borrow()))
+            .map(|engine| report::sync_status(&engine.handle.status().borrow()))
             .collect();
         list.sort_by(|a, b| a.workspace.cmp(&b.workspace));
         list
@@ -161,41 +163,42 @@ impl Workspaces {
         Reports { workspaces: self.clone(), changes, not_before: Instant::now() }
     }
 
-    /// Chooses where a workspace will live on this node; durable.
+    /// Chooses where a workspace will live on this node; durable, and kept even if this node does
+    /// not become a member now: an operator may make it one later.
     ///
     /// # Errors
     /// If the place cannot be used, or the settings cannot be written.
     pub fn place(&self, name: &str, path: Option<&Path>) -> Result<PathBuf, PlaceError> {
-        let running = lock(&self.inner.engines)
-            .values()
-            .find(|engine| engine.name == name)
-            .map(|engine| engine.root.clone());
-        let mut settings = lock(&self.inner.settings);
-        let wanted = path.map_or_else(|| settings.workspace_path(name), Path::to_owned);
+        let wanted = match path {
+            Some(path) => path.to_owned(),
+            None => lock(&self.inner.settings).workspace_path(name),
+        };
         if !wanted.is_absolute() {
             return Err(PlaceError::NotAbsolute(wanted));
         }
-        if let Some(current) = running {
-            return if current == wanted {
-                Ok(current)
-            } else {
-                Err(PlaceError::Elsewhere { current })
-            };
-        }
-        let state = self.inner.state.path();
-        if wanted.starts_with(state) || state.starts_with(&wanted) {
-            return Err(PlaceError::OwnState(wanted));
-        }
-        for (other, root) in &settings.workspace_paths {
-            if other != name && (root.starts_with(&wanted) || wanted.starts_with(root)) {
-                return Err(PlaceError::Overlaps { other: other.clone(), root: root.clone() });
+        let overlaps = |root: &Path| root.starts_with(&wanted) || wanted.starts_with(root);
+        for engine in lock(&self.inner.engines).values() {
+            if engine.name == name {
+                let current = engine.root.clone();
+                return if current == wanted {
+                    Ok(current)
+                } else {
+                    Err(PlaceError::Elsewhere { current })
+                };
+            }
+            if overlaps(&engine.root) {
+                let root = engine.root.clone();
+                return Err(PlaceError::Overlaps { other: engine.name.clone(), root });
             }
         }
-        if path.is_some() && settings.workspace_path(name) != wanted {
-            let mut changed = settings.clone();
-            changed.workspace_paths.insert(name.to_owned(), wanted.clone());
-            changed.save(&self.inner.state)?;
-            *settings = changed;
+        if overlaps(self.inner.state.path()) {
+            return Err(PlaceError::OwnState(wanted));
+        }
+        if path.is_some() {
+            let changed = Settings::update(&self.inner.state, |settings| {
+                settings.workspace_paths.insert(name.to_owned(), wanted.clone());
+            })?;
+            *lock(&self.inner.settings) = changed;
         }
         Ok(wanted)
     }
@@ -251,7 +254,7 @@ impl Workspaces {
             id: membership.id,
             name: membership.name.clone(),
             root: root.clone(),
-            state_dir: self.inner.state.workspace(membership.id),
+            state_dir: self.inner.state.path().to_owned(),
         };
         let hub = TonicHub::new(self.inner.hub.connect_lazy(Purpose::Bulk));
         let scope = scope.child();
@@ -321,5 +324,97 @@ impl Reports {
         }
         self.not_before = Instant::now() + REPORT_INTERVAL;
         v1::SyncReport { workspaces: self.workspaces.statuses() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::Trust;
+    use cortex_shared::policy::Mode;
+
+    fn workspaces(folder: &Path, scope: &TaskScope) -> Workspaces {
+        let state = StateDir::resolve(Some(folder.join("state"))).unwrap();
+        state.create().unwrap();
+        let settings = Settings {
+            hub: "127.0.0.1:1".parse().unwrap(),
+            workspace_root: folder.join("ws"),
+            ceiling: Mode::Strict,
+            workspace_paths: BTreeMap::new(),
+        };
+        settings.save(&state).unwrap();
+        let hub = HubClient::new(settings.hub.clone(), Trust::Pins(Vec::new()), None).unwrap();
+        Workspaces::start(state, settings, hub, scope).unwrap()
+    }
+
+    fn member(name: &str) -> Membership {
+        Membership { id: WorkspaceId::new(), name: name.to_owned() }
+    }
+
+    async fn until_names_are(workspaces: &Workspaces, names: &[&str]) {
+        let mut changes = workspaces.inner.changes.subscribe();
+        let reached = changes.wait_for(|_| {
+            lock(&workspaces.inner.engines)
+                .values()
+                .map(|e| e.name.as_str())
+                .eq(names.iter().copied())
+        });
+        tokio::time::timeout(Duration::from_secs(20), reached).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn places_are_absolute_apart_from_each_other_and_from_our_own_state() {
+        let folder = tempfile::tempdir().unwrap();
+        let scope = TaskScope::new();
+        let workspaces = workspaces(folder.path(), &scope);
+        workspaces.set_memberships(vec![member("app")]);
+        until_names_are(&workspaces, &["app"]).await;
+        let at = |path: &str| folder.path().join(path);
+        assert_eq!(workspaces.place("app", None).unwrap(), at("ws/app"));
+        let elsewhere = workspaces.place("app", Some(&at("other")));
+        assert!(matches!(elsewhere, Err(PlaceError::Elsewhere { .. })));
+        for bad in ["ws", "ws/app", "ws/app/inner", "state", "state/x", ""] {
+            assert!(workspaces.place("web", Some(&at(bad))).is_err(), "{bad}");
+        }
+        assert!(matches!(
+            workspaces.place("web", Some(Path::new("relative"))),
+            Err(PlaceError::NotAbsolute(_))
+        ));
+        // A chosen place is kept for the day on which the node becomes a member.
+        assert_eq!(workspaces.place("web", Some(&at("web"))).unwrap(), at("web"));
+        workspaces.set_memberships(vec![member("web")]);
+        until_names_are(&workspaces, &["web"]).await;
+        assert!(workspaces.root_of(None, "app").is_err());
+        assert_eq!(workspaces.place("web", None).unwrap(), at("web"));
+        scope.cancel();
+        scope.finish().await;
+    }
+
+    #[tokio::test]
+    async fn memberships_survive_a_restart_without_a_hub() {
+        let folder = tempfile::tempdir().unwrap();
+        let scope = TaskScope::new();
+        let first = workspaces(folder.path(), &scope);
+        first.set_memberships(vec![member("app")]);
+        until_names_are(&first, &["app"]).await;
+        scope.cancel();
+        scope.finish().await;
+        let scope = TaskScope::new();
+        let second = workspaces(folder.path(), &scope);
+        until_names_are(&second, &["app"]).await;
+        scope.cancel();
+        scope.finish().await;
+    }
+
+    #[test]
+    fn a_name_that_could_leave_the_workspace_root_is_not_believed() {
+        for name in ["../etc", "..", "", "a/b", "/abs"] {
+            let wire = v1::Membership {
+                workspace_id: WorkspaceId::new().as_bytes().to_vec().into(),
+                name: name.to_owned(),
+                ..Default::default()
+            };
+            assert!(Membership::from_wire(&wire).is_err(), "{name}");
+        }
     }
 }

@@ -16,8 +16,8 @@ use serde::de::DeserializeOwned;
 
 use super::spec::MAX_MESSAGE_BYTES;
 
-/// Most descriptors beside one message: specification, script, standard input.
-const MAX_DESCRIPTORS: usize = 3;
+/// Most descriptors beside one message: specification, script, standard input, two control groups.
+const MAX_DESCRIPTORS: usize = 5;
 
 /// Sends one message.
 pub(super) fn send<M: Serialize>(socket: impl AsFd, message: &M) -> io::Result<()> {

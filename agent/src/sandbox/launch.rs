@@ -10,6 +10,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
 
 use cortex_shared::policy::Mode;
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -18,12 +19,14 @@ use tokio::net::UnixDatagram;
 use tokio::net::unix::pipe;
 use tokio::process::Child;
 
+use super::cgroup::{ControlGroups, Group};
 use super::channel;
 use super::identity::{self, NoIdentity};
+use super::planted::Absent;
 use super::remedy::Refusal;
 use super::spec::{
-    Action, Confinement, Ending, Limits, MAX_SPEC_BYTES, Network, Order, Report, STAGE_NAME, Spec,
-    StrictSpec,
+    Action, Confinement, ControlGroup, Ending, Limits, MAX_SPEC_BYTES, Network, Order, Report,
+    STAGE_NAME, Spec, StrictSpec,
 };
 use super::workspace::{self, WorkspaceRefusal};
 
@@ -35,6 +38,7 @@ const MINIMUM_LANDLOCK_ABI: i64 = 1;
 pub struct Launcher {
     /// A program that asks [`super::stage_requested`] first thing.
     stage: PathBuf,
+    groups: Arc<ControlGroups>,
 }
 
 impl Default for Launcher {
@@ -62,6 +66,8 @@ pub struct Command {
     pub network: Network,
     /// Its limits.
     pub limits: Limits,
+    /// Somebody asked for limits other than the node's own.
+    pub limits_asked_for: bool,
     /// Whether it is given standard input; otherwise it reads end-of-file.
     pub stdin: bool,
     /// Directories of this machine that it sees read-only, at the same path.
@@ -111,7 +117,20 @@ impl Launcher {
     /// With another program as the stage.
     #[must_use]
     pub fn with_stage(stage: impl Into<PathBuf>) -> Self {
-        Self { stage: stage.into() }
+        Self { stage: stage.into(), groups: Arc::default() }
+    }
+
+    /// With control groups, where this machine lets this process have them. To be called once in a
+    /// process, before it runs commands: it may move the process to another group.
+    #[must_use]
+    pub fn with_control_groups(self) -> Self {
+        Self { groups: Arc::new(ControlGroups::prepare()), ..self }
+    }
+
+    /// Which control groups are used: "v2", "v1" or "none".
+    #[must_use]
+    pub fn control_groups(&self) -> &'static str {
+        self.groups.version()
     }
 
     /// Starts a command. Whether it could be set up and executed is told by
@@ -122,12 +141,13 @@ impl Launcher {
     pub async fn launch(&self, command: Command) -> Result<Launched, LaunchError> {
         let stdin_wanted = command.stdin;
         // Looking at the workspace touches the disk, which may be slow or a dead network mount.
-        let files = tokio::task::spawn_blocking(move || Files::write(command)).await.map_err(
-            |error| LaunchError::Io {
+        let groups = Arc::clone(&self.groups);
+        let files = tokio::task::spawn_blocking(move || Files::write(command, &groups))
+            .await
+            .map_err(|error| LaunchError::Io {
                 attempt: "prepare the command",
                 source: io::Error::other(error),
-            },
-        )??;
+            })??;
 
         let (ours, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
@@ -157,6 +177,7 @@ impl Launcher {
         let mut fds = vec![files.spec.as_fd()];
         fds.extend(files.script.as_ref().map(OwnedFd::as_fd));
         fds.extend(stdin.as_ref().map(|(_, read)| read.as_fd()));
+        fds.extend(files.group.entrance().iter().map(OwnedFd::as_fd));
         channel::send_descriptors(&ours, &fds).map_err(io_error("instruct the sandbox stage"))?;
 
         rustix::io::ioctl_fionbio(&ours, true)
@@ -165,6 +186,8 @@ impl Launcher {
             stdout,
             stderr,
             stdin: stdin.map(|(sender, _)| sender),
+            absent: files.absent,
+            group: files.group,
             stage: StageHandle {
                 control: UnixDatagram::from_std(ours.into())
                     .map_err(io_error("watch the control socket"))?,
@@ -184,15 +207,21 @@ fn output_pipe() -> Result<(OwnedFd, pipe::Receiver), LaunchError> {
 struct Files {
     spec: OwnedFd,
     script: Option<OwnedFd>,
+    absent: Absent,
+    group: Group,
 }
 
 impl Files {
-    fn write(command: Command) -> Result<Self, LaunchError> {
+    fn write(command: Command, groups: &ControlGroups) -> Result<Self, LaunchError> {
         let workspace = command
             .workspace
             .as_deref()
             .map(|root| workspace::check(root, &command.forbidden))
             .transpose()?;
+        let absent = match (&workspace, command.mode) {
+            (Some(workspace), Mode::Strict) => Absent::in_workspace(&workspace.path),
+            _ => Absent::default(),
+        };
         let (action, script) = match command.program {
             Program::Arguments(arguments) => (Action::Program(arguments), None),
             Program::Script(text) => (Action::Script, Some(sealed(&text)?)),
@@ -207,6 +236,15 @@ impl Files {
                 minimum_landlock_abi: MINIMUM_LANDLOCK_ABI,
             }),
         };
+        let group = groups
+            .group_for(&command.limits, command.limits_asked_for)
+            .map_err(io_error("create a control group"))?
+            .unwrap_or_default();
+        let control_group = match (group.entrance().len(), groups) {
+            (0, _) => ControlGroup::None,
+            (_, ControlGroups::V2(_)) => ControlGroup::BornInto,
+            (count, _) => ControlGroup::Joined(count),
+        };
         let spec = Spec {
             confinement,
             action,
@@ -215,6 +253,7 @@ impl Files {
             workspace,
             limits: command.limits,
             stdin: command.stdin,
+            control_group,
         };
         let spec = serde_json::to_vec(&spec).map_err(|error| LaunchError::Io {
             attempt: "write the specification",
@@ -223,7 +262,7 @@ impl Files {
         if u64::try_from(spec.len()).map_or(true, |length| length > MAX_SPEC_BYTES) {
             return Err(LaunchError::TooLong);
         }
-        Ok(Self { spec: sealed(&spec)?, script })
+        Ok(Self { spec: sealed(&spec)?, script, absent, group })
     }
 }
 
@@ -250,6 +289,10 @@ pub struct Launched {
     pub stderr: pipe::Receiver,
     /// Its standard input, where it was asked for.
     pub stdin: Option<pipe::Sender>,
+    /// Names that its workspace did not have before; empty in permissive mode.
+    pub absent: Absent,
+    /// Its control group, to be dropped when it is over.
+    pub group: Group,
     /// Its life.
     pub stage: StageHandle,
 }

@@ -8,14 +8,15 @@
 //! ```
 //!
 //! Entry points: [`stage_requested`] and [`stage_main`], first thing in `main`; [`Launcher`] for
-//! one command; [`probe`] for what this machine can enforce.
+//! one command, and [`Launcher::probe`] for what this machine can enforce.
 //!
 //! Invariants. A command never runs with less than was asked for: whatever cannot be set up or,
 //! read back from the kernel, does not hold, refuses the command before it is executed. A command
 //! never runs as user 0. Nothing asynchronous and no second thread exists in the stage. `unsafe` is
-//! in [`syscalls`] only. Deliberately absent: a setuid helper, acting twice on one path, any way to
+//! in `syscalls` only. Deliberately absent: a setuid helper, acting twice on one path, any way to
 //! weaken strict mode from within a request.
 
+mod cgroup;
 mod channel;
 mod filesystem;
 mod identity;
@@ -27,7 +28,9 @@ mod mounts;
 mod namespaces;
 mod payload;
 mod permissive;
+mod planted;
 mod privileges;
+mod probe;
 mod protect;
 mod reaper;
 mod remedy;
@@ -38,8 +41,11 @@ mod stage;
 mod syscalls;
 mod workspace;
 
+pub use cgroup::Group;
 pub use identity::NoIdentity;
 pub use launch::{Command, LaunchError, Launched, Launcher, Program, StageHandle, StageMessage};
+pub use planted::Absent;
+pub use probe::Capabilities;
 pub use remedy::Refusal;
 pub use spec::{
     Ending, HOME_INSIDE, Identity, Limits, Network, SetupError, Step, WORKSPACE_INSIDE,

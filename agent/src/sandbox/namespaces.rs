@@ -88,7 +88,7 @@ pub(super) fn mapping_namespace(
             drop(wake);
             // Lives until the parent has opened the namespace.
             let mut wait = wait;
-            wait.read(&mut [0]).ok();
+            wait.read_to_end(&mut Vec::new()).ok();
             syscalls::exit_now(0)
         }
         Cloned::Parent(pid) => {

@@ -42,7 +42,7 @@ pub(super) fn main(job: Job, confine: Confine<'_>, report_failure: OwnedFd) -> !
 }
 
 fn become_command(job: Job, confine: &Confine<'_>) -> Result<std::convert::Infallible, Report> {
-    let Job { spec, script, stdin } = job;
+    let Job { spec, script, stdin, .. } = job;
     detach(stdin).map_err(Report::Refused)?;
     change_directory(&spec, confine).map_err(Report::Refused)?;
     let mut command = command_line(&spec, script.as_ref()).map_err(Report::Refused)?;

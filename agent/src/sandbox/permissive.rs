@@ -5,9 +5,9 @@
 //! up as its child, and is found and ended there. Weaker than pid 1 of a sandbox in one point: if
 //! this monitor is killed, only the command itself dies with it.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::process::{Pid, Signal, WaitOptions, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, wait};
 
 use super::spec::{Context as _, SetupError, Step};
 use super::stage::{self, Job};
@@ -23,7 +23,8 @@ pub(super) fn run(job: Job, control: &OwnedFd) -> Result<(), SetupError> {
         syscalls::signal_descriptor(Signal::CHILD).step(step, "watch for ending processes")?;
     let (executed, report_failure) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).step(step, "create a pipe")?;
-    match syscalls::clone_process(0, None).step(step, "start the command's process")? {
+    let group = job.born_into.as_ref().map(AsFd::as_fd);
+    match syscalls::clone_process(0, group).step(step, "start the command's process")? {
         Cloned::Child => {
             drop((executed, children));
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).ok();
@@ -47,7 +48,7 @@ fn end_descendants() {
             rustix::process::kill_process(pid, Signal::KILL).ok();
         }
         loop {
-            match waitpid(None, WaitOptions::empty()) {
+            match wait(WaitOptions::empty()) {
                 // Other children may have come in the meantime.
                 Ok(_) => break,
                 Err(rustix::io::Errno::INTR) => {}

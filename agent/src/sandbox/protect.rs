@@ -4,7 +4,7 @@
 //! A command that plants a git hook or an editor task has escaped as soon as a person uses git or
 //! the editor there. `.git` itself is pinned by a mount, so that it cannot be moved away and
 //! replaced; its hooks and configuration are read-only. Names that do not exist are not created as
-//! mount points, which would leave empty files behind.
+//! mount points, which would leave empty files behind; [`super::planted`] finds what appeared.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -16,10 +16,10 @@ use super::spec::{Context as _, SetupError, Step, WORKSPACE_INSIDE};
 use super::syscalls::READ_ONLY;
 
 /// Parts of a git directory that make git run programs, or look elsewhere for such parts.
-const GIT_ACTIVE: [&str; 4] = ["hooks", "config", "config.worktree", "commondir"];
+pub(super) const GIT_ACTIVE: [&str; 4] = ["hooks", "config", "config.worktree", "commondir"];
 
 /// Other names at the top of a workspace that programs outside obey.
-const OBEYED: [&str; 15] = [
+pub(super) const OBEYED: [&str; 15] = [
     ".vscode",
     ".idea",
     ".claude",

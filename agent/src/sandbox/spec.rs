@@ -36,6 +36,19 @@ pub(super) struct Spec {
     /// A pipe for standard input comes with the specification; otherwise the command reads
     /// end-of-file.
     pub(super) stdin: bool,
+    /// Descriptors of control groups that come with the specification.
+    pub(super) control_group: ControlGroup,
+}
+
+/// How the command enters its control group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum ControlGroup {
+    /// It has none.
+    None,
+    /// By being created in the one directory that comes.
+    BornInto,
+    /// By the monitor writing itself to each of so many files that come.
+    Joined(usize),
 }
 
 /// How the command is confined.
@@ -205,8 +218,17 @@ pub struct SetupError {
 impl SetupError {
     /// An error without an error number of the kernel.
     pub(super) fn new(step: Step, detail: impl Into<String>) -> Self {
-        Self { step, errno: None, detail: detail.into() }
+        Self { step, errno: None, detail: shortened(detail.into()) }
     }
+}
+
+/// A message has to fit the control socket, whatever paths it names.
+fn shortened(text: String) -> String {
+    const MOST: usize = 1000;
+    if text.chars().count() <= MOST {
+        return text;
+    }
+    text.chars().take(MOST).chain(['…']).collect()
 }
 
 /// Adds the step and what was attempted to an error of the kernel.
@@ -218,7 +240,8 @@ impl<T, E: Into<io::Error>> Context<T> for Result<T, E> {
     fn step(self, step: Step, attempt: impl std::fmt::Display) -> Result<T, SetupError> {
         self.map_err(|error| {
             let error: io::Error = error.into();
-            SetupError { step, errno: error.raw_os_error(), detail: format!("{attempt}: {error}") }
+            let detail = shortened(format!("{attempt}: {error}"));
+            SetupError { step, errno: error.raw_os_error(), detail }
         })
     }
 }

@@ -20,8 +20,8 @@ use rustix::fs::SealFlags;
 use rustix::process::{WaitOptions, waitpid};
 
 use super::spec::{
-    Action, Confinement, Context as _, MAX_SPEC_BYTES, Report, STAGE_NAME, SetupError, Spec, Step,
-    StrictSpec,
+    Action, Confinement, Context as _, ControlGroup, MAX_SPEC_BYTES, Report, STAGE_NAME,
+    SetupError, Spec, Step, StrictSpec,
 };
 use super::syscalls::{self, Cloned};
 use super::{channel, init, namespaces, permissive, workspace};
@@ -54,6 +54,8 @@ pub(super) struct Job {
     pub(super) spec: Spec,
     pub(super) script: Option<OwnedFd>,
     pub(super) stdin: Option<OwnedFd>,
+    /// The control group to create the command in.
+    pub(super) born_into: Option<OwnedFd>,
 }
 
 fn take_control_socket() -> std::io::Result<OwnedFd> {
@@ -95,7 +97,19 @@ fn receive(control: &OwnedFd) -> Result<Job, SetupError> {
     let script =
         if matches!(spec.action, Action::Script) { Some(next("the script")?) } else { None };
     let stdin = if spec.stdin { Some(next("standard input")?) } else { None };
-    Ok(Job { spec, script, stdin })
+    let born_into = match spec.control_group {
+        ControlGroup::None => None,
+        ControlGroup::BornInto => Some(next("the control group")?),
+        ControlGroup::Joined(count) => {
+            for _ in 0..count {
+                File::from(next("the control group")?)
+                    .write_all(b"0")
+                    .step(Step::ControlGroup, "join the control group")?;
+            }
+            None
+        }
+    };
+    Ok(Job { spec, script, stdin, born_into })
 }
 
 /// Reads a memory file that can no longer change.
@@ -120,6 +134,8 @@ fn run(job: Job, control: &OwnedFd) -> Result<(), SetupError> {
     // A command that eats all memory must be the first to go, not the agent. Raising the value
     // needs no privilege, and the whole sandbox inherits it.
     std::fs::write("/proc/self/oom_score_adj", "500").ok();
+    // An interrupt typed at the agent's terminal is for the agent, which ends its commands in order.
+    rustix::process::setsid().step(Step::Process, "start a session")?;
     // Nothing here may keep the agent's working directory busy.
     rustix::process::chdir("/").step(Step::Process, "leave the agent's directory")?;
     match job.spec.confinement.clone() {

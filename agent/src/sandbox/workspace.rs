@@ -105,7 +105,9 @@ pub(super) fn check(root: &Path, forbidden: &[PathBuf]) -> Result<WorkspaceSpec,
     for secret in forbidden {
         // A directory that does not exist yet is compared by the name it will have.
         let secret = canonical_as_far_as_it_exists(secret);
-        if secret.starts_with(&path) || path.starts_with(&secret) {
+        let by_name = secret.starts_with(&path) || path.starts_with(&secret);
+        // A bind mount gives a directory a second name, which the comparison of names misses.
+        if by_name || is_among_ancestors(&path, &secret) || is_among_ancestors(&secret, &path) {
             return Err(hidden(&secret));
         }
     }
@@ -132,6 +134,13 @@ fn home_directories() -> Vec<PathBuf> {
         .filter(|home| home.is_absolute() && home != Path::new("/"))
         .filter_map(|home| home.canonicalize().ok())
         .collect()
+}
+
+/// Whether `directory` is, under whatever name, `of` itself or one of the directories above it.
+fn is_among_ancestors(directory: &Path, of: &Path) -> bool {
+    let identity = |path: &Path| path.metadata().ok().map(|found| (found.dev(), found.ino()));
+    let wanted = identity(directory);
+    wanted.is_some() && of.ancestors().any(|ancestor| identity(ancestor) == wanted)
 }
 
 fn canonical_as_far_as_it_exists(path: &Path) -> PathBuf {

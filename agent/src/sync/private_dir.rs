@@ -225,6 +225,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::print_stderr)] // a skipped test says so
     fn a_state_directory_on_another_mount_is_not_used() {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("root");

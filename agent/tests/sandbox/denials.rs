@@ -7,7 +7,7 @@ use cortex_agent::exec::{CommandRequest, CommandVerdict, RequestedLimits};
 use cortex_agent::sandbox::Network;
 use tempfile::TempDir;
 
-use crate::support::{in_workspace, run, script, succeeds_outside, token};
+use crate::support::{in_workspace, launcher, run, script, succeeds_outside, token};
 
 /// A process outside that must survive; ended by its id when dropped.
 struct Victim(std::process::Child);
@@ -165,8 +165,7 @@ async fn hooks_and_configuration_cannot_be_planted() {
         echo evil > .git/config; rm -f .git/config; mv .git/config .git/c; rm -rf .git/hooks
         echo evil > .git/modules/sub/config; echo evil > .git/modules/sub/hooks/x
         echo evil > .vscode/tasks.json; echo evil > .envrc; rm -f .envrc; mv .vscode v
-        echo new > .git/index; true";
-    assert!(succeeds_outside("cp -r . /dev/null 2>/dev/null; true", workspace.path()));
+        echo new > .git/index; echo ../evil > .git/commondir; true";
     let ran = run(in_workspace(text, workspace.path())).await;
     assert!(ran.succeeded(), "{ran:?}");
     for file in files {
@@ -176,6 +175,7 @@ async fn hooks_and_configuration_cannot_be_planted() {
         assert_eq!(std::fs::read_dir(path(directory)).unwrap().count(), 0, "{directory}");
     }
     assert!(!path("old").exists());
+    assert!(ran.exit.hint.unwrap().contains(".git/commondir"), "what appeared is not named");
     assert_eq!(std::fs::read_to_string(path(".git/index")).unwrap(), "new\n", "git cannot work");
 }
 
@@ -205,6 +205,25 @@ async fn limits_hold() {
 }
 
 #[tokio::test]
+async fn memory_is_limited_for_all_processes_together() {
+    let eat = "for i in 1 2 3 4; do perl -e '$x = \"x\" x (60 << 20); sleep 2; print \"$i\\n\"' & \
+               done; wait";
+    assert!(succeeds_outside(eat, Path::new("/")), "too little memory for this test");
+    let groups = launcher().control_groups();
+    if groups == "none" {
+        eprintln!("skipped: no control groups for this user, so memory is limited by process only");
+        return;
+    }
+    let request = CommandRequest {
+        limits: RequestedLimits { memory_bytes: Some(128 << 20), ..RequestedLimits::default() },
+        ..script(eat)
+    };
+    let ran = run(request).await;
+    assert!(ran.stdout.lines().count() < 4, "{groups}: {ran:?}");
+    assert!(ran.exit.hint.unwrap().contains("memory"));
+}
+
+#[tokio::test]
 async fn the_network_is_there_only_if_it_was_granted() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -222,4 +241,24 @@ async fn the_command_cannot_end_or_read_its_pid_1() {
     let ran = run(script(text)).await;
     assert!(ran.succeeded(), "{ran:?}");
     assert_eq!(ran.stdout, "alive\n", "{ran:?}");
+}
+
+#[tokio::test]
+async fn every_mount_is_as_narrow_as_it_can_be() {
+    let workspace = TempDir::new().unwrap();
+    let ran = run(in_workspace("cat /proc/self/mountinfo", workspace.path())).await;
+    assert!(ran.succeeded(), "{ran:?}");
+    let writable =
+        ["/workspace", "/tmp", "/home/cortex", "/dev/shm", "/dev/pts", "/proc"].map(Path::new);
+    for line in ran.stdout.lines() {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let (point, options) = (Path::new(fields[4]), fields[5]);
+        let has = |option| options.split(',').any(|word| word == option);
+        // The covers of /proc are the null device too.
+        let device = point.parent() == Some(Path::new("/dev")) || point.starts_with("/proc/");
+        assert!(has("nosuid"), "set-user-id counts on {line}");
+        assert!(has("nodev") || device || point == Path::new("/dev/pts"), "devices on {line}");
+        assert!(has("ro") || device || writable.contains(&point), "writable: {line}");
+        assert!(!line.contains("shared:") && !line.contains("master:"), "not private: {line}");
+    }
 }

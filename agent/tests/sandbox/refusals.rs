@@ -5,7 +5,7 @@ use std::path::Path;
 use cortex_agent::exec::{CommandRequest, CommandVerdict};
 use tempfile::TempDir;
 
-use crate::support::{in_workspace, run, script, succeeds_outside, view};
+use crate::support::{in_workspace, launcher, run, script, succeeds_outside, view};
 
 #[tokio::test]
 async fn a_refused_command_has_not_run() {
@@ -100,5 +100,19 @@ async fn apart_refused() {
     assert_eq!(ran.exit.verdict, CommandVerdict::Refused, "{ran:?}");
     assert!(ran.exit.hint.as_ref().unwrap().contains("max_user_namespaces"), "{ran:?}");
     assert!(!workspace.path().join("marker").exists(), "the command has run");
+    let found = launcher().probe().await;
+    assert!(!found.strict_available() && !found.user_namespaces, "{found:?}");
+    assert_eq!(Some(&found.missing[0].remedy), ran.exit.hint.as_ref());
     eprintln!("refused as it should be");
+}
+
+#[tokio::test]
+async fn the_probe_agrees_with_what_commands_experience() {
+    let found = launcher().probe().await;
+    let ran = run(script("true")).await;
+    assert_eq!(found.strict_available(), ran.succeeded(), "{found:?} {ran:?}");
+    assert_eq!(found.root, rustix::process::geteuid().is_root());
+    if !found.strict_available() {
+        eprintln!("skipped: strict mode is not available here: {:?}", found.missing);
+    }
 }

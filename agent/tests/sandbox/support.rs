@@ -1,6 +1,7 @@
 //! Running a command and gathering what it does.
 
 use std::path::Path;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use cortex_agent::exec::{
@@ -14,6 +15,14 @@ use tokio::sync::mpsc;
 pub(crate) const PLENTY: u64 = 1 << 40;
 /// Nothing here takes this long unless it hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// One for all tests, as a process has one.
+pub(crate) fn launcher() -> Launcher {
+    static LAUNCHER: LazyLock<Launcher> = LazyLock::new(|| {
+        Launcher::with_stage(env!("CARGO_BIN_EXE_cortex-agent")).with_control_groups()
+    });
+    LAUNCHER.clone()
+}
 
 pub(crate) fn script(text: &str) -> CommandRequest {
     CommandRequest { script: Some(text.as_bytes().to_vec()), ..CommandRequest::default() }
@@ -59,7 +68,7 @@ impl Finished {
 
 impl Running {
     pub(crate) fn start(request: CommandRequest, credit: u64) -> Self {
-        let executor = Executor::new(Launcher::with_stage(env!("CARGO_BIN_EXE_cortex-agent")));
+        let executor = Executor::new(launcher());
         let (control, orders) = mpsc::channel(16);
         let (sender, events) = mpsc::channel(4);
         tokio::spawn(async move { executor.run(request, credit, orders, sender).await });

@@ -154,6 +154,7 @@ fn node_json(node: v1::NodeInfo) -> Value {
     let mode = |mode: v1::Mode| if mode == v1::Mode::Strict { "strict" } else { "permissive" };
     let node_id = cortex_shared::ids::NodeId::from_slice(&node.node_id);
     json!({
+        "online": node.online,
         "state": if node.online { "online" } else { "offline" },
         "effective_mode": mode(node.effective_mode()),
         "node_id": node_id.map(|id| id.to_string()).unwrap_or_default(),

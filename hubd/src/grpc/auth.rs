@@ -91,6 +91,7 @@ pub const TABLE: &[(&str, Level)] = &[
     ("/cortex.v1.Operator/WhoAmI", Level::Look),
     ("/cortex.v1.Operator/HubStatus", Level::Look),
     ("/cortex.v1.Operator/ListNodes", Level::Look),
+    ("/cortex.v1.Operator/WatchNodes", Level::Look),
     ("/cortex.v1.Operator/Exec", Level::Command),
     ("/cortex.v1.Operator/CreateInvite", Level::Administer),
     ("/cortex.v1.Operator/ListInvites", Level::Administer),

@@ -101,7 +101,7 @@ fn check_mode(
         return denied(
             format!("the hub's policy for {node:?} is strict"),
             format!(
-                "an administrator can change it: cortex-hubd policy set {node} permissive --reason …"
+                "an administrator can change it: cortex-hubd policy set {node} permissive --reason TEXT"
             ),
         );
     }

@@ -11,7 +11,7 @@ use cortex_shared::clock::unix_ms;
 use cortex_shared::labels::Labels;
 use cortex_shared::policy::{Mode, Role};
 use cortex_shared::secret::InviteToken;
-use futures_util::Stream;
+use futures_util::{Stream, stream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -138,6 +138,7 @@ impl OperatorService {
 #[tonic::async_trait]
 impl Operator for OperatorService {
     type ExecStream = BoxStream<v1::ExecDown>;
+    type WatchNodesStream = BoxStream<v1::ListNodesResponse>;
     type WorkspaceStatusStream = BoxStream<v1::WorkspaceStatusResponse>;
 
     async fn who_am_i(
@@ -175,19 +176,22 @@ impl Operator for OperatorService {
         &self,
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
-        let selector = request.into_inner().selector;
-        let nodes = if let Some(labels) = selector.strip_prefix('@') {
-            let wanted = parse_selector(labels)?;
-            let mut nodes = self.registry.all();
-            nodes.retain(|view| wanted.iter().all(|(k, v)| view.node.labels.get(k) == Some(v)));
-            nodes
-        } else if selector.is_empty() {
-            self.registry.all()
-        } else {
-            vec![self.registry.find(&selector).map_err(from_lookup)?]
-        };
-        let nodes = nodes.into_iter().map(|view| self.node_info(view)).collect();
-        Ok(Response::new(v1::ListNodesResponse { nodes }))
+        let selector = Selector::parse(&request.into_inner().selector)?;
+        Ok(Response::new(list_nodes(&self.registry, &self.relay, &selector)?))
+    }
+
+    async fn watch_nodes(
+        &self,
+        request: Request<v1::ListNodesRequest>,
+    ) -> Result<Response<Self::WatchNodesStream>, Status> {
+        let selector = Selector::parse(&request.into_inner().selector)?;
+        let changes = self.registry.changes();
+        let (registry, relay) = (Arc::clone(&self.registry), Arc::clone(&self.relay));
+        let stream = watch(&self.scope, changes, move || {
+            let nodes = list_nodes(&registry, &relay, &selector);
+            std::future::ready(nodes)
+        });
+        Ok(Response::new(stream))
     }
 
     async fn exec(
@@ -349,32 +353,25 @@ impl Operator for OperatorService {
     ) -> Result<Response<Self::WorkspaceStatusStream>, Status> {
         let request = request.into_inner();
         let name = request.workspace;
-        let first = self.describe(&self.workspace(&name)?).await?;
-        let (sender, receiver) = mpsc::channel(1);
-        let mut changes = self.registry.changes();
-        let (members, cancel) = (Arc::clone(&self.members), self.scope.token().clone());
-        // The queue is empty and its other end is in this function.
-        sender.try_send(Ok(v1::WorkspaceStatusResponse { workspace: Some(first) })).ok();
-        if request.watch {
-            self.scope.spawn("workspace status", async move {
-                loop {
-                    let changed = tokio::select! {
-                        () = cancel.cancelled() => return,
-                        () = sender.closed() => return,
-                        changed = changes.changed() => changed,
-                    };
-                    let Some(workspace) = members.membership.by_name(&name) else { return };
-                    let next = members.describe(&workspace).await.map_err(|e| internal(&e));
-                    let next = next.map(|w| v1::WorkspaceStatusResponse { workspace: Some(w) });
-                    // A reader that is slow gets fewer messages, each of them the latest.
-                    if changed.is_err() || sender.send(next).await.is_err() {
-                        return;
-                    }
-                    tokio::time::sleep(STATUS_INTERVAL).await;
-                }
-            });
+        let workspace = self.workspace(&name)?;
+        if !request.watch {
+            let info = self.describe(&workspace).await?;
+            let response = v1::WorkspaceStatusResponse { workspace: Some(info) };
+            return Ok(Response::new(Box::pin(stream::once(async { Ok(response) }))));
         }
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        let changes = self.registry.changes();
+        let (members, id) = (Arc::clone(&self.members), workspace.id);
+        let stream = watch(&self.scope, changes, move || {
+            let members = Arc::clone(&members);
+            async move {
+                let workspace = members.membership.get(id).ok_or_else(|| {
+                    refuse(Code::NotFound, "workspace_not_found", "the workspace was deleted")
+                })?;
+                let info = members.describe(&workspace).await.map_err(|e| internal(&e))?;
+                Ok(v1::WorkspaceStatusResponse { workspace: Some(info) })
+            }
+        });
+        Ok(Response::new(stream))
     }
 
     async fn list_conflicts(
@@ -403,28 +400,6 @@ impl Operator for OperatorService {
 }
 
 impl OperatorService {
-    fn node_info(&self, view: NodeView) -> v1::NodeInfo {
-        let NodeView { node, session, sandbox } = view;
-        v1::NodeInfo {
-            node_id: node.id.as_bytes().to_vec().into(),
-            running_tasks: u32::try_from(self.relay.running_on(node.id)).unwrap_or(u32::MAX),
-            name: node.name,
-            labels: node.labels.into_iter().collect(),
-            online: session.is_some(),
-            joined_at_ms: node.joined_at_ms,
-            last_seen_ms: node.last_seen_ms,
-            agent_version: node.facts.agent_version,
-            hostname: node.facts.hostname,
-            os: node.facts.os,
-            arch: node.facts.arch,
-            effective_mode: convert::wire_mode(Mode::strictest([node.policy, node.ceiling])).into(),
-            policy: convert::wire_mode(node.policy).into(),
-            ceiling: convert::wire_mode(node.ceiling).into(),
-            sandbox,
-            session_epoch: session.map_or(0, |session| session.epoch),
-        }
-    }
-
     fn invite_info(&self, invite: Invite) -> v1::InviteInfo {
         let Invite { invite, uses, revoked_at_ms } = invite;
         let names = self.members.membership.all();
@@ -451,14 +426,105 @@ impl OperatorService {
     }
 }
 
-/// `k=v,k2=v2`, all of which must hold.
-fn parse_selector(text: &str) -> Result<Vec<(String, String)>, Status> {
-    text.split(',')
-        .map(|term| {
+/// A stream of what `read` gives, at once and after each change, until it is an error or the hub
+/// stops. Between two messages there is at least [`STATUS_INTERVAL`].
+fn watch<T, F>(
+    scope: &cortex_shared::tasks::TaskScope,
+    mut changes: tokio::sync::watch::Receiver<u64>,
+    mut read: impl FnMut() -> F + Send + 'static,
+) -> BoxStream<T>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, Status>> + Send,
+{
+    let (sender, receiver) = mpsc::channel(1);
+    let cancel = scope.token().clone();
+    scope.spawn("watch", async move {
+        loop {
+            changes.mark_unchanged();
+            let message = read().await;
+            let last = message.is_err();
+            // A reader that is slow gets fewer messages, each of them the latest.
+            if sender.send(message).await.is_err() || last {
+                return;
+            }
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = sender.closed() => return,
+                () = async {
+                    tokio::time::sleep(STATUS_INTERVAL).await;
+                    // The registry outlives every stream.
+                    changes.changed().await.ok();
+                } => {}
+            }
+        }
+    });
+    Box::pin(ReceiverStream::new(receiver))
+}
+
+/// Which nodes are meant.
+enum Selector {
+    All,
+    /// A name, or a unique prefix of an id.
+    One(String),
+    /// Labels, all of which must hold.
+    Labels(Vec<(String, String)>),
+}
+
+impl Selector {
+    fn parse(text: &str) -> Result<Self, Status> {
+        let Some(labels) = text.strip_prefix('@') else {
+            return Ok(if text.is_empty() { Self::All } else { Self::One(text.to_owned()) });
+        };
+        let term = |term: &str| {
             let (key, value) = term
                 .split_once('=')
                 .ok_or_else(|| invalid(format!("{term:?} is not a label selector: @key=value")))?;
             Ok((key.to_owned(), value.to_owned()))
-        })
-        .collect()
+        };
+        labels.split(',').map(term).collect::<Result<_, _>>().map(Self::Labels)
+    }
+}
+
+fn list_nodes(
+    registry: &Registry,
+    relay: &Relay,
+    selector: &Selector,
+) -> Result<v1::ListNodesResponse, Status> {
+    let views = match selector {
+        Selector::All => registry.all(),
+        Selector::One(node) => vec![registry.find(node).map_err(from_lookup)?],
+        Selector::Labels(wanted) => {
+            let mut views = registry.all();
+            views.retain(|view| wanted.iter().all(|(k, v)| view.node.labels.get(k) == Some(v)));
+            views
+        }
+    };
+    let info = |view: NodeView| {
+        let running = relay.running_on(view.node.id);
+        node_info(view, u32::try_from(running).unwrap_or(u32::MAX))
+    };
+    Ok(v1::ListNodesResponse { nodes: views.into_iter().map(info).collect() })
+}
+
+fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
+    let NodeView { node, session, sandbox } = view;
+    v1::NodeInfo {
+        node_id: node.id.as_bytes().to_vec().into(),
+        name: node.name,
+        labels: node.labels.into_iter().collect(),
+        online: session.is_some(),
+        joined_at_ms: node.joined_at_ms,
+        last_seen_ms: node.last_seen_ms,
+        agent_version: node.facts.agent_version,
+        hostname: node.facts.hostname,
+        os: node.facts.os,
+        arch: node.facts.arch,
+        effective_mode: convert::wire_mode(Mode::strictest([node.policy, node.ceiling])).into(),
+        policy: convert::wire_mode(node.policy).into(),
+        ceiling: convert::wire_mode(node.ceiling).into(),
+        sandbox,
+        session_epoch: session.map_or(0, |session| session.epoch),
+        running_tasks,
+    }
 }

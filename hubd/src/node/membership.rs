@@ -45,6 +45,12 @@ impl Membership {
         self.lock().values().find(|w| w.name == name).cloned()
     }
 
+    /// The workspace of this id.
+    #[must_use]
+    pub fn get(&self, workspace: WorkspaceId) -> Option<Workspace> {
+        self.lock().get(&workspace).cloned()
+    }
+
     /// The workspaces this node is a member of, by name.
     #[must_use]
     pub fn of_node(&self, node: NodeId) -> Vec<Workspace> {

@@ -183,8 +183,8 @@ fn unreadable_is_not_deleted() {
     tree.write("g", "x");
     tree.scan_all();
     tree.write("g", "changed");
-    fs::set_permissions(tree.path("d"), fs::Permissions::from_mode(0)).unwrap();
-    fs::set_permissions(tree.path("g"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(tree.path("d"), fs::Permissions::from_mode(0o000)).unwrap();
+    fs::set_permissions(tree.path("g"), fs::Permissions::from_mode(0o000)).unwrap();
     // Root reads everything: a thread, and those it starts, do without that privilege.
     let report = std::thread::scope(|scope| {
         let scan = scope.spawn(|| {

@@ -1,6 +1,7 @@
 //! Whole engines on real directories against a hub in memory.
 
 mod memory_hub;
+mod random;
 mod scenarios;
 
 use std::collections::BTreeMap;
@@ -94,6 +95,13 @@ impl Node {
     fn names(&self) -> Vec<String> {
         self.tree().keys().map(|name| String::from_utf8_lossy(name).into_owned()).collect()
     }
+}
+
+/// Bytes that do not compress, the same for the same seed.
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    bytes
 }
 
 fn collect(root: &Path, directory: &Path, tree: &mut BTreeMap<Vec<u8>, String>) {

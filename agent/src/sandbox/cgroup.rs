@@ -1,0 +1,312 @@
+//! Control groups: limits that count a whole command, where this machine lets the agent set them.
+//!
+//! | | needs | entered |
+//! |---|---|---|
+//! | version 2 | memory and pids in a group delegated to the agent (systemd: `Delegate=yes`) or the root of a container's own hierarchy | by the clone that creates the command: no cost |
+//! | version 1 | root | by writing the process id, which takes the kernel milliseconds: only for commands that ask for a limit |
+//!
+//! Without either, resource limits of each process are what there is, and the node's report says
+//! so. The agent owns the groups it creates: one a command, removed with it. What a crash of the
+//! agent leaves is empty, and removed by the next start.
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::spec::Limits;
+
+const PREFIX: &str = "cortex-command-";
+/// Where the agent itself lives below its delegated group: a group with limits for its children
+/// may hold no processes of its own.
+const AGENT_GROUP: &str = "cortex-agent";
+
+/// Where the agent may create groups.
+#[derive(Debug, Default)]
+pub(super) enum ControlGroups {
+    /// Nowhere.
+    #[default]
+    None,
+    /// Below this directory.
+    V2(PathBuf),
+    /// Below these, one for each controller.
+    V1 { memory: PathBuf, processes: PathBuf },
+}
+
+impl ControlGroups {
+    /// Finds out by trying. Moves the agent to a group of its own where that is necessary.
+    pub(super) fn prepare() -> Self {
+        let found = Places::of_this_process()
+            .map(|places| places.v2().or_else(|| places.v1()).unwrap_or_default());
+        match found {
+            Ok(groups) => {
+                groups.remove_leftovers();
+                groups
+            }
+            Err(error) => {
+                tracing::debug!(%error, "no control groups");
+                Self::None
+            }
+        }
+    }
+
+    /// "v2", "v1" or "none".
+    pub(super) fn version(&self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::V2(_) => "v2",
+            Self::V1 { .. } => "v1",
+        }
+    }
+
+    /// A group for one command; none if there can be none, or if it would cost more than it is
+    /// worth for limits that nobody asked for.
+    pub(super) fn group_for(&self, limits: &Limits, asked_for: bool) -> io::Result<Option<Group>> {
+        let name = || {
+            static NEXT: AtomicU64 = AtomicU64::new(0);
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            format!("{PREFIX}{}-{number}", std::process::id())
+        };
+        let memory = limits.memory_bytes.to_string();
+        // The monitor and pid 1 are not the command's.
+        let processes = (limits.processes + 2).to_string();
+        match self {
+            Self::V2(parent) => {
+                let mut group = Group { directories: Vec::new(), entrance: Vec::new() };
+                let directory = group.create(parent.join(name()))?;
+                write(&directory.join("memory.max"), &memory)?;
+                write(&directory.join("pids.max"), &processes)?;
+                // Not there on a kernel without swap accounting.
+                write(&directory.join("memory.swap.max"), "0").ok();
+                // Deliberately not memory.oom.group: it would end pid 1 too, and with it the word
+                // on how the command itself ended.
+                group.entrance.push(File::open(&directory)?.into());
+                Ok(Some(group))
+            }
+            Self::V1 { memory: memory_parent, processes: processes_parent } if asked_for => {
+                let mut group = Group { directories: Vec::new(), entrance: Vec::new() };
+                let name = name();
+                let directory = group.create(memory_parent.join(&name))?;
+                write(&directory.join("memory.limit_in_bytes"), &memory)?;
+                write(&directory.join("memory.memsw.limit_in_bytes"), &memory).ok();
+                group.entrance.push(entrance(&directory)?);
+                if processes_parent != memory_parent {
+                    let directory = group.create(processes_parent.join(&name))?;
+                    group.entrance.push(entrance(&directory)?);
+                }
+                let directory = processes_parent.join(&name);
+                write(&directory.join("pids.max"), &processes)?;
+                Ok(Some(group))
+            }
+            Self::None | Self::V1 { .. } => Ok(None),
+        }
+    }
+
+    fn remove_leftovers(&self) {
+        let parents: Vec<&Path> = match self {
+            Self::None => Vec::new(),
+            Self::V2(parent) => vec![parent],
+            Self::V1 { memory, processes } => vec![memory, processes],
+        };
+        for entry in parents.into_iter().filter_map(|parent| std::fs::read_dir(parent).ok()) {
+            for entry in entry.flatten() {
+                if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+                    // Fails for one in use by another agent, as it should.
+                    std::fs::remove_dir(entry.path()).ok();
+                }
+            }
+        }
+    }
+}
+
+fn entrance(directory: &Path) -> io::Result<OwnedFd> {
+    File::options().write(true).open(directory.join("cgroup.procs")).map(OwnedFd::from)
+}
+
+fn write(path: &Path, text: &str) -> io::Result<()> {
+    // A control file is written by one call; it is never created.
+    File::options().write(true).open(path)?.write_all(text.as_bytes())
+}
+
+/// The group of one command. Dropping it removes it.
+#[derive(Debug, Default)]
+pub struct Group {
+    directories: Vec<PathBuf>,
+    entrance: Vec<OwnedFd>,
+}
+
+impl Group {
+    fn create(&mut self, directory: PathBuf) -> io::Result<PathBuf> {
+        std::fs::create_dir(&directory)?;
+        self.directories.push(directory.clone());
+        Ok(directory)
+    }
+
+    /// What the stage enters it by: a directory for version 2, files to write to for version 1.
+    pub(super) fn entrance(&self) -> &[OwnedFd] {
+        &self.entrance
+    }
+
+    /// Whether the kernel ended a process of it for want of memory.
+    #[must_use]
+    pub fn ran_out_of_memory(&self) -> bool {
+        self.directories
+            .iter()
+            .flat_map(|directory| {
+                ["memory.events", "memory.oom_control"].map(|name| directory.join(name))
+            })
+            .filter_map(|path| std::fs::read_to_string(path).ok())
+            .any(|text| {
+                text.lines()
+                    .filter_map(|line| line.strip_prefix("oom_kill "))
+                    .any(|count| count.trim() != "0")
+            })
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.entrance.clear();
+        for directory in &self.directories {
+            if let Err(error) = std::fs::remove_dir(directory) {
+                // The next start of the agent removes it.
+                tracing::debug!(?directory, %error, "a control group stays behind");
+            }
+        }
+    }
+}
+
+/// The groups that this process is in, as directories.
+struct Places {
+    v2: Option<Place>,
+    memory: Option<Place>,
+    processes: Option<Place>,
+}
+
+struct Place {
+    directory: PathBuf,
+    /// It is the root of the hierarchy, as far as this process can see.
+    is_root: bool,
+}
+
+impl Places {
+    fn of_this_process() -> io::Result<Self> {
+        let groups = std::fs::read_to_string("/proc/self/cgroup")?;
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+        Ok(Self::from_tables(&groups, &mounts))
+    }
+
+    fn from_tables(groups: &str, mounts: &str) -> Self {
+        // Group lines are NUMBER:CONTROLLERS:PATH; version 2 has no controllers.
+        let path_of = |wanted: &str| {
+            groups.lines().find_map(|line| {
+                let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+                controllers.split(',').any(|controller| controller == wanted).then_some(path)
+            })
+        };
+        // Mount lines are ID PARENT DEVICE ROOT POINT OPTIONS… - TYPE SOURCE SUPEROPTIONS.
+        let mount_of = |kind: &str, controller: &str| {
+            mounts.lines().find_map(|line| {
+                let (mount, filesystem) = line.split_once(" - ")?;
+                let mut fields = mount.split(' ').skip(3);
+                let (root, point) = (fields.next()?, fields.next()?);
+                let mut words = filesystem.split(' ');
+                let options = words.clone().nth(2)?;
+                let fits = words.next()? == kind
+                    && (controller.is_empty() || options.split(',').any(|word| word == controller));
+                fits.then_some((root, point))
+            })
+        };
+        let place = |kind: &str, controller: &str| {
+            let (root, point) = mount_of(kind, controller)?;
+            let path = path_of(controller)?;
+            let below = path.strip_prefix(root.trim_end_matches('/')).unwrap_or("");
+            let below = below.trim_start_matches('/');
+            Some(Place { directory: Path::new(point).join(below), is_root: below.is_empty() })
+        };
+        Self {
+            v2: place("cgroup2", ""),
+            memory: place("cgroup", "memory"),
+            processes: place("cgroup", "pids"),
+        }
+    }
+
+    fn v2(&self) -> Option<ControlGroups> {
+        let place = self.v2.as_ref()?;
+        let controllers =
+            std::fs::read_to_string(place.directory.join("cgroup.controllers")).ok()?;
+        let has = |name| controllers.split_whitespace().any(|controller| controller == name);
+        if !has("memory") || !has("pids") || !(place.is_root || is_delegated(&place.directory)) {
+            return None;
+        }
+        let enable = || write(&place.directory.join("cgroup.subtree_control"), "+memory +pids");
+        if enable().is_err() {
+            // Processes are in the group itself, first of all this one.
+            let own = place.directory.join(AGENT_GROUP);
+            match std::fs::create_dir(&own) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return None,
+                _ => {}
+            }
+            write(&own.join("cgroup.procs"), "0").ok()?;
+            if let Err(error) = enable() {
+                tracing::debug!(%error, "other processes share the agent's control group");
+                write(&place.directory.join("cgroup.procs"), "0").ok();
+                return None;
+            }
+        }
+        Some(ControlGroups::V2(place.directory.clone()))
+    }
+
+    fn v1(&self) -> Option<ControlGroups> {
+        let (memory, processes) = (self.memory.as_ref()?, self.processes.as_ref()?);
+        let writable = |place: &Place| {
+            rustix::fs::access(&place.directory, rustix::fs::Access::WRITE_OK).is_ok()
+        };
+        (writable(memory) && writable(processes)).then(|| ControlGroups::V1 {
+            memory: memory.directory.clone(),
+            processes: processes.directory.clone(),
+        })
+    }
+}
+
+/// Whether systemd gave this group to the service: it marks such groups.
+fn is_delegated(directory: &Path) -> bool {
+    let mut value = [0; 8];
+    ["user.delegate", "trusted.delegate"].iter().any(|name| {
+        rustix::fs::getxattr(directory, *name, &mut value)
+            .is_ok_and(|length| value.get(..length) == Some(b"1".as_slice()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_found_in_the_kernels_tables() {
+        let mounts = "\
+25 1 0:1 / / rw - ext4 /dev/vda rw
+30 25 0:26 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
+31 25 0:27 / /sys/fs/cgroup/pids rw,relatime shared:3 - cgroup cgroup rw,pids
+32 25 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
+";
+        let groups = "8:pids:/\n4:memory:/a/b\n0::/system.slice/x.service\n";
+        let places = Places::from_tables(groups, mounts);
+        let found = |place: Option<Place>| place.map(|place| (place.directory, place.is_root));
+        assert_eq!(found(places.memory), Some(("/sys/fs/cgroup/memory/a/b".into(), false)));
+        assert_eq!(found(places.processes), Some(("/sys/fs/cgroup/pids/".into(), true)));
+        assert_eq!(
+            found(places.v2),
+            Some(("/sys/fs/cgroup/unified/system.slice/x.service".into(), false))
+        );
+        assert!(found(Places::from_tables("", "").v2).is_none());
+    }
+
+    #[test]
+    fn the_part_above_a_containers_own_root_is_cut_off() {
+        let mounts = "1 2 0:1 /docker/abc /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
+        let places = Places::from_tables("0::/docker/abc/sub\n", mounts);
+        assert_eq!(places.v2.unwrap().directory, Path::new("/sys/fs/cgroup/sub"));
+    }
+}
