@@ -21,7 +21,7 @@ use super::core::{CoreCell, SyncError};
 use super::hub::Hub;
 use super::index::{Cursor, Index};
 use super::problem::{Finding, Problems, Stage};
-use super::scan::{Report, ScanError, Scanner, Scope};
+use super::scan::{HotFile, Report, ScanError, Scanner, Scope};
 use super::status::{Progress, SyncState};
 use super::watch::Dirty;
 use super::{FlushError, WorkspaceConfig};
@@ -42,6 +42,8 @@ const HALTED_RETRY: Duration = Duration::from_secs(2);
 const PROBLEM_RETRY: Duration = Duration::from_secs(30);
 /// First and longest wait before a file that is being written is looked at again.
 const UNSTABLE_RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+/// From this wait on, people are told.
+const UNSTABLE_TOLD: Duration = Duration::from_secs(1);
 /// Bounds of the wait before the hub is called again after a failure.
 const HUB_RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
 
@@ -78,8 +80,8 @@ struct Work {
     limited: bool,
     /// Directories to look at again, and when.
     revisits: Vec<(Instant, Scope)>,
-    /// How long was waited before the last look at a directory with unstable files.
-    unstable: HashMap<Option<WirePath>, Duration>,
+    /// Files that are being written, and how long each is left alone after the last attempt.
+    hot: HashMap<WirePath, (HotFile, Duration)>,
     hub_backoff: Backoff,
     retry_at: Option<Instant>,
     flushes: Vec<oneshot::Sender<Result<(), FlushError>>>,
@@ -270,6 +272,9 @@ impl<H: Hub> Engine<H> {
         for scope in scopes {
             let cancel = self.cancel.clone();
             let scanned = scope.clone();
+            let begun = std::time::Instant::now();
+            let hot: HashMap<_, _> =
+                work.hot.iter().map(|(path, (hot, _))| (path.clone(), *hot)).collect();
             let (report, entries, limited) = work
                 .core
                 .run(move |core| {
@@ -284,6 +289,7 @@ impl<H: Hub> Engine<H> {
                             index: &mut core.index,
                             ignore: &core.ignore,
                             clock: core.private.clock()?,
+                            hot: &hot,
                             on_directory: &mut |directory| {
                                 if let Some(watch) = watch {
                                     watch.directory(directory);
@@ -301,7 +307,7 @@ impl<H: Hub> Engine<H> {
                 return Err(SyncError::Cancelled);
             }
             work.limited = limited;
-            work.seen(&scope, report);
+            work.seen(&scope, begun, report);
             self.progress.update(|status| status.entries = entries);
         }
         if everything {
@@ -330,6 +336,9 @@ impl<H: Hub> Engine<H> {
             Some(command) = self.commands.recv() => match command {
                 Command::Flush(answer) => {
                     work.flushes.push(answer);
+                    // Whoever asks has finished writing.
+                    let now = std::time::Instant::now();
+                    work.hot.values_mut().for_each(|(hot, _)| hot.until = now);
                     work.dirty.add(Scope::Tree(None));
                     work.outdated = true;
                     work.retry_at = None;
@@ -376,7 +385,7 @@ impl Work {
             next_full_scan: Instant::now() + FULL_SCAN,
             limited: false,
             revisits: Vec::new(),
-            unstable: HashMap::new(),
+            hot: HashMap::new(),
             hub_backoff: Backoff::new(HUB_RETRY.0, HUB_RETRY.1),
             retry_at: None,
             flushes: Vec::new(),
@@ -386,7 +395,7 @@ impl Work {
     }
 
     /// Takes over what a scan found besides the index.
-    fn seen(&mut self, scope: &Scope, report: Report) {
+    fn seen(&mut self, scope: &Scope, begun: std::time::Instant, report: Report) {
         let covered = |path: Option<&WirePath>| match path {
             Some(path) => scope.covers(path),
             None => *scope == Scope::Tree(None),
@@ -397,16 +406,31 @@ impl Work {
                            changes are looked for every 30 s meanwhile";
             findings.push(Finding { path: None, code: "watch_limit", message: message.to_owned() });
         }
-        self.problems.replace(Stage::Scan, covered, findings);
         let now = Instant::now();
-        self.unstable.retain(|directory, _| {
-            report.unstable.contains(directory) || !scope_lists(scope, directory.as_ref())
+        // What was looked at and did not change meanwhile is hot no more.
+        self.hot.retain(|path, (hot, _)| {
+            !scope.covers(path) || hot.until > begun || report.unstable.contains(path)
         });
-        for directory in report.unstable {
-            let delay = self.unstable.entry(directory.clone()).or_insert(UNSTABLE_RETRY.0 / 2);
+        for path in report.unstable {
+            let parent = path.parent();
+            let first = (HotFile { until: begun, prefix: false }, UNSTABLE_RETRY.0 / 2);
+            let (hot, delay) = self.hot.entry(path).or_insert(first);
             *delay = (*delay * 2).min(UNSTABLE_RETRY.1);
-            self.revisits.push((now + *delay, Scope::Children(directory)));
+            *hot = HotFile {
+                until: std::time::Instant::now() + *delay,
+                prefix: *delay == UNSTABLE_RETRY.1,
+            };
+            self.revisits.push((now + *delay, Scope::Children(parent)));
         }
+        for (path, _) in self
+            .hot
+            .iter()
+            .filter(|(path, (_, delay))| *delay >= UNSTABLE_TOLD && scope.covers(path))
+        {
+            let text = "it is being written all the time; it is read again within half a minute";
+            findings.push(Finding::at(path, "changing", text));
+        }
+        self.problems.replace(Stage::Scan, covered, findings);
         for directory in report.racy {
             self.revisits.push((now + QUIET * 2, Scope::Children(directory)));
         }
@@ -446,14 +470,4 @@ impl Work {
             flush.send(answer).ok();
         }
     }
-}
-
-/// Whether a scan of `scope` lists `directory`.
-fn scope_lists(scope: &Scope, directory: Option<&WirePath>) -> bool {
-    scope.directory() == directory
-        || match (scope, directory) {
-            (Scope::Tree(None), _) => true,
-            (Scope::Tree(Some(_)), Some(directory)) => scope.covers(directory),
-            _ => false,
-        }
 }

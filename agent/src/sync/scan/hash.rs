@@ -1,12 +1,12 @@
 //! Reading a file whole while making sure that it did not change meanwhile.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Seek as _, SeekFrom};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 
 use cortex_shared::chunk::{CutError, Cutter};
-use cortex_shared::entry::{Entry, File};
+use cortex_shared::entry::{Digest, Entry, File};
 use cortex_shared::wire_path::WirePath;
 use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
@@ -24,11 +24,15 @@ const QUEUE: usize = 64;
 pub(super) struct Job {
     pub(super) path: WirePath,
     pub(super) parent: DirHandle,
+    /// It has been changing for long: what it begins with will do, if that stays the same.
+    pub(super) prefix: bool,
 }
 
 /// What came of it.
 pub(super) enum Outcome {
     Stable(Entry, Stamp),
+    /// It only grows: this is what it held when the reading began.
+    Prefix(Entry, Stamp),
     Vanished,
     /// It changed while it was read, or became something else.
     Unstable,
@@ -118,8 +122,8 @@ fn worker(
     let mut cutter = Cutter::new();
     loop {
         let next = jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).recv();
-        let Ok(Job { path, parent }) = next else { return };
-        let outcome = read_stably(&parent, path.name(), &mut cutter, clock, cancel);
+        let Ok(Job { path, parent, prefix }) = next else { return };
+        let outcome = read_stably(&parent, path.name(), prefix, &mut cutter, clock, cancel);
         if results.send(Hashed { path, outcome }).is_err() {
             return;
         }
@@ -147,6 +151,7 @@ impl<R: Read> Read for Cancellable<'_, R> {
 fn read_stably(
     parent: &DirHandle,
     name: &[u8],
+    prefix: bool,
     cutter: &mut Cutter,
     clock: Clock,
     cancel: &CancellationToken,
@@ -154,17 +159,13 @@ fn read_stably(
     let result = (|| {
         let file = parent.open_file(name)?;
         let before = file_meta(&file)?;
-        let reader = Cancellable { inner: &file, cancel };
+        let reader = Cancellable { inner: (&file).take(before.size), cancel };
         let cut = match cutter.cut(reader, |_, _| Ok::<_, std::convert::Infallible>(())) {
             Ok(cut) => cut,
             Err(CutError::Read(error)) => return Err(error),
             Err(CutError::TooLarge) => return Ok(Outcome::TooLarge),
         };
         let (after, named) = (file_meta(&file)?, parent.lstat(name)?);
-        if before != after || before != named || before.size != cut.size {
-            return Ok(Outcome::Unstable);
-        }
-        let stamp = Stamp::new(&before, clock.is_racy(&before));
         let entry = Entry::File(File {
             content: cut.content,
             size: cut.size,
@@ -172,7 +173,18 @@ fn read_stably(
             mtime_ns: before.mtime_ns,
             recipe: cut.recipe,
         });
-        Ok(Outcome::Stable(entry, stamp))
+        if cut.size != before.size {
+            return Ok(Outcome::Unstable);
+        }
+        if before == after && before == named {
+            let stamp = Stamp::new(&before, clock.is_racy(&before));
+            return Ok(Outcome::Stable(entry, stamp));
+        }
+        let grows = after.size >= before.size && named.ino == before.ino;
+        if prefix && grows && hash_again(&file, before.size, cancel)? == cut.content {
+            return Ok(Outcome::Prefix(entry, Stamp::new(&before, true)));
+        }
+        Ok(Outcome::Unstable)
     })();
     result.unwrap_or_else(|error| match Errno::from_io_error(&error) {
         Some(Errno::NOENT | Errno::NOTDIR) => Outcome::Vanished,
@@ -181,4 +193,15 @@ fn read_stably(
         _ if error.kind() == io::ErrorKind::InvalidInput => Outcome::Unstable,
         _ => Outcome::Unreadable(error),
     })
+}
+
+fn hash_again(
+    mut file: &std::fs::File,
+    size: u64,
+    cancel: &CancellationToken,
+) -> io::Result<Digest> {
+    file.seek(SeekFrom::Start(0))?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(Cancellable { inner: file.take(size), cancel })?;
+    Ok(hasher.finalize().into())
 }

@@ -10,8 +10,9 @@ mod hash;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::time::Instant;
 
 use cortex_shared::entry::{Entry, MAX_LINK_TARGET_BYTES};
 use cortex_shared::wire_path::WirePath;
@@ -29,7 +30,7 @@ const BATCH_ROWS: usize = 512;
 const PAGE_ROWS: u32 = 1024;
 /// Most findings of one scan that are told.
 const MAX_FINDINGS: usize = 200;
-/// Most directories of one scan that are named for another look; beyond it the root is.
+/// Most files and most directories of one scan that are named for another look.
 const MAX_REVISITS: usize = 256;
 
 /// The file system's own clock: times of files are compared with nothing else.
@@ -67,7 +68,7 @@ impl Scope {
         }
     }
 
-    /// Whether a scan of this scope looks at `path`.
+    /// Whether a scan of this scope looks at `path` (below new directories it looks further).
     #[must_use]
     pub fn covers(&self, path: &WirePath) -> bool {
         match self {
@@ -76,6 +77,15 @@ impl Scope {
             Self::Children(directory) => path.parent() == *directory,
         }
     }
+}
+
+/// A file that was changing whenever it was read.
+#[derive(Clone, Copy, Debug)]
+pub struct HotFile {
+    /// It is left alone until then: reading it over and over would only delay everything else.
+    pub until: Instant,
+    /// It has been changing for so long that its unchanged beginning is taken instead, if it has one.
+    pub prefix: bool,
 }
 
 /// What a scan needs.
@@ -88,6 +98,8 @@ pub struct Scanner<'a> {
     pub ignore: &'a Ignore,
     /// The file system's clock.
     pub clock: Clock,
+    /// Files that are being written.
+    pub hot: &'a HashMap<WirePath, HotFile>,
     /// Called for each directory before it is listed, so that it can be watched from then on.
     pub on_directory: &'a mut dyn FnMut(Option<&WirePath>),
     /// Ends the scan early.
@@ -99,8 +111,8 @@ pub struct Scanner<'a> {
 pub struct Report {
     /// Paths whose row was written.
     pub changed: u64,
-    /// Directories with files that were changing, for another look soon.
-    pub unstable: Vec<Option<WirePath>>,
+    /// Files that were changing while they were read, for another look later.
+    pub unstable: Vec<WirePath>,
     /// Directories with files that were changed just before they were read, for another look after
     /// a tick.
     pub racy: Vec<Option<WirePath>>,
@@ -323,9 +335,11 @@ impl Walk<'_, '_> {
                         .as_ref()
                         .and_then(|row| row.stamp)
                         .is_some_and(|stamp| stamp.proves_unchanged(&meta));
-                if !unchanged {
+                let hot = self.scanner.hot.get(&path);
+                if !unchanged && hot.is_none_or(|hot| hot.until <= Instant::now()) {
+                    let prefix = hot.is_some_and(|hot| hot.prefix);
                     let mut results = Vec::new();
-                    self.pool.submit(Job { path, parent: handle.clone() }, |result| {
+                    self.pool.submit(Job { path, parent: handle.clone(), prefix }, |result| {
                         results.push(result)
                     });
                     for result in results {
@@ -468,10 +482,14 @@ impl Walk<'_, '_> {
                 }
                 self.see(path, Seen::Entry(entry, Some(stamp)));
             }
+            Outcome::Prefix(entry, stamp) => {
+                self.unstable(path.clone());
+                self.see(path, Seen::Entry(entry, Some(stamp)));
+            }
             // Whether it is gone for good is for the next look to tell.
-            Outcome::Vanished => revisit(&mut self.report.unstable, path.parent()),
+            Outcome::Vanished => self.unstable(path),
             Outcome::Unstable => {
-                revisit(&mut self.report.unstable, path.parent());
+                self.unstable(path.clone());
                 self.see(path, Seen::Unknown);
             }
             Outcome::Unreadable(_) if self.scanner.cancel.is_cancelled() => {}
@@ -480,6 +498,13 @@ impl Walk<'_, '_> {
                 self.find(Finding::at(&path, "too_large", "the file is too large to be synced"));
                 self.see(path, Seen::Unknown);
             }
+        }
+    }
+
+    fn unstable(&mut self, path: WirePath) {
+        // Beyond that the next full scan is soon enough.
+        if self.report.unstable.len() < MAX_REVISITS {
+            self.report.unstable.push(path);
         }
     }
 

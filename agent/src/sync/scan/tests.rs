@@ -11,13 +11,20 @@ struct Fixture {
     _state: tempfile::TempDir,
     index: Index,
     now_ns: i64,
+    hot: HashMap<WirePath, HotFile>,
 }
 
 impl Fixture {
     fn new() -> Self {
         let state = tempfile::tempdir().unwrap();
         let index = Index::open(state.path()).unwrap();
-        Self { folder: tempfile::tempdir().unwrap(), _state: state, index, now_ns: i64::MAX }
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            _state: state,
+            index,
+            now_ns: i64::MAX,
+            hot: HashMap::new(),
+        }
     }
 
     fn path(&self, name: &str) -> std::path::PathBuf {
@@ -37,6 +44,7 @@ impl Fixture {
             index: &mut self.index,
             ignore: &Ignore,
             clock: Clock { now_ns: self.now_ns, tick_ns: 10_000_000 },
+            hot: &self.hot,
             on_directory: &mut |_| {},
             cancel: &CancellationToken::new(),
         };
@@ -219,6 +227,7 @@ fn a_cancelled_scan_concludes_nothing_about_what_it_did_not_see() {
         index: &mut tree.index,
         ignore: &Ignore,
         clock: Clock { now_ns: 0, tick_ns: 0 },
+        hot: &HashMap::new(),
         // Cancelled after the directory has been opened and before it is listed.
         on_directory: &mut |_| cancel.cancel(),
         cancel: &cancel,
@@ -227,4 +236,40 @@ fn a_cancelled_scan_concludes_nothing_about_what_it_did_not_see() {
     .unwrap();
     assert!(report.cancelled);
     assert_eq!(tree.seen(), ["f"]);
+}
+
+#[test]
+fn a_file_that_grows_all_the_time_is_left_alone_and_then_taken_by_its_beginning() {
+    use std::io::Write as _;
+    let mut tree = Fixture::new();
+    let name = WirePath::new("log").unwrap();
+    tree.write("log", &"a line\n".repeat(2_000_000));
+    let stop = CancellationToken::new();
+    let mut log = fs::File::options().append(true).open(tree.path("log")).unwrap();
+    let writer = {
+        let stop = stop.clone();
+        std::thread::spawn(move || {
+            while !stop.is_cancelled() {
+                log.write_all(b"a line\n").unwrap();
+            }
+        })
+    };
+    assert_eq!(tree.scan_all().unstable, vec![name.clone()]);
+    assert_eq!(tree.seen(), ["log?"]);
+    let hour = std::time::Duration::from_secs(3600);
+    let now = Instant::now();
+    tree.hot.insert(name.clone(), HotFile { until: now + hour, prefix: false });
+    assert!(tree.scan_all().unstable.is_empty(), "not read at all");
+    assert_eq!(tree.seen(), ["log?"]);
+    tree.hot.insert(name.clone(), HotFile { until: now, prefix: true });
+    assert_eq!(tree.scan_all().unstable, vec![name.clone()], "to be read again later");
+    stop.cancel();
+    writer.join().unwrap();
+    let Some(Entry::File(file)) = tree.index.get(&name).unwrap().unwrap().row.local else {
+        panic!("not taken")
+    };
+    let size = usize::try_from(file.size).unwrap();
+    let content = fs::read(tree.path("log")).unwrap();
+    assert!(size < content.len());
+    assert_eq!(file.content, cortex_shared::entry::Digest::of(&content[..size]));
 }
