@@ -1,4 +1,28 @@
-//! The hub.
+//! The hub of a cortex mesh: admits nodes, relays commands, orders and stores workspace changes, and
+//! remembers. It never merges files and never interprets output.
+//!
+//! ```text
+//! main → cli → hub → grpc → task, enroll → node, sync → store
+//! ```
+//!
+//! | module | subject |
+//! |---|---|
+//! | `cli` | the command line; everything but `serve` and `init` talks to a running hub |
+//! | [`hub`] | the daemon: put together, listening, taken apart in order |
+//! | [`grpc`] | the only place where protocol and domain meet; who may call what (`auth`) |
+//! | [`enroll`] | invites redeemed, and the certificate authority |
+//! | [`node`] | known nodes, live sessions, memberships |
+//! | [`task`] | commands: journalled, relayed, each with one verdict |
+//! | [`sync`] | workspace versions and content |
+//! | [`store`] | what is remembered, behind traits in words of the domain |
+//!
+//! A call passes [`grpc::accept`] (who is it), [`grpc::auth`] (may it) and [`grpc::convert`] (is it
+//! well formed) before any other code sees it.
+//!
+//! Invariants. What is acknowledged is durable. Identity is the certificate's, never a message's. A
+//! reconnect with a valid certificate touches no database. Every queue is bounded, in bytes where
+//! content is in it. Every stream is read at once by a task that waits for no consumer. Deliberately
+//! absent: a lock held across an await, a task nobody owns, and state that a restart may not lose.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

@@ -1,6 +1,6 @@
 //! A real hub and real agents, as processes, for the scenarios beside this library.
 //!
-//! [`Mesh`] owns a scratch directory, a hub, nodes and an operator. Everything it starts listens on
+//! [`mesh::Mesh`] owns a scratch directory, a hub, nodes and an operator. Everything it starts listens on
 //! loopback only and is ended, by process id, when it is dropped, also when a test panics. Tests
 //! wait for what the processes themselves announce, with a deadline that only a hang reaches.
 
