@@ -1,4 +1,4 @@
-//! The Operator service: looking, inviting, workspaces. Commands are in [`super::exec`].
+//! The Operator service: looking, inviting, workspaces. Commands are in `grpc::exec`.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
