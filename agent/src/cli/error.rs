@@ -192,7 +192,7 @@ impl From<Status> for CliError {
             |name| status.metadata().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
         let code = trailer(CODE_TRAILER);
         let (exit, own_hint) = match status.code() {
-            Code::InvalidArgument | Code::OutOfRange => (Exit::Usage, None),
+            Code::InvalidArgument => (Exit::Usage, None),
             Code::NotFound => (Exit::NotFound, None),
             Code::Unauthenticated => (Exit::NotLoggedIn, None),
             Code::PermissionDenied => (

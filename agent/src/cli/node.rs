@@ -84,7 +84,8 @@ async fn wait(
         let request = v1::ListNodesRequest { selector: node.clone() };
         let mut updates = client.watch_nodes(request).await?.into_inner();
         while let Some(update) = updates.message().await? {
-            if update.nodes.iter().all(|node| node.online == (state == Presence::Online)) {
+            let wanted = state == Presence::Online;
+            if !update.nodes.is_empty() && update.nodes.iter().all(|node| node.online == wanted) {
                 return Ok(());
             }
         }

@@ -68,13 +68,22 @@ pub(super) async fn run_task(
         }
     };
 
-    // The command starts while the stream is being opened: a round trip less until its output.
+    // The command starts only once the hub has taken its stream: a hub that has given the task up in
+    // the meantime (and has said so to whoever asked for it) must not find it run all the same.
+    let opened = tokio::select! {
+        opened = opening => opened,
+        () = scope.token().cancelled() => return,
+    };
+    let opened = match opened {
+        Ok(opened) => opened,
+        Err(status) => return report_unopened(&outbox, id, &status, None),
+    };
     let (control, control_frames) = mpsc::channel(FRAMES);
     let (events_out, events) = mpsc::channel(FRAMES);
     scope.spawn("command", exec::run(command, initial_credit, control_frames, events_out));
     let (stream_gone, gone) = mpsc::channel(1);
     let down = DownPump { control, cancels, queue: VecDeque::new(), queued_input: 0 };
-    let pumping = down.run(opening, scope.token().clone(), gone);
+    let pumping = down.run(std::future::ready(Ok(opened)), scope.token().clone(), gone);
     let upward = pump_up(events, up, stream_gone);
     let (result, ()) = tokio::join!(pumping, upward);
     if let Err(status) = result {

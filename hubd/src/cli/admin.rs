@@ -1,5 +1,7 @@
 //! Commands for the running hub, over its administration socket.
 
+use std::time::Duration;
+
 use anyhow::Context as _;
 use cortex_proto::v1;
 use cortex_proto::v1::operator_client::OperatorClient;
@@ -13,11 +15,17 @@ use super::output::{self, Format};
 use super::{HubConfig, InviteCommand, OperatorCommand};
 use crate::config::DataLayout;
 
+/// Time to reach the hub's socket, and for its answer: a hub that hangs must not hang the command.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+
 async fn connect(config: &HubConfig) -> anyhow::Result<OperatorClient<Channel>> {
     let path = DataLayout::new(&config.data).socket();
     let shown = path.display().to_string();
     // The address is a formality: the connector goes to the socket.
     let channel = Endpoint::from_static("http://hub")
+        .connect_timeout(CONNECT_TIMEOUT)
+        .timeout(CALL_TIMEOUT)
         .connect_with_connector(service_fn(move |_| {
             let path = path.clone();
             async move { UnixStream::connect(path).await.map(TokioIo::new) }

@@ -203,7 +203,11 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         "d" => 86_400_000,
         _ => return Err("expected a unit: ms, s, m, h or d".to_owned()),
     };
-    number.checked_mul(factor_ms).map(Duration::from_millis).ok_or("too long".to_owned())
+    number
+        .checked_mul(factor_ms)
+        .filter(|ms| *ms > 0)
+        .map(Duration::from_millis)
+        .ok_or("the duration is zero or too long".to_owned())
 }
 
 fn parse_label(text: &str) -> Result<(String, String), String> {
@@ -227,7 +231,8 @@ mod tests {
     fn durations() {
         assert_eq!(parse_duration("90m"), Ok(Duration::from_secs(5400)));
         assert_eq!(parse_duration("7d"), Ok(Duration::from_secs(604_800)));
-        for bad in ["", "5", "m", "-1h", "1w", "99999999999999999999d", "999999999999999999d"] {
+        for bad in ["", "5", "m", "-1h", "0s", "1w", "99999999999999999999d", "999999999999999999d"]
+        {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
     }

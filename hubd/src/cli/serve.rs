@@ -31,6 +31,7 @@ pub(super) struct ServeArgs {
 pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let format = if args.log_json { LogFormat::Json } else { LogFormat::Text };
     start_logging("info", format);
+    raise_open_files();
     let mut config = args.data.config();
     if let Some(address) = args.grpc {
         config.grpc = address;
@@ -51,6 +52,17 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Each connection takes a descriptor, and the usual soft limit of 1,024 is for programs that use
+/// `select`. The hard limit is the administrator's word, and is kept.
+fn raise_open_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
 fn notify_service_manager(state: sd_notify::NotifyState<'_>) {
     if let Err(error) = sd_notify::notify(&[state]) {
         tracing::debug!(%error, "the service manager was not told");
@@ -58,6 +70,10 @@ fn notify_service_manager(state: sd_notify::NotifyState<'_>) {
 }
 
 pub(super) async fn init(config: &HubConfig) -> anyhow::Result<()> {
+    // Where a hub runs, everything has been made.
+    if DataLayout::new(&config.data).ca().join("ca.crt").exists() {
+        return pin(config).await;
+    }
     let data = HubData::open(config).await?;
     output::print(&data.pin().to_string());
     data.close().await;

@@ -28,7 +28,11 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use super::auth::Peer;
 use crate::enroll::ca::{CertificateAuthority, HubCertificate};
 
-/// Handshakes under way at once; more wait in the kernel's queue.
+/// Connections that have not said anything yet; beyond that, new ones are closed.
+const MAX_SILENT: usize = 16 * 1024;
+/// Time a connection has for its first byte.
+const FIRST_BYTE_DEADLINE: Duration = Duration::from_secs(5);
+/// Handshakes under way at once; more wait for a place.
 const MAX_HANDSHAKES: usize = 512;
 /// Time a handshake may take.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
@@ -148,13 +152,10 @@ pub fn accept_tls(
     let (ready, incoming) = mpsc::channel(READY);
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let places = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let silent = Arc::new(Semaphore::new(MAX_SILENT));
     let (own_scope, cancel) = (scope.clone(), scope.token().clone());
     scope.spawn("accept", async move {
         loop {
-            let place = tokio::select! {
-                () = cancel.cancelled() => return,
-                place = Arc::clone(&places).acquire_owned() => place,
-            };
             let accepted = tokio::select! {
                 () = cancel.cancelled() => return,
                 accepted = listener.accept() => accepted,
@@ -166,8 +167,20 @@ pub fn accept_tls(
                     continue;
                 }
             };
+            let Ok(waiting) = Arc::clone(&silent).try_acquire_owned() else {
+                // As good as any other: the one that has just come is turned away.
+                continue;
+            };
             let (acceptor, ready) = (acceptor.clone(), ready.clone());
+            let places = Arc::clone(&places);
             own_scope.spawn("handshake", async move {
+                // A connection that says nothing takes no place from those that do.
+                let spoke = tokio::time::timeout(FIRST_BYTE_DEADLINE, tcp.readable()).await;
+                if !matches!(spoke, Ok(Ok(()))) {
+                    return;
+                }
+                drop(waiting);
+                let Ok(place) = places.acquire_owned().await else { return };
                 // Small frames must not wait for more: latency is what people feel.
                 tcp.set_nodelay(true).ok();
                 let tls = match tokio::time::timeout(HANDSHAKE_DEADLINE, acceptor.accept(tcp)).await

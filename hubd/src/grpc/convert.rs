@@ -87,6 +87,41 @@ fn fact(text: String) -> Result<String, Status> {
     Ok(text)
 }
 
+/// What a node says of its sandbox, cut to what can be shown: one node must not make the list of all
+/// nodes too long to be sent.
+#[must_use]
+pub fn sandbox_report(mut report: v1::SandboxReport) -> v1::SandboxReport {
+    const MAX_PIECES: usize = 32;
+    const MAX_TEXT_BYTES: usize = 512;
+    report.missing.truncate(MAX_PIECES);
+    let texts = report.missing.iter_mut().flat_map(|p| [&mut p.what, &mut p.why, &mut p.remedy]);
+    for text in texts.chain([&mut report.cgroup]) {
+        text.retain(|c| !c.is_control());
+        text.truncate(text.floor_char_boundary(MAX_TEXT_BYTES));
+    }
+    report
+}
+
+/// A member's report of one workspace, cut likewise.
+#[must_use]
+pub fn sync_status(mut status: v1::SyncStatus) -> v1::SyncStatus {
+    const MAX_PROBLEMS: usize = 32;
+    const MAX_TEXT_BYTES: usize = 512;
+    const MAX_PATH_BYTES: usize = 4096;
+    status.problems.truncate(MAX_PROBLEMS);
+    for problem in &mut status.problems {
+        problem.path.truncate(MAX_PATH_BYTES);
+        for text in [&mut problem.code, &mut problem.message] {
+            text.truncate(text.floor_char_boundary(MAX_TEXT_BYTES));
+        }
+    }
+    status.root_path.truncate(MAX_PATH_BYTES);
+    for text in [&mut status.workspace, &mut status.halted_reason] {
+        text.truncate(text.floor_char_boundary(MAX_TEXT_BYTES));
+    }
+    status
+}
+
 /// What a node says of itself.
 ///
 /// # Errors
@@ -207,6 +242,16 @@ mod tests {
         assert!(check_task_spec(&spec(vec![vec![b'x'; MAX_ARGUMENT_BYTES]; 17])).is_err());
         let both = v1::TaskSpec { script: "true".into(), ..spec(vec![b"true".to_vec()]) };
         assert!(check_task_spec(&both).is_err());
+    }
+
+    #[test]
+    fn a_nodes_reports_are_cut_at_the_door() {
+        let piece = v1::MissingPiece { what: "ä\u{1b}".repeat(1_000_000), ..Default::default() };
+        let report =
+            v1::SandboxReport { missing: vec![piece; 100], ..v1::SandboxReport::default() };
+        let report = sandbox_report(report);
+        assert_eq!(report.missing.len(), 32);
+        assert!(report.missing[0].what.len() <= 512 && !report.missing[0].what.contains('\u{1b}'));
     }
 
     #[test]

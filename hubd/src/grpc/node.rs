@@ -72,7 +72,13 @@ impl Node for NodeService {
         let cancel = self.scope.token().child_token();
         let (ends, node) = self
             .registry
-            .begin_session(node_id, facts, ceiling, hello.sandbox, cancel)
+            .begin_session(
+                node_id,
+                facts,
+                ceiling,
+                hello.sandbox.map(convert::sandbox_report),
+                cancel,
+            )
             .ok_or_else(|| {
                 with_hint(
                     refuse(

@@ -69,7 +69,20 @@ pub struct HubAddress {
 impl std::fmt::Display for HubAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.advertise {
+            // A host with a port of its own: the hub stands behind a forwarded one.
+            Some(host)
+                if host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok())
+                    && (host.starts_with('[') || host.matches(':').count() == 1) =>
+            {
+                f.write_str(host)
+            }
+            Some(host) if host.contains(':') => write!(f, "[{host}]:{}", self.bound.port()),
             Some(host) => write!(f, "{host}:{}", self.bound.port()),
+            // Nobody can dial "any address": the machine's own name is the better guess.
+            None if self.bound.ip().is_unspecified() => {
+                let name = rustix::system::uname();
+                write!(f, "{}:{}", name.nodename().to_string_lossy(), self.bound.port())
+            }
             None => write!(f, "{}", self.bound),
         }
     }
@@ -526,5 +539,24 @@ fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
         sandbox,
         session_epoch: session.map_or(0, |session| session.epoch),
         running_tasks,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn invites_name_an_address_that_can_be_dialled() {
+        let shown = |bound: &str, advertise: Option<&str>| {
+            let bound = bound.parse().unwrap();
+            HubAddress { bound, advertise: advertise.map(str::to_owned) }.to_string()
+        };
+        assert_eq!(shown("127.0.0.1:7443", None), "127.0.0.1:7443");
+        assert_eq!(shown("0.0.0.0:7443", Some("hub.example.org")), "hub.example.org:7443");
+        assert_eq!(shown("0.0.0.0:7443", Some("hub.example.org:9000")), "hub.example.org:9000");
+        assert_eq!(shown("[::]:7443", Some("2001:db8::1")), "[2001:db8::1]:7443");
+        assert_eq!(shown("[::]:7443", Some("[2001:db8::1]:9000")), "[2001:db8::1]:9000");
+        assert!(!shown("0.0.0.0:7443", None).starts_with("0.0.0.0"));
     }
 }

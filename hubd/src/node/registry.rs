@@ -22,6 +22,9 @@ use crate::store::{Facts, Node};
 /// them; a full queue means a dead peer.
 pub const OUTBOX_FRAMES: usize = 512;
 
+/// Longest text that can name a node: a name of 63 characters, or an id.
+const MAX_WANTED_BYTES: usize = 64;
+
 /// A handle to one session; clones share it.
 #[derive(Clone, Debug)]
 pub struct SessionHandle {
@@ -168,6 +171,10 @@ impl Registry {
     /// # Errors
     /// See [`NodeLookup`].
     pub fn find(&self, wanted: &str) -> Result<NodeView, NodeLookup> {
+        if wanted.len() > MAX_WANTED_BYTES {
+            let wanted: String = wanted.chars().take(16).chain(['…']).collect();
+            return Err(NodeLookup::Unknown { wanted, similar: None });
+        }
         let nodes = self.lock();
         if let Some(known) = nodes.values().find(|known| known.node.name == wanted) {
             return Ok(known.view());
@@ -180,10 +187,13 @@ impl Registry {
         match (fitting.next(), fitting.next()) {
             (Some(known), None) => Ok(known.view()),
             (Some(_), Some(_)) => Err(NodeLookup::Ambiguous { wanted: wanted.to_owned() }),
-            (None, _) => Err(NodeLookup::Unknown {
-                wanted: wanted.to_owned(),
-                similar: most_similar(wanted, nodes.values().map(|k| k.node.name.as_str())),
-            }),
+            (None, _) => {
+                let names: Vec<String> = nodes.values().map(|k| k.node.name.clone()).collect();
+                // Comparing takes a while: nobody else waits for it.
+                drop(nodes);
+                let similar = most_similar(wanted, names.iter().map(String::as_str));
+                Err(NodeLookup::Unknown { wanted: wanted.to_owned(), similar })
+            }
         }
     }
 
@@ -302,6 +312,7 @@ impl Known {
 pub fn most_similar<'a>(wanted: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
     let limit = (wanted.len() / 3).max(1) + 1;
     candidates
+        .filter(|name| name.len().abs_diff(wanted.len()) <= limit)
         .map(|name| (edit_distance(wanted.as_bytes(), name.as_bytes()), name))
         .filter(|(distance, _)| *distance <= limit)
         .min()
@@ -413,5 +424,7 @@ mod tests {
         assert_eq!(similar.as_deref(), Some("web-3"));
         let Err(NodeLookup::Unknown { similar, .. }) = registry.find("zzzzzzzz") else { panic!() };
         assert_eq!(similar, None);
+        let endless = registry.find(&"a".repeat(5_000_000)).unwrap_err().to_string();
+        assert!(endless.len() < 200, "{}", endless.len());
     }
 }

@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::registry::{Registry, SessionHandle};
+use crate::grpc::convert;
 use crate::task::relay::Relay;
 
 /// Most workspaces one report may speak of.
@@ -103,7 +104,8 @@ fn handle(guard: &SessionGuard, frame: NodeFrame) -> Result<(), super::registry:
         }
         Some(node_frame::Frame::SyncReport(mut report)) => {
             report.workspaces.truncate(MAX_REPORTED_WORKSPACES);
-            guard.registry.report_sync(guard.handle.node, guard.handle.id, report.workspaces);
+            let reports = report.workspaces.into_iter().map(convert::sync_status).collect();
+            guard.registry.report_sync(guard.handle.node, guard.handle.id, reports);
         }
         // A second Hello is meaningless; a frame this version does not know is skipped.
         Some(node_frame::Frame::Hello(_)) | None => {}

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
-use cortex_proto::v1::{Output, TaskExit, TaskStarted, TerminalSize};
+use cortex_proto::v1::{Output, OutputStream, TaskExit, TaskStarted, TerminalSize};
 use cortex_proto::{MAX_OUTPUT_CREDIT, MAX_OUTPUT_FRAME_BYTES, STDIN_WINDOW_BYTES};
 use tokio::sync::Notify;
 
@@ -18,6 +18,8 @@ use tokio::sync::Notify;
 const JOIN_BELOW_BYTES: usize = 8 * 1024;
 /// Joined frames do not grow beyond this.
 const JOINED_BYTES: usize = 64 * 1024;
+/// Waiting frames from which on joining matters more than the exact interleaving of two streams.
+const MANY_FRAMES: usize = 1024;
 /// Signals that may wait for a node.
 const MAX_SIGNALS: usize = 16;
 
@@ -102,20 +104,28 @@ impl ToReader {
     pub fn output(&self, output: Output) -> Result<(), FlowViolation> {
         let mut state = self.lock();
         let bytes = output.data.len();
+        // A frame without bytes costs no credit, so nothing would bound how many wait.
+        let known_stream = OutputStream::try_from(output.stream).is_ok();
+        if bytes == 0 || !known_stream {
+            return Err(FlowViolation);
+        }
         if bytes > MAX_OUTPUT_FRAME_BYTES || bytes as u64 > state.credit {
             return Err(FlowViolation);
         }
         state.credit -= bytes as u64;
-        match state.output.back_mut() {
-            Some(last)
-                if last.stream == output.stream
-                    && bytes < JOIN_BELOW_BYTES
-                    && last.data.len() + bytes <= JOINED_BYTES
-                    && last.offset + last.data.len() as u64 == output.offset =>
-            {
-                append(&mut last.data, &output.data);
-            }
-            _ => state.output.push_back(output),
+        // A command that alternates between its streams byte by byte, with a reader that stands
+        // still, would fill the queue with tiny frames: from then on each stream is joined past the
+        // other, and only their interleaving becomes coarser.
+        let reach = if state.output.len() < MANY_FRAMES { 1 } else { 2 };
+        let neighbour = state.output.iter_mut().rev().take(reach).find(|last| {
+            last.stream == output.stream
+                && bytes < JOIN_BELOW_BYTES
+                && last.data.len() + bytes <= JOINED_BYTES
+                && last.offset + last.data.len() as u64 == output.offset
+        });
+        match neighbour {
+            Some(last) => append(&mut last.data, &output.data),
+            None => state.output.push_back(output),
         }
         drop(state);
         self.ready.notify_one();
@@ -314,6 +324,20 @@ mod tests {
         assert_eq!(mailbox.grant(1), 1);
         mailbox.output(output(3, b"de")).unwrap();
         assert_eq!(mailbox.next().await, Some(ReaderFrame::Output(output(0, b"abcde"))));
+    }
+
+    #[test]
+    fn tiny_frames_of_alternating_streams_do_not_fill_memory() {
+        let mailbox = ToReader::new(MAX_OUTPUT_CREDIT);
+        for offset in 0..100_000 {
+            for stream in 0..2 {
+                mailbox.output(Output { stream, ..output(offset, b"x") }).unwrap();
+            }
+        }
+        assert!(mailbox.lock().output.len() < 2 * MANY_FRAMES);
+        assert_eq!(mailbox.output(output(100_000, b"")), Err(FlowViolation), "costs no credit");
+        let unknown = Output { stream: 7, ..output(0, b"x") };
+        assert_eq!(mailbox.output(unknown), Err(FlowViolation));
     }
 
     #[test]

@@ -135,7 +135,9 @@ impl Relay {
         let waiting = Arc::clone(&task);
         self.scope.spawn("task start deadline", async move {
             let late = tokio::time::timeout(deadline, ended.cancelled()).await.is_err();
-            if late && !waiting.attached.load(Ordering::Acquire) {
+            // Taking the stream's place: a node that comes for it later is refused, and runs nothing.
+            if late && !waiting.attached.swap(true, Ordering::AcqRel) {
+                waiting.cancel(0, Duration::ZERO);
                 relay.fail(id, TaskVerdict::Failed, "the node did not start the command in time");
             }
         });
@@ -228,7 +230,11 @@ impl Relay {
     }
 
     /// Journals the verdict, and only then tells the reader.
-    fn conclude(&self, task: Arc<Task>, exit: TaskExit) {
+    fn conclude(&self, task: Arc<Task>, mut exit: TaskExit) {
+        // A node's words are kept for ever and shown to people: they are short.
+        shorten(&mut exit.reason);
+        shorten(&mut exit.hint);
+        exit.exit_code = exit.exit_code.min(255);
         task.ended.cancel();
         task.to_node.close();
         let end = journal_entry(&exit);
@@ -244,6 +250,13 @@ impl Relay {
             task.to_reader.end(end);
         });
     }
+}
+
+/// Cuts a text of a node to what one line of a journal takes.
+fn shorten(text: &mut String) {
+    const MAX_TEXT_BYTES: usize = 1024;
+    let end = text.floor_char_boundary(MAX_TEXT_BYTES);
+    text.truncate(end);
 }
 
 fn journal_entry(exit: &TaskExit) -> TaskEnd {

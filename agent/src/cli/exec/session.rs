@@ -362,7 +362,16 @@ fn lost(what: &str) -> CliError {
 
 async fn read(down: &mut Option<Streaming<v1::ExecDown>>) -> Result<Option<v1::ExecDown>, Status> {
     match down {
-        Some(down) => down.message().await,
+        Some(down) => down.message().await.map_err(|status| {
+            // What the hub says carries a code; anything else is the connection's end.
+            if status.metadata().contains_key(cortex_proto::CODE_TRAILER) {
+                return status;
+            }
+            tracing::debug!(%status, "the stream broke");
+            Status::unavailable(
+                "the connection to the hub was lost; how the command ended is not known",
+            )
+        }),
         None => std::future::pending().await,
     }
 }
