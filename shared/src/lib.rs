@@ -9,7 +9,7 @@
 //! | [`wire_path`], [`entry`] | names, paths, entries and tree digests of a workspace |
 //! | [`chunk`], [`pack`] | how content is cut, and the unit in which it travels and rests |
 //! | [`durable`] | files that survive a crash |
-//! | [`backoff`], [`tasks`], [`clock`], [`telemetry`] | retrying, supervised tasks, the time, logs |
+//! | [`backoff`], [`tasks`], [`clock`], [`text`], [`telemetry`] | retrying, supervised tasks, the time, text, logs |
 //!
 //! Invariants: nothing here opens a socket, spawns a process or knows the generated protocol;
 //! everything that parses is bounded and refuses rather than guesses.
@@ -30,4 +30,5 @@ pub mod policy;
 pub mod secret;
 pub mod tasks;
 pub mod telemetry;
+pub mod text;
 pub mod wire_path;

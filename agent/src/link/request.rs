@@ -50,7 +50,7 @@ impl Refusal {
     pub(super) fn hint(&self) -> String {
         match self {
             Self::PolicyIsStrict | Self::BothAreStrict => {
-                "an admin runs `cortex-hubd policy set NODE permissive --reason TEXT`; or leave out --mode permissive".to_owned()
+                "leave out --mode permissive".to_owned()
             }
             Self::CeilingIsStrict => {
                 "the node's owner runs `cortex-agent ceiling set permissive` on it; or leave out --mode permissive".to_owned()

@@ -26,8 +26,9 @@ use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyD
 
 use crate::store::KeyHash;
 
-/// Life of a node's certificate; renewed at half of it.
-pub const NODE_CERTIFICATE_LIFE: Duration = Duration::from_secs(24 * 3600);
+/// Life of a node's certificate, and of a program's. A day is the aim, once a node renews its own over
+/// the live session; until it does, a shorter life would only strand nodes.
+pub const NODE_CERTIFICATE_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Life of an operator's certificate.
 pub const OPERATOR_CERTIFICATE_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Life of the hub's own certificate; a new one is made at half of it, without a restart.

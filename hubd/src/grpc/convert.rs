@@ -5,6 +5,7 @@ use cortex_shared::ids::WorkspaceId;
 use cortex_shared::labels::{self, Labels};
 use cortex_shared::policy::Mode;
 use cortex_shared::secret::InviteToken;
+use cortex_shared::text::shorten;
 use tonic::{Code, Status};
 
 use super::status::{invalid, refuse};
@@ -12,6 +13,8 @@ use crate::enroll::ca::CertificateRequest;
 use crate::enroll::validator::JoinRequest;
 use crate::store::Facts;
 
+/// Most workspaces one report may speak of.
+const MAX_REPORTED_WORKSPACES: usize = 1024;
 /// Longest text a node may say of itself in one field.
 const MAX_FACT_BYTES: usize = 256;
 /// Longest single argument or variable.
@@ -97,14 +100,24 @@ pub fn sandbox_report(mut report: v1::SandboxReport) -> v1::SandboxReport {
     let texts = report.missing.iter_mut().flat_map(|p| [&mut p.what, &mut p.why, &mut p.remedy]);
     for text in texts.chain([&mut report.cgroup]) {
         text.retain(|c| !c.is_control());
-        text.truncate(text.floor_char_boundary(MAX_TEXT_BYTES));
+        shorten(text, MAX_TEXT_BYTES);
     }
     report
 }
 
-/// A member's report of one workspace, cut likewise.
+/// A frame of a node's session; the texts of a report are cut to what can be shown.
 #[must_use]
-pub fn sync_status(mut status: v1::SyncStatus) -> v1::SyncStatus {
+pub fn node_frame(mut frame: v1::NodeFrame) -> v1::NodeFrame {
+    if let Some(v1::node_frame::Frame::SyncReport(report)) = &mut frame.frame {
+        let reports = std::mem::take(&mut report.workspaces);
+        report.workspaces =
+            reports.into_iter().take(MAX_REPORTED_WORKSPACES).map(sync_status).collect();
+    }
+    frame
+}
+
+/// A member's report of one workspace, cut likewise.
+fn sync_status(mut status: v1::SyncStatus) -> v1::SyncStatus {
     const MAX_PROBLEMS: usize = 32;
     const MAX_TEXT_BYTES: usize = 512;
     const MAX_PATH_BYTES: usize = 4096;
@@ -112,12 +125,12 @@ pub fn sync_status(mut status: v1::SyncStatus) -> v1::SyncStatus {
     for problem in &mut status.problems {
         problem.path.truncate(MAX_PATH_BYTES);
         for text in [&mut problem.code, &mut problem.message] {
-            text.truncate(text.floor_char_boundary(MAX_TEXT_BYTES));
+            shorten(text, MAX_TEXT_BYTES);
         }
     }
     status.root_path.truncate(MAX_PATH_BYTES);
     for text in [&mut status.workspace, &mut status.halted_reason] {
-        text.truncate(text.floor_char_boundary(MAX_TEXT_BYTES));
+        shorten(text, MAX_TEXT_BYTES);
     }
     status
 }
@@ -209,11 +222,7 @@ pub fn shown_command(spec: &v1::TaskSpec) -> String {
         let arguments: Vec<_> = spec.argv.iter().map(|a| String::from_utf8_lossy(a)).collect();
         arguments.join(" ")
     };
-    let mut end = shown.len().min(MAX_SHOWN_COMMAND_BYTES);
-    while !shown.is_char_boundary(end) {
-        end -= 1;
-    }
-    shown.truncate(end);
+    shorten(&mut shown, MAX_SHOWN_COMMAND_BYTES);
     shown
 }
 

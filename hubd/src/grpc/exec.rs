@@ -100,9 +100,7 @@ fn check_mode(
     if policy == Mode::Strict {
         return denied(
             format!("the hub's policy for {node:?} is strict"),
-            format!(
-                "an administrator can change it: cortex-hubd policy set {node} permissive --reason TEXT"
-            ),
+            "leave out --mode permissive".into(),
         );
     }
     if ceiling == Mode::Strict {

@@ -108,6 +108,7 @@ impl Node for NodeService {
         self.members.send_memberships(node_id).await;
         tracing::info!(node = %node.name, id = %node_id, session = %ends.handle.id, "node connected");
         let (cancel, heartbeat) = (ends.cancel.clone(), self.heartbeat);
+        let inbound = inbound.map(|frame| frame.map(convert::node_frame));
         self.scope.spawn("session", async move {
             session::run(guard, inbound, cancel, heartbeat).await;
         });

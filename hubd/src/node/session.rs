@@ -15,11 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::registry::{Registry, SessionHandle};
-use crate::grpc::convert;
 use crate::task::relay::Relay;
-
-/// Most workspaces one report may speak of.
-const MAX_REPORTED_WORKSPACES: usize = 1024;
 
 /// Ends the session wherever its task leaves.
 pub struct SessionGuard {
@@ -102,10 +98,8 @@ fn handle(guard: &SessionGuard, frame: NodeFrame) -> Result<(), super::registry:
                 guard.relay.finish(task, guard.handle.id, exit);
             }
         }
-        Some(node_frame::Frame::SyncReport(mut report)) => {
-            report.workspaces.truncate(MAX_REPORTED_WORKSPACES);
-            let reports = report.workspaces.into_iter().map(convert::sync_status).collect();
-            guard.registry.report_sync(guard.handle.node, guard.handle.id, reports);
+        Some(node_frame::Frame::SyncReport(report)) => {
+            guard.registry.report_sync(guard.handle.node, guard.handle.id, report.workspaces);
         }
         // A second Hello is meaningless; a frame this version does not know is skipped.
         Some(node_frame::Frame::Hello(_)) | None => {}

@@ -17,12 +17,16 @@ use cortex_proto::v1::{
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, SessionId, TaskId};
 use cortex_shared::tasks::TaskScope;
+use cortex_shared::text::shorten;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::mailbox::{End, ToNode, ToReader};
 use crate::node::registry::SessionHandle;
 use crate::store::{NewTask, Store, StoreError, TaskEnd, TaskEndState};
+
+/// Longest reason or hint of a node that is kept.
+const MAX_TEXT_BYTES: usize = 1024;
 
 /// Time a cancelled command has before it is killed, if the caller names none.
 pub const DEFAULT_CANCEL_GRACE: Duration = Duration::from_secs(2);
@@ -232,8 +236,8 @@ impl Relay {
     /// Journals the verdict, and only then tells the reader.
     fn conclude(&self, task: Arc<Task>, mut exit: TaskExit) {
         // A node's words are kept for ever and shown to people: they are short.
-        shorten(&mut exit.reason);
-        shorten(&mut exit.hint);
+        shorten(&mut exit.reason, MAX_TEXT_BYTES);
+        shorten(&mut exit.hint, MAX_TEXT_BYTES);
         exit.exit_code = exit.exit_code.min(255);
         task.ended.cancel();
         task.to_node.close();
@@ -250,13 +254,6 @@ impl Relay {
             task.to_reader.end(end);
         });
     }
-}
-
-/// Cuts a text of a node to what one line of a journal takes.
-fn shorten(text: &mut String) {
-    const MAX_TEXT_BYTES: usize = 1024;
-    let end = text.floor_char_boundary(MAX_TEXT_BYTES);
-    text.truncate(end);
 }
 
 fn journal_entry(exit: &TaskExit) -> TaskEnd {
