@@ -1,5 +1,6 @@
 """What was measured: figures, what could not be measured, and what the words mean."""
 
+import math
 import statistics
 from enum import Enum
 
@@ -37,7 +38,7 @@ class Series:
         if len(self.values) < ENOUGH_FOR_P99:
             return None
         ordered = sorted(self.values)
-        return ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))]
+        return ordered[math.ceil(0.99 * len(ordered)) - 1]
 
     def compared_with(self, peer):
         """How ours (this) stands beside a peer's, in words."""

@@ -64,7 +64,7 @@ def notes(results):
                  "unison: one run")
     results.note(BIG, "from its rename into the tree to its appearance, whole, at the target "
                  "(rsync and unison: to the end of their run)")
-    results.note(SAVE, f"cortex mesh and syncthing watch by themselves (syncthing with its shortest "
+    results.note(SAVE, f"in the tree at rest; cortex mesh and syncthing watch by themselves (syncthing with its shortest "
                  f"delay, {sync_peers.SyncthingSide.WATCHER_DELAY_S} s, instead of 10 s); rsync and "
                  "unison: one run right after the save")
 
@@ -104,6 +104,7 @@ def with_one(world, results, subject, template, template_digest, paths, big, lon
         if tree.digest(subject.target) != template_digest:
             raise Failed("the trees differ after the initial sync")
         add(NO_CHANGE, "s", subject.no_change())
+        save_many(add, subject, paths, run)
         for version, workload, on_wire in ((big, BIG, BIG_WIRE), (longer, INSERT, INSERT_WIRE)):
             seconds, wire = send_big(world, subject, version)
             add(workload, "s", seconds)
@@ -114,7 +115,6 @@ def with_one(world, results, subject, template, template_digest, paths, big, lon
                 else:
                     label = f"{subject.name} ({name})" if name else subject.name
                     results.add("sync", on_wire, label, "MB", Lower, count / 1e6)
-        save_many(add, subject, paths, run)
         if tree.digest(subject.source) != tree.digest(subject.target):
             raise Failed("the trees differ at the end")
         for name, mib in subject.memory_mib().items():
