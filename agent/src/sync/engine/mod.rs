@@ -84,6 +84,8 @@ struct Work {
     hot: HashMap<WirePath, (HotFile, Duration)>,
     hub_backoff: Backoff,
     retry_at: Option<Instant>,
+    /// When to look again at paths with problems. Only wakes up: everything else goes on meanwhile.
+    problem_retry_at: Option<Instant>,
     flushes: Vec<oneshot::Sender<Result<(), FlushError>>>,
     /// Deletions that were pushed, and when: for the hold of mass deletions.
     deletions: VecDeque<(Instant, usize)>,
@@ -236,7 +238,10 @@ impl<H: Hub> Engine<H> {
         let problems = work.problems.list();
         self.progress.update(|status| status.problems = problems);
         let now = Instant::now();
-        if !*self.online.borrow_and_update() || work.retry_at.is_some_and(|at| at > now) {
+        // A time that has come must not wake up again and again while there is no hub.
+        work.problem_retry_at = None;
+        work.retry_at = work.retry_at.filter(|at| *at > now);
+        if !*self.online.borrow_and_update() || work.retry_at.is_some() {
             // Some of it may have to be pulled rather than pushed; which is known once the hub is.
             let pending = work.core.run(|core| core.index.differing()).await?;
             self.progress.update(|status| {
@@ -247,7 +252,6 @@ impl<H: Hub> Engine<H> {
         }
         // Nothing of what was just seen is believed if the root was swapped meanwhile.
         self.check_root(work.identity).await?;
-        work.retry_at = None;
         let round = self.pass(work).await?;
         work.hub_backoff.reset();
         Ok(round)
@@ -388,6 +392,7 @@ impl Work {
             hot: HashMap::new(),
             hub_backoff: Backoff::new(HUB_RETRY.0, HUB_RETRY.1),
             retry_at: None,
+            problem_retry_at: None,
             flushes: Vec::new(),
             deletions: VecDeque::new(),
             deletions_confirmed: false,
@@ -438,7 +443,7 @@ impl Work {
 
     fn next_due(&self) -> Instant {
         let revisit = self.revisits.iter().map(|(at, _)| *at).min();
-        [Some(self.next_full_scan), self.retry_at, revisit]
+        [Some(self.next_full_scan), self.retry_at, self.problem_retry_at, revisit]
             .into_iter()
             .flatten()
             .min()

@@ -179,7 +179,7 @@ impl<H: Hub> Engine<H> {
     async fn finish(&self, work: &mut Work, sweep: &Sweep) -> Result<(), SyncError> {
         work.deletions_confirmed = false;
         if sweep.unapplied > 0 || !sweep.push_findings.is_empty() {
-            work.retry_at = Some(Instant::now() + PROBLEM_RETRY);
+            work.problem_retry_at = Some(Instant::now() + PROBLEM_RETRY);
         }
         let Some(cursor) = work.cursor else { return Ok(()) };
         if sweep.unapplied == 0 && work.acknowledged_seq != Some(cursor.seq) {
