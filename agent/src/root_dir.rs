@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use cortex_shared::wire_path::{WirePath, check_name};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
 
 /// What kind of thing a name stands for.
@@ -101,6 +101,20 @@ pub struct DirIdentity {
     pub born_ns: i64,
 }
 
+impl DirIdentity {
+    fn from_statx(stat: &rustix::fs::Statx) -> Self {
+        let born_ns = if stat.stx_mask & StatxFlags::BTIME.bits() == 0 {
+            0
+        } else {
+            stat.stx_btime
+                .tv_sec
+                .saturating_mul(1_000_000_000)
+                .saturating_add(i64::from(stat.stx_btime.tv_nsec))
+        };
+        Self { ino: stat.stx_ino, born_ns }
+    }
+}
+
 /// An open directory. Cheap to clone; all operations take a single name within it.
 #[derive(Clone, Debug)]
 pub struct DirHandle(Arc<OwnedFd>);
@@ -142,18 +156,18 @@ impl DirHandle {
     /// # Errors
     /// Those of the file system.
     pub fn identity(&self) -> io::Result<DirIdentity> {
-        use rustix::fs::StatxFlags;
         let flags = StatxFlags::INO | StatxFlags::BTIME;
-        let stat = rustix::fs::statx(&self.0, c"", AtFlags::EMPTY_PATH, flags)?;
-        let born_ns = if stat.stx_mask & StatxFlags::BTIME.bits() == 0 {
-            0
-        } else {
-            stat.stx_btime
-                .tv_sec
-                .saturating_mul(1_000_000_000)
-                .saturating_add(i64::from(stat.stx_btime.tv_nsec))
-        };
-        Ok(DirIdentity { ino: stat.stx_ino, born_ns })
+        Ok(DirIdentity::from_statx(&rustix::fs::statx(&self.0, c"", AtFlags::EMPTY_PATH, flags)?))
+    }
+
+    /// What the directory `name` is, without opening it or following a link.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn identity_of(&self, name: &[u8]) -> io::Result<DirIdentity> {
+        let flags = StatxFlags::INO | StatxFlags::BTIME;
+        let stat = rustix::fs::statx(&self.0, checked(name)?, AtFlags::SYMLINK_NOFOLLOW, flags)?;
+        Ok(DirIdentity::from_statx(&stat))
     }
 
     /// The mount this directory lies on: a rename cannot cross two of them, even on one device.
@@ -161,7 +175,6 @@ impl DirHandle {
     /// # Errors
     /// Those of the file system.
     pub fn mount(&self) -> io::Result<(u64, u64)> {
-        use rustix::fs::StatxFlags;
         let stat = rustix::fs::statx(&self.0, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?;
         Ok((self.meta()?.dev, stat.stx_mnt_id))
     }

@@ -4,19 +4,20 @@
 //! is believed of them. Every directory is watched by itself, before it is listed, each time it is
 //! scanned: watching one again costs little and heals what a rename left behind.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cortex_shared::wire_path::WirePath;
-use notify::event::{EventKind, ModifyKind, RenameMode};
+use notify::event::{AccessKind, AccessMode, CreateKind, EventKind, ModifyKind, RenameMode};
 use notify::{Config, ErrorKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 use tokio::sync::Notify;
 
 use super::ignore::Ignore;
-use super::scan::Scope;
+use super::scan::{Directories, Scope};
+use crate::root_dir::{DirHandle, DirIdentity};
 
 /// More places than that are not remembered one by one: everything is looked at instead.
 const MAX_SCOPES: usize = 10_000;
@@ -51,7 +52,23 @@ impl Dirty {
     /// Takes all places, in the order of the tree.
     pub(super) fn take(&self) -> Vec<Scope> {
         let mut scopes: Vec<_> = std::mem::take(&mut *self.lock()).into_iter().collect();
-        scopes.sort_by(|a, b| a.directory().cmp(&b.directory()));
+        // What is looked at as part of a tree need not be looked at by itself. Everything below a
+        // directory comes right after it.
+        let mut tree: Option<Option<WirePath>> = None;
+        let key = |scope: &Scope| matches!(scope, Scope::Children(_));
+        scopes.sort_by(|a, b| a.directory().cmp(&b.directory()).then_with(|| key(a).cmp(&key(b))));
+        scopes.retain(|scope| {
+            let inside = match (&tree, scope.directory()) {
+                (None, _) => false,
+                (Some(None), _) => true,
+                (Some(Some(top)), Some(path)) => path == top || path.is_below(top),
+                (Some(Some(_)), None) => false,
+            };
+            if !inside && let Scope::Tree(directory) = scope {
+                tree = Some(directory.clone());
+            }
+            !inside
+        });
         scopes
     }
 
@@ -71,6 +88,9 @@ pub(super) struct Watch {
     root: PathBuf,
     /// The kernel watches no more directories: the rest is looked at from time to time.
     pub(super) limited: bool,
+    /// Directories that were entered since the last scan of everything, and which they were: a name
+    /// may stand for another directory by now. One byte string for each directory of the tree.
+    entered: HashMap<WirePath, DirIdentity>,
 }
 
 impl Watch {
@@ -84,21 +104,64 @@ impl Watch {
         };
         let config = Config::default().with_follow_symlinks(false);
         let watcher = RecommendedWatcher::new(handler, config)?;
-        Ok(Self { watcher, root: root.to_owned(), limited: false })
+        Ok(Self { watcher, root: root.to_owned(), limited: false, entered: HashMap::new() })
     }
 
-    /// Watches a directory (the root for `None`), if the kernel lets us.
-    pub(super) fn directory(&mut self, directory: Option<&WirePath>) {
+    /// Begins to remember anew which directories were entered: everything is about to be.
+    pub(super) fn forget(&mut self) {
+        self.entered.clear();
+    }
+
+    /// Watches a directory (the root for `None`), if the kernel lets us; whether somebody sees to
+    /// it from then on.
+    fn directory(&mut self, directory: Option<&WirePath>) -> bool {
         let path = match directory {
             Some(directory) => self.root.join(OsStr::from_bytes(directory.as_bytes())),
             None => self.root.clone(),
         };
         match self.watcher.watch(&path, RecursiveMode::NonRecursive) {
-            Ok(()) => {}
-            Err(error) if matches!(error.kind, ErrorKind::MaxFilesWatch) => self.limited = true,
+            Ok(()) => true,
+            Err(error) if matches!(error.kind, ErrorKind::MaxFilesWatch) => {
+                // Everything is looked at from time to time instead.
+                self.limited = true;
+                true
+            }
             // It vanished between being found and being watched; whoever removed it made an event.
-            Err(error) => tracing::debug!(?path, %error, "cannot watch directory"),
+            Err(error) => {
+                tracing::debug!(?path, %error, "cannot watch directory");
+                false
+            }
         }
+    }
+}
+
+impl Directories for Watch {
+    fn enter(&mut self, directory: Option<&WirePath>, handle: &DirHandle) {
+        let watched = self.directory(directory);
+        let Some(directory) = directory else { return };
+        match handle.identity() {
+            Ok(identity) if watched => {
+                self.entered.insert(directory.clone(), identity);
+            }
+            _ => {
+                self.entered.remove(directory);
+            }
+        }
+    }
+
+    fn looks_after(&self, directory: &WirePath, identity: DirIdentity) -> bool {
+        self.entered.get(directory) == Some(&identity)
+    }
+}
+
+/// In place of a [`Watch`] where the kernel gives none: everything is looked at from time to time.
+pub(super) struct Unwatched;
+
+impl Directories for Unwatched {
+    fn enter(&mut self, _: Option<&WirePath>, _: &DirHandle) {}
+
+    fn looks_after(&self, _: &WirePath, _: DirIdentity) -> bool {
+        true
     }
 }
 
@@ -107,13 +170,15 @@ fn scopes_of(root: &Path, event: notify::Result<notify::Event>) -> Vec<Scope> {
     if event.need_rescan() {
         return vec![Scope::Tree(None)];
     }
-    // Our own reading makes these.
-    if matches!(event.kind, EventKind::Access(_)) {
+    // Our own reading makes these; but whoever closes what was open for writing has finished it.
+    let written = EventKind::Access(AccessKind::Close(AccessMode::Write));
+    if matches!(event.kind, EventKind::Access(_)) && event.kind != written {
         return Vec::new();
     }
     let arrived = matches!(
         event.kind,
         EventKind::Modify(ModifyKind::Name(RenameMode::To | RenameMode::Both | RenameMode::Any))
+            | EventKind::Create(CreateKind::Folder)
     );
     let mut scopes = Vec::new();
     for path in &event.paths {
@@ -129,7 +194,9 @@ fn scopes_of(root: &Path, event: notify::Result<notify::Event>) -> Vec<Scope> {
         }
         scopes.push(Scope::Children(path.parent()));
         if arrived {
-            // A directory that was moved here has lost the watches below it.
+            // A directory that was moved here has lost the watches below it; a new one has none, and
+            // it may be known already: made by us, or in the place of one that was removed. The
+            // kernel may even give it the number of that one.
             scopes.push(Scope::Tree(Some(path)));
         }
     }
@@ -139,7 +206,7 @@ fn scopes_of(root: &Path, event: notify::Result<notify::Event>) -> Vec<Scope> {
 #[cfg(test)]
 mod tests {
     use notify::Event;
-    use notify::event::{AccessKind, CreateKind, Flag};
+    use notify::event::Flag;
 
     use super::*;
 
@@ -163,6 +230,14 @@ mod tests {
         assert!(scopes(create("/elsewhere")).is_empty());
         let read = Event::new(EventKind::Access(AccessKind::Any)).add_path("/root/a".into());
         assert!(scopes(read).is_empty());
+        let close = |mode| {
+            let kind = EventKind::Access(AccessKind::Close(mode));
+            scopes(Event::new(kind).add_path("/root/a/b".into()))
+        };
+        assert_eq!(close(AccessMode::Write), [Scope::Children(path("a"))]);
+        assert!(close(AccessMode::Read).is_empty());
+        let made = Event::new(EventKind::Create(CreateKind::Folder)).add_path("/root/d".into());
+        assert_eq!(scopes(made), [Scope::Children(None), Scope::Tree(path("d"))]);
         let overflow = Event::new(EventKind::Other).set_flag(Flag::Rescan);
         assert_eq!(scopes(overflow), [Scope::Tree(None)]);
         let moved = Event::new(EventKind::Modify(ModifyKind::Name(RenameMode::To)))
@@ -182,11 +257,34 @@ mod tests {
     }
 
     #[test]
+    fn what_is_part_of_a_tree_is_not_looked_at_twice() {
+        let dirty = Dirty::default();
+        for scope in [
+            Scope::Children(path("a/b")),
+            Scope::Children(path("a")),
+            Scope::Tree(path("a/b/c")),
+            Scope::Tree(path("a")),
+            Scope::Tree(path("a b")),
+            Scope::Children(None),
+            Scope::Children(path("b")),
+        ] {
+            dirty.add(scope);
+        }
+        let expected = [
+            Scope::Children(None),
+            Scope::Tree(path("a")),
+            Scope::Tree(path("a b")),
+            Scope::Children(path("b")),
+        ];
+        assert_eq!(dirty.take(), expected);
+    }
+
+    #[test]
     fn a_file_in_a_watched_directory_is_noticed() {
         let folder = tempfile::tempdir().unwrap();
         let dirty = Arc::new(Dirty::default());
         let mut watch = Watch::new(folder.path(), dirty.clone()).unwrap();
-        watch.directory(None);
+        assert!(watch.directory(None));
         std::fs::write(folder.path().join("f"), b"x").unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(dirty.changed());

@@ -21,9 +21,9 @@ use super::core::{CoreCell, SyncError};
 use super::hub::Hub;
 use super::index::{Cursor, Index};
 use super::problem::{Finding, Problems, Stage};
-use super::scan::{HotFile, Report, ScanError, Scanner, Scope};
+use super::scan::{Directories, HotFile, Report, ScanError, Scanner, Scope};
 use super::status::{Progress, SyncState};
-use super::watch::Dirty;
+use super::watch::{Dirty, Unwatched};
 use super::{FlushError, WorkspaceConfig};
 use crate::root_dir::DirIdentity;
 use attach::{AttachError, Attached, attach, check_root};
@@ -287,18 +287,23 @@ impl<H: Hub> Engine<H> {
                     let is_file = matches!(&scanned, Scope::Tree(Some(path))
                         if core.root.open_dir(Some(path)).is_err());
                     if !is_file {
-                        let watch = &mut core.watch;
+                        let mut unwatched = Unwatched;
+                        let directories: &mut dyn Directories = match &mut core.watch {
+                            Some(watch) => {
+                                if scanned == Scope::Tree(None) {
+                                    watch.forget();
+                                }
+                                watch
+                            }
+                            None => &mut unwatched,
+                        };
                         let scanner = Scanner {
                             root: &core.root,
                             index: &mut core.index,
                             ignore: &core.ignore,
                             clock: core.private.clock()?,
                             hot: &hot,
-                            on_directory: &mut |directory| {
-                                if let Some(watch) = watch {
-                                    watch.directory(directory);
-                                }
-                            },
+                            directories,
                             cancel: &cancel,
                         };
                         report = scanner.scan(&scanned)?;

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::ignore::Ignore;
 use super::index::{Index, IndexError, IndexRow, Seen, Stamp};
 use super::problem::Finding;
-use crate::root_dir::{DirHandle, FileKind, Meta, RootDir};
+use crate::root_dir::{DirHandle, DirIdentity, FileKind, Meta, RootDir};
 use hash::{Hashed, Job, Outcome, Pool};
 
 /// Rows written in one transaction.
@@ -88,6 +88,16 @@ pub struct HotFile {
     pub prefix: bool,
 }
 
+/// Who watches directories between scans.
+pub trait Directories {
+    /// A directory (the root for `None`) is about to be listed.
+    fn enter(&mut self, directory: Option<&WirePath>, handle: &DirHandle);
+
+    /// Whether exactly this directory is looked after under this name. If not, it is read whole,
+    /// even if one of this name is known: changes below it would have made no hint.
+    fn looks_after(&self, directory: &WirePath, identity: DirIdentity) -> bool;
+}
+
 /// What a scan needs.
 pub struct Scanner<'a> {
     /// The tree.
@@ -100,8 +110,8 @@ pub struct Scanner<'a> {
     pub clock: Clock,
     /// Files that are being written.
     pub hot: &'a HashMap<WirePath, HotFile>,
-    /// Called for each directory before it is listed, so that it can be watched from then on.
-    pub on_directory: &'a mut dyn FnMut(Option<&WirePath>),
+    /// Told of each directory before it is listed, so that it can be watched from then on.
+    pub directories: &'a mut dyn Directories,
     /// Ends the scan early.
     pub cancel: &'a CancellationToken,
 }
@@ -238,7 +248,7 @@ impl Walk<'_, '_> {
         cursor: &mut Cursor,
         deep: bool,
     ) -> Result<Result<(), io::Error>, ScanError> {
-        (self.scanner.on_directory)(directory);
+        self.scanner.directories.enter(directory, handle);
         let names = match handle.names() {
             Ok(names) => names,
             Err(error) => return Ok(Err(error)),
@@ -324,8 +334,10 @@ impl Walk<'_, '_> {
                 if !known {
                     self.see(path.clone(), Seen::Entry(Entry::Dir, None));
                 }
-                // A directory that was unknown was not looked into either.
-                if deep || !known {
+                // A directory that was unknown was not looked into either. One that was made by us,
+                // or made again under its old name, is known but not watched.
+                let entered = |identity| self.scanner.directories.looks_after(&path, identity);
+                if deep || !known || !handle.identity_of(name).is_ok_and(entered) {
                     self.descend(&path, name, handle, cursor, deep)?;
                 }
             }
@@ -405,7 +417,7 @@ impl Walk<'_, '_> {
         let listed = if deep {
             self.walk(Some(path), &below, cursor, true)?
         } else {
-            // New here, so it is read whole, against rows of its own.
+            // New here or not watched, so it is read whole, against rows of its own.
             self.flush()?;
             self.walk(Some(path), &below, &mut Cursor::tree(Some(path)), true)?
         };

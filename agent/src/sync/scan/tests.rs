@@ -5,6 +5,35 @@ use std::path::Path;
 
 use super::*;
 
+/// Remembers which directories were entered.
+#[derive(Default)]
+struct Entered(HashMap<WirePath, DirIdentity>);
+
+impl Directories for Entered {
+    fn enter(&mut self, directory: Option<&WirePath>, handle: &DirHandle) {
+        if let Some(directory) = directory {
+            self.0.insert(directory.clone(), handle.identity().unwrap());
+        }
+    }
+
+    fn looks_after(&self, directory: &WirePath, identity: DirIdentity) -> bool {
+        self.0.get(directory) == Some(&identity)
+    }
+}
+
+/// Cancels the scan as soon as a directory is entered.
+struct Cancelling<'a>(&'a CancellationToken);
+
+impl Directories for Cancelling<'_> {
+    fn enter(&mut self, _: Option<&WirePath>, _: &DirHandle) {
+        self.0.cancel();
+    }
+
+    fn looks_after(&self, _: &WirePath, _: DirIdentity) -> bool {
+        true
+    }
+}
+
 /// A tree and its index. The clock is far ahead, so that nothing is racy unless a test says so.
 struct Fixture {
     folder: tempfile::TempDir,
@@ -12,6 +41,7 @@ struct Fixture {
     index: Index,
     now_ns: i64,
     hot: HashMap<WirePath, HotFile>,
+    directories: Entered,
 }
 
 impl Fixture {
@@ -24,6 +54,7 @@ impl Fixture {
             index,
             now_ns: i64::MAX,
             hot: HashMap::new(),
+            directories: Entered::default(),
         }
     }
 
@@ -45,7 +76,7 @@ impl Fixture {
             ignore: &Ignore,
             clock: Clock { now_ns: self.now_ns, tick_ns: 10_000_000 },
             hot: &self.hot,
-            on_directory: &mut |_| {},
+            directories: &mut self.directories,
             cancel: &CancellationToken::new(),
         };
         scanner.scan(scope).unwrap()
@@ -229,7 +260,7 @@ fn a_cancelled_scan_concludes_nothing_about_what_it_did_not_see() {
         clock: Clock { now_ns: 0, tick_ns: 0 },
         hot: &HashMap::new(),
         // Cancelled after the directory has been opened and before it is listed.
-        on_directory: &mut |_| cancel.cancel(),
+        directories: &mut Cancelling(&cancel),
         cancel: &cancel,
     }
     .scan(&Scope::Tree(None))
@@ -272,4 +303,20 @@ fn a_file_that_grows_all_the_time_is_left_alone_and_then_taken_by_its_beginning(
     let content = fs::read(tree.path("log")).unwrap();
     assert!(size < content.len());
     assert_eq!(file.content, cortex_shared::entry::Digest::of(&content[..size]));
+}
+
+#[test]
+fn a_known_directory_that_nobody_looks_after_is_read_whole() {
+    let mut tree = Fixture::new();
+    tree.write("d/old", "x");
+    tree.scan_all();
+    tree.write("d/unseen", "x");
+    tree.scan(&Scope::Children(None));
+    assert_eq!(tree.seen(), ["d/", "d/old"], "it is looked after, so it was not entered");
+    // Another directory takes its name; both exist at once, so their numbers differ.
+    tree.write("other/sub/new", "x");
+    fs::rename(tree.path("d"), tree.path(".cortex")).unwrap();
+    fs::rename(tree.path("other"), tree.path("d")).unwrap();
+    tree.scan(&Scope::Children(None));
+    assert_eq!(tree.seen(), ["d/", "d/sub/", "d/sub/new"]);
 }

@@ -363,3 +363,46 @@ async fn stopping_takes_less_than_a_second_whatever_is_going_on() {
     a.stop().await;
     assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
 }
+
+/// Waits until `b` has everything the hub has, without making it look at its own tree.
+async fn arrived(mesh: &Mesh, b: &Node) {
+    let seq = *mesh.hub.subscribe().borrow();
+    b.handle().head_moved(seq);
+    b.until(|status| status.applied_seq >= seq && status.state == SyncState::Idle).await;
+}
+
+/// Waits until the hub has `path` or, if not `there`, has it no more.
+async fn at_hub(mesh: &Mesh, path: &str, there: bool) {
+    let path = cortex_shared::wire_path::WirePath::new(path).unwrap();
+    let mut head = mesh.hub.subscribe();
+    let reached = head.wait_for(|_| mesh.hub.tree().contains_key(&path) == there);
+    let found = tokio::time::timeout(Duration::from_secs(20), reached).await;
+    found.unwrap_or_else(|_| panic!("{path} is not noticed")).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_edit_in_a_directory_that_came_from_the_hub_is_noticed_by_itself() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    settle(&[&a, &b]).await;
+    a.write("d/e/f", "x");
+    a.flush().await;
+    arrived(&mesh, &b).await;
+    b.write("d/e/new", "x");
+    at_hub(&mesh, "d/e/new", true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_directory_that_is_removed_and_made_again_is_noticed_by_itself() {
+    let mesh = Mesh::new();
+    let a = mesh.node("a");
+    a.write("out/old", "x");
+    a.flush().await;
+    fs::remove_dir_all(a.path("out")).unwrap();
+    fs::create_dir(a.path("out")).unwrap();
+    fs::write(a.path("out/f"), "x").unwrap();
+    at_hub(&mesh, "out/f", true).await;
+    at_hub(&mesh, "out/old", false).await;
+    a.write("out/g", "x");
+    at_hub(&mesh, "out/g", true).await;
+}
