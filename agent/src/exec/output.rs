@@ -8,7 +8,7 @@
 use std::io;
 use std::time::Duration;
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use tokio::net::unix::pipe;
 use tokio::time::Instant;
 
@@ -127,7 +127,16 @@ impl OutputPipe {
     }
 
     fn hand_out(&mut self, most: usize) -> Bytes {
-        let frame = self.buffer.split_to(self.buffer.len().min(most)).freeze();
+        let length = self.buffer.len().min(most);
+        // A frame that shares the buffer's memory keeps all of it for as long as it lives, which
+        // may be long in a history; a copy of a small one is cheaper.
+        let frame = if length < WORTHWHILE_BYTES {
+            let frame = Bytes::copy_from_slice(&self.buffer[..length]);
+            self.buffer.advance(length);
+            frame
+        } else {
+            self.buffer.split_to(length).freeze()
+        };
         self.hasher.update(&frame);
         self.bytes += u64::try_from(frame.len()).unwrap_or(u64::MAX);
         self.last_frame = Some(Instant::now());

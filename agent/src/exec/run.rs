@@ -85,11 +85,16 @@ impl Executor {
             Ok((mut launched, time_limit)) => {
                 let absent = std::mem::take(&mut launched.absent);
                 let group = std::mem::take(&mut launched.group);
-                let deadline = begun + time_limit;
-                let exit =
-                    Running::new(launched, mode, initial_credit, deadline, control, events.clone())
-                        .run()
-                        .await;
+                let exit = Running::new(
+                    launched,
+                    mode,
+                    initial_credit,
+                    time_limit,
+                    control,
+                    events.clone(),
+                )
+                .run()
+                .await;
                 look_back(exit, absent, group).await
             }
         };
@@ -174,7 +179,7 @@ fn verdict(verdict: CommandVerdict, reason: String, hint: Option<String>) -> Com
 /// Why a command is being ended from here.
 #[derive(Debug)]
 enum Stop {
-    TimeLimit(Duration),
+    TimeLimit,
     Cancelled(&'static str),
     Failed(String),
 }
@@ -227,6 +232,7 @@ struct Running {
     pending: VecDeque<CommandEvent>,
     /// When the stage was started, and when the command's time is up.
     begun: Instant,
+    time_limit: Duration,
     deadline: Instant,
     started: bool,
     ending: Option<Ending>,
@@ -245,10 +251,11 @@ impl Running {
         launched: Launched,
         mode: Mode,
         credit: u64,
-        deadline: Instant,
+        time_limit: Duration,
         control: mpsc::Receiver<CommandControl>,
         events: mpsc::Sender<CommandEvent>,
     ) -> Self {
+        let begun = Instant::now();
         Self {
             stage: launched.stage,
             mode,
@@ -260,8 +267,9 @@ impl Running {
             control_open: true,
             events,
             pending: VecDeque::new(),
-            begun: Instant::now(),
-            deadline,
+            begun,
+            time_limit,
+            deadline: begun + time_limit,
             started: false,
             ending: None,
             not_run: None,
@@ -332,8 +340,7 @@ impl Running {
         let now = Instant::now();
         match self.escalation {
             Escalation::None if now >= self.deadline => {
-                let limit = self.deadline - self.begun;
-                self.stop(Stop::TimeLimit(limit), libc::SIGTERM, DEFAULT_GRACE);
+                self.stop(Stop::TimeLimit, libc::SIGTERM, DEFAULT_GRACE);
             }
             Escalation::None => {
                 let reason = "the sandbox could not be set up in time".to_owned();
@@ -493,8 +500,8 @@ impl Running {
                 let hint = "look for a hung file system or device on this node".to_owned();
                 return verdict(CommandVerdict::Failed, reason, Some(hint));
             }
-            Some(Stop::TimeLimit(limit)) => {
-                let reason = format!("it ran longer than its limit of {limit:?}");
+            Some(Stop::TimeLimit) => {
+                let reason = format!("it ran longer than its limit of {:?}", self.time_limit);
                 verdict(CommandVerdict::TimeLimit, reason, None)
             }
             Some(Stop::Cancelled(why)) => {

@@ -172,6 +172,8 @@ impl Dispatcher {
         {
             let mut running = lock(&self.inner.running);
             if running.contains_key(&id) {
+                // Not refused: the hub would take that for the end of the task that runs.
+                tracing::warn!(task = %id, "the hub ordered a task that runs; it is not started again");
                 return;
             }
             if running.len() >= MAX_RUNNING {

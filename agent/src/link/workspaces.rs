@@ -326,3 +326,95 @@ impl Reports {
         v1::SyncReport { workspaces: self.workspaces.statuses() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::Trust;
+    use cortex_shared::policy::Mode;
+
+    fn workspaces(folder: &Path, scope: &TaskScope) -> Workspaces {
+        let state = StateDir::resolve(Some(folder.join("state"))).unwrap();
+        state.create().unwrap();
+        let settings = Settings {
+            hub: "127.0.0.1:1".parse().unwrap(),
+            workspace_root: folder.join("ws"),
+            ceiling: Mode::Strict,
+            workspace_paths: BTreeMap::new(),
+        };
+        settings.save(&state).unwrap();
+        let hub = HubClient::new(settings.hub.clone(), Trust::Pins(Vec::new()), None).unwrap();
+        Workspaces::start(state, settings, hub, scope).unwrap()
+    }
+
+    fn member(name: &str) -> Membership {
+        Membership { id: WorkspaceId::new(), name: name.to_owned() }
+    }
+
+    async fn until_names_are(workspaces: &Workspaces, names: &[&str]) {
+        let mut changes = workspaces.inner.changes.subscribe();
+        let reached = changes.wait_for(|_| {
+            lock(&workspaces.inner.engines)
+                .values()
+                .map(|e| e.name.as_str())
+                .eq(names.iter().copied())
+        });
+        tokio::time::timeout(Duration::from_secs(20), reached).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn places_are_absolute_apart_from_each_other_and_from_our_own_state() {
+        let folder = tempfile::tempdir().unwrap();
+        let scope = TaskScope::new();
+        let workspaces = workspaces(folder.path(), &scope);
+        workspaces.set_memberships(vec![member("app")]);
+        until_names_are(&workspaces, &["app"]).await;
+        let at = |path: &str| folder.path().join(path);
+        assert_eq!(workspaces.place("app", None).unwrap(), at("ws/app"));
+        let elsewhere = workspaces.place("app", Some(&at("other")));
+        assert!(matches!(elsewhere, Err(PlaceError::Elsewhere { .. })));
+        for bad in ["ws", "ws/app", "ws/app/inner", "state", "state/x", ""] {
+            assert!(workspaces.place("web", Some(&at(bad))).is_err(), "{bad}");
+        }
+        assert!(matches!(
+            workspaces.place("web", Some(Path::new("relative"))),
+            Err(PlaceError::NotAbsolute(_))
+        ));
+        // A chosen place is kept for the day on which the node becomes a member.
+        assert_eq!(workspaces.place("web", Some(&at("web"))).unwrap(), at("web"));
+        workspaces.set_memberships(vec![member("web")]);
+        until_names_are(&workspaces, &["web"]).await;
+        assert!(workspaces.root_of(None, "app").is_err());
+        assert_eq!(workspaces.place("web", None).unwrap(), at("web"));
+        scope.cancel();
+        scope.finish().await;
+    }
+
+    #[tokio::test]
+    async fn memberships_survive_a_restart_without_a_hub() {
+        let folder = tempfile::tempdir().unwrap();
+        let scope = TaskScope::new();
+        let first = workspaces(folder.path(), &scope);
+        first.set_memberships(vec![member("app")]);
+        until_names_are(&first, &["app"]).await;
+        scope.cancel();
+        scope.finish().await;
+        let scope = TaskScope::new();
+        let second = workspaces(folder.path(), &scope);
+        until_names_are(&second, &["app"]).await;
+        scope.cancel();
+        scope.finish().await;
+    }
+
+    #[test]
+    fn a_name_that_could_leave_the_workspace_root_is_not_believed() {
+        for name in ["../etc", "..", "", "a/b", "/abs"] {
+            let wire = v1::Membership {
+                workspace_id: WorkspaceId::new().as_bytes().to_vec().into(),
+                name: name.to_owned(),
+                ..Default::default()
+            };
+            assert!(Membership::from_wire(&wire).is_err(), "{name}");
+        }
+    }
+}

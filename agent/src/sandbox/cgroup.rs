@@ -77,10 +77,10 @@ impl ControlGroups {
                 let directory = group.create(parent.join(name()))?;
                 write(&directory.join("memory.max"), &memory)?;
                 write(&directory.join("pids.max"), &processes)?;
-                // Without these two a command is slower to end, not less limited: a kernel without
-                // swap accounting lacks the first.
+                // Not there on a kernel without swap accounting.
                 write(&directory.join("memory.swap.max"), "0").ok();
-                write(&directory.join("memory.oom.group"), "1").ok();
+                // Deliberately not memory.oom.group: it would end pid 1 too, and with it the word
+                // on how the command itself ended.
                 group.entrance.push(File::open(&directory)?.into());
                 Ok(Some(group))
             }

@@ -112,7 +112,9 @@ pub(super) fn build(
     // Everything of the host is taken before the new root covers anything.
     let sources = Sources::take(strict)?;
     let workspace = match workspace {
-        Prepared::None => private_directory(spec.limits.temporary_bytes, MountAttrFlags::empty())?,
+        Prepared::None => {
+            private_directory(spec.limits.temporary_bytes, "0755", MountAttrFlags::empty())?
+        }
         Prepared::ByPath(workspace) => {
             Detached::from_descriptor(workspace::clone_tree(&workspace)?)?
         }
@@ -132,9 +134,9 @@ pub(super) fn build(
     place_proc(&root)?;
     place_devices(&root)?;
     let size = spec.limits.temporary_bytes;
-    private_directory(size, MountAttrFlags::empty())?.attach(&root, "tmp")?;
-    private_directory(size, MountAttrFlags::MOUNT_ATTR_NOEXEC)?.attach(&root, "dev/shm")?;
-    private_directory(size, MountAttrFlags::empty())?.attach(&root, inside(HOME_INSIDE))?;
+    private_directory(size, "1777", MountAttrFlags::empty())?.attach(&root, "tmp")?;
+    private_directory(size, "1777", MountAttrFlags::MOUNT_ATTR_NOEXEC)?.attach(&root, "dev/shm")?;
+    private_directory(size, "0755", MountAttrFlags::empty())?.attach(&root, inside(HOME_INSIDE))?;
     make_directories(&root, "var")?;
     link(&root, "../tmp", "var/tmp")?;
     workspace.attach(&root, inside(WORKSPACE_INSIDE))?;
@@ -229,13 +231,13 @@ fn inside(path: &'static str) -> &'static str {
     path.trim_start_matches('/')
 }
 
-fn private_directory(bytes: u64, more: MountAttrFlags) -> Result<Detached, SetupError> {
+fn private_directory(bytes: u64, mode: &str, more: MountAttrFlags) -> Result<Detached, SetupError> {
     let size = bytes.to_string();
     // Small files take a page each, so the number of files follows from the size.
     let files = (bytes / 4096).clamp(1024, 1_000_000).to_string();
     Detached::new(
         "tmpfs",
-        &[("size", &size), ("nr_inodes", &files), ("mode", "0755")],
+        &[("size", &size), ("nr_inodes", &files), ("mode", mode)],
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | more,
     )
 }

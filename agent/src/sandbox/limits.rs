@@ -23,7 +23,9 @@ pub(super) fn apply(limits: &Limits, count_processes: bool) -> Result<(), SetupE
         // Data rather than address space: Go, Java and many others reserve far more addresses
         // than they use.
         ("memory", Resource::Data, limits.memory_bytes),
-        ("core size", Resource::Core, 0),
+        // Not 0: a core_pattern that is a pipe would still start its program, on the host and as
+        // root. The kernel takes 1 as the word not to.
+        ("core size", Resource::Core, 1),
         ("locked memory", Resource::Memlock, LOCKED_BYTES),
         ("message queues", Resource::Msgqueue, 0),
         ("real-time priority", Resource::Rtprio, 0),

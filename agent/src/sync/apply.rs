@@ -17,7 +17,7 @@ use std::fs::File as OsFile;
 use std::io;
 
 use cortex_shared::chunk::Cutter;
-use cortex_shared::entry::{Entry, File};
+use cortex_shared::entry::{Entry, File, same};
 use cortex_shared::wire_path::WirePath;
 use rustix::fs::{Mode, Timespec, Timestamps};
 use rustix::io::Errno;
@@ -255,8 +255,12 @@ impl Applier<'_> {
                 Some(Some(Current { meta, stamp: Stamp::new(&meta, false) }))
             }
             (Some(Entry::File(_) | Entry::Link { .. }), Some(meta)) => {
-                let stamp = self.index.get(&change.path)?.and_then(|row| row.stamp);
-                stamp
+                // The index may know of a newer edit than the plan does.
+                let found = self.index.get(&change.path)?.filter(|found| {
+                    !found.row.unknown && same(found.row.local.as_ref(), change.from.as_ref())
+                });
+                found
+                    .and_then(|found| found.stamp)
                     .filter(|stamp| *stamp == Stamp::new(&meta, stamp.racy))
                     .map(|stamp| Some(Current { meta, stamp }))
             }

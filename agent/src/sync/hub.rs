@@ -30,7 +30,7 @@ pub enum HubError {
         message: String,
     },
     /// It answered no. Trying the same again at once is useless.
-    #[error("hub refused: {message}")]
+    #[error("hub refused: {message} ({code})")]
     Refused {
         /// Stable code of the refusal, empty if it gave none.
         code: String,

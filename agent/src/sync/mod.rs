@@ -8,11 +8,11 @@
 //!
 //! | module | subject |
 //! |---|---|
-//! | [`engine`] | one task per workspace: when to do what, failures, safety stops |
+//! | `engine` | one task per workspace: when to do what, failures, safety stops |
 //! | [`plan`] | pure: from three trees to what has to be done |
 //! | [`index`] | the three trees and the hash cache, on disk |
-//! | [`scan`], [`watch`], [`ignore`] | seeing what is here |
-//! | [`transfer`], [`apply`], [`private_dir`] | moving content, changing what is here |
+//! | [`scan`], `watch`, [`ignore`] | seeing what is here |
+//! | `transfer`, [`apply`], [`private_dir`] | moving content, changing what is here |
 //! | [`hub`], [`tonic_hub`] | the other side |
 //! | [`status`], [`problem`] | telling people |
 //!

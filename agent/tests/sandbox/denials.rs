@@ -242,3 +242,23 @@ async fn the_command_cannot_end_or_read_its_pid_1() {
     assert!(ran.succeeded(), "{ran:?}");
     assert_eq!(ran.stdout, "alive\n", "{ran:?}");
 }
+
+#[tokio::test]
+async fn every_mount_is_as_narrow_as_it_can_be() {
+    let workspace = TempDir::new().unwrap();
+    let ran = run(in_workspace("cat /proc/self/mountinfo", workspace.path())).await;
+    assert!(ran.succeeded(), "{ran:?}");
+    let writable =
+        ["/workspace", "/tmp", "/home/cortex", "/dev/shm", "/dev/pts", "/proc"].map(Path::new);
+    for line in ran.stdout.lines() {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let (point, options) = (Path::new(fields[4]), fields[5]);
+        let has = |option| options.split(',').any(|word| word == option);
+        // The covers of /proc are the null device too.
+        let device = point.parent() == Some(Path::new("/dev")) || point.starts_with("/proc/");
+        assert!(has("nosuid"), "set-user-id counts on {line}");
+        assert!(has("nodev") || device || point == Path::new("/dev/pts"), "devices on {line}");
+        assert!(has("ro") || device || writable.contains(&point), "writable: {line}");
+        assert!(!line.contains("shared:") && !line.contains("master:"), "not private: {line}");
+    }
+}

@@ -84,7 +84,7 @@ fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-/// The steps of sync.md's crash matrix: after each, what a hub that starts from the disk as it is
+/// After each step of an upload and a commit: what a hub that starts from the disk as it is
 /// then knows.
 #[tokio::test]
 async fn what_was_acknowledged_is_there_after_a_stop_between_any_two_steps() {

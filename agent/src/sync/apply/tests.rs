@@ -142,6 +142,16 @@ fn an_edit_that_looks_the_same_is_found_out_after_it_was_displaced_and_put_back(
 }
 
 #[test]
+fn an_edit_that_the_index_knows_and_the_plan_does_not_is_left_alone() {
+    let mut tree = Fixture::new();
+    tree.known("f", "old", false);
+    let change = tree.change("f", Some(file("old")), Some("new"));
+    tree.known("f", "seen meanwhile", false);
+    assert_eq!(tree.apply(change).applied, 0);
+    assert_eq!(tree.read("f").unwrap(), "seen meanwhile");
+}
+
+#[test]
 fn a_file_that_appeared_where_nothing_was_is_not_replaced() {
     let mut tree = Fixture::new();
     let change = tree.change("f", None, Some("new"));

@@ -94,6 +94,7 @@ pub(super) fn attach(config: &WorkspaceConfig, dirty: Arc<Dirty>) -> Result<Atta
     }
     let private = PrivateDir::open(config.id, &folder, &config.root, &top)
         .map_err(|source| AttachError::Private { path: path(), source })?;
+    tracing::debug!(workspace = %config.name, private = ?private.path(), "attached");
     let meta = top.meta().map_err(|source| AttachError::Root { path: path(), source })?;
     let owner = rustix::process::geteuid().is_root().then_some((meta.uid, meta.gid));
     let watch = Watch::new(&config.root, dirty)

@@ -182,6 +182,10 @@ impl<H: Hub> Engine<H> {
                 },
             };
             if more {
+                // Not at once: something that writes all the time must not keep us busy all the time.
+                if !self.settle(&work.dirty.clone()).await {
+                    return End::Stopped;
+                }
                 continue;
             }
             work.answer_flushes(&round);
@@ -225,28 +229,34 @@ impl<H: Hub> Engine<H> {
     }
 
     async fn round(&mut self, work: &mut Work) -> Result<Round, RoundError> {
-        let config = self.config.clone();
-        let identity = work.identity;
-        tokio::task::spawn_blocking(move || check_root(&config, identity))
-            .await
-            .map_err(|_| SyncError::Panicked)??;
+        self.check_root(work.identity).await?;
         self.look(work).await?;
         let problems = work.problems.list();
         self.progress.update(|status| status.problems = problems);
         let now = Instant::now();
         if !*self.online.borrow_and_update() || work.retry_at.is_some_and(|at| at > now) {
-            self.progress.state(SyncState::Offline);
+            // Some of it may have to be pulled rather than pushed; which is known once the hub is.
+            let pending = work.core.run(|core| core.index.differing()).await?;
+            self.progress.update(|status| {
+                status.state = SyncState::Offline;
+                status.pending_push = pending;
+            });
             return Ok(Round::Offline);
         }
         // Nothing of what was just seen is believed if the root was swapped meanwhile.
-        let config = self.config.clone();
-        tokio::task::spawn_blocking(move || check_root(&config, identity))
-            .await
-            .map_err(|_| SyncError::Panicked)??;
+        self.check_root(work.identity).await?;
         work.retry_at = None;
         let round = self.pass(work).await?;
         work.hub_backoff.reset();
         Ok(round)
+    }
+
+    async fn check_root(&self, identity: DirIdentity) -> Result<(), RoundError> {
+        let config = self.config.clone();
+        tokio::task::spawn_blocking(move || check_root(&config, identity))
+            .await
+            .map_err(|_| SyncError::Panicked)??;
+        Ok(())
     }
 
     /// Scans where something may have changed.

@@ -21,6 +21,8 @@ const WINDOW_ROWS: u32 = 20_000;
 /// Deletions within a minute that need nobody's word, whatever the size of the workspace.
 const FREE_DELETIONS: usize = 100;
 const DELETION_WINDOW: Duration = Duration::from_secs(60);
+/// How long changes here wait for a pull that goes on: it is then interrupted between two groups.
+const LONGEST_PULL: Duration = Duration::from_secs(5);
 /// Passes over all windows in one round. Two members that change the same paths all the time make
 /// more than a few; a mistake of ours must not make it endless.
 const MAX_SWEEPS: usize = 50;
@@ -28,6 +30,8 @@ const MAX_SWEEPS: usize = 50;
 /// A plan for one window.
 struct Planned {
     plan: Plan,
+    /// How many files the hub would lose by it whose content is nowhere else here.
+    losses: usize,
     /// The last row of the window, if there are more.
     next: Option<WirePath>,
 }
@@ -89,7 +93,7 @@ impl<H: Hub> Engine<H> {
         let mut sweep = Sweep::default();
         let mut after = None;
         loop {
-            let Planned { plan, next } = self.plan(work, after).await?;
+            let Planned { plan, losses, next } = self.plan(work, after).await?;
             sweep.held += plan.held_deletions;
             sweep.unapplied += plan.skipped;
             let (unpushed, unapplied) = (plan.push.len(), plan.local.len());
@@ -101,13 +105,17 @@ impl<H: Hub> Engine<H> {
                 self.progress.state(SyncState::Uploading);
                 let Some(cursor) = work.cursor else { return Ok(sweep) };
                 let pushed = push(&mut self.session(work), cursor.epoch, plan.push).await?;
+                if losses > 0 {
+                    work.deletions.push_back((Instant::now(), losses));
+                }
                 sweep.unpushed += unpushed - pushed.accepted.min(unpushed);
                 self.take_pushed(work, pushed, &mut sweep).await?;
             }
             if !plan.local.is_empty() {
                 self.progress.state(SyncState::Applying);
-                let dirty = work.dirty.clone();
-                let urgent = move || !dirty.is_empty();
+                // Our own changes make hints as well, so a hint alone is no reason to stop.
+                let (dirty, begun) = (work.dirty.clone(), Instant::now());
+                let urgent = move || begun.elapsed() > LONGEST_PULL && !dirty.is_empty();
                 let pulled = pull(&mut self.session(work), plan.local, urgent).await?;
                 sweep.unapplied += unapplied - pulled.applied.min(unapplied);
                 take_pulled(work, pulled, &mut sweep);
@@ -128,9 +136,6 @@ impl<H: Hub> Engine<H> {
         sweep.progress |= pushed.accepted > 0 || pushed.learned > 0;
         sweep.push_findings.extend(pushed.findings);
         work.outdated |= pushed.outdated;
-        if pushed.deletions > 0 {
-            work.deletions.push_back((Instant::now(), pushed.deletions));
-        }
         for scope in pushed.dirty {
             work.dirty.add(scope);
         }
@@ -216,7 +221,7 @@ fn bytes_of(change: &crate::sync::plan::LocalChange) -> u64 {
 fn plan_window(
     index: &Index,
     after: Option<&WirePath>,
-    recent_deletions: usize,
+    recent_losses: usize,
     confirmed: bool,
 ) -> Result<Planned, IndexError> {
     let window = index.window(after, WINDOW_ROWS)?;
@@ -231,16 +236,36 @@ fn plan_window(
         }
     };
     let mut planned = plan(&window.rows, &look_up, options);
+    let mut losses = 0;
     if !confirmed && planned.push_deletions > 0 {
-        let known = usize::try_from(index.counts().base).unwrap_or(usize::MAX);
-        let limit = FREE_DELETIONS.max(known.saturating_add(recent_deletions) / 4);
-        if planned.push_deletions + recent_deletions > limit {
+        losses = count_losses(index, &planned)?;
+        let counts = index.counts();
+        let known = usize::try_from(counts.base).unwrap_or(usize::MAX);
+        let limit = FREE_DELETIONS.max(known.saturating_add(recent_losses) / 4);
+        let emptied = counts.local == 0 && known > FREE_DELETIONS;
+        if losses + recent_losses > limit || emptied {
             planned = plan(&window.rows, &look_up, Options { hold_deletions: true, ..options });
+            losses = 0;
         }
     }
     if let Some(error) = failure.into_inner() {
         return Err(error);
     }
     let next = window.truncated.then(|| window.rows.last().map(|row| row.path.clone())).flatten();
-    Ok(Planned { plan: planned, next })
+    Ok(Planned { plan: planned, losses, next })
+}
+
+/// How many files would be deleted at the hub whose content is not here under another name: those of
+/// a directory that was renamed are not lost.
+fn count_losses(index: &Index, planned: &Plan) -> Result<usize, IndexError> {
+    let mut losses = 0;
+    for op in planned.push.iter().filter(|op| op.new.is_none()) {
+        if let Some(Entry::File(file)) = &op.expected
+            && file.size > 0
+            && index.with_content(&file.content, 1)?.is_empty()
+        {
+            losses += 1;
+        }
+    }
+    Ok(losses)
 }

@@ -2,7 +2,7 @@
 //!
 //! Pure. It sees three trees: Base, on which both sides last agreed; Local, as last scanned; Remote,
 //! as last heard from the hub. For every path where they differ it first decides what shall stand
-//! there on both sides ([`merge`]), then lets children keep their parents alive, then derives the
+//! there on both sides (`merge`), then lets children keep their parents alive, then derives the
 //! changes to be made here and the operations to be sent. No plan is ever stored: after a crash the
 //! trees are read again and planned again.
 //!

@@ -1,6 +1,7 @@
 //! Whole engines on real directories against a hub in memory.
 
 mod memory_hub;
+mod random;
 mod scenarios;
 
 use std::collections::BTreeMap;

@@ -241,7 +241,7 @@ async fn offline_changes_are_seen_and_follow_later() {
     a.online.send_replace(false);
     a.write("f", "new");
     a.write("g", "new");
-    a.until(|status| status.state == SyncState::Offline && status.entries == 2).await;
+    a.until(|status| status.state == SyncState::Offline && status.pending_push == 2).await;
     assert_eq!(a.handle().flush().await, Err(crate::sync::FlushError::Offline));
     a.online.send_replace(true);
     settle(&[&a, &b]).await;
@@ -274,10 +274,13 @@ async fn deleting_very_much_is_held_until_it_is_confirmed() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("a"), mesh.node("b"));
     for number in 0..150 {
-        a.write(&format!("d/f{number}"), "x");
+        a.write(&format!("d/f{number}"), format!("content {number}"));
     }
     settle(&[&a, &b]).await;
-    fs::remove_dir_all(a.path("d")).unwrap();
+    fs::rename(a.path("d"), a.path("renamed")).unwrap();
+    settle(&[&a, &b]).await;
+    assert!(b.path("renamed/f0").exists() && !b.path("d").exists(), "a rename loses nothing");
+    fs::remove_dir_all(a.path("renamed")).unwrap();
     a.write("new", "other changes still travel");
     a.flush().await;
     b.flush().await;

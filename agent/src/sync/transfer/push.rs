@@ -54,8 +54,6 @@ pub(in crate::sync) struct Pushed {
     pub(in crate::sync) findings: Vec<Finding>,
     /// Conflict copies among them.
     pub(in crate::sync) conflicts: usize,
-    /// Deletions among them.
-    pub(in crate::sync) deletions: usize,
 }
 
 /// Sends operations, in order, in as many commits as it takes.
@@ -295,7 +293,6 @@ async fn record<H: Hub>(
     for (op, rejected) in ops.into_iter().zip(is_rejected) {
         if !rejected {
             pushed.conflicts += usize::from(op.conflict_of.is_some());
-            pushed.deletions += usize::from(op.new.is_none());
             accepted.push((op.path, op.new));
         }
     }

@@ -61,14 +61,10 @@ pub(in crate::sync) async fn refresh<H: Hub>(
                 })
             })
             .await?;
-        session.progress.head(page_head(page.head_seq, cursor.seq));
+        session.progress.head(page.head_seq);
         if cursor.seq == page.head_seq {
             break;
         }
     }
     Ok(cursor)
-}
-
-fn page_head(head_seq: u64, last_seq: u64) -> u64 {
-    head_seq.max(last_seq)
 }

@@ -1,0 +1,180 @@
+//! Writing to the index. Totals, agreement and difference are kept up to date with every row.
+
+use cortex_shared::entry::Entry;
+use cortex_shared::wire_path::WirePath;
+use rusqlite::{Connection, params};
+
+use super::{Counts, Cursor, IndexError, IndexRow, Seen, bounded, codec, differs, get};
+use crate::root_dir::DirIdentity;
+use crate::sync::plan::{Row, settled_base};
+
+/// Writes within one transaction.
+pub struct Writer<'a> {
+    database: &'a Connection,
+    counts: Counts,
+}
+
+impl<'a> Writer<'a> {
+    pub(super) fn new(database: &'a Connection, counts: Counts) -> Self {
+        Self { database, counts }
+    }
+
+    /// Writes the totals down if they are not `before` any more, and returns them.
+    pub(super) fn finish(self, before: Counts) -> Result<Counts, IndexError> {
+        if self.counts != before {
+            self.set_meta("local_count", &self.counts.local.to_be_bytes())?;
+            self.set_meta("base_count", &self.counts.base.to_be_bytes())?;
+        }
+        Ok(self.counts)
+    }
+
+    /// Records what stands at a path here.
+    ///
+    /// # Errors
+    /// Those of SQLite, and a damaged row.
+    pub fn set_local(&mut self, path: &WirePath, seen: Seen) -> Result<(), IndexError> {
+        self.change(path, |found| match seen {
+            Seen::Absent => {
+                (found.row.local, found.row.unknown, found.stamp) = (None, false, None);
+            }
+            Seen::Entry(entry, stamp) => {
+                (found.row.local, found.row.unknown, found.stamp) = (Some(entry), false, stamp);
+            }
+            Seen::Unknown => (found.row.unknown, found.stamp) = (true, None),
+        })
+    }
+
+    /// Records what stands at a path at the hub.
+    ///
+    /// # Errors
+    /// Those of SQLite, and a damaged row.
+    pub fn set_remote(&mut self, path: &WirePath, entry: Option<Entry>) -> Result<(), IndexError> {
+        self.change(path, |found| found.row.remote = entry)
+    }
+
+    /// Records that nothing stands below `directory` any more.
+    ///
+    /// # Errors
+    /// Those of SQLite, and a damaged row.
+    pub fn set_absent_below(&mut self, directory: &WirePath) -> Result<(), IndexError> {
+        let sql = "SELECT key FROM entry WHERE key > ? AND key < ? \
+                   AND (local IS NOT NULL OR unknown != 0)";
+        let range = [bounded(directory, 0), bounded(directory, 1)];
+        let keys = self
+            .database
+            .prepare_cached(sql)?
+            .query_map(range, |row| row.get::<_, Vec<u8>>(0))?
+            .collect::<Result<Vec<_>, _>>()?;
+        for key in keys {
+            let path =
+                WirePath::from_sort_key(&key).map_err(|_| IndexError::Damaged { what: "path" })?;
+            self.set_local(&path, Seen::Absent)?;
+        }
+        Ok(())
+    }
+
+    /// Records how far the hub's history is in Remote.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn set_cursor(&mut self, cursor: Cursor) -> Result<(), IndexError> {
+        self.set_meta("epoch", cursor.epoch.as_bytes())?;
+        self.set_meta("seq", &cursor.seq.to_be_bytes())
+    }
+
+    /// Records which directory is the root.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn set_root(&mut self, root: DirIdentity) -> Result<(), IndexError> {
+        self.set_meta("root_ino", &root.ino.to_be_bytes())?;
+        self.set_meta("root_born", &root.born_ns.to_be_bytes())
+    }
+
+    /// Forgets Base and Remote: the history at the hub is another one. What follows merges both
+    /// sides and deletes nothing.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn forget_history(&mut self) -> Result<(), IndexError> {
+        self.database.execute("DELETE FROM entry WHERE local IS NULL AND unknown = 0", [])?;
+        self.database.execute("UPDATE entry SET base = NULL, remote = NULL, dirty = 1", [])?;
+        self.database.execute("DELETE FROM meta WHERE name IN ('epoch', 'seq')", [])?;
+        self.counts.base = 0;
+        Ok(())
+    }
+
+    fn set_meta(&self, name: &str, value: &[u8]) -> Result<(), IndexError> {
+        self.database
+            .prepare_cached("INSERT OR REPLACE INTO meta VALUES (?, ?)")?
+            .execute(params![name, value])?;
+        Ok(())
+    }
+
+    fn change(
+        &mut self,
+        path: &WirePath,
+        change: impl FnOnce(&mut IndexRow),
+    ) -> Result<(), IndexError> {
+        let before = get(self.database, path)?;
+        let mut after = before.clone().unwrap_or_else(|| IndexRow {
+            row: Row { path: path.clone(), base: None, local: None, remote: None, unknown: false },
+            stamp: None,
+        });
+        change(&mut after);
+        let row = &mut after.row;
+        row.base =
+            settled_base(row.base.take(), row.local.as_ref(), row.remote.as_ref(), row.unknown);
+        if before.as_ref() == Some(&after) {
+            return Ok(());
+        }
+        self.count(before.as_ref().map(|found| &found.row), &after.row);
+        self.write(&after)
+    }
+
+    fn count(&mut self, before: Option<&Row>, after: &Row) {
+        let local = |row: &Row| u64::from(row.local.as_ref().is_some_and(|entry| !entry.is_dir()));
+        let base = |row: &Row| u64::from(row.base.is_some());
+        let adjust = |count: &mut u64, before: u64, after: u64| {
+            *count = (*count + after).saturating_sub(before);
+        };
+        adjust(&mut self.counts.local, before.map_or(0, local), local(after));
+        adjust(&mut self.counts.base, before.map_or(0, base), base(after));
+    }
+
+    fn write(&mut self, found: &IndexRow) -> Result<(), IndexError> {
+        let row = &found.row;
+        let key = row.path.sort_key();
+        let nothing = row.base.is_none() && row.local.is_none() && row.remote.is_none();
+        if nothing && !row.unknown {
+            self.database.prepare_cached("DELETE FROM entry WHERE key = ?")?.execute([key])?;
+            return Ok(());
+        }
+        let content = match &row.local {
+            Some(Entry::File(file)) if file.size > 0 => Some(file.content.as_bytes()),
+            _ => None,
+        };
+        let encode = |entry: &Option<Entry>| entry.as_ref().map(codec::encode);
+        let stamp = found.stamp;
+        self.database
+            .prepare_cached(
+                "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            )?
+            .execute(params![
+                key,
+                encode(&row.base),
+                encode(&row.local),
+                encode(&row.remote),
+                row.unknown,
+                differs(row),
+                content,
+                stamp.map(|s| s.dev.cast_signed()),
+                stamp.map(|s| s.ino.cast_signed()),
+                stamp.map(|s| s.size.cast_signed()),
+                stamp.map(|s| s.mtime_ns),
+                stamp.map(|s| s.ctime_ns),
+                stamp.map(|s| s.racy),
+            ])?;
+        Ok(())
+    }
+}
