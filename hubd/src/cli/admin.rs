@@ -58,13 +58,25 @@ pub(super) async fn status(config: &HubConfig, format: Format) -> anyhow::Result
 
 pub(super) async fn invite(command: InviteCommand) -> anyhow::Result<()> {
     match command {
-        InviteCommand::Create { uses, ttl, labels, name_pattern, workspaces, data, format } => {
+        InviteCommand::Create {
+            uses,
+            ttl,
+            labels,
+            name_pattern,
+            workspaces,
+            from,
+            owner,
+            data,
+            format,
+        } => {
             let request = v1::CreateInviteRequest {
                 uses,
                 ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
                 labels: labels.into_iter().collect(),
                 name_pattern,
                 workspaces,
+                source_cidrs: from,
+                owner,
             };
             let invite = connect(&data.config()).await?.create_invite(request).await?.into_inner();
             let document = json!({
@@ -120,11 +132,12 @@ fn invite_json(invite: v1::InviteInfo) -> Value {
 }
 
 pub(super) async fn operator(command: OperatorCommand) -> anyhow::Result<()> {
-    let OperatorCommand::Create { name, role, ttl, data, format } = command;
+    let OperatorCommand::Create { name, role, ttl, scope, data, format } = command;
     let request = v1::CreateOperatorRequest {
         name,
         role: role.to_string(),
         ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
+        scope: scope.into_iter().collect(),
     };
     let invite = connect(&data.config()).await?.create_operator(request).await?.into_inner();
     let document = json!({

@@ -106,6 +106,12 @@ enum InviteCommand {
         /// Workspace its nodes become members of; may be repeated
         #[arg(long = "workspace", value_name = "W")]
         workspaces: Vec<String>,
+        /// Source addresses it is good from, such as 10.0.0.0/8; may be repeated
+        #[arg(long, value_name = "CIDR")]
+        from: Vec<String>,
+        /// Who the nodes belong to; shown with them
+        #[arg(long, default_value = "")]
+        owner: String,
         #[command(flatten)]
         data: DataArg,
         #[command(flatten)]
@@ -139,6 +145,9 @@ enum OperatorCommand {
         /// How long the invite is valid, such as 30m, 12h or 7d
         #[arg(long, default_value = "1h", value_parser = parse_duration)]
         ttl: Duration,
+        /// Label that a node must have for this operator to see or command it; may be repeated
+        #[arg(long, value_name = "KEY=VALUE", value_parser = parse_label)]
+        scope: Vec<(String, String)>,
         #[command(flatten)]
         data: DataArg,
         #[command(flatten)]
