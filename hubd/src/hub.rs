@@ -92,6 +92,8 @@ pub enum StartError {
 pub struct HubData {
     layout: DataLayout,
     store: Arc<SqliteStore>,
+    /// The databases. Ends after everything that still has something to write.
+    databases: TaskScope,
     authority: Arc<CertificateAuthority>,
     /// Held as long as this exists; the kernel releases it when the process dies.
     _lock: File,
@@ -112,16 +114,23 @@ impl HubData {
             TryLockError::WouldBlock => StartError::Locked { path: shown(layout.root()) },
             TryLockError::Error(source) => StartError::Data { path: shown(&layout.lock()), source },
         })?;
-        let store = Arc::new(SqliteStore::open(&layout.database())?);
+        let databases = TaskScope::new();
+        let store = Arc::new(SqliteStore::open(layout.database(), &databases).await?);
         let mesh = store.mesh().await?;
         let authority = Arc::new(CertificateAuthority::open(&layout.ca(), mesh, unix_ms())?);
-        Ok(Self { layout, store, authority, _lock: lock })
+        Ok(Self { layout, store, databases, authority, _lock: lock })
     }
 
     /// The pin of the mesh's authority.
     #[must_use]
     pub fn pin(&self) -> CaPin {
         self.authority.pin()
+    }
+
+    /// Writes what the databases have accepted, closes them, and gives the data directory free.
+    pub async fn close(self) {
+        self.databases.cancel();
+        self.databases.finish().await;
     }
 }
 
@@ -133,7 +142,7 @@ pub struct Hub {
     store: Arc<dyn Store>,
     scope: TaskScope,
     grace: Duration,
-    _data: HubData,
+    data: HubData,
 }
 
 impl Hub {
@@ -160,6 +169,7 @@ impl Hub {
             &data.layout.workspaces(),
             ContentLimits::default(),
             scope.clone(),
+            data.databases.clone(),
         )?);
         let members = Arc::new(Members::new(
             Arc::clone(&membership),
@@ -220,7 +230,7 @@ impl Hub {
         tracing::info!(%address, %mesh, "hub serves");
         let pin = authority.pin();
         let grace = config.shutdown_grace;
-        Ok(Self { address, pin, registry, store, scope, grace, _data: data })
+        Ok(Self { address, pin, registry, store, scope, grace, data })
     }
 
     /// The address of the gRPC side, with the port that was chosen if none was given.
@@ -236,8 +246,8 @@ impl Hub {
     }
 
     /// Stops in order: nodes are told when to come back, sessions end (and with them their tasks,
-    /// each with a verdict), calls finish, the store is closed. Takes no longer than the grace time
-    /// and says what did not finish in it.
+    /// each with a verdict), calls finish, the databases are closed. The work before that and the
+    /// closing take no longer than the grace time each; what did not finish in it is said.
     pub async fn shutdown(self) {
         let sessions = self.registry.sessions();
         let spread = u64::try_from(RECONNECT_SPREAD.as_millis()).unwrap_or(u64::MAX);
@@ -250,11 +260,18 @@ impl Hub {
         if tokio::time::timeout(self.grace, self.scope.finish()).await.is_err() {
             tracing::warn!(tasks = self.scope.running(), "not everything finished in time");
         }
-        let unsaved = self.registry.take_unsaved();
-        if let Err(error) = self.store.touch_nodes(unsaved).await {
-            tracing::warn!(%error, "last-seen times not written");
+        // Only now: the verdicts of the tasks above are the last that the journal has to accept.
+        let closing = async {
+            let unsaved = self.registry.take_unsaved();
+            if let Err(error) = self.store.touch_nodes(unsaved).await {
+                tracing::warn!(%error, "last-seen times not written");
+            }
+            self.data.close().await;
+        };
+        if tokio::time::timeout(self.grace, closing).await.is_err() {
+            // What was acknowledged is in the log, which the next start folds.
+            tracing::warn!("the databases did not close in time");
         }
-        self.store.close().await;
         tracing::info!("hub stopped");
     }
 }
@@ -333,3 +350,6 @@ fn save_last_seen(registry: Arc<Registry>, store: Arc<dyn Store>, scope: &TaskSc
         }
     });
 }
+
+#[cfg(test)]
+mod tests;

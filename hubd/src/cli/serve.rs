@@ -58,7 +58,9 @@ fn notify_service_manager(state: sd_notify::NotifyState<'_>) {
 }
 
 pub(super) async fn init(config: &HubConfig) -> anyhow::Result<()> {
-    output::print(&HubData::open(config).await?.pin().to_string());
+    let data = HubData::open(config).await?;
+    output::print(&data.pin().to_string());
+    data.close().await;
     Ok(())
 }
 

@@ -21,7 +21,8 @@ use super::ca::{CaError, CertificateAuthority, CertificateRequest, Issued};
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::{
-    Facts, Node, NodeRedemption, Operator, OperatorRedemption, RedeemRefusal, Store, StoreError,
+    DatabaseError, Facts, Node, NodeRedemption, Operator, OperatorRedemption, RedeemRefusal, Store,
+    StoreError,
 };
 
 /// A request to become a node, checked for form.
@@ -162,7 +163,7 @@ impl Validator {
         });
         match tokio::time::timeout(self.deadline, result).await {
             Err(_) => Err(EnrollError::Deadline),
-            Ok(Err(_)) => Err(EnrollError::Store(StoreError::Closed)),
+            Ok(Err(_)) => Err(EnrollError::Store(DatabaseError::Closed.into())),
             Ok(Ok(result)) => result,
         }
     }

@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 
 use crate::enroll::validator::EnrollError;
 use crate::node::registry::{NodeLookup, SessionEnded};
-use crate::store::{RedeemRefusal, StoreError};
+use crate::store::{DatabaseError, RedeemRefusal, StoreError};
 
 /// A refusal with its stable word.
 pub fn refuse(code: Code, word: &'static str, text: impl Into<String>) -> Status {
@@ -60,14 +60,26 @@ pub fn from_store(error: StoreError) -> Status {
             refuse(Code::AlreadyExists, "already_exists", error.to_string())
         }
         StoreError::NotFound { .. } => refuse(Code::NotFound, "not_found", error.to_string()),
-        StoreError::Closed => {
+        StoreError::Database(error) => from_database(error),
+    }
+}
+
+/// How errors of a database look to a caller.
+pub fn from_database(error: &DatabaseError) -> Status {
+    match error {
+        DatabaseError::Closed => {
             refuse(Code::Unavailable, "shutting_down", "the hub is shutting down")
         }
-        StoreError::Engine(_)
-        | StoreError::Corrupt { .. }
-        | StoreError::TooNew { .. }
-        | StoreError::CommitFailed { .. } => internal(&error),
+        error if error.is_disk_full() => disk_full(error),
+        error => internal(error),
     }
+}
+
+/// How a full disk looks to a caller: it need not give up.
+pub fn disk_full(error: &(dyn std::error::Error + 'static)) -> Status {
+    tracing::error!(error, "the disk is full");
+    let status = refuse(Code::ResourceExhausted, "disk_full", "the hub's disk is full");
+    with_retry_after(status, Duration::from_secs(60))
 }
 
 /// How a refused join or login looks to a caller.

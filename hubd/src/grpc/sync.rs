@@ -7,7 +7,6 @@ mod convert;
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use cortex_proto::v1::sync_server::{Sync, SyncServer};
@@ -19,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedNode, admitted};
-use super::status::{internal, invalid, refuse, with_retry_after};
+use super::status::{disk_full, from_database, internal, invalid, refuse};
 use crate::store::workspace::StoreError;
 use crate::sync::{SyncError, WorkspaceHub, Workspaces};
 
@@ -255,9 +254,7 @@ impl Sync for SyncService {
 /// How errors of a workspace look to a member.
 fn status(error: SyncError) -> Status {
     if error.is_disk_full() {
-        tracing::error!(%error, "the disk is full");
-        let status = refuse(Code::ResourceExhausted, "disk_full", "the hub's disk is full");
-        return with_retry_after(status, Duration::from_secs(60));
+        return disk_full(&error);
     }
     match &error {
         SyncError::Pack(reason) => invalid(format!("invalid pack: {reason}")),
@@ -268,7 +265,6 @@ fn status(error: SyncError) -> Status {
         SyncError::Store(reason) => {
             let text = reason.to_string();
             match reason {
-                StoreError::Closed => refuse(Code::Unavailable, "shutting_down", text),
                 StoreError::WrongEpoch { .. } => {
                     refuse(Code::FailedPrecondition, "epoch_changed", text)
                 }
@@ -279,11 +275,7 @@ fn status(error: SyncError) -> Status {
                 StoreError::ForeignCommit { .. } => {
                     refuse(Code::AlreadyExists, "commit_id_used", text)
                 }
-                StoreError::Damaged { .. }
-                | StoreError::TooNew { .. }
-                | StoreError::Writer
-                | StoreError::Sqlite(_)
-                | StoreError::NotCommitted { .. } => internal(&error),
+                StoreError::Database(error) => from_database(error),
             }
         }
         SyncError::Files(_) | SyncError::Failed => internal(&error),

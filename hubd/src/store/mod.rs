@@ -6,50 +6,27 @@
 //!
 //! No handler of a live session waits for the store, except where its answer means "durable".
 
+pub mod database;
 pub mod records;
 pub mod sqlite;
 pub mod workspace;
-mod writer;
 
 use async_trait::async_trait;
 use cortex_shared::ids::{MeshId, NodeId, TaskId, WorkspaceId};
 use cortex_shared::secret::InviteId;
 
+pub use database::DatabaseError;
 pub use records::{
     Facts, Invite, InviteKind, KeyHash, NewInvite, NewTask, Node, NodeRedemption, Operator,
     OperatorRedemption, RedeemRefusal, TaskEnd, TaskEndState, Workspace,
 };
-pub use writer::Writer;
 
 /// Why the store could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The engine reported an error; the change was not made.
-    #[error("database error")]
-    Engine(#[source] rusqlite::Error),
-    /// The transaction this change was part of could not be committed; nothing of it was made.
-    #[error("the change could not be made durable: {reason}")]
-    CommitFailed {
-        /// What the engine said.
-        reason: String,
-    },
-    /// A stored value is not what this version writes.
-    #[error("the database holds an invalid {what}")]
-    Corrupt {
-        /// Which value.
-        what: &'static str,
-    },
-    /// The database is of a newer version of the hub.
-    #[error("the database has schema version {found}, this hub knows {known} at most")]
-    TooNew {
-        /// Version in the file.
-        found: i64,
-        /// Newest version this binary knows.
-        known: i64,
-    },
-    /// The store has been closed.
-    #[error("the store is closed")]
-    Closed,
+    /// The database.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
     /// Something of that name exists.
     #[error("{what} {name:?} exists already")]
     Exists {
@@ -70,7 +47,7 @@ pub enum StoreError {
 
 impl From<rusqlite::Error> for StoreError {
     fn from(error: rusqlite::Error) -> Self {
-        Self::Engine(error)
+        Self::Database(error.into())
     }
 }
 
@@ -124,7 +101,4 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<(), StoreError>;
     /// Ends a membership; no change if there is none.
     async fn detach(&self, workspace: WorkspaceId, node: NodeId) -> Result<(), StoreError>;
-
-    /// Finishes queued writes and closes.
-    async fn close(&self);
 }

@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use cortex_shared::clock::unix_ms;
 use cortex_shared::durable;
 use cortex_shared::entry::Digest;
 use cortex_shared::ids::{NodeId, WorkspaceId};
@@ -93,18 +94,25 @@ type OpenWorkspaces = Mutex<HashMap<WorkspaceId, Arc<OnceCell<Arc<WorkspaceHub>>
 pub struct Workspaces {
     folder: PathBuf,
     scope: TaskScope,
+    databases: TaskScope,
     board: Arc<HeadBoard>,
     budget: Arc<Budget>,
     open: Arc<OpenWorkspaces>,
 }
 
 impl Workspaces {
-    /// The workspaces in `folder`, which is created; none of them is open yet. Their writers are
-    /// tasks of `scope`, and end with it once they have done what they had accepted.
+    /// The workspaces in `folder`, which is created; none of them is open yet. What they do by
+    /// themselves ends with `scope`; their databases end with `databases`, which must come later, so
+    /// that the calls that are still open when the hub stops can finish.
     ///
     /// # Errors
     /// If the folder cannot be created.
-    pub fn open(folder: &Path, limits: ContentLimits, scope: TaskScope) -> Result<Self, SyncError> {
+    pub fn open(
+        folder: &Path,
+        limits: ContentLimits,
+        scope: TaskScope,
+        databases: TaskScope,
+    ) -> Result<Self, SyncError> {
         durable::create_private_folder(folder)
             .map_err(|error| PackFileError::new("create", folder, error))?;
         let open = Arc::new(OpenWorkspaces::default());
@@ -112,6 +120,7 @@ impl Workspaces {
         Ok(Self {
             folder: folder.to_owned(),
             scope,
+            databases,
             board: Arc::default(),
             budget: Arc::new(Budget::new(limits)),
             open,
@@ -131,7 +140,7 @@ impl Workspaces {
         let opening = || {
             let folder = self.folder.join(id.to_string());
             let (budget, board) = (self.budget.clone(), self.board.clone());
-            WorkspaceHub::open(id, folder, budget, board, &self.scope)
+            WorkspaceHub::open(id, folder, budget, board, &self.scope, &self.databases)
         };
         cell.get_or_try_init(opening).await.cloned()
     }
@@ -185,7 +194,7 @@ async fn collect_regularly(open: Arc<OpenWorkspaces>, closing: CancellationToken
             open.values().filter_map(|cell| cell.get().cloned()).collect()
         };
         for workspace in workspaces {
-            let since_ms = jiff::Timestamp::now().as_millisecond() - CONTENT_KEPT_MS;
+            let since_ms = unix_ms() - CONTENT_KEPT_MS;
             let id = workspace.id();
             tokio::select! {
                 collected = workspace.collect(since_ms) => match collected {

@@ -13,6 +13,7 @@ use cortex_shared::wire_path::WirePath;
 
 use super::pack_files::PackFiles;
 use super::*;
+use crate::store::database::DatabaseError;
 use crate::store::workspace::contract::{file, op, root_digest};
 use crate::store::workspace::{Commit, CommitResult};
 
@@ -27,7 +28,9 @@ struct Hub {
 impl Hub {
     async fn open(folder: &Path, id: WorkspaceId) -> Self {
         let scope = TaskScope::new();
-        let workspaces = Workspaces::open(folder, ContentLimits::default(), scope.clone()).unwrap();
+        let workspaces =
+            Workspaces::open(folder, ContentLimits::default(), scope.clone(), scope.clone())
+                .unwrap();
         let workspace = workspaces.workspace(id).await.unwrap();
         Self { scope, workspaces, workspace, node: NodeId::new() }
     }
@@ -204,7 +207,7 @@ async fn content_goes_when_nothing_names_it_and_nobody_touched_it_lately() {
     let folder = tempfile::tempdir().unwrap();
     let id = WorkspaceId::new();
     let hub = Hub::open(folder.path(), id).await;
-    let now_ms = jiff::Timestamp::now().as_millisecond();
+    let now_ms = unix_ms();
     let (long_ago, any_time) = (now_ms - 1000, now_ms + 1_000_000);
     let named = pack_of(&[b"named", b"beside"]);
     let unnamed = pack_of(&[b"unnamed"]);
@@ -264,7 +267,7 @@ async fn moved_heads_are_announced_and_a_closed_hub_says_so() {
     let epoch = hub.workspace.head().borrow().epoch;
     let commit = Commit { id: CommitId::new(), node: hub.node, epoch, ops: Vec::new() };
     let refused = hub.workspace.commit(commit).await;
-    assert!(matches!(refused, Err(SyncError::Store(StoreError::Closed))));
+    assert!(matches!(refused, Err(SyncError::Store(StoreError::Database(DatabaseError::Closed)))));
 }
 
 #[tokio::test]
@@ -272,7 +275,8 @@ async fn concurrent_openings_share_one_workspace() {
     let folder = tempfile::tempdir().unwrap();
     let scope = TaskScope::new();
     let workspaces =
-        Workspaces::open(folder.path(), ContentLimits::default(), scope.clone()).unwrap();
+        Workspaces::open(folder.path(), ContentLimits::default(), scope.clone(), scope.clone())
+            .unwrap();
     let id = WorkspaceId::new();
     let (a, b) = tokio::join!(workspaces.workspace(id), workspaces.workspace(id));
     assert!(Arc::ptr_eq(&a.unwrap(), &b.unwrap()));

@@ -54,6 +54,7 @@ impl WorkspaceHub {
         budget: Arc<Budget>,
         board: Arc<HeadBoard>,
         scope: &TaskScope,
+        databases: &TaskScope,
     ) -> Result<Arc<Self>, SyncError> {
         let (opening, syncing) = (folder.clone(), folder.clone());
         let files = blocking(move || {
@@ -62,7 +63,7 @@ impl WorkspaceHub {
             Ok(PackFiles::open(&opening)?)
         })
         .await?;
-        let store = SqliteWorkspaceStore::open(folder.join("ws.db"), scope).await?;
+        let store = SqliteWorkspaceStore::open(folder.join("ws.db"), databases).await?;
         blocking(move || {
             // The folder, the one of all workspaces and the one above may all be new.
             for folder in syncing.ancestors().take(3) {

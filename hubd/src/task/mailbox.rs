@@ -113,9 +113,7 @@ impl ToReader {
                     && last.data.len() + bytes <= JOINED_BYTES
                     && last.offset + last.data.len() as u64 == output.offset =>
             {
-                let mut joined = BytesMut::from(std::mem::take(&mut last.data));
-                joined.extend_from_slice(&output.data);
-                last.data = joined.freeze();
+                append(&mut last.data, &output.data);
             }
             _ => state.output.push_back(output),
         }
@@ -242,9 +240,7 @@ impl ToNode {
         if !data.is_empty() {
             match state.stdin.back_mut() {
                 Some(last) if last.len() + data.len() <= JOIN_BELOW_BYTES => {
-                    let mut joined = BytesMut::from(std::mem::take(last));
-                    joined.extend_from_slice(&data);
-                    *last = joined.freeze();
+                    append(last, &data);
                 }
                 _ => state.stdin.push_back(data),
             }
@@ -293,6 +289,13 @@ impl ToNode {
             self.ready.notified().await;
         }
     }
+}
+
+/// Joins what follows to a frame that waits; both are small.
+fn append(last: &mut Bytes, more: &[u8]) {
+    let mut joined = BytesMut::from(std::mem::take(last));
+    joined.extend_from_slice(more);
+    *last = joined.freeze();
 }
 
 #[cfg(test)]

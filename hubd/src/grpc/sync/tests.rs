@@ -59,7 +59,8 @@ impl Fixture {
         let folder = tempfile::tempdir().unwrap();
         let scope = TaskScope::new();
         let workspaces =
-            Workspaces::open(folder.path(), ContentLimits::default(), scope.clone()).unwrap();
+            Workspaces::open(folder.path(), ContentLimits::default(), scope.clone(), scope.clone())
+                .unwrap();
         let members = Arc::new(Members::default());
         let service = SyncService::new(Arc::new(workspaces), members.clone());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

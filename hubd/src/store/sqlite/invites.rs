@@ -6,13 +6,13 @@ use cortex_shared::ids::WorkspaceId;
 use cortex_shared::labels;
 use cortex_shared::policy::Mode;
 use cortex_shared::secret::{InviteId, SecretHash};
-use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::super::{
     Invite, InviteKind, KeyHash, NewInvite, Node, NodeRedemption, Operator, OperatorRedemption,
     RedeemRefusal, StoreError,
 };
-use super::{from_json, nodes, to_json, workspaces};
+use super::{damaged, from_json, nodes, to_json, workspaces};
 
 const COLUMNS: &str = "id, secret_hash, kind, uses, max_uses, expires_at, created_at, created_by, \
                        labels, name_pattern, workspaces, revoked_at";
@@ -25,17 +25,16 @@ fn kind_word(kind: InviteKind) -> String {
 }
 
 fn read(row: &Row<'_>) -> Result<Invite, StoreError> {
-    let corrupt = |what| StoreError::Corrupt { what };
     let kind = row.get::<_, String>(2)?;
     let kind = match kind.as_str() {
         "node" => InviteKind::Node,
-        role => InviteKind::Operator(role.parse().map_err(|_| corrupt("invite kind"))?),
+        role => InviteKind::Operator(role.parse().map_err(|_| damaged("invite kind"))?),
     };
     Ok(Invite {
         invite: NewInvite {
-            id: row.get::<_, String>(0)?.parse().map_err(|_| corrupt("invite id"))?,
+            id: row.get::<_, String>(0)?.parse().map_err(|_| damaged("invite id"))?,
             secret_hash: SecretHash::from_slice(&row.get::<_, Vec<u8>>(1)?)
-                .ok_or(corrupt("secret hash"))?,
+                .ok_or(damaged("secret hash"))?,
             kind,
             max_uses: row.get(4)?,
             expires_at_ms: row.get(5)?,
@@ -53,7 +52,7 @@ fn read(row: &Row<'_>) -> Result<Invite, StoreError> {
     })
 }
 
-pub(super) fn create(t: &Transaction<'_>, invite: &NewInvite) -> Result<(), StoreError> {
+pub(super) fn create(t: &Connection, invite: &NewInvite) -> Result<(), StoreError> {
     t.execute(
         &format!("INSERT INTO invites ({COLUMNS}) VALUES (?,?,?,0,?,?,?,?,?,?,?,NULL)"),
         params![
@@ -75,15 +74,10 @@ pub(super) fn create(t: &Transaction<'_>, invite: &NewInvite) -> Result<(), Stor
 pub(super) fn list(connection: &Connection) -> Result<Vec<Invite>, StoreError> {
     let mut statement =
         connection.prepare(&format!("SELECT {COLUMNS} FROM invites ORDER BY created_at DESC"))?;
-    let mut rows = statement.query([])?;
-    let mut invites = Vec::new();
-    while let Some(row) = rows.next()? {
-        invites.push(read(row)?);
-    }
-    Ok(invites)
+    statement.query_and_then([], read)?.collect()
 }
 
-pub(super) fn revoke(t: &Transaction<'_>, id: &InviteId, now_ms: i64) -> Result<(), StoreError> {
+pub(super) fn revoke(t: &Connection, id: &InviteId, now_ms: i64) -> Result<(), StoreError> {
     let changed = t.execute(
         "UPDATE invites SET revoked_at = coalesce(revoked_at, ?2) WHERE id = ?1",
         params![id.as_str(), now_ms],
@@ -104,7 +98,7 @@ enum Found {
 
 /// Looks an invite up and checks it in an order that tells a caller without the secret nothing.
 fn find(
-    t: &Transaction<'_>,
+    t: &Connection,
     id: &InviteId,
     secret: &SecretHash,
     key: &KeyHash,
@@ -135,7 +129,7 @@ fn find(
 }
 
 fn record_use(
-    t: &Transaction<'_>,
+    t: &Connection,
     id: &InviteId,
     key: &KeyHash,
     result: &[u8],
@@ -150,7 +144,7 @@ fn record_use(
 }
 
 pub(super) fn redeem_node(
-    t: &Transaction<'_>,
+    t: &Connection,
     redemption: NodeRedemption,
 ) -> Result<Result<Node, RedeemRefusal>, StoreError> {
     let NodeRedemption { invite: id, key, now_ms, .. } = &redemption;
@@ -189,7 +183,7 @@ pub(super) fn redeem_node(
 /// The wanted name if it is free and allowed; one made of the host name and made unique if none is
 /// wanted.
 fn choose_name(
-    t: &Transaction<'_>,
+    t: &Connection,
     redemption: &NodeRedemption,
     pattern: &str,
 ) -> Result<Result<String, RedeemRefusal>, StoreError> {
@@ -221,7 +215,7 @@ fn choose_name(
 }
 
 pub(super) fn redeem_operator(
-    t: &Transaction<'_>,
+    t: &Connection,
     redemption: &OperatorRedemption,
 ) -> Result<Result<Operator, RedeemRefusal>, StoreError> {
     let OperatorRedemption { invite: id, key, now_ms, .. } = redemption;
@@ -229,11 +223,10 @@ pub(super) fn redeem_operator(
     let invite = match find(t, id, &redemption.secret_hash, key, admits, *now_ms)? {
         Err(refusal) => return Ok(Err(refusal)),
         Ok(Found::Redeemed(name)) => {
-            let name = String::from_utf8(name)
-                .map_err(|_| StoreError::Corrupt { what: "operator name" })?;
+            let name = String::from_utf8(name).map_err(|_| damaged("operator name"))?;
             let role: String =
                 t.query_row("SELECT role FROM operators WHERE name = ?", [&name], |r| r.get(0))?;
-            let role = role.parse().map_err(|_| StoreError::Corrupt { what: "role" })?;
+            let role = role.parse().map_err(|_| damaged("role"))?;
             return Ok(Ok(Operator { name, role }));
         }
         Ok(Found::Fresh(invite)) => invite.invite,

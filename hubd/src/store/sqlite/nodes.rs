@@ -3,20 +3,19 @@
 use rusqlite::{Connection, Row, params};
 
 use super::super::{Facts, Node, StoreError};
-use super::{from_json, node_id, to_json};
+use super::{damaged, from_json, node_id, to_json};
 
 const COLUMNS: &str = "id, name, labels, key, policy, ceiling, joined_at, last_seen, revoked_at, \
                        hostname, os, arch, agent_version";
 
 fn read(row: &Row<'_>) -> Result<Node, StoreError> {
-    let corrupt = |what| StoreError::Corrupt { what };
     Ok(Node {
-        id: node_id(row.get_ref(0)?.as_blob().map_err(|_| corrupt("node id"))?)?,
+        id: node_id(row.get_ref(0)?.as_blob().map_err(|_| damaged("node id"))?)?,
         name: row.get(1)?,
         labels: from_json(&row.get::<_, String>(2)?, "labels")?,
         key: row.get(3)?,
-        policy: row.get::<_, String>(4)?.parse().map_err(|_| corrupt("policy"))?,
-        ceiling: row.get::<_, String>(5)?.parse().map_err(|_| corrupt("ceiling"))?,
+        policy: row.get::<_, String>(4)?.parse().map_err(|_| damaged("policy"))?,
+        ceiling: row.get::<_, String>(5)?.parse().map_err(|_| damaged("ceiling"))?,
         joined_at_ms: row.get(6)?,
         last_seen_ms: row.get(7)?,
         revoked_at_ms: row.get(8)?,
@@ -32,12 +31,7 @@ fn read(row: &Row<'_>) -> Result<Node, StoreError> {
 pub(super) fn list(connection: &Connection) -> Result<Vec<Node>, StoreError> {
     let mut statement =
         connection.prepare(&format!("SELECT {COLUMNS} FROM nodes ORDER BY name"))?;
-    let mut rows = statement.query([])?;
-    let mut nodes = Vec::new();
-    while let Some(row) = rows.next()? {
-        nodes.push(read(row)?);
-    }
-    Ok(nodes)
+    statement.query_and_then([], read)?.collect()
 }
 
 /// The node of this id.
@@ -45,7 +39,7 @@ pub(super) fn get(connection: &Connection, id: &[u8]) -> Result<Node, StoreError
     let mut statement =
         connection.prepare_cached(&format!("SELECT {COLUMNS} FROM nodes WHERE id = ?"))?;
     let mut rows = statement.query([id])?;
-    let row = rows.next()?.ok_or(StoreError::Corrupt { what: "invite use" })?;
+    let row = rows.next()?.ok_or(damaged("invite use"))?;
     read(row)
 }
 

@@ -1,11 +1,11 @@
 //! The journal of tasks.
 
 use cortex_shared::ids::TaskId;
-use rusqlite::{Transaction, params};
+use rusqlite::{Connection, params};
 
 use super::super::{NewTask, StoreError, TaskEnd, TaskEndState};
 
-pub(super) fn accept(t: &Transaction<'_>, task: &NewTask) -> Result<(), StoreError> {
+pub(super) fn accept(t: &Connection, task: &NewTask) -> Result<(), StoreError> {
     t.prepare_cached(
         "INSERT INTO tasks (id, node, actor, command, workspace, mode, state, accepted_at) \
          VALUES (?,?,?,?,?,?,'accepted',?)",
@@ -23,7 +23,7 @@ pub(super) fn accept(t: &Transaction<'_>, task: &NewTask) -> Result<(), StoreErr
 }
 
 /// A verdict is never rewritten: only a task without one takes it.
-pub(super) fn end(t: &Transaction<'_>, id: TaskId, end: &TaskEnd) -> Result<(), StoreError> {
+pub(super) fn end(t: &Connection, id: TaskId, end: &TaskEnd) -> Result<(), StoreError> {
     t.prepare_cached(
         "UPDATE tasks SET state = ?2, verdict = ?3, exit_code = ?4, signal = ?5, reason = ?6, \
          stdout_bytes = ?7, stderr_bytes = ?8, ended_at = ?9 WHERE id = ?1 AND ended_at IS NULL",
@@ -43,7 +43,7 @@ pub(super) fn end(t: &Transaction<'_>, id: TaskId, end: &TaskEnd) -> Result<(), 
     Ok(())
 }
 
-pub(super) fn end_open(t: &Transaction<'_>, reason: &str, now_ms: i64) -> Result<u64, StoreError> {
+pub(super) fn end_open(t: &Connection, reason: &str, now_ms: i64) -> Result<u64, StoreError> {
     let changed = t.execute(
         "UPDATE tasks SET state = ?1, verdict = 'stream_lost', reason = ?2, ended_at = ?3 \
          WHERE ended_at IS NULL",

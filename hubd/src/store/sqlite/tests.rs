@@ -6,9 +6,9 @@ use cortex_shared::secret::InviteToken;
 use super::super::{Facts, InviteKind, TaskEndState};
 use super::*;
 
-fn store() -> (tempfile::TempDir, SqliteStore) {
+async fn store() -> (tempfile::TempDir, SqliteStore) {
     let folder = tempfile::tempdir().unwrap();
-    let store = SqliteStore::open(&folder.path().join("hub.db")).unwrap();
+    let store = SqliteStore::open(folder.path().join("hub.db"), &TaskScope::new()).await.unwrap();
     (folder, store)
 }
 
@@ -45,7 +45,7 @@ fn redemption(token: &InviteToken, key: u8) -> NodeRedemption {
 
 #[tokio::test]
 async fn repeated_redemption_with_the_same_key_gives_the_same_node_and_uses_nothing_up() {
-    let (_folder, store) = store();
+    let (_folder, store) = store().await;
     let token = InviteToken::generate();
     store.create_invite(invite(&token, InviteKind::Node)).await.unwrap();
     let first = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap();
@@ -63,7 +63,7 @@ async fn repeated_redemption_with_the_same_key_gives_the_same_node_and_uses_noth
 
 #[tokio::test]
 async fn refusals_name_their_reason_only_to_who_knows_the_secret() {
-    let (_folder, store) = store();
+    let (_folder, store) = store().await;
     let token = InviteToken::generate();
     store.create_invite(invite(&token, InviteKind::Node)).await.unwrap();
     let expired = NodeRedemption { now_ms: 1_000, ..redemption(&token, 1) };
@@ -82,7 +82,7 @@ async fn refusals_name_their_reason_only_to_who_knows_the_secret() {
 
 #[tokio::test]
 async fn an_invite_admits_only_what_it_is_for() {
-    let (_folder, store) = store();
+    let (_folder, store) = store().await;
     let (node, operator) = (InviteToken::generate(), InviteToken::generate());
     store.create_invite(invite(&node, InviteKind::Node)).await.unwrap();
     let mut for_operator = invite(&operator, InviteKind::Operator(Role::Viewer));
@@ -110,7 +110,7 @@ async fn an_invite_admits_only_what_it_is_for() {
 
 #[tokio::test]
 async fn names_are_unique_and_obey_the_pattern() {
-    let (_folder, store) = store();
+    let (_folder, store) = store().await;
     let token = InviteToken::generate();
     let many =
         NewInvite { max_uses: 9, name_pattern: "box*".into(), ..invite(&token, InviteKind::Node) };
@@ -129,7 +129,9 @@ async fn names_are_unique_and_obey_the_pattern() {
 
 #[tokio::test]
 async fn everything_is_there_after_reopening() {
-    let (folder, store) = store();
+    let folder = tempfile::tempdir().unwrap();
+    let scope = TaskScope::new();
+    let store = SqliteStore::open(folder.path().join("hub.db"), &scope).await.unwrap();
     let token = InviteToken::generate();
     let workspace = Workspace {
         id: WorkspaceId::new(),
@@ -143,10 +145,11 @@ async fn everything_is_there_after_reopening() {
     store.create_invite(with_workspace).await.unwrap();
     let node = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap();
     let mesh = store.mesh().await.unwrap();
-    store.close().await;
+    scope.cancel();
+    scope.finish().await;
     drop(store);
 
-    let store = SqliteStore::open(&folder.path().join("hub.db")).unwrap();
+    let store = SqliteStore::open(folder.path().join("hub.db"), &TaskScope::new()).await.unwrap();
     assert_eq!(store.mesh().await.unwrap(), mesh);
     assert_eq!(store.nodes().await.unwrap()[0].id, node.id);
     let workspaces = store.workspaces().await.unwrap();
@@ -161,7 +164,7 @@ async fn everything_is_there_after_reopening() {
 
 #[tokio::test]
 async fn the_first_verdict_of_a_task_stands() {
-    let (_folder, store) = store();
+    let (_folder, store) = store().await;
     let id = TaskId::new();
     let task = NewTask {
         id,
@@ -187,8 +190,9 @@ async fn the_first_verdict_of_a_task_stands() {
     store.end_task(id, end).await.unwrap();
     assert_eq!(store.end_open_tasks("hub restarted".into(), 9).await.unwrap(), 1);
     let verdict: (String, Option<u32>) = store
+        .database
         .read(move |c| {
-            Ok(c.query_row(
+            Ok::<_, StoreError>(c.query_row(
                 "SELECT verdict, exit_code FROM tasks WHERE id = ?",
                 [id.as_bytes().as_slice()],
                 |row| Ok((row.get(0)?, row.get(1)?)),

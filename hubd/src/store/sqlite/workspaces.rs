@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use cortex_shared::ids::{NodeId, WorkspaceId};
-use rusqlite::{Connection, Transaction, params};
+use rusqlite::{Connection, params};
 
 use super::super::{StoreError, Workspace};
 use super::{is_duplicate, node_id, workspace_id};
@@ -18,21 +18,19 @@ pub(super) fn list(connection: &Connection) -> Result<Vec<Workspace>, StoreError
     }
     let mut statement =
         connection.prepare("SELECT id, name, created_at FROM workspaces ORDER BY name")?;
-    let mut rows = statement.query([])?;
-    let mut workspaces = Vec::new();
-    while let Some(row) = rows.next()? {
+    let workspaces = statement.query_and_then([], |row| {
         let id = workspace_id(&row.get::<_, Vec<u8>>(0)?)?;
-        workspaces.push(Workspace {
+        Ok(Workspace {
             id,
             name: row.get(1)?,
             created_at_ms: row.get(2)?,
             members: members.remove(&id).unwrap_or_default(),
-        });
-    }
-    Ok(workspaces)
+        })
+    })?;
+    workspaces.collect()
 }
 
-pub(super) fn create(t: &Transaction<'_>, workspace: &Workspace) -> Result<(), StoreError> {
+pub(super) fn create(t: &Connection, workspace: &Workspace) -> Result<(), StoreError> {
     t.execute(
         "INSERT INTO workspaces VALUES (?,?,?)",
         params![workspace.id.as_bytes().as_slice(), workspace.name, workspace.created_at_ms],
@@ -48,7 +46,7 @@ pub(super) fn create(t: &Transaction<'_>, workspace: &Workspace) -> Result<(), S
 }
 
 pub(super) fn attach(
-    t: &Transaction<'_>,
+    t: &Connection,
     workspace: WorkspaceId,
     node: NodeId,
     now_ms: i64,
@@ -61,7 +59,7 @@ pub(super) fn attach(
 }
 
 pub(super) fn detach(
-    t: &Transaction<'_>,
+    t: &Connection,
     workspace: WorkspaceId,
     node: NodeId,
 ) -> Result<(), StoreError> {

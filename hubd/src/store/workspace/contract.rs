@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use cortex_shared::chunk::{ChunkRef, Recipe};
+use cortex_shared::clock::unix_ms;
 use cortex_shared::entry::{Digest, Entry, File};
 use cortex_shared::ids::{NodeId, WorkspaceEpoch};
 use cortex_shared::tasks::TaskScope;
@@ -385,7 +386,7 @@ pub(crate) async fn packs_are_found_by_their_chunks(engine: &impl Engine) {
 pub(crate) async fn a_useless_pack_that_is_touched_again_stays(engine: &impl Engine) {
     let fixture = Fixture::new(engine).await;
     let store = &fixture.store;
-    let now_ms = || jiff::Timestamp::now().as_millisecond();
+    let now_ms = unix_ms;
     let (used, useless, again) = (
         fixture.add_chunks(&[b"used", b"beside"]).await,
         fixture.add_chunks(&[b"useless"]).await,

@@ -29,6 +29,8 @@ use cortex_shared::ids::{CommitId, NodeId, WorkspaceEpoch};
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
+use super::database::DatabaseError;
+
 pub use model::{
     Change, ChangesPage, Commit, CommitResult, Conflict, Head, InvalidOp, Op, PackAdded,
     PackRecord, RejectReason, Rejection, Summary,
@@ -37,9 +39,6 @@ pub use model::{
 /// Why the store did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The hub is shutting down.
-    #[error("the workspace is being closed")]
-    Closed,
     /// The caller works with versions of another history.
     #[error("workspace epoch {asked} is not the current {current}")]
     WrongEpoch {
@@ -70,45 +69,22 @@ pub enum StoreError {
         /// One of them.
         first: Digest,
     },
-    /// The database holds something that this program never writes.
-    #[error("the workspace database is damaged: {what}")]
-    Damaged {
-        /// What was found.
-        what: &'static str,
-    },
-    /// The database was written by a newer program.
-    #[error("the workspace database has version {found}, this program knows {known}")]
-    TooNew {
-        /// Its version.
-        found: i64,
-        /// The newest known one.
-        known: i64,
-    },
-    /// The request was lost because the code that carried it out failed.
-    #[error("the workspace database's writer failed")]
-    Writer,
-    /// The database failed.
-    #[error("the workspace database failed")]
-    Sqlite(#[from] rusqlite::Error),
-    /// The commit of a transaction failed; nothing of it was kept.
-    #[error("a transaction of the workspace database could not be committed: {reason}")]
-    NotCommitted {
-        /// What the database said.
-        reason: String,
-        /// Whether it was for want of space.
-        disk_full: bool,
-    },
+    /// The database.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
+}
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Database(error.into())
+    }
 }
 
 impl StoreError {
     /// Whether there was no space left.
     #[must_use]
     pub fn is_disk_full(&self) -> bool {
-        match self {
-            Self::NotCommitted { disk_full, .. } => *disk_full,
-            Self::Sqlite(error) => error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull),
-            _ => false,
-        }
+        matches!(self, Self::Database(error) if error.is_disk_full())
     }
 }
 

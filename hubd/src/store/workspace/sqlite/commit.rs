@@ -330,20 +330,18 @@ fn recorded_rejections(
          FROM rejections e LEFT JOIN recipes r ON r.digest = e.recipe
          WHERE e.commit_id = ?1 ORDER BY e.position"
     ))?;
-    let mut rows = statement.query([commit.as_bytes()])?;
-    let mut rejections = Vec::new();
-    while let Some(row) = rows.next()? {
+    let rejections = statement.query_and_then([commit.as_bytes()], |row| {
         let missing: Vec<u8> = row.get(2)?;
         let known = row.get::<_, Option<i64>>(4)?.is_some();
-        rejections.push(Rejection {
+        Ok(Rejection {
             index: row.get(0)?,
             reason: reject_reason(row.get(1)?)?,
             current: if known { Some(entry_from_row(row, 4)?) } else { None },
             current_seq: unsigned(row.get(3)?)?,
             missing: missing.as_chunks::<32>().0.iter().map(|h| Digest::from_bytes(*h)).collect(),
-        });
-    }
-    Ok(rejections)
+        })
+    })?;
+    rejections.collect()
 }
 
 fn reject_reason(number: i64) -> Result<RejectReason, StoreError> {

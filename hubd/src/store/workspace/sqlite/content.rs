@@ -80,12 +80,7 @@ pub(super) fn has_pack(connection: &Connection, pack: &Digest) -> Result<bool, S
 
 pub(super) fn packs(connection: &Connection) -> Result<HashSet<Digest>, StoreError> {
     let mut statement = connection.prepare_cached("SELECT hash FROM packs")?;
-    let mut rows = statement.query([])?;
-    let mut packs = HashSet::new();
-    while let Some(row) = rows.next()? {
-        packs.insert(digest(&row.get::<_, Vec<u8>>(0)?)?);
-    }
-    Ok(packs)
+    statement.query_and_then([], |row| digest(&row.get::<_, Vec<u8>>(0)?))?.collect()
 }
 
 pub(super) fn add_pack(

@@ -1,17 +1,16 @@
-//! The tables, and how a database of an older program becomes a current one.
-
-use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior, params};
+//! The tables, and what a new database begins with.
 
 use cortex_shared::entry::{Digest, DirDigest, Kind};
 use cortex_shared::ids::WorkspaceEpoch;
+use rusqlite::{Connection, params};
 
 use super::super::StoreError;
 
 /// Row of the root directory.
 pub(super) const ROOT_ID: i64 = 1;
 
-/// Each step turns version n into n + 1 (`PRAGMA user_version`). Steps are only added, never changed.
-const MIGRATIONS: &[&str] = &["
+/// See [`super::Settings::migrations`].
+pub(super) const MIGRATIONS: &[&str] = &["
 -- The newest version, and counters that would otherwise need a look at every entry.
 CREATE TABLE head (
     one INTEGER PRIMARY KEY CHECK (one = 1),
@@ -113,32 +112,20 @@ CREATE TABLE conflicts (
 ) STRICT, WITHOUT ROWID;
 "];
 
-/// Brings a database to the newest version and fills a new one with an empty tree.
-pub(super) fn migrate(connection: &mut Connection) -> Result<(), StoreError> {
-    let known = i64::try_from(MIGRATIONS.len()).expect("few migrations");
-    let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let found: i64 = tx.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    if found > known {
-        return Err(StoreError::TooNew { found, known });
+/// Fills a new database with an empty tree; one that has a tree stays as it is.
+pub(super) fn begin(connection: &Connection) -> Result<(), StoreError> {
+    if connection.prepare("SELECT 1 FROM head")?.exists([])? {
+        return Ok(());
     }
-    for migration in MIGRATIONS.iter().skip(usize::try_from(found).unwrap_or(0)) {
-        tx.execute_batch(migration)?;
-    }
-    tx.pragma_update(None, "user_version", known)?;
-    let head: Option<i64> =
-        tx.query_row("SELECT seq FROM head", [], |row| row.get(0)).optional()?;
-    if head.is_none() {
-        tx.execute(
-            "INSERT INTO head (one, epoch, seq, root, entries, content_bytes)
-             VALUES (1, ?1, 0, ?2, 0, 0)",
-            params![WorkspaceEpoch::new().as_bytes(), Digest::ZERO.as_bytes()],
-        )?;
-        tx.execute(
-            "INSERT INTO entries (id, parent_id, name, kind, size, mtime_ns, digest, seq)
-             VALUES (?1, NULL, x'', ?2, 0, 0, ?3, 0)",
-            params![ROOT_ID, Kind::Dir as u8, DirDigest::new().finish().as_bytes()],
-        )?;
-    }
-    tx.commit()?;
+    connection.execute(
+        "INSERT INTO head (one, epoch, seq, root, entries, content_bytes)
+         VALUES (1, ?1, 0, ?2, 0, 0)",
+        params![WorkspaceEpoch::new().as_bytes(), Digest::ZERO.as_bytes()],
+    )?;
+    connection.execute(
+        "INSERT INTO entries (id, parent_id, name, kind, size, mtime_ns, digest, seq)
+         VALUES (?1, NULL, x'', ?2, 0, 0, ?3, 0)",
+        params![ROOT_ID, Kind::Dir as u8, DirDigest::new().finish().as_bytes()],
+    )?;
     Ok(())
 }

@@ -7,6 +7,7 @@ use cortex_shared::entry::{Digest, DirDigest, Entry, File, Kind};
 use cortex_shared::wire_path::WirePath;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
+use super::super::super::database::DatabaseError;
 use super::super::StoreError;
 use super::schema::ROOT_ID;
 
@@ -15,7 +16,7 @@ use super::schema::ROOT_ID;
 pub(super) const ENTRY_COLUMNS: &str = "e.kind, e.size, e.mtime_ns, e.content, r.recipe, e.target";
 
 pub(super) const fn damaged(what: &'static str) -> StoreError {
-    StoreError::Damaged { what }
+    StoreError::Database(DatabaseError::Damaged { what })
 }
 
 /// Reads a 32-byte column.

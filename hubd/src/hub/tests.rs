@@ -1,0 +1,66 @@
+use cortex_shared::ids::{NodeId, TaskId};
+use cortex_shared::policy::Mode;
+
+use super::*;
+use crate::store::{NewTask, TaskEnd, TaskEndState};
+
+fn config(data: &std::path::Path) -> HubConfig {
+    HubConfig { grpc: "127.0.0.1:0".parse().unwrap(), ..HubConfig::new(data.to_owned()) }
+}
+
+/// A verdict that falls while everything is being stopped is still journalled.
+#[tokio::test]
+async fn the_databases_outlive_whatever_still_writes_at_shutdown() {
+    let folder = tempfile::tempdir().unwrap();
+    let hub = Hub::start(config(folder.path())).await.unwrap();
+    let database = hub.data.layout.database();
+    let id = TaskId::new();
+    let task = NewTask {
+        id,
+        node: NodeId::new(),
+        actor: "ann".into(),
+        command: "true".into(),
+        workspace: String::new(),
+        mode: Mode::Strict,
+        accepted_at_ms: 1,
+    };
+    hub.store.accept_task(task).await.unwrap();
+    let (store, stop) = (Arc::clone(&hub.store), hub.scope.token().clone());
+    hub.scope.spawn("verdict", async move {
+        stop.cancelled().await;
+        // As sessions do that find out what became of their tasks: some steps, of some time.
+        for _ in 0..20 {
+            store.nodes().await.unwrap();
+        }
+        let end = TaskEnd {
+            state: TaskEndState::Finished,
+            verdict: "exited",
+            exit_code: Some(0),
+            signal: None,
+            reason: String::new(),
+            stdout_bytes: 0,
+            stderr_bytes: 0,
+            ended_at_ms: 2,
+        };
+        store.end_task(id, end).await.unwrap();
+    });
+    hub.shutdown().await;
+    assert!(!database.with_extension("db-wal").exists(), "the log has been folded");
+
+    let data = HubData::open(&config(folder.path())).await.unwrap();
+    assert_eq!(data.store.end_open_tasks("left open".into(), 3).await.unwrap(), 0);
+    data.close().await;
+}
+
+#[tokio::test]
+async fn the_data_directory_is_free_again_once_it_has_been_closed() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config(folder.path());
+    let data = HubData::open(&config).await.unwrap();
+    let pin = data.pin();
+    assert!(matches!(HubData::open(&config).await.err(), Some(StartError::Locked { .. })));
+    data.close().await;
+    let data = HubData::open(&config).await.unwrap();
+    assert_eq!(data.pin(), pin);
+    data.close().await;
+}
