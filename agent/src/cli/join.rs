@@ -123,6 +123,7 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
             arch: std::env::consts::ARCH.to_owned(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             ceiling: proto_mode(args.ceiling).into(),
+            machine: None,
         });
         request.set_timeout(deadline);
         async move { client.join_node(request).await }

@@ -96,6 +96,7 @@ impl Node for NodeService {
             hub_time_ms: unix_ms(),
             policy: convert::wire_mode(node.policy).into(),
             hub_version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Welcome::default()
         });
         // The queue is empty: these two fit.
         ends.handle.send(welcome).ok();
@@ -150,6 +151,20 @@ impl Node for NodeService {
             Some((Ok(TaskIoDown { frame: Some(frame) }), task))
         });
         Ok(Response::new(Box::pin(outbound)))
+    }
+
+    async fn renew(
+        &self,
+        _: Request<cortex_proto::v1::RenewRequest>,
+    ) -> Result<Response<cortex_proto::v1::RenewResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn leave(
+        &self,
+        _: Request<cortex_proto::v1::LeaveRequest>,
+    ) -> Result<Response<cortex_proto::v1::LeaveResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
     }
 
     async fn request_attach(

@@ -138,6 +138,7 @@ impl OperatorService {
 #[tonic::async_trait]
 impl Operator for OperatorService {
     type ExecStream = BoxStream<v1::ExecDown>;
+    type ListAuditStream = BoxStream<v1::AuditEntry>;
     type WatchNodesStream = BoxStream<v1::ListNodesResponse>;
     type WorkspaceStatusStream = BoxStream<v1::WorkspaceStatusResponse>;
 
@@ -152,6 +153,7 @@ impl Operator for OperatorService {
             mesh_id: self.authority.mesh().to_string(),
             hub_version: env!("CARGO_PKG_VERSION").to_owned(),
             certificate_not_after_ms: operator.certificate_not_after_ms.unwrap_or_default(),
+            ..v1::WhoAmIResponse::default()
         }))
     }
 
@@ -201,6 +203,90 @@ impl Operator for OperatorService {
         let operator: AdmittedOperator = admitted(&request)?;
         let stream = exec::begin(self, operator, request.into_inner()).await?;
         Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn label_node(
+        &self,
+        _: Request<v1::LabelNodeRequest>,
+    ) -> Result<Response<v1::NodeInfo>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn rename_node(
+        &self,
+        _: Request<v1::RenameNodeRequest>,
+    ) -> Result<Response<v1::NodeInfo>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn cordon_node(
+        &self,
+        _: Request<v1::CordonNodeRequest>,
+    ) -> Result<Response<v1::NodeInfo>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn revoke_node(
+        &self,
+        _: Request<v1::RevokeNodeRequest>,
+    ) -> Result<Response<v1::NodeInfo>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn forget_node(
+        &self,
+        _: Request<v1::ForgetNodeRequest>,
+    ) -> Result<Response<v1::ForgetNodeResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn set_node_policy(
+        &self,
+        _: Request<v1::SetNodePolicyRequest>,
+    ) -> Result<Response<v1::NodeInfo>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn list_operators(
+        &self,
+        _: Request<v1::ListOperatorsRequest>,
+    ) -> Result<Response<v1::ListOperatorsResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn revoke_operator(
+        &self,
+        _: Request<v1::RevokeOperatorRequest>,
+    ) -> Result<Response<v1::RevokeOperatorResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn verify_audit(
+        &self,
+        _: Request<v1::VerifyAuditRequest>,
+    ) -> Result<Response<v1::VerifyAuditResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn ca_status(
+        &self,
+        _: Request<v1::CaStatusRequest>,
+    ) -> Result<Response<v1::CaStatusResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn rotate_ca(
+        &self,
+        _: Request<v1::RotateCaRequest>,
+    ) -> Result<Response<v1::CaStatusResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn list_audit(
+        &self,
+        _: Request<v1::ListAuditRequest>,
+    ) -> Result<Response<Self::ListAuditStream>, Status> {
+        Err(Status::unimplemented("placeholder"))
     }
 
     async fn create_invite(
@@ -422,6 +508,7 @@ impl OperatorService {
                 .filter(|w| invite.workspaces.contains(&w.id))
                 .map(|w| w.name)
                 .collect(),
+            ..v1::InviteInfo::default()
         }
     }
 }
@@ -526,5 +613,6 @@ fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
         sandbox,
         session_epoch: session.map_or(0, |session| session.epoch),
         running_tasks,
+        ..v1::NodeInfo::default()
     }
 }

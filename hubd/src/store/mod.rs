@@ -17,8 +17,8 @@ use cortex_shared::secret::InviteId;
 
 pub use database::DatabaseError;
 pub use records::{
-    Facts, Invite, InviteKind, KeyHash, NewInvite, NewTask, Node, NodeRedemption, Operator,
-    OperatorRedemption, RedeemRefusal, TaskEnd, TaskEndState, Workspace,
+    AuditHead, AuditLine, Facts, Invite, InviteKind, KeyHash, NewAudit, NewInvite, NewTask, Node,
+    NodeRedemption, Operator, OperatorRedemption, RedeemRefusal, TaskEnd, TaskEndState, Workspace,
 };
 
 /// Why the store could not do what it was asked.

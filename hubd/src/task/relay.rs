@@ -122,6 +122,7 @@ impl Relay {
             spec: Some(spec),
             actor: new.actor.clone(),
             initial_credit,
+            role: String::new(),
         });
         self.store.accept_task(new).await?;
         // First into the table, then to the node: if the session ends in between, either the table

@@ -1,5 +1,6 @@
 //! The store in SQLite: one file, one writer with group commit, readers beside it (`store::database`).
 
+mod audit;
 mod invites;
 mod nodes;
 mod tasks;
@@ -20,7 +21,10 @@ use super::{
 };
 
 const SETTINGS: Settings = Settings {
-    migrations: &[include_str!("migrations/0001_first.sql")],
+    migrations: &[
+        include_str!("migrations/0001_first.sql"),
+        include_str!("migrations/0002_authority.sql"),
+    ],
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,
 };
