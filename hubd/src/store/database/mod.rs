@@ -2,9 +2,9 @@
 //!
 //! WAL with `synchronous=FULL`: readers do not wait for the writer, and what has been answered
 //! survives power loss. Changes that come while the writer is busy share the next transaction and its
-//! flush ([`writer`]); readings have connections of their own ([`readers`]).
+//! flush (`writer`); readings have connections of their own (`readers`).
 //!
-//! A [`Database`] is owned by its store, and must be the only one on its file. Its writer is a task of
+//! A `Database` is owned by its store, and must be the only one on its file. Its writer is a task of
 //! the scope it was opened with: when that is cancelled it accepts nothing more, writes what it has
 //! accepted, waits for the readings that go on, and folds the log into the file, so that the file alone
 //! is a complete copy. So the scope must outlive everything that still has something to write.
