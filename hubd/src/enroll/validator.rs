@@ -18,6 +18,7 @@ use cortex_shared::tasks::TaskScope;
 use tokio::sync::{Semaphore, oneshot};
 
 use super::ca::{CaError, CertificateAuthority, CertificateRequest, Issued};
+use crate::authority::operators::Operators;
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::{
@@ -69,6 +70,7 @@ pub struct Validator {
     authority: Arc<CertificateAuthority>,
     registry: Arc<Registry>,
     membership: Arc<Membership>,
+    operators: Arc<Operators>,
     scope: TaskScope,
 }
 
@@ -82,10 +84,11 @@ impl Validator {
         authority: Arc<CertificateAuthority>,
         registry: Arc<Registry>,
         membership: Arc<Membership>,
+        operators: Arc<Operators>,
         scope: TaskScope,
     ) -> Self {
         let places = Arc::new(Semaphore::new(places));
-        Self { places, deadline, store, authority, registry, membership, scope }
+        Self { places, deadline, store, authority, registry, membership, operators, scope }
     }
 
     /// Admits a node.
@@ -136,11 +139,14 @@ impl Validator {
             key: certificate.key_hash(),
             now_ms: unix_ms(),
         };
-        let store = Arc::clone(&self.store);
+        let (store, operators) = (Arc::clone(&self.store), Arc::clone(&self.operators));
         let operator = self
-            .detached(
-                async move { Ok::<_, EnrollError>(store.redeem_operator(redemption).await??) },
-            )
+            .detached(async move {
+                let operator = store.redeem_operator(redemption).await??;
+                // From now on its certificate counts.
+                operators.reload().await?;
+                Ok::<_, EnrollError>(operator)
+            })
             .await?;
         let holder = Holder::Operator { name: operator.name.clone(), role: operator.role };
         let issued = self.authority.issue(holder, certificate, unix_ms())?;

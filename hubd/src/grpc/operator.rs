@@ -8,17 +8,21 @@ use std::time::Duration;
 use cortex_proto::v1;
 use cortex_proto::v1::operator_server::Operator;
 use cortex_shared::clock::unix_ms;
+use cortex_shared::ids::NodeId;
 use cortex_shared::labels::Labels;
 use cortex_shared::policy::{Mode, Role};
 use cortex_shared::secret::InviteToken;
 use futures_util::{Stream, stream};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedOperator, admitted};
+use super::detached::run_to_end;
+use super::listing::{Selector, list_nodes, watch};
 use super::status::{from_lookup, from_store, internal, invalid, refuse, with_hint};
-use super::{convert, exec};
+use super::{authority, convert, exec};
+use crate::authority::audit::AuditLog;
+use crate::authority::nodes::NodeDecisions;
+use crate::authority::operators::Operators;
 use crate::enroll::ca::CertificateAuthority;
 use crate::node::registry::{NodeView, Registry};
 use crate::store::{Invite, InviteKind, NewInvite, Store, StoreError, Workspace};
@@ -32,8 +36,6 @@ const DEFAULT_INVITE_TTL: Duration = Duration::from_secs(3600);
 const MAX_INVITE_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Most uses of one invite.
 const MAX_INVITE_USES: u32 = 10_000;
-/// Least time between two messages of a watched status.
-const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// See the module.
 pub struct OperatorService {
@@ -47,6 +49,12 @@ pub struct OperatorService {
     pub members: Arc<Members>,
     /// Workspace content.
     pub content: Arc<Workspaces>,
+    /// Decisions about nodes.
+    pub decisions: Arc<NodeDecisions>,
+    /// Who may call.
+    pub operators: Arc<Operators>,
+    /// The audit log.
+    pub audit: Arc<AuditLog>,
     /// The mesh.
     pub authority: Arc<CertificateAuthority>,
     /// Owns streams that outlive their call.
@@ -75,11 +83,34 @@ impl std::fmt::Display for HubAddress {
     }
 }
 
-type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+pub(super) type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl OperatorService {
-    fn workspace(&self, name: &str) -> Result<Workspace, Status> {
-        self.members.membership.by_name(name).ok_or_else(|| {
+    /// The node that is meant, of those that the caller sees.
+    pub(super) fn node(&self, wanted: &str, caller: &AdmittedOperator) -> Result<NodeView, Status> {
+        self.registry.find(wanted, |node| caller.sees(node)).map_err(from_lookup)
+    }
+
+    /// Whether a caller sees a workspace: one that has a member within its scope, or none at all yet.
+    fn sees_workspace(&self, workspace: &Workspace, caller: &AdmittedOperator) -> bool {
+        caller.scope.is_everything()
+            || workspace.members.is_empty()
+            || workspace.members.iter().any(|node| self.sees_node(*node, caller))
+    }
+
+    fn sees_node(&self, node: NodeId, caller: &AdmittedOperator) -> bool {
+        self.registry.get(node).is_some_and(|view| caller.sees(&view.node))
+    }
+
+    fn workspaces_of(&self, caller: &AdmittedOperator) -> Vec<Workspace> {
+        let mut workspaces = self.members.membership.all();
+        workspaces.retain(|workspace| self.sees_workspace(workspace, caller));
+        workspaces
+    }
+
+    fn workspace(&self, name: &str, caller: &AdmittedOperator) -> Result<Workspace, Status> {
+        let found = self.members.membership.by_name(name);
+        found.filter(|workspace| self.sees_workspace(workspace, caller)).ok_or_else(|| {
             with_hint(
                 refuse(
                     Code::NotFound,
@@ -91,8 +122,12 @@ impl OperatorService {
         })
     }
 
-    async fn describe(&self, workspace: &Workspace) -> Result<v1::WorkspaceInfo, Status> {
-        self.members.describe(workspace).await.map_err(|error| internal(&error))
+    async fn describe(
+        &self,
+        workspace: &Workspace,
+        caller: &AdmittedOperator,
+    ) -> Result<v1::WorkspaceInfo, Status> {
+        self.members.describe(workspace, &caller.scope).await.map_err(|error| internal(&error))
     }
 
     async fn record_invite(
@@ -153,23 +188,27 @@ impl Operator for OperatorService {
             mesh_id: self.authority.mesh().to_string(),
             hub_version: env!("CARGO_PKG_VERSION").to_owned(),
             certificate_not_after_ms: operator.certificate_not_after_ms.unwrap_or_default(),
-            ..v1::WhoAmIResponse::default()
+            scope: operator.scope.0.into_iter().collect(),
         }))
     }
 
     async fn hub_status(
         &self,
-        _: Request<v1::HubStatusRequest>,
+        request: Request<v1::HubStatusRequest>,
     ) -> Result<Response<v1::HubStatusResponse>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
+        let mut nodes = self.registry.all();
+        nodes.retain(|view| operator.sees(&view.node));
+        let running: usize = nodes.iter().map(|view| self.relay.running_on(view.node.id)).sum();
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         Ok(Response::new(v1::HubStatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             mesh_id: self.authority.mesh().to_string(),
             started_at_ms: self.started_at_ms,
-            nodes_known: count(self.registry.all().len()),
-            nodes_online: count(self.registry.sessions().len()),
-            running_tasks: count(self.relay.running()),
-            workspaces: count(self.members.membership.all().len()),
+            nodes_known: count(nodes.len()),
+            nodes_online: count(nodes.iter().filter(|view| view.session.is_some()).count()),
+            running_tasks: count(running),
+            workspaces: count(self.workspaces_of(&operator).len()),
             grpc_address: self.address.to_string(),
         }))
     }
@@ -178,19 +217,21 @@ impl Operator for OperatorService {
         &self,
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
         let selector = Selector::parse(&request.into_inner().selector)?;
-        Ok(Response::new(list_nodes(&self.registry, &self.relay, &selector)?))
+        Ok(Response::new(list_nodes(&self.registry, &self.relay, &selector, &operator)?))
     }
 
     async fn watch_nodes(
         &self,
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<Self::WatchNodesStream>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
         let selector = Selector::parse(&request.into_inner().selector)?;
         let changes = self.registry.changes();
         let (registry, relay) = (Arc::clone(&self.registry), Arc::clone(&self.relay));
         let stream = watch(&self.scope, changes, move || {
-            let nodes = list_nodes(&registry, &relay, &selector);
+            let nodes = list_nodes(&registry, &relay, &selector, &operator);
             std::future::ready(nodes)
         });
         Ok(Response::new(stream))
@@ -207,65 +248,72 @@ impl Operator for OperatorService {
 
     async fn label_node(
         &self,
-        _: Request<v1::LabelNodeRequest>,
+        request: Request<v1::LabelNodeRequest>,
     ) -> Result<Response<v1::NodeInfo>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        let operator = admitted(&request)?;
+        authority::label_node(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn rename_node(
         &self,
-        _: Request<v1::RenameNodeRequest>,
+        request: Request<v1::RenameNodeRequest>,
     ) -> Result<Response<v1::NodeInfo>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        let operator = admitted(&request)?;
+        authority::rename_node(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn cordon_node(
         &self,
-        _: Request<v1::CordonNodeRequest>,
+        request: Request<v1::CordonNodeRequest>,
     ) -> Result<Response<v1::NodeInfo>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        let operator = admitted(&request)?;
+        authority::cordon_node(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn revoke_node(
         &self,
-        _: Request<v1::RevokeNodeRequest>,
+        request: Request<v1::RevokeNodeRequest>,
     ) -> Result<Response<v1::NodeInfo>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        let operator = admitted(&request)?;
+        authority::revoke_node(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn forget_node(
         &self,
-        _: Request<v1::ForgetNodeRequest>,
+        request: Request<v1::ForgetNodeRequest>,
     ) -> Result<Response<v1::ForgetNodeResponse>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        let operator = admitted(&request)?;
+        authority::forget_node(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn set_node_policy(
         &self,
-        _: Request<v1::SetNodePolicyRequest>,
+        request: Request<v1::SetNodePolicyRequest>,
     ) -> Result<Response<v1::NodeInfo>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        let operator = admitted(&request)?;
+        authority::set_node_policy(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_operators(
         &self,
         _: Request<v1::ListOperatorsRequest>,
     ) -> Result<Response<v1::ListOperatorsResponse>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        authority::list_operators(self).await.map(Response::new)
     }
 
     async fn revoke_operator(
         &self,
-        _: Request<v1::RevokeOperatorRequest>,
+        request: Request<v1::RevokeOperatorRequest>,
     ) -> Result<Response<v1::RevokeOperatorResponse>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        let operator = admitted(&request)?;
+        authority::revoke_operator(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn verify_audit(
         &self,
         _: Request<v1::VerifyAuditRequest>,
     ) -> Result<Response<v1::VerifyAuditResponse>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        authority::verify_audit(self).await.map(Response::new)
     }
 
     async fn ca_status(
@@ -284,9 +332,9 @@ impl Operator for OperatorService {
 
     async fn list_audit(
         &self,
-        _: Request<v1::ListAuditRequest>,
+        request: Request<v1::ListAuditRequest>,
     ) -> Result<Response<Self::ListAuditStream>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        authority::list_audit(self, request.into_inner()).map(Response::new)
     }
 
     async fn create_invite(
@@ -295,13 +343,13 @@ impl Operator for OperatorService {
     ) -> Result<Response<v1::CreateInviteResponse>, Status> {
         let operator: AdmittedOperator = admitted(&request)?;
         let request = request.into_inner();
-        let labels = convert::checked_labels(request.labels)?;
+        let labels = convert::set_labels(request.labels)?;
         if request.name_pattern.len() > 63 {
             return Err(invalid("the name pattern is longer than 63 characters"));
         }
         let mut workspaces = std::collections::BTreeSet::new();
         for name in &request.workspaces {
-            workspaces.insert(self.workspace(name)?.id);
+            workspaces.insert(self.workspace(name, &operator)?.id);
         }
         let (token, expires_at_ms) = self
             .record_invite(
@@ -362,9 +410,10 @@ impl Operator for OperatorService {
         let operator: AdmittedOperator = admitted(&request)?;
         let request = request.into_inner();
         let name = convert::name(request.name)?;
-        if name == "local" {
-            return Err(invalid("the name \"local\" is the administration socket's"));
+        if matches!(name.as_str(), "local" | "hub") {
+            return Err(invalid(format!("the name {name:?} is the hub's own in the audit log")));
         }
+        convert::set_labels(request.scope)?;
         let role: Role = request
             .role
             .parse()
@@ -392,18 +441,22 @@ impl Operator for OperatorService {
         &self,
         request: Request<v1::CreateWorkspaceRequest>,
     ) -> Result<Response<v1::WorkspaceInfo>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
         let name = convert::name(request.into_inner().name)?;
-        let workspace = self.members.create(&name).await.map_err(from_store)?;
-        Ok(Response::new(self.describe(&workspace).await?))
+        let (members, by) = (Arc::clone(&self.members), operator.actor());
+        let create = async move { members.create(&name, &by).await };
+        let workspace = run_to_end(&self.scope, "workspace", create).await?.map_err(from_store)?;
+        Ok(Response::new(self.describe(&workspace, &operator).await?))
     }
 
     async fn list_workspaces(
         &self,
-        _: Request<v1::ListWorkspacesRequest>,
+        request: Request<v1::ListWorkspacesRequest>,
     ) -> Result<Response<v1::ListWorkspacesResponse>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
         let mut workspaces = Vec::new();
-        for workspace in self.members.membership.all() {
-            workspaces.push(self.describe(&workspace).await?);
+        for workspace in self.workspaces_of(&operator) {
+            workspaces.push(self.describe(&workspace, &operator).await?);
         }
         Ok(Response::new(v1::ListWorkspacesResponse { workspaces }))
     }
@@ -412,10 +465,21 @@ impl Operator for OperatorService {
         &self,
         request: Request<v1::AttachWorkspaceRequest>,
     ) -> Result<Response<v1::AttachWorkspaceResponse>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
         let request = request.into_inner();
-        let workspace = self.workspace(&request.workspace)?;
-        let node = self.registry.find(&request.node).map_err(from_lookup)?.node;
-        self.members.attach(workspace.id, node.id).await.map_err(from_store)?;
+        let workspace = self.workspace(&request.workspace, &operator)?;
+        let node = self.node(&request.node, &operator)?.node;
+        // A workspace that reaches beyond the scope would be read through a node within it.
+        if !operator.scope.is_everything()
+            && !workspace.members.iter().all(|node| self.sees_node(*node, &operator))
+        {
+            let text =
+                format!("{:?} has members outside the scope of this operator", workspace.name);
+            return Err(refuse(Code::PermissionDenied, "scope_too_narrow", text));
+        }
+        let (members, by) = (Arc::clone(&self.members), operator.actor());
+        let attach = async move { members.attach(workspace.id, node.id, &by).await };
+        run_to_end(&self.scope, "workspace", attach).await?.map_err(from_store)?;
         Ok(Response::new(v1::AttachWorkspaceResponse {
             workspace_id: workspace.id.as_bytes().to_vec().into(),
             node_id: node.id.as_bytes().to_vec().into(),
@@ -426,10 +490,13 @@ impl Operator for OperatorService {
         &self,
         request: Request<v1::DetachWorkspaceRequest>,
     ) -> Result<Response<v1::DetachWorkspaceResponse>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
         let request = request.into_inner();
-        let workspace = self.workspace(&request.workspace)?;
-        let node = self.registry.find(&request.node).map_err(from_lookup)?.node;
-        self.members.detach(workspace.id, node.id).await.map_err(from_store)?;
+        let workspace = self.workspace(&request.workspace, &operator)?;
+        let node = self.node(&request.node, &operator)?.node;
+        let (members, by) = (Arc::clone(&self.members), operator.actor());
+        let detach = async move { members.detach(workspace.id, node.id, &by).await };
+        run_to_end(&self.scope, "workspace", detach).await?.map_err(from_store)?;
         Ok(Response::new(v1::DetachWorkspaceResponse {}))
     }
 
@@ -437,23 +504,24 @@ impl Operator for OperatorService {
         &self,
         request: Request<v1::WorkspaceStatusRequest>,
     ) -> Result<Response<Self::WorkspaceStatusStream>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
         let request = request.into_inner();
-        let name = request.workspace;
-        let workspace = self.workspace(&name)?;
+        let workspace = self.workspace(&request.workspace, &operator)?;
         if !request.watch {
-            let info = self.describe(&workspace).await?;
+            let info = self.describe(&workspace, &operator).await?;
             let response = v1::WorkspaceStatusResponse { workspace: Some(info) };
             return Ok(Response::new(Box::pin(stream::once(async { Ok(response) }))));
         }
         let changes = self.registry.changes();
         let (members, id) = (Arc::clone(&self.members), workspace.id);
         let stream = watch(&self.scope, changes, move || {
-            let members = Arc::clone(&members);
+            let (members, scope) = (Arc::clone(&members), operator.scope.clone());
             async move {
                 let workspace = members.membership.get(id).ok_or_else(|| {
                     refuse(Code::NotFound, "workspace_not_found", "the workspace was deleted")
                 })?;
-                let info = members.describe(&workspace).await.map_err(|e| internal(&e))?;
+                let info = members.describe(&workspace, &scope).await;
+                let info = info.map_err(|e| internal(&e))?;
                 Ok(v1::WorkspaceStatusResponse { workspace: Some(info) })
             }
         });
@@ -464,7 +532,8 @@ impl Operator for OperatorService {
         &self,
         request: Request<v1::ListConflictsRequest>,
     ) -> Result<Response<v1::ListConflictsResponse>, Status> {
-        let workspace = self.workspace(&request.into_inner().workspace)?;
+        let operator: AdmittedOperator = admitted(&request)?;
+        let workspace = self.workspace(&request.into_inner().workspace, &operator)?;
         let conflicts =
             self.content.conflicts(workspace.id).await.map_err(|error| internal(&error))?;
         let conflicts = conflicts
@@ -476,6 +545,7 @@ impl Operator for OperatorService {
                 node_name: self
                     .registry
                     .get(conflict.node)
+                    .filter(|view| operator.sees(&view.node))
                     .map(|view| view.node.name)
                     .unwrap_or_default(),
                 at_ms: conflict.at_ms,
@@ -513,89 +583,12 @@ impl OperatorService {
     }
 }
 
-/// A stream of what `read` gives, at once and after each change, until it is an error or the hub
-/// stops. Between two messages there is at least [`STATUS_INTERVAL`].
-fn watch<T, F>(
-    scope: &cortex_shared::tasks::TaskScope,
-    mut changes: tokio::sync::watch::Receiver<u64>,
-    mut read: impl FnMut() -> F + Send + 'static,
-) -> BoxStream<T>
-where
-    T: Send + 'static,
-    F: Future<Output = Result<T, Status>> + Send,
-{
-    let (sender, receiver) = mpsc::channel(1);
-    let cancel = scope.token().clone();
-    scope.spawn("watch", async move {
-        loop {
-            changes.mark_unchanged();
-            let message = read().await;
-            let last = message.is_err();
-            // A reader that is slow gets fewer messages, each of them the latest.
-            if sender.send(message).await.is_err() || last {
-                return;
-            }
-            tokio::select! {
-                () = cancel.cancelled() => return,
-                () = sender.closed() => return,
-                () = async {
-                    tokio::time::sleep(STATUS_INTERVAL).await;
-                    // The registry outlives every stream.
-                    changes.changed().await.ok();
-                } => {}
-            }
-        }
-    });
-    Box::pin(ReceiverStream::new(receiver))
-}
-
-/// Which nodes are meant.
-enum Selector {
-    All,
-    /// A name, or a unique prefix of an id.
-    One(String),
-    /// Labels, all of which must hold.
-    Labels(Vec<(String, String)>),
-}
-
-impl Selector {
-    fn parse(text: &str) -> Result<Self, Status> {
-        let Some(labels) = text.strip_prefix('@') else {
-            return Ok(if text.is_empty() { Self::All } else { Self::One(text.to_owned()) });
-        };
-        let term = |term: &str| {
-            let (key, value) = term
-                .split_once('=')
-                .ok_or_else(|| invalid(format!("{term:?} is not a label selector: @key=value")))?;
-            Ok((key.to_owned(), value.to_owned()))
-        };
-        labels.split(',').map(term).collect::<Result<_, _>>().map(Self::Labels)
-    }
-}
-
-fn list_nodes(
-    registry: &Registry,
-    relay: &Relay,
-    selector: &Selector,
-) -> Result<v1::ListNodesResponse, Status> {
-    let views = match selector {
-        Selector::All => registry.all(),
-        Selector::One(node) => vec![registry.find(node).map_err(from_lookup)?],
-        Selector::Labels(wanted) => {
-            let mut views = registry.all();
-            views.retain(|view| wanted.iter().all(|(k, v)| view.node.labels.get(k) == Some(v)));
-            views
-        }
-    };
-    let info = |view: NodeView| {
-        let running = relay.running_on(view.node.id);
-        node_info(view, u32::try_from(running).unwrap_or(u32::MAX))
-    };
-    Ok(v1::ListNodesResponse { nodes: views.into_iter().map(info).collect() })
-}
-
-fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
+/// A node as operators see it.
+pub(super) fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
     let NodeView { node, session, sandbox } = view;
+    let now = unix_ms();
+    let policy = node.policy.in_force(now);
+    let policy_until_ms = node.policy.ends_at(now).unwrap_or_default();
     v1::NodeInfo {
         node_id: node.id.as_bytes().to_vec().into(),
         name: node.name,
@@ -607,12 +600,16 @@ fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
         hostname: node.facts.hostname,
         os: node.facts.os,
         arch: node.facts.arch,
-        effective_mode: convert::wire_mode(Mode::strictest([node.policy, node.ceiling])).into(),
-        policy: convert::wire_mode(node.policy).into(),
+        effective_mode: convert::wire_mode(Mode::strictest([policy, node.ceiling])).into(),
+        policy: convert::wire_mode(policy).into(),
         ceiling: convert::wire_mode(node.ceiling).into(),
         sandbox,
         session_epoch: session.map_or(0, |session| session.epoch),
         running_tasks,
+        cordoned: node.cordoned,
+        revoked_at_ms: node.revoked_at_ms.unwrap_or_default(),
+        policy_until_ms,
+        policy_reason: if policy_until_ms == 0 { String::new() } else { node.policy.reason },
         ..v1::NodeInfo::default()
     }
 }

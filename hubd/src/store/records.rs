@@ -1,11 +1,15 @@
 //! The records of the store.
 
+mod authority;
+
 use std::collections::BTreeSet;
 
 use cortex_shared::ids::{NodeId, TaskId, WorkspaceId};
 use cortex_shared::labels::Labels;
 use cortex_shared::policy::{Mode, Role};
 use cortex_shared::secret::{InviteId, SecretHash};
+
+pub use authority::{Actor, LabelChange, LabelRefusal, NodePolicy, OperatorRecord, Scope};
 
 /// SHA-256 of a public key (its SubjectPublicKeyInfo).
 pub type KeyHash = [u8; 32];
@@ -67,7 +71,9 @@ pub struct Node {
     /// Its public key.
     pub key: KeyHash,
     /// The hub's policy for it.
-    pub policy: Mode,
+    pub policy: NodePolicy,
+    /// It gets no new commands.
+    pub cordoned: bool,
     /// What it last said of its own ceiling.
     pub ceiling: Mode,
     /// When it joined.
@@ -176,8 +182,12 @@ pub struct NewTask {
     pub id: TaskId,
     /// Where it is to run.
     pub node: NodeId,
+    /// Its name then, for the audit log.
+    pub node_name: String,
     /// Who asked.
-    pub actor: String,
+    pub actor: Actor,
+    /// With which role.
+    pub role: Role,
     /// The command as it is shown to people.
     pub command: String,
     /// Workspace it runs in; empty for none.
@@ -205,6 +215,10 @@ pub struct TaskEnd {
     pub stdout_bytes: u64,
     /// Bytes of error output.
     pub stderr_bytes: u64,
+    /// BLAKE3 of the output, as the node reports it; none if the end is not known.
+    pub stdout_hash: Option<[u8; 32]>,
+    /// The same of the error output.
+    pub stderr_hash: Option<[u8; 32]>,
     /// When.
     pub ended_at_ms: i64,
 }

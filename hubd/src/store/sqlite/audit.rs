@@ -34,3 +34,41 @@ pub(super) fn head(t: &Connection) -> Result<AuditHead, StoreError> {
         hash,
     }))
 }
+
+/// At most `limit` lines after a number, oldest first.
+pub(super) fn page(
+    connection: &Connection,
+    after_seq: Option<u64>,
+    limit: u32,
+) -> Result<Vec<AuditLine>, StoreError> {
+    let mut statement = connection.prepare_cached(
+        "SELECT seq, at, actor, action, target, detail, prev_hash, hash FROM audit \
+         WHERE seq > ? ORDER BY seq LIMIT ?",
+    )?;
+    // Before everything, even before numbers that this program never gives.
+    let after = after_seq.map_or(i64::MIN, |seq| i64::try_from(seq).unwrap_or(i64::MAX));
+    let lines = statement.query_and_then(params![after, limit], |row| {
+        // Whatever somebody put there must not keep the others from being read.
+        let text = |column| -> Result<String, StoreError> {
+            let value = row.get_ref(column)?;
+            Ok(String::from_utf8_lossy(value.as_bytes().unwrap_or_default()).into_owned())
+        };
+        let hash = |column, otherwise| -> Result<[u8; 32], StoreError> {
+            let bytes = row.get_ref(column)?;
+            let bytes = bytes.as_blob().unwrap_or_default();
+            Ok(bytes.try_into().unwrap_or([otherwise; 32]))
+        };
+        Ok(AuditLine {
+            seq: row.get::<_, i64>(0)?.cast_unsigned(),
+            at_ms: row.get(1)?,
+            actor: text(2)?,
+            action: text(3)?,
+            target: text(4)?,
+            detail: text(5)?,
+            // No line before has either of these as its hash.
+            prev_hash: hash(6, 0xff)?,
+            hash: hash(7, 0)?,
+        })
+    })?;
+    lines.collect()
+}

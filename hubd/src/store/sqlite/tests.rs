@@ -3,7 +3,7 @@
 use cortex_shared::policy::Role;
 use cortex_shared::secret::InviteToken;
 
-use super::super::{Facts, InviteKind, TaskEndState};
+use super::super::{Actor, Facts, InviteKind, TaskEndState};
 use super::*;
 
 async fn store() -> (tempfile::TempDir, SqliteStore) {
@@ -28,6 +28,10 @@ fn invite(token: &InviteToken, kind: InviteKind) -> NewInvite {
 }
 
 use std::collections::BTreeSet;
+
+fn audit(at_ms: i64) -> NewAudit {
+    Actor::from("ann").audit(at_ms, "test.done", "it", serde_json::json!({}))
+}
 
 fn redemption(token: &InviteToken, key: u8) -> NodeRedemption {
     NodeRedemption {
@@ -139,7 +143,7 @@ async fn everything_is_there_after_reopening() {
         created_at_ms: 1,
         members: BTreeSet::new(),
     };
-    store.create_workspace(workspace.clone()).await.unwrap();
+    store.create_workspace(workspace.clone(), audit(1)).await.unwrap();
     let mut with_workspace = invite(&token, InviteKind::Node);
     with_workspace.workspaces.insert(workspace.id);
     store.create_invite(with_workspace).await.unwrap();
@@ -155,10 +159,10 @@ async fn everything_is_there_after_reopening() {
     let workspaces = store.workspaces().await.unwrap();
     assert_eq!(workspaces[0].members, [node.id].into());
     assert!(matches!(
-        store.create_workspace(workspace).await,
+        store.create_workspace(workspace, audit(2)).await,
         Err(StoreError::Exists { what: "workspace", .. })
     ));
-    store.detach(workspaces[0].id, node.id).await.unwrap();
+    store.detach(workspaces[0].id, node.id, audit(3)).await.unwrap();
     assert!(store.workspaces().await.unwrap()[0].members.is_empty());
 }
 
@@ -169,7 +173,9 @@ async fn the_first_verdict_of_a_task_stands() {
     let task = NewTask {
         id,
         node: NodeId::new(),
+        node_name: "box".into(),
         actor: "ann".into(),
+        role: Role::Operator,
         command: "true".into(),
         workspace: String::new(),
         mode: cortex_shared::policy::Mode::Strict,
@@ -185,6 +191,8 @@ async fn the_first_verdict_of_a_task_stands() {
         reason: String::new(),
         stdout_bytes: 1,
         stderr_bytes: 2,
+        stdout_hash: Some([3; 32]),
+        stderr_hash: None,
         ended_at_ms: 3,
     };
     store.end_task(id, end).await.unwrap();
