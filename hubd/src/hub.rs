@@ -142,6 +142,7 @@ pub struct Hub {
     address: SocketAddr,
     pin: CaPin,
     registry: Arc<Registry>,
+    operators: Arc<Operators>,
     store: Arc<dyn Store>,
     audit: Arc<AuditLog>,
     scope: TaskScope,
@@ -239,7 +240,7 @@ impl Hub {
             .add_service(sync.into_server());
 
         let mesh = authority.mesh();
-        let auth = AuthLayer { registry: Arc::clone(&registry), operators };
+        let auth = AuthLayer { registry: Arc::clone(&registry), operators: Arc::clone(&operators) };
         let incoming = accept::accept_tls(listener, tls, mesh, &scope);
         serve(incoming, routes.clone(), auth.clone(), &scope);
         serve(accept::accept_local(local, &scope), routes, auth, &scope);
@@ -250,7 +251,7 @@ impl Hub {
         tracing::info!(%address, %mesh, "hub serves");
         let pin = authority.pin();
         let grace = config.shutdown_grace;
-        Ok(Self { address, pin, registry, store, audit, scope, grace, data })
+        Ok(Self { address, pin, registry, operators, store, audit, scope, grace, data })
     }
 
     /// The address of the gRPC side, with the port that was chosen if none was given.

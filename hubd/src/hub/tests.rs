@@ -1,3 +1,7 @@
+mod authority;
+mod matrix;
+mod support;
+
 use cortex_shared::ids::{NodeId, TaskId};
 use cortex_shared::policy::{Mode, Role};
 
