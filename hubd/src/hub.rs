@@ -27,7 +27,7 @@ use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
 use crate::config::{DataLayout, HubConfig};
 use crate::enroll::ca::{CaError, CertificateAuthority, HubCertificate};
-use crate::enroll::validator::Validator;
+use crate::enroll::validator::{Admitted, Validator};
 use crate::grpc::accept::{self, Incoming};
 use crate::grpc::auth::AuthLayer;
 use crate::grpc::enroll::EnrollService;
@@ -142,7 +142,6 @@ pub struct Hub {
     address: SocketAddr,
     pin: CaPin,
     registry: Arc<Registry>,
-    operators: Arc<Operators>,
     store: Arc<dyn Store>,
     audit: Arc<AuditLog>,
     scope: TaskScope,
@@ -196,9 +195,11 @@ impl Hub {
             config.join_deadline,
             Arc::clone(&store),
             Arc::clone(&authority),
-            Arc::clone(&registry),
-            Arc::clone(&membership),
-            Arc::clone(&operators),
+            Admitted {
+                registry: Arc::clone(&registry),
+                membership: Arc::clone(&membership),
+                operators: Arc::clone(&operators),
+            },
             scope.clone(),
         ));
 
@@ -251,7 +252,7 @@ impl Hub {
         tracing::info!(%address, %mesh, "hub serves");
         let pin = authority.pin();
         let grace = config.shutdown_grace;
-        Ok(Self { address, pin, registry, operators, store, audit, scope, grace, data })
+        Ok(Self { address, pin, registry, store, audit, scope, grace, data })
     }
 
     /// The address of the gRPC side, with the port that was chosen if none was given.

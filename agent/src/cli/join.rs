@@ -43,7 +43,8 @@ pub(crate) struct JoinArgs {
     /// Name of the node; by default made of the host's name
     #[arg(long)]
     name: Option<String>,
-    /// A label for the node; may be repeated
+    /// A label that the node gives itself, kept as self/KEY; may be repeated. Labels that decide who
+    /// may command it come from the invite or from operators
     #[arg(long = "label", value_name = "KEY=VALUE")]
     labels: Vec<String>,
     /// Where workspaces live, in a directory each [default: ~/cortex]

@@ -62,15 +62,23 @@ pub enum EnrollError {
     Certificate(#[from] CaError),
 }
 
+/// What the hub holds in memory of those it has admitted; it follows the store.
+pub struct Admitted {
+    /// Nodes.
+    pub registry: Arc<Registry>,
+    /// Members of workspaces.
+    pub membership: Arc<Membership>,
+    /// Operators.
+    pub operators: Arc<Operators>,
+}
+
 /// See the module.
 pub struct Validator {
     places: Arc<Semaphore>,
     deadline: Duration,
     store: Arc<dyn Store>,
     authority: Arc<CertificateAuthority>,
-    registry: Arc<Registry>,
-    membership: Arc<Membership>,
-    operators: Arc<Operators>,
+    admitted: Admitted,
     scope: TaskScope,
 }
 
@@ -82,13 +90,11 @@ impl Validator {
         deadline: Duration,
         store: Arc<dyn Store>,
         authority: Arc<CertificateAuthority>,
-        registry: Arc<Registry>,
-        membership: Arc<Membership>,
-        operators: Arc<Operators>,
+        admitted: Admitted,
         scope: TaskScope,
     ) -> Self {
         let places = Arc::new(Semaphore::new(places));
-        Self { places, deadline, store, authority, registry, membership, operators, scope }
+        Self { places, deadline, store, authority, admitted, scope }
     }
 
     /// Admits a node.
@@ -107,8 +113,8 @@ impl Validator {
             facts: request.facts,
             now_ms: unix_ms(),
         };
-        let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.registry));
-        let membership = Arc::clone(&self.membership);
+        let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.admitted.registry));
+        let membership = Arc::clone(&self.admitted.membership);
         let node = self
             .detached(async move {
                 let node = store.redeem_node(redemption).await??;
@@ -139,7 +145,7 @@ impl Validator {
             key: certificate.key_hash(),
             now_ms: unix_ms(),
         };
-        let (store, operators) = (Arc::clone(&self.store), Arc::clone(&self.operators));
+        let (store, operators) = (Arc::clone(&self.store), Arc::clone(&self.admitted.operators));
         let operator = self
             .detached(async move {
                 let operator = store.redeem_operator(redemption).await??;

@@ -12,3 +12,4 @@ pub mod node;
 pub mod operator;
 pub mod status;
 pub mod sync;
+mod workspaces;

@@ -8,24 +8,22 @@ use std::time::Duration;
 use cortex_proto::v1;
 use cortex_proto::v1::operator_server::Operator;
 use cortex_shared::clock::unix_ms;
-use cortex_shared::ids::NodeId;
 use cortex_shared::labels::Labels;
 use cortex_shared::policy::{Mode, Role};
 use cortex_shared::secret::InviteToken;
-use futures_util::{Stream, stream};
-use tonic::{Code, Request, Response, Status, Streaming};
+use futures_util::Stream;
+use tonic::{Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedOperator, admitted};
-use super::detached::run_to_end;
 use super::listing::{Selector, list_nodes, watch};
-use super::status::{from_lookup, from_store, internal, invalid, refuse, with_hint};
-use super::{authority, convert, exec};
+use super::status::{from_lookup, from_store, invalid};
+use super::{authority, convert, exec, workspaces};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
 use crate::enroll::ca::CertificateAuthority;
 use crate::node::registry::{NodeView, Registry};
-use crate::store::{Invite, InviteKind, NewInvite, Store, StoreError, Workspace};
+use crate::store::{Invite, InviteKind, NewInvite, Store, StoreError};
 use crate::sync::Workspaces;
 use crate::sync::members::Members;
 use crate::task::relay::Relay;
@@ -89,45 +87,6 @@ impl OperatorService {
     /// The node that is meant, of those that the caller sees.
     pub(super) fn node(&self, wanted: &str, caller: &AdmittedOperator) -> Result<NodeView, Status> {
         self.registry.find(wanted, |node| caller.sees(node)).map_err(from_lookup)
-    }
-
-    /// Whether a caller sees a workspace: one that has a member within its scope, or none at all yet.
-    fn sees_workspace(&self, workspace: &Workspace, caller: &AdmittedOperator) -> bool {
-        caller.scope.is_everything()
-            || workspace.members.is_empty()
-            || workspace.members.iter().any(|node| self.sees_node(*node, caller))
-    }
-
-    fn sees_node(&self, node: NodeId, caller: &AdmittedOperator) -> bool {
-        self.registry.get(node).is_some_and(|view| caller.sees(&view.node))
-    }
-
-    fn workspaces_of(&self, caller: &AdmittedOperator) -> Vec<Workspace> {
-        let mut workspaces = self.members.membership.all();
-        workspaces.retain(|workspace| self.sees_workspace(workspace, caller));
-        workspaces
-    }
-
-    fn workspace(&self, name: &str, caller: &AdmittedOperator) -> Result<Workspace, Status> {
-        let found = self.members.membership.by_name(name);
-        found.filter(|workspace| self.sees_workspace(workspace, caller)).ok_or_else(|| {
-            with_hint(
-                refuse(
-                    Code::NotFound,
-                    "workspace_not_found",
-                    format!("there is no workspace {name:?}"),
-                ),
-                &format!("make it: cortex-agent workspace create {name}"),
-            )
-        })
-    }
-
-    async fn describe(
-        &self,
-        workspace: &Workspace,
-        caller: &AdmittedOperator,
-    ) -> Result<v1::WorkspaceInfo, Status> {
-        self.members.describe(workspace, &caller.scope).await.map_err(|error| internal(&error))
     }
 
     async fn record_invite(
@@ -199,7 +158,11 @@ impl Operator for OperatorService {
         let operator: AdmittedOperator = admitted(&request)?;
         let mut nodes = self.registry.all();
         nodes.retain(|view| operator.sees(&view.node));
-        let running: usize = nodes.iter().map(|view| self.relay.running_on(view.node.id)).sum();
+        let running = if operator.scope.is_everything() {
+            self.relay.running()
+        } else {
+            nodes.iter().map(|view| self.relay.running_on(view.node.id)).sum()
+        };
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         Ok(Response::new(v1::HubStatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -208,7 +171,7 @@ impl Operator for OperatorService {
             nodes_known: count(nodes.len()),
             nodes_online: count(nodes.iter().filter(|view| view.session.is_some()).count()),
             running_tasks: count(running),
-            workspaces: count(self.workspaces_of(&operator).len()),
+            workspaces: count(workspaces::visible(self, &operator).len()),
             grpc_address: self.address.to_string(),
         }))
     }
@@ -349,7 +312,7 @@ impl Operator for OperatorService {
         }
         let mut workspaces = std::collections::BTreeSet::new();
         for name in &request.workspaces {
-            workspaces.insert(self.workspace(name, &operator)?.id);
+            workspaces.insert(workspaces::find(self, name, &operator)?.id);
         }
         let (token, expires_at_ms) = self
             .record_invite(
@@ -441,117 +404,48 @@ impl Operator for OperatorService {
         &self,
         request: Request<v1::CreateWorkspaceRequest>,
     ) -> Result<Response<v1::WorkspaceInfo>, Status> {
-        let operator: AdmittedOperator = admitted(&request)?;
-        let name = convert::name(request.into_inner().name)?;
-        let (members, by) = (Arc::clone(&self.members), operator.actor());
-        let create = async move { members.create(&name, &by).await };
-        let workspace = run_to_end(&self.scope, "workspace", create).await?.map_err(from_store)?;
-        Ok(Response::new(self.describe(&workspace, &operator).await?))
+        let operator = admitted(&request)?;
+        workspaces::create(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_workspaces(
         &self,
         request: Request<v1::ListWorkspacesRequest>,
     ) -> Result<Response<v1::ListWorkspacesResponse>, Status> {
-        let operator: AdmittedOperator = admitted(&request)?;
-        let mut workspaces = Vec::new();
-        for workspace in self.workspaces_of(&operator) {
-            workspaces.push(self.describe(&workspace, &operator).await?);
-        }
-        Ok(Response::new(v1::ListWorkspacesResponse { workspaces }))
+        let operator = admitted(&request)?;
+        workspaces::list(self, &operator).await.map(Response::new)
     }
 
     async fn attach_workspace(
         &self,
         request: Request<v1::AttachWorkspaceRequest>,
     ) -> Result<Response<v1::AttachWorkspaceResponse>, Status> {
-        let operator: AdmittedOperator = admitted(&request)?;
-        let request = request.into_inner();
-        let workspace = self.workspace(&request.workspace, &operator)?;
-        let node = self.node(&request.node, &operator)?.node;
-        // A workspace that reaches beyond the scope would be read through a node within it.
-        if !operator.scope.is_everything()
-            && !workspace.members.iter().all(|node| self.sees_node(*node, &operator))
-        {
-            let text =
-                format!("{:?} has members outside the scope of this operator", workspace.name);
-            return Err(refuse(Code::PermissionDenied, "scope_too_narrow", text));
-        }
-        let (members, by) = (Arc::clone(&self.members), operator.actor());
-        let attach = async move { members.attach(workspace.id, node.id, &by).await };
-        run_to_end(&self.scope, "workspace", attach).await?.map_err(from_store)?;
-        Ok(Response::new(v1::AttachWorkspaceResponse {
-            workspace_id: workspace.id.as_bytes().to_vec().into(),
-            node_id: node.id.as_bytes().to_vec().into(),
-        }))
+        let operator = admitted(&request)?;
+        workspaces::attach(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn detach_workspace(
         &self,
         request: Request<v1::DetachWorkspaceRequest>,
     ) -> Result<Response<v1::DetachWorkspaceResponse>, Status> {
-        let operator: AdmittedOperator = admitted(&request)?;
-        let request = request.into_inner();
-        let workspace = self.workspace(&request.workspace, &operator)?;
-        let node = self.node(&request.node, &operator)?.node;
-        let (members, by) = (Arc::clone(&self.members), operator.actor());
-        let detach = async move { members.detach(workspace.id, node.id, &by).await };
-        run_to_end(&self.scope, "workspace", detach).await?.map_err(from_store)?;
-        Ok(Response::new(v1::DetachWorkspaceResponse {}))
+        let operator = admitted(&request)?;
+        workspaces::detach(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn workspace_status(
         &self,
         request: Request<v1::WorkspaceStatusRequest>,
     ) -> Result<Response<Self::WorkspaceStatusStream>, Status> {
-        let operator: AdmittedOperator = admitted(&request)?;
-        let request = request.into_inner();
-        let workspace = self.workspace(&request.workspace, &operator)?;
-        if !request.watch {
-            let info = self.describe(&workspace, &operator).await?;
-            let response = v1::WorkspaceStatusResponse { workspace: Some(info) };
-            return Ok(Response::new(Box::pin(stream::once(async { Ok(response) }))));
-        }
-        let changes = self.registry.changes();
-        let (members, id) = (Arc::clone(&self.members), workspace.id);
-        let stream = watch(&self.scope, changes, move || {
-            let (members, scope) = (Arc::clone(&members), operator.scope.clone());
-            async move {
-                let workspace = members.membership.get(id).ok_or_else(|| {
-                    refuse(Code::NotFound, "workspace_not_found", "the workspace was deleted")
-                })?;
-                let info = members.describe(&workspace, &scope).await;
-                let info = info.map_err(|e| internal(&e))?;
-                Ok(v1::WorkspaceStatusResponse { workspace: Some(info) })
-            }
-        });
-        Ok(Response::new(stream))
+        let operator = admitted(&request)?;
+        workspaces::status(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_conflicts(
         &self,
         request: Request<v1::ListConflictsRequest>,
     ) -> Result<Response<v1::ListConflictsResponse>, Status> {
-        let operator: AdmittedOperator = admitted(&request)?;
-        let workspace = self.workspace(&request.into_inner().workspace, &operator)?;
-        let conflicts =
-            self.content.conflicts(workspace.id).await.map_err(|error| internal(&error))?;
-        let conflicts = conflicts
-            .into_iter()
-            .map(|conflict| v1::ConflictInfo {
-                path: conflict.path.as_bytes().to_vec().into(),
-                copy: conflict.copy.as_bytes().to_vec().into(),
-                node_id: conflict.node.as_bytes().to_vec().into(),
-                node_name: self
-                    .registry
-                    .get(conflict.node)
-                    .filter(|view| operator.sees(&view.node))
-                    .map(|view| view.node.name)
-                    .unwrap_or_default(),
-                at_ms: conflict.at_ms,
-            })
-            .collect();
-        Ok(Response::new(v1::ListConflictsResponse { conflicts }))
+        let operator = admitted(&request)?;
+        workspaces::conflicts(self, &operator, request.into_inner()).await.map(Response::new)
     }
 }
 

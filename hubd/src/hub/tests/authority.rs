@@ -84,13 +84,13 @@ async fn a_revoked_operators_calls_and_commands_end_at_once_until_it_logs_in_ane
     let revoke = v1::RevokeOperatorRequest { name: "ann".into() };
     admin.revoke_operator(revoke.clone()).await.unwrap();
     let revoked = |status: Status| assert_eq!(word(&status), "operator_revoked", "{status:?}");
+    revoked(running.end().await.unwrap_err());
     revoked(loop {
         // What was under way comes first.
         if let Err(status) = watch.message().await {
             break status;
         }
     });
-    revoked(running.end().await.unwrap_err());
     assert_eq!(session.cancel_task().await.unwrap().grace_ms, 0);
     let who = |mut client: v1::operator_client::OperatorClient<_>| async move {
         client.who_am_i(v1::WhoAmIRequest {}).await
@@ -236,9 +236,8 @@ async fn an_operator_sees_and_commands_its_scope_and_cannot_widen_it() {
             admin.attach_workspace(attach).await.unwrap();
         }
     }
-    let ann = hub.login("ann", "operator").await;
+    let ann = hub.login_scoped("ann", "operator", &[("env", "dev")]).await;
     let root = hub.login("root", "admin").await;
-    hub.give_scope("ann", &[("env", "dev")]).await;
     let (mut ann, mut root) = (hub.operator(&ann).await, hub.operator(&root).await);
     assert_eq!(names(&mut ann).await, ["dev"]);
     assert_eq!(names(&mut root).await, ["dev", "prod"]);
@@ -296,8 +295,7 @@ async fn an_operator_sees_and_commands_its_scope_and_cannot_widen_it() {
 #[tokio::test]
 async fn labels_that_a_node_brings_count_for_no_scope() {
     let hub = TestHub::start().await;
-    let login = hub.login("ann", "operator").await;
-    hub.give_scope("ann", &[("env", "dev")]).await;
+    let login = hub.login_scoped("ann", "operator", &[("env", "dev")]).await;
     let token = {
         let invite = v1::CreateInviteRequest::default();
         hub.local().await.create_invite(invite).await.unwrap().into_inner().token

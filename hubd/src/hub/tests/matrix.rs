@@ -39,8 +39,7 @@ async fn every_method_lets_in_over_tls_whom_the_table_lets_in() {
     let bot = hub.login("bot", "agent-token").await;
     let operator = hub.login("operator", "operator").await;
     let admin = hub.login("admin", "admin").await;
-    let scoped = hub.login("scoped", "admin").await;
-    hub.give_scope("scoped", &[("env", "dev")]).await;
+    let scoped = hub.login_scoped("scoped", "admin", &[("env", "dev")]).await;
     let callers: [(&str, Option<&Login>, &[Level]); 7] = [
         ("nobody", None, &[Anyone]),
         ("node", Some(&node.login), &[Anyone, Node]),
@@ -102,7 +101,7 @@ async fn a_node_that_lies_in_the_body_gets_nothing() {
 
     // Another node's workspace.
     let mut sync = SyncClient::new(hub.channel(Some(&liar.login)).await.unwrap());
-    let head = v1::HeadRequest { workspace_id, ..Default::default() };
+    let head = v1::HeadRequest { workspace_id };
     let refused = sync.head(head.clone()).await.unwrap_err();
     assert_eq!((refused.code(), word(&refused)), (Code::PermissionDenied, "not_a_member"));
     let request = || v1::RequestAttachRequest { workspace: name() };

@@ -90,6 +90,7 @@ impl TestHub {
             let connector = connector.clone();
             async move {
                 let tcp = TcpStream::connect(address).await?;
+                tcp.set_nodelay(true)?;
                 let name = ServerName::try_from(HUB_SERVER_NAME).unwrap();
                 connector.connect(name, tcp).await.map(TokioIo::new)
             }
@@ -103,12 +104,30 @@ impl TestHub {
 
     /// Creates an operator and logs it in.
     pub(super) async fn login(&self, name: &str, role: &str) -> Login {
+        self.login_scoped(name, role, &[]).await
+    }
+
+    /// The same, with a scope.
+    pub(super) async fn login_scoped(
+        &self,
+        name: &str,
+        role: &str,
+        scope: &[(&str, &str)],
+    ) -> Login {
+        let scope: std::collections::HashMap<String, String> =
+            scope.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let json = serde_json::to_string(&scope).unwrap();
         let request = v1::CreateOperatorRequest {
             name: name.into(),
             role: role.into(),
+            scope,
             ..Default::default()
         };
         let token = self.local().await.create_operator(request).await.unwrap().into_inner().token;
+        // Until the invite itself keeps it.
+        let database = rusqlite::Connection::open(self.hub.data.layout.database()).unwrap();
+        let set = "UPDATE invites SET scope = ? WHERE name_pattern = ?";
+        database.execute(set, [&json, name]).unwrap();
         self.redeem_operator(token).await.unwrap()
     }
 
@@ -118,19 +137,6 @@ impl TestHub {
         let mut enroll = EnrollClient::new(self.channel(None).await.unwrap());
         let response = enroll.login_operator(request).await?.into_inner();
         Ok(Login { certificate: response.certificate_der.to_vec(), key })
-    }
-
-    /// Gives a logged-in operator a scope.
-    pub(super) async fn give_scope(&self, name: &str, scope: &[(&str, &str)]) {
-        let mut records = self.hub.store.operators().await.unwrap();
-        records.retain(|record| record.name == name);
-        records[0].scope.0 =
-            scope.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        // As the database has it, so that it is also seen where the store decides.
-        let database = rusqlite::Connection::open(self.hub.data.layout.database()).unwrap();
-        let json = serde_json::to_string(&records[0].scope).unwrap();
-        database.execute("UPDATE operators SET scope = ? WHERE name = ?", [&json, name]).unwrap();
-        self.hub.operators.apply(records);
     }
 
     /// Invites a node with these labels and joins it; its ceiling is permissive.
@@ -196,7 +202,12 @@ pub(super) struct Running {
 
 impl Running {
     /// How it ends: with an exit, or cut off with a status.
-    pub(super) async fn end(mut self) -> Result<v1::TaskExit, Status> {
+    pub(super) async fn end(self) -> Result<v1::TaskExit, Status> {
+        let end = tokio::time::timeout(Duration::from_secs(20), self.wait()).await;
+        end.expect("a command that was ended says so")
+    }
+
+    async fn wait(mut self) -> Result<v1::TaskExit, Status> {
         loop {
             match self.output.message().await? {
                 Some(v1::ExecDown { frame: Some(v1::exec_down::Frame::Exit(exit)) }) => {
