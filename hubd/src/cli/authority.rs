@@ -224,7 +224,8 @@ fn fields(document: &Value) -> String {
         other => other.to_string(),
     };
     let fields = document.as_object().into_iter().flatten();
-    fields.map(|(name, value)| format!("{name:<22}{}\n", shown(value))).collect::<String>()
+    let lines: Vec<_> = fields.map(|(name, value)| format!("{name:<22}{}", shown(value))).collect();
+    lines.join("\n")
 }
 
 pub(super) async fn policy(command: PolicyCommand) -> anyhow::Result<()> {

@@ -115,6 +115,29 @@ async fn a_revoked_operators_calls_and_commands_end_at_once_until_it_logs_in_ane
 }
 
 #[tokio::test]
+async fn a_revoked_nodes_transfer_of_content_ends_in_the_midst_of_it() {
+    let hub = TestHub::start().await;
+    let node = hub.join("box", &[]).await;
+    let mut admin = hub.local().await;
+    let name = || "w".to_owned();
+    let created = admin.create_workspace(v1::CreateWorkspaceRequest { name: name() }).await;
+    let workspace_id = created.unwrap().into_inner().workspace_id;
+    let attach = v1::AttachWorkspaceRequest { workspace: name(), node: "box".into() };
+    admin.attach_workspace(attach).await.unwrap();
+    let channel = hub.channel(Some(&node.login)).await.unwrap();
+    let mut sync = v1::sync_client::SyncClient::new(channel);
+    // A stream that neither side ends by itself.
+    let (_packs, receiver) = tokio::sync::mpsc::channel(1);
+    let mut acks = sync.put_packs(ReceiverStream::new(receiver)).await.unwrap().into_inner();
+    admin.revoke_node(revoke("box")).await.unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(20), acks.message()).await;
+    assert_eq!(word(&ended.unwrap().unwrap_err()), "node_revoked");
+    let refused = sync.head(v1::HeadRequest { workspace_id }).await.unwrap_err();
+    assert_eq!(word(&refused), "node_revoked", "on the connection that it still has");
+    hub.hub.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_forgotten_node_is_unknown_and_its_name_is_free() {
     let hub = TestHub::start().await;
     let node = hub.join("box", &[]).await;

@@ -210,3 +210,41 @@ async fn the_first_verdict_of_a_task_stands() {
         .unwrap();
     assert_eq!(verdict, ("exited".to_owned(), Some(7)));
 }
+
+#[tokio::test]
+async fn labels_of_a_scope_are_protected_from_the_invite_to_the_revocation() {
+    let (_folder, store) = store().await;
+    let token = InviteToken::generate();
+    store.create_invite(invite(&token, InviteKind::Node)).await.unwrap();
+    let node = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap().id;
+    let change = |may_change_scopes| LabelChange {
+        set: [("team".to_owned(), "x".to_owned())].into(),
+        remove: ["env".to_owned()].into(),
+        may_change_scopes,
+    };
+    let operator = InviteToken::generate();
+    let mut pending = invite(&operator, InviteKind::Operator(Role::Viewer));
+    pending.name_pattern = "ann".into();
+    store.create_invite(pending).await.unwrap();
+    let scope = "UPDATE invites SET scope = '{\"team\":\"x\"}' WHERE name_pattern = 'ann'";
+    store.database.write(move |c| Ok::<_, StoreError>(c.execute(scope, [])?)).await.unwrap();
+
+    let protected = Err(LabelRefusal::Protected { key: "team".into() });
+    assert_eq!(store.label_node(node, change(false), audit(20)).await.unwrap(), protected);
+    // An invite that is over protects nothing; the operator that it became does.
+    assert!(store.label_node(node, change(false), audit(1_000)).await.unwrap().is_ok());
+    let redemption = OperatorRedemption {
+        invite: operator.id().clone(),
+        secret_hash: operator.secret_hash(),
+        key: [1; 32],
+        now_ms: 10,
+    };
+    store.redeem_operator(redemption).await.unwrap().unwrap();
+    assert_eq!(store.operators().await.unwrap()[0].scope.0["team"], "x");
+    assert_eq!(store.label_node(node, change(false), audit(1_000)).await.unwrap(), protected);
+    let labels = store.label_node(node, change(true), audit(1_000)).await.unwrap().unwrap();
+    assert_eq!(labels.get("team").map(String::as_str), Some("x"));
+    assert!(!labels.contains_key("env"));
+    store.revoke_operator("ann".into(), 2_000, audit(2_000)).await.unwrap();
+    assert!(store.label_node(node, change(false), audit(2_001)).await.unwrap().is_ok());
+}
