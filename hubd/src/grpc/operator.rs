@@ -1,4 +1,5 @@
-//! The Operator service: looking, inviting, workspaces. Commands are in [`super::exec`].
+//! The Operator service: looking, inviting, workspaces. Commands, workspaces and authority
+//! are in files of their own.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
