@@ -13,6 +13,9 @@ const FILES: [&str; 7] = [
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(FILES, ["proto"])?;
+    // For tests that have to know every method there is.
+    let described = std::path::PathBuf::from(std::env::var("OUT_DIR")?).join("cortex.v1.bin");
+    std::fs::write(described, protox::prost::Message::encode_to_vec(&descriptors))?;
     tonic_prost_build::configure()
         // `Bytes` instead of `Vec<u8>`: a received message is sliced, not copied.
         .bytes(".")

@@ -88,6 +88,12 @@ impl DataLayout {
         self.0.join("ca")
     }
 
+    /// The mark of the audit log.
+    #[must_use]
+    pub fn audit_mark(&self) -> PathBuf {
+        self.0.join("audit.head")
+    }
+
     /// The administration socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {

@@ -22,9 +22,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::transport::Server;
 
+use crate::authority::audit::AuditLog;
+use crate::authority::nodes::NodeDecisions;
+use crate::authority::operators::Operators;
 use crate::config::{DataLayout, HubConfig};
 use crate::enroll::ca::{CaError, CertificateAuthority, HubCertificate};
-use crate::enroll::validator::Validator;
+use crate::enroll::validator::{Admitted, Validator};
 use crate::grpc::accept::{self, Incoming};
 use crate::grpc::auth::AuthLayer;
 use crate::grpc::enroll::EnrollService;
@@ -140,6 +143,7 @@ pub struct Hub {
     pin: CaPin,
     registry: Arc<Registry>,
     store: Arc<dyn Store>,
+    audit: Arc<AuditLog>,
     scope: TaskScope,
     grace: Duration,
     data: HubData,
@@ -178,13 +182,24 @@ impl Hub {
             Arc::clone(&content),
         ));
         let relay = Relay::new(Arc::clone(&store), scope.clone(), config.task_start_deadline);
+        let operators = Operators::load(Arc::clone(&store), Arc::clone(&relay)).await?;
+        let decisions = NodeDecisions::new(
+            Arc::clone(&registry),
+            Arc::clone(&relay),
+            Arc::clone(&membership),
+            Arc::clone(&store),
+        );
+        let audit = AuditLog::new(Arc::clone(&store), data.layout.audit_mark());
         let validator = Arc::new(Validator::new(
             config.join_queue,
             config.join_deadline,
             Arc::clone(&store),
             Arc::clone(&authority),
-            Arc::clone(&registry),
-            Arc::clone(&membership),
+            Admitted {
+                registry: Arc::clone(&registry),
+                membership: Arc::clone(&membership),
+                operators: Arc::clone(&operators),
+            },
             scope.clone(),
         ));
 
@@ -203,6 +218,9 @@ impl Hub {
             relay: Arc::clone(&relay),
             members: Arc::clone(&members),
             content: Arc::clone(&content),
+            decisions: Arc::clone(&decisions),
+            operators: Arc::clone(&operators),
+            audit: Arc::clone(&audit),
             authority: Arc::clone(&authority),
             scope: scope.clone(),
             address: HubAddress { bound: address, advertise: config.advertise.clone() },
@@ -223,14 +241,18 @@ impl Hub {
             .add_service(sync.into_server());
 
         let mesh = authority.mesh();
-        serve(accept::accept_tls(listener, tls, mesh, &scope), routes.clone(), &scope);
-        serve(accept::accept_local(local, &scope), routes, &scope);
+        let auth = AuthLayer { registry: Arc::clone(&registry), operators: Arc::clone(&operators) };
+        let incoming = accept::accept_tls(listener, tls, mesh, &scope);
+        serve(incoming, routes.clone(), auth.clone(), &scope);
+        serve(accept::accept_local(local, &scope), routes, auth, &scope);
+        decisions.end_policies(&scope);
+        audit.keep_marking(&scope);
         hint_heads(&content, members, &scope);
         save_last_seen(Arc::clone(&registry), Arc::clone(&store), &scope);
         tracing::info!(%address, %mesh, "hub serves");
         let pin = authority.pin();
         let grace = config.shutdown_grace;
-        Ok(Self { address, pin, registry, store, scope, grace, data })
+        Ok(Self { address, pin, registry, store, audit, scope, grace, data })
     }
 
     /// The address of the gRPC side, with the port that was chosen if none was given.
@@ -266,6 +288,9 @@ impl Hub {
             if let Err(error) = self.store.touch_nodes(unsaved).await {
                 tracing::warn!(%error, "last-seen times not written");
             }
+            if let Err(error) = self.audit.move_mark().await {
+                tracing::warn!(%error, "the mark of the audit log was not moved");
+            }
             self.data.close().await;
         };
         if tokio::time::timeout(self.grace, closing).await.is_err() {
@@ -289,7 +314,7 @@ fn limited_operator(server: OperatorServer<OperatorService>) -> OperatorServer<O
     server.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES)
 }
 
-fn serve(incoming: Incoming, routes: Routes, scope: &TaskScope) {
+fn serve(incoming: Incoming, routes: Routes, auth: AuthLayer, scope: &TaskScope) {
     let stop = scope.token().clone().cancelled_owned();
     let server = Server::builder()
         .initial_stream_window_size(BULK_STREAM_WINDOW)
@@ -298,7 +323,7 @@ fn serve(incoming: Incoming, routes: Routes, scope: &TaskScope) {
         .max_concurrent_streams(STREAMS_PER_CONNECTION)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .layer(AuthLayer)
+        .layer(auth)
         .add_routes(routes)
         .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop);
     scope.spawn("server", async move {

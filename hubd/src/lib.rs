@@ -26,6 +26,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod authority;
 mod cli;
 pub mod config;
 pub mod enroll;

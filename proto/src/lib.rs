@@ -10,6 +10,10 @@ pub mod v1 {
     tonic::include_proto!("cortex.v1");
 }
 
+/// The compiled description of the protocol, a `google.protobuf.FileDescriptorSet`: every service,
+/// method and message, for tools and tests that have to know all of them.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cortex.v1.bin"));
+
 /// Largest payload of a pack, and so of any single piece of content on the wire: 4 MiB.
 pub const MAX_PACK_BYTES: usize = 4 * 1024 * 1024;
 

@@ -8,6 +8,10 @@ pub type Labels = BTreeMap<String, String>;
 /// Most labels one node may carry.
 pub const MAX_LABELS: usize = 64;
 
+/// Begins the key of every label that a node gave itself. Operators and invites set no such label, and
+/// no operator's scope is made of one: a node must not be able to put itself into somebody's reach.
+pub const SELF_LABEL_PREFIX: &str = "self/";
+
 /// Why a name, label or selector is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidName {

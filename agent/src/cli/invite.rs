@@ -58,6 +58,12 @@ struct CreateArgs {
     /// A workspace each node becomes a member of; may be repeated
     #[arg(long = "workspace", value_name = "W")]
     workspaces: Vec<String>,
+    /// Source addresses it is good from, such as 10.0.0.0/8; may be repeated
+    #[arg(long, value_name = "CIDR")]
+    from: Vec<String>,
+    /// Who the nodes belong to; shown with them
+    #[arg(long)]
+    owner: Option<String>,
     #[command(flatten)]
     output: Output,
 }
@@ -156,6 +162,8 @@ async fn create(global: &Global, args: CreateArgs) -> Result<(), CliError> {
         labels: labels.into_iter().collect(),
         name_pattern: args.name_pattern.unwrap_or_default(),
         workspaces: args.workspaces,
+        source_cidrs: args.from,
+        owner: args.owner.unwrap_or_default(),
     };
     let mut client = hub::operator(global).await?;
     let answer = client.create_invite(hub::question(request)).await?.into_inner();

@@ -43,7 +43,8 @@ pub(crate) struct JoinArgs {
     /// Name of the node; by default made of the host's name
     #[arg(long)]
     name: Option<String>,
-    /// A label for the node; may be repeated
+    /// A label that the node gives itself, kept as self/KEY; may be repeated. Labels that decide who
+    /// may command it come from the invite or from operators
     #[arg(long = "label", value_name = "KEY=VALUE")]
     labels: Vec<String>,
     /// Where workspaces live, in a directory each [default: ~/cortex]
@@ -123,6 +124,7 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
             arch: std::env::consts::ARCH.to_owned(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             ceiling: proto_mode(args.ceiling).into(),
+            machine: None,
         });
         request.set_timeout(deadline);
         async move { client.join_node(request).await }

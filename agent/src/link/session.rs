@@ -88,6 +88,7 @@ impl Greeting {
             arch: std::env::consts::ARCH.to_owned(),
             ceiling: proto_mode(self.ceiling).into(),
             sandbox: Some(self.sandbox.clone()),
+            ..v1::Hello::default()
         }
     }
 }

@@ -112,8 +112,13 @@ impl Session {
 
     pub async fn start(&self, id: &[u8], spec: v1::TaskSpec, initial_credit: u64) {
         let task_id = id.to_vec().into();
-        let start =
-            v1::StartTask { task_id, spec: Some(spec), actor: "test".into(), initial_credit };
+        let start = v1::StartTask {
+            task_id,
+            spec: Some(spec),
+            actor: "test".into(),
+            initial_credit,
+            role: "operator".into(),
+        };
         self.send(hub_frame::Frame::StartTask(start)).await;
     }
 
@@ -272,7 +277,15 @@ impl Enroll for Service {
             ca_der: self.ca.certificate.to_vec().into(),
             mesh_id: self.ca.mesh.to_string(),
             not_after_ms: 0,
+            ..v1::JoinNodeResponse::default()
         }))
+    }
+
+    async fn recover_node(
+        &self,
+        _: Request<v1::RecoverNodeRequest>,
+    ) -> Result<Response<v1::JoinNodeResponse>, Status> {
+        Err(Status::unimplemented("not in this hub"))
     }
 
     async fn login_operator(
@@ -288,6 +301,7 @@ impl Enroll for Service {
             ca_der: self.ca.certificate.to_vec().into(),
             mesh_id: self.ca.mesh.to_string(),
             not_after_ms: 0,
+            ..v1::LoginOperatorResponse::default()
         }))
     }
 }
@@ -331,6 +345,20 @@ impl Node for Service {
         let (down, queue) = mpsc::channel(16);
         self.tasks.send(TaskIo { task_id: hello.task_id.to_vec(), up, down }).await.ok();
         Ok(Response::new(ReceiverStream::new(queue)))
+    }
+
+    async fn renew(
+        &self,
+        _: Request<v1::RenewRequest>,
+    ) -> Result<Response<v1::RenewResponse>, Status> {
+        Err(Status::unimplemented("not in this hub"))
+    }
+
+    async fn leave(
+        &self,
+        _: Request<v1::LeaveRequest>,
+    ) -> Result<Response<v1::LeaveResponse>, Status> {
+        Err(Status::unimplemented("not in this hub"))
     }
 
     async fn request_attach(

@@ -11,6 +11,7 @@ use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
 
+use super::authority;
 use super::output::{self, Format};
 use super::{HubConfig, InviteCommand, OperatorCommand};
 use crate::config::DataLayout;
@@ -19,7 +20,7 @@ use crate::config::DataLayout;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-async fn connect(config: &HubConfig) -> anyhow::Result<OperatorClient<Channel>> {
+pub(super) async fn connect(config: &HubConfig) -> anyhow::Result<OperatorClient<Channel>> {
     let path = DataLayout::new(&config.data).socket();
     let shown = path.display().to_string();
     // The address is a formality: the connector goes to the socket.
@@ -66,13 +67,25 @@ pub(super) async fn status(config: &HubConfig, format: Format) -> anyhow::Result
 
 pub(super) async fn invite(command: InviteCommand) -> anyhow::Result<()> {
     match command {
-        InviteCommand::Create { uses, ttl, labels, name_pattern, workspaces, data, format } => {
+        InviteCommand::Create {
+            uses,
+            ttl,
+            labels,
+            name_pattern,
+            workspaces,
+            from,
+            owner,
+            data,
+            format,
+        } => {
             let request = v1::CreateInviteRequest {
                 uses,
                 ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
                 labels: labels.into_iter().collect(),
                 name_pattern,
                 workspaces,
+                source_cidrs: from,
+                owner,
             };
             let invite = connect(&data.config()).await?.create_invite(request).await?.into_inner();
             let document = json!({
@@ -128,11 +141,20 @@ fn invite_json(invite: v1::InviteInfo) -> Value {
 }
 
 pub(super) async fn operator(command: OperatorCommand) -> anyhow::Result<()> {
-    let OperatorCommand::Create { name, role, ttl, data, format } = command;
+    let (name, role, ttl, scope, data, format) = match command {
+        OperatorCommand::Create { name, role, ttl, scope, data, format } => {
+            (name, role, ttl, scope, data, format)
+        }
+        OperatorCommand::List { data, format } => return authority::operators(&data, format).await,
+        OperatorCommand::Revoke { name, data } => {
+            return authority::revoke_operator(name, &data).await;
+        }
+    };
     let request = v1::CreateOperatorRequest {
         name,
         role: role.to_string(),
         ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
+        scope: scope.into_iter().collect(),
     };
     let invite = connect(&data.config()).await?.create_operator(request).await?.into_inner();
     let document = json!({
@@ -145,26 +167,26 @@ pub(super) async fn operator(command: OperatorCommand) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(super) async fn nodes(config: &HubConfig, format: Format) -> anyhow::Result<()> {
-    let nodes = connect(config)
-        .await?
-        .list_nodes(v1::ListNodesRequest::default())
-        .await?
-        .into_inner()
-        .nodes;
-    let items = nodes.into_iter().map(node_json).collect();
-    let columns = ["name", "state", "effective_mode", "labels", "last_seen", "node_id"];
-    output::list(format, &columns, items);
-    Ok(())
-}
-
-fn node_json(node: v1::NodeInfo) -> Value {
+pub(super) fn node_json(node: v1::NodeInfo) -> Value {
     let mode = |mode: v1::Mode| if mode == v1::Mode::Strict { "strict" } else { "permissive" };
+    let state = match (node.revoked_at_ms, node.online, node.cordoned) {
+        (0, true, false) => "online",
+        (0, true, true) => "online, cordoned",
+        (0, false, false) => "offline",
+        (0, false, true) => "offline, cordoned",
+        _ => "revoked",
+    };
     let node_id = cortex_shared::ids::NodeId::from_slice(&node.node_id);
     json!({
         "online": node.online,
-        "state": if node.online { "online" } else { "offline" },
+        "state": state,
         "effective_mode": mode(node.effective_mode()),
+        "policy": mode(node.policy()),
+        "policy_until": time(node.policy_until_ms),
+        "policy_reason": node.policy_reason,
+        "ceiling": mode(node.ceiling()),
+        "cordoned": node.cordoned,
+        "revoked_at": time(node.revoked_at_ms),
         "node_id": node_id.map(|id| id.to_string()).unwrap_or_default(),
         "name": node.name,
         "labels": node.labels,
@@ -177,7 +199,7 @@ fn node_json(node: v1::NodeInfo) -> Value {
 }
 
 /// A time as RFC 3339 with seconds; `None` for never.
-fn time(ms: i64) -> Option<String> {
+pub(super) fn time(ms: i64) -> Option<String> {
     if ms == 0 {
         return None;
     }

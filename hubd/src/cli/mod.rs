@@ -1,6 +1,7 @@
 //! The command line of `cortex-hubd`.
 
 mod admin;
+mod authority;
 mod output;
 mod serve;
 
@@ -12,6 +13,7 @@ use clap::{Args, Parser, Subcommand};
 use cortex_shared::policy::Role;
 
 use crate::config::HubConfig;
+use authority::{AuditCommand, NodeCommand, PolicyCommand};
 use output::Format;
 
 /// The hub of a cortex mesh: admits nodes, relays commands, orders and stores workspace changes.
@@ -79,6 +81,16 @@ enum Command {
         #[command(subcommand)]
         command: NodeCommand,
     },
+    /// What the hub allows a node's commands
+    Policy {
+        #[command(subcommand)]
+        command: PolicyCommand,
+    },
+    /// Who did what
+    Audit {
+        #[command(subcommand)]
+        command: AuditCommand,
+    },
 }
 
 #[derive(Subcommand)]
@@ -106,6 +118,12 @@ enum InviteCommand {
         /// Workspace its nodes become members of; may be repeated
         #[arg(long = "workspace", value_name = "W")]
         workspaces: Vec<String>,
+        /// Source addresses it is good from, such as 10.0.0.0/8; may be repeated
+        #[arg(long, value_name = "CIDR")]
+        from: Vec<String>,
+        /// Who the nodes belong to; shown with them
+        #[arg(long, default_value = "")]
+        owner: String,
         #[command(flatten)]
         data: DataArg,
         #[command(flatten)]
@@ -139,21 +157,27 @@ enum OperatorCommand {
         /// How long the invite is valid, such as 30m, 12h or 7d
         #[arg(long, default_value = "1h", value_parser = parse_duration)]
         ttl: Duration,
+        /// Label that a node must have for this operator to see or command it; may be repeated
+        #[arg(long, value_name = "KEY=VALUE", value_parser = parse_label)]
+        scope: Vec<(String, String)>,
         #[command(flatten)]
         data: DataArg,
         #[command(flatten)]
         format: Format,
     },
-}
-
-#[derive(Subcommand)]
-enum NodeCommand {
-    /// List all nodes
+    /// List the operators that have logged in
     List {
         #[command(flatten)]
         data: DataArg,
         #[command(flatten)]
         format: Format,
+    },
+    /// End an operator's calls and commands at once, and refuse it until it is created anew
+    Revoke {
+        /// Its name
+        name: String,
+        #[command(flatten)]
+        data: DataArg,
     },
 }
 
@@ -175,9 +199,9 @@ pub(crate) fn run() -> ExitCode {
             Command::Ca { command: CaCommand::Pin(data) } => serve::pin(&data.config()).await,
             Command::Invite { command } => admin::invite(command).await,
             Command::Operator { command } => admin::operator(command).await,
-            Command::Node { command: NodeCommand::List { data, format } } => {
-                admin::nodes(&data.config(), format).await
-            }
+            Command::Node { command } => authority::node(command).await,
+            Command::Policy { command } => authority::policy(command).await,
+            Command::Audit { command } => authority::audit(command).await,
         }
     });
     // Blocking reads of a store that hangs must not keep the process.

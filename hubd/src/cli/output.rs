@@ -34,6 +34,52 @@ pub(super) fn list(format: Format, columns: &[&str], items: Vec<Value>) {
     }
 }
 
+/// A list that may be long, printed as it comes: a table has columns of a fixed width then, and a
+/// document is written piece by piece.
+pub(super) struct Stream<'a> {
+    format: Format,
+    columns: &'a [&'a str],
+    items: usize,
+}
+
+impl<'a> Stream<'a> {
+    pub(super) fn new(format: Format, columns: &'a [&'a str]) -> Self {
+        match format.output {
+            Kind::Json => print("["),
+            Kind::Jsonl => {}
+            Kind::Table => {
+                let header: Vec<_> = columns.iter().map(|c| c.to_uppercase()).collect();
+                print(wide(&header).trim_end());
+            }
+        }
+        Self { format, columns, items: 0 }
+    }
+
+    pub(super) fn item(&mut self, item: Value) {
+        match self.format.output {
+            Kind::Json if self.items == 0 => print(&item.to_string()),
+            Kind::Json => print(&format!(",{item}")),
+            Kind::Jsonl => print(&item.to_string()),
+            Kind::Table => {
+                let cells: Vec<_> = self.columns.iter().map(|c| cell(&item[c])).collect();
+                print(wide(&cells).trim_end());
+            }
+        }
+        self.items += 1;
+    }
+
+    pub(super) fn end(self) {
+        if self.format.output == Kind::Json {
+            print("]");
+        }
+    }
+}
+
+/// A row whose neighbours are not known: a number, a time, and names.
+fn wide(cells: &[String]) -> String {
+    cells.iter().map(|cell| format!("{cell:<20}  ")).collect()
+}
+
 /// One thing: as a document, or as the text that people want of it.
 pub(super) fn show(format: Format, item: &Value, text: &str) {
     match format.output {

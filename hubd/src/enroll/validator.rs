@@ -18,6 +18,7 @@ use cortex_shared::tasks::TaskScope;
 use tokio::sync::{Semaphore, oneshot};
 
 use super::ca::{CaError, CertificateAuthority, CertificateRequest, Issued};
+use crate::authority::operators::Operators;
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::{
@@ -61,14 +62,23 @@ pub enum EnrollError {
     Certificate(#[from] CaError),
 }
 
+/// What the hub holds in memory of those it has admitted; it follows the store.
+pub struct Admitted {
+    /// Nodes.
+    pub registry: Arc<Registry>,
+    /// Members of workspaces.
+    pub membership: Arc<Membership>,
+    /// Operators.
+    pub operators: Arc<Operators>,
+}
+
 /// See the module.
 pub struct Validator {
     places: Arc<Semaphore>,
     deadline: Duration,
     store: Arc<dyn Store>,
     authority: Arc<CertificateAuthority>,
-    registry: Arc<Registry>,
-    membership: Arc<Membership>,
+    admitted: Admitted,
     scope: TaskScope,
 }
 
@@ -80,12 +90,11 @@ impl Validator {
         deadline: Duration,
         store: Arc<dyn Store>,
         authority: Arc<CertificateAuthority>,
-        registry: Arc<Registry>,
-        membership: Arc<Membership>,
+        admitted: Admitted,
         scope: TaskScope,
     ) -> Self {
         let places = Arc::new(Semaphore::new(places));
-        Self { places, deadline, store, authority, registry, membership, scope }
+        Self { places, deadline, store, authority, admitted, scope }
     }
 
     /// Admits a node.
@@ -104,8 +113,8 @@ impl Validator {
             facts: request.facts,
             now_ms: unix_ms(),
         };
-        let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.registry));
-        let membership = Arc::clone(&self.membership);
+        let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.admitted.registry));
+        let membership = Arc::clone(&self.admitted.membership);
         let node = self
             .detached(async move {
                 let node = store.redeem_node(redemption).await??;
@@ -136,11 +145,14 @@ impl Validator {
             key: certificate.key_hash(),
             now_ms: unix_ms(),
         };
-        let store = Arc::clone(&self.store);
+        let (store, operators) = (Arc::clone(&self.store), Arc::clone(&self.admitted.operators));
         let operator = self
-            .detached(
-                async move { Ok::<_, EnrollError>(store.redeem_operator(redemption).await??) },
-            )
+            .detached(async move {
+                let operator = store.redeem_operator(redemption).await??;
+                // From now on its certificate counts.
+                operators.reload().await?;
+                Ok::<_, EnrollError>(operator)
+            })
             .await?;
         let holder = Holder::Operator { name: operator.name.clone(), role: operator.role };
         let issued = self.authority.issue(holder, certificate, unix_ms())?;

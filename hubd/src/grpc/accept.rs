@@ -12,7 +12,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use cortex_shared::ids::MeshId;
-use cortex_shared::peer::PeerIdentity;
+use cortex_shared::peer::{CaPin, PeerIdentity};
 use cortex_shared::tasks::TaskScope;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig};
@@ -27,6 +27,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::auth::Peer;
 use crate::enroll::ca::{CertificateAuthority, HubCertificate};
+use crate::store::KeyHash;
 
 /// Connections that have not said anything yet; beyond that, new ones are closed.
 const MAX_SILENT: usize = 16 * 1024;
@@ -68,7 +69,10 @@ pub fn tls_config(
 
 /// The holder of a client certificate that TLS has accepted. Anything that this mesh would not
 /// have issued (an authority, another usage, no or several names) is nobody.
-fn identity_of(certificate: &CertificateDer<'_>, mesh: MeshId) -> Option<(PeerIdentity, i64)> {
+fn identity_of(
+    certificate: &CertificateDer<'_>,
+    mesh: MeshId,
+) -> Option<(PeerIdentity, KeyHash, i64)> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let usage = certificate.extended_key_usage().ok()??.value;
     let exact_usage = usage.client_auth && !usage.any && !usage.server_auth;
@@ -79,7 +83,8 @@ fn identity_of(certificate: &CertificateDer<'_>, mesh: MeshId) -> Option<(PeerId
     let [GeneralName::URI(uri)] = names.as_slice() else { return None };
     let identity: PeerIdentity = uri.parse().ok()?;
     let not_after_ms = certificate.validity().not_after.timestamp().saturating_mul(1000);
-    (identity.mesh == mesh).then_some((identity, not_after_ms))
+    let key = *CaPin::of_spki(certificate.public_key().raw).as_bytes();
+    (identity.mesh == mesh).then_some((identity, key, not_after_ms))
 }
 
 /// A connection whose other end is known as well as it will be.
@@ -198,8 +203,8 @@ pub fn accept_tls(
                 let peer = match tls.get_ref().1.peer_certificates() {
                     None | Some([]) => Peer::Anonymous(address),
                     Some([leaf, ..]) => match identity_of(leaf, mesh) {
-                        Some((identity, not_after_ms)) => {
-                            Peer::Certified { address, identity, not_after_ms }
+                        Some((identity, key, not_after_ms)) => {
+                            Peer::Certified { address, identity, key, not_after_ms }
                         }
                         None => {
                             tracing::warn!(%address, "certificate names nobody of this mesh");

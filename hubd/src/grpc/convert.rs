@@ -2,7 +2,7 @@
 
 use cortex_proto::v1;
 use cortex_shared::ids::WorkspaceId;
-use cortex_shared::labels::{self, Labels};
+use cortex_shared::labels::{self, Labels, SELF_LABEL_PREFIX};
 use cortex_shared::policy::Mode;
 use cortex_shared::secret::InviteToken;
 use cortex_shared::text::shorten;
@@ -17,6 +17,8 @@ use crate::store::Facts;
 const MAX_REPORTED_WORKSPACES: usize = 1024;
 /// Longest text a node may say of itself in one field.
 const MAX_FACT_BYTES: usize = 256;
+/// Longest reason for a decision.
+const MAX_REASON_BYTES: usize = 500;
 /// Longest single argument or variable.
 const MAX_ARGUMENT_BYTES: usize = 64 * 1024;
 /// All arguments and variables together.
@@ -72,6 +74,46 @@ pub fn certificate_request(der: &[u8]) -> Result<CertificateRequest, Status> {
 pub fn checked_labels(labels: std::collections::HashMap<String, String>) -> Result<Labels, Status> {
     labels::check_labels(&labels).map_err(|error| invalid(error.to_string()))?;
     Ok(labels.into_iter().collect())
+}
+
+/// Labels that an operator sets: any but those that only a node gives itself.
+///
+/// # Errors
+/// As [`checked_labels`], and for a key that begins with [`SELF_LABEL_PREFIX`].
+pub fn set_labels(labels: std::collections::HashMap<String, String>) -> Result<Labels, Status> {
+    match labels.keys().find(|key| key.starts_with(SELF_LABEL_PREFIX)) {
+        Some(key) => Err(invalid(format!(
+            "the label {key:?} is the node's own: only the node sets what begins with {SELF_LABEL_PREFIX:?}"
+        ))),
+        None => checked_labels(labels),
+    }
+}
+
+/// Labels that a node gives itself. They are kept apart from those that operators and invites set,
+/// and count for no scope.
+///
+/// # Errors
+/// As [`checked_labels`].
+fn own_labels(labels: std::collections::HashMap<String, String>) -> Result<Labels, Status> {
+    let own = |key: String| {
+        if key.starts_with(SELF_LABEL_PREFIX) { key } else { format!("{SELF_LABEL_PREFIX}{key}") }
+    };
+    // The key first: with the prefix, an empty one would look like one.
+    checked_labels(labels)
+        .and_then(|labels| checked_labels(labels.into_iter().map(|(k, v)| (own(k), v)).collect()))
+}
+
+/// A reason that somebody gives, for the record.
+///
+/// # Errors
+/// If it is too long or holds control characters.
+pub fn reason(text: String) -> Result<String, Status> {
+    if text.len() > MAX_REASON_BYTES || text.chars().any(char::is_control) {
+        return Err(invalid(format!(
+            "a reason is at most {MAX_REASON_BYTES} bytes long and holds no control characters"
+        )));
+    }
+    Ok(text.trim().to_owned())
 }
 
 /// A name of a node, workspace or operator.
@@ -163,7 +205,7 @@ pub fn join_request(request: v1::JoinNodeRequest) -> Result<JoinRequest, Status>
         token,
         certificate: certificate_request(&request.csr_der)?,
         name: if request.name.is_empty() { String::new() } else { name(request.name)? },
-        labels: checked_labels(request.labels)?,
+        labels: own_labels(request.labels)?,
         ceiling: mode(request.ceiling),
         facts: facts(request.hostname, request.os, request.arch, request.agent_version)?,
     })
@@ -236,6 +278,19 @@ mod tests {
         for value in [0, 2, -1, i32::MAX] {
             assert_eq!(mode(value), Mode::Strict);
         }
+    }
+
+    #[test]
+    fn what_a_node_says_of_itself_is_kept_apart() {
+        let labels = |key: &str| [(key.to_owned(), "x".to_owned())].into();
+        for (key, kept) in [("env", "self/env"), ("self/env", "self/env")] {
+            assert_eq!(own_labels(labels(key)).unwrap().keys().next().unwrap(), kept);
+        }
+        for bad in ["", "a b", &"k".repeat(60)] {
+            assert!(own_labels(labels(bad)).is_err(), "{bad:?}");
+        }
+        assert!(set_labels(labels("env")).is_ok());
+        assert!(set_labels(labels("self/env")).is_err());
     }
 
     #[test]

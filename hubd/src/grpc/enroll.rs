@@ -35,7 +35,16 @@ impl Enroll for EnrollService {
             ca_der: self.authority.certificate().to_vec().into(),
             mesh_id: self.authority.mesh().to_string(),
             not_after_ms: issued.not_after_ms,
+            generation: 1,
+            trusted_cas_der: vec![self.authority.certificate().to_vec().into()],
         }))
+    }
+
+    async fn recover_node(
+        &self,
+        _: Request<cortex_proto::v1::RecoverNodeRequest>,
+    ) -> Result<Response<JoinNodeResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
     }
 
     async fn login_operator(
@@ -57,6 +66,7 @@ impl Enroll for EnrollService {
             ca_der: self.authority.certificate().to_vec().into(),
             mesh_id: self.authority.mesh().to_string(),
             not_after_ms: issued.not_after_ms,
+            trusted_cas_der: vec![self.authority.certificate().to_vec().into()],
         }))
     }
 }

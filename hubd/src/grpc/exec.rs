@@ -9,15 +9,17 @@ use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::TaskId;
 use cortex_shared::policy::{Mode, Role};
 use futures_util::{Stream, stream};
+use serde_json::json;
 use tonic::{Code, Status, Streaming};
 
 use super::auth::AdmittedOperator;
 use super::convert;
+use super::detached::run_to_end;
 use super::operator::OperatorService;
-use super::status::{from_lookup, from_store, invalid, offline, refuse, with_hint};
-use crate::store::NewTask;
+use super::status::{from_store, invalid, offline, refuse, with_hint};
+use crate::store::{NewTask, Node};
 use crate::task::mailbox::{End, ReaderFrame};
-use crate::task::relay::{DEFAULT_CANCEL_GRACE, Task};
+use crate::task::relay::{DEFAULT_CANCEL_GRACE, StartRefusal, Task};
 
 /// Longest time a cancelled command may be given before it is killed.
 const MAX_CANCEL_GRACE: Duration = Duration::from_secs(60);
@@ -38,11 +40,19 @@ pub(super) async fn begin(
     };
     let mut spec = start.spec.ok_or_else(|| invalid("there is no command"))?;
     convert::check_task_spec(&spec)?;
-    let view = service.registry.find(&start.node).map_err(from_lookup)?;
+    let view = service.node(&start.node, &operator)?;
     let node = view.node;
+    if node.cordoned {
+        return Err(cordoned(&node.name));
+    }
     let mode = convert::mode(spec.mode);
-    check_mode(mode, operator.role, node.policy, node.ceiling, &node.name)?;
-    check_role(operator.role, &spec)?;
+    let policy = node.policy.in_force(unix_ms());
+    let allowed = check_mode(mode, operator.role, policy, node.ceiling, &node.name)
+        .and_then(|()| check_role(operator.role, &spec));
+    if let Err(refusal) = allowed {
+        record_refusal(service, &operator, &node, &spec, &refusal).await;
+        return Err(refusal);
+    }
     if !spec.workspace.is_empty() {
         let workspace = service
             .members
@@ -56,28 +66,79 @@ pub(super) async fn begin(
     let new = NewTask {
         id: TaskId::new(),
         node: node.id,
-        actor: operator.name,
+        node_name: node.name.clone(),
+        actor: operator.actor(),
+        role: operator.role,
         command: convert::shown_command(&spec),
         workspace: spec.workspace.clone(),
         mode,
         accepted_at_ms: unix_ms(),
     };
-    let task =
-        service.relay.start(new, spec, start.initial_credit, session).await.map_err(from_store)?;
+    // To its end, even if the caller is gone or is revoked meanwhile: what is in the journal has to end
+    // there. The reader ends the command when it is dropped.
+    let relay = Arc::clone(&service.relay);
+    let starting = async move {
+        let task = relay.start(new, spec, start.initial_credit, session).await;
+        task.map(|task| Reader { task })
+    };
+    let reader = run_to_end(&service.scope, "exec start", starting).await?.map_err(from_start)?;
+    let task = Arc::clone(&reader.task);
     let accepted = v1::ExecAccepted {
         task_id: task.id.as_bytes().to_vec().into(),
         node_id: node.id.as_bytes().to_vec().into(),
         node_name: node.name,
     };
-    let reading = Arc::clone(&task);
     let cancel = service.scope.token().clone();
     service.scope.spawn("exec", async move {
         tokio::select! {
             () = cancel.cancelled() => {}
-            () = pass_on(&reading, inbound) => {}
+            () = pass_on(&task, inbound) => {}
         }
     });
-    Ok(output(Reader { task }, accepted))
+    Ok(output(reader, accepted))
+}
+
+/// A command that was refused for want of authority stands in the audit log like one that ran.
+async fn record_refusal(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    node: &Node,
+    spec: &v1::TaskSpec,
+    refusal: &Status,
+) {
+    let detail = json!({
+        "node_id": node.id.to_string(),
+        "command": convert::shown_command(spec),
+        "workspace": spec.workspace.chars().take(63).collect::<String>(),
+        "mode": convert::mode(spec.mode).to_string(),
+        "role": operator.role.to_string(),
+        "reason": refusal.message(),
+    });
+    let audit = operator.actor().audit(unix_ms(), "task.refused", &node.name, detail);
+    if let Err(error) = service.store.record_audit(audit).await {
+        tracing::warn!(%error, "a refusal was not recorded");
+    }
+}
+
+fn cordoned(node: &str) -> Status {
+    with_hint(
+        refuse(
+            Code::FailedPrecondition,
+            "node_cordoned",
+            format!("node {node:?} is cordoned: it gets no new commands"),
+        ),
+        &format!("give it commands again: cortex-hubd node uncordon {node}"),
+    )
+}
+
+fn from_start(refusal: StartRefusal) -> Status {
+    match refusal {
+        StartRefusal::TooMany { .. } => with_hint(
+            refuse(Code::ResourceExhausted, "too_many_commands", refusal.to_string()),
+            "wait until one of them has ended, or cancel it",
+        ),
+        StartRefusal::Store(error) => from_store(error),
+    }
 }
 
 /// Nobody gets more than every party allows; the refusal names the missing half.
@@ -95,7 +156,10 @@ fn check_mode(
         Err(with_hint(refuse(Code::PermissionDenied, "mode_not_allowed", text), &hint))
     };
     if role == Role::AgentToken {
-        return denied("an agent token runs commands in strict mode only".into(), String::new());
+        return denied(
+            "the role agent-token runs commands in strict mode only".into(),
+            "leave --mode out, or ask an operator to run it".into(),
+        );
     }
     if policy == Mode::Strict {
         return denied(

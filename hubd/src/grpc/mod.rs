@@ -2,10 +2,14 @@
 
 pub mod accept;
 pub mod auth;
+mod authority;
 pub mod convert;
+mod detached;
 pub mod enroll;
 mod exec;
+mod listing;
 pub mod node;
 pub mod operator;
 pub mod status;
 pub mod sync;
+mod workspaces;

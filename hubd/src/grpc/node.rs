@@ -19,8 +19,9 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use super::auth::{AdmittedNode, admitted};
 use super::convert;
 use super::status::{from_store, invalid, refuse, with_hint};
-use crate::node::registry::Registry;
+use crate::node::registry::{Registry, policy_update};
 use crate::node::session::{self, SessionGuard};
+use crate::store::Actor;
 use crate::sync::members::Members;
 use crate::task::mailbox;
 use crate::task::relay::{Relay, Task};
@@ -94,17 +95,21 @@ impl Node for NodeService {
             Arc::clone(&self.registry),
             Arc::clone(&self.relay),
         );
+        let policy = policy_update(&node.policy, unix_ms());
         let welcome = hub_frame::Frame::Welcome(Welcome {
             session_id: ends.handle.id.as_bytes().to_vec().into(),
             epoch: ends.handle.epoch,
             name: node.name.clone(),
             heartbeat_interval_ms: u64::try_from(self.heartbeat.as_millis()).unwrap_or(u64::MAX),
             hub_time_ms: unix_ms(),
-            policy: convert::wire_mode(node.policy).into(),
+            policy: policy.policy,
+            policy_until_ms: policy.until_ms,
             hub_version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Welcome::default()
         });
         // The queue is empty: these two fit.
         ends.handle.send(welcome).ok();
+        self.registry.correct_policy(node_id, &node.policy);
         self.members.send_memberships(node_id).await;
         tracing::info!(node = %node.name, id = %node_id, session = %ends.handle.id, "node connected");
         let (cancel, heartbeat) = (ends.cancel.clone(), self.heartbeat);
@@ -159,6 +164,20 @@ impl Node for NodeService {
         Ok(Response::new(Box::pin(outbound)))
     }
 
+    async fn renew(
+        &self,
+        _: Request<cortex_proto::v1::RenewRequest>,
+    ) -> Result<Response<cortex_proto::v1::RenewResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn leave(
+        &self,
+        _: Request<cortex_proto::v1::LeaveRequest>,
+    ) -> Result<Response<cortex_proto::v1::LeaveResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
     async fn request_attach(
         &self,
         request: Request<RequestAttachRequest>,
@@ -198,7 +217,9 @@ impl Node for NodeService {
             .ok_or_else(|| {
                 refuse(Code::NotFound, "not_a_member", format!("not a member of {name:?}"))
             })?;
-        self.members.detach(workspace.id, node_id).await.map_err(from_store)?;
+        let name = self.registry.get(node_id).map(|view| view.node.name).unwrap_or_default();
+        let by = Actor::from(format!("node:{name}").as_str());
+        self.members.detach(workspace.id, node_id, &by).await.map_err(from_store)?;
         Ok(Response::new(RequestAttachResponse {
             workspace_id: workspace.id.as_bytes().to_vec().into(),
         }))

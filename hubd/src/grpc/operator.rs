@@ -1,4 +1,5 @@
-//! The Operator service: looking, inviting, workspaces. Commands are in `grpc::exec`.
+//! The Operator service: looking, inviting, workspaces. Commands, workspaces and authority
+//! are in files of their own.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -11,17 +12,19 @@ use cortex_shared::clock::unix_ms;
 use cortex_shared::labels::Labels;
 use cortex_shared::policy::{Mode, Role};
 use cortex_shared::secret::InviteToken;
-use futures_util::{Stream, stream};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, Response, Status, Streaming};
+use futures_util::Stream;
+use tonic::{Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedOperator, admitted};
-use super::status::{from_lookup, from_store, internal, invalid, refuse, with_hint};
-use super::{convert, exec};
+use super::listing::{Selector, list_nodes, watch};
+use super::status::{from_lookup, from_store, invalid};
+use super::{authority, convert, exec, workspaces};
+use crate::authority::audit::AuditLog;
+use crate::authority::nodes::NodeDecisions;
+use crate::authority::operators::Operators;
 use crate::enroll::ca::CertificateAuthority;
 use crate::node::registry::{NodeView, Registry};
-use crate::store::{Invite, InviteKind, NewInvite, Store, StoreError, Workspace};
+use crate::store::{Invite, InviteKind, NewInvite, Store, StoreError};
 use crate::sync::Workspaces;
 use crate::sync::members::Members;
 use crate::task::relay::Relay;
@@ -32,8 +35,6 @@ const DEFAULT_INVITE_TTL: Duration = Duration::from_secs(3600);
 const MAX_INVITE_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Most uses of one invite.
 const MAX_INVITE_USES: u32 = 10_000;
-/// Least time between two messages of a watched status.
-const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// See the module.
 pub struct OperatorService {
@@ -47,6 +48,12 @@ pub struct OperatorService {
     pub members: Arc<Members>,
     /// Workspace content.
     pub content: Arc<Workspaces>,
+    /// Decisions about nodes.
+    pub decisions: Arc<NodeDecisions>,
+    /// Who may call.
+    pub operators: Arc<Operators>,
+    /// The audit log.
+    pub audit: Arc<AuditLog>,
     /// The mesh.
     pub authority: Arc<CertificateAuthority>,
     /// Owns streams that outlive their call.
@@ -88,24 +95,12 @@ impl std::fmt::Display for HubAddress {
     }
 }
 
-type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+pub(super) type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl OperatorService {
-    fn workspace(&self, name: &str) -> Result<Workspace, Status> {
-        self.members.membership.by_name(name).ok_or_else(|| {
-            with_hint(
-                refuse(
-                    Code::NotFound,
-                    "workspace_not_found",
-                    format!("there is no workspace {name:?}"),
-                ),
-                &format!("make it: cortex-agent workspace create {name}"),
-            )
-        })
-    }
-
-    async fn describe(&self, workspace: &Workspace) -> Result<v1::WorkspaceInfo, Status> {
-        self.members.describe(workspace).await.map_err(|error| internal(&error))
+    /// The node that is meant, of those that the caller sees.
+    pub(super) fn node(&self, wanted: &str, caller: &AdmittedOperator) -> Result<NodeView, Status> {
+        self.registry.find(wanted, |node| caller.sees(node)).map_err(from_lookup)
     }
 
     async fn record_invite(
@@ -151,6 +146,7 @@ impl OperatorService {
 #[tonic::async_trait]
 impl Operator for OperatorService {
     type ExecStream = BoxStream<v1::ExecDown>;
+    type ListAuditStream = BoxStream<v1::AuditEntry>;
     type WatchNodesStream = BoxStream<v1::ListNodesResponse>;
     type WorkspaceStatusStream = BoxStream<v1::WorkspaceStatusResponse>;
 
@@ -165,22 +161,31 @@ impl Operator for OperatorService {
             mesh_id: self.authority.mesh().to_string(),
             hub_version: env!("CARGO_PKG_VERSION").to_owned(),
             certificate_not_after_ms: operator.certificate_not_after_ms.unwrap_or_default(),
+            scope: operator.scope.0.into_iter().collect(),
         }))
     }
 
     async fn hub_status(
         &self,
-        _: Request<v1::HubStatusRequest>,
+        request: Request<v1::HubStatusRequest>,
     ) -> Result<Response<v1::HubStatusResponse>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
+        let mut nodes = self.registry.all();
+        nodes.retain(|view| operator.sees(&view.node));
+        let running = if operator.scope.is_everything() {
+            self.relay.running()
+        } else {
+            nodes.iter().map(|view| self.relay.running_on(view.node.id)).sum()
+        };
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         Ok(Response::new(v1::HubStatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             mesh_id: self.authority.mesh().to_string(),
             started_at_ms: self.started_at_ms,
-            nodes_known: count(self.registry.all().len()),
-            nodes_online: count(self.registry.sessions().len()),
-            running_tasks: count(self.relay.running()),
-            workspaces: count(self.members.membership.all().len()),
+            nodes_known: count(nodes.len()),
+            nodes_online: count(nodes.iter().filter(|view| view.session.is_some()).count()),
+            running_tasks: count(running),
+            workspaces: count(workspaces::visible(self, &operator).len()),
             grpc_address: self.address.to_string(),
         }))
     }
@@ -189,19 +194,21 @@ impl Operator for OperatorService {
         &self,
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
         let selector = Selector::parse(&request.into_inner().selector)?;
-        Ok(Response::new(list_nodes(&self.registry, &self.relay, &selector)?))
+        Ok(Response::new(list_nodes(&self.registry, &self.relay, &selector, &operator)?))
     }
 
     async fn watch_nodes(
         &self,
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<Self::WatchNodesStream>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
         let selector = Selector::parse(&request.into_inner().selector)?;
         let changes = self.registry.changes();
         let (registry, relay) = (Arc::clone(&self.registry), Arc::clone(&self.relay));
         let stream = watch(&self.scope, changes, move || {
-            let nodes = list_nodes(&registry, &relay, &selector);
+            let nodes = list_nodes(&registry, &relay, &selector, &operator);
             std::future::ready(nodes)
         });
         Ok(Response::new(stream))
@@ -216,19 +223,110 @@ impl Operator for OperatorService {
         Ok(Response::new(Box::pin(stream)))
     }
 
+    async fn label_node(
+        &self,
+        request: Request<v1::LabelNodeRequest>,
+    ) -> Result<Response<v1::NodeInfo>, Status> {
+        let operator = admitted(&request)?;
+        authority::label_node(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn rename_node(
+        &self,
+        request: Request<v1::RenameNodeRequest>,
+    ) -> Result<Response<v1::NodeInfo>, Status> {
+        let operator = admitted(&request)?;
+        authority::rename_node(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn cordon_node(
+        &self,
+        request: Request<v1::CordonNodeRequest>,
+    ) -> Result<Response<v1::NodeInfo>, Status> {
+        let operator = admitted(&request)?;
+        authority::cordon_node(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn revoke_node(
+        &self,
+        request: Request<v1::RevokeNodeRequest>,
+    ) -> Result<Response<v1::NodeInfo>, Status> {
+        let operator = admitted(&request)?;
+        authority::revoke_node(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn forget_node(
+        &self,
+        request: Request<v1::ForgetNodeRequest>,
+    ) -> Result<Response<v1::ForgetNodeResponse>, Status> {
+        let operator = admitted(&request)?;
+        authority::forget_node(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn set_node_policy(
+        &self,
+        request: Request<v1::SetNodePolicyRequest>,
+    ) -> Result<Response<v1::NodeInfo>, Status> {
+        let operator = admitted(&request)?;
+        authority::set_node_policy(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_operators(
+        &self,
+        _: Request<v1::ListOperatorsRequest>,
+    ) -> Result<Response<v1::ListOperatorsResponse>, Status> {
+        authority::list_operators(self).await.map(Response::new)
+    }
+
+    async fn revoke_operator(
+        &self,
+        request: Request<v1::RevokeOperatorRequest>,
+    ) -> Result<Response<v1::RevokeOperatorResponse>, Status> {
+        let operator = admitted(&request)?;
+        authority::revoke_operator(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn verify_audit(
+        &self,
+        _: Request<v1::VerifyAuditRequest>,
+    ) -> Result<Response<v1::VerifyAuditResponse>, Status> {
+        authority::verify_audit(self).await.map(Response::new)
+    }
+
+    async fn ca_status(
+        &self,
+        _: Request<v1::CaStatusRequest>,
+    ) -> Result<Response<v1::CaStatusResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn rotate_ca(
+        &self,
+        _: Request<v1::RotateCaRequest>,
+    ) -> Result<Response<v1::CaStatusResponse>, Status> {
+        Err(Status::unimplemented("placeholder"))
+    }
+
+    async fn list_audit(
+        &self,
+        request: Request<v1::ListAuditRequest>,
+    ) -> Result<Response<Self::ListAuditStream>, Status> {
+        authority::list_audit(self, request.into_inner()).map(Response::new)
+    }
+
     async fn create_invite(
         &self,
         request: Request<v1::CreateInviteRequest>,
     ) -> Result<Response<v1::CreateInviteResponse>, Status> {
         let operator: AdmittedOperator = admitted(&request)?;
         let request = request.into_inner();
-        let labels = convert::checked_labels(request.labels)?;
+        let labels = convert::set_labels(request.labels)?;
         if request.name_pattern.len() > 63 {
             return Err(invalid("the name pattern is longer than 63 characters"));
         }
         let mut workspaces = std::collections::BTreeSet::new();
         for name in &request.workspaces {
-            workspaces.insert(self.workspace(name)?.id);
+            workspaces.insert(workspaces::find(self, name, &operator)?.id);
         }
         let (token, expires_at_ms) = self
             .record_invite(
@@ -289,9 +387,10 @@ impl Operator for OperatorService {
         let operator: AdmittedOperator = admitted(&request)?;
         let request = request.into_inner();
         let name = convert::name(request.name)?;
-        if name == "local" {
-            return Err(invalid("the name \"local\" is the administration socket's"));
+        if matches!(name.as_str(), "local" | "hub") {
+            return Err(invalid(format!("the name {name:?} is the hub's own in the audit log")));
         }
+        convert::set_labels(request.scope)?;
         let role: Role = request
             .role
             .parse()
@@ -319,96 +418,48 @@ impl Operator for OperatorService {
         &self,
         request: Request<v1::CreateWorkspaceRequest>,
     ) -> Result<Response<v1::WorkspaceInfo>, Status> {
-        let name = convert::name(request.into_inner().name)?;
-        let workspace = self.members.create(&name).await.map_err(from_store)?;
-        Ok(Response::new(self.describe(&workspace).await?))
+        let operator = admitted(&request)?;
+        workspaces::create(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_workspaces(
         &self,
-        _: Request<v1::ListWorkspacesRequest>,
+        request: Request<v1::ListWorkspacesRequest>,
     ) -> Result<Response<v1::ListWorkspacesResponse>, Status> {
-        let mut workspaces = Vec::new();
-        for workspace in self.members.membership.all() {
-            workspaces.push(self.describe(&workspace).await?);
-        }
-        Ok(Response::new(v1::ListWorkspacesResponse { workspaces }))
+        let operator = admitted(&request)?;
+        workspaces::list(self, &operator).await.map(Response::new)
     }
 
     async fn attach_workspace(
         &self,
         request: Request<v1::AttachWorkspaceRequest>,
     ) -> Result<Response<v1::AttachWorkspaceResponse>, Status> {
-        let request = request.into_inner();
-        let workspace = self.workspace(&request.workspace)?;
-        let node = self.registry.find(&request.node).map_err(from_lookup)?.node;
-        self.members.attach(workspace.id, node.id).await.map_err(from_store)?;
-        Ok(Response::new(v1::AttachWorkspaceResponse {
-            workspace_id: workspace.id.as_bytes().to_vec().into(),
-            node_id: node.id.as_bytes().to_vec().into(),
-        }))
+        let operator = admitted(&request)?;
+        workspaces::attach(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn detach_workspace(
         &self,
         request: Request<v1::DetachWorkspaceRequest>,
     ) -> Result<Response<v1::DetachWorkspaceResponse>, Status> {
-        let request = request.into_inner();
-        let workspace = self.workspace(&request.workspace)?;
-        let node = self.registry.find(&request.node).map_err(from_lookup)?.node;
-        self.members.detach(workspace.id, node.id).await.map_err(from_store)?;
-        Ok(Response::new(v1::DetachWorkspaceResponse {}))
+        let operator = admitted(&request)?;
+        workspaces::detach(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn workspace_status(
         &self,
         request: Request<v1::WorkspaceStatusRequest>,
     ) -> Result<Response<Self::WorkspaceStatusStream>, Status> {
-        let request = request.into_inner();
-        let name = request.workspace;
-        let workspace = self.workspace(&name)?;
-        if !request.watch {
-            let info = self.describe(&workspace).await?;
-            let response = v1::WorkspaceStatusResponse { workspace: Some(info) };
-            return Ok(Response::new(Box::pin(stream::once(async { Ok(response) }))));
-        }
-        let changes = self.registry.changes();
-        let (members, id) = (Arc::clone(&self.members), workspace.id);
-        let stream = watch(&self.scope, changes, move || {
-            let members = Arc::clone(&members);
-            async move {
-                let workspace = members.membership.get(id).ok_or_else(|| {
-                    refuse(Code::NotFound, "workspace_not_found", "the workspace was deleted")
-                })?;
-                let info = members.describe(&workspace).await.map_err(|e| internal(&e))?;
-                Ok(v1::WorkspaceStatusResponse { workspace: Some(info) })
-            }
-        });
-        Ok(Response::new(stream))
+        let operator = admitted(&request)?;
+        workspaces::status(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_conflicts(
         &self,
         request: Request<v1::ListConflictsRequest>,
     ) -> Result<Response<v1::ListConflictsResponse>, Status> {
-        let workspace = self.workspace(&request.into_inner().workspace)?;
-        let conflicts =
-            self.content.conflicts(workspace.id).await.map_err(|error| internal(&error))?;
-        let conflicts = conflicts
-            .into_iter()
-            .map(|conflict| v1::ConflictInfo {
-                path: conflict.path.as_bytes().to_vec().into(),
-                copy: conflict.copy.as_bytes().to_vec().into(),
-                node_id: conflict.node.as_bytes().to_vec().into(),
-                node_name: self
-                    .registry
-                    .get(conflict.node)
-                    .map(|view| view.node.name)
-                    .unwrap_or_default(),
-                at_ms: conflict.at_ms,
-            })
-            .collect();
-        Ok(Response::new(v1::ListConflictsResponse { conflicts }))
+        let operator = admitted(&request)?;
+        workspaces::conflicts(self, &operator, request.into_inner()).await.map(Response::new)
     }
 }
 
@@ -435,93 +486,17 @@ impl OperatorService {
                 .filter(|w| invite.workspaces.contains(&w.id))
                 .map(|w| w.name)
                 .collect(),
+            ..v1::InviteInfo::default()
         }
     }
 }
 
-/// A stream of what `read` gives, at once and after each change, until it is an error or the hub
-/// stops. Between two messages there is at least [`STATUS_INTERVAL`].
-fn watch<T, F>(
-    scope: &cortex_shared::tasks::TaskScope,
-    mut changes: tokio::sync::watch::Receiver<u64>,
-    mut read: impl FnMut() -> F + Send + 'static,
-) -> BoxStream<T>
-where
-    T: Send + 'static,
-    F: Future<Output = Result<T, Status>> + Send,
-{
-    let (sender, receiver) = mpsc::channel(1);
-    let cancel = scope.token().clone();
-    scope.spawn("watch", async move {
-        loop {
-            changes.mark_unchanged();
-            let message = read().await;
-            let last = message.is_err();
-            // A reader that is slow gets fewer messages, each of them the latest.
-            if sender.send(message).await.is_err() || last {
-                return;
-            }
-            tokio::select! {
-                () = cancel.cancelled() => return,
-                () = sender.closed() => return,
-                () = async {
-                    tokio::time::sleep(STATUS_INTERVAL).await;
-                    // The registry outlives every stream.
-                    changes.changed().await.ok();
-                } => {}
-            }
-        }
-    });
-    Box::pin(ReceiverStream::new(receiver))
-}
-
-/// Which nodes are meant.
-enum Selector {
-    All,
-    /// A name, or a unique prefix of an id.
-    One(String),
-    /// Labels, all of which must hold.
-    Labels(Vec<(String, String)>),
-}
-
-impl Selector {
-    fn parse(text: &str) -> Result<Self, Status> {
-        let Some(labels) = text.strip_prefix('@') else {
-            return Ok(if text.is_empty() { Self::All } else { Self::One(text.to_owned()) });
-        };
-        let term = |term: &str| {
-            let (key, value) = term
-                .split_once('=')
-                .ok_or_else(|| invalid(format!("{term:?} is not a label selector: @key=value")))?;
-            Ok((key.to_owned(), value.to_owned()))
-        };
-        labels.split(',').map(term).collect::<Result<_, _>>().map(Self::Labels)
-    }
-}
-
-fn list_nodes(
-    registry: &Registry,
-    relay: &Relay,
-    selector: &Selector,
-) -> Result<v1::ListNodesResponse, Status> {
-    let views = match selector {
-        Selector::All => registry.all(),
-        Selector::One(node) => vec![registry.find(node).map_err(from_lookup)?],
-        Selector::Labels(wanted) => {
-            let mut views = registry.all();
-            views.retain(|view| wanted.iter().all(|(k, v)| view.node.labels.get(k) == Some(v)));
-            views
-        }
-    };
-    let info = |view: NodeView| {
-        let running = relay.running_on(view.node.id);
-        node_info(view, u32::try_from(running).unwrap_or(u32::MAX))
-    };
-    Ok(v1::ListNodesResponse { nodes: views.into_iter().map(info).collect() })
-}
-
-fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
+/// A node as operators see it.
+pub(super) fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
     let NodeView { node, session, sandbox } = view;
+    let now = unix_ms();
+    let policy = node.policy.in_force(now);
+    let policy_until_ms = node.policy.ends_at(now).unwrap_or_default();
     v1::NodeInfo {
         node_id: node.id.as_bytes().to_vec().into(),
         name: node.name,
@@ -533,12 +508,17 @@ fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
         hostname: node.facts.hostname,
         os: node.facts.os,
         arch: node.facts.arch,
-        effective_mode: convert::wire_mode(Mode::strictest([node.policy, node.ceiling])).into(),
-        policy: convert::wire_mode(node.policy).into(),
+        effective_mode: convert::wire_mode(Mode::strictest([policy, node.ceiling])).into(),
+        policy: convert::wire_mode(policy).into(),
         ceiling: convert::wire_mode(node.ceiling).into(),
         sandbox,
         session_epoch: session.map_or(0, |session| session.epoch),
         running_tasks,
+        cordoned: node.cordoned,
+        revoked_at_ms: node.revoked_at_ms.unwrap_or_default(),
+        policy_until_ms,
+        policy_reason: if policy_until_ms == 0 { String::new() } else { node.policy.reason },
+        ..v1::NodeInfo::default()
     }
 }
 

@@ -7,9 +7,11 @@ use cortex_proto::{CODE_TRAILER, HINT_TRAILER, RETRY_AFTER_TRAILER};
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
+use crate::authority::nodes::DecisionError;
+use crate::authority::operators::OperatorRefusal;
 use crate::enroll::validator::EnrollError;
-use crate::node::registry::{NodeLookup, SessionEnded};
-use crate::store::{DatabaseError, RedeemRefusal, StoreError};
+use crate::node::registry::{ForgetRefusal, NodeLookup, NodeRefusal, SessionEnded};
+use crate::store::{DatabaseError, LabelRefusal, RedeemRefusal, StoreError};
 
 /// A refusal with its stable word.
 pub fn refuse(code: Code, word: &'static str, text: impl Into<String>) -> Status {
@@ -20,7 +22,9 @@ pub fn refuse(code: Code, word: &'static str, text: impl Into<String>) -> Status
 
 /// Adds the command that helps.
 pub fn with_hint(mut status: Status, hint: &str) -> Status {
-    // A hint that cannot stand in a trailer (a name that is not ASCII) is left out.
+    // A trailer holds ASCII only; what somebody asked for may hold anything.
+    let printable = |c: char| c.is_ascii_graphic() || c == ' ';
+    let hint: String = hint.chars().map(|c| if printable(c) { c } else { '?' }).collect();
     if let Ok(value) = MetadataValue::try_from(hint) {
         status.metadata_mut().insert(HINT_TRAILER, value);
     }
@@ -139,6 +143,58 @@ pub fn from_lookup(error: NodeLookup) -> Status {
     }
 }
 
+/// How a decision that was not carried out looks to a caller.
+pub fn from_decision(error: DecisionError) -> Status {
+    let text = error.to_string();
+    match error {
+        DecisionError::Store(error) => from_store(error),
+        DecisionError::NotRecorded(StoreError::NotFound { what, name }) => {
+            from_store(StoreError::NotFound { what, name })
+        }
+        DecisionError::NotRecorded(source) => {
+            tracing::error!(error = %source, "a decision is in force but was not recorded");
+            with_hint(refuse(Code::Internal, "not_recorded", text), "repeat the command")
+        }
+        DecisionError::Forget(ForgetRefusal::Unknown) => {
+            refuse(Code::NotFound, "node_not_found", text)
+        }
+        DecisionError::Forget(ForgetRefusal::Online { name }) => with_hint(
+            refuse(Code::FailedPrecondition, "node_online", text),
+            &format!("revoke it first: cortex-hubd node revoke {name}"),
+        ),
+        DecisionError::Label(LabelRefusal::Protected { .. }) => with_hint(
+            refuse(Code::PermissionDenied, "label_protected", text),
+            "only an administrator without a scope may change it",
+        ),
+        DecisionError::Label(LabelRefusal::TooMany) => invalid(text),
+    }
+}
+
+/// How an operator's certificate that no longer counts looks to its holder.
+pub fn from_operator(refusal: OperatorRefusal) -> Status {
+    let word = match refusal {
+        OperatorRefusal::Unknown => "operator_unknown",
+        OperatorRefusal::Revoked => "operator_revoked",
+        OperatorRefusal::Replaced => "login_replaced",
+    };
+    with_hint(
+        refuse(Code::Unauthenticated, word, refusal.to_string()),
+        "ask an administrator for a new login: cortex-hubd operator create",
+    )
+}
+
+/// How a node's certificate that no longer counts looks to its holder.
+pub fn from_node(refusal: NodeRefusal) -> Status {
+    let word = match refusal {
+        NodeRefusal::Unknown => "node_unknown",
+        NodeRefusal::Revoked => "node_revoked",
+    };
+    with_hint(
+        refuse(Code::PermissionDenied, word, refusal.to_string()),
+        "ask an administrator for a new invite: cortex-hubd invite create",
+    )
+}
+
 /// The node is known, but not connected.
 pub fn offline(name: &str) -> Status {
     with_hint(
@@ -150,5 +206,16 @@ pub fn offline(name: &str) -> Status {
 impl From<SessionEnded> for Box<Status> {
     fn from(error: SessionEnded) -> Self {
         Box::new(refuse(Code::Unavailable, "node_offline", error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_is_never_lost_for_what_somebody_asked_for() {
+        let status = with_hint(invalid("x"), "make it: create b\u{e4}r\n");
+        assert_eq!(status.metadata().get(HINT_TRAILER).unwrap(), "make it: create b?r?");
     }
 }

@@ -1,5 +1,9 @@
+mod authority;
+mod matrix;
+mod support;
+
 use cortex_shared::ids::{NodeId, TaskId};
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Mode, Role};
 
 use super::*;
 use crate::store::{NewTask, TaskEnd, TaskEndState};
@@ -18,7 +22,9 @@ async fn the_databases_outlive_whatever_still_writes_at_shutdown() {
     let task = NewTask {
         id,
         node: NodeId::new(),
+        node_name: "box".into(),
         actor: "ann".into(),
+        role: Role::Operator,
         command: "true".into(),
         workspace: String::new(),
         mode: Mode::Strict,
@@ -40,6 +46,8 @@ async fn the_databases_outlive_whatever_still_writes_at_shutdown() {
             reason: String::new(),
             stdout_bytes: 0,
             stderr_bytes: 0,
+            stdout_hash: None,
+            stderr_hash: None,
             ended_at_ms: 2,
         };
         store.end_task(id, end).await.unwrap();

@@ -6,8 +6,9 @@ use std::sync::{Mutex, PoisonError};
 
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, WorkspaceId};
+use serde_json::json;
 
-use crate::store::{Store, StoreError, Workspace};
+use crate::store::{Actor, NewAudit, Store, StoreError, Workspace};
 
 /// All workspaces and their members. Changes reach the store first, and memory after that.
 #[derive(Default)]
@@ -81,14 +82,21 @@ impl Membership {
     ///
     /// # Errors
     /// Those of the store; [`StoreError::Exists`] if the name is taken.
-    pub async fn create(&self, store: &dyn Store, name: &str) -> Result<Workspace, StoreError> {
+    pub async fn create(
+        &self,
+        store: &dyn Store,
+        name: &str,
+        by: &Actor,
+    ) -> Result<Workspace, StoreError> {
         let workspace = Workspace {
             id: WorkspaceId::new(),
             name: name.to_owned(),
             created_at_ms: unix_ms(),
             members: BTreeSet::new(),
         };
-        store.create_workspace(workspace.clone()).await?;
+        let detail = json!({ "workspace_id": workspace.id });
+        let audit = by.audit(workspace.created_at_ms, "workspace.created", name, detail);
+        store.create_workspace(workspace.clone(), audit).await?;
         self.lock().insert(workspace.id, workspace.clone());
         Ok(workspace)
     }
@@ -102,8 +110,10 @@ impl Membership {
         store: &dyn Store,
         workspace: WorkspaceId,
         node: NodeId,
+        by: &Actor,
     ) -> Result<(), StoreError> {
-        store.attach(workspace, node, unix_ms()).await?;
+        let audit = self.audit(workspace, node, by, "workspace.attached");
+        store.attach(workspace, node, audit).await?;
         if let Some(workspace) = self.lock().get_mut(&workspace) {
             workspace.members.insert(node);
         }
@@ -119,11 +129,24 @@ impl Membership {
         store: &dyn Store,
         workspace: WorkspaceId,
         node: NodeId,
+        by: &Actor,
     ) -> Result<(), StoreError> {
-        store.detach(workspace, node).await?;
+        let audit = self.audit(workspace, node, by, "workspace.detached");
+        store.detach(workspace, node, audit).await?;
         if let Some(workspace) = self.lock().get_mut(&workspace) {
             workspace.members.remove(&node);
         }
         Ok(())
+    }
+
+    fn audit(
+        &self,
+        workspace: WorkspaceId,
+        node: NodeId,
+        by: &Actor,
+        action: &'static str,
+    ) -> NewAudit {
+        let name = self.name_of(workspace).unwrap_or_else(|| workspace.to_string());
+        by.audit(unix_ms(), action, name, json!({ "workspace_id": workspace, "node_id": node }))
     }
 }

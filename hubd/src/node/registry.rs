@@ -6,6 +6,8 @@
 //!
 //! The lock covers map operations only.
 
+mod authority;
+
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,9 +15,10 @@ use cortex_proto::v1::{HubFrame, SandboxReport, Superseded, SyncStatus, hub_fram
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, SessionId, WorkspaceId};
 use cortex_shared::policy::Mode;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+pub use self::authority::{ForgetRefusal, NodeRefusal, policy_update};
 use crate::store::{Facts, Node};
 
 /// Frames that may wait for a node on its control stream. They are small and the node always reads
@@ -94,6 +97,8 @@ struct Known {
     session: Option<SessionHandle>,
     sandbox: Option<SandboxReport>,
     sync: HashMap<WorkspaceId, SyncStatus>,
+    /// Cancelled when the node is revoked or forgotten: its calls end with it.
+    calls: CancellationToken,
     /// The record has changed since it was last written to the store.
     unsaved: bool,
 }
@@ -102,6 +107,8 @@ struct Known {
 pub struct Registry {
     nodes: Mutex<HashMap<NodeId, Known>>,
     changed: watch::Sender<u64>,
+    /// Somebody set a policy: the next one to end may be another.
+    policy_changed: Notify,
 }
 
 /// Why a name or prefix does not lead to one node.
@@ -128,7 +135,11 @@ impl Registry {
     #[must_use]
     pub fn new(nodes: Vec<Node>) -> Self {
         let nodes = nodes.into_iter().map(|node| (node.id, Known::new(node))).collect();
-        Self { nodes: Mutex::new(nodes), changed: watch::Sender::new(0) }
+        Self {
+            nodes: Mutex::new(nodes),
+            changed: watch::Sender::new(0),
+            policy_changed: Notify::new(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, Known>> {
@@ -166,29 +177,34 @@ impl Registry {
         self.lock().get(&id).map(Known::view)
     }
 
-    /// The node of this name, or the only one whose id begins like this.
+    /// The node of this name, or the only one whose id begins like this, of those that the caller may
+    /// see: the others are not there for it, not even as a similar name.
     ///
     /// # Errors
     /// See [`NodeLookup`].
-    pub fn find(&self, wanted: &str) -> Result<NodeView, NodeLookup> {
+    pub fn find(
+        &self,
+        wanted: &str,
+        visible: impl Fn(&Node) -> bool,
+    ) -> Result<NodeView, NodeLookup> {
         if wanted.len() > MAX_WANTED_BYTES {
             let wanted: String = wanted.chars().take(16).chain(['…']).collect();
             return Err(NodeLookup::Unknown { wanted, similar: None });
         }
         let nodes = self.lock();
-        if let Some(known) = nodes.values().find(|known| known.node.name == wanted) {
+        let visible = || nodes.values().filter(|known| visible(&known.node));
+        if let Some(known) = visible().find(|known| known.node.name == wanted) {
             return Ok(known.view());
         }
         // Fewer characters would make a typing error run a command somewhere else.
         let long_enough = wanted.len() >= 4;
-        let mut fitting = nodes
-            .values()
-            .filter(|known| long_enough && known.node.id.to_string().starts_with(wanted));
+        let mut fitting =
+            visible().filter(|known| long_enough && known.node.id.to_string().starts_with(wanted));
         match (fitting.next(), fitting.next()) {
             (Some(known), None) => Ok(known.view()),
             (Some(_), Some(_)) => Err(NodeLookup::Ambiguous { wanted: wanted.to_owned() }),
             (None, _) => {
-                let names: Vec<String> = nodes.values().map(|k| k.node.name.clone()).collect();
+                let names: Vec<String> = visible().map(|k| k.node.name.clone()).collect();
                 // Comparing takes a while: nobody else waits for it.
                 drop(nodes);
                 let similar = most_similar(wanted, names.iter().map(String::as_str));
@@ -290,7 +306,15 @@ impl Registry {
 
 impl Known {
     fn new(node: Node) -> Self {
-        Self { node, epoch: 0, session: None, sandbox: None, sync: HashMap::new(), unsaved: false }
+        Self {
+            node,
+            epoch: 0,
+            session: None,
+            sandbox: None,
+            sync: HashMap::new(),
+            calls: CancellationToken::new(),
+            unsaved: false,
+        }
     }
 
     fn view(&self) -> NodeView {
@@ -343,13 +367,14 @@ fn edit_distance(a: &[u8], b: &[u8]) -> usize {
 mod tests {
     use super::*;
 
-    fn node(name: &str) -> Node {
+    pub(super) fn node(name: &str) -> Node {
         Node {
             id: NodeId::new(),
             name: name.into(),
             labels: Default::default(),
             key: [0; 32],
-            policy: Mode::Strict,
+            policy: Default::default(),
+            cordoned: false,
             ceiling: Mode::Strict,
             joined_at_ms: 0,
             last_seen_ms: 0,
@@ -358,7 +383,7 @@ mod tests {
         }
     }
 
-    fn begin(registry: &Registry, id: NodeId) -> SessionEnds {
+    pub(super) fn begin(registry: &Registry, id: NodeId) -> SessionEnds {
         registry
             .begin_session(id, Facts::default(), Mode::Strict, None, CancellationToken::new())
             .unwrap()
@@ -415,16 +440,23 @@ mod tests {
     fn nodes_are_found_by_name_and_by_unique_prefix_of_the_id() {
         let (a, b) = (node("web-3"), node("db"));
         let prefix = a.id.to_string();
+        let all = |_: &Node| true;
         let registry = Registry::new(vec![a, b]);
-        assert_eq!(registry.find("db").unwrap().node.name, "db");
-        assert_eq!(registry.find(&prefix).unwrap().node.name, "web-3");
+        assert_eq!(registry.find("db", all).unwrap().node.name, "db");
+        assert_eq!(registry.find(&prefix, all).unwrap().node.name, "web-3");
         // Version 7 ids of the same second begin alike.
-        assert!(matches!(registry.find(&prefix[..4]), Err(NodeLookup::Ambiguous { .. })));
-        let Err(NodeLookup::Unknown { similar, .. }) = registry.find("wbe-3") else { panic!() };
+        assert!(matches!(registry.find(&prefix[..4], all), Err(NodeLookup::Ambiguous { .. })));
+        let Err(NodeLookup::Unknown { similar, .. }) = registry.find("wbe-3", all) else {
+            panic!()
+        };
         assert_eq!(similar.as_deref(), Some("web-3"));
-        let Err(NodeLookup::Unknown { similar, .. }) = registry.find("zzzzzzzz") else { panic!() };
+        let hidden = registry.find("web-3", |node| node.name != "web-3").unwrap_err();
+        assert_eq!(hidden, NodeLookup::Unknown { wanted: "web-3".into(), similar: None });
+        let Err(NodeLookup::Unknown { similar, .. }) = registry.find("zzzzzzzz", all) else {
+            panic!()
+        };
         assert_eq!(similar, None);
-        let endless = registry.find(&"a".repeat(5_000_000)).unwrap_err().to_string();
+        let endless = registry.find(&"a".repeat(5_000_000), all).unwrap_err().to_string();
         assert!(endless.len() < 200, "{}", endless.len());
     }
 }

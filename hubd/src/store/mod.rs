@@ -13,12 +13,14 @@ pub mod workspace;
 
 use async_trait::async_trait;
 use cortex_shared::ids::{MeshId, NodeId, TaskId, WorkspaceId};
+use cortex_shared::labels::Labels;
 use cortex_shared::secret::InviteId;
 
 pub use database::DatabaseError;
 pub use records::{
-    Facts, Invite, InviteKind, KeyHash, NewInvite, NewTask, Node, NodeRedemption, Operator,
-    OperatorRedemption, RedeemRefusal, TaskEnd, TaskEndState, Workspace,
+    Actor, AuditHead, AuditLine, Facts, Invite, InviteKind, KeyHash, LabelChange, LabelRefusal,
+    NewAudit, NewInvite, NewTask, Node, NodePolicy, NodeRedemption, Operator, OperatorRecord,
+    OperatorRedemption, RedeemRefusal, Scope, TaskEnd, TaskEndState, Workspace,
 };
 
 /// Why the store could not do what it was asked.
@@ -91,14 +93,81 @@ pub trait Store: Send + Sync + 'static {
     /// All workspaces with their members.
     async fn workspaces(&self) -> Result<Vec<Workspace>, StoreError>;
     /// Records a workspace; [`StoreError::Exists`] if the name is taken.
-    async fn create_workspace(&self, workspace: Workspace) -> Result<(), StoreError>;
-    /// Makes a node a member; no change if it is one.
+    async fn create_workspace(
+        &self,
+        workspace: Workspace,
+        audit: NewAudit,
+    ) -> Result<(), StoreError>;
+    /// Makes a node a member; no change, and no line in the audit log, if it is one.
     async fn attach(
         &self,
         workspace: WorkspaceId,
         node: NodeId,
-        now_ms: i64,
+        audit: NewAudit,
     ) -> Result<(), StoreError>;
-    /// Ends a membership; no change if there is none.
-    async fn detach(&self, workspace: WorkspaceId, node: NodeId) -> Result<(), StoreError>;
+    /// Ends a membership; likewise if there is none.
+    async fn detach(
+        &self,
+        workspace: WorkspaceId,
+        node: NodeId,
+        audit: NewAudit,
+    ) -> Result<(), StoreError>;
+
+    // Authority over nodes. Each is in the audit log in the same transaction.
+
+    /// Revokes a node; the first time stands, and a repetition is not in the audit log.
+    async fn revoke_node(&self, id: NodeId, now_ms: i64, audit: NewAudit)
+    -> Result<(), StoreError>;
+    /// Removes a node, its memberships and its use of an invite.
+    async fn forget_node(&self, id: NodeId, audit: NewAudit) -> Result<(), StoreError>;
+    /// Changes labels; returns all labels of the node after it.
+    async fn label_node(
+        &self,
+        id: NodeId,
+        change: LabelChange,
+        audit: NewAudit,
+    ) -> Result<Result<Labels, LabelRefusal>, StoreError>;
+    /// Renames a node; [`StoreError::Exists`] if the name is taken.
+    async fn rename_node(
+        &self,
+        id: NodeId,
+        name: String,
+        audit: NewAudit,
+    ) -> Result<(), StoreError>;
+    /// Withholds new commands from a node, or gives it commands again.
+    async fn cordon_node(
+        &self,
+        id: NodeId,
+        cordoned: bool,
+        audit: NewAudit,
+    ) -> Result<(), StoreError>;
+    /// Sets the hub's policy for a node.
+    async fn set_node_policy(
+        &self,
+        id: NodeId,
+        policy: NodePolicy,
+        audit: NewAudit,
+    ) -> Result<(), StoreError>;
+
+    /// All operators that have ever logged in, by name.
+    async fn operators(&self) -> Result<Vec<OperatorRecord>, StoreError>;
+    /// Revokes an operator and the invites in its name; [`StoreError::NotFound`] if there is neither.
+    async fn revoke_operator(
+        &self,
+        name: String,
+        now_ms: i64,
+        audit: NewAudit,
+    ) -> Result<(), StoreError>;
+
+    /// Adds a line to the audit log that speaks of no change, such as a refusal.
+    async fn record_audit(&self, audit: NewAudit) -> Result<(), StoreError>;
+    /// At most `limit` lines of the audit log after this number, oldest first; from the very first
+    /// for `None`. A line whose hashes are damaged comes with hashes that fit nothing.
+    async fn audit_page(
+        &self,
+        after_seq: Option<u64>,
+        limit: u32,
+    ) -> Result<Vec<AuditLine>, StoreError>;
+    /// Number and hash of the last line of the audit log.
+    async fn audit_head(&self) -> Result<AuditHead, StoreError>;
 }

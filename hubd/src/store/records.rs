@@ -1,11 +1,15 @@
 //! The records of the store.
 
+mod authority;
+
 use std::collections::BTreeSet;
 
 use cortex_shared::ids::{NodeId, TaskId, WorkspaceId};
 use cortex_shared::labels::Labels;
 use cortex_shared::policy::{Mode, Role};
 use cortex_shared::secret::{InviteId, SecretHash};
+
+pub use authority::{Actor, LabelChange, LabelRefusal, NodePolicy, OperatorRecord, Scope};
 
 /// SHA-256 of a public key (its SubjectPublicKeyInfo).
 pub type KeyHash = [u8; 32];
@@ -67,7 +71,9 @@ pub struct Node {
     /// Its public key.
     pub key: KeyHash,
     /// The hub's policy for it.
-    pub policy: Mode,
+    pub policy: NodePolicy,
+    /// It gets no new commands.
+    pub cordoned: bool,
     /// What it last said of its own ceiling.
     pub ceiling: Mode,
     /// When it joined.
@@ -176,8 +182,12 @@ pub struct NewTask {
     pub id: TaskId,
     /// Where it is to run.
     pub node: NodeId,
+    /// Its name then, for the audit log.
+    pub node_name: String,
     /// Who asked.
-    pub actor: String,
+    pub actor: Actor,
+    /// With which role.
+    pub role: Role,
     /// The command as it is shown to people.
     pub command: String,
     /// Workspace it runs in; empty for none.
@@ -205,6 +215,10 @@ pub struct TaskEnd {
     pub stdout_bytes: u64,
     /// Bytes of error output.
     pub stderr_bytes: u64,
+    /// BLAKE3 of the output, as the node reports it; none if the end is not known.
+    pub stdout_hash: Option<[u8; 32]>,
+    /// The same of the error output.
+    pub stderr_hash: Option<[u8; 32]>,
     /// When.
     pub ended_at_ms: i64,
 }
@@ -243,4 +257,83 @@ pub struct Workspace {
     pub created_at_ms: i64,
     /// The nodes that hold a copy.
     pub members: BTreeSet<NodeId>,
+}
+
+/// A line for the audit log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewAudit {
+    /// When.
+    pub at_ms: i64,
+    /// Who: an operator's name, `local`, `node:NAME` or `hub`.
+    pub actor: String,
+    /// What, such as `node.joined`.
+    pub action: &'static str,
+    /// To what: a node, operator, task or invite.
+    pub target: String,
+    /// The particulars, a JSON object. Never a secret, never file content.
+    pub detail: String,
+}
+
+/// Number and hash of the last line of the audit log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AuditHead {
+    /// 0 for an empty log.
+    pub seq: u64,
+    /// 32 zero bytes for an empty log.
+    pub hash: [u8; 32],
+}
+
+/// A line of the audit log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuditLine {
+    /// Its number, one above the line before.
+    pub seq: u64,
+    /// When.
+    pub at_ms: i64,
+    /// Who.
+    pub actor: String,
+    /// What.
+    pub action: String,
+    /// To what.
+    pub target: String,
+    /// The particulars, a JSON object.
+    pub detail: String,
+    /// Hash of the line before.
+    pub prev_hash: [u8; 32],
+    /// Hash of this line.
+    pub hash: [u8; 32],
+}
+
+impl AuditLine {
+    /// The line that follows `head`.
+    #[must_use]
+    pub fn after(head: AuditHead, new: &NewAudit) -> Self {
+        let mut line = Self {
+            seq: head.seq + 1,
+            at_ms: new.at_ms,
+            actor: new.actor.clone(),
+            action: new.action.to_owned(),
+            target: new.target.clone(),
+            detail: new.detail.clone(),
+            prev_hash: head.hash,
+            hash: [0; 32],
+        };
+        line.hash = line.computed_hash();
+        line
+    }
+
+    /// The hash that this line must have.
+    #[must_use]
+    pub fn computed_hash(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_derive_key("cortex.v1 audit line");
+        hasher.update(&self.prev_hash);
+        hasher.update(&self.seq.to_be_bytes());
+        hasher.update(&self.at_ms.to_be_bytes());
+        for text in [&self.actor, &self.action, &self.target, &self.detail] {
+            // The length comes first, so that no two lines give the same bytes.
+            hasher.update(&(text.len() as u64).to_be_bytes());
+            hasher.update(text.as_bytes());
+        }
+        *hasher.finalize().as_bytes()
+    }
 }

@@ -9,7 +9,7 @@ use cortex_shared::ids::{NodeId, WorkspaceId};
 use super::{SyncError, Workspaces};
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
-use crate::store::{Store, StoreError, Workspace};
+use crate::store::{Actor, Scope, Store, StoreError, Workspace};
 
 /// See the module.
 pub struct Members {
@@ -36,8 +36,8 @@ impl Members {
     ///
     /// # Errors
     /// [`StoreError::Exists`] if the name is taken; those of the store.
-    pub async fn create(&self, name: &str) -> Result<Workspace, StoreError> {
-        let workspace = self.membership.create(&*self.store, name).await?;
+    pub async fn create(&self, name: &str, by: &Actor) -> Result<Workspace, StoreError> {
+        let workspace = self.membership.create(&*self.store, name, by).await?;
         self.registry.notify();
         Ok(workspace)
     }
@@ -46,8 +46,13 @@ impl Members {
     ///
     /// # Errors
     /// Those of the store.
-    pub async fn attach(&self, workspace: WorkspaceId, node: NodeId) -> Result<(), StoreError> {
-        self.membership.attach(&*self.store, workspace, node).await?;
+    pub async fn attach(
+        &self,
+        workspace: WorkspaceId,
+        node: NodeId,
+        by: &Actor,
+    ) -> Result<(), StoreError> {
+        self.membership.attach(&*self.store, workspace, node, by).await?;
         self.send_memberships(node).await;
         self.registry.notify();
         Ok(())
@@ -57,8 +62,13 @@ impl Members {
     ///
     /// # Errors
     /// Those of the store.
-    pub async fn detach(&self, workspace: WorkspaceId, node: NodeId) -> Result<(), StoreError> {
-        self.membership.detach(&*self.store, workspace, node).await?;
+    pub async fn detach(
+        &self,
+        workspace: WorkspaceId,
+        node: NodeId,
+        by: &Actor,
+    ) -> Result<(), StoreError> {
+        self.membership.detach(&*self.store, workspace, node, by).await?;
         self.send_memberships(node).await;
         self.registry.notify();
         Ok(())
@@ -98,16 +108,23 @@ impl Members {
         self.registry.notify();
     }
 
-    /// A workspace with its size and the progress of its members, as operators see it.
+    /// A workspace with its size and the progress of its members within this scope.
     ///
     /// # Errors
     /// If its content cannot be read.
-    pub async fn describe(&self, workspace: &Workspace) -> Result<v1::WorkspaceInfo, SyncError> {
+    pub async fn describe(
+        &self,
+        workspace: &Workspace,
+        scope: &Scope,
+    ) -> Result<v1::WorkspaceInfo, SyncError> {
         let content = self.content.workspace(workspace.id).await?;
         let summary = content.summary().await?;
         let mut members = Vec::with_capacity(workspace.members.len());
         for node in &workspace.members {
             let view = self.registry.get(*node);
+            if !scope.covers(&view.as_ref().map(|v| v.node.labels.clone()).unwrap_or_default()) {
+                continue;
+            }
             members.push(v1::WorkspaceMember {
                 node_id: node.as_bytes().to_vec().into(),
                 node_name: view.as_ref().map(|v| v.node.name.clone()).unwrap_or_default(),

@@ -1,4 +1,5 @@
 //! Commands: journalled, relayed, never interpreted.
 
+pub mod limits;
 pub mod mailbox;
 pub mod relay;

@@ -7,7 +7,7 @@
 //! In memory only: a restart of the hub fails what was running, from the journal.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use cortex_shared::text::shorten;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::limits::{Limits, Slot, Slots};
 use super::mailbox::{End, ToNode, ToReader};
 use crate::node::registry::SessionHandle;
 use crate::store::{NewTask, Store, StoreError, TaskEnd, TaskEndState};
@@ -30,6 +31,24 @@ const MAX_TEXT_BYTES: usize = 1024;
 
 /// Time a cancelled command has before it is killed, if the caller names none.
 pub const DEFAULT_CANCEL_GRACE: Duration = Duration::from_secs(2);
+/// Longest reason that is kept of what a node says.
+const MAX_REASON_BYTES: usize = 1024;
+
+/// Why a task was not begun.
+#[derive(Debug, thiserror::Error)]
+pub enum StartRefusal {
+    /// The caller has as many running as it may.
+    #[error("{actor:?} has {limit} commands running, which is as many as its role may")]
+    TooMany {
+        /// The caller.
+        actor: String,
+        /// How many it may have.
+        limit: usize,
+    },
+    /// The task could not be journalled.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
 
 /// A task that is accepted and has not ended.
 pub struct Task {
@@ -37,7 +56,11 @@ pub struct Task {
     pub id: TaskId,
     /// Where it runs.
     pub node: NodeId,
+    /// Who asked for it.
+    actor: String,
     session: SessionHandle,
+    /// Output it may still write.
+    output_left: AtomicU64,
     /// Frames to its reader.
     pub to_reader: ToReader,
     /// Frames to its node.
@@ -60,6 +83,13 @@ impl Task {
         self.session.send(frame).ok();
     }
 
+    /// Takes output off what the task may write; whether there was enough left.
+    fn may_write(&self, bytes: usize) -> bool {
+        let bytes = bytes as u64;
+        let take = |left: u64| left.checked_sub(bytes);
+        self.output_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
+    }
+
     /// Whether the task has its verdict.
     #[must_use]
     pub fn has_ended(&self) -> bool {
@@ -67,9 +97,16 @@ impl Task {
     }
 }
 
+/// A task in the table. Its place among its caller's commands is free once it is taken out.
+struct Running {
+    task: Arc<Task>,
+    _slot: Slot,
+}
+
 /// See the module.
 pub struct Relay {
-    tasks: Mutex<HashMap<TaskId, Arc<Task>>>,
+    tasks: Mutex<HashMap<TaskId, Running>>,
+    slots: Arc<Slots>,
     store: Arc<dyn Store>,
     scope: TaskScope,
     start_deadline: Duration,
@@ -79,10 +116,11 @@ impl Relay {
     /// A relay without tasks. A node has `start_deadline` to open the stream of a task.
     #[must_use]
     pub fn new(store: Arc<dyn Store>, scope: TaskScope, start_deadline: Duration) -> Arc<Self> {
-        Arc::new(Self { tasks: Mutex::default(), store, scope, start_deadline })
+        let (tasks, slots) = (Mutex::default(), Arc::default());
+        Arc::new(Self { tasks, slots, store, scope, start_deadline })
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<TaskId, Arc<Task>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<TaskId, Running>> {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -95,26 +133,33 @@ impl Relay {
     /// How many of them are on this node.
     #[must_use]
     pub fn running_on(&self, node: NodeId) -> usize {
-        self.lock().values().filter(|task| task.node == node).count()
+        self.lock().values().filter(|running| running.task.node == node).count()
     }
 
-    /// Journals a task, then sends it to its node. The task is durable when this returns.
+    /// Journals a task, then sends it to its node. The task is durable when this returns. To be run to
+    /// its end: one that is given up half way leaves a task in the journal that nobody ends.
     ///
     /// # Errors
-    /// Those of the store; the node has then not heard of it.
+    /// See [`StartRefusal`]; the node has then not heard of it.
     pub async fn start(
         self: &Arc<Self>,
         new: NewTask,
         spec: TaskSpec,
         initial_credit: u64,
         session: SessionHandle,
-    ) -> Result<Arc<Task>, StoreError> {
+    ) -> Result<Arc<Task>, StartRefusal> {
+        let limits = Limits::of(new.role);
+        let slot = self.slots.take(&new.actor.name, limits.commands).ok_or_else(|| {
+            StartRefusal::TooMany { actor: new.actor.name.clone(), limit: limits.commands }
+        })?;
         let to_reader = ToReader::new(0);
         let initial_credit = to_reader.grant(initial_credit);
         let task = Arc::new(Task {
             id: new.id,
             node: new.node,
+            actor: new.actor.name.clone(),
             session,
+            output_left: AtomicU64::new(limits.output_bytes),
             to_reader,
             to_node: ToNode::default(),
             attached: AtomicBool::new(false),
@@ -124,13 +169,14 @@ impl Relay {
         let frame = hub_frame::Frame::StartTask(StartTask {
             task_id: task.id.as_bytes().to_vec().into(),
             spec: Some(spec),
-            actor: new.actor.clone(),
+            actor: new.actor.name.clone(),
             initial_credit,
+            role: new.role.to_string(),
         });
         self.store.accept_task(new).await?;
         // First into the table, then to the node: if the session ends in between, either the table
         // is searched after this, or the send fails.
-        self.lock().insert(task.id, Arc::clone(&task));
+        self.lock().insert(task.id, Running { task: Arc::clone(&task), _slot: slot });
         if task.session.send(frame).is_err() {
             self.fail(task.id, TaskVerdict::StreamLost, "the node is not connected");
         }
@@ -151,7 +197,8 @@ impl Relay {
     /// The node opened the task's stream; `None` if this is not its task, or not the first time.
     #[must_use]
     pub fn attach(&self, node: NodeId, id: TaskId) -> Option<Arc<Task>> {
-        let task = Arc::clone(self.lock().get(&id).filter(|task| task.node == node)?);
+        let tasks = self.lock();
+        let task = Arc::clone(&tasks.get(&id).filter(|running| running.task.node == node)?.task);
         (!task.attached.swap(true, Ordering::AcqRel)).then_some(task)
     }
 
@@ -161,6 +208,12 @@ impl Relay {
         match frame {
             task_io_up::Frame::Started(started) => task.to_reader.started(started),
             task_io_up::Frame::Output(output) => {
+                if !task.may_write(output.data.len()) {
+                    task.cancel(0, Duration::ZERO);
+                    let reason = "the command wrote more output than its caller's role may have";
+                    self.fail(task.id, TaskVerdict::Failed, reason);
+                    return false;
+                }
                 if task.to_reader.output(output).is_err() {
                     task.cancel(0, Duration::ZERO);
                     self.fail(task.id, TaskVerdict::Failed, "the node sent more than was granted");
@@ -187,26 +240,44 @@ impl Relay {
 
     /// The session ended: nobody waits any longer for its tasks.
     pub fn session_lost(&self, session: SessionId) {
-        let lost: Vec<TaskId> = self
-            .lock()
-            .values()
-            .filter(|task| task.session.id == session)
-            .map(|task| task.id)
-            .collect();
-        for id in lost {
+        for task in self.those(|task| task.session.id == session) {
             self.fail(
-                id,
+                task.id,
                 TaskVerdict::StreamLost,
                 "the connection to the node was lost; the command may still be running there",
             );
         }
     }
 
+    /// Ends everything that runs on a node, at once: it has lost its place in the mesh.
+    pub fn end_on_node(&self, node: NodeId, reason: &str) {
+        self.end_all(|task| task.node == node, reason);
+    }
+
+    /// Ends everything that runs for a caller, at once.
+    pub fn end_of_actor(&self, actor: &str, reason: &str) {
+        self.end_all(|task| task.actor == actor, reason);
+    }
+
+    fn end_all(&self, wanted: impl Fn(&Task) -> bool, reason: &str) {
+        for task in self.those(wanted) {
+            task.cancel(0, Duration::ZERO);
+            self.fail(task.id, TaskVerdict::Cancelled, reason);
+        }
+    }
+
+    fn those(&self, wanted: impl Fn(&Task) -> bool) -> Vec<Arc<Task>> {
+        let tasks = self.lock();
+        let wanted = tasks.values().filter(|running| wanted(&running.task));
+        wanted.map(|running| Arc::clone(&running.task)).collect()
+    }
+
     /// When something last came from one of this session's tasks.
     #[must_use]
     pub fn last_frame(&self, session: SessionId) -> Option<Instant> {
         let tasks = self.lock();
-        let of_session = tasks.values().filter(|task| task.session.id == session);
+        let of_session = tasks.values().map(|running| &running.task);
+        let of_session = of_session.filter(|task| task.session.id == session);
         of_session.map(|task| *task.last_frame.lock().unwrap_or_else(PoisonError::into_inner)).max()
     }
 
@@ -230,7 +301,7 @@ impl Relay {
 
     fn take(&self, id: TaskId, wanted: impl FnOnce(&Task) -> bool) -> Option<Arc<Task>> {
         let mut tasks = self.lock();
-        if wanted(tasks.get(&id)?) { tasks.remove(&id) } else { None }
+        if wanted(&tasks.get(&id)?.task) { Some(tasks.remove(&id)?.task) } else { None }
     }
 
     /// Journals the verdict, and only then tells the reader.
@@ -272,9 +343,23 @@ fn journal_entry(exit: &TaskExit) -> TaskEnd {
         verdict,
         exit_code: (exit.verdict() == TaskVerdict::Exited).then_some(exit.exit_code),
         signal: (exit.signal != 0).then_some(exit.signal),
-        reason: exit.reason.clone(),
+        reason: shortened(&exit.reason),
         stdout_bytes: exit.stdout_bytes,
         stderr_bytes: exit.stderr_bytes,
+        stdout_hash: exit.stdout_hash.as_ref().try_into().ok(),
+        stderr_hash: exit.stderr_hash.as_ref().try_into().ok(),
         ended_at_ms: unix_ms(),
     }
 }
+
+/// What is kept of a text that a node wrote.
+fn shortened(text: &str) -> String {
+    let mut end = text.len().min(MAX_REASON_BYTES);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}
+
+#[cfg(test)]
+mod tests;

@@ -4,13 +4,12 @@ use std::collections::BTreeSet;
 
 use cortex_shared::ids::WorkspaceId;
 use cortex_shared::labels;
-use cortex_shared::policy::Mode;
 use cortex_shared::secret::{InviteId, SecretHash};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::super::{
-    Invite, InviteKind, KeyHash, NewInvite, Node, NodeRedemption, Operator, OperatorRedemption,
-    RedeemRefusal, StoreError,
+    Invite, InviteKind, KeyHash, NewInvite, Node, NodePolicy, NodeRedemption, Operator,
+    OperatorRedemption, RedeemRefusal, StoreError,
 };
 use super::{damaged, from_json, nodes, to_json, workspaces};
 
@@ -166,7 +165,8 @@ pub(super) fn redeem_node(
         name,
         labels,
         key: redemption.key,
-        policy: Mode::Strict,
+        policy: NodePolicy::default(),
+        cordoned: false,
         ceiling: redemption.ceiling,
         joined_at_ms: redemption.now_ms,
         last_seen_ms: 0,
@@ -236,9 +236,10 @@ pub(super) fn redeem_operator(
     record_use(t, id, key, name.as_bytes(), *now_ms)?;
     // A new login of a known operator replaces its key and role: the invite says who it is for.
     t.execute(
-        "INSERT INTO operators VALUES (?1, ?2, ?3, ?4, NULL) ON CONFLICT (name) DO UPDATE \
-         SET role = ?2, key = ?3, revoked_at = NULL",
-        params![name, role.to_string(), key.as_slice(), now_ms],
+        "INSERT INTO operators (name, role, key, created_at, scope) \
+         SELECT ?1, ?2, ?3, ?4, scope FROM invites WHERE id = ?5 ON CONFLICT (name) DO UPDATE \
+         SET role = ?2, key = ?3, scope = excluded.scope, revoked_at = NULL",
+        params![name, role.to_string(), key.as_slice(), now_ms, id.as_str()],
     )?;
     Ok(Ok(Operator { name, role }))
 }

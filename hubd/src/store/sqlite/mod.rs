@@ -1,5 +1,7 @@
 //! The store in SQLite: one file, one writer with group commit, readers beside it (`store::database`).
 
+mod audit;
+mod authority;
 mod invites;
 mod nodes;
 mod tasks;
@@ -9,18 +11,23 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 use cortex_shared::ids::{MeshId, NodeId, TaskId, WorkspaceId};
+use cortex_shared::labels::Labels;
 use cortex_shared::secret::InviteId;
 use cortex_shared::tasks::TaskScope;
 use rusqlite::{Connection, OptionalExtension as _};
 
 use super::database::{Database, DatabaseError, Settings};
 use super::{
-    Invite, NewInvite, NewTask, Node, NodeRedemption, Operator, OperatorRedemption, RedeemRefusal,
-    Store, StoreError, TaskEnd, Workspace,
+    AuditHead, AuditLine, Invite, LabelChange, LabelRefusal, NewAudit, NewInvite, NewTask, Node,
+    NodePolicy, NodeRedemption, Operator, OperatorRecord, OperatorRedemption, RedeemRefusal, Store,
+    StoreError, TaskEnd, Workspace,
 };
 
 const SETTINGS: Settings = Settings {
-    migrations: &[include_str!("migrations/0001_first.sql")],
+    migrations: &[
+        include_str!("migrations/0001_first.sql"),
+        include_str!("migrations/0002_authority.sql"),
+    ],
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,
 };
@@ -98,21 +105,120 @@ impl Store for SqliteStore {
         self.database.read(workspaces::list).await
     }
 
-    async fn create_workspace(&self, workspace: Workspace) -> Result<(), StoreError> {
-        self.database.write(move |t| workspaces::create(t, &workspace)).await
+    async fn create_workspace(
+        &self,
+        workspace: Workspace,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        let create = move |t: &Connection| {
+            workspaces::create(t, &workspace)?;
+            audit::append(t, &audit)
+        };
+        self.database.write(create).await
     }
 
     async fn attach(
         &self,
         workspace: WorkspaceId,
         node: NodeId,
-        now_ms: i64,
+        audit: NewAudit,
     ) -> Result<(), StoreError> {
-        self.database.write(move |t| workspaces::attach(t, workspace, node, now_ms)).await
+        let attach = move |t: &Connection| {
+            let changed = workspaces::attach(t, workspace, node, audit.at_ms)?;
+            if changed { audit::append(t, &audit) } else { Ok(()) }
+        };
+        self.database.write(attach).await
     }
 
-    async fn detach(&self, workspace: WorkspaceId, node: NodeId) -> Result<(), StoreError> {
-        self.database.write(move |t| workspaces::detach(t, workspace, node)).await
+    async fn detach(
+        &self,
+        workspace: WorkspaceId,
+        node: NodeId,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        let detach = move |t: &Connection| {
+            let changed = workspaces::detach(t, workspace, node)?;
+            if changed { audit::append(t, &audit) } else { Ok(()) }
+        };
+        self.database.write(detach).await
+    }
+
+    async fn revoke_node(
+        &self,
+        id: NodeId,
+        now_ms: i64,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        self.database.write(move |t| authority::revoke_node(t, id, now_ms, &audit)).await
+    }
+
+    async fn forget_node(&self, id: NodeId, audit: NewAudit) -> Result<(), StoreError> {
+        self.database.write(move |t| authority::forget_node(t, id, &audit)).await
+    }
+
+    async fn label_node(
+        &self,
+        id: NodeId,
+        change: LabelChange,
+        audit: NewAudit,
+    ) -> Result<Result<Labels, LabelRefusal>, StoreError> {
+        self.database.write(move |t| authority::label_node(t, id, change, &audit)).await
+    }
+
+    async fn rename_node(
+        &self,
+        id: NodeId,
+        name: String,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        self.database.write(move |t| authority::rename_node(t, id, &name, &audit)).await
+    }
+
+    async fn cordon_node(
+        &self,
+        id: NodeId,
+        cordoned: bool,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        self.database.write(move |t| authority::cordon_node(t, id, cordoned, &audit)).await
+    }
+
+    async fn set_node_policy(
+        &self,
+        id: NodeId,
+        policy: NodePolicy,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        self.database.write(move |t| authority::set_node_policy(t, id, &policy, &audit)).await
+    }
+
+    async fn operators(&self) -> Result<Vec<OperatorRecord>, StoreError> {
+        self.database.read(authority::operators).await
+    }
+
+    async fn revoke_operator(
+        &self,
+        name: String,
+        now_ms: i64,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        self.database.write(move |t| authority::revoke_operator(t, &name, now_ms, &audit)).await
+    }
+
+    async fn record_audit(&self, audit: NewAudit) -> Result<(), StoreError> {
+        self.database.write(move |t| audit::append(t, &audit)).await
+    }
+
+    async fn audit_page(
+        &self,
+        after_seq: Option<u64>,
+        limit: u32,
+    ) -> Result<Vec<AuditLine>, StoreError> {
+        self.database.read(move |c| audit::page(c, after_seq, limit)).await
+    }
+
+    async fn audit_head(&self) -> Result<AuditHead, StoreError> {
+        self.database.read(audit::head).await
     }
 }
 

@@ -2,11 +2,11 @@
 
 use rusqlite::{Connection, Row, params};
 
-use super::super::{Facts, Node, StoreError};
+use super::super::{Facts, Node, NodePolicy, StoreError};
 use super::{damaged, from_json, node_id, to_json};
 
 const COLUMNS: &str = "id, name, labels, key, policy, ceiling, joined_at, last_seen, revoked_at, \
-                       hostname, os, arch, agent_version";
+                       hostname, os, arch, agent_version, policy_until, policy_reason, cordoned";
 
 fn read(row: &Row<'_>) -> Result<Node, StoreError> {
     Ok(Node {
@@ -14,7 +14,12 @@ fn read(row: &Row<'_>) -> Result<Node, StoreError> {
         name: row.get(1)?,
         labels: from_json(&row.get::<_, String>(2)?, "labels")?,
         key: row.get(3)?,
-        policy: row.get::<_, String>(4)?.parse().map_err(|_| damaged("policy"))?,
+        policy: NodePolicy {
+            mode: row.get::<_, String>(4)?.parse().map_err(|_| damaged("policy"))?,
+            until_ms: row.get("policy_until")?,
+            reason: row.get("policy_reason")?,
+        },
+        cordoned: row.get("cordoned")?,
         ceiling: row.get::<_, String>(5)?.parse().map_err(|_| damaged("ceiling"))?,
         joined_at_ms: row.get(6)?,
         last_seen_ms: row.get(7)?,
@@ -50,13 +55,13 @@ pub(super) fn exists(connection: &Connection, name: &str) -> Result<bool, StoreE
 
 pub(super) fn insert(connection: &Connection, node: &Node) -> Result<(), StoreError> {
     connection.execute(
-        &format!("INSERT INTO nodes ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"),
+        &format!("INSERT INTO nodes ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"),
         params![
             node.id.as_bytes().as_slice(),
             node.name,
             to_json(&node.labels)?,
             node.key.as_slice(),
-            node.policy.to_string(),
+            node.policy.mode.to_string(),
             node.ceiling.to_string(),
             node.joined_at_ms,
             node.last_seen_ms,
@@ -65,6 +70,9 @@ pub(super) fn insert(connection: &Connection, node: &Node) -> Result<(), StoreEr
             node.facts.os,
             node.facts.arch,
             node.facts.agent_version,
+            node.policy.until_ms,
+            node.policy.reason,
+            node.cordoned,
         ],
     )?;
     Ok(())

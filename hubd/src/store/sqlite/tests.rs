@@ -3,7 +3,7 @@
 use cortex_shared::policy::Role;
 use cortex_shared::secret::InviteToken;
 
-use super::super::{Facts, InviteKind, TaskEndState};
+use super::super::{Actor, Facts, InviteKind, TaskEndState};
 use super::*;
 
 async fn store() -> (tempfile::TempDir, SqliteStore) {
@@ -28,6 +28,10 @@ fn invite(token: &InviteToken, kind: InviteKind) -> NewInvite {
 }
 
 use std::collections::BTreeSet;
+
+fn audit(at_ms: i64) -> NewAudit {
+    Actor::from("ann").audit(at_ms, "test.done", "it", serde_json::json!({}))
+}
 
 fn redemption(token: &InviteToken, key: u8) -> NodeRedemption {
     NodeRedemption {
@@ -139,7 +143,7 @@ async fn everything_is_there_after_reopening() {
         created_at_ms: 1,
         members: BTreeSet::new(),
     };
-    store.create_workspace(workspace.clone()).await.unwrap();
+    store.create_workspace(workspace.clone(), audit(1)).await.unwrap();
     let mut with_workspace = invite(&token, InviteKind::Node);
     with_workspace.workspaces.insert(workspace.id);
     store.create_invite(with_workspace).await.unwrap();
@@ -155,10 +159,10 @@ async fn everything_is_there_after_reopening() {
     let workspaces = store.workspaces().await.unwrap();
     assert_eq!(workspaces[0].members, [node.id].into());
     assert!(matches!(
-        store.create_workspace(workspace).await,
+        store.create_workspace(workspace, audit(2)).await,
         Err(StoreError::Exists { what: "workspace", .. })
     ));
-    store.detach(workspaces[0].id, node.id).await.unwrap();
+    store.detach(workspaces[0].id, node.id, audit(3)).await.unwrap();
     assert!(store.workspaces().await.unwrap()[0].members.is_empty());
 }
 
@@ -169,7 +173,9 @@ async fn the_first_verdict_of_a_task_stands() {
     let task = NewTask {
         id,
         node: NodeId::new(),
+        node_name: "box".into(),
         actor: "ann".into(),
+        role: Role::Operator,
         command: "true".into(),
         workspace: String::new(),
         mode: cortex_shared::policy::Mode::Strict,
@@ -185,6 +191,8 @@ async fn the_first_verdict_of_a_task_stands() {
         reason: String::new(),
         stdout_bytes: 1,
         stderr_bytes: 2,
+        stdout_hash: Some([3; 32]),
+        stderr_hash: None,
         ended_at_ms: 3,
     };
     store.end_task(id, end).await.unwrap();
@@ -201,4 +209,42 @@ async fn the_first_verdict_of_a_task_stands() {
         .await
         .unwrap();
     assert_eq!(verdict, ("exited".to_owned(), Some(7)));
+}
+
+#[tokio::test]
+async fn labels_of_a_scope_are_protected_from_the_invite_to_the_revocation() {
+    let (_folder, store) = store().await;
+    let token = InviteToken::generate();
+    store.create_invite(invite(&token, InviteKind::Node)).await.unwrap();
+    let node = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap().id;
+    let change = |may_change_scopes| LabelChange {
+        set: [("team".to_owned(), "x".to_owned())].into(),
+        remove: ["env".to_owned()].into(),
+        may_change_scopes,
+    };
+    let operator = InviteToken::generate();
+    let mut pending = invite(&operator, InviteKind::Operator(Role::Viewer));
+    pending.name_pattern = "ann".into();
+    store.create_invite(pending).await.unwrap();
+    let scope = "UPDATE invites SET scope = '{\"team\":\"x\"}' WHERE name_pattern = 'ann'";
+    store.database.write(move |c| Ok::<_, StoreError>(c.execute(scope, [])?)).await.unwrap();
+
+    let protected = Err(LabelRefusal::Protected { key: "team".into() });
+    assert_eq!(store.label_node(node, change(false), audit(20)).await.unwrap(), protected);
+    // An invite that is over protects nothing; the operator that it became does.
+    assert!(store.label_node(node, change(false), audit(1_000)).await.unwrap().is_ok());
+    let redemption = OperatorRedemption {
+        invite: operator.id().clone(),
+        secret_hash: operator.secret_hash(),
+        key: [1; 32],
+        now_ms: 10,
+    };
+    store.redeem_operator(redemption).await.unwrap().unwrap();
+    assert_eq!(store.operators().await.unwrap()[0].scope.0["team"], "x");
+    assert_eq!(store.label_node(node, change(false), audit(1_000)).await.unwrap(), protected);
+    let labels = store.label_node(node, change(true), audit(1_000)).await.unwrap().unwrap();
+    assert_eq!(labels.get("team").map(String::as_str), Some("x"));
+    assert!(!labels.contains_key("env"));
+    store.revoke_operator("ann".into(), 2_000, audit(2_000)).await.unwrap();
+    assert!(store.label_node(node, change(false), audit(2_001)).await.unwrap().is_ok());
 }

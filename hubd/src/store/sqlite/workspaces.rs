@@ -45,27 +45,29 @@ pub(super) fn create(t: &Connection, workspace: &Workspace) -> Result<(), StoreE
     Ok(())
 }
 
+/// Returns whether the node was not a member before.
 pub(super) fn attach(
     t: &Connection,
     workspace: WorkspaceId,
     node: NodeId,
     now_ms: i64,
-) -> Result<(), StoreError> {
-    t.execute(
+) -> Result<bool, StoreError> {
+    let changed = t.execute(
         "INSERT INTO members VALUES (?,?,?) ON CONFLICT DO NOTHING",
         params![workspace.as_bytes().as_slice(), node.as_bytes().as_slice(), now_ms],
     )?;
-    Ok(())
+    Ok(changed > 0)
 }
 
+/// Returns whether the node was a member.
 pub(super) fn detach(
     t: &Connection,
     workspace: WorkspaceId,
     node: NodeId,
-) -> Result<(), StoreError> {
-    t.execute(
+) -> Result<bool, StoreError> {
+    let changed = t.execute(
         "DELETE FROM members WHERE workspace = ? AND node = ?",
         params![workspace.as_bytes().as_slice(), node.as_bytes().as_slice()],
     )?;
-    Ok(())
+    Ok(changed > 0)
 }

@@ -1,0 +1,237 @@
+//! Decisions of operators about nodes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cortex_shared::clock::unix_ms;
+use cortex_shared::policy::Mode;
+use cortex_shared::tasks::TaskScope;
+use serde_json::json;
+use tokio::sync::Mutex;
+
+use crate::node::membership::Membership;
+use crate::node::registry::{ForgetRefusal, Registry};
+use crate::store::{Actor, LabelChange, LabelRefusal, Node, NodePolicy, Store, StoreError};
+use crate::task::relay::Relay;
+
+/// How long a permissive policy lasts unless told otherwise.
+pub const DEFAULT_PERMISSIVE: Duration = Duration::from_secs(3600);
+/// How long a permissive policy lasts at most: what is needed for longer belongs into the sandbox's
+/// own rules.
+pub const MAX_PERMISSIVE: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Longest wait for the end of a policy before the clock is looked at again: it may have been set.
+const CLOCK_LOOK: Duration = Duration::from_secs(60);
+/// Wait after the store did not take the end of a policy. The policy is not in force meanwhile.
+const STORE_RETRY: Duration = Duration::from_secs(5);
+
+/// Why a decision was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum DecisionError {
+    /// The store refused or failed; nothing has changed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// It is in force, but the store did not record it.
+    #[error("this is in force until the hub restarts, but could not be recorded")]
+    NotRecorded(#[source] StoreError),
+    /// The node cannot be forgotten.
+    #[error(transparent)]
+    Forget(#[from] ForgetRefusal),
+    /// The labels cannot be changed.
+    #[error(transparent)]
+    Label(#[from] LabelRefusal),
+}
+
+/// See the module.
+pub struct NodeDecisions {
+    registry: Arc<Registry>,
+    relay: Arc<Relay>,
+    membership: Arc<Membership>,
+    store: Arc<dyn Store>,
+    /// One at a time: memory and store see them in the same order.
+    order: Mutex<()>,
+}
+
+impl NodeDecisions {
+    /// Decisions about these nodes.
+    #[must_use]
+    pub fn new(
+        registry: Arc<Registry>,
+        relay: Arc<Relay>,
+        membership: Arc<Membership>,
+        store: Arc<dyn Store>,
+    ) -> Arc<Self> {
+        Arc::new(Self { registry, relay, membership, store, order: Mutex::default() })
+    }
+
+    /// Ends a node's session, commands and calls at once, for good.
+    ///
+    /// # Errors
+    /// [`DecisionError::NotRecorded`].
+    pub async fn revoke(&self, node: &Node, reason: &str, by: &Actor) -> Result<(), DecisionError> {
+        // The commands first: afterwards there is no session to tell the node by.
+        self.relay.end_on_node(node.id, "the node was revoked");
+        self.registry.revoke(node.id);
+        let now = unix_ms();
+        let detail = json!({ "node_id": node.id.to_string(), "reason": reason });
+        let audit = by.audit(now, "node.revoked", &node.name, detail);
+        let _order = self.order.lock().await;
+        self.store.revoke_node(node.id, now, audit).await.map_err(DecisionError::NotRecorded)?;
+        tracing::info!(node = %node.name, id = %node.id, by = %by.name, "node revoked");
+        Ok(())
+    }
+
+    /// Removes the record of a node that is revoked or offline; its name is free again.
+    ///
+    /// # Errors
+    /// [`DecisionError::Forget`], [`DecisionError::Store`].
+    pub async fn forget(&self, node: &Node, by: &Actor) -> Result<(), DecisionError> {
+        let detail = json!({ "node_id": node.id.to_string() });
+        let audit = by.audit(unix_ms(), "node.forgotten", &node.name, detail);
+        let _order = self.order.lock().await;
+        let record = self.registry.forget(node.id)?;
+        if let Err(error) = self.store.forget_node(node.id, audit).await {
+            self.registry.add(record);
+            return Err(error.into());
+        }
+        self.membership.reload(&*self.store).await?;
+        tracing::info!(node = %node.name, id = %node.id, by = %by.name, "node forgotten");
+        Ok(())
+    }
+
+    /// Changes a node's labels.
+    ///
+    /// # Errors
+    /// [`DecisionError::Label`], [`DecisionError::Store`].
+    pub async fn label(
+        &self,
+        node: &Node,
+        change: LabelChange,
+        by: &Actor,
+    ) -> Result<(), DecisionError> {
+        let detail = json!({
+            "node_id": node.id.to_string(), "set": &change.set, "remove": &change.remove,
+        });
+        let audit = by.audit(unix_ms(), "node.labelled", &node.name, detail);
+        let _order = self.order.lock().await;
+        let labels = self.store.label_node(node.id, change, audit).await??;
+        self.registry.set_labels(node.id, labels);
+        Ok(())
+    }
+
+    /// Renames a node.
+    ///
+    /// # Errors
+    /// [`DecisionError::Store`], with [`StoreError::Exists`] if the name is taken.
+    pub async fn rename(&self, node: &Node, name: String, by: &Actor) -> Result<(), DecisionError> {
+        let detail = json!({ "node_id": node.id.to_string(), "name": &name });
+        let audit = by.audit(unix_ms(), "node.renamed", &node.name, detail);
+        let _order = self.order.lock().await;
+        self.store.rename_node(node.id, name.clone(), audit).await?;
+        self.registry.rename(node.id, name);
+        Ok(())
+    }
+
+    /// Withholds new commands from a node, or gives it commands again.
+    ///
+    /// # Errors
+    /// [`DecisionError::Store`].
+    pub async fn cordon(
+        &self,
+        node: &Node,
+        cordoned: bool,
+        by: &Actor,
+    ) -> Result<(), DecisionError> {
+        let action = if cordoned { "node.cordoned" } else { "node.uncordoned" };
+        let detail = json!({ "node_id": node.id.to_string() });
+        let audit = by.audit(unix_ms(), action, &node.name, detail);
+        let _order = self.order.lock().await;
+        self.store.cordon_node(node.id, cordoned, audit).await?;
+        self.registry.set_cordoned(node.id, cordoned);
+        Ok(())
+    }
+
+    /// Sets the hub's policy for a node, and tells the node. Commands that run already go on.
+    ///
+    /// # Errors
+    /// [`DecisionError::Store`]; for a strict policy [`DecisionError::NotRecorded`].
+    pub async fn set_policy(
+        &self,
+        node: &Node,
+        policy: NodePolicy,
+        by: &Actor,
+    ) -> Result<(), DecisionError> {
+        let detail = json!({
+            "node_id": node.id.to_string(),
+            "mode": policy.mode.to_string(),
+            "until_ms": policy.until_ms,
+            "reason": &policy.reason,
+        });
+        let audit = by.audit(unix_ms(), "policy.set", &node.name, detail);
+        let strict = policy.mode == Mode::Strict;
+        let _order = self.order.lock().await;
+        if strict {
+            self.registry.set_policy(node.id, policy.clone());
+            let recorded = self.store.set_node_policy(node.id, policy, audit).await;
+            recorded.map_err(DecisionError::NotRecorded)?;
+        } else {
+            self.store.set_node_policy(node.id, policy.clone(), audit).await?;
+            self.registry.set_policy(node.id, policy.clone());
+            tracing::warn!(node = %node.name, by = %by.name, reason = %policy.reason, "policy is permissive");
+        }
+        Ok(())
+    }
+
+    /// Writes down the end of each permissive policy when its time is over, and tells its node. The
+    /// end itself needs nobody: a policy that is over is strict wherever it is read, even if the hub
+    /// was down at that moment. Ends with the scope.
+    pub fn end_policies(self: &Arc<Self>, scope: &TaskScope) {
+        let (decisions, cancel) = (Arc::clone(self), scope.token().clone());
+        scope.spawn("policy end", async move {
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = decisions.end_policies_for_ever() => {}
+            }
+        });
+    }
+
+    async fn end_policies_for_ever(&self) {
+        loop {
+            let (ended, next) = self.registry.ended_policies(unix_ms());
+            let mut wait = CLOCK_LOOK;
+            if let Some(next) = next {
+                let left = u64::try_from(next - unix_ms()).unwrap_or_default();
+                wait = wait.min(Duration::from_millis(left));
+            }
+            for node in ended {
+                if let Err(error) = self.end_policy(&node).await {
+                    tracing::error!(node = %node.name, %error, "the end of a policy was not recorded");
+                    wait = wait.min(STORE_RETRY);
+                }
+            }
+            tokio::select! {
+                () = self.registry.policy_changed() => {}
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    async fn end_policy(&self, node: &Node) -> Result<(), StoreError> {
+        let now = unix_ms();
+        let detail = json!({
+            "node_id": node.id.to_string(),
+            "until_ms": node.policy.until_ms,
+            "reason": &node.policy.reason,
+        });
+        let audit = Actor::hub().audit(now, "policy.ended", &node.name, detail);
+        let _order = self.order.lock().await;
+        // Somebody may have set another meanwhile, or forgotten the node.
+        let current = self.registry.get(node.id).map(|view| view.node.policy);
+        if current.as_ref() != Some(&node.policy) {
+            return Ok(());
+        }
+        self.store.set_node_policy(node.id, NodePolicy::default(), audit).await?;
+        self.registry.set_policy(node.id, NodePolicy::default());
+        tracing::info!(node = %node.name, "permissive policy ended");
+        Ok(())
+    }
+}

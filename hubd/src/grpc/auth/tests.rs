@@ -1,0 +1,172 @@
+use cortex_shared::ids::{MeshId, NodeId};
+use cortex_shared::tasks::TaskScope;
+use prost::Message as _;
+
+use super::*;
+use crate::store::OperatorRecord;
+use crate::store::sqlite::SqliteStore;
+use crate::task::relay::Relay;
+
+/// Services that the hub serves; every method of theirs needs a level.
+const HUB: [&str; 4] = ["Enroll", "Node", "Sync", "Operator"];
+/// Services of the agent's own socket.
+const AGENT: [&str; 1] = ["Control"];
+
+const KEY: KeyHash = [1; 32];
+
+async fn layer(nodes: Vec<Node>, records: Vec<OperatorRecord>) -> (tempfile::TempDir, AuthLayer) {
+    let folder = tempfile::tempdir().unwrap();
+    let scope = TaskScope::new();
+    let store = SqliteStore::open(folder.path().join("hub.db"), &scope).await.unwrap();
+    let store: Arc<dyn crate::store::Store> = Arc::new(store);
+    let relay = Relay::new(Arc::clone(&store), scope, std::time::Duration::from_secs(1));
+    let operators = Operators::load(store, relay).await.unwrap();
+    operators.apply(records);
+    (folder, AuthLayer { registry: Arc::new(Registry::new(nodes)), operators })
+}
+
+fn record(name: &str, role: Role, scope: &[(&str, &str)]) -> OperatorRecord {
+    let scope = scope.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+    OperatorRecord {
+        name: name.into(),
+        role,
+        scope: Scope(scope),
+        key: KEY,
+        created_at_ms: 1,
+        revoked_at_ms: None,
+    }
+}
+
+fn node() -> Node {
+    Node {
+        id: NodeId::new(),
+        name: "box".into(),
+        labels: Default::default(),
+        key: KEY,
+        policy: Default::default(),
+        cordoned: false,
+        ceiling: Default::default(),
+        joined_at_ms: 0,
+        last_seen_ms: 0,
+        revoked_at_ms: None,
+        facts: Default::default(),
+    }
+}
+
+fn call(layer: &AuthLayer, path: &str, peer: Option<Peer>) -> Result<Request<()>, Status> {
+    let mut request = Request::builder().uri(format!("http://hub{path}")).body(()).unwrap();
+    if let Some(peer) = peer {
+        request.extensions_mut().insert(peer);
+    }
+    layer.admit(&mut request).map(|_| request)
+}
+
+fn certified(holder: Holder, key: KeyHash) -> Option<Peer> {
+    let address = "127.0.0.1:1".parse().unwrap();
+    let identity = PeerIdentity { mesh: MeshId::new(), holder };
+    Some(Peer::Certified { address, identity, key, not_after_ms: 1 })
+}
+
+/// The certificate says admin throughout: what counts is the hub's record.
+fn operator(name: &str) -> Option<Peer> {
+    certified(Holder::Operator { name: name.into(), role: Role::Admin }, KEY)
+}
+
+#[test]
+fn the_table_names_every_method_that_the_hub_serves_and_no_other() {
+    let all = cortex_proto::FILE_DESCRIPTOR_SET;
+    let all = prost_types::FileDescriptorSet::decode(all).unwrap();
+    let mut methods = std::collections::BTreeSet::new();
+    for service in all.file.iter().flat_map(|file| &file.service) {
+        let name = service.name();
+        assert!(HUB.contains(&name) || AGENT.contains(&name), "who serves {name}?");
+        if HUB.contains(&name) {
+            let paths = service.method.iter().map(|m| format!("/cortex.v1.{name}/{}", m.name()));
+            methods.extend(paths);
+        }
+    }
+    assert!(methods.len() > 30, "the description holds the services");
+    let table: std::collections::BTreeSet<_> =
+        TABLE.iter().map(|(path, _)| (*path).to_owned()).collect();
+    assert_eq!(table.len(), TABLE.len(), "a method is named twice");
+    assert_eq!(table, methods);
+}
+
+#[tokio::test]
+async fn every_kind_of_caller_gets_what_the_table_says() {
+    use Level::{Administer, Anyone, Command, Govern, Look, Manage, Node};
+    let known = node();
+    let id = known.id;
+    let (_folder, layer) = layer(
+        vec![known],
+        vec![
+            record("viewer", Role::Viewer, &[]),
+            record("bot", Role::AgentToken, &[]),
+            record("operator", Role::Operator, &[]),
+            record("admin", Role::Admin, &[]),
+            record("scoped", Role::Admin, &[("env", "dev")]),
+        ],
+    )
+    .await;
+    let callers: [(Option<Peer>, &[Level]); 11] = [
+        (None, &[Anyone]),
+        (Some(Peer::Anonymous("127.0.0.1:1".parse().unwrap())), &[Anyone]),
+        (certified(Holder::Hub, KEY), &[Anyone]),
+        (certified(Holder::Node(id), KEY), &[Anyone, Node]),
+        (certified(Holder::Node(NodeId::new()), KEY), &[Anyone]),
+        (operator("viewer"), &[Anyone, Look]),
+        (operator("bot"), &[Anyone, Look, Command]),
+        (operator("operator"), &[Anyone, Look, Command, Manage]),
+        (operator("scoped"), &[Anyone, Look, Command, Manage, Administer]),
+        (operator("admin"), &[Anyone, Look, Command, Manage, Administer, Govern]),
+        (Some(Peer::Local { uid: 0 }), &[Anyone, Look, Command, Manage, Administer, Govern]),
+    ];
+    for (peer, allowed) in callers {
+        for (path, level) in TABLE {
+            let result = call(&layer, path, peer.clone());
+            assert_eq!(result.is_ok(), allowed.contains(level), "{path} by {peer:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_counts_only_while_it_is_the_operators_newest_login() {
+    let (_folder, layer) = layer(vec![], vec![record("ann", Role::Viewer, &[])]).await;
+    let word = |name: &str, key| {
+        let peer = certified(Holder::Operator { name: name.into(), role: Role::Viewer }, key);
+        match call(&layer, "/cortex.v1.Operator/ListNodes", peer) {
+            Ok(_) => "admitted".to_owned(),
+            Err(status) => {
+                let word = status.metadata().get(cortex_proto::CODE_TRAILER).unwrap();
+                word.to_str().unwrap().to_owned()
+            }
+        }
+    };
+    assert_eq!(word("ann", KEY), "admitted");
+    assert_eq!(word("ann", [2; 32]), "login_replaced");
+    assert_eq!(word("bob", KEY), "operator_unknown");
+    let revoked = OperatorRecord { revoked_at_ms: Some(2), ..record("ann", Role::Viewer, &[]) };
+    layer.operators.apply(vec![revoked]);
+    assert_eq!(word("ann", KEY), "operator_revoked");
+    // She logs in again, with another key: the revoked certificate stays worthless.
+    let again = OperatorRecord { key: [2; 32], ..record("ann", Role::Viewer, &[]) };
+    layer.operators.apply(vec![again]);
+    assert_eq!(word("ann", KEY), "login_replaced");
+    assert_eq!(word("ann", [2; 32]), "admitted");
+}
+
+#[tokio::test]
+async fn a_method_outside_the_table_is_refused_to_everyone() {
+    let (_folder, layer) = layer(vec![], vec![]).await;
+    let status = call(&layer, "/cortex.v1.Operator/Nonsense", Some(Peer::Local { uid: 0 }));
+    assert_eq!(status.unwrap_err().code(), Code::Unimplemented);
+}
+
+#[tokio::test]
+async fn handler_finds_the_node_of_the_certificate() {
+    let known = node();
+    let id = known.id;
+    let (_folder, layer) = layer(vec![known], vec![]).await;
+    let request = call(&layer, "/cortex.v1.Node/Link", certified(Holder::Node(id), KEY)).unwrap();
+    assert_eq!(request.extensions().get(), Some(&AdmittedNode { node_id: id }));
+}

@@ -1,0 +1,104 @@
+//! Listing and watching: which nodes are meant, which of them the caller sees, and streams of the
+//! latest state.
+
+use std::time::Duration;
+
+use cortex_proto::v1;
+use cortex_shared::tasks::TaskScope;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::auth::AdmittedOperator;
+use super::operator::{BoxStream, node_info};
+use super::status::{from_lookup, invalid};
+use crate::node::registry::{NodeView, Registry};
+use crate::task::relay::Relay;
+
+/// Least time between two messages of a watched status.
+const STATUS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// A stream of what `read` gives, at once and after each change, until it is an error or the hub
+/// stops. Between two messages there is at least [`STATUS_INTERVAL`].
+pub(super) fn watch<T, F>(
+    scope: &TaskScope,
+    mut changes: tokio::sync::watch::Receiver<u64>,
+    mut read: impl FnMut() -> F + Send + 'static,
+) -> BoxStream<T>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, Status>> + Send,
+{
+    let (sender, receiver) = mpsc::channel(1);
+    let cancel = scope.token().clone();
+    scope.spawn("watch", async move {
+        loop {
+            changes.mark_unchanged();
+            let message = read().await;
+            let last = message.is_err();
+            // A reader that is slow gets fewer messages, each of them the latest.
+            if sender.send(message).await.is_err() || last {
+                return;
+            }
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = sender.closed() => return,
+                () = async {
+                    tokio::time::sleep(STATUS_INTERVAL).await;
+                    // The registry outlives every stream.
+                    changes.changed().await.ok();
+                } => {}
+            }
+        }
+    });
+    Box::pin(ReceiverStream::new(receiver))
+}
+
+/// Which nodes are meant.
+pub(super) enum Selector {
+    All,
+    /// A name, or a unique prefix of an id.
+    One(String),
+    /// Labels, all of which must hold.
+    Labels(Vec<(String, String)>),
+}
+
+impl Selector {
+    /// Reads a name, a prefix of an id, or `@key=value,…`; empty for all.
+    pub(super) fn parse(text: &str) -> Result<Self, Status> {
+        let Some(labels) = text.strip_prefix('@') else {
+            return Ok(if text.is_empty() { Self::All } else { Self::One(text.to_owned()) });
+        };
+        let term = |term: &str| {
+            let (key, value) = term
+                .split_once('=')
+                .ok_or_else(|| invalid(format!("{term:?} is not a label selector: @key=value")))?;
+            Ok((key.to_owned(), value.to_owned()))
+        };
+        labels.split(',').map(term).collect::<Result<_, _>>().map(Self::Labels)
+    }
+}
+
+/// The nodes that are meant, of those that the caller sees.
+pub(super) fn list_nodes(
+    registry: &Registry,
+    relay: &Relay,
+    selector: &Selector,
+    caller: &AdmittedOperator,
+) -> Result<v1::ListNodesResponse, Status> {
+    let mut views = match selector {
+        Selector::All | Selector::Labels(_) => registry.all(),
+        Selector::One(node) => {
+            vec![registry.find(node, |node| caller.sees(node)).map_err(from_lookup)?]
+        }
+    };
+    views.retain(|view| caller.sees(&view.node));
+    if let Selector::Labels(wanted) = selector {
+        views.retain(|view| wanted.iter().all(|(k, v)| view.node.labels.get(k) == Some(v)));
+    }
+    let info = |view: NodeView| {
+        let running = relay.running_on(view.node.id);
+        node_info(view, u32::try_from(running).unwrap_or(u32::MAX))
+    };
+    Ok(v1::ListNodesResponse { nodes: views.into_iter().map(info).collect() })
+}

@@ -1,0 +1,174 @@
+//! The calls of the Operator service about workspaces: which there are, and who has them.
+
+use std::sync::Arc;
+
+use cortex_proto::v1;
+use cortex_shared::ids::NodeId;
+use futures_util::stream;
+use tonic::{Code, Status};
+
+use super::auth::AdmittedOperator;
+use super::convert;
+use super::detached::run_to_end;
+use super::listing::watch;
+use super::operator::{BoxStream, OperatorService};
+use super::status::{from_store, internal, refuse, with_hint};
+use crate::store::Workspace;
+
+/// Whether a caller sees a workspace: one that has a member within its scope, or none at all yet.
+fn sees(service: &OperatorService, workspace: &Workspace, caller: &AdmittedOperator) -> bool {
+    caller.scope.is_everything()
+        || workspace.members.is_empty()
+        || workspace.members.iter().any(|node| sees_node(service, *node, caller))
+}
+
+fn sees_node(service: &OperatorService, node: NodeId, caller: &AdmittedOperator) -> bool {
+    service.registry.get(node).is_some_and(|view| caller.sees(&view.node))
+}
+
+/// The workspaces that a caller sees.
+pub(super) fn visible(service: &OperatorService, caller: &AdmittedOperator) -> Vec<Workspace> {
+    let mut workspaces = service.members.membership.all();
+    workspaces.retain(|workspace| sees(service, workspace, caller));
+    workspaces
+}
+
+/// The workspace of this name, of those that the caller sees.
+pub(super) fn find(
+    service: &OperatorService,
+    name: &str,
+    caller: &AdmittedOperator,
+) -> Result<Workspace, Status> {
+    let found = service.members.membership.by_name(name);
+    found.filter(|workspace| sees(service, workspace, caller)).ok_or_else(|| {
+        with_hint(
+            refuse(
+                Code::NotFound,
+                "workspace_not_found",
+                format!("there is no workspace {name:?}"),
+            ),
+            &format!("make it: cortex-agent workspace create {name}"),
+        )
+    })
+}
+
+async fn describe(
+    service: &OperatorService,
+    workspace: &Workspace,
+    caller: &AdmittedOperator,
+) -> Result<v1::WorkspaceInfo, Status> {
+    service.members.describe(workspace, &caller.scope).await.map_err(|error| internal(&error))
+}
+
+pub(super) async fn create(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    request: v1::CreateWorkspaceRequest,
+) -> Result<v1::WorkspaceInfo, Status> {
+    let name = convert::name(request.name)?;
+    let (members, by) = (Arc::clone(&service.members), operator.actor());
+    let create = async move { members.create(&name, &by).await };
+    let workspace = run_to_end(&service.scope, "workspace", create).await?.map_err(from_store)?;
+    describe(service, &workspace, operator).await
+}
+
+pub(super) async fn list(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+) -> Result<v1::ListWorkspacesResponse, Status> {
+    let mut workspaces = Vec::new();
+    for workspace in visible(service, operator) {
+        workspaces.push(describe(service, &workspace, operator).await?);
+    }
+    Ok(v1::ListWorkspacesResponse { workspaces })
+}
+
+pub(super) async fn attach(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    request: v1::AttachWorkspaceRequest,
+) -> Result<v1::AttachWorkspaceResponse, Status> {
+    let workspace = find(service, &request.workspace, operator)?;
+    let node = service.node(&request.node, operator)?.node;
+    // A workspace that reaches beyond the scope would be read through a node within it.
+    if !operator.scope.is_everything()
+        && !workspace.members.iter().all(|node| sees_node(service, *node, operator))
+    {
+        let text = format!("{:?} has members outside the scope of this operator", workspace.name);
+        return Err(refuse(Code::PermissionDenied, "scope_too_narrow", text));
+    }
+    let (members, by) = (Arc::clone(&service.members), operator.actor());
+    let attach = async move { members.attach(workspace.id, node.id, &by).await };
+    run_to_end(&service.scope, "workspace", attach).await?.map_err(from_store)?;
+    Ok(v1::AttachWorkspaceResponse {
+        workspace_id: workspace.id.as_bytes().to_vec().into(),
+        node_id: node.id.as_bytes().to_vec().into(),
+    })
+}
+
+pub(super) async fn detach(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    request: v1::DetachWorkspaceRequest,
+) -> Result<v1::DetachWorkspaceResponse, Status> {
+    let workspace = find(service, &request.workspace, operator)?;
+    let node = service.node(&request.node, operator)?.node;
+    let (members, by) = (Arc::clone(&service.members), operator.actor());
+    let detach = async move { members.detach(workspace.id, node.id, &by).await };
+    run_to_end(&service.scope, "workspace", detach).await?.map_err(from_store)?;
+    Ok(v1::DetachWorkspaceResponse {})
+}
+
+pub(super) async fn status(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    request: v1::WorkspaceStatusRequest,
+) -> Result<BoxStream<v1::WorkspaceStatusResponse>, Status> {
+    let workspace = find(service, &request.workspace, operator)?;
+    if !request.watch {
+        let info = describe(service, &workspace, operator).await?;
+        let response = v1::WorkspaceStatusResponse { workspace: Some(info) };
+        return Ok(Box::pin(stream::once(async { Ok(response) })));
+    }
+    let changes = service.registry.changes();
+    let (members, id) = (Arc::clone(&service.members), workspace.id);
+    let scope = operator.scope.clone();
+    let stream = watch(&service.scope, changes, move || {
+        let (members, scope) = (Arc::clone(&members), scope.clone());
+        async move {
+            let workspace = members.membership.get(id).ok_or_else(|| {
+                refuse(Code::NotFound, "workspace_not_found", "the workspace was deleted")
+            })?;
+            let info = members.describe(&workspace, &scope).await;
+            let info = info.map_err(|error| internal(&error))?;
+            Ok(v1::WorkspaceStatusResponse { workspace: Some(info) })
+        }
+    });
+    Ok(stream)
+}
+
+pub(super) async fn conflicts(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    request: v1::ListConflictsRequest,
+) -> Result<v1::ListConflictsResponse, Status> {
+    let workspace = find(service, &request.workspace, operator)?;
+    let conflicts = service.content.conflicts(workspace.id).await;
+    let conflicts = conflicts
+        .map_err(|error| internal(&error))?
+        .into_iter()
+        .map(|conflict| v1::ConflictInfo {
+            path: conflict.path.as_bytes().to_vec().into(),
+            copy: conflict.copy.as_bytes().to_vec().into(),
+            node_id: conflict.node.as_bytes().to_vec().into(),
+            node_name: service
+                .registry
+                .get(conflict.node)
+                .filter(|view| operator.sees(&view.node))
+                .map(|view| view.node.name)
+                .unwrap_or_default(),
+            at_ms: conflict.at_ms,
+        })
+        .collect();
+    Ok(v1::ListConflictsResponse { conflicts })
+}
