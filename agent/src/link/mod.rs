@@ -3,7 +3,10 @@
 //! | module | subject |
 //! |---|---|
 //! | [`session`] | owns the `Link` stream: hello, heartbeats, reconnecting |
+//! | `end` | why a session ended, and what that means for the next attempt |
+//! | [`renewal`] | the certificate: renewed in time, recovered when that was missed |
 //! | [`dispatch`] | what each frame of the hub means here |
+//! | [`authority`] | how much a command may do, whatever the hub says |
 //! | `task`, `request` | one command: its stream, its credit, its end; whether it may run at all |
 //! | `started` | which task ids have been seen, so that none runs twice |
 //! | [`workspaces`], `report` | the sync engine of each workspace this node is a member of, and its state |
@@ -11,7 +14,10 @@
 //! Nothing of a session outlives the process but the ids of started tasks and the last list of
 //! memberships, which are on disk before they count. When a session ends, its tasks are cancelled.
 
+pub mod authority;
 pub mod dispatch;
+mod end;
+pub mod renewal;
 mod report;
 mod request;
 pub mod session;
