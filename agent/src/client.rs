@@ -156,9 +156,9 @@ fn tls_config(
         .dangerous()
         .with_custom_certificate_verifier(verifier);
     let mut tls = match certificate {
-        Some(ClientCertificate { certificate, key }) => builder
-            .with_client_auth_cert(vec![certificate], key)
-            .map_err(ConnectError::Config)?,
+        Some(ClientCertificate { certificate, key }) => {
+            builder.with_client_auth_cert(vec![certificate], key).map_err(ConnectError::Config)?
+        }
         None => builder.with_no_client_auth(),
     };
     tls.alpn_protocols = vec![b"h2".to_vec()];

@@ -26,6 +26,10 @@ use crate::client::HubAddress;
 /// Largest file of settings or identity that is read: far more than any of them needs.
 const MAX_FILE_BYTES: u64 = 256 * 1024;
 
+/// Files of a state that go when a node leaves for good.
+const PURGED_FILES: [&str; 4] =
+    ["agent.json", "agent.json.lock", "started-tasks", "memberships.json"];
+
 /// Why state or settings cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -183,11 +187,34 @@ impl StateDir {
 
     fn lock_file(&self) -> Result<std::fs::File, ConfigError> {
         let path = self.lock();
-        let open =
-            || std::fs::File::options().create(true).truncate(false).write(true).open(&path);
+        let open = || std::fs::File::options().create(true).truncate(false).write(true).open(&path);
         open()
             .and_then(|file| own_like_folder(&path).map(|()| file))
             .map_err(|source| ConfigError::Write { path: path.clone(), source })
+    }
+
+    /// Deletes keys, certificates, settings and indexes of a node that has left. The audit file
+    /// stays, and so do the workspaces' files, which are elsewhere. The caller holds the lock.
+    ///
+    /// # Errors
+    /// Those of the file system; repeating goes on where it stopped.
+    pub fn purge(&self) -> Result<(), ConfigError> {
+        let failed = |path: &Path, source| ConfigError::Write { path: path.to_owned(), source };
+        let read = |source| ConfigError::Read { path: self.0.clone(), source };
+        for entry in std::fs::read_dir(&self.0).map_err(read)? {
+            let entry = entry.map_err(read)?;
+            let (path, name) = (entry.path(), entry.file_name());
+            let name = name.to_string_lossy();
+            let folder = name == "workspaces" || name.starts_with("identity.");
+            let file = PURGED_FILES.contains(&name.as_ref());
+            match (folder, file) {
+                (true, _) => std::fs::remove_dir_all(&path),
+                (_, true) => std::fs::remove_file(&path),
+                (false, false) => Ok(()),
+            }
+            .map_err(|source| failed(&path, source))?;
+        }
+        durable::sync_folder(&self.0).map_err(|source| failed(&self.0, source))
     }
 
     /// Whether this process may decide about this state: it is its owner's, or root's.
@@ -424,6 +451,27 @@ mod tests {
         assert!(state.try_lock().unwrap().is_none());
         drop(first);
         assert!(state.try_lock().unwrap().is_some());
+    }
+
+    #[test]
+    fn purging_keeps_the_audit_file_and_what_is_not_ours() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::resolve(Some(folder.path().to_owned())).unwrap();
+        for folder in ["identity.old-1", "workspaces/w"] {
+            std::fs::create_dir_all(state.path().join(folder)).unwrap();
+        }
+        for file in
+            PURGED_FILES.iter().chain(&["audit.jsonl", "audit.1.jsonl", "notes", "agent.lock"])
+        {
+            std::fs::write(state.path().join(file), "x").unwrap();
+        }
+        state.purge().unwrap();
+        let mut left: Vec<_> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["agent.lock", "audit.1.jsonl", "audit.jsonl", "notes"]);
     }
 
     #[test]

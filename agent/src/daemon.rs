@@ -120,10 +120,7 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
 }
 
 /// Tells the service manager once that the first session is up.
-async fn announce_ready(
-    mut link: watch::Receiver<LinkState>,
-    stop: CancellationToken,
-) {
+async fn announce_ready(mut link: watch::Receiver<LinkState>, stop: CancellationToken) {
     let up = stop.run_until_cancelled(link.wait_for(|state| state.session.is_some()));
     if matches!(up.await, Some(Ok(_))) {
         notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status("connected")]);

@@ -41,6 +41,13 @@ pub(crate) fn question<T>(message: T) -> Request<T> {
     request
 }
 
+/// A question to the local agent that makes it ask the hub in turn.
+pub(crate) fn long_question<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(ENROLL_TIMEOUT + QUESTION_TIMEOUT);
+    request
+}
+
 /// Asks to be admitted, repeating where that is of use. `call` is told the deadline.
 pub(crate) async fn enroll<T, F>(
     hub: HubAddress,

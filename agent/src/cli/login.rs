@@ -63,19 +63,21 @@ pub(crate) async fn login(global: &Global, args: LoginArgs) -> Result<(), CliErr
     let csr_der = key.request_der().map_err(|error| {
         CliError::new(Exit::Failed, "cannot sign the certificate request").because(error)
     })?;
-    let response = hub::enroll(address.clone(), Trust::Pins(pins.clone()), |mut client, deadline| {
-        let mut request = Request::new(v1::LoginOperatorRequest {
-            token: token.to_string(),
-            csr_der: csr_der.clone().into(),
-        });
-        request.set_timeout(deadline);
-        async move { client.login_operator(request).await }
-    })
-    .await?
-    .into_inner();
+    let response =
+        hub::enroll(address.clone(), Trust::Pins(pins.clone()), |mut client, deadline| {
+            let mut request = Request::new(v1::LoginOperatorRequest {
+                token: token.to_string(),
+                csr_der: csr_der.clone().into(),
+            });
+            request.set_timeout(deadline);
+            async move { client.login_operator(request).await }
+        })
+        .await?
+        .into_inner();
 
-    let wrong =
-        |what: &'static str| CliError::new(Exit::Failed, format!("the hub's answer is wrong: {what}"));
+    let wrong = |what: &'static str| {
+        CliError::new(Exit::Failed, format!("the hub's answer is wrong: {what}"))
+    };
     let mesh: MeshId = response.mesh_id.parse().map_err(|_| wrong("mesh id"))?;
     let role = response.role.parse().map_err(|_| wrong("role"))?;
     let certificate = CertificateDer::from(response.certificate_der.to_vec());

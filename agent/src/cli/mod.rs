@@ -2,6 +2,7 @@
 //!
 //! Results go through [`printer`], failures through [`error`]; a verb returns the exit code.
 
+mod audit;
 mod ceiling;
 mod completion;
 mod context;
@@ -9,11 +10,14 @@ mod doctor;
 pub mod error;
 mod exec;
 mod hub;
+mod identity;
 mod invite;
 mod join;
+mod leave;
 mod local;
 mod login;
 mod node;
+mod policy;
 pub mod printer;
 mod run;
 mod status;
@@ -97,6 +101,8 @@ struct Cli {
 enum Verb {
     Join(join::JoinArgs),
     Run(run::RunArgs),
+    Leave(leave::LeaveArgs),
+    Identity(identity::IdentityArgs),
     Ceiling(ceiling::CeilingArgs),
     Status(status::StatusArgs),
     Doctor(doctor::DoctorArgs),
@@ -108,6 +114,8 @@ enum Verb {
     Exec(Box<exec::ExecArgs>),
     Workspace(workspace::WorkspaceArgs),
     Invite(invite::InviteArgs),
+    Policy(policy::PolicyArgs),
+    Audit(audit::AuditArgs),
     Version(version::VersionArgs),
     Completion(completion::CompletionArgs),
 }
@@ -148,6 +156,8 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
         match verb {
             Verb::Join(args) => done(Box::pin(join::join(&global, args)).await),
             Verb::Run(args) => done(Box::pin(run::run(&global, args)).await),
+            Verb::Leave(args) => done(Box::pin(leave::leave(&global, args)).await),
+            Verb::Identity(args) => done(Box::pin(identity::identity(&global, args)).await),
             Verb::Ceiling(args) => done(ceiling::ceiling(&global, args)),
             Verb::Status(args) => done(Box::pin(status::status(&global, args)).await),
             Verb::Doctor(args) => Box::pin(doctor::doctor(&global, args)).await,
@@ -159,6 +169,8 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Exec(args) => Box::pin(exec::exec(&global, *args)).await,
             Verb::Workspace(args) => done(Box::pin(workspace::workspace(&global, args)).await),
             Verb::Invite(args) => done(Box::pin(invite::invite(&global, args)).await),
+            Verb::Policy(args) => done(Box::pin(policy::policy(&global, args)).await),
+            Verb::Audit(args) => done(Box::pin(audit::audit(&global, args)).await),
             Verb::Version(args) => done(version::version(&global, args)),
             Verb::Completion(args) => {
                 done(completion::completion(&global, args, &mut Cli::command()))
@@ -197,6 +209,25 @@ mod tests {
             "node list @a=b --online -o jsonl",
             "node list --offline",
             "node show n1",
+            "node label n1 a=b c-",
+            "node rename n1 n2",
+            "node cordon n1",
+            "node uncordon n1 -o json",
+            "node revoke n1 --reason gone --yes",
+            "node forget n1",
+            "node policy n1",
+            "node wait n1 --for online --timeout 2m",
+            "policy show n1 -o json",
+            "policy set n1 permissive --reason text --for 30m",
+            "policy set n1 strict",
+            "audit list --after 3 --limit 10 --action policy.set -o jsonl",
+            "audit verify -o json",
+            "identity show -o json",
+            "identity renew",
+            "identity recover",
+            "identity fork --token-file F --name n2 --label a=b",
+            "leave",
+            "leave --purge -o json",
             "exec n1 -- ls -l --color",
             "exec n1 -s ls",
             "exec n1 -i --workspace w --cwd d --env K=V --mode permissive --net full --memory 1G --pids 10 --time-limit 10s -- cat",

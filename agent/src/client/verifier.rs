@@ -124,7 +124,9 @@ impl HubVerifier {
             return Err(HubRefused::NotAHub("its holder is a node or an operator"));
         }
         match &self.trust {
-            Trust::Authorities { mesh, .. } if *mesh != identity.mesh => Err(HubRefused::NotThisMesh),
+            Trust::Authorities { mesh, .. } if *mesh != identity.mesh => {
+                Err(HubRefused::NotThisMesh)
+            }
             _ => Ok(()),
         }
     }
@@ -138,13 +140,11 @@ fn refuse(reason: HubRefused) -> rustls::Error {
 fn explain(error: rustls::Error) -> rustls::Error {
     let rustls::Error::InvalidCertificate(reason) = &error else { return error };
     match reason {
-        CertificateError::ExpiredContext { time, not_after } => {
-            refuse(HubRefused::Expired {
-                not_after: timestamp(*not_after),
-                now: timestamp(*time),
-                apart: apart(*not_after, *time),
-            })
-        }
+        CertificateError::ExpiredContext { time, not_after } => refuse(HubRefused::Expired {
+            not_after: timestamp(*not_after),
+            now: timestamp(*time),
+            apart: apart(*not_after, *time),
+        }),
         CertificateError::NotValidYetContext { time, not_before } => {
             refuse(HubRefused::NotYetValid {
                 not_before: timestamp(*not_before),

@@ -167,10 +167,9 @@ impl LiveIdentity {
         let current = self.current();
         match (&current.identity.fallback, current.fell_back) {
             (Some(old), true) => Presented { generation: old.generation, unproven: false },
-            (fallback, _) => Presented {
-                generation: current.identity.generation,
-                unproven: fallback.is_some(),
-            },
+            (fallback, _) => {
+                Presented { generation: current.identity.generation, unproven: fallback.is_some() }
+            }
         }
     }
 
@@ -333,10 +332,7 @@ impl LiveIdentity {
     ///
     /// # Errors
     /// If the list is not valid, is refused, or cannot be stored: nothing has changed then.
-    pub fn trust<'a>(
-        &self,
-        ders: impl IntoIterator<Item = &'a [u8]>,
-    ) -> Result<(), IdentityError> {
+    pub fn trust<'a>(&self, ders: impl IntoIterator<Item = &'a [u8]>) -> Result<(), IdentityError> {
         let named = authorities_of(ders).map_err(IdentityError::Wrong)?;
         let _writing = self.writing();
         let known = self.snapshot().credentials.authorities;
@@ -344,11 +340,7 @@ impl LiveIdentity {
             return Ok(());
         }
         let accepted = named.iter().any(|authority| known.contains(authority));
-        let event = AuditEvent::Authorities {
-            before: pins(&known),
-            named: pins(&named),
-            accepted,
-        };
+        let event = AuditEvent::Authorities { before: pins(&known), named: pins(&named), accepted };
         if accepted {
             store_authorities(&self.inner.state.identity(), &named)?;
             let mut current = self.current();

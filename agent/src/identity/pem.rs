@@ -27,9 +27,7 @@ pub(super) fn encode(label: &str, der: &[u8]) -> String {
 }
 
 /// The certificates in a file; none if there is no file.
-pub(super) fn read_certificates(
-    path: &Path,
-) -> Result<Vec<CertificateDer<'static>>, ConfigError> {
+pub(super) fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, ConfigError> {
     let Some(text) = read_bounded(path)? else { return Ok(Vec::new()) };
     let certificates = parse_certificates(&text)
         .map_err(|problem| ConfigError::Damaged { path: path.to_owned(), problem })?;

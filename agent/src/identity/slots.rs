@@ -77,7 +77,10 @@ impl Slots {
             Ok(next) => next.filter(|next| {
                 let usable = usable(&next.certificate);
                 if !usable {
-                    tracing::warn!(file = NEXT, "a new certificate is for somebody else and is not used");
+                    tracing::warn!(
+                        file = NEXT,
+                        "a new certificate is for somebody else and is not used"
+                    );
                 }
                 usable
             }),

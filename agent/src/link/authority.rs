@@ -6,21 +6,28 @@
 //! that is not named, a permissive policy without an end.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cortex_shared::policy::{Mode, Role};
-use tokio::time::Instant;
 
 /// Longest permissive policy, whatever the hub says.
 const LONGEST_POLICY: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// One instant on both clocks that count.
+#[derive(Clone, Copy, Debug)]
+pub struct Clocks {
+    /// The time by the hub's clock, in milliseconds since the epoch.
+    pub hub_ms: i64,
+    /// A clock that nobody can set back. It stands still while the machine sleeps.
+    pub steady: Instant,
+}
 
 /// The hub's policy for this node, as it was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HubPolicy {
     mode: Mode,
     until_ms: i64,
-    /// The same end on a clock that nobody can set back. It stands still while the machine sleeps,
-    /// so both count.
+    /// The same end on the steady clock; whichever end comes first counts.
     ends: Option<Instant>,
 }
 
@@ -28,22 +35,22 @@ impl HubPolicy {
     /// No hub has said anything.
     pub const UNTOLD: Self = Self { mode: Mode::Strict, until_ms: 0, ends: None };
 
-    /// What the hub told at `hub_now_ms` by its clock. A permissive policy always has an end; one
+    /// What the hub told `now`. A permissive policy always has an end; one
     /// without is none.
     #[must_use]
-    pub fn told(mode: Mode, until_ms: i64, hub_now_ms: i64) -> Self {
-        let left = u64::try_from(until_ms.saturating_sub(hub_now_ms)).unwrap_or(0);
+    pub fn told(mode: Mode, until_ms: i64, now: Clocks) -> Self {
+        let left = u64::try_from(until_ms.saturating_sub(now.hub_ms)).unwrap_or(0);
         if mode == Mode::Strict || left == 0 {
             return Self { mode: Mode::Strict, until_ms: until_ms.max(0), ends: None };
         }
         let left = Duration::from_millis(left).min(LONGEST_POLICY);
-        Self { mode, until_ms, ends: Some(Instant::now() + left) }
+        Self { mode, until_ms, ends: Some(now.steady + left) }
     }
 
-    /// What it allows at `hub_now_ms` by the hub's clock.
+    /// What it allows `now`.
     #[must_use]
-    pub fn in_force(&self, hub_now_ms: i64) -> Mode {
-        let over = hub_now_ms >= self.until_ms || self.ends.is_none_or(|end| Instant::now() >= end);
+    pub fn in_force(&self, now: Clocks) -> Mode {
+        let over = now.hub_ms >= self.until_ms || self.ends.is_none_or(|end| now.steady >= end);
         if over { Mode::Strict } else { self.mode }
     }
 
@@ -69,8 +76,8 @@ pub(super) struct Authority {
     pub(super) policy: HubPolicy,
     /// The node owner's own bound.
     pub(super) ceiling: Mode,
-    /// The time by the hub's clock.
-    pub(super) hub_now_ms: i64,
+    /// When it is decided.
+    pub(super) now: Clocks,
 }
 
 /// A part of the permission that is not there.
@@ -129,7 +136,7 @@ pub(super) fn mode_in_force(requested: Mode, authority: Authority) -> Result<Mod
     if !matches!(authority.role, Some(Role::Operator | Role::Admin)) {
         missing.push(Missing::Role(authority.role));
     }
-    if authority.policy.in_force(authority.hub_now_ms) == Mode::Strict {
+    if authority.policy.in_force(authority.now) == Mode::Strict {
         missing.push(match authority.policy.until_ms() {
             0 => Missing::Policy,
             until_ms => Missing::PolicyEnded(until_ms),
@@ -145,19 +152,22 @@ pub(super) fn mode_in_force(requested: Mode, authority: Authority) -> Result<Mod
 mod tests {
     use super::*;
 
-    const NOW: i64 = 1_900_000_000_000;
+    const NOW_MS: i64 = 1_900_000_000_000;
 
-    fn permissive() -> HubPolicy {
-        HubPolicy::told(Mode::Permissive, NOW + 60_000, NOW)
+    fn now() -> Clocks {
+        Clocks { hub_ms: NOW_MS, steady: Instant::now() }
     }
 
     #[test]
     fn permissive_needs_every_part_and_each_missing_one_is_named() {
         use Mode::{Permissive, Strict};
-        for role in [None, Some(Role::Viewer), Some(Role::AgentToken), Some(Role::Operator), Some(Role::Admin)] {
-            for policy in [HubPolicy::UNTOLD, permissive()] {
+        let now = now();
+        let permissive = HubPolicy::told(Permissive, NOW_MS + 60_000, now);
+        let roles = [Role::Viewer, Role::AgentToken, Role::Operator, Role::Admin];
+        for role in roles.map(Some).into_iter().chain([None]) {
+            for policy in [HubPolicy::UNTOLD, permissive] {
                 for ceiling in [Strict, Permissive] {
-                    let authority = Authority { role, policy, ceiling, hub_now_ms: NOW };
+                    let authority = Authority { role, policy, ceiling, now };
                     assert_eq!(mode_in_force(Strict, authority), Ok(Strict));
                     let mut expected = Vec::new();
                     if !matches!(role, Some(Role::Operator | Role::Admin)) {
@@ -176,36 +186,45 @@ mod tests {
         }
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn permissive_policy_ends_by_the_wall_clock_and_by_the_one_nobody_sets() {
-        let policy = permissive();
-        assert_eq!(policy.in_force(NOW + 59_999), Mode::Permissive);
-        assert_eq!(policy.in_force(NOW + 60_000), Mode::Strict);
-        tokio::time::advance(Duration::from_secs(61)).await;
+    #[test]
+    fn permissive_policy_ends_by_the_wall_clock_and_by_the_steady_one() {
+        let begin = now();
+        let policy = HubPolicy::told(Mode::Permissive, NOW_MS + 60_000, begin);
+        let at = |hub_ms, seconds| Clocks {
+            hub_ms: NOW_MS + hub_ms,
+            steady: begin.steady + Duration::from_secs(seconds),
+        };
+        assert_eq!(policy.in_force(at(59_999, 0)), Mode::Permissive);
+        assert_eq!(policy.in_force(at(60_000, 0)), Mode::Strict);
         // Somebody set the clock back.
-        assert_eq!(policy.in_force(NOW - 3_600_000), Mode::Strict);
+        assert_eq!(policy.in_force(at(-3_600_000, 60)), Mode::Strict);
         let authority = Authority {
             role: Some(Role::Admin),
             policy,
             ceiling: Mode::Permissive,
-            hub_now_ms: NOW,
+            now: at(60_000, 0),
         };
         let missing = mode_in_force(Mode::Permissive, authority).unwrap_err();
-        assert_eq!(missing, [Missing::PolicyEnded(NOW + 60_000)]);
+        assert_eq!(missing, [Missing::PolicyEnded(NOW_MS + 60_000)]);
         assert!(missing[0].to_string().contains("until 2030-03-17T"), "{}", missing[0]);
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn permissive_policy_without_an_end_or_a_sane_one_is_not_believed() {
-        for (until_ms, expected) in
-            [(0, Mode::Strict), (NOW, Mode::Strict), (-1, Mode::Strict), (NOW + 1, Mode::Permissive)]
-        {
-            let policy = HubPolicy::told(Mode::Permissive, until_ms, NOW);
-            assert_eq!(policy.in_force(NOW), expected, "{until_ms}");
+    #[test]
+    fn permissive_policy_without_an_end_or_a_sane_one_is_not_believed() {
+        let now = now();
+        for (until_ms, expected) in [
+            (0, Mode::Strict),
+            (NOW_MS, Mode::Strict),
+            (-1, Mode::Strict),
+            (NOW_MS + 1, Mode::Permissive),
+        ] {
+            let policy = HubPolicy::told(Mode::Permissive, until_ms, now);
+            assert_eq!(policy.in_force(now), expected, "{until_ms}");
         }
-        let endless = HubPolicy::told(Mode::Permissive, i64::MAX, NOW);
-        tokio::time::advance(LONGEST_POLICY).await;
-        assert_eq!(endless.in_force(NOW), Mode::Strict);
-        assert_eq!(HubPolicy::UNTOLD.in_force(i64::MIN), Mode::Strict);
+        let endless = HubPolicy::told(Mode::Permissive, i64::MAX, now);
+        let later = Clocks { steady: now.steady + LONGEST_POLICY, ..now };
+        assert_eq!(endless.in_force(later), Mode::Strict);
+        let ever = Clocks { hub_ms: i64::MIN, ..now };
+        assert_eq!(HubPolicy::UNTOLD.in_force(ever), Mode::Strict);
     }
 }

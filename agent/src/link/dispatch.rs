@@ -18,7 +18,7 @@ use cortex_shared::tasks::TaskScope;
 use tokio::sync::mpsc;
 use tonic::transport::Channel;
 
-use super::authority::{Authority, HubPolicy};
+use super::authority::{Authority, Clocks, HubPolicy};
 use super::mode_of;
 use super::request::{self, Refusal};
 use super::session::Outbox;
@@ -106,7 +106,7 @@ impl Dispatcher {
     #[must_use]
     pub fn policy(&self) -> (Mode, i64) {
         let policy = *lock(&self.inner.policy);
-        match policy.in_force(self.inner.identity.hub_now_ms()) {
+        match policy.in_force(clocks(&self.inner.identity)) {
             Mode::Strict => (Mode::Strict, 0),
             Mode::Permissive => (Mode::Permissive, policy.until_ms()),
         }
@@ -162,7 +162,7 @@ impl Dispatcher {
                 self.inner.workspaces.set_memberships(members.collect());
             }
             hub_frame::Frame::Policy(update) => {
-                let now = self.inner.identity.hub_now_ms();
+                let now = clocks(&self.inner.identity);
                 let policy = HubPolicy::told(mode_of(update.policy), update.until_ms, now);
                 let session = lock(&self.inner.session).clone();
                 if let Some(session) = session {
@@ -184,7 +184,7 @@ impl Dispatcher {
         if before.same_as(&policy) {
             return;
         }
-        let mode = policy.in_force(self.inner.identity.hub_now_ms());
+        let mode = policy.in_force(clocks(&self.inner.identity));
         let effective = Mode::strictest([mode, self.ceiling()]);
         tracing::info!(policy = %mode, %effective, "the hub's policy for this node changed");
         let event = AuditEvent::Policy {
@@ -285,7 +285,7 @@ impl Dispatcher {
             role,
             policy: *lock(&self.inner.policy),
             ceiling: self.ceiling(),
-            hub_now_ms: self.inner.identity.hub_now_ms(),
+            now: clocks(&self.inner.identity),
         };
         let forbidden = vec![self.inner.state.path().to_owned()];
         let find = |id, name: &str| self.inner.workspaces.root_of(id, name);
@@ -330,6 +330,11 @@ impl Dispatcher {
             sender.try_send(CommandControl::Cancel { signal, grace }).ok();
         }
     }
+}
+
+/// This instant, on the clocks that count for authority.
+pub(super) fn clocks(identity: &LiveIdentity) -> Clocks {
+    Clocks { hub_ms: identity.hub_now_ms(), steady: std::time::Instant::now() }
 }
 
 /// The beginning of what is to run, for people.

@@ -86,9 +86,10 @@ impl From<Status> for RenewError {
             | Code::InvalidArgument
             | Code::Unimplemented => {
                 let hint = match trailer(CODE_TRAILER).as_deref() {
-                    Some("recovery_expired" | "node_revoked" | "node_unknown") => {
-                        Some("with a new invite: cortex-agent identity fork --token-file FILE".to_owned())
-                    }
+                    Some("recovery_expired" | "node_revoked" | "node_unknown") => Some(
+                        "with a new invite: cortex-agent identity fork --token-file FILE"
+                            .to_owned(),
+                    ),
                     _ => trailer(HINT_TRAILER),
                 };
                 Self::Refused { reason, hint }
@@ -243,9 +244,6 @@ mod tests {
         }
         assert_eq!(refused("other").to_string(), "no");
         assert!(matches!(refused("identity_cloned"), RenewError::Cloned { .. }));
-        assert!(matches!(
-            RenewError::from(Status::unavailable("gone")),
-            RenewError::Failed { .. }
-        ));
+        assert!(matches!(RenewError::from(Status::unavailable("gone")), RenewError::Failed { .. }));
     }
 }

@@ -111,11 +111,12 @@ mod tests {
     use cortex_shared::policy::{Mode, Role};
 
     use super::*;
-    use crate::link::authority::HubPolicy;
+    use crate::link::authority::{Clocks, HubPolicy};
 
     fn open() -> Authority {
-        let policy = HubPolicy::told(Mode::Permissive, 60_000, 0);
-        Authority { role: Some(Role::Admin), policy, ceiling: Mode::Permissive, hub_now_ms: 0 }
+        let now = Clocks { hub_ms: 0, steady: std::time::Instant::now() };
+        let policy = HubPolicy::told(Mode::Permissive, 60_000, now);
+        Authority { role: Some(Role::Admin), policy, ceiling: Mode::Permissive, now }
     }
 
     fn spec() -> v1::TaskSpec {
@@ -142,7 +143,10 @@ mod tests {
         let bounded = Authority { ceiling: Mode::Strict, role: None, ..open() };
         let refusal = check(permissive, bounded).unwrap_err();
         let text = refusal.to_string();
-        assert!(text.contains("ceiling") && text.contains("role") && !text.contains("policy"), "{text}");
+        assert!(
+            text.contains("ceiling") && text.contains("role") && !text.contains("policy"),
+            "{text}"
+        );
         assert!(refusal.hint().contains("cortex-agent ceiling set permissive"));
         assert!(refusal.hint().is_ascii());
     }

@@ -9,9 +9,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use cortex_proto::MAX_MESSAGE_BYTES;
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::{self, hub_frame, node_frame};
-use cortex_proto::MAX_MESSAGE_BYTES;
 use cortex_shared::backoff::Backoff;
 use cortex_shared::policy::Mode;
 use cortex_shared::tasks::TaskScope;
@@ -23,7 +23,7 @@ use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
 use super::authority::HubPolicy;
-use super::dispatch::{Dispatcher, SessionContext};
+use super::dispatch::{Dispatcher, SessionContext, clocks};
 use super::end::{End, MAX_DRAIN};
 use super::renewal::{self, RenewError};
 use super::{mode_of, now_ms, proto_mode};
@@ -44,7 +44,7 @@ const STABLE: Duration = Duration::from_secs(60);
 /// often changes nothing, and somebody has to decide.
 const CLONE_PATIENCE: Duration = Duration::from_secs(15 * 60);
 /// A difference between the clocks that is worth a word.
-const MAX_SKEW_MS: u64 = 30_000;
+pub const MAX_SKEW_MS: u64 = 30_000;
 /// How long ending tasks may take to report their end before the session closes.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -180,9 +180,7 @@ impl Keeper {
                 End::Lost(problem) | End::Unreachable(problem) => (problem, backoff.next_delay()),
                 End::Busy(problem, delay) => (problem, delay + backoff.next_delay()),
                 End::Refused(problem) => (problem, patience.next_delay()),
-                End::Certificate(problem) => {
-                    (self.with_clocks(&problem), patience.next_delay())
-                }
+                End::Certificate(problem) => (self.with_clocks(&problem), patience.next_delay()),
                 End::Cloned(problem) => {
                     self.note_clone(problem.clone());
                     (problem, CLONE_PATIENCE.mul_f64(1.0 + rand::rng().random_range(0.0..1.0)))
@@ -306,7 +304,7 @@ impl Keeper {
             policy: HubPolicy::told(
                 mode_of(welcome.policy),
                 welcome.policy_until_ms,
-                self.identity.hub_now_ms(),
+                clocks(&self.identity),
             ),
             renew_now: welcome.renew_now,
             identity: &self.identity,

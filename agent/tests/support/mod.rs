@@ -326,6 +326,11 @@ impl Node for Service {
             name: "n1".into(),
             heartbeat_interval_ms: self.heartbeat.as_millis() as u64,
             policy: self.policy.into(),
+            policy_until_ms: match self.policy {
+                v1::Mode::Strict => 0,
+                v1::Mode::Permissive => now_ms() + 3_600_000,
+            },
+            hub_time_ms: now_ms(),
             ..Default::default()
         };
         let session = Session { hello, frames, out };
@@ -520,6 +525,10 @@ pub async fn run(mut command: Command) -> std::process::Output {
 
 pub async fn within<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.expect("nothing happened in time")
+}
+
+pub fn now_ms() -> i64 {
+    jiff::Timestamp::now().as_millisecond()
 }
 
 pub fn shell(script: &str) -> v1::TaskSpec {
