@@ -33,6 +33,10 @@ use connector::TlsConnector;
 /// How long reaching the hub may take: name, TCP and TLS together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a refusal of our certificate may take to arrive. A hub that accepts it need not say
+/// anything before it is asked.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// What a connection is for, which decides its windows. Bulk data has a connection of its own, so
 /// that it never delays a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +141,20 @@ impl HubClient {
     /// As [`HubClient::connect`].
     pub async fn probe(&self) -> Result<(), ConnectError> {
         self.connector().dial().await.map(drop)
+    }
+
+    /// What the hub has against our certificate, if it says so. In TLS 1.3 the client has finished
+    /// its handshake before the hub judges it, and a connection that is written to by then often
+    /// breaks before the refusal is read. So on a connection of its own nothing is written, and the
+    /// first that arrives is read.
+    pub async fn certificate_refused(&self) -> Option<&'static str> {
+        let mut tls = self.connector().dial().await.ok()?;
+        let mut first = [0];
+        let reading = tokio::io::AsyncReadExt::read(&mut tls, &mut first);
+        match tokio::time::timeout(REFUSAL_TIMEOUT, reading).await {
+            Ok(Err(error)) => certificate_refusal(&error),
+            Ok(Ok(_)) | Err(_) => None,
+        }
     }
 
     fn connector(&self) -> TlsConnector {

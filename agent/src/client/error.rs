@@ -197,12 +197,15 @@ pub fn connect_error_in(error: &(dyn StdError + 'static)) -> Option<ConnectError
 /// finished its handshake before the hub judges it, so this arrives with the first read.
 #[must_use]
 pub fn certificate_refusal(error: &(dyn StdError + 'static)) -> Option<&'static str> {
-    const REFUSALS: [(AlertDescription, &str); 6] = [
+    const REFUSALS: [(AlertDescription, &str); 8] = [
         (AlertDescription::CertificateExpired, "this certificate has expired"),
         (AlertDescription::CertificateRevoked, "this certificate was revoked"),
         (AlertDescription::UnknownCA, "this certificate belongs to another mesh"),
         (AlertDescription::CertificateUnknown, "this certificate was not accepted"),
         (AlertDescription::BadCertificate, "this certificate was not accepted"),
+        (AlertDescription::UnsupportedCertificate, "this certificate was not accepted"),
+        // Two authorities of one mesh have one name, so that of the wrong one is a bad signature.
+        (AlertDescription::DecryptError, "this certificate is not of the mesh's present authority"),
         (AlertDescription::AccessDenied, "this identity was not accepted"),
     ];
     let mut next = Some(error);

@@ -207,7 +207,6 @@ impl LiveIdentity {
     /// Writes down, once, that the hub believes this identity to be on two machines.
     pub fn note_clone(&self, reason: &str) {
         if self.set_problem(Some(reason.to_owned())) {
-            tracing::error!(reason, "the hub refuses this identity as a copy");
             self.audit().note(&AuditEvent::Cloned { reason: cut(reason) });
         }
     }

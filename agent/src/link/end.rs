@@ -20,6 +20,8 @@ pub(super) enum End {
     Drained(Duration),
     /// Trouble that may pass by itself.
     Lost(String),
+    /// The connection broke, and nobody said why.
+    Broken(String),
     /// Nobody answers.
     Unreachable(String),
     /// The hub asked for patience.
@@ -48,6 +50,10 @@ impl From<Status> for End {
             return Self::Certificate(refusal.to_owned());
         }
         let text = text_of(&status);
+        // A status that the hub sent has no cause on this side.
+        if std::error::Error::source(&status).is_some() {
+            return Self::Broken(text);
+        }
         if is_clone_refusal(&status) {
             return Self::Cloned(format!("{text}; {}", this_machine()));
         }

@@ -178,6 +178,12 @@ async fn store(
     }
 }
 
+/// Writes a clone refusal down, by a thread that may wait for the disk.
+pub(super) async fn note_clone(identity: &LiveIdentity, reason: String) {
+    let identity = identity.clone();
+    tokio::task::spawn_blocking(move || identity.note_clone(&reason)).await.ok();
+}
+
 /// Renews whenever it is time, or at once if `now`, until the session ends.
 pub(super) async fn keep_fresh(
     identity: LiveIdentity,
@@ -208,7 +214,8 @@ pub(super) async fn keep_fresh(
         };
         let delay = match &error {
             RenewError::Cloned { reason } => {
-                identity.note_clone(reason);
+                tracing::error!(reason, "the certificate is not renewed: the hub sees a copy");
+                note_clone(&identity, reason.clone()).await;
                 PATIENCE
             }
             RenewError::Refused { .. } => PATIENCE,

@@ -177,12 +177,14 @@ impl Keeper {
             let (problem, delay) = match end {
                 End::Stopped => return,
                 End::Drained(delay) => ("the hub is restarting".to_owned(), delay),
-                End::Lost(problem) | End::Unreachable(problem) => (problem, backoff.next_delay()),
+                End::Lost(problem) | End::Broken(problem) | End::Unreachable(problem) => {
+                    (problem, backoff.next_delay())
+                }
                 End::Busy(problem, delay) => (problem, delay + backoff.next_delay()),
                 End::Refused(problem) => (problem, patience.next_delay()),
                 End::Certificate(problem) => (self.with_clocks(&problem), patience.next_delay()),
                 End::Cloned(problem) => {
-                    self.note_clone(problem.clone());
+                    renewal::note_clone(&self.identity, problem.clone()).await;
                     (problem, CLONE_PATIENCE.mul_f64(1.0 + rand::rng().random_range(0.0..1.0)))
                 }
             };
@@ -214,24 +216,34 @@ impl Keeper {
     /// hub's word decides, because it is the hub's clock that counts: a node whose own clock is
     /// wrong would recover for nothing, or not at all.
     async fn open_or_recover(&self) -> Result<Session<'_>, End> {
-        let end = match self.open().await {
+        let mut opened = self.open_or_learn_why().await;
+        if matches!(opened, Err(End::Certificate(_))) && self.identity.fall_back() {
+            opened = self.open_or_learn_why().await;
+        }
+        let end = match opened {
             Ok(session) => return Ok(session),
-            Err(end) => end,
+            Err(end @ End::Certificate(_)) => end,
+            // A refusal that got lost on the way; the end of the certificate says the same.
+            Err(end @ End::Broken(_)) if self.identity.is_expired() => end,
+            Err(end) => return Err(end),
         };
-        let refused = matches!(end, End::Certificate(_));
-        if refused && self.identity.fall_back() {
-            return self.open().await;
-        }
-        // Where the hub's refusal got lost on the way, the end of the certificate says the same.
-        let expired = matches!(end, End::Lost(_)) && self.identity.is_expired();
-        if !refused && !expired {
-            return Err(end);
-        }
         match renewal::recover(&self.identity).await {
             Ok(()) => self.open().await,
             // The clocks say more than that there is no connection.
             Err(RenewError::Connect(_)) => Err(end),
             Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Opens a session. Where the connection breaks, a refusal of our certificate may have been lost
+    /// with it, so the hub is asked for it.
+    async fn open_or_learn_why(&self) -> Result<Session<'_>, End> {
+        match self.open().await {
+            Err(End::Broken(problem)) => match self.identity.client().certificate_refused().await {
+                Some(refusal) => Err(End::Certificate(refusal.to_owned())),
+                None => Err(End::Broken(problem)),
+            },
+            opened => opened,
         }
     }
 
@@ -247,14 +259,6 @@ impl Keeper {
             timestamp(not_after),
             timestamp(now_ms()),
         )
-    }
-
-    fn note_clone(&self, problem: String) {
-        let identity = self.identity.clone();
-        // Written by a thread of its own: it waits for the disk.
-        self.scope.spawn("audit", async move {
-            tokio::task::spawn_blocking(move || identity.note_clone(&problem)).await.ok();
-        });
     }
 
     /// Connects, greets, and waits to be welcomed.

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -34,6 +34,67 @@ type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 /// Longest wait for anything; a hang fails instead of hanging.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Begin and end of a certificate, in milliseconds from now.
+pub type Life = (i64, i64);
+
+const DAY_MS: i64 = 24 * 60 * 60 * 1000;
+
+/// What the hub issues and answers, and what it was asked.
+pub struct Script {
+    /// Life of the certificates it issues.
+    pub life: Life,
+    /// Number of the last certificate.
+    pub generation: u64,
+    pub node_id: NodeId,
+    /// Who signs, if it is not the hub's authority.
+    pub issuer: Option<Arc<Ca>>,
+    /// Refusals, by method.
+    pub refuse_renewal: Option<Status>,
+    pub refuse_recovery: Option<Status>,
+    pub refuse_leaving: Option<Status>,
+    pub refuse_session: Option<Status>,
+    /// What a welcome says.
+    pub renew_now: bool,
+    pub trusted: Vec<bytes::Bytes>,
+    pub policy_for_ms: i64,
+    pub clock_ahead_ms: i64,
+    /// What was asked.
+    pub renewals: Vec<v1::RenewRequest>,
+    pub recoveries: Vec<v1::RecoverNodeRequest>,
+    pub joins: Vec<v1::JoinNodeRequest>,
+    pub leaves: u32,
+}
+
+impl Default for Script {
+    fn default() -> Self {
+        Self {
+            life: (-300_000, DAY_MS),
+            generation: 0,
+            node_id: NodeId::new(),
+            issuer: None,
+            refuse_renewal: None,
+            refuse_recovery: None,
+            refuse_leaving: None,
+            refuse_session: None,
+            renew_now: false,
+            trusted: Vec::new(),
+            policy_for_ms: 3_600_000,
+            clock_ahead_ms: 0,
+            renewals: Vec::new(),
+            recoveries: Vec::new(),
+            joins: Vec::new(),
+            leaves: 0,
+        }
+    }
+}
+
+/// A refusal with its stable word.
+pub fn refusal(word: &'static str, text: &str) -> Status {
+    let mut status = Status::failed_precondition(text);
+    status.metadata_mut().insert(cortex_proto::CODE_TRAILER, word.parse().unwrap());
+    status
+}
+
 pub struct Ca {
     pub mesh: MeshId,
     certificate: CertificateDer<'static>,
@@ -42,12 +103,21 @@ pub struct Ca {
 
 impl Ca {
     pub fn new() -> Self {
+        Self::of(MeshId::new())
+    }
+
+    /// Another authority of the same mesh.
+    pub fn of(mesh: MeshId) -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         let certificate = params.self_signed(&key).unwrap().der().clone();
-        Self { mesh: MeshId::new(), certificate, issuer: Issuer::new(params, key) }
+        Self { mesh, certificate, issuer: Issuer::new(params, key) }
+    }
+
+    pub fn der(&self) -> bytes::Bytes {
+        self.certificate.to_vec().into()
     }
 
     pub fn pin(&self) -> CaPin {
@@ -62,17 +132,26 @@ impl Ca {
         params
     }
 
-    fn sign(&self, csr: &[u8], holder: Holder) -> CertificateDer<'static> {
+    /// Signs for a life given in milliseconds from now.
+    fn sign(&self, csr: &[u8], holder: Holder, (begin, end): Life) -> CertificateDer<'static> {
         let csr = CertificateSigningRequestDer::from(csr.to_vec());
         let csr = CertificateSigningRequestParams::from_der(&csr).unwrap();
-        let params = self.params(holder, ExtendedKeyUsagePurpose::ClientAuth);
+        let mut params = self.params(holder, ExtendedKeyUsagePurpose::ClientAuth);
+        let at = |ms: i64| {
+            let ms = u64::try_from(now_ms() + ms).unwrap();
+            rcgen::date_time_ymd(1970, 1, 1) + Duration::from_millis(ms)
+        };
+        (params.not_before, params.not_after) = (at(begin), at(end));
         params.signed_by(&csr.public_key, &self.issuer).unwrap().der().clone()
     }
 
-    fn server_config(&self) -> rustls::ServerConfig {
+    /// Shows a certificate of this authority, and accepts clients of these.
+    fn server_config(&self, accepted: &[&Self]) -> rustls::ServerConfig {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut roots = rustls::RootCertStore::empty();
-        roots.add(self.certificate.clone()).unwrap();
+        for authority in accepted {
+            roots.add(authority.certificate.clone()).unwrap();
+        }
         let clients = rustls::server::WebPkiClientVerifier::builder_with_provider(
             Arc::new(roots),
             Arc::clone(&provider),
@@ -101,6 +180,8 @@ impl Ca {
 /// The hub's end of one session.
 pub struct Session {
     pub hello: v1::Hello,
+    /// The certificate the node presented.
+    pub certificate: Vec<u8>,
     pub frames: Streaming<v1::NodeFrame>,
     out: mpsc::Sender<Result<v1::HubFrame, Status>>,
 }
@@ -118,6 +199,18 @@ impl Session {
             actor: "test".into(),
             initial_credit,
             role: "operator".into(),
+        };
+        self.send(hub_frame::Frame::StartTask(start)).await;
+    }
+
+    /// As [`Session::start`], for an actor of another role.
+    pub async fn start_as(&self, role: &str, id: &[u8], spec: v1::TaskSpec) {
+        let start = v1::StartTask {
+            task_id: id.to_vec().into(),
+            spec: Some(spec),
+            actor: "test".into(),
+            initial_credit: 1024,
+            role: role.into(),
         };
         self.send(hub_frame::Frame::StartTask(start)).await;
     }
@@ -201,6 +294,7 @@ struct Service {
     ca: Arc<Ca>,
     heartbeat: Duration,
     policy: v1::Mode,
+    script: Arc<Mutex<Script>>,
     sessions: mpsc::Sender<Session>,
     tasks: mpsc::Sender<TaskIo>,
 }
@@ -209,6 +303,8 @@ struct Service {
 pub struct Hub {
     pub ca: Arc<Ca>,
     pub address: SocketAddr,
+    pub script: Arc<Mutex<Script>>,
+    acceptor: Arc<Mutex<tokio_rustls::TlsAcceptor>>,
     pub sessions: mpsc::Receiver<Session>,
     pub tasks: mpsc::Receiver<TaskIo>,
     pub execs: mpsc::Receiver<Exec>,
@@ -222,12 +318,22 @@ impl Hub {
         let (sessions, incoming_sessions) = mpsc::channel(16);
         let (tasks, incoming_tasks) = mpsc::channel(16);
         let (execs, incoming_execs) = mpsc::channel(16);
-        let service = Service { ca: Arc::clone(&ca), heartbeat, policy, sessions, tasks };
-        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(ca.server_config()));
+        let script = Arc::new(Mutex::new(Script::default()));
+        let service = Service {
+            ca: Arc::clone(&ca),
+            heartbeat,
+            policy,
+            script: Arc::clone(&script),
+            sessions,
+            tasks,
+        };
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(ca.server_config(&[&ca])));
+        let acceptor = Arc::new(Mutex::new(acceptor));
+        let current = Arc::clone(&acceptor);
         let (streams, accepted) = mpsc::channel(16);
         tokio::spawn(async move {
             while let Ok((tcp, _)) = listener.accept().await {
-                let (acceptor, streams) = (acceptor.clone(), streams.clone());
+                let (acceptor, streams) = (current.lock().unwrap().clone(), streams.clone());
                 tokio::spawn(async move {
                     if let Ok(tls) = acceptor.accept(tcp).await {
                         streams.send(Ok::<_, std::io::Error>(tls)).await.ok();
@@ -243,10 +349,36 @@ impl Hub {
         Self {
             ca,
             address,
+            script,
+            acceptor,
             sessions: incoming_sessions,
             tasks: incoming_tasks,
             execs: incoming_execs,
         }
+    }
+
+    /// Changes the script.
+    pub fn set(&self, change: impl FnOnce(&mut Script)) {
+        change(&mut self.script.lock().unwrap());
+    }
+
+    /// Looks at the script until it shows something.
+    pub async fn seen<T>(&self, mut look: impl FnMut(&Script) -> Option<T>) -> T {
+        within(async {
+            loop {
+                if let Some(found) = look(&self.script.lock().unwrap()) {
+                    return found;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await
+    }
+
+    /// Shows a certificate of another authority of the mesh from now on.
+    pub fn show_as(&self, authority: &Ca) {
+        let config = Arc::new(authority.server_config(&[&self.ca, authority]));
+        *self.acceptor.lock().unwrap() = config.into();
     }
 
     pub async fn session(&mut self) -> Session {
@@ -262,6 +394,23 @@ impl Hub {
     }
 }
 
+impl Service {
+    fn issue(&self, script: &Script, csr_der: &[u8], name: &str) -> v1::JoinNodeResponse {
+        let holder = Holder::Node(script.node_id);
+        let issuer = script.issuer.as_ref().unwrap_or(&self.ca);
+        v1::JoinNodeResponse {
+            node_id: script.node_id.as_bytes().to_vec().into(),
+            name: name.to_owned(),
+            certificate_der: issuer.sign(csr_der, holder, script.life).to_vec().into(),
+            ca_der: self.ca.der(),
+            mesh_id: self.ca.mesh.to_string(),
+            not_after_ms: now_ms() + script.life.1,
+            generation: script.generation,
+            trusted_cas_der: Vec::new(),
+        }
+    }
+}
+
 #[tonic::async_trait]
 impl Enroll for Service {
     async fn join_node(
@@ -269,23 +418,27 @@ impl Enroll for Service {
         request: Request<v1::JoinNodeRequest>,
     ) -> Result<Response<v1::JoinNodeResponse>, Status> {
         let request = request.into_inner();
-        let id = NodeId::new();
-        Ok(Response::new(v1::JoinNodeResponse {
-            node_id: id.as_bytes().to_vec().into(),
-            name: request.name,
-            certificate_der: self.ca.sign(&request.csr_der, Holder::Node(id)).to_vec().into(),
-            ca_der: self.ca.certificate.to_vec().into(),
-            mesh_id: self.ca.mesh.to_string(),
-            not_after_ms: 0,
-            ..v1::JoinNodeResponse::default()
-        }))
+        let mut script = self.script.lock().unwrap();
+        script.node_id = NodeId::new();
+        script.generation = 1;
+        let response = self.issue(&script, &request.csr_der, &request.name);
+        script.joins.push(request);
+        Ok(Response::new(response))
     }
 
     async fn recover_node(
         &self,
-        _: Request<v1::RecoverNodeRequest>,
+        request: Request<v1::RecoverNodeRequest>,
     ) -> Result<Response<v1::JoinNodeResponse>, Status> {
-        Err(Status::unimplemented("not in this hub"))
+        let mut script = self.script.lock().unwrap();
+        let request = request.into_inner();
+        script.recoveries.push(request.clone());
+        if let Some(refusal) = &script.refuse_recovery {
+            return Err(refusal.clone());
+        }
+        script.generation += 1;
+        script.life = Script::default().life;
+        Ok(Response::new(self.issue(&script, &request.csr_der, "")))
     }
 
     async fn login_operator(
@@ -293,7 +446,7 @@ impl Enroll for Service {
         request: Request<v1::LoginOperatorRequest>,
     ) -> Result<Response<v1::LoginOperatorResponse>, Status> {
         let holder = Holder::Operator { name: "ann".into(), role: Role::Operator };
-        let certificate = self.ca.sign(&request.into_inner().csr_der, holder);
+        let certificate = self.ca.sign(&request.into_inner().csr_der, holder, (0, DAY_MS));
         Ok(Response::new(v1::LoginOperatorResponse {
             name: "ann".into(),
             role: "operator".into(),
@@ -315,10 +468,22 @@ impl Node for Service {
         &self,
         request: Request<Streaming<v1::NodeFrame>>,
     ) -> Result<Response<Self::LinkStream>, Status> {
+        let certificate = request
+            .peer_certs()
+            .and_then(|chain| chain.first().map(|leaf| leaf.to_vec()))
+            .ok_or_else(|| Status::unauthenticated("no certificate"))?;
         let mut frames = request.into_inner();
         let Some(v1::node_frame::Frame::Hello(hello)) = frames.message().await?.unwrap().frame
         else {
             return Err(Status::invalid_argument("no hello"));
+        };
+        let (renew_now, trusted, policy_for_ms, clock_ahead_ms) = {
+            let script = self.script.lock().unwrap();
+            if let Some(refusal) = &script.refuse_session {
+                return Err(refusal.clone());
+            }
+            let trusted = script.trusted.clone();
+            (script.renew_now, trusted, script.policy_for_ms, script.clock_ahead_ms)
         };
         let (out, queue) = mpsc::channel(16);
         let welcome = v1::Welcome {
@@ -328,12 +493,14 @@ impl Node for Service {
             policy: self.policy.into(),
             policy_until_ms: match self.policy {
                 v1::Mode::Strict => 0,
-                v1::Mode::Permissive => now_ms() + 3_600_000,
+                v1::Mode::Permissive => now_ms() + clock_ahead_ms + policy_for_ms,
             },
-            hub_time_ms: now_ms(),
+            hub_time_ms: now_ms() + clock_ahead_ms,
+            trusted_cas_der: trusted,
+            renew_now,
             ..Default::default()
         };
-        let session = Session { hello, frames, out };
+        let session = Session { hello, certificate, frames, out };
         session.send(hub_frame::Frame::Welcome(welcome)).await;
         self.sessions.send(session).await.ok();
         Ok(Response::new(ReceiverStream::new(queue)))
@@ -354,16 +521,35 @@ impl Node for Service {
 
     async fn renew(
         &self,
-        _: Request<v1::RenewRequest>,
+        request: Request<v1::RenewRequest>,
     ) -> Result<Response<v1::RenewResponse>, Status> {
-        Err(Status::unimplemented("not in this hub"))
+        let mut script = self.script.lock().unwrap();
+        let request = request.into_inner();
+        script.renewals.push(request.clone());
+        if let Some(refusal) = &script.refuse_renewal {
+            return Err(refusal.clone());
+        }
+        script.generation += 1;
+        script.life = Script::default().life;
+        let issued = self.issue(&script, &request.csr_der, "");
+        Ok(Response::new(v1::RenewResponse {
+            certificate_der: issued.certificate_der,
+            not_after_ms: issued.not_after_ms,
+            generation: issued.generation,
+            trusted_cas_der: Vec::new(),
+        }))
     }
 
     async fn leave(
         &self,
         _: Request<v1::LeaveRequest>,
     ) -> Result<Response<v1::LeaveResponse>, Status> {
-        Err(Status::unimplemented("not in this hub"))
+        let mut script = self.script.lock().unwrap();
+        if let Some(refusal) = &script.refuse_leaving {
+            return Err(refusal.clone());
+        }
+        script.leaves += 1;
+        Ok(Response::new(v1::LeaveResponse {}))
     }
 
     async fn request_attach(
@@ -447,8 +633,46 @@ impl Agent {
         let mut agent = Self { folder: tempfile::tempdir().unwrap(), daemon: None };
         let output = agent.join(hub, ceiling).await;
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        agent.daemon = Some(agent.command().arg("run").stdout(Stdio::null()).spawn().unwrap());
+        agent.run();
         agent
+    }
+
+    /// Starts the daemon of an agent that has joined.
+    pub fn run(&mut self) {
+        self.daemon = Some(self.command().arg("run").stdout(Stdio::null()).spawn().unwrap());
+    }
+
+    /// Ends the daemon at once, as a crash does.
+    pub fn kill(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.kill().unwrap();
+            daemon.wait().unwrap();
+        }
+    }
+
+    /// Runs a verb and reads the JSON it prints.
+    pub async fn json(&self, arguments: &[&str]) -> serde_json::Value {
+        let mut command = self.command();
+        command.args(arguments).args(["-o", "json"]);
+        let output = run(command).await;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// The lines of the local audit file with this action.
+    pub fn audit(&self, action: &str) -> Vec<serde_json::Value> {
+        let text = std::fs::read_to_string(self.path("state/audit.jsonl")).unwrap_or_default();
+        text.lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+            .filter(|line| line["action"] == action)
+            .collect()
+    }
+
+    /// Writes a new token, and says where.
+    pub fn token(&self) -> PathBuf {
+        let token = self.path("token");
+        std::fs::write(&token, InviteToken::generate().expose()).unwrap();
+        token
     }
 
     pub fn unjoined() -> Self {
@@ -456,8 +680,7 @@ impl Agent {
     }
 
     pub async fn join(&self, hub: &Hub, ceiling: &str) -> std::process::Output {
-        let token = self.path("token");
-        std::fs::write(&token, InviteToken::generate().expose()).unwrap();
+        let token = self.token();
         let mut command = self.command();
         command
             .arg("join")
@@ -521,6 +744,16 @@ impl Drop for Agent {
 /// Runs a command to its end without blocking the hub in this process.
 pub async fn run(mut command: Command) -> std::process::Output {
     within(tokio::task::spawn_blocking(move || command.output())).await.unwrap().unwrap()
+}
+
+/// Waits until something becomes true that announces itself in no other way.
+pub async fn until(mut holds: impl FnMut() -> bool) {
+    within(async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
 }
 
 pub async fn within<T>(future: impl Future<Output = T>) -> T {
