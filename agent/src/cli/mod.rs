@@ -191,6 +191,69 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// Every command that a hint of ours names: "cortex-agent VERB SUBVERB".
+    fn commands_in(hint: &str) -> Vec<Vec<&str>> {
+        let named = hint.match_indices("cortex-agent ").map(|(at, name)| &hint[at + name.len()..]);
+        named
+            .map(|rest| {
+                let word = |c: char| c.is_ascii_lowercase() || c == '-' || c == ' ';
+                let words = rest.split(|c| !word(c)).next().unwrap_or_default();
+                words.split(' ').take_while(|word| !word.is_empty()).take(2).collect()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn hints_are_ascii_and_name_commands_that_exist() {
+        use crate::client::{ConnectError, HubRefused};
+        use crate::config::ConfigError;
+        let address: crate::client::HubAddress = "hub:1".parse().unwrap();
+        let io = || std::sync::Arc::new(std::io::Error::from(std::io::ErrorKind::TimedOut));
+        let path = std::path::PathBuf::from("/s");
+        let refused = |source| ConnectError::HubRefused { address: address.clone(), source };
+        let connect = [
+            ConnectError::Resolve { address: address.clone(), source: io() },
+            ConnectError::Unreachable { address: address.clone(), source: io() },
+            ConnectError::TimedOut { address: address.clone() },
+            ConnectError::Tls { address: address.clone(), source: io() },
+            refused(HubRefused::NotThisMesh),
+            refused(HubRefused::NotAHub("")),
+            refused(HubRefused::Pin { expected: Vec::new(), shown: None }),
+            refused(HubRefused::Expired {
+                not_after: String::new(),
+                now: String::new(),
+                apart: std::time::Duration::ZERO,
+            }),
+        ];
+        let config = [
+            ConfigError::NotJoined { state: path.clone() },
+            ConfigError::NotLoggedIn,
+            ConfigError::NoSuchContext(String::new()),
+            ConfigError::TooOpen { path: path.clone(), mode: 0o640 },
+            ConfigError::NotOwner { path: path.clone(), owner: 1, own: 2 },
+            ConfigError::Damaged { path, problem: String::new() },
+        ];
+        let mut hints: Vec<String> = connect.iter().map(ConnectError::hint).collect();
+        let rendered = config.into_iter().map(|error| CliError::from(error).render());
+        hints.extend(rendered.filter_map(|text| Some(text.split_once("hint: ")?.1.to_owned())));
+        hints.extend(crate::link::hints());
+        let cli = Cli::command();
+        let mut named = 0;
+        for hint in &hints {
+            assert!(hint.is_ascii(), "{hint}");
+            for words in commands_in(hint) {
+                let verb = cli
+                    .find_subcommand(words[0])
+                    .unwrap_or_else(|| panic!("no command {:?} in: {hint}", words[0]));
+                if verb.has_subcommands() {
+                    assert!(verb.find_subcommand(words[1]).is_some(), "{words:?} in: {hint}");
+                }
+                named += 1;
+            }
+        }
+        assert!(named > 8, "{named}");
+    }
+
     #[test]
     fn contract_of_names_and_flags_parses() {
         for line in [

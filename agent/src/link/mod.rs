@@ -51,3 +51,21 @@ pub fn mode_of(value: i32) -> Mode {
 pub fn now_ms() -> i64 {
     jiff::Timestamp::now().as_millisecond()
 }
+
+/// Every hint that this room gives, for the test that they name commands that exist.
+#[cfg(test)]
+pub(crate) fn hints() -> Vec<String> {
+    use authority::Missing;
+    let missing =
+        vec![Missing::Role(None), Missing::Policy, Missing::PolicyEnded(0), Missing::Ceiling];
+    let refusals = [
+        request::Refusal::NotPermitted { missing },
+        request::Refusal::NotRecorded,
+        request::Refusal::NoSuchWorkspace { name: "w".to_owned() },
+        request::Refusal::WorkspaceUnusable { reason: String::new() },
+        request::Refusal::NoTerminals,
+    ];
+    let mut hints: Vec<String> = refusals.iter().map(request::Refusal::hint).collect();
+    hints.push(renewal::this_machine());
+    hints
+}

@@ -304,7 +304,7 @@ pub struct Hub {
     pub ca: Arc<Ca>,
     pub address: SocketAddr,
     pub script: Arc<Mutex<Script>>,
-    acceptor: Arc<Mutex<tokio_rustls::TlsAcceptor>>,
+    pub acceptor: Arc<Mutex<tokio_rustls::TlsAcceptor>>,
     pub sessions: mpsc::Receiver<Session>,
     pub tasks: mpsc::Receiver<TaskIo>,
     pub execs: mpsc::Receiver<Exec>,
