@@ -4,7 +4,7 @@
 //! The hub has a log of its own; this one is for the day on which the hub is not believed. Lines
 //! are only ever appended, each is durable before [`Audit::append`] returns, and writers (the
 //! daemon and the commands of the owner) follow one another by a lock. The size is bounded: a full
-//! file becomes `audit.1.jsonl` and so on, [`KEPT_FILES`] of them, and the oldest goes. A crash
+//! file becomes `audit.1.jsonl` and so on, four of them, and the oldest goes. A crash
 //! loses at most the line being written, and what is left of it is set apart by the next one. A
 //! hub that sends refusals by the thousand cannot push older lines out: they are counted instead.
 
@@ -305,8 +305,8 @@ fn ends_with_newline(file: &mut File) -> io::Result<bool> {
 /// Text from elsewhere, at most as long as a field of a line may be.
 #[must_use]
 pub fn cut(text: &str) -> String {
-    let end = text.floor_char_boundary(MAX_TEXT_BYTES);
-    text[..end].to_owned()
+    let whole = (0..=MAX_TEXT_BYTES.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    text[..whole.unwrap_or(0)].to_owned()
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The agent's process against a hub that behaves, and one that does not.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 mod support;
 

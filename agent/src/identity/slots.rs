@@ -12,7 +12,7 @@
 //! the two cannot come apart. A `cert.next.pem` that cannot be used is passed over, never a reason
 //! to stop.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use cortex_shared::durable;
 use rustls_pki_types::CertificateDer;
@@ -129,9 +129,9 @@ pub(super) fn promote(folder: &Path) -> Result<(), ConfigError> {
         .map_err(|source| ConfigError::Write { path, source })
 }
 
-fn read_slot(path: &PathBuf) -> Result<Option<IssuedCertificate>, ConfigError> {
+fn read_slot(path: &Path) -> Result<Option<IssuedCertificate>, ConfigError> {
     let Some(text) = read_bounded(path)? else { return Ok(None) };
-    let damaged = |problem| ConfigError::Damaged { path: path.clone(), problem };
+    let damaged = |problem| ConfigError::Damaged { path: path.to_owned(), problem };
     let generation = text
         .split(|byte| *byte == b'\n')
         .next()

@@ -2,7 +2,7 @@
 //! the key alone once it has expired.
 //!
 //! A renewal that is interrupted anywhere is simply asked for again: the hub accepts the generation
-//! before the newest from the machine it issued the newest to. [`keep_fresh`] lives as long as its
+//! before the newest from the machine it issued the newest to. `keep_fresh` lives as long as its
 //! session; what it stores is the identity's.
 
 use std::time::Duration;
