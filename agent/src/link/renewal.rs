@@ -184,13 +184,41 @@ pub(super) async fn note_clone(identity: &LiveIdentity, reason: String) {
     tokio::task::spawn_blocking(move || identity.note_clone(&reason)).await.ok();
 }
 
-/// Renews whenever it is time, or at once if `now`, until the session ends.
+/// The certificate that connected takes the old one's place before it can itself be replaced; the
+/// session does not wait for the disk.
+async fn learn(identity: &LiveIdentity, welcomed: Welcomed) {
+    let identity = identity.clone();
+    let learning = move || {
+        if let Err(error) = identity.proven(welcomed.generation) {
+            tracing::error!(%error, "the new certificate's slot cannot be changed");
+        }
+        if let Err(error) = identity.trust(welcomed.authorities.iter().map(AsRef::as_ref)) {
+            tracing::error!(%error, "the hub's authorities stay as they were");
+        }
+    };
+    tokio::task::spawn_blocking(learning).await.ok();
+}
+
+/// What a welcome says about the identity.
+#[derive(Debug, Default)]
+pub(super) struct Welcomed {
+    /// The certificate that connected.
+    pub(super) generation: u64,
+    /// Whom to trust from now on.
+    pub(super) authorities: Vec<bytes::Bytes>,
+    /// Whether the hub wants this node's certificate renewed at once.
+    pub(super) renew_now: bool,
+}
+
+/// Takes over what the welcome said, then renews whenever it is time, until the session ends.
 pub(super) async fn keep_fresh(
     identity: LiveIdentity,
     client: NodeClient<Channel>,
-    mut now: bool,
+    welcomed: Welcomed,
     session_ended: CancellationToken,
 ) {
+    let mut now = welcomed.renew_now;
+    learn(&identity, welcomed).await;
     let mut backoff = Backoff::new(Duration::from_secs(5), Duration::from_secs(600));
     let mut stored = identity.stored();
     loop {

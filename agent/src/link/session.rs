@@ -25,7 +25,7 @@ use tonic::{Status, Streaming};
 use super::authority::HubPolicy;
 use super::dispatch::{Dispatcher, SessionContext, clocks};
 use super::end::{End, MAX_DRAIN};
-use super::renewal::{self, RenewError};
+use super::renewal::{self, RenewError, Welcomed};
 use super::{mode_of, now_ms, proto_mode};
 use crate::client::{Purpose, say_skew};
 use crate::identity::MachineFacts;
@@ -287,7 +287,6 @@ impl Keeper {
             return Err(End::Lost("the hub's first frame was not a welcome".to_owned()));
         };
         self.compare_clocks(greeted_ms, welcome.hub_time_ms);
-        self.learn(presented.generation, welcome.trusted_cas_der);
         let interval = Duration::from_millis(welcome.heartbeat_interval_ms)
             .clamp(HEARTBEAT_BOUNDS.0, HEARTBEAT_BOUNDS.1);
         let info = SessionInfo {
@@ -310,7 +309,11 @@ impl Keeper {
                 welcome.policy_until_ms,
                 clocks(&self.identity),
             ),
-            renew_now: welcome.renew_now,
+            welcomed: Welcomed {
+                generation: presented.generation,
+                authorities: welcome.trusted_cas_der,
+                renew_now: welcome.renew_now,
+            },
             identity: &self.identity,
             state: &self.state,
         })
@@ -330,22 +333,6 @@ impl Keeper {
                 "this machine's clock is {skew}: certificates may seem expired or not yet valid"
             );
         }
-    }
-
-    /// What a welcome says about the identity. On disk soon after; a session does not wait for that.
-    fn learn(&self, connected_generation: u64, authorities: Vec<bytes::Bytes>) {
-        let identity = self.identity.clone();
-        let learning = move || {
-            if let Err(error) = identity.proven(connected_generation) {
-                tracing::error!(%error, "the new certificate's slot cannot be changed");
-            }
-            if let Err(error) = identity.trust(authorities.iter().map(AsRef::as_ref)) {
-                tracing::error!(%error, "the hub's authorities stay as they were");
-            }
-        };
-        self.scope.spawn("identity", async move {
-            tokio::task::spawn_blocking(learning).await.ok();
-        });
     }
 }
 
@@ -368,7 +355,7 @@ struct Session<'a> {
     client: NodeClient<Channel>,
     interval: Duration,
     policy: HubPolicy,
-    renew_now: bool,
+    welcomed: Welcomed,
     identity: &'a LiveIdentity,
     state: &'a watch::Sender<LinkState>,
 }
@@ -395,7 +382,7 @@ impl Session<'_> {
             renewal::keep_fresh(
                 self.identity.clone(),
                 self.client.clone(),
-                self.renew_now,
+                std::mem::take(&mut self.welcomed),
                 tasks.token().clone(),
             ),
         );
