@@ -113,10 +113,13 @@ async fn crash_between_issued_and_stored_is_survived() {
     hub.set(|script| script.renew_now = false);
     agent.kill();
     drop(session);
-    // A crash between stored and connected.
+    // A crash between stored and connected. (What the first agent asked for just before its end may
+    // have been issued as well, and is one more that was never stored.)
+    let stored = agent.json(&["identity", "show"]).await["generation"].as_u64().unwrap();
+    assert!(stored >= 3, "{stored}");
     agent.run();
     let session = hub.session().await;
-    assert_eq!(session.hello.generation, 3);
+    assert_eq!(session.hello.generation, stored);
     until(|| !has_next(&agent)).await;
 }
 
@@ -323,7 +326,10 @@ async fn leaving_without_a_hub_warns_and_purging_deletes_the_keys_only() {
     let output = run(command).await;
     assert!(output.status.success());
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(text.contains("could not be told: gone") && text.contains("node revoke n1"), "{text}");
+    assert!(
+        text.contains("could not be told: gone") && text.contains("cortex-agent node revoke "),
+        "{text}"
+    );
     let left: Vec<_> = std::fs::read_dir(agent.path("state"))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -66,8 +66,7 @@ pub(crate) async fn leave(global: &Global, args: LeaveArgs) -> Result<(), CliErr
     if let Some(problem) = &hub_problem {
         printer::complain(
             &format!(
-                "warning: the hub could not be told: {problem}\nhint: an admin runs `cortex-agent node revoke {}`",
-                identity.name
+                "warning: the hub could not be told: {problem}\nhint: an admin runs `cortex-agent node revoke {node_id}`"
             ),
             global.color,
         );
