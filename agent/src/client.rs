@@ -5,15 +5,16 @@
 //! key; afterwards its certificate is stored. In both cases a hub that does not prove itself ends
 //! the handshake before anything of ours, client certificate and token included, is sent.
 //!
-//! Nothing here is kept: a [`HubClient`] is made from an identity whenever a connection is needed,
-//! so a renewed certificate is used by the next connection.
+//! A [`HubClient`] and every channel made with it share what they present and whom they trust;
+//! [`HubClient::present`] changes both for each connection that is made afterwards, so a renewed
+//! certificate is used by the next connection and costs none of the living ones. Nothing is stored.
 
 mod address;
 mod connector;
 mod error;
 mod verifier;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cortex_proto::{
@@ -24,13 +25,17 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tonic::transport::{Channel, Endpoint};
 
 pub use address::{HubAddress, InvalidAddress};
-pub use error::{ConnectError, HubRefused, certificate_refusal, connect_error_in};
+pub use error::{ConnectError, HubRefused, certificate_refusal, connect_error_in, say_skew};
 pub use verifier::{Trust, pin_of};
 
 use connector::TlsConnector;
 
 /// How long reaching the hub may take: name, TCP and TLS together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a refusal of our certificate may take to arrive. A hub that accepts it need not say
+/// anything before it is asked.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What a connection is for, which decides its windows. Bulk data has a connection of its own, so
 /// that it never delays a command.
@@ -57,11 +62,21 @@ impl Clone for ClientCertificate {
     }
 }
 
-/// Makes channels to one hub as one identity.
+/// What connections present and whom they trust, shared by all of one client.
+#[derive(Clone, Debug)]
+struct SharedTls(Arc<Mutex<Arc<rustls::ClientConfig>>>);
+
+impl SharedTls {
+    fn current(&self) -> Arc<rustls::ClientConfig> {
+        Arc::clone(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Makes channels to one hub as one identity. Clones share the identity.
 #[derive(Clone, Debug)]
 pub struct HubClient {
     address: HubAddress,
-    tls: Arc<rustls::ClientConfig>,
+    tls: SharedTls,
 }
 
 impl HubClient {
@@ -74,23 +89,22 @@ impl HubClient {
         trust: Trust,
         certificate: Option<ClientCertificate>,
     ) -> Result<Self, ConnectError> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let verifier = Arc::new(verifier::HubVerifier::new(trust, Arc::clone(&provider)));
-        let builder = rustls::ClientConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(ConnectError::Config)?
-            .dangerous()
-            .with_custom_certificate_verifier(verifier);
-        let mut tls = match certificate {
-            Some(ClientCertificate { certificate, key }) => builder
-                .with_client_auth_cert(vec![certificate], key)
-                .map_err(ConnectError::Config)?,
-            None => builder.with_no_client_auth(),
-        };
-        tls.alpn_protocols = vec![b"h2".to_vec()];
-        // A resumed session would skip the check of certificates on both sides.
-        tls.resumption = rustls::client::Resumption::disabled();
-        Ok(Self { address, tls: Arc::new(tls) })
+        let tls = Arc::new(tls_config(trust, certificate)?);
+        Ok(Self { address, tls: SharedTls(Arc::new(Mutex::new(tls))) })
+    }
+
+    /// Changes what is presented and who is trusted, for every connection made from now on.
+    ///
+    /// # Errors
+    /// If certificate and key do not fit each other; nothing is changed then.
+    pub fn present(
+        &self,
+        trust: Trust,
+        certificate: Option<ClientCertificate>,
+    ) -> Result<(), ConnectError> {
+        let tls = Arc::new(tls_config(trust, certificate)?);
+        *self.tls.0.lock().unwrap_or_else(PoisonError::into_inner) = tls;
+        Ok(())
     }
 
     /// Where the hub is.
@@ -129,9 +143,46 @@ impl HubClient {
         self.connector().dial().await.map(drop)
     }
 
-    fn connector(&self) -> TlsConnector {
-        TlsConnector::new(self.address.clone(), Arc::clone(&self.tls))
+    /// What the hub has against our certificate, if it says so. In TLS 1.3 the client has finished
+    /// its handshake before the hub judges it, and a connection that is written to by then often
+    /// breaks before the refusal is read. So on a connection of its own nothing is written, and the
+    /// first that arrives is read.
+    pub async fn certificate_refused(&self) -> Option<&'static str> {
+        let mut tls = self.connector().dial().await.ok()?;
+        let mut first = [0];
+        let reading = tokio::io::AsyncReadExt::read(&mut tls, &mut first);
+        match tokio::time::timeout(REFUSAL_TIMEOUT, reading).await {
+            Ok(Err(error)) => certificate_refusal(&error),
+            Ok(Ok(_)) | Err(_) => None,
+        }
     }
+
+    fn connector(&self) -> TlsConnector {
+        TlsConnector::new(self.address.clone(), self.tls.clone())
+    }
+}
+
+fn tls_config(
+    trust: Trust,
+    certificate: Option<ClientCertificate>,
+) -> Result<rustls::ClientConfig, ConnectError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = Arc::new(verifier::HubVerifier::new(trust, Arc::clone(&provider)));
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(ConnectError::Config)?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier);
+    let mut tls = match certificate {
+        Some(ClientCertificate { certificate, key }) => {
+            builder.with_client_auth_cert(vec![certificate], key).map_err(ConnectError::Config)?
+        }
+        None => builder.with_no_client_auth(),
+    };
+    tls.alpn_protocols = vec![b"h2".to_vec()];
+    // A resumed session would skip the check of certificates on both sides.
+    tls.resumption = rustls::client::Resumption::disabled();
+    Ok(tls)
 }
 
 fn endpoint(purpose: Purpose) -> Endpoint {

@@ -2,7 +2,8 @@
 //!
 //! | place | what | written by |
 //! |---|---|---|
-//! | `STATE/identity/` | key and certificates of this node, see [`crate::identity`] | `join` |
+//! | `STATE/identity/` | key and certificates of this node, see [`crate::identity`] | `join`, `run`, `identity` |
+//! | `STATE/audit.jsonl` | what changed authority here, see [`crate::audit`] | all of them |
 //! | `STATE/agent.json` | [`Settings`] | `join`, `ceiling set`, `workspace attach` |
 //! | `STATE/agent.lock`, `STATE/agent.sock` | one daemon per state; its local socket | `run` |
 //! | `STATE/workspaces/ID/` | index of a workspace, see [`crate::sync`] | `run` |
@@ -24,6 +25,10 @@ use crate::client::HubAddress;
 
 /// Largest file of settings or identity that is read: far more than any of them needs.
 const MAX_FILE_BYTES: u64 = 256 * 1024;
+
+/// Files of a state that go when a node leaves for good.
+const PURGED_FILES: [&str; 4] =
+    ["agent.json", "agent.json.lock", "started-tasks", "memberships.json"];
 
 /// Why state or settings cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +62,16 @@ pub enum ConfigError {
         path: PathBuf,
         /// What is wrong with it.
         problem: String,
+    },
+    /// Somebody else's state.
+    #[error("{} belongs to user {owner}, and this is user {own}", path.display())]
+    NotOwner {
+        /// The state directory.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+        /// Who tried.
+        own: u32,
     },
     /// Others than the owner may read a secret.
     #[error("{} may be read by others (mode {mode:o})", path.display())]
@@ -125,6 +140,12 @@ impl StateDir {
         self.0.join("identity")
     }
 
+    /// Where an identity is prepared that will replace the one in [`StateDir::identity`].
+    #[must_use]
+    pub fn new_identity(&self) -> PathBuf {
+        self.0.join("identity.new")
+    }
+
     /// The local socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
@@ -135,6 +156,80 @@ impl StateDir {
     #[must_use]
     pub fn lock(&self) -> PathBuf {
         self.0.join("agent.lock")
+    }
+
+    /// Takes the lock that one process at a time may hold: the daemon, or a command that changes
+    /// the identity. It ends with the file, so with the process, however it ends. `None` if another
+    /// holds it.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn try_lock(&self) -> Result<Option<std::fs::File>, ConfigError> {
+        let file = self.lock_file()?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(std::fs::TryLockError::WouldBlock) => Ok(None),
+            Err(std::fs::TryLockError::Error(source)) => {
+                Err(ConfigError::Write { path: self.lock(), source })
+            }
+        }
+    }
+
+    /// As [`StateDir::try_lock`], waiting for the other one. Blocks the thread.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn wait_for_lock(&self) -> Result<std::fs::File, ConfigError> {
+        let file = self.lock_file()?;
+        file.lock().map_err(|source| ConfigError::Write { path: self.lock(), source })?;
+        Ok(file)
+    }
+
+    fn lock_file(&self) -> Result<std::fs::File, ConfigError> {
+        let path = self.lock();
+        let open = || std::fs::File::options().create(true).truncate(false).write(true).open(&path);
+        open()
+            .and_then(|file| own_like_folder(&path).map(|()| file))
+            .map_err(|source| ConfigError::Write { path: path.clone(), source })
+    }
+
+    /// Deletes keys, certificates, settings and indexes of a node that has left. The audit file
+    /// stays, and so do the workspaces' files, which are elsewhere. The caller holds the lock.
+    ///
+    /// # Errors
+    /// Those of the file system; repeating goes on where it stopped.
+    pub fn purge(&self) -> Result<(), ConfigError> {
+        let failed = |path: &Path, source| ConfigError::Write { path: path.to_owned(), source };
+        let read = |source| ConfigError::Read { path: self.0.clone(), source };
+        for entry in std::fs::read_dir(&self.0).map_err(read)? {
+            let entry = entry.map_err(read)?;
+            let (path, name) = (entry.path(), entry.file_name());
+            let name = name.to_string_lossy();
+            let folder = name == "workspaces" || name.starts_with("identity.");
+            let file = PURGED_FILES.contains(&name.as_ref());
+            match (folder, file) {
+                (true, _) => std::fs::remove_dir_all(&path),
+                (_, true) => std::fs::remove_file(&path),
+                (false, false) => Ok(()),
+            }
+            .map_err(|source| failed(&path, source))?;
+        }
+        durable::sync_folder(&self.0).map_err(|source| failed(&self.0, source))
+    }
+
+    /// Whether this process may decide about this state: it is its owner's, or root's.
+    ///
+    /// # Errors
+    /// [`ConfigError::NotOwner`], or if the directory cannot be looked at.
+    pub fn check_owner(&self) -> Result<(), ConfigError> {
+        use std::os::unix::fs::MetadataExt as _;
+        let metadata = std::fs::metadata(&self.0)
+            .map_err(|source| ConfigError::Read { path: self.0.clone(), source })?;
+        let (owner, own) = (metadata.uid(), rustix::process::geteuid().as_raw());
+        if own == 0 || own == owner {
+            return Ok(());
+        }
+        Err(ConfigError::NotOwner { path: self.0.clone(), owner, own })
     }
 
     fn settings(&self) -> PathBuf {
@@ -218,6 +313,7 @@ impl Settings {
             .write(true)
             .open(&path)
             .map_err(failed)?;
+        own_like_folder(&path).map_err(failed)?;
         // Held for milliseconds; ends with the file.
         lock.lock().map_err(failed)?;
         let mut settings = Self::load(state)?;
@@ -281,7 +377,25 @@ pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Con
 
 pub(crate) fn write_private(path: &Path, contents: &[u8]) -> Result<(), ConfigError> {
     durable::write_file(path, contents, 0o600)
+        .and_then(|()| own_like_folder(path))
         .map_err(|source| ConfigError::Write { path: path.to_owned(), source })
+}
+
+/// Gives a file that root wrote to the owner of its folder: root may administer the state of an
+/// agent that runs as another user, which must be able to read it afterwards. (A crash in between
+/// leaves a file that the agent cannot read, which makes it stricter, and the command can be
+/// repeated.)
+pub(crate) fn own_like_folder(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt as _;
+    if !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let Some(folder) = path.parent() else { return Ok(()) };
+    let (folder, file) = (std::fs::metadata(folder)?, std::fs::symlink_metadata(path)?);
+    if (folder.uid(), folder.gid()) == (file.uid(), file.gid()) {
+        return Ok(());
+    }
+    std::os::unix::fs::lchown(path, Some(folder.uid()), Some(folder.gid()))
 }
 
 #[cfg(test)]
@@ -326,6 +440,38 @@ mod tests {
             }
         });
         assert_eq!(Settings::load(&state).unwrap().workspace_paths.len(), 9);
+    }
+
+    #[test]
+    fn second_holder_of_the_state_is_refused_until_the_first_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::resolve(Some(folder.path().to_owned())).unwrap();
+        let first = state.try_lock().unwrap();
+        assert!(first.is_some());
+        assert!(state.try_lock().unwrap().is_none());
+        drop(first);
+        assert!(state.try_lock().unwrap().is_some());
+    }
+
+    #[test]
+    fn purging_keeps_the_audit_file_and_what_is_not_ours() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::resolve(Some(folder.path().to_owned())).unwrap();
+        for folder in ["identity.old-1", "workspaces/w"] {
+            std::fs::create_dir_all(state.path().join(folder)).unwrap();
+        }
+        for file in
+            PURGED_FILES.iter().chain(&["audit.jsonl", "audit.1.jsonl", "notes", "agent.lock"])
+        {
+            std::fs::write(state.path().join(file), "x").unwrap();
+        }
+        state.purge().unwrap();
+        let mut left: Vec<_> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["agent.lock", "audit.1.jsonl", "audit.jsonl", "notes"]);
     }
 
     #[test]

@@ -17,13 +17,14 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
 
-use crate::client::HubAddress;
 use crate::config::ConfigError;
-use crate::identity::NodeIdentity;
+use crate::identity::live::LiveIdentity;
 use crate::link::dispatch::Dispatcher;
 use crate::link::proto_mode;
+use crate::link::renewal::{self, RenewError};
 use crate::link::session::LinkState;
 use crate::link::workspaces::{PlaceError, Workspaces};
 
@@ -41,15 +42,15 @@ pub struct ControlError {
 /// What the local socket answers from.
 pub struct LocalControl {
     /// Who this node is.
-    pub identity: NodeIdentity,
-    /// Where its hub is.
-    pub hub: HubAddress,
+    pub identity: LiveIdentity,
     /// The latest state of the connection.
     pub link: watch::Receiver<LinkState>,
     /// What runs.
     pub dispatcher: Dispatcher,
     /// Its workspaces.
     pub workspaces: Workspaces,
+    /// Ends the agent: this node has left its mesh.
+    pub left: CancellationToken,
 }
 
 /// Opens the socket and answers until the scope is cancelled.
@@ -111,26 +112,75 @@ impl Control for LocalControl {
     ) -> Result<Response<v1::AgentStatusResponse>, Status> {
         let link = self.link.borrow().clone();
         let session = link.session;
+        let identity = self.identity.snapshot();
+        let (policy, policy_until_ms) = self.dispatcher.policy();
         Ok(Response::new(v1::AgentStatusResponse {
-            node_id: self.identity.node_id.as_bytes().to_vec().into(),
+            node_id: identity.node_id.as_bytes().to_vec().into(),
             name: session
                 .as_ref()
-                .map_or_else(|| self.identity.name.clone(), |session| session.name.clone()),
-            mesh_id: self.identity.mesh.to_string(),
-            hub: self.hub.to_string(),
+                .map_or_else(|| identity.name.clone(), |session| session.name.clone()),
+            mesh_id: identity.mesh.to_string(),
+            hub: self.identity.client().address().to_string(),
             connected: session.is_some(),
             link_problem: link.problem.unwrap_or_default(),
             next_attempt_ms: link.next_attempt_ms,
             connected_since_ms: session.as_ref().map_or(0, |session| session.since_ms),
             session_epoch: session.as_ref().map_or(0, |session| session.epoch),
-            certificate_not_after_ms: self.identity.credentials.not_after_ms(),
+            certificate_not_after_ms: identity.credentials.not_after_ms(),
             ceiling: proto_mode(self.dispatcher.ceiling()).into(),
-            policy: proto_mode(self.dispatcher.policy()).into(),
+            policy: proto_mode(policy).into(),
             workspaces: self.workspaces.statuses(),
             running_tasks: u32::try_from(self.dispatcher.running_tasks()).unwrap_or(u32::MAX),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             process_id: std::process::id(),
+            policy_until_ms,
+            generation: identity.generation,
+            renew_at_ms: self.identity.renew_at_ms(),
+            clock_skew_ms: self.identity.skew_ms(),
+            identity_problem: self.identity.problem().unwrap_or_default(),
         }))
+    }
+
+    async fn renew_local(
+        &self,
+        request: Request<v1::RenewLocalRequest>,
+    ) -> Result<Response<v1::RenewLocalResponse>, Status> {
+        let renewed = if request.into_inner().recover {
+            renewal::recover(&self.identity).await
+        } else {
+            renewal::renew(&self.identity, self.session()?).await
+        };
+        if let Err(error) = renewed {
+            return Err(renewal_status(&error));
+        }
+        self.identity.retry_now();
+        let identity = self.identity.snapshot();
+        Ok(Response::new(v1::RenewLocalResponse {
+            generation: identity.generation,
+            not_after_ms: identity.credentials.not_after_ms(),
+        }))
+    }
+
+    async fn leave_local(
+        &self,
+        _: Request<v1::LeaveLocalRequest>,
+    ) -> Result<Response<v1::LeaveLocalResponse>, Status> {
+        let told = async {
+            let mut client = self.session()?;
+            let mut request = Request::new(v1::LeaveRequest {});
+            request.set_timeout(HUB_TIMEOUT);
+            match tokio::time::timeout(HUB_TIMEOUT, client.leave(request)).await {
+                Ok(answer) => answer.map(drop),
+                Err(_) => Err(Status::deadline_exceeded("the hub did not answer in time")),
+            }
+        };
+        let hub_problem = match told.await {
+            Ok(()) => String::new(),
+            Err(status) => status.message().to_owned(),
+        };
+        // The answer is still sent: the server ends in order.
+        self.left.cancel();
+        Ok(Response::new(v1::LeaveLocalResponse { hub_problem }))
     }
 
     async fn attach_local(
@@ -172,7 +222,36 @@ impl Control for LocalControl {
 
 type HubClient = cortex_proto::v1::node_client::NodeClient<tonic::transport::Channel>;
 
+fn renewal_status(error: &RenewError) -> Status {
+    let text = error.to_string();
+    match error {
+        RenewError::Cloned { .. } => with_code(
+            Status::failed_precondition(text),
+            "identity_cloned",
+            "cortex-agent identity fork --token-file FILE",
+        ),
+        RenewError::Refused { .. } => Status::failed_precondition(text),
+        RenewError::Busy { .. } => Status::resource_exhausted(text),
+        RenewError::Connect(_) | RenewError::Failed { .. } => {
+            with_code(Status::unavailable(text), "no_renewal", "cortex-agent doctor")
+        }
+        RenewError::Identity(_) => Status::internal(text),
+    }
+}
+
 impl LocalControl {
+    /// The live session's way to the hub.
+    fn session(&self) -> Result<HubClient, Status> {
+        let session = self.link.borrow().session.clone();
+        session.map(|session| session.client).ok_or_else(|| {
+            with_code(
+                Status::unavailable("this node has no session with its hub"),
+                "no_session",
+                "cortex-agent status",
+            )
+        })
+    }
+
     /// Passes a question on to the hub, over the live session.
     async fn ask_hub(
         &self,
@@ -182,17 +261,10 @@ impl LocalControl {
         ) -> Result<Response<v1::RequestAttachResponse>, Status>,
         workspace: String,
     ) -> Result<(), Status> {
-        let session = self.link.borrow().session.clone();
-        let Some(session) = session else {
-            return Err(with_code(
-                Status::unavailable("this node has no session with its hub"),
-                "no_session",
-                "cortex-agent status",
-            ));
-        };
+        let client = self.session()?;
         let mut request = Request::new(v1::RequestAttachRequest { workspace });
         request.set_timeout(HUB_TIMEOUT);
-        match tokio::time::timeout(HUB_TIMEOUT, ask(session.client, request)).await {
+        match tokio::time::timeout(HUB_TIMEOUT, ask(client, request)).await {
             Ok(answer) => answer.map(drop),
             Err(_) => Err(Status::new(Code::DeadlineExceeded, "the hub did not answer in time")),
         }

@@ -7,7 +7,6 @@
 //! commands are ended and reported, engines stopped, within [`STOP_TIMEOUT`]; a second signal, or
 //! the time limit, ends the process at once, which loses nothing that was acknowledged.
 
-use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -15,11 +14,12 @@ use cortex_proto::v1;
 use cortex_shared::tasks::TaskScope;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
-use crate::client::ConnectError;
 use crate::config::{ConfigError, Settings, StateDir};
 use crate::control::{self, ControlError, LocalControl};
 use crate::identity::NodeIdentity;
+use crate::identity::live::{IdentityError, LiveIdentity};
 use crate::link::dispatch::Dispatcher;
 use crate::link::session::{Greeting, LinkState, keep_session};
 use crate::link::workspaces::Workspaces;
@@ -34,9 +34,9 @@ pub enum DaemonError {
     /// Settings or identity cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// Certificate and key cannot be used.
+    /// The identity cannot be used.
     #[error(transparent)]
-    Connect(#[from] ConnectError),
+    Identity(#[from] IdentityError),
     /// Another agent uses this state.
     #[error("an agent runs already with the state in {}", state.display())]
     AlreadyRunning {
@@ -63,7 +63,9 @@ pub enum DaemonError {
 pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     let settings = Settings::load(&state)?;
     let identity = NodeIdentity::require(&state)?;
-    let _lock = lock_state(&state)?;
+    let Some(_lock) = state.try_lock()? else {
+        return Err(DaemonError::AlreadyRunning { state: state.path().to_owned() });
+    };
     let mut stop = StopSignals::new()?;
     let sandbox = v1::SandboxReport::from(&Launcher::default().probe().await);
     if !sandbox.strict_available {
@@ -78,27 +80,31 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     }
 
     let scope = TaskScope::new();
-    let hub = identity.client(settings.hub.clone())?;
-    let ceiling = settings.ceiling;
-    let workspaces = Workspaces::start(state.clone(), settings.clone(), hub.clone(), &scope)?;
-    let dispatcher = Dispatcher::new(state.clone(), workspaces.clone())?;
+    let identity = LiveIdentity::new(state.clone(), identity, settings.hub.clone())?;
+    let hub = identity.client().clone();
+    let workspaces = Workspaces::start(state.clone(), settings.clone(), hub, &scope)?;
+    let dispatcher = Dispatcher::new(state.clone(), workspaces.clone(), identity.clone())?;
     let (link_state, link) = watch::channel(LinkState::default());
+    let left = CancellationToken::new();
     let local = LocalControl {
         identity: identity.clone(),
-        hub: settings.hub,
         link: link.clone(),
         dispatcher: dispatcher.clone(),
         workspaces,
+        left: left.clone(),
     };
     control::serve(local, &state.socket(), &scope)?;
-    let greeting = Greeting { instance_id: *uuid::Uuid::new_v4().as_bytes(), ceiling, sandbox };
-    tracing::info!(node = identity.name, id = %identity.node_id, hub = %hub.address(), "agent starts");
+    let greeting = Greeting { instance_id: *uuid::Uuid::new_v4().as_bytes(), sandbox };
+    let known = identity.snapshot();
+    tracing::info!(node = known.name, id = %known.node_id, hub = %settings.hub, "agent starts");
     let session_scope = scope.child();
-    scope.spawn("session", keep_session(hub, greeting, dispatcher, link_state, session_scope));
+    scope.spawn("session", keep_session(identity, greeting, dispatcher, link_state, session_scope));
     scope.spawn("readiness", announce_ready(link, scope.token().clone()));
 
-    let signal = stop.next().await;
-    tracing::info!(signal, "stopping");
+    tokio::select! {
+        signal = stop.next() => tracing::info!(signal, "stopping"),
+        () = left.cancelled() => tracing::info!("this node leaves its mesh: stopping"),
+    }
     notify(&[sd_notify::NotifyState::Stopping]);
     scope.cancel();
     let finishing = scope.finish();
@@ -113,26 +119,8 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// One daemon per state. The lock ends with the process, however it ends.
-fn lock_state(state: &StateDir) -> Result<File, DaemonError> {
-    let path = state.lock();
-    let failed = |source| ConfigError::Write { path: path.clone(), source };
-    let file =
-        File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            Err(DaemonError::AlreadyRunning { state: state.path().to_owned() })
-        }
-        Err(error) => Err(failed(error.into()).into()),
-    }
-}
-
 /// Tells the service manager once that the first session is up.
-async fn announce_ready(
-    mut link: watch::Receiver<LinkState>,
-    stop: tokio_util::sync::CancellationToken,
-) {
+async fn announce_ready(mut link: watch::Receiver<LinkState>, stop: CancellationToken) {
     let up = stop.run_until_cancelled(link.wait_for(|state| state.session.is_some()));
     if matches!(up.await, Some(Ok(_))) {
         notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status("connected")]);
@@ -168,20 +156,5 @@ impl StopSignals {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn second_agent_on_the_same_state_is_refused_until_the_first_ends() {
-        let folder = tempfile::tempdir().unwrap();
-        let state = StateDir::resolve(Some(folder.path().to_owned())).unwrap();
-        let first = lock_state(&state).unwrap();
-        assert!(matches!(lock_state(&state), Err(DaemonError::AlreadyRunning { .. })));
-        drop(first);
-        lock_state(&state).unwrap();
     }
 }

@@ -1,13 +1,26 @@
 //! Keys and certificates on disk: this node's own, and those of operators' contexts.
 //!
+//! | file in `STATE/identity/` | what | changes |
+//! |---|---|---|
+//! | `key.pem` | the private key | never |
+//! | `cert.pem`, `cert.next.pem` | two slots for certificates, see `slots` | when renewed |
+//! | `ca.pem` | the authorities that may sign for the hub | when the hub names others |
+//! | `node.json` | who this is; written last: without it this is not a joined node | never |
+//!
 //! A key is written before anything is asked of the hub, so that an interrupted attempt is repeated
-//! with the same key and yields the same node. `node.json` is written last: without it this is not
-//! a joined node. A good identity is never deleted here, and never replaced by joining.
+//! with the same key and yields the same node. A good identity is never deleted here and never
+//! replaced by joining; `identity fork` and `leave` put it aside under another name.
+//! [`live::LiveIdentity`] is the identity of a running agent, which changes.
+
+mod aside;
+mod key;
+pub mod live;
+mod machine;
+mod pem;
+mod slots;
 
 use std::path::Path;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use cortex_shared::durable;
 use cortex_shared::ids::{MeshId, NodeId};
 use cortex_shared::peer::{Holder, PeerIdentity};
@@ -16,20 +29,27 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
-use crate::client::{ClientCertificate, ConnectError, HubAddress, HubClient, Trust};
-use crate::config::{ConfigError, StateDir, read_bounded, read_json, write_json, write_private};
+pub use key::IdentityKey;
+pub use machine::MachineFacts;
+pub use pem::MAX_CERTIFICATES;
+pub use slots::{IssuedCertificate, Validity};
+
+use crate::client::{ClientCertificate, ConnectError, HubAddress, HubClient, Trust, pin_of};
+use crate::config::{ConfigError, StateDir, read_json, write_json, write_private};
+use slots::Slots;
 
 const KEY: &str = "key.pem";
 const CERTIFICATE: &str = "cert.pem";
-const AUTHORITY: &str = "ca.pem";
+const AUTHORITIES: &str = "ca.pem";
+const NODE: &str = "node.json";
 
 /// What somebody needs to prove itself to a hub, and to know the hub.
 #[derive(Clone, Debug)]
 pub struct Credentials {
     /// Own certificate and key.
     pub own: ClientCertificate,
-    /// The mesh's authority.
-    pub authority: CertificateDer<'static>,
+    /// The mesh's authorities: one, or more while it replaces one by another.
+    pub authorities: Vec<CertificateDer<'static>>,
 }
 
 impl Credentials {
@@ -38,38 +58,62 @@ impl Credentials {
     /// # Errors
     /// If a file is damaged, or the key may be read by others.
     pub fn load(folder: &Path) -> Result<Option<Self>, ConfigError> {
-        let Some(certificate) = read_certificate(&folder.join(CERTIFICATE))? else {
-            return Ok(None);
-        };
-        let missing = |name: &str| ConfigError::Damaged {
-            path: folder.join(name),
-            problem: "it is missing".to_owned(),
-        };
-        let authority =
-            read_certificate(&folder.join(AUTHORITY))?.ok_or_else(|| missing(AUTHORITY))?;
-        let path = folder.join(KEY);
-        let pem = read_secret(&path)?.ok_or_else(|| missing(KEY))?;
-        let key = PrivateKeyDer::from_pem_slice(&pem)
-            .map_err(|error| ConfigError::Damaged { path, problem: error.to_string() })?;
-        Ok(Some(Self { own: ClientCertificate { certificate, key }, authority }))
+        let certificates = pem::read_certificates(&folder.join(CERTIFICATE))?;
+        let Some(certificate) = certificates.into_iter().next() else { return Ok(None) };
+        let (key, authorities) = load_key_and_authorities(folder)?;
+        Ok(Some(Self { own: ClientCertificate { certificate, key }, authorities }))
     }
 
-    /// Writes the certificates; the key is there already.
+    /// Writes key and certificates.
     pub(crate) fn store(&self, folder: &Path) -> Result<(), ConfigError> {
-        write_private(&folder.join(KEY), pem("PRIVATE KEY", self.own.key.secret_der()).as_bytes())?;
-        write_private(&folder.join(AUTHORITY), pem("CERTIFICATE", &self.authority).as_bytes())?;
-        write_private(
-            &folder.join(CERTIFICATE),
-            pem("CERTIFICATE", &self.own.certificate).as_bytes(),
-        )
+        self.store_key_and_authorities(folder)?;
+        let certificate = pem::encode("CERTIFICATE", &self.own.certificate);
+        write_private(&folder.join(CERTIFICATE), certificate.as_bytes())
+    }
+
+    fn store_key_and_authorities(&self, folder: &Path) -> Result<(), ConfigError> {
+        let key = pem::encode("PRIVATE KEY", self.own.key.secret_der());
+        write_private(&folder.join(KEY), key.as_bytes())?;
+        store_authorities(folder, &self.authorities)
     }
 
     /// When the own certificate ends, in milliseconds since the epoch.
     #[must_use]
     pub fn not_after_ms(&self) -> i64 {
-        X509Certificate::from_der(&self.own.certificate)
-            .map_or(0, |(_, parsed)| parsed.validity().not_after.timestamp().saturating_mul(1000))
+        Validity::of(&self.own.certificate).map_or(0, |validity| validity.not_after_ms)
     }
+
+    /// The pins of the authorities.
+    #[must_use]
+    pub fn pins(&self) -> Vec<cortex_shared::peer::CaPin> {
+        self.authorities.iter().filter_map(pin_of).collect()
+    }
+}
+
+fn load_key_and_authorities(
+    folder: &Path,
+) -> Result<(PrivateKeyDer<'static>, Vec<CertificateDer<'static>>), ConfigError> {
+    let missing = |name: &str| ConfigError::Damaged {
+        path: folder.join(name),
+        problem: "it is missing".to_owned(),
+    };
+    let authorities = pem::read_certificates(&folder.join(AUTHORITIES))?;
+    if authorities.is_empty() {
+        return Err(missing(AUTHORITIES));
+    }
+    let path = folder.join(KEY);
+    let pem = pem::read_secret(&path)?.ok_or_else(|| missing(KEY))?;
+    let key = PrivateKeyDer::from_pem_slice(&pem)
+        .map_err(|error| ConfigError::Damaged { path, problem: error.to_string() })?;
+    Ok((key, authorities))
+}
+
+fn store_authorities(
+    folder: &Path,
+    authorities: &[CertificateDer<'static>],
+) -> Result<(), ConfigError> {
+    let text: String = authorities.iter().map(|ca| pem::encode("CERTIFICATE", ca)).collect();
+    write_private(&folder.join(AUTHORITIES), text.as_bytes())
 }
 
 /// Who a certificate says it belongs to; `None` if it names nobody of a mesh.
@@ -83,61 +127,6 @@ pub fn holder_of(certificate: &CertificateDer<'_>) -> Option<PeerIdentity> {
     })
 }
 
-/// A key for which no certificate has been issued yet.
-#[derive(Debug)]
-pub struct PendingKey {
-    pair: rcgen::KeyPair,
-}
-
-impl PendingKey {
-    /// The key in `folder`: the one an interrupted attempt left, or a new one, durably stored.
-    ///
-    /// # Errors
-    /// If the file system refuses, or the key there is damaged.
-    pub fn load_or_make(folder: &Path) -> Result<Self, ConfigError> {
-        let path = folder.join(KEY);
-        let damaged = |problem: rcgen::Error| ConfigError::Damaged {
-            path: path.clone(),
-            problem: problem.to_string(),
-        };
-        if let Some(pem) = read_secret(&path)? {
-            let text = String::from_utf8_lossy(&pem);
-            return Ok(Self { pair: rcgen::KeyPair::from_pem(&text).map_err(damaged)? });
-        }
-        let pair = rcgen::KeyPair::generate().map_err(damaged)?;
-        write_private(&path, pem("PRIVATE KEY", pair.serialized_der()).as_bytes())?;
-        Ok(Self { pair })
-    }
-
-    /// The request for a certificate. Only its public key counts.
-    ///
-    /// # Errors
-    /// If the request cannot be signed.
-    pub fn request_der(&self) -> Result<Vec<u8>, rcgen::Error> {
-        let request = rcgen::CertificateParams::default().serialize_request(&self.pair)?;
-        Ok(request.der().to_vec())
-    }
-
-    /// Whether a certificate was issued for this key.
-    #[must_use]
-    pub fn fits(&self, certificate: &CertificateDer<'_>) -> bool {
-        X509Certificate::from_der(certificate).is_ok_and(|(_, parsed)| {
-            parsed.public_key().subject_public_key.data.as_ref() == self.pair.public_key_raw()
-        })
-    }
-
-    /// The key with what was issued for it.
-    #[must_use]
-    pub fn with(
-        &self,
-        certificate: CertificateDer<'static>,
-        authority: CertificateDer<'static>,
-    ) -> Credentials {
-        let key = PrivateKeyDer::Pkcs8(self.pair.serialize_der().into());
-        Credentials { own: ClientCertificate { certificate, key }, authority }
-    }
-}
-
 /// This node, as its mesh knows it.
 #[derive(Clone, Debug)]
 pub struct NodeIdentity {
@@ -147,8 +136,12 @@ pub struct NodeIdentity {
     pub name: String,
     /// Its mesh.
     pub mesh: MeshId,
-    /// Key and certificates.
+    /// Key, authorities, and the newest certificate.
     pub credentials: Credentials,
+    /// The newest certificate's number.
+    pub generation: u64,
+    /// The certificate before it, while the newest has not connected once.
+    pub fallback: Option<IssuedCertificate>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -164,22 +157,41 @@ impl NodeIdentity {
     /// # Errors
     /// If it is damaged or its key may be read by others.
     pub fn load(state: &StateDir) -> Result<Option<Self>, ConfigError> {
-        let folder = state.identity();
-        let path = folder.join("node.json");
+        aside::finish_replacement(state)?;
+        Self::load_from(&state.identity())
+    }
+
+    fn load_from(folder: &Path) -> Result<Option<Self>, ConfigError> {
+        let path = folder.join(NODE);
         let Some(raw) = read_json::<RawNode>(&path)? else { return Ok(None) };
-        let credentials = Credentials::load(&folder)?.ok_or_else(|| ConfigError::Damaged {
+        let (private_key, authorities) = load_key_and_authorities(folder)?;
+        let peer = PeerIdentity { mesh: raw.mesh_id, holder: Holder::Node(raw.node_id) };
+        let key = IdentityKey::load(folder)?;
+        let usable = |certificate: &CertificateDer<'_>| {
+            holder_of(certificate).as_ref() == Some(&peer)
+                && key.as_ref().is_some_and(|key| key.fits(certificate))
+        };
+        let slots = Slots::load(folder, usable)?.ok_or_else(|| ConfigError::Damaged {
             path: folder.join(CERTIFICATE),
             problem: "it is missing".to_owned(),
         })?;
-        let identity =
-            Self { node_id: raw.node_id, name: raw.name, mesh: raw.mesh_id, credentials };
-        if holder_of(&identity.credentials.own.certificate) != Some(identity.peer()) {
+        if !usable(&slots.newest.certificate) {
             return Err(ConfigError::Damaged {
                 path,
-                problem: "it and the certificate beside it name different nodes".to_owned(),
+                problem: "it and the certificate or key beside it are of different nodes"
+                    .to_owned(),
             });
         }
-        Ok(Some(identity))
+        let own =
+            ClientCertificate { certificate: slots.newest.certificate.clone(), key: private_key };
+        Ok(Some(Self {
+            node_id: raw.node_id,
+            name: raw.name,
+            mesh: raw.mesh_id,
+            credentials: Credentials { own, authorities },
+            generation: slots.newest.generation,
+            fallback: slots.fallback,
+        }))
     }
 
     /// As [`NodeIdentity::load`], where only a joined node can go on.
@@ -194,11 +206,20 @@ impl NodeIdentity {
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn pending_key(state: &StateDir) -> Result<PendingKey, ConfigError> {
+    pub fn pending_key(state: &StateDir) -> Result<IdentityKey, ConfigError> {
         let folder = state.identity();
-        durable::create_private_folder(&folder)
-            .map_err(|source| ConfigError::Write { path: folder.clone(), source })?;
-        PendingKey::load_or_make(&folder)
+        private_folder(&folder)?;
+        IdentityKey::load_or_make(&folder)
+    }
+
+    /// The directory and the key for an identity that is to replace this one.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn replacement_key(state: &StateDir) -> Result<IdentityKey, ConfigError> {
+        let folder = state.new_identity();
+        private_folder(&folder)?;
+        IdentityKey::load_or_make(&folder)
     }
 
     /// Stores a new identity durably; `node.json` last.
@@ -206,10 +227,42 @@ impl NodeIdentity {
     /// # Errors
     /// Those of the file system.
     pub fn store(&self, state: &StateDir) -> Result<(), ConfigError> {
-        let folder = state.identity();
-        self.credentials.store(&folder)?;
+        self.store_in(&state.identity())
+    }
+
+    /// Stores this identity in the place of the one there, which is put aside, not deleted. The
+    /// result is where. A crash leaves the one or the other.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn replace(
+        &self,
+        state: &StateDir,
+        old: NodeId,
+    ) -> Result<std::path::PathBuf, ConfigError> {
+        self.store_in(&state.new_identity())?;
+        let kept = aside::put_aside(state, old)?;
+        aside::finish_replacement(state)?;
+        Ok(kept)
+    }
+
+    /// Puts the identity aside, so that this machine is no node any more. The result is where.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn put_aside(state: &StateDir, id: NodeId) -> Result<std::path::PathBuf, ConfigError> {
+        aside::leave(state, id)
+    }
+
+    fn store_in(&self, folder: &Path) -> Result<(), ConfigError> {
+        self.credentials.store_key_and_authorities(folder)?;
+        let first = IssuedCertificate {
+            certificate: self.credentials.own.certificate.clone(),
+            generation: self.generation,
+        };
+        slots::store_first(folder, &first)?;
         let raw = RawNode { node_id: self.node_id, name: self.name.clone(), mesh_id: self.mesh };
-        write_json(&folder.join("node.json"), &raw)
+        write_json(&folder.join(NODE), &raw)
     }
 
     /// What its certificate has to say.
@@ -218,105 +271,56 @@ impl NodeIdentity {
         PeerIdentity { mesh: self.mesh, holder: Holder::Node(self.node_id) }
     }
 
+    /// Whom it believes.
+    #[must_use]
+    pub fn trust(&self) -> Trust {
+        let certificates = self.credentials.authorities.clone();
+        Trust::Authorities { certificates, mesh: self.mesh }
+    }
+
     /// A client that acts as this node.
     ///
     /// # Errors
     /// If certificate and key do not fit each other.
     pub fn client(&self, hub: HubAddress) -> Result<HubClient, ConnectError> {
-        let Credentials { own, authority } = self.credentials.clone();
-        let trust = Trust::Authority { certificate: authority, mesh: self.mesh };
-        HubClient::new(hub, trust, Some(own))
+        HubClient::new(hub, self.trust(), Some(self.credentials.own.clone()))
     }
 }
 
-fn read_certificate(path: &Path) -> Result<Option<CertificateDer<'static>>, ConfigError> {
-    let Some(pem) = read_bounded(path)? else { return Ok(None) };
-    let damaged = |problem| ConfigError::Damaged { path: path.to_owned(), problem };
-    let certificate =
-        CertificateDer::from_pem_slice(&pem).map_err(|error| damaged(error.to_string()))?;
-    X509Certificate::from_der(&certificate).map_err(|error| damaged(error.to_string()))?;
-    Ok(Some(certificate))
+/// The authorities in an answer of the hub: certificates that say they are authorities, each once.
+///
+/// # Errors
+/// If one is none, or there are too many.
+pub fn authorities_of<'a>(
+    ders: impl IntoIterator<Item = &'a [u8]>,
+) -> Result<Vec<CertificateDer<'static>>, &'static str> {
+    let mut authorities: Vec<CertificateDer<'static>> = Vec::new();
+    for der in ders {
+        let certificate = CertificateDer::from(der.to_vec());
+        if authorities.contains(&certificate) {
+            continue;
+        }
+        let is_authority =
+            X509Certificate::from_der(der).is_ok_and(|(rest, ca)| rest.is_empty() && ca.is_ca());
+        if !is_authority {
+            return Err("one of its authorities is none");
+        }
+        if authorities.len() == MAX_CERTIFICATES {
+            return Err("it names too many authorities");
+        }
+        authorities.push(certificate);
+    }
+    Ok(authorities)
 }
 
-/// Reads a secret, which nobody but its owner may be able to read.
-fn read_secret(path: &Path) -> Result<Option<Vec<u8>>, ConfigError> {
-    use std::os::unix::fs::PermissionsExt as _;
-    let mode = match std::fs::metadata(path) {
-        Ok(metadata) => metadata.permissions().mode() & 0o7777,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(ConfigError::Read { path: path.to_owned(), source }),
-    };
-    if mode & 0o077 != 0 {
-        return Err(ConfigError::TooOpen { path: path.to_owned(), mode });
-    }
-    read_bounded(path)
-}
-
-fn pem(label: &str, der: &[u8]) -> String {
-    let body = STANDARD.encode(der);
-    let mut text = format!("-----BEGIN {label}-----\n");
-    for line in body.as_bytes().chunks(64) {
-        text.push_str(std::str::from_utf8(line).expect("base64 is ASCII"));
-        text.push('\n');
-    }
-    text.push_str(&format!("-----END {label}-----\n"));
-    text
+fn private_folder(folder: &Path) -> Result<(), ConfigError> {
+    durable::create_private_folder(folder)
+        .and_then(|()| crate::config::own_like_folder(folder))
+        .map_err(|source| ConfigError::Write { path: folder.to_owned(), source })
 }
 
 #[cfg(test)]
-pub(crate) mod testing {
-    use super::*;
-
-    /// Some credentials that fit each other.
-    pub(crate) fn credentials() -> Credentials {
-        let pair = rcgen::KeyPair::generate().unwrap();
-        let certificate =
-            rcgen::CertificateParams::default().self_signed(&pair).unwrap().der().clone();
-        PendingKey { pair }.with(certificate.clone(), certificate)
-    }
-}
+pub(crate) mod testing;
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
-    use super::*;
-
-    #[test]
-    fn credentials_survive_the_disk() {
-        let folder = tempfile::tempdir().unwrap();
-        assert!(Credentials::load(folder.path()).unwrap().is_none());
-        let written = testing::credentials();
-        written.store(folder.path()).unwrap();
-        let read = Credentials::load(folder.path()).unwrap().unwrap();
-        assert_eq!(read.own.certificate, written.own.certificate);
-        assert_eq!(read.own.key, written.own.key);
-        assert_eq!(read.authority, written.authority);
-    }
-
-    #[test]
-    fn key_that_others_may_read_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        testing::credentials().store(folder.path()).unwrap();
-        let key = folder.path().join(KEY);
-        assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
-        std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o640)).unwrap();
-        assert!(matches!(
-            Credentials::load(folder.path()),
-            Err(ConfigError::TooOpen { mode: 0o640, .. })
-        ));
-    }
-
-    #[test]
-    fn interrupted_attempt_keeps_its_key() {
-        let folder = tempfile::tempdir().unwrap();
-        let first = PendingKey::load_or_make(folder.path()).unwrap();
-        let second = PendingKey::load_or_make(folder.path()).unwrap();
-        assert_eq!(first.pair.public_key_raw(), second.pair.public_key_raw());
-        let certificate =
-            rcgen::CertificateParams::default().self_signed(&first.pair).unwrap().der().clone();
-        assert!(second.fits(&certificate));
-        let other = testing::credentials();
-        assert!(!second.fits(&other.own.certificate));
-    }
-}
+mod tests;

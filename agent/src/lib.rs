@@ -1,7 +1,8 @@
 //! The agent of cortex mesh: the daemon of a node, and the command line of operators.
 //!
 //! ```text
-//! main → cli → daemon → control, link → exec, sync → sandbox, client, root_dir, identity, config
+//! main → cli → daemon → control, link → exec, sync → sandbox, client, root_dir, identity, audit,
+//! config
 //! ```
 //!
 //! | module | subject |
@@ -14,6 +15,7 @@
 //! | [`sync`], [`root_dir`] | workspaces; a directory handle that nothing can leave |
 //! | [`client`] | channels to the hub, which has to prove itself first |
 //! | [`identity`], [`config`] | keys, certificates and settings on disk |
+//! | [`audit`] | the local file of what changed authority here |
 //!
 //! Invariants. Arrows point downward only. The agent listens on no network port. It believes a hub
 //! only by its mesh's authority and sends nothing before that. Nothing runs before it is decided
@@ -23,6 +25,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod audit;
 pub mod cli;
 pub mod client;
 pub mod config;

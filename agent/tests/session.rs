@@ -1,6 +1,6 @@
 //! The agent's process against a hub that behaves, and one that does not.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 mod support;
 
@@ -88,23 +88,147 @@ async fn drain_tells_when_to_come_back() {
     hub.session().await;
 }
 
+/// A hub that orders more than anybody allowed: each time another part of the permission is missing.
 #[tokio::test]
-async fn asking_for_permissive_without_both_halves_is_refused_and_does_not_run() {
-    for (policy, ceiling, missing) in
-        [(v1::Mode::Permissive, "strict", "ceiling"), (v1::Mode::Strict, "permissive", "policy")]
-    {
+async fn lying_hub_is_refused_the_missing_part_named_and_the_refusal_written_down() {
+    for (policy, ceiling, role, missing) in [
+        (v1::Mode::Permissive, "strict", "operator", "ceiling"),
+        (v1::Mode::Strict, "permissive", "admin", "policy"),
+        (v1::Mode::Permissive, "permissive", "agent-token", "commands of agent-token are always"),
+        (v1::Mode::Permissive, "permissive", "viewer", "commands of viewer are always"),
+        (v1::Mode::Permissive, "permissive", "", "the hub names none"),
+        (v1::Mode::Permissive, "permissive", "root", "the hub names none"),
+    ] {
         let (mut hub, agent, session) = connected(policy, ceiling, CALM).await;
         let marker = agent.path("marker");
         let spec = v1::TaskSpec {
             mode: v1::Mode::Permissive.into(),
             ..shell(&format!("touch {}", marker.display()))
         };
-        session.start(TaskId::new().as_bytes(), spec, 1024).await;
+        let id = TaskId::new();
+        session.start_as(role, id.as_bytes(), spec).await;
+        let (_, exit) = hub.task().await.read_to_exit().await;
+        assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Refused), "{missing}");
+        assert!(exit.reason.contains(missing), "{}", exit.reason);
+        assert!(exit.hint.is_ascii() && !exit.hint.is_empty(), "{}", exit.hint);
+        assert!(!marker.exists());
+        let refused = agent.audit("command.refused");
+        let [line] = refused.as_slice() else { panic!("{refused:?}") };
+        assert_eq!((&line["task_id"], &line["role"]), (&id.to_string().into(), &role.into()));
+        assert!(line["reason"].as_str().unwrap().contains(missing));
+        assert!(line["command"].as_str().unwrap().starts_with("touch "));
+        assert!(agent.audit("command.permissive").is_empty());
+    }
+}
+
+#[tokio::test]
+async fn permissive_policy_ends_by_itself_and_a_command_under_it_is_written_down() {
+    let mut hub = Hub::start(v1::Mode::Strict, CALM).await;
+    let agent = Agent::joined(&hub, "permissive").await;
+    let session = hub.session().await;
+    let spec = v1::TaskSpec { mode: v1::Mode::Permissive.into(), ..shell("echo ran") };
+    let told = async |until_ms| {
+        let policy = v1::Mode::Permissive.into();
+        session.send(hub_frame::Frame::Policy(v1::PolicyUpdate { policy, until_ms })).await;
+    };
+    told(support::now_ms() + 60_000).await;
+    session.start(TaskId::new().as_bytes(), spec.clone(), 1024).await;
+    let (stdout, _) = hub.task().await.read_to_exit().await;
+    assert_eq!(stdout, b"ran\n");
+    assert_eq!(agent.audit("command.permissive").len(), 1);
+    let status = agent.json(&["status"]).await;
+    assert_eq!(status["policy"], "permissive");
+    assert!(status["policy_until_ms"].as_i64().unwrap() > support::now_ms());
+
+    for (until_ms, reason) in [(support::now_ms() - 1, "permissive until"), (0, "it is strict")] {
+        told(until_ms).await;
+        session.start(TaskId::new().as_bytes(), spec.clone(), 1024).await;
         let (_, exit) = hub.task().await.read_to_exit().await;
         assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Refused));
-        assert!(exit.reason.contains(missing), "{}", exit.reason);
-        assert!(!marker.exists());
+        assert!(exit.reason.contains(reason), "{}", exit.reason);
     }
+    support::until(|| agent.audit("policy.received").len() == 3).await;
+    assert_eq!(agent.json(&["status"]).await["policy"], "strict");
+}
+
+#[tokio::test]
+async fn permissive_command_that_cannot_be_written_down_does_not_run() {
+    let (mut hub, agent, session) = connected(v1::Mode::Permissive, "permissive", CALM).await;
+    support::until(|| !agent.audit("policy.received").is_empty()).await;
+    let audit = agent.path("state/audit.jsonl");
+    std::fs::remove_file(&audit).unwrap();
+    std::fs::create_dir(&audit).unwrap();
+    let marker = agent.path("marker");
+    let spec = v1::TaskSpec {
+        mode: v1::Mode::Permissive.into(),
+        ..shell(&format!("touch {}", marker.display()))
+    };
+    session.start(TaskId::new().as_bytes(), spec, 1024).await;
+    let (_, exit) = hub.task().await.read_to_exit().await;
+    assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Refused));
+    assert!(exit.reason.contains("written down"), "{}", exit.reason);
+    assert!(!marker.exists());
+}
+
+#[tokio::test]
+async fn ceiling_is_changed_by_root_or_the_agents_user_only_and_each_change_written_down() {
+    use std::os::unix::fs::{MetadataExt as _, chown};
+    use std::os::unix::process::CommandExt as _;
+    let hub = Hub::start(v1::Mode::Strict, CALM).await;
+    let agent = Agent::unjoined();
+    assert!(agent.join(&hub, "strict").await.status.success());
+    let set = |mode: &str| {
+        let mut command = agent.command();
+        command.args(["ceiling", "set", mode]);
+        command
+    };
+    assert!(run(set("permissive")).await.status.success());
+    let lines = agent.audit("ceiling.set");
+    assert_eq!((&lines[0]["before"], &lines[0]["after"]), (&"strict".into(), &"permissive".into()));
+    // What cannot be written down is not raised, and can be lowered all the same.
+    let audit = agent.path("state/audit.jsonl");
+    let ceiling = async || agent.json(&["ceiling", "show"]).await["ceiling"].clone();
+    let kept = std::fs::read(&audit).unwrap();
+    std::fs::remove_file(&audit).unwrap();
+    std::fs::create_dir(&audit).unwrap();
+    assert!(run(set("strict")).await.status.success());
+    assert_eq!(run(set("permissive")).await.status.code(), Some(1));
+    assert_eq!(ceiling().await, "strict");
+    std::fs::remove_dir(&audit).unwrap();
+    std::fs::write(&audit, kept).unwrap();
+
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can act as two users");
+        return;
+    }
+    let (owner, stranger) = (64_001, 64_002);
+    let state = agent.path("state");
+    for path in [agent.folder.path(), &state, &state.join("agent.json"), &audit] {
+        chown(path, Some(owner), Some(owner)).unwrap();
+    }
+    // Root may, and leaves files that their owner can still use.
+    assert!(run(set("permissive")).await.status.success());
+    for file in ["agent.json", "audit.jsonl", "audit.lock", "agent.json.lock"] {
+        assert_eq!(std::fs::metadata(state.join(file)).unwrap().uid(), owner, "{file}");
+    }
+    // The program has to be where these users may read it.
+    let program = agent.path("cortex-agent");
+    std::fs::copy(env!("CARGO_BIN_EXE_cortex-agent"), &program).unwrap();
+    let set_as = |user: u32, mode: &str| {
+        let mut command = std::process::Command::new(&program);
+        command.args(["ceiling", "set", mode]).env_clear().uid(user).gid(user);
+        command.env("HOME", "/").env("CORTEX_STATE", &state);
+        command
+    };
+    assert!(run(set_as(owner, "strict")).await.status.success());
+    // A stranger does not even get past the private directories; if they are left open, the state's
+    // owner is still asked for.
+    for path in [agent.folder.path(), &state] {
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        std::fs::set_permissions(path, open).unwrap();
+    }
+    assert_eq!(run(set_as(stranger, "permissive")).await.status.code(), Some(5));
+    assert_eq!(ceiling().await, "strict");
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::error::CliError;
 use super::{Global, Output, printer};
+use crate::audit::{Audit, AuditEvent};
 use crate::config::Settings;
 
 /// This machine's own upper bound for what commands may do
@@ -13,7 +14,8 @@ use crate::config::Settings;
 #[command(after_help = "\
 strict (the default) means that nobody, the hub included, can run a command here outside the
 sandbox. permissive leaves it to the hub's policy, which is strict too unless an admin changes it.
-Only who may write this node's state (--state) can change it: root, or the agent's own user.")]
+Only root and the agent's own user can change it; each change is in STATE/audit.jsonl before it
+counts.")]
 pub(crate) struct CeilingArgs {
     #[command(subcommand)]
     verb: CeilingVerb,
@@ -47,13 +49,20 @@ pub(crate) fn ceiling(global: &Global, args: CeilingArgs) -> Result<(), CliError
             global.printer(output).say(&ceiling.to_string(), &Ceiling { ceiling })
         }
         CeilingVerb::Set { mode } => {
-            let mut before = mode;
-            Settings::update(&state, |settings| {
-                before = std::mem::replace(&mut settings.ceiling, mode);
-            })?;
+            state.check_owner()?;
+            let before = Settings::load(&state)?.ceiling;
+            let event = AuditEvent::Ceiling { before: before.to_string(), after: mode.to_string() };
+            match Audit::of(&state).append(&event) {
+                Ok(()) => {}
+                // Nobody becomes more permissive without a trace, and nobody is kept from becoming
+                // stricter by a full disk.
+                Err(error) if mode > before => return Err(error.into()),
+                Err(error) => printer::complain(&format!("warning: {error}"), global.color),
+            }
+            Settings::update(&state, |settings| settings.ceiling = mode)?;
             if before < mode {
                 printer::complain(
-                    "the hub hears of it when the agent connects next; restart it for that",
+                    "the hub hears of it when the agent connects next; restart the agent for that",
                     global.color,
                 );
             }

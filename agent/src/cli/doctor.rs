@@ -10,11 +10,13 @@ use cortex_proto::v1;
 use serde::Serialize;
 
 use super::error::CliError;
+use super::node::skew_text;
 use super::printer::Row;
 use super::{Global, Output, hub, local, printer};
 use crate::client::{ConnectError, Purpose, certificate_refusal};
 use crate::config::{Settings, StateDir};
 use crate::identity::NodeIdentity;
+use crate::link::session::MAX_SKEW_MS;
 use crate::sandbox::Launcher;
 
 /// Free disk below which it is worth a word.
@@ -99,7 +101,7 @@ pub(crate) async fn doctor(global: &Global, args: DoctorArgs) -> Result<u8, CliE
                 }
                 Err(error) => findings.push(failed("settings", error.into())),
             }
-            findings.push(agent(global).await);
+            findings.extend(agent(global).await);
         }
         Ok(None) => {
             let not_joined = crate::config::ConfigError::NotJoined { state: state.path().into() };
@@ -166,7 +168,7 @@ fn certificate(identity: &NodeIdentity, now_ms: i64) -> Finding {
     match left {
         Err(_) => {
             Finding::new(CHECK, Level::Fail, format!("expired at {}", printer::time(not_after)))
-                .hint("check the clock with `date -u`; otherwise a new invite is needed")
+                .hint("the agent recovers it by itself, and so does `cortex-agent identity recover`; compare the clock with `date -u`")
         }
         Ok(left) if left < SHORT_LIFE => Finding::new(CHECK, Level::Warn, detail)
             .hint("it is renewed while the agent is connected"),
@@ -214,25 +216,38 @@ async fn accepted(client: &crate::client::HubClient) -> Finding {
     }
 }
 
-async fn agent(global: &Global) -> Finding {
+async fn agent(global: &Global) -> Vec<Finding> {
     const CHECK: &str = "agent";
     let asked = async {
         let mut agent = local::agent(global).await?;
         let question = hub::question(v1::AgentStatusRequest {});
         Ok::<_, CliError>(agent.agent_status(question).await?.into_inner())
     };
-    match asked.await {
-        Ok(status) if status.connected => {
-            Finding::new(CHECK, Level::Ok, format!("process {}, connected", status.process_id))
-        }
-        Ok(status) => {
-            Finding::new(CHECK, Level::Warn, format!("not connected: {}", status.link_problem))
-        }
-        Err(error) => {
-            let finding = failed(CHECK, error);
-            Finding { result: Level::Warn, ..finding }
-        }
+    let status = match asked.await {
+        Ok(status) => status,
+        Err(error) => return vec![Finding { result: Level::Warn, ..failed(CHECK, error) }],
+    };
+    let mut findings = vec![if status.connected {
+        Finding::new(CHECK, Level::Ok, format!("process {}, connected", status.process_id))
+    } else {
+        Finding::new(CHECK, Level::Warn, format!("not connected: {}", status.link_problem))
+    }];
+    if status.connected {
+        findings.push(clock(status.clock_skew_ms));
     }
+    if !status.identity_problem.is_empty() {
+        findings.push(Finding::new("renewal", Level::Fail, status.identity_problem));
+    }
+    findings
+}
+
+fn clock(skew_ms: i64) -> Finding {
+    let detail = format!("this machine's clock is {}", skew_text(skew_ms));
+    if skew_ms.unsigned_abs() <= MAX_SKEW_MS {
+        return Finding::new("clock", Level::Ok, detail);
+    }
+    Finding::new("clock", Level::Warn, detail)
+        .hint("certificates may seem expired; `timedatectl set-ntp true` keeps it right")
 }
 
 fn sandbox(report: &v1::SandboxReport) -> Vec<Finding> {

@@ -7,8 +7,11 @@ use std::fmt::Write as _;
 use cortex_proto::{CODE_TRAILER, HINT_TRAILER, RETRY_AFTER_TRAILER};
 use tonic::{Code, Status};
 
+use crate::audit::AuditError;
 use crate::client::{ConnectError, certificate_refusal, connect_error_in};
 use crate::config::ConfigError;
+use crate::identity::live::IdentityError;
+use crate::link::renewal::RenewError;
 
 /// Exit codes of every command but `exec`, whose own code is [`Exit::Code`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,6 +144,10 @@ impl From<ConfigError> for CliError {
                 Exit::Failed,
                 Some("restore the file from a backup, or join or log in anew elsewhere".to_owned()),
             ),
+            ConfigError::NotOwner { owner, .. } => (
+                Exit::Forbidden,
+                Some(format!("only root and user {owner} decide about it; use sudo")),
+            ),
             ConfigError::TooOpen { path, .. } => {
                 (Exit::Failed, Some(format!("chmod 600 {}", path.display())))
             }
@@ -150,14 +157,14 @@ impl From<ConfigError> for CliError {
             ConfigError::NotLoggedIn => (
                 Exit::NotLoggedIn,
                 Some(
-                    "cortex-agent login HUB:PORT --ca sha256:… --token-file FILE; an admin makes the token with `cortex-hubd operator create`"
+                    "cortex-agent login HUB:PORT --ca sha256:PIN --token-file FILE; an admin makes the token with `cortex-hubd operator create`"
                         .to_owned(),
                 ),
             ),
             ConfigError::NotJoined { .. } => (
                 Exit::NotLoggedIn,
                 Some(
-                    "cortex-agent join HUB:PORT --ca sha256:… --token-file FILE; `cortex-agent invite create` prints the whole line"
+                    "cortex-agent join HUB:PORT --ca sha256:PIN --token-file FILE; `cortex-agent invite create` prints the whole line"
                         .to_owned(),
                 ),
             ),
@@ -169,6 +176,41 @@ impl From<ConfigError> for CliError {
 impl CliError {
     fn from_source(error: impl StdError + Send + Sync + 'static) -> Self {
         Self::new(Exit::Failed, error.to_string()).because(error)
+    }
+}
+
+impl From<IdentityError> for CliError {
+    fn from(error: IdentityError) -> Self {
+        match error {
+            IdentityError::Config(error) => error.into(),
+            IdentityError::Connect(error) => error.into(),
+            IdentityError::Wrong(_) | IdentityError::Sign(_) => Self::from_source(error),
+        }
+    }
+}
+
+impl From<RenewError> for CliError {
+    fn from(error: RenewError) -> Self {
+        match error {
+            RenewError::Connect(error) => error.into(),
+            RenewError::Identity(error) => error.into(),
+            RenewError::Cloned { .. } => Self::from_source(error)
+                .with_exit(Exit::Conflict)
+                .hint("cortex-agent identity fork --token-file FILE"),
+            RenewError::Refused { .. } => Self::from_source(error).with_exit(Exit::Forbidden),
+            RenewError::Busy { after, .. } => Self::from_source(error)
+                .with_exit(Exit::Unreachable)
+                .hint(format!("try again in {} s", after.as_millis().div_ceil(1000))),
+            RenewError::Failed { .. } => Self::from_source(error)
+                .with_exit(Exit::Unreachable)
+                .hint("`cortex-agent doctor` looks closer"),
+        }
+    }
+}
+
+impl From<AuditError> for CliError {
+    fn from(error: AuditError) -> Self {
+        Self::from_source(error).hint("make room on the disk; nothing has been changed")
     }
 }
 

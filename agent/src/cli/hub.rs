@@ -41,16 +41,23 @@ pub(crate) fn question<T>(message: T) -> Request<T> {
     request
 }
 
+/// A question to the local agent that makes it ask the hub in turn.
+pub(crate) fn long_question<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(ENROLL_TIMEOUT + QUESTION_TIMEOUT);
+    request
+}
+
 /// Asks to be admitted, repeating where that is of use. `call` is told the deadline.
 pub(crate) async fn enroll<T, F>(
     hub: HubAddress,
-    pins: Vec<CaPin>,
+    trust: Trust,
     mut call: impl FnMut(EnrollClient<Channel>, Duration) -> F,
 ) -> Result<T, CliError>
 where
     F: Future<Output = Result<T, Status>>,
 {
-    let client = HubClient::new(hub, Trust::Pins(pins), None)?;
+    let client = HubClient::new(hub, trust, None)?;
     let mut attempt = 1;
     loop {
         let channel = client.connect(Purpose::Control).await?;

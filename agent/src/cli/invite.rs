@@ -91,6 +91,8 @@ struct InviteRow {
     labels: BTreeMap<String, String>,
     name_pattern: String,
     workspaces: Vec<String>,
+    source_cidrs: Vec<String>,
+    owner: String,
 }
 
 impl Row for InviteRow {
@@ -139,6 +141,8 @@ pub(crate) async fn invite(global: &Global, args: InviteArgs) -> Result<(), CliE
                     labels: invite.labels.into_iter().collect(),
                     name_pattern: invite.name_pattern,
                     workspaces: invite.workspaces,
+                    source_cidrs: invite.source_cidrs,
+                    owner: invite.owner,
                 })
                 .collect();
             global.printer(output).list(&rows)

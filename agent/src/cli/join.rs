@@ -7,17 +7,20 @@ use clap::Args;
 use cortex_proto::v1;
 use cortex_shared::ids::{MeshId, NodeId};
 use cortex_shared::labels;
+use cortex_shared::peer::CaPin;
 use cortex_shared::policy::Mode;
 use rustls_pki_types::CertificateDer;
 use serde::Serialize;
 use tonic::Request;
+use zeroize::Zeroizing;
 
 use super::error::{CliError, Exit};
 use super::token::TokenArgs;
 use super::{Global, Output, hub};
-use crate::client::pin_of;
+use crate::audit::{Audit, AuditEvent};
+use crate::client::{HubAddress, Trust, pin_of};
 use crate::config::{Settings, default_workspace_root};
-use crate::identity::{NodeIdentity, holder_of};
+use crate::identity::{IdentityKey, MachineFacts, NodeIdentity, authorities_of, holder_of};
 use crate::link::proto_mode;
 
 /// Make this machine a node of a mesh
@@ -81,8 +84,7 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
     let state = global.state()?;
     let mut printer = global.printer(args.output);
     if let Some(identity) = NodeIdentity::load(&state)? {
-        let own_pin = pin_of(&identity.credentials.authority);
-        if !own_pin.is_some_and(|pin| pins.contains(&pin)) {
+        if !identity.credentials.pins().iter().any(|pin| pins.contains(pin)) {
             return Err(CliError::new(
                 Exit::Conflict,
                 format!(
@@ -109,30 +111,11 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
     let token = args.token.read()?;
     state.create()?;
     let key = NodeIdentity::pending_key(&state)?;
-    let csr_der = key.request_der().map_err(|error| {
-        CliError::new(Exit::Failed, "cannot sign the certificate request").because(error)
-    })?;
-    let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let response = hub::enroll(address.clone(), pins.clone(), |mut client, deadline| {
-        let mut request = Request::new(v1::JoinNodeRequest {
-            token: token.to_string(),
-            csr_der: csr_der.clone().into(),
-            name: args.name.clone().unwrap_or_default(),
-            labels: labels.clone().into_iter().collect(),
-            hostname: hostname.clone(),
-            os: std::env::consts::OS.to_owned(),
-            arch: std::env::consts::ARCH.to_owned(),
-            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-            ceiling: proto_mode(args.ceiling).into(),
-            machine: None,
-        });
-        request.set_timeout(deadline);
-        async move { client.join_node(request).await }
-    })
-    .await?
-    .into_inner();
-
-    let identity = admitted(&key, &pins, &response)?;
+    let wish = Wish { token, name: args.name, labels, ceiling: args.ceiling };
+    let response = ask(&address, Trust::Pins(pins.clone()), &key, &wish).await?;
+    let authorities = pinned_authorities(&pins, &response.ca_der, &response.trusted_cas_der)
+        .map_err(wrong_answer)?;
+    let identity = admitted(&key, authorities, &response)?;
     let settings = Settings {
         hub: address,
         workspace_root,
@@ -140,6 +123,15 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
         workspace_paths: BTreeMap::new(),
     };
     settings.save(&state)?;
+    // Written down first: nobody joins a mesh without a trace.
+    Audit::of(&state).append(&AuditEvent::Joined {
+        node_id: identity.node_id.to_string(),
+        name: identity.name.clone(),
+        mesh_id: identity.mesh.to_string(),
+        hub: settings.hub.to_string(),
+        authorities: identity.credentials.pins().iter().map(ToString::to_string).collect(),
+        ceiling: settings.ceiling.to_string(),
+    })?;
     identity.store(&state)?;
     let joined = Joined {
         node_id: identity.node_id.to_string(),
@@ -152,33 +144,88 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
     printer.say(&sentence, &joined)
 }
 
-/// Checks that what the hub issued is for this key, from the pinned authority, for the node it says.
-fn admitted(
-    key: &crate::identity::PendingKey,
-    pins: &[cortex_shared::peer::CaPin],
+/// What a new node would like to be.
+pub(super) struct Wish {
+    pub(super) token: Zeroizing<String>,
+    pub(super) name: Option<String>,
+    pub(super) labels: labels::Labels,
+    pub(super) ceiling: Mode,
+}
+
+/// Asks to be admitted as a node.
+pub(super) async fn ask(
+    hub: &HubAddress,
+    trust: Trust,
+    key: &IdentityKey,
+    wish: &Wish,
+) -> Result<v1::JoinNodeResponse, CliError> {
+    let csr_der = key.request_der().map_err(|error| {
+        CliError::new(Exit::Failed, "cannot sign the certificate request").because(error)
+    })?;
+    let machine = MachineFacts::of_this_machine();
+    let response = hub::enroll(hub.clone(), trust, |mut client, deadline| {
+        let mut request = Request::new(v1::JoinNodeRequest {
+            token: wish.token.to_string(),
+            csr_der: csr_der.clone().into(),
+            name: wish.name.clone().unwrap_or_default(),
+            labels: wish.labels.clone().into_iter().collect(),
+            hostname: machine.hostname.clone(),
+            os: std::env::consts::OS.to_owned(),
+            arch: std::env::consts::ARCH.to_owned(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            ceiling: proto_mode(wish.ceiling).into(),
+            machine: Some(machine.clone().into()),
+        });
+        request.set_timeout(deadline);
+        async move { client.join_node(request).await }
+    })
+    .await?;
+    Ok(response.into_inner())
+}
+
+pub(super) fn wrong_answer(what: &'static str) -> CliError {
+    CliError::new(Exit::Failed, format!("the hub's answer is wrong: {what}"))
+}
+
+/// The authorities in an answer of a hub that is known by a pin only. The pinned one must be among
+/// them: it is the one that the connection was checked against.
+pub(super) fn pinned_authorities(
+    pins: &[CaPin],
+    ca_der: &[u8],
+    trusted_cas_der: &[bytes::Bytes],
+) -> Result<Vec<CertificateDer<'static>>, &'static str> {
+    let ders = std::iter::once(ca_der).chain(trusted_cas_der.iter().map(AsRef::as_ref));
+    let authorities = authorities_of(ders)?;
+    if authorities.iter().filter_map(pin_of).any(|pin| pins.contains(&pin)) {
+        Ok(authorities)
+    } else {
+        Err("its authority is not the pinned one")
+    }
+}
+
+/// Checks that what the hub issued is for this key and for the node it says.
+pub(super) fn admitted(
+    key: &IdentityKey,
+    authorities: Vec<CertificateDer<'static>>,
     response: &v1::JoinNodeResponse,
 ) -> Result<NodeIdentity, CliError> {
-    let wrong =
-        |what: &str| CliError::new(Exit::Failed, format!("the hub's answer is wrong: {what}"));
-    let node_id = NodeId::from_slice(&response.node_id).map_err(|_| wrong("node id"))?;
-    let mesh: MeshId = response.mesh_id.parse().map_err(|_| wrong("mesh id"))?;
-    labels::check_name(&response.name).map_err(|_| wrong("name"))?;
+    let node_id = NodeId::from_slice(&response.node_id).map_err(|_| wrong_answer("node id"))?;
+    let mesh: MeshId = response.mesh_id.parse().map_err(|_| wrong_answer("mesh id"))?;
+    labels::check_name(&response.name).map_err(|_| wrong_answer("name"))?;
     let certificate = CertificateDer::from(response.certificate_der.to_vec());
-    let authority = CertificateDer::from(response.ca_der.to_vec());
-    if !pin_of(&authority).is_some_and(|pin| pins.contains(&pin)) {
-        return Err(wrong("its authority is not the pinned one"));
-    }
     if !key.fits(&certificate) {
-        return Err(wrong("the certificate is for another key"));
+        return Err(wrong_answer("the certificate is for another key"));
     }
     let identity = NodeIdentity {
         node_id,
         name: response.name.clone(),
         mesh,
-        credentials: key.with(certificate, authority),
+        credentials: key.with(certificate, authorities),
+        generation: response.generation,
+        fallback: None,
     };
     if holder_of(&identity.credentials.own.certificate) != Some(identity.peer()) {
-        return Err(wrong("the certificate is for another node"));
+        return Err(wrong_answer("the certificate is for another node"));
     }
     Ok(identity)
 }

@@ -11,8 +11,8 @@ use tonic::Request;
 
 use super::error::{CliError, Exit};
 use super::token::TokenArgs;
-use super::{Global, Output, hub};
-use crate::client::pin_of;
+use super::{Global, Output, hub, join};
+use crate::client::Trust;
 use crate::config::contexts::Context;
 use crate::identity::holder_of;
 
@@ -63,26 +63,26 @@ pub(crate) async fn login(global: &Global, args: LoginArgs) -> Result<(), CliErr
     let csr_der = key.request_der().map_err(|error| {
         CliError::new(Exit::Failed, "cannot sign the certificate request").because(error)
     })?;
-    let response = hub::enroll(address.clone(), pins.clone(), |mut client, deadline| {
-        let mut request = Request::new(v1::LoginOperatorRequest {
-            token: token.to_string(),
-            csr_der: csr_der.clone().into(),
-        });
-        request.set_timeout(deadline);
-        async move { client.login_operator(request).await }
-    })
-    .await?
-    .into_inner();
+    let response =
+        hub::enroll(address.clone(), Trust::Pins(pins.clone()), |mut client, deadline| {
+            let mut request = Request::new(v1::LoginOperatorRequest {
+                token: token.to_string(),
+                csr_der: csr_der.clone().into(),
+            });
+            request.set_timeout(deadline);
+            async move { client.login_operator(request).await }
+        })
+        .await?
+        .into_inner();
 
-    let wrong =
-        |what: &str| CliError::new(Exit::Failed, format!("the hub's answer is wrong: {what}"));
+    let wrong = |what: &'static str| {
+        CliError::new(Exit::Failed, format!("the hub's answer is wrong: {what}"))
+    };
     let mesh: MeshId = response.mesh_id.parse().map_err(|_| wrong("mesh id"))?;
     let role = response.role.parse().map_err(|_| wrong("role"))?;
     let certificate = CertificateDer::from(response.certificate_der.to_vec());
-    let authority = CertificateDer::from(response.ca_der.to_vec());
-    if !pin_of(&authority).is_some_and(|pin| pins.contains(&pin)) {
-        return Err(wrong("its authority is not the pinned one"));
-    }
+    let authorities = join::pinned_authorities(&pins, &response.ca_der, &response.trusted_cas_der)
+        .map_err(wrong)?;
     if !key.fits(&certificate) {
         return Err(wrong("the certificate is for another key"));
     }
@@ -91,7 +91,7 @@ pub(crate) async fn login(global: &Global, args: LoginArgs) -> Result<(), CliErr
         return Err(wrong("the certificate is for another operator"));
     }
     let context = Context { name, hub: address, operator: response.name, role, mesh };
-    config.store(&context, &key.with(certificate, authority))?;
+    config.store(&context, &key.with(certificate, authorities))?;
     let logged_in = LoggedIn {
         context: &context.name,
         name: &context.operator,

@@ -2,6 +2,7 @@
 //!
 //! Results go through [`printer`], failures through [`error`]; a verb returns the exit code.
 
+mod audit;
 mod ceiling;
 mod completion;
 mod context;
@@ -9,11 +10,14 @@ mod doctor;
 pub mod error;
 mod exec;
 mod hub;
+mod identity;
 mod invite;
 mod join;
+mod leave;
 mod local;
 mod login;
 mod node;
+mod policy;
 pub mod printer;
 mod run;
 mod status;
@@ -97,6 +101,8 @@ struct Cli {
 enum Verb {
     Join(join::JoinArgs),
     Run(run::RunArgs),
+    Leave(leave::LeaveArgs),
+    Identity(identity::IdentityArgs),
     Ceiling(ceiling::CeilingArgs),
     Status(status::StatusArgs),
     Doctor(doctor::DoctorArgs),
@@ -108,6 +114,8 @@ enum Verb {
     Exec(Box<exec::ExecArgs>),
     Workspace(workspace::WorkspaceArgs),
     Invite(invite::InviteArgs),
+    Policy(policy::PolicyArgs),
+    Audit(audit::AuditArgs),
     Version(version::VersionArgs),
     Completion(completion::CompletionArgs),
 }
@@ -148,6 +156,8 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
         match verb {
             Verb::Join(args) => done(Box::pin(join::join(&global, args)).await),
             Verb::Run(args) => done(Box::pin(run::run(&global, args)).await),
+            Verb::Leave(args) => done(Box::pin(leave::leave(&global, args)).await),
+            Verb::Identity(args) => done(Box::pin(identity::identity(&global, args)).await),
             Verb::Ceiling(args) => done(ceiling::ceiling(&global, args)),
             Verb::Status(args) => done(Box::pin(status::status(&global, args)).await),
             Verb::Doctor(args) => Box::pin(doctor::doctor(&global, args)).await,
@@ -159,6 +169,8 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Exec(args) => Box::pin(exec::exec(&global, *args)).await,
             Verb::Workspace(args) => done(Box::pin(workspace::workspace(&global, args)).await),
             Verb::Invite(args) => done(Box::pin(invite::invite(&global, args)).await),
+            Verb::Policy(args) => done(Box::pin(policy::policy(&global, args)).await),
+            Verb::Audit(args) => done(Box::pin(audit::audit(&global, args)).await),
             Verb::Version(args) => done(version::version(&global, args)),
             Verb::Completion(args) => {
                 done(completion::completion(&global, args, &mut Cli::command()))
@@ -179,6 +191,69 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// Every command that a hint of ours names: "cortex-agent VERB SUBVERB".
+    fn commands_in(hint: &str) -> Vec<Vec<&str>> {
+        let named = hint.match_indices("cortex-agent ").map(|(at, name)| &hint[at + name.len()..]);
+        named
+            .map(|rest| {
+                let word = |c: char| c.is_ascii_lowercase() || c == '-' || c == ' ';
+                let words = rest.split(|c| !word(c)).next().unwrap_or_default();
+                words.split(' ').take_while(|word| !word.is_empty()).take(2).collect()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn hints_are_ascii_and_name_commands_that_exist() {
+        use crate::client::{ConnectError, HubRefused};
+        use crate::config::ConfigError;
+        let address: crate::client::HubAddress = "hub:1".parse().unwrap();
+        let io = || std::sync::Arc::new(std::io::Error::from(std::io::ErrorKind::TimedOut));
+        let path = std::path::PathBuf::from("/s");
+        let refused = |source| ConnectError::HubRefused { address: address.clone(), source };
+        let connect = [
+            ConnectError::Resolve { address: address.clone(), source: io() },
+            ConnectError::Unreachable { address: address.clone(), source: io() },
+            ConnectError::TimedOut { address: address.clone() },
+            ConnectError::Tls { address: address.clone(), source: io() },
+            refused(HubRefused::NotThisMesh),
+            refused(HubRefused::NotAHub("")),
+            refused(HubRefused::Pin { expected: Vec::new(), shown: None }),
+            refused(HubRefused::Expired {
+                not_after: String::new(),
+                now: String::new(),
+                apart: std::time::Duration::ZERO,
+            }),
+        ];
+        let config = [
+            ConfigError::NotJoined { state: path.clone() },
+            ConfigError::NotLoggedIn,
+            ConfigError::NoSuchContext(String::new()),
+            ConfigError::TooOpen { path: path.clone(), mode: 0o640 },
+            ConfigError::NotOwner { path: path.clone(), owner: 1, own: 2 },
+            ConfigError::Damaged { path, problem: String::new() },
+        ];
+        let mut hints: Vec<String> = connect.iter().map(ConnectError::hint).collect();
+        let rendered = config.into_iter().map(|error| CliError::from(error).render());
+        hints.extend(rendered.filter_map(|text| Some(text.split_once("hint: ")?.1.to_owned())));
+        hints.extend(crate::link::hints());
+        let cli = Cli::command();
+        let mut named = 0;
+        for hint in &hints {
+            assert!(hint.is_ascii(), "{hint}");
+            for words in commands_in(hint) {
+                let verb = cli
+                    .find_subcommand(words[0])
+                    .unwrap_or_else(|| panic!("no command {:?} in: {hint}", words[0]));
+                if verb.has_subcommands() {
+                    assert!(verb.find_subcommand(words[1]).is_some(), "{words:?} in: {hint}");
+                }
+                named += 1;
+            }
+        }
+        assert!(named > 8, "{named}");
+    }
+
     #[test]
     fn contract_of_names_and_flags_parses() {
         for line in [
@@ -197,6 +272,25 @@ mod tests {
             "node list @a=b --online -o jsonl",
             "node list --offline",
             "node show n1",
+            "node label n1 a=b c-",
+            "node rename n1 n2",
+            "node cordon n1",
+            "node uncordon n1 -o json",
+            "node revoke n1 --reason gone --yes",
+            "node forget n1",
+            "node policy n1",
+            "node wait n1 --for online --timeout 2m",
+            "policy show n1 -o json",
+            "policy set n1 permissive --reason text --for 30m",
+            "policy set n1 strict",
+            "audit list --after 3 --limit 10 --action policy.set -o jsonl",
+            "audit verify -o json",
+            "identity show -o json",
+            "identity renew",
+            "identity recover",
+            "identity fork --token-file F --name n2 --label a=b",
+            "leave",
+            "leave --purge -o json",
             "exec n1 -- ls -l --color",
             "exec n1 -s ls",
             "exec n1 -i --workspace w --cwd d --env K=V --mode permissive --net full --memory 1G --pids 10 --time-limit 10s -- cat",

@@ -1,17 +1,16 @@
-//! `node list|show|wait`: the machines of the mesh.
+//! `node …`: the machines of the mesh.
 
-use std::collections::BTreeMap;
+mod show;
+
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use cortex_proto::v1;
-use cortex_shared::ids::NodeId;
-use serde::Serialize;
+use cortex_shared::labels;
 
 use super::error::{CliError, Exit};
-use super::printer::Row;
-use super::{Global, Output, hub, printer, units};
-use crate::link::mode_of;
+use super::{Global, Output, hub, policy, printer, units};
+pub(crate) use show::{NodeRow, skew_text};
 
 /// The machines of the mesh
 #[derive(Debug, Args)]
@@ -48,6 +47,64 @@ Examples:
         #[command(flatten)]
         output: Output,
     },
+    /// Change labels: KEY=VALUE sets one, KEY- removes it
+    #[command(after_help = "\
+Labels decide which nodes an operator with a scope sees and commands.
+
+Example:
+  cortex-agent node label build-1 env=prod gpu-")]
+    Label(LabelArgs),
+    /// Give a node another name
+    Rename {
+        /// Name, or a unique prefix of the id
+        node: String,
+        /// The new name
+        name: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Send a node no new commands; it keeps its session and what it runs
+    Cordon {
+        /// Name, or a unique prefix of the id
+        node: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Send a node commands again
+    Uncordon {
+        /// Name, or a unique prefix of the id
+        node: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// End a node's membership for good: its session and commands end at once
+    Revoke {
+        /// Name, or a unique prefix of the id
+        node: String,
+        /// Why; it stands in the audit log
+        #[arg(long, default_value = "")]
+        reason: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Remove the record of a node that is revoked or offline; its name is free again
+    Forget {
+        /// Name, or a unique prefix of the id
+        node: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Show the hub's policy for a node; `policy set` changes it
+    Policy {
+        /// Name, or a unique prefix of the id
+        node: String,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Wait until a node is online or offline
     #[command(after_help = "\
 Exit codes: 0 it is, 6 it was not in time.
@@ -64,6 +121,17 @@ Example:
         #[arg(long, value_name = "DUR", value_parser = units::parse_duration)]
         timeout: Option<Duration>,
     },
+}
+
+#[derive(Debug, Args)]
+struct LabelArgs {
+    /// Name, or a unique prefix of the id
+    node: String,
+    /// KEY=VALUE to set, KEY- to remove
+    #[arg(value_name = "KEY=VALUE|KEY-", required = true)]
+    changes: Vec<String>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// Whether a node has a live session.
@@ -99,107 +167,6 @@ async fn wait(
     })
 }
 
-/// A node as it is listed; the JSON of scripts.
-#[derive(Serialize)]
-struct NodeRow {
-    node_id: String,
-    name: String,
-    online: bool,
-    labels: BTreeMap<String, String>,
-    joined_at_ms: i64,
-    last_seen_ms: i64,
-    agent_version: String,
-    hostname: String,
-    os: String,
-    arch: String,
-    effective_mode: String,
-    policy: String,
-    ceiling: String,
-    session_epoch: u64,
-    running_tasks: u32,
-    strict_available: Option<bool>,
-    sandbox: Option<SandboxJson>,
-}
-
-#[derive(Serialize)]
-struct SandboxJson {
-    landlock_abi: u32,
-    cgroup: String,
-    seccomp: bool,
-    user_namespaces: bool,
-    root: bool,
-    missing: Vec<MissingJson>,
-}
-
-#[derive(Serialize)]
-struct MissingJson {
-    what: String,
-    why: String,
-    remedy: String,
-}
-
-impl NodeRow {
-    fn of(node: v1::NodeInfo) -> Self {
-        let strict_available = node.sandbox.as_ref().map(|report| report.strict_available);
-        let sandbox = node.sandbox.map(|report| SandboxJson {
-            landlock_abi: report.landlock_abi,
-            cgroup: report.cgroup,
-            seccomp: report.seccomp,
-            user_namespaces: report.user_namespaces,
-            root: report.root,
-            missing: report
-                .missing
-                .into_iter()
-                .map(|piece| MissingJson { what: piece.what, why: piece.why, remedy: piece.remedy })
-                .collect(),
-        });
-        Self {
-            node_id: NodeId::from_slice(&node.node_id).map(|id| id.to_string()).unwrap_or_default(),
-            name: node.name,
-            online: node.online,
-            labels: node.labels.into_iter().collect(),
-            joined_at_ms: node.joined_at_ms,
-            last_seen_ms: node.last_seen_ms,
-            agent_version: node.agent_version,
-            hostname: node.hostname,
-            os: node.os,
-            arch: node.arch,
-            effective_mode: mode_of(node.effective_mode).to_string(),
-            policy: mode_of(node.policy).to_string(),
-            ceiling: mode_of(node.ceiling).to_string(),
-            session_epoch: node.session_epoch,
-            running_tasks: node.running_tasks,
-            strict_available,
-            sandbox,
-        }
-    }
-
-    fn state(&self) -> String {
-        if self.online { "online" } else { "offline" }.to_owned()
-    }
-
-    fn label_text(&self) -> String {
-        self.labels.iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(",")
-    }
-}
-
-impl Row for NodeRow {
-    const COLUMNS: &'static [&'static str] =
-        &["NAME", "ID", "STATE", "LAST SEEN", "MODE", "TASKS", "LABELS"];
-
-    fn cells(&self) -> Vec<String> {
-        vec![
-            self.name.clone(),
-            self.node_id.clone(),
-            self.state(),
-            printer::time(self.last_seen_ms),
-            self.effective_mode.clone(),
-            self.running_tasks.to_string(),
-            self.label_text(),
-        ]
-    }
-}
-
 pub(crate) async fn node(global: &Global, args: NodeArgs) -> Result<(), CliError> {
     match args.verb {
         NodeVerb::List { selector, online, offline, output } => {
@@ -208,46 +175,103 @@ pub(crate) async fn node(global: &Global, args: NodeArgs) -> Result<(), CliError
             global.printer(output).list(&rows)
         }
         NodeVerb::Show { node, output } => {
-            let rows = list(global, node.clone()).await?;
-            let [row] = rows.as_slice() else {
-                return Err(match rows.len() {
-                    0 => CliError::new(Exit::NotFound, format!("no node matches {node:?}")),
-                    n => CliError::new(Exit::Conflict, format!("{n} nodes match {node:?}")),
-                }
-                .hint("cortex-agent node list"));
-            };
-            let sandbox = match (&row.sandbox, row.strict_available) {
-                (Some(_), Some(true)) => "complete".to_owned(),
-                (Some(report), _) => {
-                    let missing: Vec<&str> =
-                        report.missing.iter().map(|piece| piece.what.as_str()).collect();
-                    format!("incomplete: {}; strict commands are refused", missing.join(", "))
-                }
-                (None, _) => "not reported".to_owned(),
-            };
-            let lines = [
-                ("name", row.name.clone()),
-                ("id", row.node_id.clone()),
-                ("state", row.state()),
-                ("last seen", printer::time(row.last_seen_ms)),
-                ("joined", printer::time(row.joined_at_ms)),
-                ("labels", row.label_text()),
-                ("host", format!("{} ({} {})", row.hostname, row.os, row.arch)),
-                ("agent", row.agent_version.clone()),
-                (
-                    "mode",
-                    format!(
-                        "{} (policy {}, ceiling {})",
-                        row.effective_mode, row.policy, row.ceiling
-                    ),
-                ),
-                ("sandbox", sandbox),
-                ("running commands", row.running_tasks.to_string()),
-            ];
-            global.printer(output).show(row, &lines)
+            let row = one(global, node).await?;
+            global.printer(output).show(&row, &row.lines())
         }
+        NodeVerb::Label(args) => label(global, args).await,
+        NodeVerb::Rename { node, name, output } => {
+            labels::check_name(&name).map_err(|error| CliError::usage(error.to_string()))?;
+            let mut client = hub::operator(global).await?;
+            let request = v1::RenameNodeRequest { node, name };
+            let info = client.rename_node(hub::question(request)).await?.into_inner();
+            changed(global, output, info)
+        }
+        NodeVerb::Cordon { node, output } => cordon(global, node, true, output).await,
+        NodeVerb::Uncordon { node, output } => cordon(global, node, false, output).await,
+        NodeVerb::Revoke { node, reason, yes, output } => {
+            confirm(&format!("revoke {node} for good, ending its session and commands"), yes)?;
+            let mut client = hub::operator(global).await?;
+            let request = v1::RevokeNodeRequest { node, reason };
+            let info = client.revoke_node(hub::question(request)).await?.into_inner();
+            changed(global, output, info)
+        }
+        NodeVerb::Forget { node, yes } => {
+            confirm(&format!("remove the record of {node}"), yes)?;
+            let mut client = hub::operator(global).await?;
+            client.forget_node(hub::question(v1::ForgetNodeRequest { node })).await?;
+            Ok(())
+        }
+        NodeVerb::Policy { node, output } => policy::show(global, node, output).await,
         NodeVerb::Wait { node, presence, timeout } => wait(global, node, presence, timeout).await,
     }
+}
+
+async fn label(global: &Global, args: LabelArgs) -> Result<(), CliError> {
+    let mut request = v1::LabelNodeRequest { node: args.node, ..Default::default() };
+    for change in &args.changes {
+        match (change.split_once('='), change.strip_suffix('-')) {
+            (Some((key, value)), _) => {
+                labels::check_label(key, value)
+                    .map_err(|error| CliError::usage(error.to_string()))?;
+                request.set.insert(key.to_owned(), value.to_owned());
+            }
+            (None, Some(key)) => request.remove.push(key.to_owned()),
+            (None, None) => {
+                return Err(CliError::usage(format!("{change:?} is neither KEY=VALUE nor KEY-"))
+                    .hint("cortex-agent node label --help"));
+            }
+        }
+    }
+    let mut client = hub::operator(global).await?;
+    let info = client.label_node(hub::question(request)).await?.into_inner();
+    changed(global, args.output, info)
+}
+
+async fn cordon(
+    global: &Global,
+    node: String,
+    cordoned: bool,
+    output: Output,
+) -> Result<(), CliError> {
+    let mut client = hub::operator(global).await?;
+    let request = v1::CordonNodeRequest { node, cordoned };
+    let info = client.cordon_node(hub::question(request)).await?.into_inner();
+    changed(global, output, info)
+}
+
+/// The node as it is after a change.
+pub(super) fn changed(global: &Global, output: Output, info: v1::NodeInfo) -> Result<(), CliError> {
+    global.printer(output).list(&[NodeRow::of(info)])
+}
+
+/// Asks before something that cannot be taken back: only a person at a terminal.
+fn confirm(deed: &str, yes: bool) -> Result<(), CliError> {
+    use std::io::{BufRead as _, IsTerminal as _};
+    let stdin = std::io::stdin();
+    if yes || !stdin.is_terminal() {
+        return Ok(());
+    }
+    printer::complain(&format!("{deed}? [y/N]"), printer::ColorWhen::Auto);
+    let mut answer = String::new();
+    stdin.lock().read_line(&mut answer)?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        return Ok(());
+    }
+    Err(CliError::new(Exit::Failed, "nothing was changed"))
+}
+
+/// The one node that is meant.
+pub(super) async fn one(global: &Global, node: String) -> Result<NodeRow, CliError> {
+    let mut rows = list(global, node.clone()).await?;
+    match (rows.pop(), rows.len()) {
+        (Some(row), 0) => Ok(row),
+        (None, _) => Err(CliError::new(Exit::NotFound, format!("no node matches {node:?}"))),
+        (Some(_), more) => {
+            let text = format!("{} nodes match {node:?}", more + 1);
+            Err(CliError::new(Exit::Conflict, text))
+        }
+    }
+    .map_err(|error| error.hint("cortex-agent node list"))
 }
 
 async fn list(global: &Global, selector: String) -> Result<Vec<NodeRow>, CliError> {

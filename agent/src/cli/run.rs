@@ -39,7 +39,7 @@ pub(crate) async fn run(global: &Global, args: RunArgs) -> Result<(), CliError> 
     let state = global.state()?;
     daemon::run(state).await.map_err(|error| match error {
         daemon::DaemonError::Config(error) => error.into(),
-        daemon::DaemonError::Connect(error) => error.into(),
+        daemon::DaemonError::Identity(error) => error.into(),
         daemon::DaemonError::AlreadyRunning { .. } => {
             CliError::new(Exit::Conflict, error.to_string())
                 .hint("`cortex-agent status` shows it; give --state DIR for a second agent")

@@ -6,6 +6,7 @@ use cortex_shared::ids::NodeId;
 use serde::Serialize;
 
 use super::error::CliError;
+use super::node::skew_text;
 use super::workspace::SyncRow;
 use super::{Global, Output, hub, local, printer};
 use crate::link::mode_of;
@@ -34,6 +35,11 @@ struct Status {
     certificate_not_after_ms: i64,
     ceiling: String,
     policy: String,
+    policy_until_ms: i64,
+    generation: u64,
+    renew_at_ms: i64,
+    clock_skew_ms: i64,
+    identity_problem: Option<String>,
     running_tasks: u32,
     version: String,
     process_id: u32,
@@ -56,6 +62,11 @@ pub(crate) async fn status(global: &Global, args: StatusArgs) -> Result<(), CliE
         certificate_not_after_ms: answer.certificate_not_after_ms,
         ceiling: mode_of(answer.ceiling).to_string(),
         policy: mode_of(answer.policy).to_string(),
+        policy_until_ms: answer.policy_until_ms,
+        generation: answer.generation,
+        renew_at_ms: answer.renew_at_ms,
+        clock_skew_ms: answer.clock_skew_ms,
+        identity_problem: (!answer.identity_problem.is_empty()).then_some(answer.identity_problem),
         running_tasks: answer.running_tasks,
         version: answer.version,
         process_id: answer.process_id,
@@ -79,12 +90,30 @@ pub(crate) async fn status(global: &Global, args: StatusArgs) -> Result<(), CliE
         ("node", format!("{} ({})", status.name, status.node_id)),
         ("hub", status.hub.clone()),
         ("session", connection),
-        ("certificate until", printer::time(status.certificate_not_after_ms)),
+        (
+            "certificate",
+            format!(
+                "until {}, generation {}, to be renewed at {}",
+                printer::time(status.certificate_not_after_ms),
+                status.generation,
+                printer::time(status.renew_at_ms)
+            ),
+        ),
         ("ceiling", status.ceiling.clone()),
-        ("hub policy", status.policy.clone()),
+        (
+            "hub policy",
+            match status.policy_until_ms {
+                0 => status.policy.clone(),
+                until => format!("{} until {}", status.policy, printer::time(until)),
+            },
+        ),
+        ("clock", skew_text(status.clock_skew_ms)),
         ("running commands", status.running_tasks.to_string()),
         ("agent", format!("version {}, process {}", status.version, status.process_id)),
     ];
+    if let Some(problem) = &status.identity_problem {
+        lines.push(("identity problem", problem.clone()));
+    }
     lines.extend(status.workspaces.iter().map(|row| ("workspace", row.sentence())));
     global.printer(args.output).show(&status, &lines)
 }

@@ -11,7 +11,7 @@ use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 
-use super::{CONNECT_TIMEOUT, ConnectError, HubAddress};
+use super::{CONNECT_TIMEOUT, ConnectError, HubAddress, SharedTls};
 
 /// How long one of several addresses of a name may take before the next is tried.
 const ADDRESS_TIMEOUT: Duration = Duration::from_secs(4);
@@ -20,11 +20,11 @@ const ADDRESS_TIMEOUT: Duration = Duration::from_secs(4);
 #[derive(Clone)]
 pub(super) struct TlsConnector {
     address: HubAddress,
-    tls: Arc<rustls::ClientConfig>,
+    tls: SharedTls,
 }
 
 impl TlsConnector {
-    pub(super) fn new(address: HubAddress, tls: Arc<rustls::ClientConfig>) -> Self {
+    pub(super) fn new(address: HubAddress, tls: SharedTls) -> Self {
         Self { address, tls }
     }
 
@@ -41,7 +41,8 @@ impl TlsConnector {
         let Self { address, tls } = self;
         let tcp = dial_tcp(&address).await?;
         let name = ServerName::try_from(HUB_SERVER_NAME).expect("the fixed name is a DNS name");
-        tokio_rustls::TlsConnector::from(tls)
+        // Read for each connection: what was renewed meanwhile counts.
+        tokio_rustls::TlsConnector::from(tls.current())
             .connect(name, tcp)
             .await
             .map_err(|error| ConnectError::from_handshake(address, error))

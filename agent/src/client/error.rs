@@ -3,6 +3,7 @@
 use std::error::Error as StdError;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cortex_shared::peer::CaPin;
 use rustls::{AlertDescription, CertificateError};
@@ -82,24 +83,45 @@ pub enum HubRefused {
     #[error("its certificate was not signed by this mesh's authority")]
     NotThisMesh,
     /// Its certificate's time is over, or this machine's clock is ahead.
-    #[error("its certificate expired at {not_after} (this machine's clock says {now})")]
+    #[error(
+        "its certificate expired at {not_after}, and this machine's clock says {now}: it is {} ahead of the hub's, or the hub's certificate was not renewed",
+        say_skew(*apart)
+    )]
     Expired {
         /// End of validity.
         not_after: String,
         /// This machine's time.
         now: String,
+        /// The time between them.
+        apart: Duration,
     },
     /// Its certificate's time has not come, or this machine's clock is behind.
-    #[error("its certificate is not valid before {not_before} (this machine's clock says {now})")]
+    #[error(
+        "its certificate is not valid before {not_before}, and this machine's clock says {now}: it is at least {} behind the hub's",
+        say_skew(*apart)
+    )]
     NotYetValid {
         /// Begin of validity.
         not_before: String,
         /// This machine's time.
         now: String,
+        /// The time between them.
+        apart: Duration,
     },
     /// The authority signed it, but not as a hub.
     #[error("its certificate is not a hub's: {0}")]
     NotAHub(&'static str),
+}
+
+/// A difference between two clocks, for people: rough is enough.
+#[must_use]
+pub fn say_skew(apart: Duration) -> String {
+    match apart.as_secs() {
+        seconds @ 0..120 => format!("{seconds} s"),
+        seconds @ 120..7_200 => format!("{} min", seconds / 60),
+        seconds @ 7_200..172_800 => format!("{} h", seconds / 3_600),
+        seconds => format!("{} days", seconds / 86_400),
+    }
 }
 
 fn list_pins(pins: &[CaPin]) -> String {
@@ -175,12 +197,15 @@ pub fn connect_error_in(error: &(dyn StdError + 'static)) -> Option<ConnectError
 /// finished its handshake before the hub judges it, so this arrives with the first read.
 #[must_use]
 pub fn certificate_refusal(error: &(dyn StdError + 'static)) -> Option<&'static str> {
-    const REFUSALS: [(AlertDescription, &str); 6] = [
+    const REFUSALS: [(AlertDescription, &str); 8] = [
         (AlertDescription::CertificateExpired, "this certificate has expired"),
         (AlertDescription::CertificateRevoked, "this certificate was revoked"),
         (AlertDescription::UnknownCA, "this certificate belongs to another mesh"),
         (AlertDescription::CertificateUnknown, "this certificate was not accepted"),
         (AlertDescription::BadCertificate, "this certificate was not accepted"),
+        (AlertDescription::UnsupportedCertificate, "this certificate was not accepted"),
+        // Two authorities of one mesh have one name, so that of the wrong one is a bad signature.
+        (AlertDescription::DecryptError, "this certificate is not of the mesh's present authority"),
         (AlertDescription::AccessDenied, "this identity was not accepted"),
     ];
     let mut next = Some(error);

@@ -37,7 +37,7 @@ impl Authority {
     }
 
     fn trust(&self) -> Trust {
-        Trust::Authority { certificate: self.certificate.clone(), mesh: self.mesh }
+        Trust::Authorities { certificates: vec![self.certificate.clone()], mesh: self.mesh }
     }
 
     fn issue(&self, change: impl FnOnce(&mut CertificateParams)) -> Shown {

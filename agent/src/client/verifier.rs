@@ -1,6 +1,7 @@
 //! The check of the hub within the TLS handshake.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use cortex_shared::ids::MeshId;
 use cortex_shared::peer::{CaPin, HUB_SERVER_NAME, Holder, PeerIdentity};
@@ -18,10 +19,11 @@ use super::HubRefused;
 pub enum Trust {
     /// Whoever the authority with one of these keys signed: before joining or logging in.
     Pins(Vec<CaPin>),
-    /// Whoever this authority signed as the hub of this mesh: afterwards.
-    Authority {
-        /// The stored certificate.
-        certificate: CertificateDer<'static>,
+    /// Whoever one of these authorities signed as the hub of this mesh: afterwards. More than one
+    /// while the mesh replaces one by another.
+    Authorities {
+        /// The stored certificates.
+        certificates: Vec<CertificateDer<'static>>,
         /// Its mesh.
         mesh: MeshId,
     },
@@ -45,21 +47,26 @@ impl HubVerifier {
         Self { trust, provider }
     }
 
-    /// The authority to check against: the stored one, or the one in the hub's own chain that has a
-    /// pinned key.
-    fn authority<'a>(
-        &'a self,
-        chain: &'a [CertificateDer<'a>],
-    ) -> Result<&'a CertificateDer<'a>, HubRefused> {
+    /// The authorities to check against: the stored ones, or those in the hub's own chain that have
+    /// a pinned key.
+    fn authorities(
+        &self,
+        chain: &[CertificateDer<'_>],
+    ) -> Result<Vec<CertificateDer<'static>>, HubRefused> {
         match &self.trust {
-            Trust::Authority { certificate, .. } => Ok(certificate),
-            Trust::Pins(pins) => chain
-                .iter()
-                .find(|certificate| pin_of(certificate).is_some_and(|pin| pins.contains(&pin)))
-                .ok_or_else(|| HubRefused::Pin {
-                    expected: pins.clone(),
-                    shown: chain.last().and_then(pin_of),
-                }),
+            Trust::Authorities { certificates, .. } => Ok(certificates.clone()),
+            Trust::Pins(pins) => {
+                let pinned: Vec<_> = chain
+                    .iter()
+                    .filter(|shown| pin_of(shown).is_some_and(|pin| pins.contains(&pin)))
+                    .map(|shown| shown.clone().into_owned())
+                    .collect();
+                if pinned.is_empty() {
+                    let shown = chain.last().and_then(pin_of);
+                    return Err(HubRefused::Pin { expected: pins.clone(), shown });
+                }
+                Ok(pinned)
+            }
         }
     }
 
@@ -69,9 +76,10 @@ impl HubVerifier {
         chain: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
-        let authority = self.authority(chain).map_err(refuse)?;
         let mut roots = RootCertStore::empty();
-        roots.add(authority.clone().into_owned())?;
+        for authority in self.authorities(chain).map_err(refuse)? {
+            roots.add(authority)?;
+        }
         let verifier = WebPkiServerVerifier::builder_with_provider(
             Arc::new(roots),
             Arc::clone(&self.provider),
@@ -116,7 +124,9 @@ impl HubVerifier {
             return Err(HubRefused::NotAHub("its holder is a node or an operator"));
         }
         match &self.trust {
-            Trust::Authority { mesh, .. } if *mesh != identity.mesh => Err(HubRefused::NotThisMesh),
+            Trust::Authorities { mesh, .. } if *mesh != identity.mesh => {
+                Err(HubRefused::NotThisMesh)
+            }
             _ => Ok(()),
         }
     }
@@ -130,13 +140,16 @@ fn refuse(reason: HubRefused) -> rustls::Error {
 fn explain(error: rustls::Error) -> rustls::Error {
     let rustls::Error::InvalidCertificate(reason) = &error else { return error };
     match reason {
-        CertificateError::ExpiredContext { time, not_after } => {
-            refuse(HubRefused::Expired { not_after: timestamp(*not_after), now: timestamp(*time) })
-        }
+        CertificateError::ExpiredContext { time, not_after } => refuse(HubRefused::Expired {
+            not_after: timestamp(*not_after),
+            now: timestamp(*time),
+            apart: apart(*not_after, *time),
+        }),
         CertificateError::NotValidYetContext { time, not_before } => {
             refuse(HubRefused::NotYetValid {
                 not_before: timestamp(*not_before),
                 now: timestamp(*time),
+                apart: apart(*time, *not_before),
             })
         }
         CertificateError::UnknownIssuer | CertificateError::BadSignature => {
@@ -150,6 +163,11 @@ fn explain(error: rustls::Error) -> rustls::Error {
         }
         _ => error,
     }
+}
+
+/// How far this machine's clock and the hub's must differ at least, if the certificate is right.
+fn apart(earlier: UnixTime, later: UnixTime) -> Duration {
+    Duration::from_secs(later.as_secs().saturating_sub(earlier.as_secs()))
 }
 
 fn timestamp(time: UnixTime) -> String {

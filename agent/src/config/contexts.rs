@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, read_bounded, read_json, write_json, write_private};
 use crate::client::{ConnectError, HubAddress, HubClient, Trust};
-use crate::identity::{Credentials, PendingKey};
+use crate::identity::{Credentials, IdentityKey};
 
 /// The directory with all contexts of one user.
 #[derive(Clone, Debug)]
@@ -132,10 +132,10 @@ impl ConfigDir {
     ///
     /// # Errors
     /// If the name is no name, or those of the file system.
-    pub fn pending_key(&self, name: &str) -> Result<PendingKey, ConfigError> {
+    pub fn pending_key(&self, name: &str) -> Result<IdentityKey, ConfigError> {
         let folder = self.context_dir(name)?;
         private_folder(&folder)?;
-        PendingKey::load_or_make(&folder)
+        IdentityKey::load_or_make(&folder)
     }
 
     /// Stores a context with its credentials, and makes it the current one. `context.json` comes
@@ -201,7 +201,7 @@ impl Context {
     /// # Errors
     /// If certificate and key do not fit each other.
     pub fn client(&self, credentials: Credentials) -> Result<HubClient, ConnectError> {
-        let trust = Trust::Authority { certificate: credentials.authority, mesh: self.mesh };
+        let trust = Trust::Authorities { certificates: credentials.authorities, mesh: self.mesh };
         HubClient::new(self.hub.clone(), trust, Some(credentials.own))
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Called by the session's task for each frame and never makes it wait: a task is started in a task
 //! of its own, everything else is handed over. State: which tasks run, the policy in force (strict
-//! until a hub says otherwise), and the record of started tasks, which is on disk.
+//! until a hub says otherwise), and the record of started tasks, which is on disk. What runs outside
+//! the sandbox is in the node's audit file before it runs, or does not run.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -12,19 +13,22 @@ use std::time::Duration;
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::{self, hub_frame};
 use cortex_shared::ids::{TaskId, WorkspaceId};
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Mode, Role};
 use cortex_shared::tasks::TaskScope;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tonic::transport::Channel;
 
+use super::authority::{Authority, Clocks, HubPolicy};
 use super::mode_of;
-use super::request::{self, Authority, Refusal};
+use super::request::{self, Refusal};
 use super::session::Outbox;
 use super::started::StartedTasks;
 use super::task::{self, TaskContext};
 use super::workspaces::{Membership, Reports, Workspaces};
+use crate::audit::{AuditEvent, CommandLine, cut};
 use crate::config::{ConfigError, Settings, StateDir};
 use crate::exec::CommandControl;
+use crate::identity::live::LiveIdentity;
 
 /// Commands that run at the same time; more is refused, so that a node cannot be buried.
 const MAX_RUNNING: usize = 256;
@@ -55,7 +59,8 @@ struct Inner {
     workspaces: Workspaces,
     started: Mutex<StartedTasks>,
     session: Mutex<Option<SessionContext>>,
-    policy: watch::Sender<Mode>,
+    identity: LiveIdentity,
+    policy: Mutex<HubPolicy>,
     running: Mutex<HashMap<TaskId, mpsc::Sender<CommandControl>>>,
 }
 
@@ -70,7 +75,11 @@ impl Dispatcher {
     /// # Errors
     /// If the record of started tasks cannot be read or written: without it no task could be run
     /// safely.
-    pub fn new(state: StateDir, workspaces: Workspaces) -> Result<Self, ConfigError> {
+    pub fn new(
+        state: StateDir,
+        workspaces: Workspaces,
+        identity: LiveIdentity,
+    ) -> Result<Self, ConfigError> {
         let path = state.path().join("started-tasks");
         let started = StartedTasks::open(Path::new(&path))
             .map_err(|source| ConfigError::Write { path, source })?;
@@ -80,7 +89,8 @@ impl Dispatcher {
                 workspaces,
                 started: Mutex::new(started),
                 session: Mutex::new(None),
-                policy: watch::Sender::new(Mode::Strict),
+                identity,
+                policy: Mutex::new(HubPolicy::UNTOLD),
                 running: Mutex::new(HashMap::new()),
             }),
         })
@@ -92,10 +102,14 @@ impl Dispatcher {
         lock(&self.inner.running).len()
     }
 
-    /// The hub's policy for this node, as last told.
+    /// What the hub's policy for this node, as last told, allows now; and its end, 0 for none.
     #[must_use]
-    pub fn policy(&self) -> Mode {
-        *self.inner.policy.borrow()
+    pub fn policy(&self) -> (Mode, i64) {
+        let policy = *lock(&self.inner.policy);
+        match policy.in_force(clocks(&self.inner.identity)) {
+            Mode::Strict => (Mode::Strict, 0),
+            Mode::Permissive => (Mode::Permissive, policy.until_ms()),
+        }
     }
 
     /// The owner's bound as it is now. Read anew, so that lowering it counts at once; what cannot
@@ -111,8 +125,8 @@ impl Dispatcher {
         }
     }
 
-    pub(super) fn begin_session(&self, context: SessionContext, policy: Mode) {
-        self.inner.policy.send_replace(policy);
+    pub(super) fn begin_session(&self, context: SessionContext, policy: HubPolicy) {
+        self.set_policy(&context, policy);
         *lock(&self.inner.session) = Some(context);
         self.inner.workspaces.set_online(true);
     }
@@ -148,9 +162,11 @@ impl Dispatcher {
                 self.inner.workspaces.set_memberships(members.collect());
             }
             hub_frame::Frame::Policy(update) => {
-                let policy = mode_of(update.policy);
-                if self.inner.policy.send_replace(policy) != policy {
-                    tracing::info!(%policy, "the hub's policy for this node changed");
+                let now = clocks(&self.inner.identity);
+                let policy = HubPolicy::told(mode_of(update.policy), update.until_ms, now);
+                let session = lock(&self.inner.session).clone();
+                if let Some(session) = session {
+                    self.set_policy(&session, policy);
                 }
             }
             // The session answers heartbeats by being alive, and ends itself on the last two; a
@@ -160,6 +176,26 @@ impl Dispatcher {
             | hub_frame::Frame::Drain(_)
             | hub_frame::Frame::Superseded(_) => {}
         }
+    }
+
+    /// Takes a policy over; a new one is written down.
+    fn set_policy(&self, session: &SessionContext, policy: HubPolicy) {
+        let before = std::mem::replace(&mut *lock(&self.inner.policy), policy);
+        if before.same_as(&policy) {
+            return;
+        }
+        let mode = policy.in_force(clocks(&self.inner.identity));
+        let effective = Mode::strictest([mode, self.ceiling()]);
+        tracing::info!(policy = %mode, %effective, "the hub's policy for this node changed");
+        let event = AuditEvent::Policy {
+            policy: mode.to_string(),
+            until_ms: policy.until_ms(),
+            effective: effective.to_string(),
+        };
+        let audit = self.inner.identity.audit().clone();
+        session.tasks.spawn("audit", async move {
+            tokio::task::spawn_blocking(move || audit.note(&event)).await.ok();
+        });
     }
 
     fn start(&self, start: v1::StartTask) {
@@ -218,10 +254,18 @@ impl Dispatcher {
             }
             Err(_) => return,
         }
+        let line = CommandLine {
+            task_id: id.to_string(),
+            actor: cut(&actor),
+            role: cut(&start.role),
+            command: start.spec.as_ref().map(shown_command).unwrap_or_default(),
+        };
+        let role = start.role.parse().ok();
         let command = start
             .spec
             .ok_or(Refusal::Invalid("no specification"))
-            .and_then(|spec| self.check(spec));
+            .and_then(|spec| self.check(spec, role));
+        let command = self.written_down(line, command).await;
         if let Err(refusal) = &command {
             tracing::info!(task = %id, ?actor, %refusal, "command refused");
         } else {
@@ -232,12 +276,48 @@ impl Dispatcher {
         task::run_task(context, id, command, start.initial_credit, cancels).await;
     }
 
-    fn check(&self, spec: v1::TaskSpec) -> Result<crate::exec::CommandRequest, Refusal> {
-        let ceiling = self.ceiling();
-        let authority = Authority { policy: self.policy(), ceiling };
+    fn check(
+        &self,
+        spec: v1::TaskSpec,
+        role: Option<Role>,
+    ) -> Result<crate::exec::CommandRequest, Refusal> {
+        let authority = Authority {
+            role,
+            policy: *lock(&self.inner.policy),
+            ceiling: self.ceiling(),
+            now: clocks(&self.inner.identity),
+        };
         let forbidden = vec![self.inner.state.path().to_owned()];
         let find = |id, name: &str| self.inner.workspaces.root_of(id, name);
         request::command(spec, authority, find, forbidden)
+    }
+
+    /// Writes down what is to run outside the sandbox, and what was refused to. What cannot be
+    /// written down does not run.
+    async fn written_down(
+        &self,
+        line: CommandLine,
+        command: Result<crate::exec::CommandRequest, Refusal>,
+    ) -> Result<crate::exec::CommandRequest, Refusal> {
+        let audit = self.inner.identity.audit().clone();
+        match &command {
+            Ok(request) if request.mode == Mode::Permissive => {
+                let event = AuditEvent::Permissive(line);
+                let written = tokio::task::spawn_blocking(move || audit.append(&event)).await;
+                if let Ok(Err(error)) = &written {
+                    tracing::error!(%error, "a permissive command cannot be written down");
+                }
+                if !matches!(written, Ok(Ok(()))) {
+                    return Err(Refusal::NotRecorded);
+                }
+            }
+            Err(refusal @ Refusal::NotPermitted { .. }) => {
+                let reason = refusal.to_string();
+                tokio::task::spawn_blocking(move || audit.note_refusal(line, reason)).await.ok();
+            }
+            Ok(_) | Err(_) => {}
+        }
+        command
     }
 
     fn cancel(&self, cancel: &v1::CancelTask) {
@@ -250,6 +330,27 @@ impl Dispatcher {
             sender.try_send(CommandControl::Cancel { signal, grace }).ok();
         }
     }
+}
+
+/// This instant, on the clocks that count for authority.
+pub(super) fn clocks(identity: &LiveIdentity) -> Clocks {
+    Clocks { hub_ms: identity.hub_now_ms(), steady: std::time::Instant::now() }
+}
+
+/// The beginning of what is to run, for people.
+fn shown_command(spec: &v1::TaskSpec) -> String {
+    const MOST: usize = 4096;
+    let mut shown: Vec<u8> = spec.script.iter().take(MOST).copied().collect();
+    for argument in &spec.argv {
+        if shown.len() >= MOST {
+            break;
+        }
+        if !shown.is_empty() {
+            shown.push(b' ');
+        }
+        shown.extend(argument.iter().take(MOST));
+    }
+    cut(&String::from_utf8_lossy(&shown))
 }
 
 fn refuse(session: &SessionContext, id: TaskId, reason: &str) {

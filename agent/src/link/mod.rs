@@ -3,7 +3,10 @@
 //! | module | subject |
 //! |---|---|
 //! | [`session`] | owns the `Link` stream: hello, heartbeats, reconnecting |
+//! | `end` | why a session ended, and what that means for the next attempt |
+//! | [`renewal`] | the certificate: renewed in time, recovered when that was missed |
 //! | [`dispatch`] | what each frame of the hub means here |
+//! | [`authority`] | how much a command may do, whatever the hub says |
 //! | `task`, `request` | one command: its stream, its credit, its end; whether it may run at all |
 //! | `started` | which task ids have been seen, so that none runs twice |
 //! | [`workspaces`], `report` | the sync engine of each workspace this node is a member of, and its state |
@@ -11,7 +14,10 @@
 //! Nothing of a session outlives the process but the ids of started tasks and the last list of
 //! memberships, which are on disk before they count. When a session ends, its tasks are cancelled.
 
+pub mod authority;
 pub mod dispatch;
+mod end;
+pub mod renewal;
 mod report;
 mod request;
 pub mod session;
@@ -44,4 +50,22 @@ pub fn mode_of(value: i32) -> Mode {
 #[must_use]
 pub fn now_ms() -> i64 {
     jiff::Timestamp::now().as_millisecond()
+}
+
+/// Every hint that this room gives, for the test that they name commands that exist.
+#[cfg(test)]
+pub(crate) fn hints() -> Vec<String> {
+    use authority::Missing;
+    let missing =
+        vec![Missing::Role(None), Missing::Policy, Missing::PolicyEnded(0), Missing::Ceiling];
+    let refusals = [
+        request::Refusal::NotPermitted { missing },
+        request::Refusal::NotRecorded,
+        request::Refusal::NoSuchWorkspace { name: "w".to_owned() },
+        request::Refusal::WorkspaceUnusable { reason: String::new() },
+        request::Refusal::NoTerminals,
+    ];
+    let mut hints: Vec<String> = refusals.iter().map(request::Refusal::hint).collect();
+    hints.push(renewal::this_machine());
+    hints
 }

@@ -1,40 +1,26 @@
 //! Whether a command may run here, and as what: the door between the protocol and [`crate::exec`].
 //!
-//! Pure. The hub has computed the mode in force already, for its messages; here it is computed
-//! again, for force: a hub that lies stays inside the node's own ceiling. Sizes and contents of
-//! arguments and variables are [`crate::exec`]'s to check, which refuses in the same way.
+//! Pure. How much it may do is [`super::authority`]'s to say; sizes and contents of arguments and
+//! variables are [`crate::exec`]'s to check, which refuses in the same way.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use cortex_proto::v1;
 use cortex_shared::ids::WorkspaceId;
-use cortex_shared::policy::Mode;
 
+use super::authority::{Authority, Missing, mode_in_force};
 use super::mode_of;
 use crate::exec::{CommandRequest, RequestedLimits, WorkspaceView};
 use crate::sandbox::Network;
 
-/// Who else has a say in the mode.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Authority {
-    /// The hub's policy for this node.
-    pub(super) policy: Mode,
-    /// The node owner's own bound.
-    pub(super) ceiling: Mode,
-}
-
 /// Why a command does not run. It has not run.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Refusal {
-    #[error("permissive mode needs the hub's policy for this node, which is strict")]
-    PolicyIsStrict,
-    #[error("permissive mode needs the ceiling of this node's owner, which is strict")]
-    CeilingIsStrict,
-    #[error(
-        "permissive mode needs the hub's policy for this node and the ceiling of its owner; both are strict"
-    )]
-    BothAreStrict,
+    #[error("permissive mode is refused; missing: {}", list(missing))]
+    NotPermitted { missing: Vec<Missing> },
+    #[error("a permissive command has to be written down on the node first, and that failed")]
+    NotRecorded,
     #[error("this node is not a member of workspace {name:?}")]
     NoSuchWorkspace { name: String },
     #[error("the workspace's files are not usable here: {reason}")]
@@ -49,12 +35,12 @@ impl Refusal {
     /// The command that helps.
     pub(super) fn hint(&self) -> String {
         match self {
-            Self::PolicyIsStrict | Self::BothAreStrict => {
-                "leave out --mode permissive".to_owned()
+            Self::NotPermitted { missing } => {
+                let mut hints: Vec<&str> = missing.iter().map(Missing::hint).collect();
+                hints.push("or leave out --mode permissive");
+                hints.join("; ")
             }
-            Self::CeilingIsStrict => {
-                "the node's owner runs `cortex-agent ceiling set permissive` on it; or leave out --mode permissive".to_owned()
-            }
+            Self::NotRecorded => "`cortex-agent doctor` on the node looks at its disk".to_owned(),
             Self::NoSuchWorkspace { name } => {
                 format!("cortex-agent workspace attach {name} --node NODE")
             }
@@ -67,16 +53,8 @@ impl Refusal {
     }
 }
 
-/// The mode in force, or which half of the permission is missing. Asking for permissive and getting
-/// strict would be a surprise either way, so it is refused rather than lowered.
-fn mode_in_force(requested: Mode, authority: Authority) -> Result<Mode, Refusal> {
-    match (requested, authority.policy, authority.ceiling) {
-        (Mode::Strict, _, _) => Ok(Mode::Strict),
-        (Mode::Permissive, Mode::Permissive, Mode::Permissive) => Ok(Mode::Permissive),
-        (Mode::Permissive, Mode::Strict, Mode::Permissive) => Err(Refusal::PolicyIsStrict),
-        (Mode::Permissive, Mode::Permissive, Mode::Strict) => Err(Refusal::CeilingIsStrict),
-        (Mode::Permissive, Mode::Strict, Mode::Strict) => Err(Refusal::BothAreStrict),
-    }
+fn list(missing: &[Missing]) -> String {
+    missing.iter().map(Missing::to_string).collect::<Vec<_>>().join(" and ")
 }
 
 /// Checks a request and makes it a command. `find_workspace` gives the root of a workspace this
@@ -87,7 +65,8 @@ pub(super) fn command(
     find_workspace: impl FnOnce(Option<WorkspaceId>, &str) -> Result<PathBuf, Refusal>,
     forbidden_paths: Vec<PathBuf>,
 ) -> Result<CommandRequest, Refusal> {
-    let mode = mode_in_force(mode_of(spec.mode), authority)?;
+    let mode = mode_in_force(mode_of(spec.mode), authority)
+        .map_err(|missing| Refusal::NotPermitted { missing })?;
     if spec.terminal.is_some() {
         return Err(Refusal::NoTerminals);
     }
@@ -129,10 +108,16 @@ pub(super) fn command(
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
+    use cortex_shared::policy::{Mode, Role};
 
     use super::*;
+    use crate::link::authority::{Clocks, HubPolicy};
 
-    const OPEN: Authority = Authority { policy: Mode::Permissive, ceiling: Mode::Permissive };
+    fn open() -> Authority {
+        let now = Clocks { hub_ms: 0, steady: std::time::Instant::now() };
+        let policy = HubPolicy::told(Mode::Permissive, 60_000, now);
+        Authority { role: Some(Role::Admin), policy, ceiling: Mode::Permissive, now }
+    }
 
     fn spec() -> v1::TaskSpec {
         v1::TaskSpec { argv: vec![Bytes::from_static(b"true")], ..Default::default() }
@@ -147,52 +132,52 @@ mod tests {
     }
 
     #[test]
-    fn permissive_needs_both_halves_and_names_the_missing_one() {
-        use Mode::{Permissive, Strict};
-        for (policy, ceiling, expected) in [
-            (Strict, Strict, Err(Refusal::BothAreStrict)),
-            (Strict, Permissive, Err(Refusal::PolicyIsStrict)),
-            (Permissive, Strict, Err(Refusal::CeilingIsStrict)),
-            (Permissive, Permissive, Ok(Permissive)),
-        ] {
-            let authority = Authority { policy, ceiling };
-            let wish = v1::TaskSpec { mode: v1::Mode::Permissive.into(), ..spec() };
-            assert_eq!(check(wish, authority).map(|c| c.mode), expected);
-            // Whoever does not ask gets the sandbox, whatever would be allowed.
-            assert_eq!(check(spec(), authority).map(|c| c.mode), Ok(Strict));
-            // A mode this agent does not know is not more than strict.
-            let unknown = v1::TaskSpec { mode: 77, ..spec() };
-            assert_eq!(check(unknown, authority).map(|c| c.mode), Ok(Strict));
-        }
+    fn nobody_gets_more_than_was_asked_for() {
+        let permissive = v1::TaskSpec { mode: v1::Mode::Permissive.into(), ..spec() };
+        assert_eq!(check(permissive.clone(), open()).map(|c| c.mode), Ok(Mode::Permissive));
+        assert_eq!(check(spec(), open()).map(|c| c.mode), Ok(Mode::Strict));
+        // A mode this agent does not know is not more than strict.
+        let unknown = v1::TaskSpec { mode: 77, ..spec() };
+        assert_eq!(check(unknown, open()).map(|c| c.mode), Ok(Mode::Strict));
+
+        let bounded = Authority { ceiling: Mode::Strict, role: None, ..open() };
+        let refusal = check(permissive, bounded).unwrap_err();
+        let text = refusal.to_string();
+        assert!(
+            text.contains("ceiling") && text.contains("role") && !text.contains("policy"),
+            "{text}"
+        );
+        assert!(refusal.hint().contains("cortex-agent ceiling set permissive"));
+        assert!(refusal.hint().is_ascii());
     }
 
     #[test]
     fn terminals_bad_ids_and_directories_without_a_workspace_are_refused() {
         let terminal = v1::TaskSpec { terminal: Some(v1::TerminalSize::default()), ..spec() };
-        assert_eq!(check(terminal, OPEN).map(|_| ()), Err(Refusal::NoTerminals));
+        assert_eq!(check(terminal, open()).map(|_| ()), Err(Refusal::NoTerminals));
         let bad_id = v1::TaskSpec { workspace_id: Bytes::from_static(b"short"), ..spec() };
-        assert!(matches!(check(bad_id, OPEN), Err(Refusal::Invalid(_))));
+        assert!(matches!(check(bad_id, open()), Err(Refusal::Invalid(_))));
         let cwd = v1::TaskSpec { cwd: Bytes::from_static(b"d"), ..spec() };
-        assert!(matches!(check(cwd, OPEN), Err(Refusal::Invalid(_))));
+        assert!(matches!(check(cwd, open()), Err(Refusal::Invalid(_))));
     }
 
     #[test]
     fn unknown_network_is_none() {
         let unknown = v1::TaskSpec { network: 9, ..spec() };
-        assert_eq!(check(unknown, OPEN).map(|c| c.network), Ok(Network::None));
+        assert_eq!(check(unknown, open()).map(|c| c.network), Ok(Network::None));
         let full = v1::TaskSpec { network: v1::Network::Full.into(), ..spec() };
-        assert_eq!(check(full, OPEN).map(|c| c.network), Ok(Network::Full));
+        assert_eq!(check(full, open()).map(|c| c.network), Ok(Network::Full));
     }
 
     #[test]
     fn workspace_must_be_one_of_ours() {
         let wish = v1::TaskSpec { workspace: "w".into(), cwd: Bytes::from_static(b"a"), ..spec() };
         assert_eq!(
-            check(wish.clone(), OPEN).map(|_| ()),
+            check(wish.clone(), open()).map(|_| ()),
             Err(Refusal::NoSuchWorkspace { name: "w".into() })
         );
         let found = |_: Option<WorkspaceId>, _: &str| Ok(PathBuf::from("/srv/w"));
-        let view = command(wish, OPEN, found, Vec::new()).unwrap().workspace.unwrap();
+        let view = command(wish, open(), found, Vec::new()).unwrap().workspace.unwrap();
         assert_eq!((view.host_root, view.cwd), (PathBuf::from("/srv/w"), b"a".to_vec()));
     }
 }

@@ -9,21 +9,27 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use cortex_proto::MAX_MESSAGE_BYTES;
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::{self, hub_frame, node_frame};
-use cortex_proto::{MAX_MESSAGE_BYTES, RETRY_AFTER_TRAILER};
 use cortex_shared::backoff::Backoff;
 use cortex_shared::policy::Mode;
 use cortex_shared::tasks::TaskScope;
+use rand::RngExt as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
-use tonic::{Code, Status, Streaming};
+use tonic::{Status, Streaming};
 
-use super::dispatch::{Dispatcher, SessionContext};
+use super::authority::HubPolicy;
+use super::dispatch::{Dispatcher, SessionContext, clocks};
+use super::end::{End, MAX_DRAIN};
+use super::renewal::{self, RenewError, Welcomed};
 use super::{mode_of, now_ms, proto_mode};
-use crate::client::{ConnectError, HubClient, Purpose, certificate_refusal, connect_error_in};
+use crate::client::{Purpose, say_skew};
+use crate::identity::MachineFacts;
+use crate::identity::live::LiveIdentity;
 
 /// Frames that may wait for the hub to read. Each is small.
 const OUTBOX_FRAMES: usize = 256;
@@ -34,8 +40,11 @@ const HEARTBEAT_BOUNDS: (Duration, Duration) =
     (Duration::from_millis(100), Duration::from_secs(300));
 /// A session this old was no accident: the next failure starts with a short wait again.
 const STABLE: Duration = Duration::from_secs(60);
-/// Longest wait the hub may ask for when it stops.
-const MAX_DRAIN: Duration = Duration::from_secs(300);
+/// How long to leave a hub alone that takes this machine for a copy, and up to twice that: asking
+/// often changes nothing, and somebody has to decide.
+const CLONE_PATIENCE: Duration = Duration::from_secs(15 * 60);
+/// A difference between the clocks that is worth a word.
+pub const MAX_SKEW_MS: u64 = 30_000;
 /// How long ending tasks may take to report their end before the session closes.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -68,27 +77,25 @@ pub struct SessionInfo {
 pub struct Greeting {
     /// Random for each start of the process.
     pub instance_id: [u8; 16],
-    /// The node owner's bound.
-    pub ceiling: Mode,
     /// What this kernel can enforce.
     pub sandbox: v1::SandboxReport,
 }
 
 impl Greeting {
-    fn hello(&self) -> v1::Hello {
-        let boot_id =
-            std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    fn hello(&self, ceiling: Mode, generation: u64) -> v1::Hello {
+        let MachineFacts { machine_id, boot_id, hostname } = MachineFacts::of_this_machine();
         v1::Hello {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             instance_id: self.instance_id.to_vec().into(),
-            boot_id: boot_id.trim().to_owned(),
+            boot_id,
             hostname,
             os: std::env::consts::OS.to_owned(),
             arch: std::env::consts::ARCH.to_owned(),
-            ceiling: proto_mode(self.ceiling).into(),
+            ceiling: proto_mode(ceiling).into(),
             sandbox: Some(self.sandbox.clone()),
-            ..v1::Hello::default()
+            machine_id,
+            node_time_ms: now_ms(),
+            generation,
         }
     }
 }
@@ -119,35 +126,20 @@ impl Outbox {
     }
 }
 
-/// Why a session ended, or did not begin; decides about the next attempt.
-#[derive(Debug)]
-enum End {
-    /// This agent stops.
-    Stopped,
-    /// The hub stops and told when to return.
-    Drained(Duration),
-    /// Trouble that may pass by itself.
-    Lost(String),
-    /// The hub asked for patience.
-    Busy(String, Duration),
-    /// Somebody has to change something first.
-    Refused(String),
-}
-
 /// Keeps a session with the hub until the scope is cancelled.
 pub async fn keep_session(
-    client: HubClient,
+    identity: LiveIdentity,
     greeting: Greeting,
     dispatcher: Dispatcher,
     state: watch::Sender<LinkState>,
     scope: TaskScope,
 ) {
-    let keeper = Keeper { client, greeting, dispatcher, state, scope };
+    let keeper = Keeper { identity, greeting, dispatcher, state, scope };
     keeper.run().await;
 }
 
 struct Keeper {
-    client: HubClient,
+    identity: LiveIdentity,
     greeting: Greeting,
     dispatcher: Dispatcher,
     state: watch::Sender<LinkState>,
@@ -166,7 +158,7 @@ impl Keeper {
             let end = tokio::select! {
                 // Only before the session begins: a session ends itself, in order.
                 () = stop.cancelled() => return,
-                opened = self.open() => match opened {
+                opened = self.open_or_recover() => match opened {
                     Ok(session) => {
                         had_session = true;
                         said.clear();
@@ -185,13 +177,20 @@ impl Keeper {
             let (problem, delay) = match end {
                 End::Stopped => return,
                 End::Drained(delay) => ("the hub is restarting".to_owned(), delay),
-                End::Lost(problem) => (problem, backoff.next_delay()),
+                End::Lost(problem) | End::Broken(problem) | End::Unreachable(problem) => {
+                    (problem, backoff.next_delay())
+                }
                 End::Busy(problem, delay) => (problem, delay + backoff.next_delay()),
                 End::Refused(problem) => (problem, patience.next_delay()),
+                End::Certificate(problem) => (self.with_clocks(&problem), patience.next_delay()),
+                End::Cloned(problem) => {
+                    renewal::note_clone(&self.identity, problem.clone()).await;
+                    (problem, CLONE_PATIENCE.mul_f64(1.0 + rand::rng().random_range(0.0..1.0)))
+                }
             };
             if problem != said {
                 tracing::warn!(
-                    hub = %self.client.address(),
+                    hub = %self.identity.client().address(),
                     reason = problem,
                     "{}",
                     if had_session { "session lost" } else { "no session" }
@@ -207,19 +206,74 @@ impl Keeper {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(delay) => {}
+                () = self.identity.retry_asked() => {}
             }
         }
     }
 
+    /// Opens a session. If the hub does not accept the newest certificate, that is tried with the
+    /// one before it; if the certificate's time is over, with one recovered by the key alone. The
+    /// hub's word decides, because it is the hub's clock that counts: a node whose own clock is
+    /// wrong would recover for nothing, or not at all.
+    async fn open_or_recover(&self) -> Result<Session<'_>, End> {
+        let mut opened = self.open_or_learn_why().await;
+        if matches!(opened, Err(End::Certificate(_))) && self.identity.fall_back() {
+            opened = self.open_or_learn_why().await;
+        }
+        let end = match opened {
+            Ok(session) => return Ok(session),
+            Err(end @ End::Certificate(_)) => end,
+            // A refusal that got lost on the way; the end of the certificate says the same.
+            Err(end @ End::Broken(_)) if self.identity.is_expired() => end,
+            Err(end) => return Err(end),
+        };
+        match renewal::recover(&self.identity).await {
+            Ok(()) => self.open().await,
+            // The clocks say more than that there is no connection.
+            Err(RenewError::Connect(_)) => Err(end),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Opens a session. Where the connection breaks, a refusal of our certificate may have been lost
+    /// with it, so the hub is asked for it.
+    async fn open_or_learn_why(&self) -> Result<Session<'_>, End> {
+        match self.open().await {
+            Err(End::Broken(problem)) => match self.identity.client().certificate_refused().await {
+                Some(refusal) => Err(End::Certificate(refusal.to_owned())),
+                None => Err(End::Broken(problem)),
+            },
+            opened => opened,
+        }
+    }
+
+    /// A refusal of the certificate, with what this machine knows of the time.
+    fn with_clocks(&self, problem: &str) -> String {
+        let not_after = self.identity.snapshot().credentials.not_after_ms();
+        let skew = match describe_skew(self.identity.skew_ms()) {
+            Some(skew) => format!("; in the last session it was {skew}"),
+            None => String::new(),
+        };
+        format!(
+            "{problem} (it ends at {}, this machine's clock says {}{skew})",
+            timestamp(not_after),
+            timestamp(now_ms()),
+        )
+    }
+
     /// Connects, greets, and waits to be welcomed.
     async fn open(&self) -> Result<Session<'_>, End> {
-        let channel = self.client.connect(Purpose::Control).await.map_err(End::from)?;
+        let presented = self.identity.presented();
+        let hub = self.identity.client();
+        let channel = hub.connect(Purpose::Control).await.map_err(End::from)?;
         let client = NodeClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let (frames, queue) = mpsc::channel(OUTBOX_FRAMES);
         let outbox = Outbox::new(frames);
-        outbox.send(node_frame::Frame::Hello(self.greeting.hello()));
+        let hello = self.greeting.hello(self.dispatcher.ceiling(), presented.generation);
+        let greeted_ms = hello.node_time_ms;
+        outbox.send(node_frame::Frame::Hello(hello));
         let mut link = client.clone();
         let welcomed = async move {
             let mut inbound = link.link(ReceiverStream::new(queue)).await?.into_inner();
@@ -232,6 +286,7 @@ impl Keeper {
         let Some(hub_frame::Frame::Welcome(welcome)) = first else {
             return Err(End::Lost("the hub's first frame was not a welcome".to_owned()));
         };
+        self.compare_clocks(greeted_ms, welcome.hub_time_ms);
         let interval = Duration::from_millis(welcome.heartbeat_interval_ms)
             .clamp(HEARTBEAT_BOUNDS.0, HEARTBEAT_BOUNDS.1);
         let info = SessionInfo {
@@ -241,7 +296,7 @@ impl Keeper {
             client: client.clone(),
         };
         tracing::info!(
-            hub = %self.client.address(), node = info.name, epoch = info.epoch, "session up"
+            hub = %self.identity.client().address(), node = info.name, epoch = info.epoch, "session up"
         );
         self.state.send_replace(LinkState { session: Some(info), ..Default::default() });
         Ok(Session {
@@ -249,10 +304,49 @@ impl Keeper {
             outbox,
             client,
             interval,
-            policy: mode_of(welcome.policy),
+            policy: HubPolicy::told(
+                mode_of(welcome.policy),
+                welcome.policy_until_ms,
+                clocks(&self.identity),
+            ),
+            welcomed: Welcomed {
+                generation: presented.generation,
+                authorities: welcome.trusted_cas_der,
+                renew_now: welcome.renew_now,
+            },
+            identity: &self.identity,
             state: &self.state,
         })
     }
+
+    /// Measures how far the clocks are apart, to half of the time between greeting and welcome.
+    fn compare_clocks(&self, greeted_ms: i64, hub_time_ms: i64) {
+        if hub_time_ms == 0 {
+            return;
+        }
+        let waited_ms = now_ms().saturating_sub(greeted_ms);
+        let skew_ms = hub_time_ms.saturating_sub(greeted_ms.saturating_add(waited_ms / 2));
+        self.identity.set_skew_ms(skew_ms);
+        if let Some(skew) = describe_skew(skew_ms) {
+            tracing::warn!(
+                skew_ms,
+                "this machine's clock is {skew}: certificates may seem expired or not yet valid"
+            );
+        }
+    }
+}
+
+/// Which way and how far this machine's clock is wrong, if that is worth a word.
+fn describe_skew(skew_ms: i64) -> Option<String> {
+    let apart_ms = skew_ms.unsigned_abs();
+    let direction = if skew_ms > 0 { "behind" } else { "ahead of" };
+    (apart_ms > MAX_SKEW_MS)
+        .then(|| format!("{} {direction} the hub's", say_skew(Duration::from_millis(apart_ms))))
+}
+
+fn timestamp(ms: i64) -> String {
+    jiff::Timestamp::from_millisecond(ms)
+        .map_or_else(|_| "an unknown time".to_owned(), |time| format!("{time:.0}"))
 }
 
 struct Session<'a> {
@@ -260,7 +354,9 @@ struct Session<'a> {
     outbox: Outbox,
     client: NodeClient<Channel>,
     interval: Duration,
-    policy: Mode,
+    policy: HubPolicy,
+    welcomed: Welcomed,
+    identity: &'a LiveIdentity,
     state: &'a watch::Sender<LinkState>,
 }
 
@@ -281,6 +377,15 @@ impl Session<'_> {
             outbox: self.outbox.clone(),
             tasks: tasks.clone(),
         };
+        tasks.spawn(
+            "renewal",
+            renewal::keep_fresh(
+                self.identity.clone(),
+                self.client.clone(),
+                std::mem::take(&mut self.welcomed),
+                tasks.token().clone(),
+            ),
+        );
         dispatcher.begin_session(context, self.policy);
         let end = self.exchange(dispatcher, scope).await;
         dispatcher.end_session();
@@ -347,75 +452,9 @@ impl Session<'_> {
     }
 }
 
-impl From<ConnectError> for End {
-    fn from(error: ConnectError) -> Self {
-        let text = chain(&error);
-        if error.is_permanent() { Self::Refused(text) } else { Self::Lost(text) }
-    }
-}
-
-impl From<Status> for End {
-    fn from(status: Status) -> Self {
-        if let Some(error) = connect_error_in(&status) {
-            return error.into();
-        }
-        if let Some(refusal) = certificate_refusal(&status) {
-            return Self::Refused(refusal.to_owned());
-        }
-        let text = match status.message() {
-            "" => status.code().description().to_owned(),
-            text => text.to_owned(),
-        };
-        match status.code() {
-            Code::Unauthenticated | Code::PermissionDenied | Code::FailedPrecondition => {
-                Self::Refused(text)
-            }
-            Code::ResourceExhausted => {
-                let delay = status
-                    .metadata()
-                    .get(RETRY_AFTER_TRAILER)
-                    .and_then(|value| value.to_str().ok()?.parse().ok())
-                    .map_or(Duration::ZERO, Duration::from_millis);
-                Self::Busy(text, delay.min(MAX_DRAIN))
-            }
-            _ => Self::Lost(text),
-        }
-    }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn refusals_that_somebody_must_resolve_are_told_from_passing_trouble() {
-        for (code, permanent) in [
-            (Code::Unauthenticated, true),
-            (Code::PermissionDenied, true),
-            (Code::FailedPrecondition, true),
-            (Code::Unavailable, false),
-            (Code::Internal, false),
-            (Code::Unknown, false),
-            (Code::Cancelled, false),
-        ] {
-            let end = End::from(Status::new(code, "x"));
-            assert_eq!(matches!(end, End::Refused(_)), permanent, "{code:?}");
-        }
-        let mut busy = Status::resource_exhausted("busy");
-        busy.metadata_mut().insert(RETRY_AFTER_TRAILER, "2500".parse().unwrap());
-        assert!(matches!(End::from(busy), End::Busy(_, d) if d == Duration::from_millis(2500)));
-    }
 
     #[tokio::test]
     async fn full_outbox_refuses_instead_of_waiting_and_counts_only_what_was_sent() {

@@ -1,0 +1,94 @@
+//! The operators' side of a hub, as far as `exec` needs it.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use cortex_proto::v1::{self, exec_down, exec_up};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::within;
+
+type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// The hub's end of one `exec`.
+pub struct Exec {
+    pub start: v1::ExecStart,
+    pub up: Streaming<v1::ExecUp>,
+    down: mpsc::Sender<Result<v1::ExecDown, Status>>,
+}
+
+impl Exec {
+    pub async fn send(&self, frame: exec_down::Frame) {
+        self.down.send(Ok(v1::ExecDown { frame: Some(frame) })).await.unwrap();
+    }
+
+    pub async fn fail(&self, status: Status) {
+        self.down.send(Err(status)).await.unwrap();
+    }
+
+    pub async fn output(&self, offset: u64, data: &[u8]) {
+        let data = data.to_vec().into();
+        let stream = v1::OutputStream::Stdout.into();
+        self.send(exec_down::Frame::Output(v1::Output { stream, offset, data })).await;
+    }
+
+    pub async fn next(&mut self) -> Option<exec_up::Frame> {
+        within(self.up.message()).await.ok().flatten().and_then(|message| message.frame)
+    }
+}
+
+/// Of the operators' service only `Exec`, routed by hand, so that a new method of the protocol does
+/// not break these tests.
+#[derive(Clone)]
+pub struct ExecOnly(pub mpsc::Sender<Exec>);
+
+impl tonic::server::NamedService for ExecOnly {
+    const NAME: &'static str = "cortex.v1.Operator";
+}
+
+impl tonic::codegen::Service<http::Request<tonic::body::Body>> for ExecOnly {
+    type Response = http::Response<tonic::body::Body>;
+    type Error = std::convert::Infallible;
+    type Future = BoxFuture<Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        let service = self.clone();
+        Box::pin(async move {
+            if request.uri().path() != "/cortex.v1.Operator/Exec" {
+                return Ok(Status::unimplemented("not in this hub").into_http());
+            }
+            let codec = tonic_prost::ProstCodec::default();
+            Ok(tonic::server::Grpc::new(codec).streaming(service, request).await)
+        })
+    }
+}
+
+impl tonic::server::StreamingService<v1::ExecUp> for ExecOnly {
+    type Response = v1::ExecDown;
+    type ResponseStream = ReceiverStream<Result<v1::ExecDown, Status>>;
+    type Future = BoxFuture<Result<Response<Self::ResponseStream>, Status>>;
+
+    fn call(&mut self, request: Request<Streaming<v1::ExecUp>>) -> Self::Future {
+        let execs = self.0.clone();
+        Box::pin(async move {
+            let mut up = request.into_inner();
+            let Some(exec_up::Frame::Start(start)) = up.message().await?.unwrap().frame else {
+                return Err(Status::invalid_argument("no start"));
+            };
+            match start.node.as_str() {
+                "nobody" => return Err(Status::not_found("no node matches")),
+                "forbidden" => return Err(Status::permission_denied("viewers look only")),
+                _ => {}
+            }
+            let (down, queue) = mpsc::channel(16);
+            execs.send(Exec { start, up, down }).await.ok();
+            Ok(Response::new(ReceiverStream::new(queue)))
+        })
+    }
+}
