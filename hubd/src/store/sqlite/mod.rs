@@ -1,6 +1,7 @@
 //! The store in SQLite: one file, one writer with group commit, readers beside it (`store::database`).
 
 mod audit;
+mod identity;
 mod invites;
 mod nodes;
 mod tasks;
@@ -16,8 +17,8 @@ use rusqlite::{Connection, OptionalExtension as _};
 
 use super::database::{Database, DatabaseError, Settings};
 use super::{
-    Invite, NewInvite, NewTask, Node, NodeRedemption, Operator, OperatorRedemption, RedeemRefusal,
-    Store, StoreError, TaskEnd, Workspace,
+    CaState, CloneSuspicion, Invite, NewAudit, NewInvite, NewTask, Node, NodeRedemption, Operator,
+    OperatorRedemption, RedeemRefusal, RenewOutcome, Renewal, Store, StoreError, TaskEnd, Workspace,
 };
 
 const SETTINGS: Settings = Settings {
@@ -52,16 +53,33 @@ impl Store for SqliteStore {
         self.database.write(mesh).await
     }
 
-    async fn create_invite(&self, invite: NewInvite) -> Result<(), StoreError> {
-        self.database.write(move |t| invites::create(t, &invite)).await
+    async fn ca_state(&self) -> Result<Option<CaState>, StoreError> {
+        self.database.read(identity::ca_state).await
+    }
+
+    async fn set_ca_state(
+        &self,
+        state: CaState,
+        audit: Option<NewAudit>,
+    ) -> Result<(), StoreError> {
+        self.database.write(move |t| identity::set_ca_state(t, &state, audit.as_ref())).await
+    }
+
+    async fn create_invite(&self, invite: NewInvite, audit: NewAudit) -> Result<(), StoreError> {
+        self.database.write(move |t| invites::create(t, &invite, &audit)).await
     }
 
     async fn invites(&self) -> Result<Vec<Invite>, StoreError> {
         self.database.read(invites::list).await
     }
 
-    async fn revoke_invite(&self, id: InviteId, now_ms: i64) -> Result<(), StoreError> {
-        self.database.write(move |t| invites::revoke(t, &id, now_ms)).await
+    async fn revoke_invite(
+        &self,
+        id: InviteId,
+        now_ms: i64,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        self.database.write(move |t| invites::revoke(t, &id, now_ms, &audit)).await
     }
 
     async fn redeem_node(
@@ -84,6 +102,27 @@ impl Store for SqliteStore {
 
     async fn touch_nodes(&self, nodes: Vec<Node>) -> Result<(), StoreError> {
         self.database.write(move |t| nodes::touch(t, &nodes)).await
+    }
+
+    async fn renew_node(&self, renewal: Renewal) -> Result<RenewOutcome, StoreError> {
+        self.database.write(move |t| identity::renew(t, &renewal)).await
+    }
+
+    async fn suspect_clone(
+        &self,
+        node: NodeId,
+        suspicion: CloneSuspicion,
+    ) -> Result<(), StoreError> {
+        self.database.write(move |t| identity::suspect_clone(t, node, &suspicion)).await
+    }
+
+    async fn revoke_node(
+        &self,
+        id: NodeId,
+        now_ms: i64,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        self.database.write(move |t| nodes::revoke(t, id, now_ms, &audit)).await
     }
 
     async fn accept_task(&self, task: NewTask) -> Result<(), StoreError> {
