@@ -4,6 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::enroll::limits::JoinRate;
+
 /// Default port of the gRPC side.
 pub const DEFAULT_GRPC_PORT: u16 = 7443;
 
@@ -23,6 +25,8 @@ pub struct HubConfig {
     pub join_deadline: Duration,
     /// Joins that wait for the store at the same time; more are told to come back.
     pub join_queue: usize,
+    /// How often one address may try to join or log in.
+    pub join_rate: JoinRate,
     /// How long a node has to open the output stream of a task it was given.
     pub task_start_deadline: Duration,
     /// How long shutdown waits for open calls.
@@ -41,6 +45,7 @@ impl HubConfig {
             heartbeat: Duration::from_secs(15),
             join_deadline: Duration::from_secs(15),
             join_queue: 1024,
+            join_rate: JoinRate::DEFAULT,
             task_start_deadline: Duration::from_secs(10),
             shutdown_grace: Duration::from_secs(10),
         }

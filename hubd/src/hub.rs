@@ -26,7 +26,10 @@ use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
 use crate::config::{DataLayout, HubConfig};
-use crate::enroll::ca::{CaError, CertificateAuthority, HubCertificate};
+use crate::enroll::authorities::{Authorities, RotationError};
+use crate::enroll::ca::CaError;
+use crate::enroll::hub_certificate::HubCertificate;
+use crate::enroll::limits::JoinLimits;
 use crate::enroll::validator::{Admitted, Validator};
 use crate::grpc::accept::{self, Incoming};
 use crate::grpc::auth::AuthLayer;
@@ -79,8 +82,11 @@ pub enum StartError {
     /// The store.
     #[error("cannot open the store")]
     Store(#[from] StoreError),
-    /// The certificate authority.
+    /// The certificate authorities.
     #[error("cannot open the certificate authority")]
+    Authorities(#[from] RotationError),
+    /// The hub's own certificate.
+    #[error("cannot make the hub's certificate")]
     Ca(#[from] CaError),
     /// The folder of workspace content.
     #[error("cannot open the workspaces")]
@@ -97,7 +103,7 @@ pub struct HubData {
     store: Arc<SqliteStore>,
     /// The databases. Ends after everything that still has something to write.
     databases: TaskScope,
-    authority: Arc<CertificateAuthority>,
+    authorities: Arc<Authorities>,
     /// Held as long as this exists; the kernel releases it when the process dies.
     _lock: File,
 }
@@ -120,14 +126,14 @@ impl HubData {
         let databases = TaskScope::new();
         let store = Arc::new(SqliteStore::open(layout.database(), &databases).await?);
         let mesh = store.mesh().await?;
-        let authority = Arc::new(CertificateAuthority::open(&layout.ca(), mesh, unix_ms())?);
-        Ok(Self { layout, store, databases, authority, _lock: lock })
+        let authorities = Arc::new(Authorities::open(layout.ca(), mesh, &*store).await?);
+        Ok(Self { layout, store, databases, authorities, _lock: lock })
     }
 
-    /// The pin of the mesh's authority.
+    /// The pins of the mesh's authorities, as invites show them.
     #[must_use]
-    pub fn pin(&self) -> CaPin {
-        self.authority.pin()
+    pub fn pins(&self) -> String {
+        self.authorities.pins()
     }
 
     /// Writes what the databases have accepted, closes them, and gives the data directory free.
@@ -157,7 +163,7 @@ impl Hub {
     pub async fn start(config: HubConfig) -> Result<Self, StartError> {
         let data = HubData::open(&config).await?;
         let store: Arc<dyn Store> = Arc::clone(&data.store) as _;
-        let authority = Arc::clone(&data.authority);
+        let authorities = Arc::clone(&data.authorities);
         let started_at_ms = unix_ms();
         let ended = store
             .end_open_tasks("the hub was restarted while the command ran".into(), started_at_ms)
@@ -190,11 +196,13 @@ impl Hub {
             Arc::clone(&store),
         );
         let audit = AuditLog::new(Arc::clone(&store), data.layout.audit_mark());
+        let limits = Arc::new(JoinLimits::new(config.join_rate, tokio::time::Instant::now()));
         let validator = Arc::new(Validator::new(
             config.join_queue,
             config.join_deadline,
             Arc::clone(&store),
-            Arc::clone(&authority),
+            Arc::clone(&authorities),
+            Arc::clone(&limits),
             Admitted {
                 registry: Arc::clone(&registry),
                 membership: Arc::clone(&membership),
@@ -209,8 +217,8 @@ impl Hub {
         let socket = data.layout.socket();
         let local = accept::bind_local(&socket)
             .map_err(|source| StartError::Data { path: socket.display().to_string(), source })?;
-        let certificate = HubCertificate::new(Arc::clone(&authority), unix_ms)?;
-        let tls = accept::tls_config(&authority, certificate)?;
+        let certificate = HubCertificate::new(Arc::clone(&authorities), unix_ms)?;
+        let tls = accept::TlsSettings::new(Arc::clone(&authorities), certificate)?;
 
         let operator = OperatorService {
             store: Arc::clone(&store),
@@ -221,7 +229,7 @@ impl Hub {
             decisions: Arc::clone(&decisions),
             operators: Arc::clone(&operators),
             audit: Arc::clone(&audit),
-            authority: Arc::clone(&authority),
+            authorities: Arc::clone(&authorities),
             scope: scope.clone(),
             address: HubAddress { bound: address, advertise: config.advertise.clone() },
             started_at_ms,
@@ -233,14 +241,14 @@ impl Hub {
             scope: scope.clone(),
             heartbeat: config.heartbeat,
         };
-        let enroll = EnrollService { validator, authority: Arc::clone(&authority) };
+        let enroll = EnrollService { validator, limits, authorities: Arc::clone(&authorities) };
         let sync = SyncService::new(Arc::clone(&content), membership);
         let routes = Routes::new(limited(EnrollServer::new(enroll)))
             .add_service(limited_node(NodeServer::new(node)))
             .add_service(limited_operator(OperatorServer::new(operator)))
             .add_service(sync.into_server());
 
-        let mesh = authority.mesh();
+        let mesh = authorities.mesh();
         let auth = AuthLayer { registry: Arc::clone(&registry), operators: Arc::clone(&operators) };
         let incoming = accept::accept_tls(listener, tls, mesh, &scope);
         serve(incoming, routes.clone(), auth.clone(), &scope);
@@ -250,7 +258,7 @@ impl Hub {
         hint_heads(&content, members, &scope);
         save_last_seen(Arc::clone(&registry), Arc::clone(&store), &scope);
         tracing::info!(%address, %mesh, "hub serves");
-        let pin = authority.pin();
+        let pin = authorities.pin();
         let grace = config.shutdown_grace;
         Ok(Self { address, pin, registry, store, audit, scope, grace, data })
     }

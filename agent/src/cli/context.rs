@@ -36,7 +36,7 @@ enum ContextVerb {
 /// Forget the current login (or the one of --context) and its key
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The certificate itself stays valid until it expires; only its key here is deleted.")]
+The certificate stays valid until it expires; `cortex-hubd operator revoke NAME` ends it at once.")]
 pub(crate) struct LogoutArgs {}
 
 #[derive(Serialize)]

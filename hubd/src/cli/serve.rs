@@ -11,7 +11,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::output;
 use super::{DataArg, HubConfig};
 use crate::config::DataLayout;
-use crate::hub::{Hub, HubData, StartError};
+use crate::enroll::authorities::read_pins;
+use crate::hub::{Hub, HubData};
 
 #[derive(Args)]
 pub(super) struct ServeArgs {
@@ -71,23 +72,21 @@ fn notify_service_manager(state: sd_notify::NotifyState<'_>) {
 
 pub(super) async fn init(config: &HubConfig) -> anyhow::Result<()> {
     // Where a hub runs, everything has been made.
-    if DataLayout::new(&config.data).ca().join("ca.crt").exists() {
+    if read_pins(&DataLayout::new(&config.data).ca()).is_ok() {
         return pin(config).await;
     }
     let data = HubData::open(config).await?;
-    output::print(&data.pin().to_string());
+    output::print(&data.pins());
     data.close().await;
     Ok(())
 }
 
-/// Reads the pin from the authority's files, which a running hub does not mind.
+/// Reads the pins from the authorities' folder, which a running hub does not mind.
 pub(super) async fn pin(config: &HubConfig) -> anyhow::Result<()> {
     let folder: PathBuf = DataLayout::new(&config.data).ca();
-    let certificate = folder.join("ca.crt");
-    let pem = std::fs::read(&certificate).with_context(|| {
-        format!("cannot read {} (hint: cortex-hubd init makes it)", certificate.display())
+    let pins = read_pins(&folder).with_context(|| {
+        format!("cannot read the pin in {} (hint: cortex-hubd init makes it)", folder.display())
     })?;
-    let pin = crate::enroll::ca::pin_of_certificate(&pem).map_err(StartError::Ca)?;
-    output::print(&pin.to_string());
+    output::print(&pins);
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! The mesh's certificate authority.
+//! A certificate authority of the mesh. Which ones there are, and which of them signs what, is in
+//! [`super::authorities`].
 //!
 //! Its key never leaves `DATA/ca` (mode 0700). Certificates are made from the public key of a
 //! request and from nothing else in it: a request can ask for any name and even to be an authority,
@@ -6,8 +7,7 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cortex_shared::durable;
@@ -20,11 +20,10 @@ use rcgen::{
     SanType, SerialNumber,
 };
 use rustls::crypto::ring::sign::any_supported_type;
-use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer};
 
-use crate::store::KeyHash;
+use crate::store::{KeyHash, NewCertificate};
 
 /// Life of a node's certificate, and of a program's. A day is the aim, once a node renews its own over
 /// the live session; until it does, a shorter life would only strand nodes.
@@ -32,7 +31,7 @@ pub const NODE_CERTIFICATE_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Life of an operator's certificate.
 pub const OPERATOR_CERTIFICATE_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Life of the hub's own certificate; a new one is made at half of it, without a restart.
-const HUB_CERTIFICATE_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
+pub(super) const HUB_CERTIFICATE_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Life of the authority itself. It is pinned by key, and replaced by rotation.
 const CA_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// How far into the past a certificate reaches, for members whose clock is behind.
@@ -58,6 +57,12 @@ pub enum CaError {
     /// The request for a certificate is not one.
     #[error("the certificate request is not valid")]
     InvalidRequest,
+    /// What the store says of the authorities cannot be: the files or the store are of another hub.
+    #[error("the record of the certificate authorities does not make sense: {what}")]
+    InvalidState {
+        /// What is wrong.
+        what: &'static str,
+    },
 }
 
 impl From<rcgen::Error> for CaError {
@@ -113,17 +118,17 @@ pub struct CertificateAuthority {
 }
 
 impl CertificateAuthority {
-    /// Loads the authority from `folder`, or makes it there.
+    /// Loads the authority of this name from `folder`, or makes it there.
     ///
     /// # Errors
     /// If files cannot be read or written, or are damaged. An existing authority is never replaced.
-    pub fn open(folder: &Path, mesh: MeshId, now_ms: i64) -> Result<Self, CaError> {
+    pub fn open(folder: &Path, name: &str, mesh: MeshId, now_ms: i64) -> Result<Self, CaError> {
         let io = |path: &Path| {
             let path = path.display().to_string();
             move |source| CaError::Io { path, source }
         };
         durable::create_private_folder(folder).map_err(io(folder))?;
-        let (key_path, certificate_path) = (folder.join("ca.key"), folder.join("ca.crt"));
+        let (key_path, certificate_path) = files(folder, name);
         let read = |path: &Path| match fs::read_to_string(path) {
             Ok(text) => Ok(Some(text)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -172,7 +177,14 @@ impl CertificateAuthority {
         self.pin
     }
 
-    /// Signs a certificate for a node or an operator.
+    /// What is recorded of a certificate that is signed for this holder at this time.
+    #[must_use]
+    pub fn terms(&self, holder: &Holder, now_ms: i64) -> NewCertificate {
+        let not_after_ms = now_ms.saturating_add(millis(life_of(holder)));
+        NewCertificate { not_after_ms, authority: *self.pin.as_bytes() }
+    }
+
+    /// Signs a certificate for a node or an operator, as [`CertificateAuthority::terms`] says.
     ///
     /// # Errors
     /// If signing fails.
@@ -182,17 +194,13 @@ impl CertificateAuthority {
         request: &CertificateRequest,
         now_ms: i64,
     ) -> Result<Issued, CaError> {
-        let life = match &holder {
-            Holder::Operator { role: Role::AgentToken, .. } => NODE_CERTIFICATE_LIFE,
-            Holder::Operator { .. } => OPERATOR_CERTIFICATE_LIFE,
-            Holder::Node(_) | Holder::Hub => NODE_CERTIFICATE_LIFE,
-        };
+        let life = life_of(&holder);
         let params = self.leaf_params(holder, life, ExtendedKeyUsagePurpose::ClientAuth, now_ms)?;
         let der = params.signed_by(&request.key, &self.issuer)?.der().clone();
         Ok(Issued { der, not_after_ms: now_ms + millis(life) })
     }
 
-    fn issue_for_hub(&self, now_ms: i64) -> Result<CertifiedKey, CaError> {
+    pub(super) fn issue_for_hub(&self, now_ms: i64) -> Result<CertifiedKey, CaError> {
         let key = KeyPair::generate()?;
         let mut params = self.leaf_params(
             Holder::Hub,
@@ -227,18 +235,6 @@ impl CertificateAuthority {
     }
 }
 
-/// The pin of the key in an authority's certificate, given as PEM.
-///
-/// # Errors
-/// If this is no certificate.
-pub fn pin_of_certificate(pem: &[u8]) -> Result<CaPin, CaError> {
-    let der: CertificateDer<'static> = rustls_pki_types::pem::PemObject::from_pem_slice(pem)
-        .map_err(|_| CaError::InvalidRequest)?;
-    let (_, certificate) =
-        x509_parser::parse_x509_certificate(&der).map_err(|_| CaError::InvalidRequest)?;
-    Ok(CaPin::of_spki(certificate.public_key().raw))
-}
-
 fn ca_params(mesh: MeshId, now_ms: i64) -> CertificateParams {
     let mut params = base_params(now_ms, CA_LIFE);
     params.distinguished_name.push(DnType::CommonName, format!("cortex mesh {mesh}"));
@@ -259,48 +255,21 @@ fn base_params(now_ms: i64, life: Duration) -> CertificateParams {
     params
 }
 
-fn millis(duration: Duration) -> i64 {
+fn life_of(holder: &Holder) -> Duration {
+    match holder {
+        Holder::Operator { role: Role::AgentToken, .. } => NODE_CERTIFICATE_LIFE,
+        Holder::Operator { .. } => OPERATOR_CERTIFICATE_LIFE,
+        Holder::Node(_) | Holder::Hub => NODE_CERTIFICATE_LIFE,
+    }
+}
+
+/// The files of an authority: its key and its certificate.
+pub(super) fn files(folder: &Path, name: &str) -> (PathBuf, PathBuf) {
+    (folder.join(format!("{name}.key")), folder.join(format!("{name}.crt")))
+}
+
+pub(super) fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
-}
-
-/// Gives the TLS server its certificate, and makes a new one when half of its life is over: a hub
-/// that runs for a year needs no restart for it.
-pub struct HubCertificate {
-    authority: Arc<CertificateAuthority>,
-    clock: fn() -> i64,
-    current: Mutex<(Arc<CertifiedKey>, i64)>,
-}
-
-impl HubCertificate {
-    /// Makes the first certificate.
-    ///
-    /// # Errors
-    /// If signing fails.
-    pub fn new(authority: Arc<CertificateAuthority>, clock: fn() -> i64) -> Result<Self, CaError> {
-        let now = clock();
-        let key = Arc::new(authority.issue_for_hub(now)?);
-        Ok(Self { authority, clock, current: Mutex::new((key, now)) })
-    }
-}
-
-impl std::fmt::Debug for HubCertificate {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("HubCertificate")
-    }
-}
-
-impl ResolvesServerCert for HubCertificate {
-    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = (self.clock)();
-        if now - current.1 > millis(HUB_CERTIFICATE_LIFE / 2) {
-            match self.authority.issue_for_hub(now) {
-                Ok(key) => *current = (Arc::new(key), now),
-                Err(error) => tracing::error!(%error, "cannot renew the hub's certificate"),
-            }
-        }
-        Some(Arc::clone(&current.0))
-    }
 }
 
 #[cfg(test)]
@@ -314,14 +283,15 @@ mod tests {
 
     fn authority() -> (tempfile::TempDir, CertificateAuthority) {
         let folder = tempfile::tempdir().unwrap();
-        let authority = CertificateAuthority::open(folder.path(), MeshId::new(), 1_000).unwrap();
+        let authority =
+            CertificateAuthority::open(folder.path(), "ca", MeshId::new(), 1_000).unwrap();
         (folder, authority)
     }
 
     #[test]
     fn authority_is_the_same_after_reopening_and_its_key_is_private() {
         let (folder, first) = authority();
-        let second = CertificateAuthority::open(folder.path(), first.mesh, 9_000).unwrap();
+        let second = CertificateAuthority::open(folder.path(), "ca", first.mesh, 9_000).unwrap();
         assert_eq!(first.pin(), second.pin());
         assert_eq!(first.certificate(), second.certificate());
         let mode = fs::metadata(folder.path().join("ca.key")).unwrap().permissions().mode();

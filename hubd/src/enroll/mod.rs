@@ -1,5 +1,8 @@
-//! Admitting nodes and operators: invites, the certificate authority, and the validation that
+//! Admitting nodes and operators: invites, the certificate authorities, and the validation that
 //! stands between an unknown caller and the store.
 
+pub mod authorities;
 pub mod ca;
+pub mod hub_certificate;
+pub mod limits;
 pub mod validator;

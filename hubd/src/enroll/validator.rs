@@ -16,14 +16,17 @@ use cortex_shared::policy::Mode;
 use cortex_shared::secret::InviteToken;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::{Semaphore, oneshot};
+use tokio::time::Instant;
 
-use super::ca::{CaError, CertificateAuthority, CertificateRequest, Issued};
+use super::authorities::Authorities;
+use super::ca::{CaError, CertificateRequest, Issued};
+use super::limits::JoinLimits;
 use crate::authority::operators::Operators;
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::{
-    DatabaseError, Facts, Node, NodeRedemption, Operator, OperatorRedemption, RedeemRefusal, Store,
-    StoreError,
+    Caller, DatabaseError, Facts, Machine, Node, NodeRedemption, Operator, OperatorRedemption,
+    RedeemRefusal, Store, StoreError,
 };
 
 /// A request to become a node, checked for form.
@@ -40,6 +43,10 @@ pub struct JoinRequest {
     pub ceiling: Mode,
     /// The node's machine.
     pub facts: Facts,
+    /// The same, as it is told from others.
+    pub machine: Machine,
+    /// Who asks.
+    pub caller: Caller,
 }
 
 /// Why nobody was admitted.
@@ -77,7 +84,8 @@ pub struct Validator {
     places: Arc<Semaphore>,
     deadline: Duration,
     store: Arc<dyn Store>,
-    authority: Arc<CertificateAuthority>,
+    authorities: Arc<Authorities>,
+    limits: Arc<JoinLimits>,
     admitted: Admitted,
     scope: TaskScope,
 }
@@ -89,12 +97,13 @@ impl Validator {
         places: usize,
         deadline: Duration,
         store: Arc<dyn Store>,
-        authority: Arc<CertificateAuthority>,
+        authorities: Arc<Authorities>,
+        limits: Arc<JoinLimits>,
         admitted: Admitted,
         scope: TaskScope,
     ) -> Self {
         let places = Arc::new(Semaphore::new(places));
-        Self { places, deadline, store, authority, admitted, scope }
+        Self { places, deadline, store, authorities, limits, admitted, scope }
     }
 
     /// Admits a node.
@@ -102,16 +111,23 @@ impl Validator {
     /// # Errors
     /// See [`EnrollError`]. After [`EnrollError::Deadline`] the same request may succeed.
     pub async fn join_node(&self, request: JoinRequest) -> Result<(Node, Issued), EnrollError> {
+        let (now_ms, new_id) = (unix_ms(), NodeId::new());
+        // The one that signs is the one that is recorded, even if another takes over meanwhile.
+        let ring = self.authorities.ring();
+        let authority = ring.issuing();
         let redemption = NodeRedemption {
             invite: request.token.id().clone(),
             secret_hash: request.token.secret_hash(),
             key: request.certificate.key_hash(),
-            new_id: NodeId::new(),
+            new_id,
             wanted_name: request.name,
             labels: request.labels,
             ceiling: request.ceiling,
             facts: request.facts,
-            now_ms: unix_ms(),
+            machine: request.machine,
+            certificate: authority.terms(&Holder::Node(new_id), now_ms),
+            caller: request.caller,
+            now_ms,
         };
         let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.admitted.registry));
         let membership = Arc::clone(&self.admitted.membership);
@@ -123,9 +139,9 @@ impl Validator {
                 registry.add(node.clone());
                 Ok::<_, EnrollError>(node)
             })
-            .await?;
-        let issued =
-            self.authority.issue(Holder::Node(node.id), &request.certificate, unix_ms())?;
+            .await
+            .inspect_err(|error| self.count_wrong_secret(&request.token, error))?;
+        let issued = authority.issue(Holder::Node(node.id), &request.certificate, now_ms)?;
         tracing::info!(node = %node.name, id = %node.id, invite = %request.token.id(), "node joined");
         Ok((node, issued))
     }
@@ -138,11 +154,13 @@ impl Validator {
         &self,
         token: &InviteToken,
         certificate: &CertificateRequest,
+        caller: Caller,
     ) -> Result<(Operator, Issued), EnrollError> {
         let redemption = OperatorRedemption {
             invite: token.id().clone(),
             secret_hash: token.secret_hash(),
             key: certificate.key_hash(),
+            caller,
             now_ms: unix_ms(),
         };
         let (store, operators) = (Arc::clone(&self.store), Arc::clone(&self.admitted.operators));
@@ -153,11 +171,21 @@ impl Validator {
                 operators.reload().await?;
                 Ok::<_, EnrollError>(operator)
             })
-            .await?;
+            .await
+            .inspect_err(|error| self.count_wrong_secret(token, error))?;
         let holder = Holder::Operator { name: operator.name.clone(), role: operator.role };
-        let issued = self.authority.issue(holder, certificate, unix_ms())?;
+        let issued = self.authorities.ring().issuing().issue(holder, certificate, unix_ms())?;
         tracing::info!(operator = %operator.name, role = %operator.role, "operator logged in");
         Ok((operator, issued))
+    }
+
+    /// Somebody who guesses is stopped, and nobody else: the limit is that invite's.
+    fn count_wrong_secret(&self, token: &InviteToken, error: &EnrollError) {
+        if matches!(error, EnrollError::Refused(RedeemRefusal::Unknown))
+            && self.limits.wrong_secret(token.id(), Instant::now())
+        {
+            tracing::warn!(invite = %token.id(), "too many wrong secrets: this invite is frozen");
+        }
     }
 
     async fn detached<T, F>(&self, work: F) -> Result<T, EnrollError>

@@ -7,7 +7,7 @@
 use std::io;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -26,7 +26,8 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::auth::Peer;
-use crate::enroll::ca::{CertificateAuthority, HubCertificate};
+use crate::enroll::authorities::{Authorities, Ring};
+use crate::enroll::hub_certificate::HubCertificate;
 use crate::store::KeyHash;
 
 /// Connections that have not said anything yet; beyond that, new ones are closed.
@@ -41,17 +42,51 @@ const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 const READY: usize = 64;
 
 /// The server side of TLS: version 1.3 only, certificates of this mesh only, no resumption (it
-/// would skip the check of client certificates, and so of revocation).
-///
-/// # Errors
-/// If rustls refuses the configuration.
-pub fn tls_config(
-    authority: &CertificateAuthority,
-    certificate: HubCertificate,
-) -> Result<ServerConfig, rustls::Error> {
+/// would skip the check of client certificates, and so of revocation). It follows the certificate
+/// authorities: a handshake that begins after one was added or retired heeds that.
+pub struct TlsSettings {
+    authorities: Arc<Authorities>,
+    certificate: Arc<HubCertificate>,
+    current: Mutex<(Arc<Ring>, Arc<ServerConfig>)>,
+}
+
+impl TlsSettings {
+    /// Settings for the authorities there are now, and whatever becomes of them.
+    ///
+    /// # Errors
+    /// If rustls refuses them.
+    pub fn new(
+        authorities: Arc<Authorities>,
+        certificate: HubCertificate,
+    ) -> Result<Self, rustls::Error> {
+        let (ring, certificate) = (authorities.ring(), Arc::new(certificate));
+        let config = server_config(&ring, Arc::clone(&certificate))?;
+        Ok(Self { authorities, certificate, current: Mutex::new((ring, config)) })
+    }
+
+    /// What the next handshake uses.
+    fn config(&self) -> Arc<ServerConfig> {
+        let ring = self.authorities.ring();
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if !Arc::ptr_eq(&current.0, &ring) {
+            match server_config(&ring, Arc::clone(&self.certificate)) {
+                Ok(config) => *current = (ring, config),
+                Err(error) => tracing::error!(%error, "cannot follow the certificate authorities"),
+            }
+        }
+        Arc::clone(&current.1)
+    }
+}
+
+fn server_config(
+    ring: &Ring,
+    certificate: Arc<HubCertificate>,
+) -> Result<Arc<ServerConfig>, rustls::Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = RootCertStore::empty();
-    roots.add(authority.certificate().clone())?;
+    for authority in ring.trusted() {
+        roots.add(authority.certificate().clone())?;
+    }
     let verifier =
         WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
             .allow_unauthenticated()
@@ -60,11 +95,11 @@ pub fn tls_config(
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
-        .with_cert_resolver(Arc::new(certificate));
+        .with_cert_resolver(certificate);
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(config)
+    Ok(Arc::new(config))
 }
 
 /// The holder of a client certificate that TLS has accepted. Anything that this mesh would not
@@ -150,12 +185,11 @@ pub type Incoming = mpsc::Receiver<io::Result<PeerStream>>;
 #[must_use]
 pub fn accept_tls(
     listener: TcpListener,
-    config: ServerConfig,
+    settings: TlsSettings,
     mesh: MeshId,
     scope: &TaskScope,
 ) -> Incoming {
     let (ready, incoming) = mpsc::channel(READY);
-    let acceptor = TlsAcceptor::from(Arc::new(config));
     let places = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     let silent = Arc::new(Semaphore::new(MAX_SILENT));
     let (own_scope, cancel) = (scope.clone(), scope.token().clone());
@@ -176,7 +210,7 @@ pub fn accept_tls(
                 // As good as any other: the one that has just come is turned away.
                 continue;
             };
-            let (acceptor, ready) = (acceptor.clone(), ready.clone());
+            let (acceptor, ready) = (TlsAcceptor::from(settings.config()), ready.clone());
             let places = Arc::clone(&places);
             own_scope.spawn("handshake", async move {
                 // A connection that says nothing takes no place from those that do.

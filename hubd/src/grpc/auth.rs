@@ -51,6 +51,17 @@ pub enum Peer {
     },
 }
 
+impl Peer {
+    /// The address at the other end; none for the administration socket.
+    #[must_use]
+    pub fn address(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Anonymous(address) | Self::Certified { address, .. } => Some(*address),
+            Self::Local { .. } => None,
+        }
+    }
+}
+
 /// An admitted node, as handlers see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AdmittedNode {

@@ -9,9 +9,10 @@ use cortex_shared::text::shorten;
 use tonic::{Code, Status};
 
 use super::status::{invalid, refuse};
-use crate::enroll::ca::CertificateRequest;
+use crate::enroll::authorities::Ring;
+use crate::enroll::ca::{CertificateRequest, Issued};
 use crate::enroll::validator::JoinRequest;
-use crate::store::Facts;
+use crate::store::{Caller, Facts, Machine, Node};
 
 /// Most workspaces one report may speak of.
 const MAX_REPORTED_WORKSPACES: usize = 1024;
@@ -195,20 +196,52 @@ pub fn facts(
     })
 }
 
+/// What tells a node's machine from another.
+///
+/// # Errors
+/// If a text is too long.
+pub fn machine(machine: v1::MachineFacts) -> Result<Machine, Status> {
+    Ok(Machine {
+        machine_id: fact(machine.machine_id)?,
+        boot_id: fact(machine.boot_id)?,
+        hostname: fact(machine.hostname)?,
+    })
+}
+
 /// A request to join.
 ///
 /// # Errors
 /// The first thing that is not valid.
-pub fn join_request(request: v1::JoinNodeRequest) -> Result<JoinRequest, Status> {
-    let token = token(&request.token)?;
+pub fn join_request(
+    token: InviteToken,
+    caller: Caller,
+    request: v1::JoinNodeRequest,
+) -> Result<JoinRequest, Status> {
     Ok(JoinRequest {
         token,
+        caller,
         certificate: certificate_request(&request.csr_der)?,
         name: if request.name.is_empty() { String::new() } else { name(request.name)? },
         labels: own_labels(request.labels)?,
         ceiling: mode(request.ceiling),
         facts: facts(request.hostname, request.os, request.arch, request.agent_version)?,
+        machine: machine(request.machine.unwrap_or_default())?,
     })
+}
+
+/// The answer to a node that was admitted.
+#[must_use]
+pub fn joined(ring: &Ring, node: Node, issued: &Issued) -> v1::JoinNodeResponse {
+    v1::JoinNodeResponse {
+        node_id: node.id.as_bytes().to_vec().into(),
+        name: node.name,
+        certificate_der: issued.der.to_vec().into(),
+        ca_der: ring.serving().certificate().to_vec().into(),
+        mesh_id: ring.serving().mesh().to_string(),
+        not_after_ms: issued.not_after_ms,
+        generation: node.certificate.generation,
+        trusted_cas_der: ring.trusted_der(),
+    }
 }
 
 /// A workspace id.

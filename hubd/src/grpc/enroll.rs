@@ -5,19 +5,47 @@ use std::sync::Arc;
 use cortex_proto::v1::enroll_server::Enroll;
 use cortex_proto::v1::{
     JoinNodeRequest, JoinNodeResponse, LoginOperatorRequest, LoginOperatorResponse,
+    RecoverNodeRequest,
 };
+use cortex_shared::secret::InviteToken;
+use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
+use super::auth::Peer;
 use super::{convert, status};
-use crate::enroll::ca::CertificateAuthority;
+use crate::enroll::authorities::Authorities;
+use crate::enroll::limits::JoinLimits;
 use crate::enroll::validator::Validator;
+use crate::store::Caller;
 
 /// See the module.
 pub struct EnrollService {
     /// Where tokens are checked.
     pub validator: Arc<Validator>,
-    /// Whose certificate goes along.
-    pub authority: Arc<CertificateAuthority>,
+    /// How often anyone may try.
+    pub limits: Arc<JoinLimits>,
+    /// Whose certificates go along.
+    pub authorities: Arc<Authorities>,
+}
+
+impl EnrollService {
+    /// Who calls, if that address may try now.
+    fn caller<T>(&self, request: &Request<T>) -> Result<Caller, Status> {
+        let address = request.extensions().get::<Peer>().and_then(Peer::address);
+        let address = address.map(|address| address.ip());
+        let now = Instant::now();
+        if let Some(address) = address {
+            self.limits.check_address(address, now).map_err(status::too_often)?;
+        }
+        Ok(Caller { address, record_refusal: self.limits.may_record_refusal(now) })
+    }
+
+    /// A token whose invite may be tried now.
+    fn token(&self, text: &str) -> Result<InviteToken, Status> {
+        let token = convert::token(text)?;
+        self.limits.check_invite(token.id(), Instant::now()).map_err(status::too_often)?;
+        Ok(token)
+    }
 }
 
 #[tonic::async_trait]
@@ -26,23 +54,17 @@ impl Enroll for EnrollService {
         &self,
         request: Request<JoinNodeRequest>,
     ) -> Result<Response<JoinNodeResponse>, Status> {
-        let join = convert::join_request(request.into_inner())?;
+        let caller = self.caller(&request)?;
+        let request = request.into_inner();
+        let token = self.token(&request.token)?;
+        let join = convert::join_request(token, caller, request)?;
         let (node, issued) = self.validator.join_node(join).await.map_err(status::from_enroll)?;
-        Ok(Response::new(JoinNodeResponse {
-            node_id: node.id.as_bytes().to_vec().into(),
-            name: node.name,
-            certificate_der: issued.der.to_vec().into(),
-            ca_der: self.authority.certificate().to_vec().into(),
-            mesh_id: self.authority.mesh().to_string(),
-            not_after_ms: issued.not_after_ms,
-            generation: 1,
-            trusted_cas_der: vec![self.authority.certificate().to_vec().into()],
-        }))
+        Ok(Response::new(convert::joined(&self.authorities.ring(), node, &issued)))
     }
 
     async fn recover_node(
         &self,
-        _: Request<cortex_proto::v1::RecoverNodeRequest>,
+        _: Request<RecoverNodeRequest>,
     ) -> Result<Response<JoinNodeResponse>, Status> {
         Err(Status::unimplemented("placeholder"))
     }
@@ -51,22 +73,24 @@ impl Enroll for EnrollService {
         &self,
         request: Request<LoginOperatorRequest>,
     ) -> Result<Response<LoginOperatorResponse>, Status> {
+        let caller = self.caller(&request)?;
         let request = request.into_inner();
-        let token = convert::token(&request.token)?;
+        let token = self.token(&request.token)?;
         let certificate = convert::certificate_request(&request.csr_der)?;
         let (operator, issued) = self
             .validator
-            .login_operator(&token, &certificate)
+            .login_operator(&token, &certificate, caller)
             .await
             .map_err(status::from_enroll)?;
+        let ring = self.authorities.ring();
         Ok(Response::new(LoginOperatorResponse {
             name: operator.name,
             role: operator.role.to_string(),
             certificate_der: issued.der.to_vec().into(),
-            ca_der: self.authority.certificate().to_vec().into(),
-            mesh_id: self.authority.mesh().to_string(),
+            ca_der: ring.serving().certificate().to_vec().into(),
+            mesh_id: self.authorities.mesh().to_string(),
             not_after_ms: issued.not_after_ms,
-            trusted_cas_der: vec![self.authority.certificate().to_vec().into()],
+            trusted_cas_der: ring.trusted_der(),
         }))
     }
 }

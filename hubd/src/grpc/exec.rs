@@ -161,19 +161,24 @@ fn check_mode(
             "leave --mode out, or ask an operator to run it".into(),
         );
     }
-    if policy == Mode::Strict {
-        return denied(
-            format!("the hub's policy for {node:?} is strict"),
-            "leave out --mode permissive".into(),
-        );
+    // Whoever gives the one half and then hears of the other has been sent twice.
+    let by_policy = format!(
+        "an administrator can change it: cortex-hubd policy set {node} permissive --reason TEXT"
+    );
+    let by_ceiling = "its owner can raise it there: cortex-agent ceiling set permissive";
+    match (policy, ceiling) {
+        (Mode::Permissive, Mode::Permissive) => Ok(()),
+        (Mode::Strict, Mode::Permissive) => {
+            denied(format!("the hub's policy for {node:?} is strict"), by_policy)
+        }
+        (Mode::Permissive, Mode::Strict) => {
+            denied(format!("the ceiling of {node:?} is strict"), by_ceiling.into())
+        }
+        (Mode::Strict, Mode::Strict) => denied(
+            format!("the hub's policy for {node:?} and its own ceiling are strict"),
+            format!("{by_policy}; {by_ceiling}"),
+        ),
     }
-    if ceiling == Mode::Strict {
-        return denied(
-            format!("the ceiling of {node:?} is strict"),
-            "its owner can raise it there: cortex-agent ceiling set permissive".into(),
-        );
-    }
-    Ok(())
 }
 
 /// An AI token works inside workspaces and without a network.

@@ -1,40 +1,30 @@
-//! The Operator service: looking, inviting, workspaces. Commands, workspaces and authority
-//! are in files of their own.
+//! The Operator service: looking. Commands, invites, workspaces and authority are in files of their
+//! own.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
 
 use cortex_proto::v1;
 use cortex_proto::v1::operator_server::Operator;
 use cortex_shared::clock::unix_ms;
-use cortex_shared::labels::Labels;
-use cortex_shared::policy::{Mode, Role};
-use cortex_shared::secret::InviteToken;
+use cortex_shared::policy::Mode;
 use futures_util::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedOperator, admitted};
 use super::listing::{Selector, list_nodes, watch};
-use super::status::{from_lookup, from_store, invalid};
-use super::{authority, convert, exec, workspaces};
+use super::status::from_lookup;
+use super::{authority, convert, exec, invites, workspaces};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
-use crate::enroll::ca::CertificateAuthority;
+use crate::enroll::authorities::Authorities;
 use crate::node::registry::{NodeView, Registry};
-use crate::store::{Invite, InviteKind, NewInvite, Store, StoreError};
+use crate::store::Store;
 use crate::sync::Workspaces;
 use crate::sync::members::Members;
 use crate::task::relay::Relay;
-
-/// Life of an invite unless told otherwise.
-const DEFAULT_INVITE_TTL: Duration = Duration::from_secs(3600);
-/// Longest life of an invite.
-const MAX_INVITE_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
-/// Most uses of one invite.
-const MAX_INVITE_USES: u32 = 10_000;
 
 /// See the module.
 pub struct OperatorService {
@@ -55,7 +45,7 @@ pub struct OperatorService {
     /// The audit log.
     pub audit: Arc<AuditLog>,
     /// The mesh.
-    pub authority: Arc<CertificateAuthority>,
+    pub authorities: Arc<Authorities>,
     /// Owns streams that outlive their call.
     pub scope: cortex_shared::tasks::TaskScope,
     /// Where nodes reach this hub.
@@ -102,45 +92,6 @@ impl OperatorService {
     pub(super) fn node(&self, wanted: &str, caller: &AdmittedOperator) -> Result<NodeView, Status> {
         self.registry.find(wanted, |node| caller.sees(node)).map_err(from_lookup)
     }
-
-    async fn record_invite(
-        &self,
-        kind: InviteKind,
-        ttl_ms: u64,
-        max_uses: u32,
-        created_by: String,
-        fill: impl FnOnce(&mut NewInvite),
-    ) -> Result<(InviteToken, i64), Status> {
-        let ttl = match ttl_ms {
-            0 => DEFAULT_INVITE_TTL,
-            ms => Duration::from_millis(ms),
-        };
-        if ttl > MAX_INVITE_TTL {
-            return Err(invalid("an invite lives for 7 days at most"));
-        }
-        if max_uses > MAX_INVITE_USES {
-            return Err(invalid(format!("an invite has {MAX_INVITE_USES} uses at most")));
-        }
-        let token = InviteToken::generate();
-        let now = unix_ms();
-        let expires_at_ms = now + i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX);
-        let mut invite = NewInvite {
-            id: token.id().clone(),
-            secret_hash: token.secret_hash(),
-            kind,
-            max_uses: max_uses.max(1),
-            expires_at_ms,
-            created_at_ms: now,
-            created_by,
-            labels: Labels::new(),
-            name_pattern: String::new(),
-            workspaces: Default::default(),
-        };
-        fill(&mut invite);
-        self.store.create_invite(invite).await.map_err(from_store)?;
-        tracing::info!(invite = %token.id(), ?kind, "invite created");
-        Ok((token, expires_at_ms))
-    }
 }
 
 #[tonic::async_trait]
@@ -158,7 +109,7 @@ impl Operator for OperatorService {
         Ok(Response::new(v1::WhoAmIResponse {
             name: operator.name,
             role: operator.role.to_string(),
-            mesh_id: self.authority.mesh().to_string(),
+            mesh_id: self.authorities.mesh().to_string(),
             hub_version: env!("CARGO_PKG_VERSION").to_owned(),
             certificate_not_after_ms: operator.certificate_not_after_ms.unwrap_or_default(),
             scope: operator.scope.0.into_iter().collect(),
@@ -180,7 +131,7 @@ impl Operator for OperatorService {
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         Ok(Response::new(v1::HubStatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            mesh_id: self.authority.mesh().to_string(),
+            mesh_id: self.authorities.mesh().to_string(),
             started_at_ms: self.started_at_ms,
             nodes_known: count(nodes.len()),
             nodes_online: count(nodes.iter().filter(|view| view.session.is_some()).count()),
@@ -318,100 +269,31 @@ impl Operator for OperatorService {
         &self,
         request: Request<v1::CreateInviteRequest>,
     ) -> Result<Response<v1::CreateInviteResponse>, Status> {
-        let operator: AdmittedOperator = admitted(&request)?;
-        let request = request.into_inner();
-        let labels = convert::set_labels(request.labels)?;
-        if request.name_pattern.len() > 63 {
-            return Err(invalid("the name pattern is longer than 63 characters"));
-        }
-        let mut workspaces = std::collections::BTreeSet::new();
-        for name in &request.workspaces {
-            workspaces.insert(workspaces::find(self, name, &operator)?.id);
-        }
-        let (token, expires_at_ms) = self
-            .record_invite(
-                InviteKind::Node,
-                request.ttl_ms,
-                request.uses,
-                operator.name,
-                |invite| {
-                    invite.labels = labels;
-                    invite.name_pattern = request.name_pattern;
-                    invite.workspaces = workspaces;
-                },
-            )
-            .await?;
-        let ca_pin = self.authority.pin().to_string();
-        // The token goes in by the environment: arguments are visible to every user of the node.
-        let command = format!(
-            "CORTEX_TOKEN={} cortex-agent join {} --ca {ca_pin}",
-            token.expose(),
-            self.address
-        );
-        Ok(Response::new(v1::CreateInviteResponse {
-            token: token.expose(),
-            id: token.id().to_string(),
-            ca_pin,
-            expires_at_ms,
-            command,
-        }))
+        let operator = admitted(&request)?;
+        invites::create(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_invites(
         &self,
         _: Request<v1::ListInvitesRequest>,
     ) -> Result<Response<v1::ListInvitesResponse>, Status> {
-        let invites = self.store.invites().await.map_err(from_store)?;
-        let invites = invites.into_iter().map(|invite| self.invite_info(invite)).collect();
-        Ok(Response::new(v1::ListInvitesResponse { invites }))
+        invites::list(self).await.map(Response::new)
     }
 
     async fn revoke_invite(
         &self,
         request: Request<v1::RevokeInviteRequest>,
     ) -> Result<Response<v1::RevokeInviteResponse>, Status> {
-        let operator: AdmittedOperator = admitted(&request)?;
-        let id = request.into_inner().id;
-        let id: cortex_shared::secret::InviteId = id.parse().map_err(|_| {
-            from_store(StoreError::NotFound { what: "invite", name: id.chars().take(16).collect() })
-        })?;
-        self.store.revoke_invite(id.clone(), unix_ms()).await.map_err(from_store)?;
-        tracing::info!(invite = %id, by = %operator.name, "invite revoked");
-        Ok(Response::new(v1::RevokeInviteResponse {}))
+        let operator = admitted(&request)?;
+        invites::revoke(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn create_operator(
         &self,
         request: Request<v1::CreateOperatorRequest>,
     ) -> Result<Response<v1::CreateOperatorResponse>, Status> {
-        let operator: AdmittedOperator = admitted(&request)?;
-        let request = request.into_inner();
-        let name = convert::name(request.name)?;
-        if matches!(name.as_str(), "local" | "hub") {
-            return Err(invalid(format!("the name {name:?} is the hub's own in the audit log")));
-        }
-        convert::set_labels(request.scope)?;
-        let role: Role = request
-            .role
-            .parse()
-            .map_err(|e: cortex_shared::policy::UnknownWord| invalid(e.to_string()))?;
-        let (token, expires_at_ms) = self
-            .record_invite(InviteKind::Operator(role), request.ttl_ms, 1, operator.name, |invite| {
-                invite.name_pattern = name
-            })
-            .await?;
-        let ca_pin = self.authority.pin().to_string();
-        let command = format!(
-            "CORTEX_TOKEN={} cortex-agent login {} --ca {ca_pin}",
-            token.expose(),
-            self.address
-        );
-        Ok(Response::new(v1::CreateOperatorResponse {
-            token: token.expose(),
-            ca_pin,
-            command,
-            expires_at_ms,
-        }))
+        let operator = admitted(&request)?;
+        invites::create_operator(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn create_workspace(
@@ -460,34 +342,6 @@ impl Operator for OperatorService {
     ) -> Result<Response<v1::ListConflictsResponse>, Status> {
         let operator = admitted(&request)?;
         workspaces::conflicts(self, &operator, request.into_inner()).await.map(Response::new)
-    }
-}
-
-impl OperatorService {
-    fn invite_info(&self, invite: Invite) -> v1::InviteInfo {
-        let Invite { invite, uses, revoked_at_ms } = invite;
-        let names = self.members.membership.all();
-        v1::InviteInfo {
-            id: invite.id.to_string(),
-            kind: match invite.kind {
-                InviteKind::Node => "node".to_owned(),
-                InviteKind::Operator(role) => role.to_string(),
-            },
-            uses,
-            max_uses: invite.max_uses,
-            expires_at_ms: invite.expires_at_ms,
-            created_at_ms: invite.created_at_ms,
-            created_by: invite.created_by,
-            revoked: revoked_at_ms.is_some(),
-            labels: invite.labels.into_iter().collect(),
-            name_pattern: invite.name_pattern,
-            workspaces: names
-                .into_iter()
-                .filter(|w| invite.workspaces.contains(&w.id))
-                .map(|w| w.name)
-                .collect(),
-            ..v1::InviteInfo::default()
-        }
     }
 }
 

@@ -86,33 +86,34 @@ pub fn disk_full(error: &(dyn std::error::Error + 'static)) -> Status {
     with_retry_after(status, Duration::from_secs(60))
 }
 
+/// How it looks to a caller that it tries too often.
+pub fn too_often(wait: Duration) -> Status {
+    let text = format!("too many attempts; try again in {} s", wait.as_secs() + 1);
+    with_retry_after(refuse(Code::ResourceExhausted, "rate_limited", text), wait)
+}
+
 /// How a refused join or login looks to a caller.
 pub fn from_enroll(error: EnrollError) -> Status {
     let ask = "ask an administrator for a new one: cortex-hubd invite create";
     match error {
         EnrollError::Refused(refusal) => {
-            let text = refusal.to_string();
+            let (word, text) = (refusal.word(), refusal.to_string());
+            let status = |code| refuse(code, word, text);
             match refusal {
-                RedeemRefusal::Unknown => {
-                    with_hint(refuse(Code::PermissionDenied, "invalid_token", text), ask)
-                }
-                RedeemRefusal::Expired => {
-                    with_hint(refuse(Code::PermissionDenied, "invite_expired", text), ask)
-                }
-                RedeemRefusal::UsedUp => {
-                    with_hint(refuse(Code::PermissionDenied, "invite_used_up", text), ask)
-                }
-                RedeemRefusal::Revoked => {
-                    with_hint(refuse(Code::PermissionDenied, "invite_revoked", text), ask)
-                }
-                RedeemRefusal::NameNotAllowed { .. } => with_hint(
-                    refuse(Code::PermissionDenied, "name_not_allowed", text),
-                    "choose another name with --name",
+                RedeemRefusal::Unknown
+                | RedeemRefusal::Expired
+                | RedeemRefusal::UsedUp
+                | RedeemRefusal::Revoked => with_hint(status(Code::PermissionDenied), ask),
+                RedeemRefusal::SourceNotAllowed { .. } => with_hint(
+                    status(Code::PermissionDenied),
+                    "ask an administrator for one that is valid from there: cortex-hubd invite create --source",
                 ),
-                RedeemRefusal::NameTaken { .. } => with_hint(
-                    refuse(Code::AlreadyExists, "name_taken", text),
-                    "choose another name with --name",
-                ),
+                RedeemRefusal::NameNotAllowed { .. } => {
+                    with_hint(status(Code::PermissionDenied), "choose another name with --name")
+                }
+                RedeemRefusal::NameTaken { .. } => {
+                    with_hint(status(Code::AlreadyExists), "choose another name with --name")
+                }
             }
         }
         EnrollError::Busy => with_retry_after(

@@ -65,10 +65,10 @@ async fn the_data_directory_is_free_again_once_it_has_been_closed() {
     let folder = tempfile::tempdir().unwrap();
     let config = config(folder.path());
     let data = HubData::open(&config).await.unwrap();
-    let pin = data.pin();
+    let pins = data.pins();
     assert!(matches!(HubData::open(&config).await.err(), Some(StartError::Locked { .. })));
     data.close().await;
     let data = HubData::open(&config).await.unwrap();
-    assert_eq!(data.pin(), pin);
+    assert_eq!(data.pins(), pins);
     data.close().await;
 }

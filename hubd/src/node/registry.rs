@@ -366,22 +366,7 @@ fn edit_distance(a: &[u8], b: &[u8]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    pub(super) fn node(name: &str) -> Node {
-        Node {
-            id: NodeId::new(),
-            name: name.into(),
-            labels: Default::default(),
-            key: [0; 32],
-            policy: Default::default(),
-            cordoned: false,
-            ceiling: Mode::Strict,
-            joined_at_ms: 0,
-            last_seen_ms: 0,
-            revoked_at_ms: None,
-            facts: Facts::default(),
-        }
-    }
+    pub(super) use crate::store::fixtures::node;
 
     pub(super) fn begin(registry: &Registry, id: NodeId) -> SessionEnds {
         registry

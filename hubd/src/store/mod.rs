@@ -7,7 +7,11 @@
 //! No handler of a live session waits for the store, except where its answer means "durable".
 
 pub mod database;
+#[cfg(test)]
+pub(crate) mod fixtures;
+pub mod identity;
 pub mod records;
+pub mod source;
 pub mod sqlite;
 pub mod workspace;
 
@@ -17,11 +21,16 @@ use cortex_shared::labels::Labels;
 use cortex_shared::secret::InviteId;
 
 pub use database::DatabaseError;
-pub use records::{
-    Actor, AuditHead, AuditLine, Facts, Invite, InviteKind, KeyHash, LabelChange, LabelRefusal,
-    NewAudit, NewInvite, NewTask, Node, NodePolicy, NodeRedemption, Operator, OperatorRecord,
-    OperatorRedemption, RedeemRefusal, Scope, TaskEnd, TaskEndState, Workspace,
+pub use identity::{
+    CaStage, CaState, CertificateState, CloneSuspicion, Machine, NewCertificate, Presented,
+    RenewOutcome, RenewRefusal, Renewal, RenewalProof,
 };
+pub use records::{
+    Actor, AuditHead, AuditLine, Caller, Facts, Invite, InviteKind, KeyHash, LabelChange,
+    LabelRefusal, NewAudit, NewInvite, NewTask, Node, NodePolicy, NodeRedemption, Operator,
+    OperatorRecord, OperatorRedemption, RedeemRefusal, Scope, TaskEnd, TaskEndState, Workspace,
+};
+pub use source::{InvalidRange, SourceRange};
 
 /// Why the store could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -59,12 +68,23 @@ pub trait Store: Send + Sync + 'static {
     /// The mesh this store belongs to; made up at the first call.
     async fn mesh(&self) -> Result<MeshId, StoreError>;
 
+    /// Which certificate authorities there are; `None` before the first was recorded.
+    async fn ca_state(&self) -> Result<Option<CaState>, StoreError>;
+    /// Records which authorities there are, with a line in the audit log if this is somebody's act.
+    async fn set_ca_state(&self, state: CaState, audit: Option<NewAudit>)
+    -> Result<(), StoreError>;
+
     /// Records an invite.
-    async fn create_invite(&self, invite: NewInvite) -> Result<(), StoreError>;
+    async fn create_invite(&self, invite: NewInvite, audit: NewAudit) -> Result<(), StoreError>;
     /// All invites, newest first.
     async fn invites(&self) -> Result<Vec<Invite>, StoreError>;
     /// Makes an invite unusable; [`StoreError::NotFound`] if there is none.
-    async fn revoke_invite(&self, id: InviteId, now_ms: i64) -> Result<(), StoreError>;
+    async fn revoke_invite(
+        &self,
+        id: InviteId,
+        now_ms: i64,
+        audit: NewAudit,
+    ) -> Result<(), StoreError>;
 
     /// Turns an invite into a node, as one compare-and-set. The same invite and key again gives the
     /// same node and uses nothing up.
@@ -82,6 +102,14 @@ pub trait Store: Send + Sync + 'static {
     async fn nodes(&self) -> Result<Vec<Node>, StoreError>;
     /// Remembers when these nodes were last seen and what they last said of themselves.
     async fn touch_nodes(&self, nodes: Vec<Node>) -> Result<(), StoreError>;
+    /// Records the next certificate of a node, or, if a copy of its identity asks, that suspicion.
+    async fn renew_node(&self, renewal: Renewal) -> Result<RenewOutcome, StoreError>;
+    /// Records that a machine presented a copied identity; no change if the same was just recorded.
+    async fn suspect_clone(
+        &self,
+        node: NodeId,
+        suspicion: CloneSuspicion,
+    ) -> Result<(), StoreError>;
 
     /// Journals a task as accepted, before anyone else hears of it.
     async fn accept_task(&self, task: NewTask) -> Result<(), StoreError>;

@@ -3,12 +3,15 @@
 mod authority;
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use cortex_shared::ids::{NodeId, TaskId, WorkspaceId};
 use cortex_shared::labels::Labels;
 use cortex_shared::policy::{Mode, Role};
 use cortex_shared::secret::{InviteId, SecretHash};
 
+use super::identity::{CertificateState, CloneSuspicion, Machine, NewCertificate};
+use super::source::SourceRange;
 pub use authority::{Actor, LabelChange, LabelRefusal, NodePolicy, OperatorRecord, Scope};
 
 /// SHA-256 of a public key (its SubjectPublicKeyInfo).
@@ -46,6 +49,12 @@ pub struct NewInvite {
     pub name_pattern: String,
     /// Workspaces its nodes become members of.
     pub workspaces: BTreeSet<WorkspaceId>,
+    /// Where it is good from; empty for anywhere.
+    pub sources: BTreeSet<SourceRange>,
+    /// Who its nodes belong to; shown, not interpreted.
+    pub owner: String,
+    /// Labels that a node must have for the operator to see or command it; for an operator's invite.
+    pub scope: Labels,
 }
 
 /// A recorded invite.
@@ -84,6 +93,14 @@ pub struct Node {
     pub revoked_at_ms: Option<i64>,
     /// What it last said of its machine.
     pub facts: Facts,
+    /// Who it belongs to, by the invite.
+    pub owner: String,
+    /// Its newest certificate.
+    pub certificate: CertificateState,
+    /// The machine it last connected from.
+    pub machine: Machine,
+    /// The last suspicion that its identity was copied.
+    pub clone: Option<CloneSuspicion>,
 }
 
 /// What a node says of itself. Never used to decide what anyone may do.
@@ -118,8 +135,32 @@ pub struct NodeRedemption {
     pub ceiling: Mode,
     /// Its machine.
     pub facts: Facts,
+    /// The same, as it is told from others.
+    pub machine: Machine,
+    /// The certificate that it is to get.
+    pub certificate: NewCertificate,
+    /// Where the request comes from, and how it is recorded.
+    pub caller: Caller,
     /// The hub's clock.
     pub now_ms: i64,
+}
+
+/// Who asks to redeem an invite, as far as that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// The address at the other end of the connection; none for the administration socket.
+    pub address: Option<IpAddr>,
+    /// Whether a refusal is written to the audit log. Somebody who guesses must not be able to fill
+    /// it, so that is rationed where requests come in.
+    pub record_refusal: bool,
+}
+
+impl Caller {
+    /// The address as text; empty if there is none.
+    #[must_use]
+    pub fn shown(&self) -> String {
+        self.address.map(|address| address.to_string()).unwrap_or_default()
+    }
 }
 
 /// A request to turn an invite into an operator.
@@ -131,6 +172,8 @@ pub struct OperatorRedemption {
     pub secret_hash: SecretHash,
     /// The key the operator made.
     pub key: KeyHash,
+    /// Where the request comes from, and how it is recorded.
+    pub caller: Caller,
     /// The hub's clock.
     pub now_ms: i64,
 }
@@ -142,6 +185,8 @@ pub struct Operator {
     pub name: String,
     /// What it may do.
     pub role: Role,
+    /// Labels that a node must have for it to see or command it; empty for all nodes.
+    pub scope: Labels,
 }
 
 /// Why an invite was not redeemed. Only a caller that knew the secret is told which.
@@ -159,6 +204,12 @@ pub enum RedeemRefusal {
     /// Revoked by an operator.
     #[error("this invite has been revoked")]
     Revoked,
+    /// Not good from this address.
+    #[error("this invite is not valid from the address {address}")]
+    SourceNotAllowed {
+        /// Where the request came from.
+        address: String,
+    },
     /// The invite does not allow this name.
     #[error("this invite allows only names like {pattern:?}, not {name:?}")]
     NameNotAllowed {
@@ -173,6 +224,22 @@ pub enum RedeemRefusal {
         /// The name that was wanted.
         name: String,
     },
+}
+
+impl RedeemRefusal {
+    /// The stable word of the reason.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Unknown => "invalid_token",
+            Self::Expired => "invite_expired",
+            Self::UsedUp => "invite_used_up",
+            Self::Revoked => "invite_revoked",
+            Self::SourceNotAllowed { .. } => "source_not_allowed",
+            Self::NameNotAllowed { .. } => "name_not_allowed",
+            Self::NameTaken { .. } => "name_taken",
+        }
+    }
 }
 
 /// A task to be journalled.

@@ -38,19 +38,7 @@ fn record(name: &str, role: Role, scope: &[(&str, &str)]) -> OperatorRecord {
 }
 
 fn node() -> Node {
-    Node {
-        id: NodeId::new(),
-        name: "box".into(),
-        labels: Default::default(),
-        key: KEY,
-        policy: Default::default(),
-        cordoned: false,
-        ceiling: Default::default(),
-        joined_at_ms: 0,
-        last_seen_ms: 0,
-        revoked_at_ms: None,
-        facts: Default::default(),
-    }
+    Node { key: KEY, ..crate::store::fixtures::node("box") }
 }
 
 fn call(layer: &AuthLayer, path: &str, peer: Option<Peer>) -> Result<Request<()>, Status> {

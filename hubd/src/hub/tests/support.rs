@@ -69,7 +69,7 @@ impl TestHub {
         login: Option<&Login>,
     ) -> Result<Channel, tonic::transport::Error> {
         let mut roots = RootCertStore::empty();
-        roots.add(self.hub.data.authority.certificate().clone()).unwrap();
+        roots.add(self.hub.data.authorities.ring().serving().certificate().clone()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -116,7 +116,6 @@ impl TestHub {
     ) -> Login {
         let scope: std::collections::HashMap<String, String> =
             scope.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let json = serde_json::to_string(&scope).unwrap();
         let request = v1::CreateOperatorRequest {
             name: name.into(),
             role: role.into(),
@@ -124,10 +123,6 @@ impl TestHub {
             ..Default::default()
         };
         let token = self.local().await.create_operator(request).await.unwrap().into_inner().token;
-        // Until the invite itself keeps it.
-        let database = rusqlite::Connection::open(self.hub.data.layout.database()).unwrap();
-        let set = "UPDATE invites SET scope = ? WHERE name_pattern = ?";
-        database.execute(set, [&json, name]).unwrap();
         self.redeem_operator(token).await.unwrap()
     }
 

@@ -7,14 +7,16 @@ use cortex_shared::labels;
 use cortex_shared::secret::{InviteId, SecretHash};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
+use serde_json::json;
+
 use super::super::{
-    Invite, InviteKind, KeyHash, NewInvite, Node, NodePolicy, NodeRedemption, Operator,
-    OperatorRedemption, RedeemRefusal, StoreError,
+    Caller, CertificateState, Invite, InviteKind, KeyHash, NewAudit, NewInvite, Node, NodePolicy,
+    NodeRedemption, Operator, OperatorRedemption, RedeemRefusal, StoreError,
 };
-use super::{damaged, from_json, nodes, to_json, workspaces};
+use super::{audit, damaged, from_json, nodes, to_json, workspaces};
 
 const COLUMNS: &str = "id, secret_hash, kind, uses, max_uses, expires_at, created_at, created_by, \
-                       labels, name_pattern, workspaces, revoked_at";
+                       labels, name_pattern, workspaces, revoked_at, source_cidrs, owner, scope";
 
 fn kind_word(kind: InviteKind) -> String {
     match kind {
@@ -45,15 +47,18 @@ fn read(row: &Row<'_>) -> Result<Invite, StoreError> {
                 &row.get::<_, String>(10)?,
                 "workspaces",
             )?,
+            sources: from_json(&row.get::<_, String>(12)?, "source addresses")?,
+            owner: row.get(13)?,
+            scope: from_json(&row.get::<_, String>(14)?, "scope")?,
         },
         uses: row.get(3)?,
         revoked_at_ms: row.get(11)?,
     })
 }
 
-pub(super) fn create(t: &Connection, invite: &NewInvite) -> Result<(), StoreError> {
+pub(super) fn create(t: &Connection, invite: &NewInvite, new: &NewAudit) -> Result<(), StoreError> {
     t.execute(
-        &format!("INSERT INTO invites ({COLUMNS}) VALUES (?,?,?,0,?,?,?,?,?,?,?,NULL)"),
+        &format!("INSERT INTO invites ({COLUMNS}) VALUES (?,?,?,0,?,?,?,?,?,?,?,NULL,?,?,?)"),
         params![
             invite.id.as_str(),
             invite.secret_hash.as_bytes().as_slice(),
@@ -65,9 +70,12 @@ pub(super) fn create(t: &Connection, invite: &NewInvite) -> Result<(), StoreErro
             to_json(&invite.labels)?,
             invite.name_pattern,
             to_json(&invite.workspaces)?,
+            to_json(&invite.sources)?,
+            invite.owner,
+            to_json(&invite.scope)?,
         ],
     )?;
-    Ok(())
+    audit::append(t, new)
 }
 
 pub(super) fn list(connection: &Connection) -> Result<Vec<Invite>, StoreError> {
@@ -76,15 +84,22 @@ pub(super) fn list(connection: &Connection) -> Result<Vec<Invite>, StoreError> {
     statement.query_and_then([], read)?.collect()
 }
 
-pub(super) fn revoke(t: &Connection, id: &InviteId, now_ms: i64) -> Result<(), StoreError> {
+pub(super) fn revoke(
+    t: &Connection,
+    id: &InviteId,
+    now_ms: i64,
+    new: &NewAudit,
+) -> Result<(), StoreError> {
     let changed = t.execute(
-        "UPDATE invites SET revoked_at = coalesce(revoked_at, ?2) WHERE id = ?1",
+        "UPDATE invites SET revoked_at = ?2 WHERE id = ?1 AND revoked_at IS NULL",
         params![id.as_str(), now_ms],
     )?;
-    if changed == 0 {
-        return Err(StoreError::NotFound { what: "invite", name: id.to_string() });
+    if changed > 0 {
+        return audit::append(t, new);
     }
-    Ok(())
+    // One that is revoked stays so since it was, without another line in the log.
+    let known = t.prepare_cached("SELECT 1 FROM invites WHERE id = ?")?.exists([id.as_str()])?;
+    if known { Ok(()) } else { Err(StoreError::NotFound { what: "invite", name: id.to_string() }) }
 }
 
 /// What a valid token leads to.
@@ -102,6 +117,7 @@ fn find(
     secret: &SecretHash,
     key: &KeyHash,
     admits: impl Fn(InviteKind) -> bool,
+    caller: &Caller,
     now_ms: i64,
 ) -> Result<Result<Found, RedeemRefusal>, StoreError> {
     let mut statement = t.prepare_cached(&format!("SELECT {COLUMNS} FROM invites WHERE id = ?"))?;
@@ -110,6 +126,9 @@ fn find(
     let invite = read(row)?;
     if invite.invite.secret_hash != *secret || !admits(invite.invite.kind) {
         return Ok(Err(RedeemRefusal::Unknown));
+    }
+    if !good_from(&invite.invite, caller) {
+        return Ok(Err(RedeemRefusal::SourceNotAllowed { address: caller.shown() }));
     }
     let earlier: Option<Vec<u8>> = t
         .query_row(
@@ -127,6 +146,13 @@ fn find(
     })
 }
 
+/// Whether an invite may be redeemed from where the caller is. One without an address is a process of
+/// the hub's own machine, and no invite that names addresses means that.
+fn good_from(invite: &NewInvite, caller: &Caller) -> bool {
+    let within = |address| invite.sources.iter().any(|range| range.contains(address));
+    invite.sources.is_empty() || caller.address.is_some_and(within)
+}
+
 fn record_use(
     t: &Connection,
     id: &InviteId,
@@ -142,15 +168,47 @@ fn record_use(
     Ok(())
 }
 
+/// Writes down that somebody was refused, if that is to be recorded.
+fn record_refusal<T>(
+    t: &Connection,
+    id: &InviteId,
+    caller: &Caller,
+    now_ms: i64,
+    outcome: &Result<T, RedeemRefusal>,
+) -> Result<(), StoreError> {
+    let Err(refusal) = outcome else { return Ok(()) };
+    if !caller.record_refusal {
+        return Ok(());
+    }
+    let line = NewAudit {
+        at_ms: now_ms,
+        actor: "hub".to_owned(),
+        action: "invite.refused",
+        target: id.to_string(),
+        detail: json!({ "reason": refusal.word(), "address": caller.shown() }).to_string(),
+    };
+    audit::append(t, &line)
+}
+
 pub(super) fn redeem_node(
     t: &Connection,
     redemption: NodeRedemption,
 ) -> Result<Result<Node, RedeemRefusal>, StoreError> {
-    let NodeRedemption { invite: id, key, now_ms, .. } = &redemption;
+    let (id, caller, now_ms) = (redemption.invite.clone(), redemption.caller, redemption.now_ms);
+    let outcome = admit_node(t, redemption)?;
+    record_refusal(t, &id, &caller, now_ms, &outcome)?;
+    Ok(outcome)
+}
+
+fn admit_node(
+    t: &Connection,
+    redemption: NodeRedemption,
+) -> Result<Result<Node, RedeemRefusal>, StoreError> {
+    let NodeRedemption { invite: id, key, caller, now_ms, .. } = &redemption;
     let admits = |kind| kind == InviteKind::Node;
-    let invite = match find(t, id, &redemption.secret_hash, key, admits, *now_ms)? {
+    let invite = match find(t, id, &redemption.secret_hash, key, admits, caller, *now_ms)? {
         Err(refusal) => return Ok(Err(refusal)),
-        Ok(Found::Redeemed(node)) => return Ok(Ok(nodes::get(t, &node)?)),
+        Ok(Found::Redeemed(node)) => return repeat_join(t, &node, &redemption),
         Ok(Found::Fresh(invite)) => invite.invite,
     };
     let name = match choose_name(t, &redemption, &invite.name_pattern)? {
@@ -158,6 +216,22 @@ pub(super) fn redeem_node(
         Err(refusal) => return Ok(Err(refusal)),
     };
     record_use(t, id, key, redemption.new_id.as_bytes(), *now_ms)?;
+    let detail = json!({
+        "node_id": redemption.new_id.to_string(),
+        "invite": id.as_str(),
+        "invited_by": invite.created_by,
+        "address": caller.shown(),
+        "machine": redemption.machine,
+        "owner": invite.owner,
+    });
+    let line = NewAudit {
+        at_ms: *now_ms,
+        actor: format!("node:{name}"),
+        action: "node.joined",
+        target: name.clone(),
+        detail: detail.to_string(),
+    };
+    let certificate = first_certificate(&redemption);
     let mut labels = redemption.labels;
     labels.extend(invite.labels);
     let node = Node {
@@ -172,11 +246,47 @@ pub(super) fn redeem_node(
         last_seen_ms: 0,
         revoked_at_ms: None,
         facts: redemption.facts,
+        owner: invite.owner,
+        certificate,
+        machine: redemption.machine,
+        clone: None,
     };
     nodes::insert(t, &node)?;
     for workspace in invite.workspaces {
         workspaces::attach(t, workspace, node.id, node.joined_at_ms)?;
     }
+    audit::append(t, &line)?;
+    Ok(Ok(node))
+}
+
+fn first_certificate(redemption: &NodeRedemption) -> CertificateState {
+    CertificateState {
+        generation: 1,
+        boot_id: redemption.machine.boot_id.clone(),
+        connected: false,
+        not_after_ms: redemption.certificate.not_after_ms,
+        authority: redemption.certificate.authority,
+    }
+}
+
+/// The node that this key joined as, whose answer was lost. A node that has renewed has had it; a
+/// repetition is then a copy's, and an invite is no way around [`super::identity::renew`].
+fn repeat_join(
+    t: &Connection,
+    id: &[u8],
+    redemption: &NodeRedemption,
+) -> Result<Result<Node, RedeemRefusal>, StoreError> {
+    let Some(mut node) = nodes::get(t, id)? else { return Ok(Err(RedeemRefusal::UsedUp)) };
+    if node.revoked_at_ms.is_some() {
+        return Ok(Err(RedeemRefusal::Revoked));
+    }
+    if node.certificate.generation > 1 {
+        return Ok(Err(RedeemRefusal::UsedUp));
+    }
+    node.certificate =
+        CertificateState { connected: node.certificate.connected, ..first_certificate(redemption) };
+    node.machine = redemption.machine.clone();
+    nodes::certify(t, &node)?;
     Ok(Ok(node))
 }
 
@@ -218,17 +328,20 @@ pub(super) fn redeem_operator(
     t: &Connection,
     redemption: &OperatorRedemption,
 ) -> Result<Result<Operator, RedeemRefusal>, StoreError> {
-    let OperatorRedemption { invite: id, key, now_ms, .. } = redemption;
+    let outcome = admit_operator(t, redemption)?;
+    record_refusal(t, &redemption.invite, &redemption.caller, redemption.now_ms, &outcome)?;
+    Ok(outcome)
+}
+
+fn admit_operator(
+    t: &Connection,
+    redemption: &OperatorRedemption,
+) -> Result<Result<Operator, RedeemRefusal>, StoreError> {
+    let OperatorRedemption { invite: id, key, caller, now_ms, .. } = redemption;
     let admits = |kind| matches!(kind, InviteKind::Operator(_));
-    let invite = match find(t, id, &redemption.secret_hash, key, admits, *now_ms)? {
+    let invite = match find(t, id, &redemption.secret_hash, key, admits, caller, *now_ms)? {
         Err(refusal) => return Ok(Err(refusal)),
-        Ok(Found::Redeemed(name)) => {
-            let name = String::from_utf8(name).map_err(|_| damaged("operator name"))?;
-            let role: String =
-                t.query_row("SELECT role FROM operators WHERE name = ?", [&name], |r| r.get(0))?;
-            let role = role.parse().map_err(|_| damaged("role"))?;
-            return Ok(Ok(Operator { name, role }));
-        }
+        Ok(Found::Redeemed(name)) => return repeat_login(t, name, key),
         Ok(Found::Fresh(invite)) => invite.invite,
     };
     let InviteKind::Operator(role) = invite.kind else { return Ok(Err(RedeemRefusal::Unknown)) };
@@ -236,10 +349,48 @@ pub(super) fn redeem_operator(
     record_use(t, id, key, name.as_bytes(), *now_ms)?;
     // A new login of a known operator replaces its key and role: the invite says who it is for.
     t.execute(
-        "INSERT INTO operators (name, role, key, created_at, scope) \
-         SELECT ?1, ?2, ?3, ?4, scope FROM invites WHERE id = ?5 ON CONFLICT (name) DO UPDATE \
-         SET role = ?2, key = ?3, scope = excluded.scope, revoked_at = NULL",
-        params![name, role.to_string(), key.as_slice(), now_ms, id.as_str()],
+        "INSERT INTO operators (name, role, key, created_at, scope) VALUES (?1, ?2, ?3, ?4, ?5) \
+         ON CONFLICT (name) DO UPDATE SET role = ?2, key = ?3, scope = ?5, revoked_at = NULL",
+        params![name, role.to_string(), key.as_slice(), now_ms, to_json(&invite.scope)?],
     )?;
-    Ok(Ok(Operator { name, role }))
+    let detail = json!({
+        "role": role.to_string(),
+        "scope": invite.scope,
+        "invite": id.as_str(),
+        "invited_by": invite.created_by,
+        "address": caller.shown(),
+    });
+    let line = NewAudit {
+        at_ms: *now_ms,
+        actor: name.clone(),
+        action: "operator.login",
+        target: name.clone(),
+        detail: detail.to_string(),
+    };
+    audit::append(t, &line)?;
+    Ok(Ok(Operator { name, role, scope: invite.scope }))
+}
+
+/// The operator that this key logged in as, whose answer was lost; unless it has since been revoked,
+/// or logged in anew with another key.
+fn repeat_login(
+    t: &Connection,
+    name: Vec<u8>,
+    key: &KeyHash,
+) -> Result<Result<Operator, RedeemRefusal>, StoreError> {
+    let name = String::from_utf8(name).map_err(|_| damaged("operator name"))?;
+    let mut statement = t.prepare_cached(
+        "SELECT role, scope, key, revoked_at IS NOT NULL FROM operators WHERE name = ?",
+    )?;
+    let mut rows = statement.query([&name])?;
+    let Some(row) = rows.next()? else { return Ok(Err(RedeemRefusal::UsedUp)) };
+    if row.get::<_, bool>(3)? {
+        return Ok(Err(RedeemRefusal::Revoked));
+    }
+    if row.get::<_, KeyHash>(2)? != *key {
+        return Ok(Err(RedeemRefusal::UsedUp));
+    }
+    let role = row.get::<_, String>(0)?.parse().map_err(|_| damaged("role"))?;
+    let scope = from_json(&row.get::<_, String>(1)?, "scope")?;
+    Ok(Ok(Operator { name, role, scope }))
 }

@@ -2,6 +2,7 @@
 
 mod audit;
 mod authority;
+mod identity;
 mod invites;
 mod nodes;
 mod tasks;
@@ -18,9 +19,10 @@ use rusqlite::{Connection, OptionalExtension as _};
 
 use super::database::{Database, DatabaseError, Settings};
 use super::{
-    AuditHead, AuditLine, Invite, LabelChange, LabelRefusal, NewAudit, NewInvite, NewTask, Node,
-    NodePolicy, NodeRedemption, Operator, OperatorRecord, OperatorRedemption, RedeemRefusal, Store,
-    StoreError, TaskEnd, Workspace,
+    AuditHead, AuditLine, CaState, CloneSuspicion, Invite, LabelChange, LabelRefusal, NewAudit,
+    NewInvite, NewTask, Node, NodePolicy, NodeRedemption, Operator, OperatorRecord,
+    OperatorRedemption, RedeemRefusal, RenewOutcome, Renewal, Store, StoreError, TaskEnd,
+    Workspace,
 };
 
 const SETTINGS: Settings = Settings {
@@ -55,16 +57,33 @@ impl Store for SqliteStore {
         self.database.write(mesh).await
     }
 
-    async fn create_invite(&self, invite: NewInvite) -> Result<(), StoreError> {
-        self.database.write(move |t| invites::create(t, &invite)).await
+    async fn ca_state(&self) -> Result<Option<CaState>, StoreError> {
+        self.database.read(identity::ca_state).await
+    }
+
+    async fn set_ca_state(
+        &self,
+        state: CaState,
+        audit: Option<NewAudit>,
+    ) -> Result<(), StoreError> {
+        self.database.write(move |t| identity::set_ca_state(t, &state, audit.as_ref())).await
+    }
+
+    async fn create_invite(&self, invite: NewInvite, audit: NewAudit) -> Result<(), StoreError> {
+        self.database.write(move |t| invites::create(t, &invite, &audit)).await
     }
 
     async fn invites(&self) -> Result<Vec<Invite>, StoreError> {
         self.database.read(invites::list).await
     }
 
-    async fn revoke_invite(&self, id: InviteId, now_ms: i64) -> Result<(), StoreError> {
-        self.database.write(move |t| invites::revoke(t, &id, now_ms)).await
+    async fn revoke_invite(
+        &self,
+        id: InviteId,
+        now_ms: i64,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        self.database.write(move |t| invites::revoke(t, &id, now_ms, &audit)).await
     }
 
     async fn redeem_node(
@@ -87,6 +106,18 @@ impl Store for SqliteStore {
 
     async fn touch_nodes(&self, nodes: Vec<Node>) -> Result<(), StoreError> {
         self.database.write(move |t| nodes::touch(t, &nodes)).await
+    }
+
+    async fn renew_node(&self, renewal: Renewal) -> Result<RenewOutcome, StoreError> {
+        self.database.write(move |t| identity::renew(t, &renewal)).await
+    }
+
+    async fn suspect_clone(
+        &self,
+        node: NodeId,
+        suspicion: CloneSuspicion,
+    ) -> Result<(), StoreError> {
+        self.database.write(move |t| identity::suspect_clone(t, node, &suspicion)).await
     }
 
     async fn accept_task(&self, task: NewTask) -> Result<(), StoreError> {

@@ -3,7 +3,7 @@
 use cortex_shared::policy::Role;
 use cortex_shared::secret::InviteToken;
 
-use super::super::{Actor, Facts, InviteKind, TaskEndState};
+use super::super::{Actor, Caller, Facts, InviteKind, Machine, NewCertificate, TaskEndState};
 use super::*;
 
 async fn store() -> (tempfile::TempDir, SqliteStore) {
@@ -24,10 +24,16 @@ fn invite(token: &InviteToken, kind: InviteKind) -> NewInvite {
         labels: [("env".to_owned(), "prod".to_owned())].into(),
         name_pattern: String::new(),
         workspaces: BTreeSet::new(),
+        sources: BTreeSet::new(),
+        owner: String::new(),
+        scope: Labels::new(),
     }
 }
 
 use std::collections::BTreeSet;
+
+/// A process of the hub's own machine.
+const CALLER: Caller = Caller { address: None, record_refusal: false };
 
 fn audit(at_ms: i64) -> NewAudit {
     Actor::from("ann").audit(at_ms, "test.done", "it", serde_json::json!({}))
@@ -43,6 +49,9 @@ fn redemption(token: &InviteToken, key: u8) -> NodeRedemption {
         labels: [("env".to_owned(), "dev".to_owned())].into(),
         ceiling: cortex_shared::policy::Mode::Strict,
         facts: Facts { hostname: "Box".into(), ..Facts::default() },
+        machine: Machine::default(),
+        certificate: NewCertificate { not_after_ms: 100, authority: [9; 32] },
+        caller: CALLER,
         now_ms: 10,
     }
 }
@@ -51,7 +60,7 @@ fn redemption(token: &InviteToken, key: u8) -> NodeRedemption {
 async fn repeated_redemption_with_the_same_key_gives_the_same_node_and_uses_nothing_up() {
     let (_folder, store) = store().await;
     let token = InviteToken::generate();
-    store.create_invite(invite(&token, InviteKind::Node)).await.unwrap();
+    store.create_invite(invite(&token, InviteKind::Node), audit(0)).await.unwrap();
     let first = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap();
     // Even after its time: the reply may have been lost.
     let late = NodeRedemption { now_ms: 5_000, ..redemption(&token, 1) };
@@ -69,13 +78,13 @@ async fn repeated_redemption_with_the_same_key_gives_the_same_node_and_uses_noth
 async fn refusals_name_their_reason_only_to_who_knows_the_secret() {
     let (_folder, store) = store().await;
     let token = InviteToken::generate();
-    store.create_invite(invite(&token, InviteKind::Node)).await.unwrap();
+    store.create_invite(invite(&token, InviteKind::Node), audit(0)).await.unwrap();
     let expired = NodeRedemption { now_ms: 1_000, ..redemption(&token, 1) };
     let guess =
         NodeRedemption { secret_hash: InviteToken::generate().secret_hash(), ..expired.clone() };
     assert_eq!(store.redeem_node(expired).await.unwrap().unwrap_err(), RedeemRefusal::Expired);
     assert_eq!(store.redeem_node(guess).await.unwrap().unwrap_err(), RedeemRefusal::Unknown);
-    store.revoke_invite(token.id().clone(), 20).await.unwrap();
+    store.revoke_invite(token.id().clone(), 20, audit(20)).await.unwrap();
     assert_eq!(
         store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap_err(),
         RedeemRefusal::Revoked
@@ -88,14 +97,15 @@ async fn refusals_name_their_reason_only_to_who_knows_the_secret() {
 async fn an_invite_admits_only_what_it_is_for() {
     let (_folder, store) = store().await;
     let (node, operator) = (InviteToken::generate(), InviteToken::generate());
-    store.create_invite(invite(&node, InviteKind::Node)).await.unwrap();
+    store.create_invite(invite(&node, InviteKind::Node), audit(0)).await.unwrap();
     let mut for_operator = invite(&operator, InviteKind::Operator(Role::Viewer));
     for_operator.name_pattern = "ann".into();
-    store.create_invite(for_operator).await.unwrap();
+    store.create_invite(for_operator, audit(0)).await.unwrap();
     let as_operator = |token: &InviteToken| OperatorRedemption {
         invite: token.id().clone(),
         secret_hash: token.secret_hash(),
         key: [1; 32],
+        caller: CALLER,
         now_ms: 10,
     };
     assert_eq!(
@@ -106,7 +116,7 @@ async fn an_invite_admits_only_what_it_is_for() {
         store.redeem_node(redemption(&operator, 1)).await.unwrap().unwrap_err(),
         RedeemRefusal::Unknown
     );
-    let ann = Operator { name: "ann".into(), role: Role::Viewer };
+    let ann = Operator { name: "ann".into(), role: Role::Viewer, scope: Labels::new() };
     for _ in 0..2 {
         assert_eq!(store.redeem_operator(as_operator(&operator)).await.unwrap(), Ok(ann.clone()));
     }
@@ -118,7 +128,7 @@ async fn names_are_unique_and_obey_the_pattern() {
     let token = InviteToken::generate();
     let many =
         NewInvite { max_uses: 9, name_pattern: "box*".into(), ..invite(&token, InviteKind::Node) };
-    store.create_invite(many).await.unwrap();
+    store.create_invite(many, audit(0)).await.unwrap();
     let first = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap();
     let second = store.redeem_node(redemption(&token, 2)).await.unwrap().unwrap();
     assert_eq!((first.name.as_str(), second.name.as_str()), ("box", "box-2"));
@@ -146,7 +156,7 @@ async fn everything_is_there_after_reopening() {
     store.create_workspace(workspace.clone(), audit(1)).await.unwrap();
     let mut with_workspace = invite(&token, InviteKind::Node);
     with_workspace.workspaces.insert(workspace.id);
-    store.create_invite(with_workspace).await.unwrap();
+    store.create_invite(with_workspace, audit(0)).await.unwrap();
     let node = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap();
     let mesh = store.mesh().await.unwrap();
     scope.cancel();
@@ -215,7 +225,7 @@ async fn the_first_verdict_of_a_task_stands() {
 async fn labels_of_a_scope_are_protected_from_the_invite_to_the_revocation() {
     let (_folder, store) = store().await;
     let token = InviteToken::generate();
-    store.create_invite(invite(&token, InviteKind::Node)).await.unwrap();
+    store.create_invite(invite(&token, InviteKind::Node), audit(0)).await.unwrap();
     let node = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap().id;
     let change = |may_change_scopes| LabelChange {
         set: [("team".to_owned(), "x".to_owned())].into(),
@@ -225,7 +235,7 @@ async fn labels_of_a_scope_are_protected_from_the_invite_to_the_revocation() {
     let operator = InviteToken::generate();
     let mut pending = invite(&operator, InviteKind::Operator(Role::Viewer));
     pending.name_pattern = "ann".into();
-    store.create_invite(pending).await.unwrap();
+    store.create_invite(pending, audit(0)).await.unwrap();
     let scope = "UPDATE invites SET scope = '{\"team\":\"x\"}' WHERE name_pattern = 'ann'";
     store.database.write(move |c| Ok::<_, StoreError>(c.execute(scope, [])?)).await.unwrap();
 
@@ -237,6 +247,7 @@ async fn labels_of_a_scope_are_protected_from_the_invite_to_the_revocation() {
         invite: operator.id().clone(),
         secret_hash: operator.secret_hash(),
         key: [1; 32],
+        caller: CALLER,
         now_ms: 10,
     };
     store.redeem_operator(redemption).await.unwrap().unwrap();

@@ -5,7 +5,7 @@ use tokio::sync::mpsc;
 use super::*;
 use crate::node::registry::{Registry, SessionEnds};
 use crate::store::sqlite::SqliteStore;
-use crate::store::{Facts, Node};
+use crate::store::{Facts, fixtures};
 use crate::task::limits::{AGENT_TOKEN_COMMANDS, AGENT_TOKEN_OUTPUT_BYTES};
 
 struct Fixture {
@@ -20,20 +20,9 @@ async fn fixture() -> Fixture {
     let scope = TaskScope::new();
     let store = SqliteStore::open(folder.path().join("hub.db"), &scope).await.unwrap();
     let store: Arc<dyn Store> = Arc::new(store);
-    let id = NodeId::new();
-    let registry = Registry::new(vec![Node {
-        id,
-        name: "box".into(),
-        labels: Default::default(),
-        key: [0; 32],
-        policy: Default::default(),
-        cordoned: false,
-        ceiling: Mode::Strict,
-        joined_at_ms: 0,
-        last_seen_ms: 0,
-        revoked_at_ms: None,
-        facts: Facts::default(),
-    }]);
+    let node = fixtures::node("box");
+    let id = node.id;
+    let registry = Registry::new(vec![node]);
     let cancel = CancellationToken::new();
     let begun = registry.begin_session(id, Facts::default(), Mode::Strict, None, cancel);
     let relay = Relay::new(Arc::clone(&store), scope, Duration::from_secs(60));
