@@ -183,6 +183,14 @@ impl Control for LocalControl {
         Ok(Response::new(v1::LeaveLocalResponse { hub_problem }))
     }
 
+    async fn ceiling_local(
+        &self,
+        _: Request<v1::CeilingLocalRequest>,
+    ) -> Result<Response<v1::CeilingLocalResponse>, Status> {
+        let offline = !self.dispatcher.report_ceiling();
+        Ok(Response::new(v1::CeilingLocalResponse { offline }))
+    }
+
     async fn attach_local(
         &self,
         request: Request<v1::AttachLocalRequest>,

@@ -1,7 +1,8 @@
 //! Scenarios with real processes, a file per subject.
 
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+#![allow(clippy::unwrap_used, clippy::print_stderr, clippy::cast_possible_truncation)]
 
+mod authority;
 mod exec;
 mod join;
 mod sandbox;

@@ -164,7 +164,7 @@ impl Mesh {
     fn admin_context(&self) -> Operator {
         let folder = self.path("admin");
         if !folder.exists() {
-            return self.log_in("admin", "admin", folder);
+            return self.log_in("admin", &["--role", "admin"], folder);
         }
         Operator { config: folder }
     }
@@ -175,14 +175,24 @@ impl Mesh {
     /// If it cannot.
     #[must_use]
     pub fn operator(&mut self, role: &str) -> Operator {
+        self.operator_with(role, &[])
+    }
+
+    /// The same, created with these further arguments.
+    ///
+    /// # Panics
+    /// If it cannot.
+    #[must_use]
+    pub fn operator_with(&mut self, role: &str, arguments: &[&str]) -> Operator {
         self.operators += 1;
         let name = format!("{role}-{}", self.operators);
         let folder = self.path(&name);
-        self.log_in(&name, role, folder)
+        self.log_in(&name, &[&["--role", role], arguments].concat(), folder)
     }
 
-    fn log_in(&self, name: &str, role: &str, config: PathBuf) -> Operator {
-        let created = self.hubd(&["operator", "create", name, "--role", role, "-o", "json"]).ok();
+    fn log_in(&self, name: &str, arguments: &[&str], config: PathBuf) -> Operator {
+        let create = [&["operator", "create", name, "-o", "json"], arguments].concat();
+        let created = self.hubd(&create).ok();
         let created: Value = created.json();
         let text = |field: &str| created[field].as_str().expect("a text").to_owned();
         let operator = Operator { config };
@@ -194,9 +204,22 @@ impl Mesh {
 
     /// A copy of the agent that every user can execute: the build directory may be private.
     fn readable_agent(&self) -> PathBuf {
-        let copy = self.path("cortex-agent");
+        self.readable("cortex-agent", "agent-under-test")
+    }
+
+    /// The same of the hub.
+    ///
+    /// # Panics
+    /// If there is no room for it.
+    #[must_use]
+    pub fn readable_hubd(&self) -> PathBuf {
+        self.readable("cortex-hubd", "hubd-under-test")
+    }
+
+    fn readable(&self, name: &str, built: &str) -> PathBuf {
+        let copy = self.path(name);
         if !copy.exists() {
-            std::fs::copy(program("agent-under-test"), &copy).expect("there is room for a copy");
+            std::fs::copy(program(built), &copy).expect("there is room for a copy");
             let mode = std::fs::Permissions::from_mode(0o755);
             std::fs::set_permissions(&copy, mode).expect("our own file");
         }

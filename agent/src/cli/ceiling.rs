@@ -1,11 +1,12 @@
 //! `ceiling show|set`: the node owner's own bound for what commands may do here.
 
 use clap::{Args, Subcommand};
+use cortex_proto::v1;
 use cortex_shared::policy::Mode;
 use serde::Serialize;
 
 use super::error::CliError;
-use super::{Global, Output, printer};
+use super::{Global, Output, hub, local, printer};
 use crate::audit::{Audit, AuditEvent};
 use crate::config::Settings;
 
@@ -28,7 +29,7 @@ enum CeilingVerb {
         #[command(flatten)]
         output: Output,
     },
-    /// Change it. Lowering counts at once; raising does after the agent's next connection
+    /// Change it. It counts from the next command on
     Set {
         /// strict or permissive
         #[arg(value_name = "strict|permissive")]
@@ -41,7 +42,7 @@ struct Ceiling {
     ceiling: Mode,
 }
 
-pub(crate) fn ceiling(global: &Global, args: CeilingArgs) -> Result<(), CliError> {
+pub(crate) async fn ceiling(global: &Global, args: CeilingArgs) -> Result<(), CliError> {
     let state = global.state()?;
     match args.verb {
         CeilingVerb::Show { output } => {
@@ -60,13 +61,17 @@ pub(crate) fn ceiling(global: &Global, args: CeilingArgs) -> Result<(), CliError
                 Err(error) => printer::complain(&format!("warning: {error}"), global.color),
             }
             Settings::update(&state, |settings| settings.ceiling = mode)?;
-            if before < mode {
-                printer::complain(
-                    "the hub hears of it when the agent connects next; restart the agent for that",
-                    global.color,
-                );
-            }
-            Ok(())
+            tell_the_hub(global).await
         }
     }
+}
+
+/// Has a running agent tell its hub. One that does not run, or is offline, says it when it connects.
+async fn tell_the_hub(global: &Global) -> Result<(), CliError> {
+    let Ok(mut agent) = local::agent(global).await else { return Ok(()) };
+    let answer = agent.ceiling_local(hub::question(v1::CeilingLocalRequest {})).await?;
+    if answer.into_inner().offline {
+        printer::complain("the hub hears of it when the agent connects next", global.color);
+    }
+    Ok(())
 }

@@ -158,7 +158,7 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Run(args) => done(Box::pin(run::run(&global, args)).await),
             Verb::Leave(args) => done(Box::pin(leave::leave(&global, args)).await),
             Verb::Identity(args) => done(Box::pin(identity::identity(&global, args)).await),
-            Verb::Ceiling(args) => done(ceiling::ceiling(&global, args)),
+            Verb::Ceiling(args) => done(Box::pin(ceiling::ceiling(&global, args)).await),
             Verb::Status(args) => done(Box::pin(status::status(&global, args)).await),
             Verb::Doctor(args) => Box::pin(doctor::doctor(&global, args)).await,
             Verb::Login(args) => done(Box::pin(login::login(&global, args)).await),

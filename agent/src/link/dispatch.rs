@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cortex_proto::v1::node_client::NodeClient;
-use cortex_proto::v1::{self, hub_frame};
+use cortex_proto::v1::{self, hub_frame, node_frame};
 use cortex_shared::ids::{TaskId, WorkspaceId};
 use cortex_shared::policy::{Mode, Role};
 use cortex_shared::tasks::TaskScope;
@@ -19,12 +19,12 @@ use tokio::sync::mpsc;
 use tonic::transport::Channel;
 
 use super::authority::{Authority, Clocks, HubPolicy};
-use super::mode_of;
 use super::request::{self, Refusal};
 use super::session::Outbox;
 use super::started::StartedTasks;
 use super::task::{self, TaskContext};
 use super::workspaces::{Membership, Reports, Workspaces};
+use super::{mode_of, proto_mode};
 use crate::audit::{AuditEvent, CommandLine, cut};
 use crate::config::{ConfigError, Settings, StateDir};
 use crate::exec::CommandControl;
@@ -123,6 +123,15 @@ impl Dispatcher {
                 Mode::Strict
             }
         }
+    }
+
+    /// Tells the hub what the owner's bound is now; `false` if there is no session.
+    #[must_use]
+    pub fn report_ceiling(&self) -> bool {
+        let changed = v1::CeilingChanged { ceiling: proto_mode(self.ceiling()).into() };
+        lock(&self.inner.session)
+            .as_ref()
+            .is_some_and(|session| session.outbox.send(node_frame::Frame::CeilingChanged(changed)))
     }
 
     pub(super) fn begin_session(&self, context: SessionContext, policy: HubPolicy) {

@@ -266,6 +266,19 @@ impl Registry {
         true
     }
 
+    /// Keeps a node's new ceiling, if it is told in its current session.
+    pub fn set_ceiling(&self, node: NodeId, session: SessionId, ceiling: Mode) {
+        let mut nodes = self.lock();
+        let Some(known) = nodes.get_mut(&node) else { return };
+        if known.session.as_ref().is_none_or(|current| current.id != session) {
+            return;
+        }
+        known.node.ceiling = ceiling;
+        known.seen();
+        drop(nodes);
+        self.notify();
+    }
+
     /// Keeps what a node reports of its workspaces, if the report is of its current session.
     pub fn report_sync(&self, node: NodeId, session: SessionId, reports: Vec<SyncStatus>) {
         let mut nodes = self.lock();

@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::registry::{Registry, SessionHandle};
+use crate::grpc::convert;
 use crate::task::relay::Relay;
 
 /// Ends the session wherever its task leaves.
@@ -100,6 +101,10 @@ fn handle(guard: &SessionGuard, frame: NodeFrame) -> Result<(), super::registry:
         }
         Some(node_frame::Frame::SyncReport(report)) => {
             guard.registry.report_sync(guard.handle.node, guard.handle.id, report.workspaces);
+        }
+        Some(node_frame::Frame::CeilingChanged(changed)) => {
+            let ceiling = convert::mode(changed.ceiling);
+            guard.registry.set_ceiling(guard.handle.node, guard.handle.id, ceiling);
         }
         // A second Hello is meaningless; a frame this version does not know is skipped.
         Some(node_frame::Frame::Hello(_)) | None => {}
