@@ -27,6 +27,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::auth::Peer;
 use crate::enroll::authorities::{Authorities, Ring};
+use crate::enroll::ca::generation_in;
 use crate::enroll::hub_certificate::HubCertificate;
 use crate::store::KeyHash;
 
@@ -102,12 +103,17 @@ fn server_config(
     Ok(Arc::new(config))
 }
 
+/// What a client certificate says.
+struct Holding {
+    identity: PeerIdentity,
+    key: KeyHash,
+    not_after_ms: i64,
+    generation: Option<u64>,
+}
+
 /// The holder of a client certificate that TLS has accepted. Anything that this mesh would not
 /// have issued (an authority, another usage, no or several names) is nobody.
-fn identity_of(
-    certificate: &CertificateDer<'_>,
-    mesh: MeshId,
-) -> Option<(PeerIdentity, KeyHash, i64)> {
+fn identity_of(certificate: &CertificateDer<'_>, mesh: MeshId) -> Option<Holding> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let usage = certificate.extended_key_usage().ok()??.value;
     let exact_usage = usage.client_auth && !usage.any && !usage.server_auth;
@@ -119,7 +125,8 @@ fn identity_of(
     let identity: PeerIdentity = uri.parse().ok()?;
     let not_after_ms = certificate.validity().not_after.timestamp().saturating_mul(1000);
     let key = *CaPin::of_spki(certificate.public_key().raw).as_bytes();
-    (identity.mesh == mesh).then_some((identity, key, not_after_ms))
+    let generation = generation_in(certificate.raw_serial());
+    (identity.mesh == mesh).then_some(Holding { identity, key, not_after_ms, generation })
 }
 
 /// A connection whose other end is known as well as it will be.
@@ -237,8 +244,8 @@ pub fn accept_tls(
                 let peer = match tls.get_ref().1.peer_certificates() {
                     None | Some([]) => Peer::Anonymous(address),
                     Some([leaf, ..]) => match identity_of(leaf, mesh) {
-                        Some((identity, key, not_after_ms)) => {
-                            Peer::Certified { address, identity, key, not_after_ms }
+                        Some(Holding { identity, key, not_after_ms, generation }) => {
+                            Peer::Certified { address, identity, key, not_after_ms, generation }
                         }
                         None => {
                             tracing::warn!(%address, "certificate names nobody of this mesh");
