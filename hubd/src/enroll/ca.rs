@@ -9,6 +9,7 @@ use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use cortex_shared::durable;
@@ -18,11 +19,13 @@ use cortex_shared::policy::Role;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData as _,
-    SanType, SerialNumber,
+    SanType, SerialNumber, SubjectPublicKeyInfo,
 };
 use rustls::crypto::ring::sign::any_supported_type;
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer};
+
+use x509_parser::prelude::{FromDer as _, ParsedExtension, X509Certificate};
 
 use crate::store::{KeyHash, NewCertificate};
 
@@ -239,6 +242,35 @@ impl CertificateAuthority {
         self.issue(holder, any_serial(), life, request, now_ms)
     }
 
+    /// Signs an operator's certificate, the holder of which has proved itself by it, anew: the same key
+    /// and the same end. `None` if this authority has signed it already, or it has ended.
+    ///
+    /// # Errors
+    /// If it cannot be read, or signing fails.
+    pub fn sign_anew(
+        &self,
+        name: &str,
+        role: Role,
+        certificate: &[u8],
+        now_ms: i64,
+    ) -> Result<Option<CertificateDer<'static>>, CaError> {
+        let read = |der| match X509Certificate::from_der(der) {
+            Ok((_, certificate)) => Ok(certificate),
+            Err(_) => Err(CaError::InvalidRequest),
+        };
+        let (old, own) = (read(certificate)?, read(&self.certificate)?);
+        let left_ms = old.validity().not_after.timestamp().saturating_mul(1000) - now_ms;
+        let left = u64::try_from(left_ms).map(Duration::from_millis).unwrap_or_default();
+        if left.is_zero() || signer_of(&old) == key_id_of(&own) {
+            return Ok(None);
+        }
+        let key = SubjectPublicKeyInfo::from_der(old.public_key().raw)?;
+        let holder = Holder::Operator { name: name.to_owned(), role };
+        let usage = ExtendedKeyUsagePurpose::ClientAuth;
+        let params = self.leaf_params(holder, left, usage, now_ms)?;
+        Ok(Some(params.signed_by(&key, &self.issuer)?.der().clone()))
+    }
+
     fn issue(
         &self,
         holder: Holder,
@@ -254,7 +286,12 @@ impl CertificateAuthority {
         Ok(Issued { der, not_after_ms: now_ms.saturating_add(millis(life)) })
     }
 
-    pub(super) fn issue_for_hub(&self, now_ms: i64) -> Result<CertifiedKey, CaError> {
+    /// A certificate of the hub's own. It is shown with those of `trusted`, this authority's first.
+    pub(super) fn issue_for_hub(
+        &self,
+        trusted: &[&Arc<Self>],
+        now_ms: i64,
+    ) -> Result<CertifiedKey, CaError> {
         let key = KeyPair::generate()?;
         let mut params = self.leaf_params(
             Holder::Hub,
@@ -268,8 +305,11 @@ impl CertificateAuthority {
             .ok()
             .and_then(|key| any_supported_type(&key).ok())
             .ok_or(CaError::InvalidRequest)?;
-        // The authority's own certificate goes along: a node that knows only its pin finds it there.
-        Ok(CertifiedKey::new(vec![certificate, self.certificate.clone()], key))
+        // Those of the authorities go along: who knows only a pin finds the one there, and who knows
+        // only one of two sees that there is another to ask for.
+        let mut chain = vec![certificate];
+        chain.extend(trusted.iter().map(|authority| authority.certificate.clone()));
+        Ok(CertifiedKey::new(chain, key))
     }
 
     fn leaf_params(
@@ -309,6 +349,24 @@ fn base_params(now_ms: i64, life: Duration) -> CertificateParams {
     params
 }
 
+/// Which key signed a certificate, by its own word.
+fn signer_of<'a>(certificate: &'a X509Certificate<'_>) -> Option<&'a [u8]> {
+    certificate.iter_extensions().find_map(|extension| match extension.parsed_extension() {
+        ParsedExtension::AuthorityKeyIdentifier(signer) => {
+            signer.key_identifier.as_ref().map(|id| id.0)
+        }
+        _ => None,
+    })
+}
+
+/// How its own certificates call the key of an authority.
+fn key_id_of<'a>(certificate: &'a X509Certificate<'_>) -> Option<&'a [u8]> {
+    certificate.iter_extensions().find_map(|extension| match extension.parsed_extension() {
+        ParsedExtension::SubjectKeyIdentifier(id) => Some(id.0),
+        _ => None,
+    })
+}
+
 fn any_serial() -> SerialNumber {
     SerialNumber::from_slice(&rand::random::<[u8; 16]>())
 }
@@ -343,8 +401,6 @@ pub(super) fn millis(duration: Duration) -> i64 {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
-
-    use x509_parser::prelude::{FromDer as _, X509Certificate};
 
     use super::*;
 

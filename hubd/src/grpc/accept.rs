@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
 use cortex_shared::ids::MeshId;
 use cortex_shared::peer::{CaPin, PeerIdentity};
 use cortex_shared::tasks::TaskScope;
@@ -245,7 +246,15 @@ pub fn accept_tls(
                     None | Some([]) => Peer::Anonymous(address),
                     Some([leaf, ..]) => match identity_of(leaf, mesh) {
                         Some(Holding { identity, key, not_after_ms, generation }) => {
-                            Peer::Certified { address, identity, key, not_after_ms, generation }
+                            let certificate = Bytes::copy_from_slice(leaf);
+                            Peer::Certified {
+                                address,
+                                identity,
+                                key,
+                                not_after_ms,
+                                generation,
+                                certificate,
+                            }
                         }
                         None => {
                             tracing::warn!(%address, "certificate names nobody of this mesh");

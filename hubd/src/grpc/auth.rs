@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use bytes::Bytes;
 use cortex_shared::ids::NodeId;
 use cortex_shared::peer::{Holder, PeerIdentity};
 use cortex_shared::policy::Role;
@@ -45,6 +46,8 @@ pub enum Peer {
         not_after_ms: i64,
         /// Generation of a node's certificate, if it carries one.
         generation: Option<u64>,
+        /// The certificate itself.
+        certificate: Bytes,
     },
     /// A process of root or of the hub's user on this machine.
     Local {

@@ -12,9 +12,9 @@ use cortex_shared::policy::Mode;
 use futures_util::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::auth::{AdmittedOperator, admitted};
+use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
-use super::status::from_lookup;
+use super::status::{from_lookup, internal};
 use super::{authority, convert, exec, invites, rotation, workspaces};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
@@ -106,6 +106,14 @@ impl Operator for OperatorService {
         request: Request<v1::WhoAmIRequest>,
     ) -> Result<Response<v1::WhoAmIResponse>, Status> {
         let operator: AdmittedOperator = admitted(&request)?;
+        let ring = self.authorities.ring();
+        let certificate = match request.extensions().get::<Peer>() {
+            Some(Peer::Certified { certificate, .. }) => ring
+                .issuing()
+                .sign_anew(&operator.name, operator.role, certificate, unix_ms())
+                .map_err(|error| internal(&error))?,
+            Some(Peer::Anonymous(_) | Peer::Local { .. }) | None => None,
+        };
         Ok(Response::new(v1::WhoAmIResponse {
             name: operator.name,
             role: operator.role.to_string(),
@@ -113,7 +121,8 @@ impl Operator for OperatorService {
             hub_version: env!("CARGO_PKG_VERSION").to_owned(),
             certificate_not_after_ms: operator.certificate_not_after_ms.unwrap_or_default(),
             scope: operator.scope.0.into_iter().collect(),
-            trusted_cas_der: self.authorities.ring().trusted_der(),
+            trusted_cas_der: ring.trusted_der(),
+            certificate_der: certificate.map(|der| der.to_vec().into()).unwrap_or_default(),
         }))
     }
 
