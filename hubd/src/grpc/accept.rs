@@ -244,7 +244,9 @@ pub fn accept_tls(
                 };
                 let peer = match tls.get_ref().1.peer_certificates() {
                     None | Some([]) => Peer::Anonymous(address),
-                    Some([leaf, ..]) => match identity_of(leaf, mesh) {
+                    // The library does not hold the authority to signing no other authority: with
+                    // one certificate, there is no room for one.
+                    Some([leaf]) => match identity_of(leaf, mesh) {
                         Some(Holding { identity, key, not_after_ms, generation }) => {
                             let certificate = Bytes::copy_from_slice(leaf);
                             Peer::Certified {
@@ -261,6 +263,10 @@ pub fn accept_tls(
                             return;
                         }
                     },
+                    Some(_) => {
+                        tracing::warn!(%address, "a chain of certificates instead of one");
+                        return;
+                    }
                 };
                 drop(place);
                 // The server is gone: so is the reason for this connection.

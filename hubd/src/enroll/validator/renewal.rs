@@ -87,6 +87,11 @@ impl Validator {
         let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.admitted.registry));
         let work = async move {
             let id = renewal.node;
+            // What has connected is written down at leisure, and decides here: the newest certificate
+            // is given a second time only while nobody has used it.
+            if let Some(known) = registry.get(id) {
+                store.touch_nodes(vec![known.node]).await?;
+            }
             let node = store.renew_node(renewal).await?.inspect_err(|refusal| {
                 if let RenewRefusal::Cloned { name, suspicion, .. } = refusal {
                     tracing::warn!(node = %name, %id, ?suspicion, "a copied identity was refused");
