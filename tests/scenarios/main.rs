@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod exec;
+mod identity;
 mod join;
 mod sandbox;
 mod sync;

@@ -323,7 +323,7 @@ mod tests {
         config.follow(&context, both.clone(), None).unwrap();
         let anew = sign(&next, "ann");
         config.follow(&context, both.clone(), Some(anew.clone())).unwrap();
-        let stranger = IdentityKey::load_or_make(&folder.path().join("stranger")).unwrap();
+        let stranger = config.pending_key("stranger").unwrap();
         let stolen = next.sign(&stranger.request_der().unwrap(), &peer("ann"), 2_000_000_000_000);
         for (authorities, certificate) in [
             (vec![Ca::new().certificate.clone()], None),
