@@ -29,6 +29,7 @@ pub use error::{ConnectError, HubRefused, certificate_refusal, connect_error_in,
 pub use verifier::{Trust, pin_of};
 
 use connector::TlsConnector;
+use verifier::Shown;
 
 /// How long reaching the hub may take: name, TCP and TLS together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -64,11 +65,14 @@ impl Clone for ClientCertificate {
 
 /// What connections present and whom they trust, shared by all of one client.
 #[derive(Clone, Debug)]
-struct SharedTls(Arc<Mutex<Arc<rustls::ClientConfig>>>);
+struct SharedTls {
+    config: Arc<Mutex<Arc<rustls::ClientConfig>>>,
+    shown: Shown,
+}
 
 impl SharedTls {
     fn current(&self) -> Arc<rustls::ClientConfig> {
-        Arc::clone(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.config.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -89,8 +93,9 @@ impl HubClient {
         trust: Trust,
         certificate: Option<ClientCertificate>,
     ) -> Result<Self, ConnectError> {
-        let tls = Arc::new(tls_config(trust, certificate)?);
-        Ok(Self { address, tls: SharedTls(Arc::new(Mutex::new(tls))) })
+        let shown = Shown::default();
+        let config = Arc::new(tls_config(trust, certificate, shown.clone())?);
+        Ok(Self { address, tls: SharedTls { config: Arc::new(Mutex::new(config)), shown } })
     }
 
     /// Changes what is presented and who is trusted, for every connection made from now on.
@@ -102,8 +107,8 @@ impl HubClient {
         trust: Trust,
         certificate: Option<ClientCertificate>,
     ) -> Result<(), ConnectError> {
-        let tls = Arc::new(tls_config(trust, certificate)?);
-        *self.tls.0.lock().unwrap_or_else(PoisonError::into_inner) = tls;
+        let config = Arc::new(tls_config(trust, certificate, self.tls.shown.clone())?);
+        *self.tls.config.lock().unwrap_or_else(PoisonError::into_inner) = config;
         Ok(())
     }
 
@@ -111,6 +116,14 @@ impl HubClient {
     #[must_use]
     pub fn address(&self) -> &HubAddress {
         &self.address
+    }
+
+    /// The authorities that the hub has shown with its proof, in the newest handshake in which it was
+    /// believed: more than are trusted, or others, while it replaces one. To be asked about, never to
+    /// be trusted for being shown.
+    #[must_use]
+    pub fn authorities_shown(&self) -> Vec<CertificateDer<'static>> {
+        self.tls.shown.get()
     }
 
     /// Connects now. The channel reconnects by itself if it is used after the connection broke.
@@ -165,9 +178,10 @@ impl HubClient {
 fn tls_config(
     trust: Trust,
     certificate: Option<ClientCertificate>,
+    shown: Shown,
 ) -> Result<rustls::ClientConfig, ConnectError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = Arc::new(verifier::HubVerifier::new(trust, Arc::clone(&provider)));
+    let verifier = Arc::new(verifier::HubVerifier::new(trust, Arc::clone(&provider), shown));
     let builder = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(ConnectError::Config)?

@@ -81,6 +81,12 @@ pub enum ConfigError {
         /// Its permission bits.
         mode: u32,
     },
+    /// What the hub says of this login is not believed.
+    #[error("the hub's answer is not believed: {problem}")]
+    Refused {
+        /// What is wrong with it.
+        problem: String,
+    },
     /// There is no such context.
     #[error("there is no context {0:?}")]
     NoSuchContext(String),

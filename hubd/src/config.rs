@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::enroll::ca::NODE_CERTIFICATE_LIFE;
 use crate::enroll::limits::JoinRate;
 
 /// Default port of the gRPC side.
@@ -27,6 +28,8 @@ pub struct HubConfig {
     pub join_queue: usize,
     /// How often one address may try to join or log in.
     pub join_rate: JoinRate,
+    /// How long a node's certificate lives; it is renewed at half of that.
+    pub node_certificate_life: Duration,
     /// How long a node has to open the output stream of a task it was given.
     pub task_start_deadline: Duration,
     /// How long shutdown waits for open calls.
@@ -46,6 +49,7 @@ impl HubConfig {
             join_deadline: Duration::from_secs(15),
             join_queue: 1024,
             join_rate: JoinRate::DEFAULT,
+            node_certificate_life: NODE_CERTIFICATE_LIFE,
             task_start_deadline: Duration::from_secs(10),
             shutdown_grace: Duration::from_secs(10),
         }

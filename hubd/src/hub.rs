@@ -126,7 +126,8 @@ impl HubData {
         let databases = TaskScope::new();
         let store = Arc::new(SqliteStore::open(layout.database(), &databases).await?);
         let mesh = store.mesh().await?;
-        let authorities = Arc::new(Authorities::open(layout.ca(), mesh, &*store).await?);
+        let life = config.node_certificate_life;
+        let authorities = Arc::new(Authorities::open(layout.ca(), mesh, life, &*store).await?);
         Ok(Self { layout, store, databases, authorities, _lock: lock })
     }
 
@@ -238,6 +239,10 @@ impl Hub {
             registry: Arc::clone(&registry),
             relay,
             members: Arc::clone(&members),
+            validator: Arc::clone(&validator),
+            authorities: Arc::clone(&authorities),
+            decisions: Arc::clone(&decisions),
+            store: Arc::clone(&store),
             scope: scope.clone(),
             heartbeat: config.heartbeat,
         };

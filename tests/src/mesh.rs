@@ -29,6 +29,7 @@ pub struct Mesh {
     scratch: TempDir,
     hub: Option<Daemon>,
     address: String,
+    serve: Vec<String>,
     operators: u32,
 }
 
@@ -39,13 +40,24 @@ impl Mesh {
     /// If it does not come up.
     #[must_use]
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts a hub with these further arguments of `serve`.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    #[must_use]
+    pub fn start_with(serve: &[&str]) -> Self {
         // Agents of another user live below it, too.
         let scratch = tempfile::Builder::new()
             .prefix("cortex-test-")
             .permissions(std::fs::Permissions::from_mode(0o755))
             .tempdir()
             .expect("there is room for scratch files");
-        let mut mesh = Self { scratch, hub: None, address: "127.0.0.1:0".to_owned(), operators: 0 };
+        let (address, serve) =
+            ("127.0.0.1:0".to_owned(), serve.iter().map(|&s| s.into()).collect());
+        let mut mesh = Self { scratch, hub: None, address, serve, operators: 0 };
         mesh.start_hub();
         mesh
     }
@@ -56,7 +68,10 @@ impl Mesh {
     /// If it does not come up.
     pub fn start_hub(&mut self) {
         let mut command = Command::new(program("hubd-under-test"));
-        command.args(["serve", "--grpc", &self.address, "--data"]).arg(self.path("hub"));
+        command
+            .args(["serve", "--grpc", &self.address, "--data"])
+            .arg(self.path("hub"))
+            .args(&self.serve);
         let mut hub = Daemon::start("hub", &mut command, &self.path("hub.log"));
         self.address = hub
             .line("its address", |line| line.strip_prefix("grpc listening on ").map(str::to_owned));
@@ -145,6 +160,37 @@ impl Mesh {
         node
     }
 
+    /// A node as the hub shows it.
+    ///
+    /// # Panics
+    /// If there is none of this name.
+    #[must_use]
+    pub fn shown(&self, name: &str) -> Value {
+        self.hubd(&["node", "show", name, "-o", "json"]).ok().json()
+    }
+
+    /// The particulars of all lines of an action in the audit log.
+    ///
+    /// # Panics
+    /// If the hub does not list it.
+    #[must_use]
+    pub fn audit(&self, action: &str) -> Vec<Value> {
+        let lines = self.hubd(&["audit", "list", "--action", action, "-o", "json"]).ok().json();
+        let lines = lines.as_array().expect("a list").clone();
+        lines.into_iter().map(|mut line| line["detail"].take()).collect()
+    }
+
+    /// A machine with a copy of everything that is in a node's state, as a disk image has it.
+    ///
+    /// # Panics
+    /// If it cannot be copied.
+    #[must_use]
+    pub fn copy_of(&self, node: &Node, name: &str) -> Node {
+        let copy = self.new_node(name, As::Me);
+        copy_files(&node.home.join("state"), &copy.home.join("state"));
+        copy
+    }
+
     /// Joins a node with this token and pin.
     #[must_use]
     pub fn join(&self, node: &Node, token: &str, pin: &str) -> Outcome {
@@ -224,6 +270,22 @@ impl Mesh {
             std::fs::set_permissions(&copy, mode).expect("our own file");
         }
         copy
+    }
+}
+
+/// Copies files and directories with their modes; sockets and locks of a running agent are left.
+fn copy_files(from: &Path, to: &Path) {
+    std::fs::create_dir(to).expect("the scratch directory is writable");
+    let mode = std::fs::metadata(from).expect("it exists").permissions();
+    std::fs::set_permissions(to, mode).expect("our own directory");
+    for entry in std::fs::read_dir(from).expect("it is a directory") {
+        let entry = entry.expect("it can be listed");
+        let (kind, target) = (entry.file_type().expect("it exists"), to.join(entry.file_name()));
+        if kind.is_dir() {
+            copy_files(&entry.path(), &target);
+        } else if kind.is_file() {
+            std::fs::copy(entry.path(), target).expect("there is room for a copy");
+        }
     }
 }
 

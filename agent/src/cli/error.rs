@@ -139,7 +139,9 @@ impl From<ConfigError> for CliError {
     fn from(error: ConfigError) -> Self {
         let (exit, hint) = match &error {
             ConfigError::NoHome { .. } => (Exit::Usage, None),
-            ConfigError::Read { .. } | ConfigError::Write { .. } => (Exit::Failed, None),
+            ConfigError::Read { .. } | ConfigError::Write { .. } | ConfigError::Refused { .. } => {
+                (Exit::Failed, None)
+            }
             ConfigError::Damaged { .. } => (
                 Exit::Failed,
                 Some("restore the file from a backup, or join or log in anew elsewhere".to_owned()),

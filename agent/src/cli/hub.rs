@@ -2,16 +2,19 @@
 
 use std::time::Duration;
 
-use cortex_proto::MAX_MESSAGE_BYTES;
 use cortex_proto::v1::enroll_client::EnrollClient;
 use cortex_proto::v1::operator_client::OperatorClient;
+use cortex_proto::{MAX_MESSAGE_BYTES, v1};
 use cortex_shared::peer::CaPin;
+use rustls_pki_types::CertificateDer;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
 use super::Global;
-use super::error::CliError;
+use super::error::{CliError, Exit};
 use crate::client::{HubAddress, HubClient, Purpose, Trust};
+use crate::config::contexts::{ConfigDir, Context};
+use crate::identity::authorities_of;
 
 /// How long a question to the hub may take. Streams have no such limit.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(30);
@@ -23,15 +26,44 @@ const ENROLL_TIMEOUT: Duration = Duration::from_secs(60);
 /// harmless: the hub recognises the key.
 const ENROLL_ATTEMPTS: u32 = 5;
 
+/// How long an answer may keep the command waiting that is only asked for the next commands' sake.
+const REFRESH_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Connects as the operator of the chosen context.
 pub(crate) async fn operator(global: &Global) -> Result<OperatorClient<Channel>, CliError> {
     let config = global.config()?;
     let context = config.choose(global.context.as_deref())?;
     let credentials = config.credentials(&context)?;
-    let channel = context.client(credentials)?.connect(Purpose::Control).await?;
-    Ok(OperatorClient::new(channel)
+    let known = credentials.authorities.clone();
+    let hub = context.client(credentials)?;
+    let channel = hub.connect(Purpose::Control).await?;
+    let client = OperatorClient::new(channel)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES))
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let shown = hub.authorities_shown();
+    if shown.len() > 1 || shown.iter().any(|authority| !known.contains(authority)) {
+        // The mesh replaces its authority. The command itself can do without.
+        if let Err(error) = refresh(&config, &context, client.clone()).await {
+            tracing::warn!(error = %error.render().trim_end(), "the login does not follow the mesh's new authority");
+        }
+    }
+    Ok(client)
+}
+
+/// Takes over what the hub says of its authorities, and the certificate that a new one has signed.
+async fn refresh(
+    config: &ConfigDir,
+    context: &Context,
+    mut client: OperatorClient<Channel>,
+) -> Result<(), CliError> {
+    let mut request = Request::new(v1::WhoAmIRequest {});
+    request.set_timeout(REFRESH_TIMEOUT);
+    let me = client.who_am_i(request).await?.into_inner();
+    let named = authorities_of(me.trusted_cas_der.iter().map(AsRef::as_ref))
+        .map_err(|problem| CliError::new(Exit::Failed, format!("the hub's answer: {problem}")))?;
+    let certificate =
+        (!me.certificate_der.is_empty()).then(|| CertificateDer::from(me.certificate_der.to_vec()));
+    Ok(config.follow(context, named, certificate)?)
 }
 
 /// A question that must be answered within [`QUESTION_TIMEOUT`].

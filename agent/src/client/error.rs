@@ -76,7 +76,7 @@ pub enum HubRefused {
     Pin {
         /// The accepted pins.
         expected: Vec<CaPin>,
-        /// The pin of the topmost certificate the hub sent.
+        /// The pin of the first authority the hub sent.
         shown: Option<CaPin>,
     },
     /// The stored authority did not sign it.

@@ -1,6 +1,6 @@
 //! The check of the hub within the TLS handshake.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cortex_shared::ids::MeshId;
@@ -40,11 +40,27 @@ pub fn pin_of(certificate: &CertificateDer<'_>) -> Option<CaPin> {
 pub(super) struct HubVerifier {
     trust: Trust,
     provider: Arc<CryptoProvider>,
+    shown: Shown,
+}
+
+/// The authorities that a hub which proved itself has shown last. Shared by all of one client.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Shown(Arc<Mutex<Vec<CertificateDer<'static>>>>);
+
+impl Shown {
+    pub(super) fn get(&self) -> Vec<CertificateDer<'static>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, chain: &[CertificateDer<'_>]) {
+        let shown = chain.iter().map(|shown| shown.clone().into_owned()).collect();
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = shown;
+    }
 }
 
 impl HubVerifier {
-    pub(super) fn new(trust: Trust, provider: Arc<CryptoProvider>) -> Self {
-        Self { trust, provider }
+    pub(super) fn new(trust: Trust, provider: Arc<CryptoProvider>, shown: Shown) -> Self {
+        Self { trust, provider, shown }
     }
 
     /// The authorities to check against: the stored ones, or those in the hub's own chain that have
@@ -62,7 +78,7 @@ impl HubVerifier {
                     .map(|shown| shown.clone().into_owned())
                     .collect();
                 if pinned.is_empty() {
-                    let shown = chain.last().and_then(pin_of);
+                    let shown = chain.first().and_then(pin_of);
                     return Err(HubRefused::Pin { expected: pins.clone(), shown });
                 }
                 Ok(pinned)
@@ -87,7 +103,8 @@ impl HubVerifier {
         .build()
         .map_err(|error| rustls::Error::General(error.to_string()))?;
         let name = ServerName::try_from(HUB_SERVER_NAME).expect("the fixed name is a DNS name");
-        verifier.verify_server_cert(leaf, chain, &name, &[], now).map_err(explain)?;
+        // No authority in between: the mesh's own signs the hub itself.
+        verifier.verify_server_cert(leaf, &[], &name, &[], now).map_err(explain)?;
         self.check_is_hub(leaf).map_err(refuse)
     }
 
@@ -186,7 +203,9 @@ impl ServerCertVerifier for HubVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.check(end_entity, intermediates, now).map(|()| ServerCertVerified::assertion())
+        self.check(end_entity, intermediates, now)?;
+        self.shown.set(intermediates);
+        Ok(ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use cortex_shared::ids::MeshId;
 use cortex_shared::policy::Role;
 use cortex_shared::{durable, labels};
+use rustls_pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, read_bounded, read_json, write_json, write_private};
 use crate::client::{ConnectError, HubAddress, HubClient, Trust};
-use crate::identity::{Credentials, IdentityKey};
+use crate::identity::{Credentials, IdentityKey, holder_of};
 
 /// The directory with all contexts of one user.
 #[derive(Clone, Debug)]
@@ -184,6 +185,38 @@ impl ConfigDir {
         Ok(())
     }
 
+    /// Takes over the authorities that the hub names, over a connection on which it proved itself, and
+    /// the certificate that it has signed anew for the same key and the same operator. As with a node,
+    /// a list that names no authority which is trusted already is refused.
+    ///
+    /// # Errors
+    /// If what the hub says is refused, or cannot be stored: nothing has changed then.
+    pub fn follow(
+        &self,
+        context: &Context,
+        authorities: Vec<CertificateDer<'static>>,
+        certificate: Option<CertificateDer<'static>>,
+    ) -> Result<(), ConfigError> {
+        let folder = self.context_dir(&context.name)?;
+        let mut credentials = self.credentials(context)?;
+        let refused = |problem: &str| ConfigError::Refused { problem: problem.to_owned() };
+        if !authorities.iter().any(|named| credentials.authorities.contains(named)) {
+            return Err(refused("none of the authorities that the hub names is known here"));
+        }
+        if let Some(certificate) = certificate {
+            let fits = IdentityKey::load(&folder)?.is_some_and(|key| key.fits(&certificate))
+                && holder_of(&certificate) == holder_of(&credentials.own.certificate);
+            if !fits {
+                return Err(refused("the certificate from the hub is for somebody else"));
+            }
+            credentials.own.certificate = certificate;
+        } else if authorities == credentials.authorities {
+            return Ok(());
+        }
+        credentials.authorities = authorities;
+        credentials.store(&folder)
+    }
+
     /// The credentials of a context.
     ///
     /// # Errors
@@ -214,7 +247,9 @@ fn private_folder(path: &Path) -> Result<(), ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::testing::credentials;
+    use cortex_shared::peer::{Holder, PeerIdentity};
+
+    use crate::identity::testing::{Ca, credentials};
 
     fn context(name: &str) -> Context {
         Context {
@@ -264,5 +299,44 @@ mod tests {
         config.store(&context("b"), &credentials()).unwrap();
         config.remove("a").unwrap();
         assert_eq!(config.current().unwrap().as_deref(), Some("b"));
+    }
+
+    #[test]
+    fn a_login_follows_only_an_authority_that_a_known_one_vouches_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = ConfigDir::at(folder.path().to_owned());
+        let context = context("home");
+        config.pending_key("home").unwrap();
+        let key = config.pending_key("home").unwrap();
+        let (old, next) = (Ca::new(), Ca::new());
+        let peer = |name: &str| PeerIdentity {
+            mesh: context.mesh,
+            holder: Holder::Operator { name: name.into(), role: Role::Admin },
+        };
+        let sign = |ca: &Ca, name: &str| {
+            ca.sign(&key.request_der().unwrap(), &peer(name), 2_000_000_000_000)
+        };
+        let both = vec![old.certificate.clone(), next.certificate.clone()];
+        let login = key.with(sign(&old, "ann"), vec![old.certificate.clone()]);
+        config.store(&context, &login).unwrap();
+
+        config.follow(&context, both.clone(), None).unwrap();
+        let anew = sign(&next, "ann");
+        config.follow(&context, both.clone(), Some(anew.clone())).unwrap();
+        let stranger = config.pending_key("stranger").unwrap();
+        let stolen = next.sign(&stranger.request_der().unwrap(), &peer("ann"), 2_000_000_000_000);
+        for (authorities, certificate) in [
+            (vec![Ca::new().certificate.clone()], None),
+            (vec![], None),
+            (both.clone(), Some(sign(&next, "bob"))),
+            (both.clone(), Some(stolen)),
+        ] {
+            assert!(config.follow(&context, authorities, certificate).is_err());
+        }
+        let kept = config.credentials(&context).unwrap();
+        assert_eq!((kept.own.certificate, kept.authorities), (anew, both));
+        let next = vec![next.certificate.clone()];
+        config.follow(&context, next.clone(), None).unwrap();
+        assert_eq!(config.credentials(&context).unwrap().authorities, next);
     }
 }

@@ -68,15 +68,36 @@ impl NodeDecisions {
     /// # Errors
     /// [`DecisionError::NotRecorded`].
     pub async fn revoke(&self, node: &Node, reason: &str, by: &Actor) -> Result<(), DecisionError> {
+        let detail = json!({ "node_id": node.id.to_string(), "reason": reason });
+        self.end(node, "the node was revoked", by, "node.revoked", detail).await
+    }
+
+    /// The same, by the node's own wish.
+    ///
+    /// # Errors
+    /// [`DecisionError::NotRecorded`].
+    pub async fn leave(&self, node: &Node) -> Result<(), DecisionError> {
+        let by = Actor::from(format!("node:{}", node.name).as_str());
+        let detail = json!({ "node_id": node.id.to_string() });
+        self.end(node, "the node has left the mesh", &by, "node.left", detail).await
+    }
+
+    async fn end(
+        &self,
+        node: &Node,
+        told: &str,
+        by: &Actor,
+        action: &'static str,
+        detail: serde_json::Value,
+    ) -> Result<(), DecisionError> {
         // The commands first: afterwards there is no session to tell the node by.
-        self.relay.end_on_node(node.id, "the node was revoked");
+        self.relay.end_on_node(node.id, told);
         self.registry.revoke(node.id);
         let now = unix_ms();
-        let detail = json!({ "node_id": node.id.to_string(), "reason": reason });
-        let audit = by.audit(now, "node.revoked", &node.name, detail);
+        let audit = by.audit(now, action, &node.name, detail);
         let _order = self.order.lock().await;
         self.store.revoke_node(node.id, now, audit).await.map_err(DecisionError::NotRecorded)?;
-        tracing::info!(node = %node.name, id = %node.id, by = %by.name, "node revoked");
+        tracing::info!(node = %node.name, id = %node.id, by = %by.name, action, "node revoked");
         Ok(())
     }
 

@@ -177,6 +177,22 @@ pub(super) fn node_json(node: v1::NodeInfo) -> Value {
         _ => "revoked",
     };
     let node_id = cortex_shared::ids::NodeId::from_slice(&node.node_id);
+    let machine = |machine: v1::MachineFacts| {
+        json!({
+            "hostname": machine.hostname,
+            "machine_id": machine.machine_id,
+            "boot_id": machine.boot_id,
+        })
+    };
+    let clone = node.clone.clone().map(|clone| {
+        json!({
+            "at": time(clone.at_ms),
+            "remote_address": clone.remote_address,
+            "machine": clone.machine.map(machine),
+            "presented_generation": clone.presented_generation,
+            "current_generation": clone.current_generation,
+        })
+    });
     json!({
         "online": node.online,
         "state": state,
@@ -195,6 +211,13 @@ pub(super) fn node_json(node: v1::NodeInfo) -> Value {
         "hostname": node.hostname,
         "agent_version": node.agent_version,
         "running_tasks": node.running_tasks,
+        "owner": node.owner,
+        "remote_address": node.remote_address,
+        "machine": node.machine.map(machine),
+        "certificate_until": time(node.certificate_not_after_ms),
+        "generation": node.generation,
+        "clock_skew_ms": node.clock_skew_ms,
+        "clone": clone,
     })
 }
 

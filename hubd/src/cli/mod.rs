@@ -2,6 +2,7 @@
 
 mod admin;
 mod authority;
+mod ca;
 mod output;
 mod serve;
 
@@ -97,6 +98,36 @@ enum Command {
 enum CaCommand {
     /// Print the pin of the authority's key, as `join --ca` takes it
     Pin(DataArg),
+    /// Show how far the replacement of the authority is, and which nodes have followed
+    #[command(after_help = ca::OPERATORS)]
+    Status {
+        #[command(flatten)]
+        data: DataArg,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Replace the authority, step by step
+    #[command(after_help = "\
+Steps, each of which nodes and operators survive without being touched:
+  prepare     make the next authority; all who connect or renew learn of it
+  issue       sign nodes and operators with it; nodes move as they connect or renew, at half of their
+              certificate's life at the latest
+  trust-only  prove the hub by it, too; the old one signs nothing any more
+  retire      trust the old one no longer, and delete its key
+The last two are refused while nodes have not moved. No restart is needed. Operators follow with any
+command they run between `issue` and `retire`, but cannot be counted: see `ca status --help`.")]
+    Rotate {
+        /// prepare, issue, trust-only or retire
+        #[arg(value_name = "STAGE", value_parser = ["prepare", "issue", "trust-only", "retire"])]
+        stage: String,
+        /// Take the step even though some nodes have not moved; they may have to join again
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        data: DataArg,
+        #[command(flatten)]
+        format: Format,
+    },
 }
 
 #[derive(Subcommand)]
@@ -196,7 +227,7 @@ pub(crate) fn run() -> ExitCode {
             Command::Serve(args) => serve::serve(args).await,
             Command::Init(data) => serve::init(&data.config()).await,
             Command::Status { data, format } => admin::status(&data.config(), format).await,
-            Command::Ca { command: CaCommand::Pin(data) } => serve::pin(&data.config()).await,
+            Command::Ca { command } => ca::ca(command).await,
             Command::Invite { command } => admin::invite(command).await,
             Command::Operator { command } => admin::operator(command).await,
             Command::Node { command } => authority::node(command).await,

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
@@ -9,9 +10,10 @@ use cortex_shared::telemetry::{LogFormat, start_logging};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::output;
-use super::{DataArg, HubConfig};
+use super::{DataArg, HubConfig, parse_duration};
 use crate::config::DataLayout;
 use crate::enroll::authorities::read_pins;
+use crate::enroll::ca::NODE_CERTIFICATE_LIVES;
 use crate::hub::{Hub, HubData};
 
 #[derive(Args)]
@@ -24,9 +26,17 @@ pub(super) struct ServeArgs {
     /// Host name or address that invites tell nodes to dial, if another than --grpc
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
+    /// How long a node's certificate lives, 10s to 30d; nodes renew it at half of that [default: 24h]
+    #[arg(long, value_name = "DURATION", value_parser = parse_certificate_life)]
+    node_certificate_life: Option<Duration>,
     /// Log as one JSON object a line
     #[arg(long)]
     log_json: bool,
+}
+
+fn parse_certificate_life(text: &str) -> Result<Duration, String> {
+    let life = parse_duration(text)?;
+    NODE_CERTIFICATE_LIVES.contains(&life).then_some(life).ok_or("expected 10s to 30d".to_owned())
 }
 
 pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
@@ -38,6 +48,9 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         config.grpc = address;
     }
     config.advertise = args.advertise;
+    if let Some(life) = args.node_certificate_life {
+        config.node_certificate_life = life;
+    }
     // Before anything is promised to anybody: a signal from here on leads to an orderly stop.
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;

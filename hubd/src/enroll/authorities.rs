@@ -21,6 +21,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 use cortex_shared::clock::unix_ms;
@@ -29,7 +30,7 @@ use cortex_shared::ids::MeshId;
 use cortex_shared::peer::CaPin;
 
 use super::ca::{CaError, CertificateAuthority, files};
-use crate::store::{CaStage, CaState, NewAudit, Store, StoreError};
+use crate::store::{CaStage, CaState, NewAudit, Node, Store, StoreError};
 
 /// Name of the first authority of every mesh.
 const FIRST: &str = "ca";
@@ -119,7 +120,12 @@ pub struct Ring {
 }
 
 impl Ring {
-    fn load(folder: &Path, mesh: MeshId, state: &CaState) -> Result<Self, CaError> {
+    fn load(
+        folder: &Path,
+        mesh: MeshId,
+        node_life: Duration,
+        state: &CaState,
+    ) -> Result<Self, CaError> {
         if state.next.is_none() != (state.stage == CaStage::Single) {
             return Err(CaError::InvalidState { what: "a stage without its second authority" });
         }
@@ -128,7 +134,7 @@ impl Ring {
             if name.is_empty() || !name.chars().all(plain) {
                 return Err(CaError::InvalidState { what: "a name that is no file name" });
             }
-            CertificateAuthority::open(folder, name, mesh, unix_ms()).map(Arc::new)
+            CertificateAuthority::open(folder, name, mesh, node_life, unix_ms()).map(Arc::new)
         };
         let established = open(&state.established)?;
         let next = state.next.as_deref().map(open).transpose()?;
@@ -170,6 +176,18 @@ impl Ring {
         trusted
     }
 
+    /// The one besides the issuing one, while there are two.
+    #[must_use]
+    pub fn other(&self) -> Option<&Arc<CertificateAuthority>> {
+        self.trusted().into_iter().find(|ca| ca.pin() != self.issuing().pin())
+    }
+
+    /// Whether the node has a certificate of the authority that signs now.
+    #[must_use]
+    pub fn has_moved(&self, node: &Node) -> bool {
+        node.certificate.authority == *self.issuing().pin().as_bytes()
+    }
+
     /// The certificates of all of them.
     #[must_use]
     pub fn trusted_der(&self) -> Vec<Bytes> {
@@ -189,19 +207,22 @@ impl Ring {
 pub struct Authorities {
     mesh: MeshId,
     folder: PathBuf,
+    node_life: Duration,
     ring: RwLock<Arc<Ring>>,
     /// One step at a time; holds what the store says.
     state: tokio::sync::Mutex<CaState>,
 }
 
 impl Authorities {
-    /// Opens the authorities that the store knows, or makes the first one.
+    /// Opens the authorities that the store knows, or makes the first one. The certificates of nodes
+    /// live for `node_life`.
     ///
     /// # Errors
     /// If files cannot be read or written, or are damaged; those of the store.
     pub async fn open(
         folder: PathBuf,
         mesh: MeshId,
+        node_life: Duration,
         store: &dyn Store,
     ) -> Result<Self, RotationError> {
         let state = match store.ca_state().await? {
@@ -213,10 +234,11 @@ impl Authorities {
                 first
             }
         };
-        let ring = blocking(folder.clone(), mesh, state.clone()).await?;
+        let ring = blocking(folder.clone(), mesh, node_life, state.clone()).await?;
         Ok(Self {
             mesh,
             folder,
+            node_life,
             ring: RwLock::new(Arc::new(ring)),
             state: tokio::sync::Mutex::new(state),
         })
@@ -282,7 +304,8 @@ impl Authorities {
             },
         };
         // First the files, which nothing knows yet; then the store, which decides; then everyone.
-        let ring = blocking(self.folder.clone(), self.mesh, changed.clone()).await?;
+        let (folder, life) = (self.folder.clone(), self.node_life);
+        let ring = blocking(folder, self.mesh, life, changed.clone()).await?;
         store.set_ca_state(changed.clone(), Some(audit)).await?;
         let before = std::mem::replace(&mut *state, changed);
         *self.ring.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ring);
@@ -307,9 +330,14 @@ impl Authorities {
 }
 
 /// Loads a ring, and writes down its pins.
-async fn blocking(folder: PathBuf, mesh: MeshId, state: CaState) -> Result<Ring, CaError> {
+async fn blocking(
+    folder: PathBuf,
+    mesh: MeshId,
+    node_life: Duration,
+    state: CaState,
+) -> Result<Ring, CaError> {
     let loading = tokio::task::spawn_blocking(move || {
-        let ring = Ring::load(&folder, mesh, &state)?;
+        let ring = Ring::load(&folder, mesh, node_life, &state)?;
         let path = folder.join(PINS);
         durable::write_file(&path, ring.pins().as_bytes(), 0o644)
             .map_err(|source| CaError::Io { path: path.display().to_string(), source })?;
@@ -330,6 +358,7 @@ pub fn read_pins(folder: &Path) -> std::io::Result<String> {
 mod tests {
     use cortex_shared::tasks::TaskScope;
 
+    use super::super::ca::NODE_CERTIFICATE_LIFE;
     use super::*;
     use crate::store::sqlite::SqliteStore;
 
@@ -350,7 +379,8 @@ mod tests {
         let database = folder.path().join("hub.db");
         let store = SqliteStore::open(database, &TaskScope::new()).await.unwrap();
         let mesh = store.mesh().await.unwrap();
-        let open = || Authorities::open(folder.path().join("ca"), mesh, &store);
+        let open =
+            || Authorities::open(folder.path().join("ca"), mesh, NODE_CERTIFICATE_LIFE, &store);
         let old = open().await.unwrap().pin();
         for (step, too_early) in
             [(Prepare, Issue), (Issue, TrustOnly), (TrustOnly, Retire), (Retire, TrustOnly)]

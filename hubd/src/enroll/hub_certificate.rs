@@ -2,15 +2,14 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cortex_shared::peer::CaPin;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use super::authorities::Authorities;
+use super::authorities::{Authorities, Ring};
 use super::ca::{CaError, HUB_CERTIFICATE_LIFE, millis};
 
 /// Gives the TLS server its certificate. A new one is made when half of its life is over, or when
-/// another authority is to sign it: a hub that runs for years needs no restart for either.
+/// the authorities have changed: a hub that runs for years needs no restart for either.
 pub struct HubCertificate {
     authorities: Arc<Authorities>,
     clock: fn() -> i64,
@@ -19,16 +18,16 @@ pub struct HubCertificate {
 
 struct Current {
     key: Arc<CertifiedKey>,
-    authority: CaPin,
+    /// The authorities that it was made for.
+    ring: Arc<Ring>,
     made_at_ms: i64,
 }
 
 impl Current {
     fn make(authorities: &Authorities, now_ms: i64) -> Result<Self, CaError> {
         let ring = authorities.ring();
-        let authority = ring.serving();
-        let key = Arc::new(authority.issue_for_hub(now_ms)?);
-        Ok(Self { key, authority: authority.pin(), made_at_ms: now_ms })
+        let key = Arc::new(ring.serving().issue_for_hub(&ring.trusted(), now_ms)?);
+        Ok(Self { key, ring, made_at_ms: now_ms })
     }
 }
 
@@ -54,7 +53,7 @@ impl ResolvesServerCert for HubCertificate {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         let now = (self.clock)();
         let old = now - current.made_at_ms > millis(HUB_CERTIFICATE_LIFE / 2);
-        if old || current.authority != self.authorities.ring().serving().pin() {
+        if old || !Arc::ptr_eq(&current.ring, &self.authorities.ring()) {
             match Current::make(&self.authorities, now) {
                 Ok(made) => *current = made,
                 Err(error) => tracing::error!(%error, "cannot renew the hub's certificate"),

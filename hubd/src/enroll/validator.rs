@@ -5,13 +5,14 @@
 //! own to its end, even if the caller hangs up; and the caller waits for a bounded time. Nothing
 //! else of the hub waits here: sessions, reconnects and commands do not pass this way.
 
+mod renewal;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::NodeId;
 use cortex_shared::labels::Labels;
-use cortex_shared::peer::Holder;
 use cortex_shared::policy::Mode;
 use cortex_shared::secret::InviteToken;
 use cortex_shared::tasks::TaskScope;
@@ -26,8 +27,9 @@ use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::{
     Caller, DatabaseError, Facts, Machine, Node, NodeRedemption, Operator, OperatorRedemption,
-    RedeemRefusal, Store, StoreError,
+    RedeemRefusal, RenewRefusal, Store, StoreError,
 };
+pub use renewal::{RECOVERY_WINDOW, RenewalRequest};
 
 /// A request to become a node, checked for form.
 pub struct JoinRequest {
@@ -55,6 +57,9 @@ pub enum EnrollError {
     /// The invite does not admit this caller.
     #[error(transparent)]
     Refused(#[from] RedeemRefusal),
+    /// The node gets no certificate.
+    #[error(transparent)]
+    NotRenewed(#[from] RenewRefusal),
     /// All places are taken.
     #[error("too many joins are waiting")]
     Busy,
@@ -82,6 +87,8 @@ pub struct Admitted {
 /// See the module.
 pub struct Validator {
     places: Arc<Semaphore>,
+    /// Those of nodes that are in already.
+    renewals: Arc<Semaphore>,
     deadline: Duration,
     store: Arc<dyn Store>,
     authorities: Arc<Authorities>,
@@ -102,8 +109,9 @@ impl Validator {
         admitted: Admitted,
         scope: TaskScope,
     ) -> Self {
-        let places = Arc::new(Semaphore::new(places));
-        Self { places, deadline, store, authorities, limits, admitted, scope }
+        let (places, renewals) =
+            (Arc::new(Semaphore::new(places)), Arc::new(Semaphore::new(places)));
+        Self { places, renewals, deadline, store, authorities, limits, admitted, scope }
     }
 
     /// Admits a node.
@@ -125,7 +133,7 @@ impl Validator {
             ceiling: request.ceiling,
             facts: request.facts,
             machine: request.machine,
-            certificate: authority.terms(&Holder::Node(new_id), now_ms),
+            certificate: authority.terms(now_ms),
             caller: request.caller,
             now_ms,
         };
@@ -137,11 +145,14 @@ impl Validator {
                 // The invite may have made it a member; what is known in memory follows the store.
                 membership.reload(&*store).await?;
                 registry.add(node.clone());
+                // One that is known already, whose answer was lost, has got another certificate.
+                registry.renewed(&node);
                 Ok::<_, EnrollError>(node)
             })
             .await
             .inspect_err(|error| self.count_wrong_secret(&request.token, error))?;
-        let issued = authority.issue(Holder::Node(node.id), &request.certificate, now_ms)?;
+        let generation = node.certificate.generation;
+        let issued = authority.issue_to_node(node.id, generation, &request.certificate, now_ms)?;
         tracing::info!(node = %node.name, id = %node.id, invite = %request.token.id(), "node joined");
         Ok((node, issued))
     }
@@ -173,8 +184,9 @@ impl Validator {
             })
             .await
             .inspect_err(|error| self.count_wrong_secret(token, error))?;
-        let holder = Holder::Operator { name: operator.name.clone(), role: operator.role };
-        let issued = self.authorities.ring().issuing().issue(holder, certificate, unix_ms())?;
+        let (ring, role) = (self.authorities.ring(), operator.role);
+        let issued =
+            ring.issuing().issue_to_operator(&operator.name, role, certificate, unix_ms())?;
         tracing::info!(operator = %operator.name, role = %operator.role, "operator logged in");
         Ok((operator, issued))
     }
@@ -193,7 +205,15 @@ impl Validator {
         T: Send + 'static,
         F: Future<Output = Result<T, EnrollError>> + Send + 'static,
     {
-        let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| EnrollError::Busy)?;
+        self.detached_in(&self.places, work).await
+    }
+
+    async fn detached_in<T, F>(&self, places: &Arc<Semaphore>, work: F) -> Result<T, EnrollError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, EnrollError>> + Send + 'static,
+    {
+        let place = Arc::clone(places).try_acquire_owned().map_err(|_| EnrollError::Busy)?;
         let (done, result) = oneshot::channel();
         self.scope.spawn("enroll", async move {
             let result = work.await;

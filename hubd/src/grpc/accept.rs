@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
 use cortex_shared::ids::MeshId;
 use cortex_shared::peer::{CaPin, PeerIdentity};
 use cortex_shared::tasks::TaskScope;
@@ -27,6 +28,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::auth::Peer;
 use crate::enroll::authorities::{Authorities, Ring};
+use crate::enroll::ca::generation_in;
 use crate::enroll::hub_certificate::HubCertificate;
 use crate::store::KeyHash;
 
@@ -102,12 +104,17 @@ fn server_config(
     Ok(Arc::new(config))
 }
 
+/// What a client certificate says.
+struct Holding {
+    identity: PeerIdentity,
+    key: KeyHash,
+    not_after_ms: i64,
+    generation: Option<u64>,
+}
+
 /// The holder of a client certificate that TLS has accepted. Anything that this mesh would not
 /// have issued (an authority, another usage, no or several names) is nobody.
-fn identity_of(
-    certificate: &CertificateDer<'_>,
-    mesh: MeshId,
-) -> Option<(PeerIdentity, KeyHash, i64)> {
+fn identity_of(certificate: &CertificateDer<'_>, mesh: MeshId) -> Option<Holding> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let usage = certificate.extended_key_usage().ok()??.value;
     let exact_usage = usage.client_auth && !usage.any && !usage.server_auth;
@@ -119,7 +126,8 @@ fn identity_of(
     let identity: PeerIdentity = uri.parse().ok()?;
     let not_after_ms = certificate.validity().not_after.timestamp().saturating_mul(1000);
     let key = *CaPin::of_spki(certificate.public_key().raw).as_bytes();
-    (identity.mesh == mesh).then_some((identity, key, not_after_ms))
+    let generation = generation_in(certificate.raw_serial());
+    (identity.mesh == mesh).then_some(Holding { identity, key, not_after_ms, generation })
 }
 
 /// A connection whose other end is known as well as it will be.
@@ -236,15 +244,29 @@ pub fn accept_tls(
                 };
                 let peer = match tls.get_ref().1.peer_certificates() {
                     None | Some([]) => Peer::Anonymous(address),
-                    Some([leaf, ..]) => match identity_of(leaf, mesh) {
-                        Some((identity, key, not_after_ms)) => {
-                            Peer::Certified { address, identity, key, not_after_ms }
+                    // The library does not hold the authority to signing no other authority: with
+                    // one certificate, there is no room for one.
+                    Some([leaf]) => match identity_of(leaf, mesh) {
+                        Some(Holding { identity, key, not_after_ms, generation }) => {
+                            let certificate = Bytes::copy_from_slice(leaf);
+                            Peer::Certified {
+                                address,
+                                identity,
+                                key,
+                                not_after_ms,
+                                generation,
+                                certificate,
+                            }
                         }
                         None => {
                             tracing::warn!(%address, "certificate names nobody of this mesh");
                             return;
                         }
                     },
+                    Some(_) => {
+                        tracing::warn!(%address, "a chain of certificates instead of one");
+                        return;
+                    }
                 };
                 drop(place);
                 // The server is gone: so is the reason for this connection.

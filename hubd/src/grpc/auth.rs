@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use bytes::Bytes;
 use cortex_shared::ids::NodeId;
 use cortex_shared::peer::{Holder, PeerIdentity};
 use cortex_shared::policy::Role;
@@ -43,6 +44,10 @@ pub enum Peer {
         key: KeyHash,
         /// End of the certificate's life, milliseconds since the Unix epoch.
         not_after_ms: i64,
+        /// Generation of a node's certificate, if it carries one.
+        generation: Option<u64>,
+        /// The certificate itself.
+        certificate: Bytes,
     },
     /// A process of root or of the hub's user on this machine.
     Local {
@@ -58,6 +63,15 @@ impl Peer {
         match self {
             Self::Anonymous(address) | Self::Certified { address, .. } => Some(*address),
             Self::Local { .. } => None,
+        }
+    }
+
+    /// The generation that its certificate carries, if it is a node's.
+    #[must_use]
+    pub fn generation(&self) -> Option<u64> {
+        match self {
+            Self::Certified { generation, .. } => *generation,
+            Self::Anonymous(_) | Self::Local { .. } => None,
         }
     }
 }
@@ -205,27 +219,34 @@ pub struct AuthLayer {
 }
 
 impl AuthLayer {
-    fn caller(&self, peer: Option<&Peer>) -> Result<Caller, Status> {
+    fn caller(&self, path: &str, peer: Option<&Peer>) -> Result<Caller, Status> {
         Ok(match peer {
-            Some(Peer::Certified { identity, key, not_after_ms, .. }) => match &identity.holder {
-                Holder::Node(node_id) => {
-                    let calls = self.registry.admit(*node_id).map_err(from_node)?;
-                    Caller::Node(AdmittedNode { node_id: *node_id }, calls)
+            Some(Peer::Certified { identity, key, not_after_ms, generation, .. }) => {
+                match &identity.holder {
+                    Holder::Node(node_id) => {
+                        // These two judge the certificate themselves, by the machine as well, and record a
+                        // copy that they find.
+                        let judges =
+                            ["/cortex.v1.Node/Link", "/cortex.v1.Node/Renew"].contains(&path);
+                        let generation = if judges { None } else { *generation };
+                        let calls = self.registry.admit(*node_id, generation).map_err(from_node)?;
+                        Caller::Node(AdmittedNode { node_id: *node_id }, calls)
+                    }
+                    Holder::Operator { name, .. } => {
+                        let admission = self.operators.admit(name, key).map_err(from_operator)?;
+                        let operator = AdmittedOperator {
+                            name: name.clone(),
+                            role: admission.role,
+                            scope: admission.scope,
+                            uid: None,
+                            certificate_not_after_ms: Some(*not_after_ms),
+                        };
+                        Caller::Operator(operator, admission.calls)
+                    }
+                    // The hub's own certificate is for serving; nobody calls with it.
+                    Holder::Hub => Caller::Nobody,
                 }
-                Holder::Operator { name, .. } => {
-                    let admission = self.operators.admit(name, key).map_err(from_operator)?;
-                    let operator = AdmittedOperator {
-                        name: name.clone(),
-                        role: admission.role,
-                        scope: admission.scope,
-                        uid: None,
-                        certificate_not_after_ms: Some(*not_after_ms),
-                    };
-                    Caller::Operator(operator, admission.calls)
-                }
-                // The hub's own certificate is for serving; nobody calls with it.
-                Holder::Hub => Caller::Nobody,
-            },
+            }
             Some(Peer::Local { uid }) => {
                 let operator = AdmittedOperator {
                     name: "local".into(),
@@ -256,7 +277,7 @@ impl AuthLayer {
         }
         // A session ends by itself, so that what is queued for the node still reaches it.
         let session = path.starts_with("/cortex.v1.Node/");
-        match self.caller(request.extensions().get::<Peer>())? {
+        match self.caller(path, request.extensions().get::<Peer>())? {
             Caller::Nobody => Err(with_hint(
                 refuse(Code::Unauthenticated, "no_certificate", "a client certificate is needed"),
                 "nodes: cortex-agent join; operators: cortex-agent login",

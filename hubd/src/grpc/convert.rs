@@ -1,7 +1,10 @@
 //! From messages to domain types, checked once.
 
+use std::net::SocketAddr;
+
 use cortex_proto::v1;
-use cortex_shared::ids::WorkspaceId;
+use cortex_shared::clock::unix_ms;
+use cortex_shared::ids::{NodeId, WorkspaceId};
 use cortex_shared::labels::{self, Labels, SELF_LABEL_PREFIX};
 use cortex_shared::policy::Mode;
 use cortex_shared::secret::InviteToken;
@@ -11,8 +14,9 @@ use tonic::{Code, Status};
 use super::status::{invalid, refuse};
 use crate::enroll::authorities::Ring;
 use crate::enroll::ca::{CertificateRequest, Issued};
-use crate::enroll::validator::JoinRequest;
-use crate::store::{Caller, Facts, Machine, Node};
+use crate::enroll::validator::{JoinRequest, RenewalRequest};
+use crate::node::registry::Arrival;
+use crate::store::{Caller, CloneSuspicion, Facts, Machine, Node};
 
 /// Most workspaces one report may speak of.
 const MAX_REPORTED_WORKSPACES: usize = 1024;
@@ -227,6 +231,86 @@ pub fn join_request(
         facts: facts(request.hostname, request.os, request.arch, request.agent_version)?,
         machine: machine(request.machine.unwrap_or_default())?,
     })
+}
+
+/// A request of a node that has proved itself for its next certificate.
+///
+/// # Errors
+/// The first thing that is not valid.
+pub fn renewal(
+    node: NodeId,
+    request: v1::RenewRequest,
+    address: Option<SocketAddr>,
+) -> Result<RenewalRequest, Status> {
+    Ok(RenewalRequest {
+        node,
+        certificate: certificate_request(&request.csr_der)?,
+        generation: request.generation,
+        machine: machine(request.machine.unwrap_or_default())?,
+        address,
+    })
+}
+
+/// The same of a caller that has proved nothing yet.
+///
+/// # Errors
+/// As [`renewal`].
+pub fn recovery(
+    request: v1::RecoverNodeRequest,
+    address: Option<SocketAddr>,
+) -> Result<RenewalRequest, Status> {
+    let node = NodeId::from_slice(&request.node_id).map_err(|e| invalid(e.to_string()))?;
+    let v1::RecoverNodeRequest { csr_der, generation, machine, .. } = request;
+    renewal(node, v1::RenewRequest { csr_der, generation, machine }, address)
+}
+
+/// What a node says of itself at the beginning of a session. `signed` is the generation that its
+/// certificate carries, which counts for more than its word.
+///
+/// # Errors
+/// If a text is too long.
+pub fn arrival(
+    hello: v1::Hello,
+    signed: Option<u64>,
+    address: Option<SocketAddr>,
+) -> Result<Arrival, Status> {
+    let skew_ms = unix_ms().saturating_sub(hello.node_time_ms);
+    Ok(Arrival {
+        machine: Machine {
+            machine_id: fact(hello.machine_id)?,
+            boot_id: fact(hello.boot_id)?,
+            hostname: fact(hello.hostname.clone())?,
+        },
+        facts: facts(hello.hostname, hello.os, hello.arch, hello.agent_version)?,
+        ceiling: mode(hello.ceiling),
+        sandbox: hello.sandbox.map(sandbox_report),
+        address,
+        generation: signed.unwrap_or(hello.generation),
+        generation_is_signed: signed.is_some(),
+        skew_ms: (hello.node_time_ms != 0).then_some(skew_ms),
+    })
+}
+
+/// What tells a machine from others, for people.
+#[must_use]
+pub fn wire_machine(machine: &Machine) -> v1::MachineFacts {
+    v1::MachineFacts {
+        machine_id: machine.machine_id.clone(),
+        boot_id: machine.boot_id.clone(),
+        hostname: machine.hostname.clone(),
+    }
+}
+
+/// A machine that was refused, for people.
+#[must_use]
+pub fn wire_suspicion(suspicion: CloneSuspicion) -> v1::CloneSuspicion {
+    v1::CloneSuspicion {
+        at_ms: suspicion.at_ms,
+        machine: Some(wire_machine(&suspicion.machine)),
+        remote_address: suspicion.address,
+        presented_generation: suspicion.presented_generation,
+        current_generation: suspicion.current_generation,
+    }
 }
 
 /// The answer to a node that was admitted.

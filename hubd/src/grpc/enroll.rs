@@ -64,9 +64,14 @@ impl Enroll for EnrollService {
 
     async fn recover_node(
         &self,
-        _: Request<RecoverNodeRequest>,
+        request: Request<RecoverNodeRequest>,
     ) -> Result<Response<JoinNodeResponse>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        self.caller(&request)?;
+        let address = request.extensions().get::<Peer>().and_then(Peer::address);
+        let recovery = convert::recovery(request.into_inner(), address)?;
+        let (node, issued) =
+            self.validator.recover_node(recovery).await.map_err(status::from_enroll)?;
+        Ok(Response::new(convert::joined(&self.authorities.ring(), node, &issued)))
     }
 
     async fn login_operator(

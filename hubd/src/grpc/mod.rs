@@ -11,6 +11,7 @@ mod invites;
 mod listing;
 pub mod node;
 pub mod operator;
+mod rotation;
 pub mod status;
 pub mod sync;
 mod workspaces;

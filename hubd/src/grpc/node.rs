@@ -6,28 +6,37 @@ use std::time::Duration;
 
 use cortex_proto::v1::node_server::Node;
 use cortex_proto::v1::{
-    Credit, HubFrame, NodeFrame, RequestAttachRequest, RequestAttachResponse, Signal, Stdin,
-    TaskIoDown, TaskIoUp, Welcome, hub_frame, node_frame, task_io_down, task_io_up,
+    Credit, HubFrame, LeaveRequest, LeaveResponse, NodeFrame, RenewRequest, RenewResponse,
+    RequestAttachRequest, RequestAttachResponse, Signal, Stdin, TaskIoDown, TaskIoUp, Welcome,
+    hub_frame, node_frame, task_io_down, task_io_up,
 };
 use cortex_shared::clock::unix_ms;
-use cortex_shared::ids::TaskId;
+use cortex_shared::ids::{NodeId, TaskId};
 use cortex_shared::tasks::TaskScope;
 use futures_util::{Stream, StreamExt as _, stream};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use super::auth::{AdmittedNode, admitted};
+use super::auth::{AdmittedNode, Peer, admitted};
 use super::convert;
-use super::status::{from_store, invalid, refuse, with_hint};
-use crate::node::registry::{Registry, policy_update};
+use super::detached::run_to_end;
+use super::status::{
+    from_arrival, from_decision, from_enroll, from_node, from_store, invalid, refuse, with_hint,
+};
+use crate::authority::nodes::NodeDecisions;
+use crate::enroll::authorities::Authorities;
+use crate::enroll::validator::Validator;
+use crate::node::registry::{ArrivalRefusal, NodeRefusal, Registry, policy_update};
 use crate::node::session::{self, SessionGuard};
-use crate::store::Actor;
+use crate::store::{Actor, Presented, Store};
 use crate::sync::members::Members;
 use crate::task::mailbox;
 use crate::task::relay::{Relay, Task};
 
 /// Time a node has to send its first frame on a stream.
 const FIRST_FRAME: Duration = Duration::from_secs(10);
+/// A difference between a node's clock and the hub's that is worth a word.
+const WORTHY_SKEW_MS: u64 = 30_000;
 
 /// See the module.
 pub struct NodeService {
@@ -37,10 +46,34 @@ pub struct NodeService {
     pub relay: Arc<Relay>,
     /// Workspaces and their members.
     pub members: Arc<Members>,
+    /// Where certificates are renewed.
+    pub validator: Arc<Validator>,
+    /// Whose certificates are trusted.
+    pub authorities: Arc<Authorities>,
+    /// Decisions about nodes.
+    pub decisions: Arc<NodeDecisions>,
+    /// Where copies of identities are recorded.
+    pub store: Arc<dyn Store>,
     /// Owns the session tasks.
     pub scope: TaskScope,
     /// Interval told to nodes.
     pub heartbeat: Duration,
+}
+
+impl NodeService {
+    /// Writes a copy of an identity down that was found, beside the path of whoever is refused.
+    fn record_clone(&self, id: NodeId, refusal: &ArrivalRefusal) {
+        let ArrivalRefusal::Cloned { name, suspicion, holder, news: true } = refusal else {
+            return;
+        };
+        tracing::warn!(node = %name, %id, ?suspicion, ?holder, "a copied identity was refused");
+        let (store, suspicion) = (Arc::clone(&self.store), suspicion.as_ref().clone());
+        self.scope.spawn("clone suspicion", async move {
+            if let Err(error) = store.suspect_clone(id, suspicion).await {
+                tracing::error!(%id, %error, "the suspicion of a copied identity was not recorded");
+            }
+        });
+    }
 }
 
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -64,38 +97,29 @@ impl Node for NodeService {
         request: Request<Streaming<NodeFrame>>,
     ) -> Result<Response<Self::LinkStream>, Status> {
         let AdmittedNode { node_id } = admitted(&request)?;
+        let peer = request.extensions().get::<Peer>().cloned();
         let mut inbound = request.into_inner();
         let Some(node_frame::Frame::Hello(hello)) = first_frame(&mut inbound).await?.frame else {
             return Err(invalid("the first frame of a session is Hello"));
         };
-        let facts = convert::facts(hello.hostname, hello.os, hello.arch, hello.agent_version)?;
-        let ceiling = convert::mode(hello.ceiling);
+        let signed = peer.as_ref().and_then(Peer::generation);
+        let arrival = convert::arrival(hello, signed, peer.as_ref().and_then(Peer::address))?;
+        let skew_ms = arrival.skew_ms.unwrap_or_default();
         let cancel = self.scope.token().child_token();
-        let (ends, node) = self
-            .registry
-            .begin_session(
-                node_id,
-                facts,
-                ceiling,
-                hello.sandbox.map(convert::sandbox_report),
-                cancel,
-            )
-            .ok_or_else(|| {
-                with_hint(
-                    refuse(
-                        Code::PermissionDenied,
-                        "node_unknown",
-                        "this node is revoked or unknown",
-                    ),
-                    "ask an administrator for a new invite",
-                )
-            })?;
+        let (ends, node, presented) = match self.registry.begin_session(node_id, arrival, cancel) {
+            Ok(begun) => begun,
+            Err(refusal) => {
+                self.record_clone(node_id, &refusal);
+                return Err(from_arrival(refusal));
+            }
+        };
         let guard = SessionGuard::new(
             ends.handle.clone(),
             Arc::clone(&self.registry),
             Arc::clone(&self.relay),
         );
         let policy = policy_update(&node.policy, unix_ms());
+        let ring = self.authorities.ring();
         let welcome = hub_frame::Frame::Welcome(Welcome {
             session_id: ends.handle.id.as_bytes().to_vec().into(),
             epoch: ends.handle.epoch,
@@ -105,13 +129,18 @@ impl Node for NodeService {
             policy: policy.policy,
             policy_until_ms: policy.until_ms,
             hub_version: env!("CARGO_PKG_VERSION").to_owned(),
-            ..Welcome::default()
+            trusted_cas_der: ring.trusted_der(),
+            // Also who missed an answer: what it has may be of an authority that is to be retired.
+            renew_now: !ring.has_moved(&node) || presented == Presented::MissedAnswer,
         });
         // The queue is empty: these two fit.
         ends.handle.send(welcome).ok();
         self.registry.correct_policy(node_id, &node.policy);
         self.members.send_memberships(node_id).await;
         tracing::info!(node = %node.name, id = %node_id, session = %ends.handle.id, "node connected");
+        if skew_ms.unsigned_abs() > WORTHY_SKEW_MS {
+            tracing::warn!(node = %node.name, skew_ms, "the node's clock and the hub's differ");
+        }
         let (cancel, heartbeat) = (ends.cancel.clone(), self.heartbeat);
         let inbound = inbound.map(|frame| frame.map(convert::node_frame));
         self.scope.spawn("session", async move {
@@ -166,16 +195,31 @@ impl Node for NodeService {
 
     async fn renew(
         &self,
-        _: Request<cortex_proto::v1::RenewRequest>,
-    ) -> Result<Response<cortex_proto::v1::RenewResponse>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        request: Request<RenewRequest>,
+    ) -> Result<Response<RenewResponse>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let address = request.extensions().get::<Peer>().and_then(Peer::address);
+        let renewal = convert::renewal(node_id, request.into_inner(), address)?;
+        let (node, issued) = self.validator.renew_node(renewal).await.map_err(from_enroll)?;
+        Ok(Response::new(RenewResponse {
+            certificate_der: issued.der.to_vec().into(),
+            not_after_ms: issued.not_after_ms,
+            generation: node.certificate.generation,
+            trusted_cas_der: self.authorities.ring().trusted_der(),
+        }))
     }
 
     async fn leave(
         &self,
-        _: Request<cortex_proto::v1::LeaveRequest>,
-    ) -> Result<Response<cortex_proto::v1::LeaveResponse>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        request: Request<LeaveRequest>,
+    ) -> Result<Response<LeaveResponse>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let node = self.registry.get(node_id).map(|view| view.node);
+        let node = node.ok_or_else(|| from_node(NodeRefusal::Unknown))?;
+        let decisions = Arc::clone(&self.decisions);
+        let leave = async move { decisions.leave(&node).await };
+        run_to_end(&self.scope, "leave", leave).await?.map_err(from_decision)?;
+        Ok(Response::new(LeaveResponse {}))
     }
 
     async fn request_attach(

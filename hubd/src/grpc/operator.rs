@@ -12,10 +12,10 @@ use cortex_shared::policy::Mode;
 use futures_util::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::auth::{AdmittedOperator, admitted};
+use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
-use super::status::from_lookup;
-use super::{authority, convert, exec, invites, workspaces};
+use super::status::{from_lookup, internal};
+use super::{authority, convert, exec, invites, rotation, workspaces};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
@@ -106,6 +106,14 @@ impl Operator for OperatorService {
         request: Request<v1::WhoAmIRequest>,
     ) -> Result<Response<v1::WhoAmIResponse>, Status> {
         let operator: AdmittedOperator = admitted(&request)?;
+        let ring = self.authorities.ring();
+        let certificate = match request.extensions().get::<Peer>() {
+            Some(Peer::Certified { certificate, .. }) => ring
+                .issuing()
+                .sign_anew(&operator.name, operator.role, certificate, unix_ms())
+                .map_err(|error| internal(&error))?,
+            Some(Peer::Anonymous(_) | Peer::Local { .. }) | None => None,
+        };
         Ok(Response::new(v1::WhoAmIResponse {
             name: operator.name,
             role: operator.role.to_string(),
@@ -113,6 +121,8 @@ impl Operator for OperatorService {
             hub_version: env!("CARGO_PKG_VERSION").to_owned(),
             certificate_not_after_ms: operator.certificate_not_after_ms.unwrap_or_default(),
             scope: operator.scope.0.into_iter().collect(),
+            trusted_cas_der: ring.trusted_der(),
+            certificate_der: certificate.map(|der| der.to_vec().into()).unwrap_or_default(),
         }))
     }
 
@@ -248,14 +258,15 @@ impl Operator for OperatorService {
         &self,
         _: Request<v1::CaStatusRequest>,
     ) -> Result<Response<v1::CaStatusResponse>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        Ok(Response::new(rotation::status(self)))
     }
 
     async fn rotate_ca(
         &self,
-        _: Request<v1::RotateCaRequest>,
+        request: Request<v1::RotateCaRequest>,
     ) -> Result<Response<v1::CaStatusResponse>, Status> {
-        Err(Status::unimplemented("placeholder"))
+        let operator = admitted(&request)?;
+        rotation::rotate(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_audit(
@@ -347,7 +358,7 @@ impl Operator for OperatorService {
 
 /// A node as operators see it.
 pub(super) fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
-    let NodeView { node, session, sandbox } = view;
+    let NodeView { node, session, sandbox, address, skew_ms } = view;
     let now = unix_ms();
     let policy = node.policy.in_force(now);
     let policy_until_ms = node.policy.ends_at(now).unwrap_or_default();
@@ -372,7 +383,13 @@ pub(super) fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
         revoked_at_ms: node.revoked_at_ms.unwrap_or_default(),
         policy_until_ms,
         policy_reason: if policy_until_ms == 0 { String::new() } else { node.policy.reason },
-        ..v1::NodeInfo::default()
+        owner: node.owner,
+        remote_address: address.map(|address| address.to_string()).unwrap_or_default(),
+        machine: Some(convert::wire_machine(&node.machine)),
+        certificate_not_after_ms: node.certificate.not_after_ms,
+        generation: node.certificate.generation,
+        clone: node.clone.map(convert::wire_suspicion),
+        clock_skew_ms: skew_ms,
     }
 }
 

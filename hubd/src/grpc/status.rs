@@ -10,8 +10,10 @@ use tonic::{Code, Status};
 use crate::authority::nodes::DecisionError;
 use crate::authority::operators::OperatorRefusal;
 use crate::enroll::validator::EnrollError;
-use crate::node::registry::{ForgetRefusal, NodeLookup, NodeRefusal, SessionEnded};
-use crate::store::{DatabaseError, LabelRefusal, RedeemRefusal, StoreError};
+use crate::node::registry::{ArrivalRefusal, ForgetRefusal, NodeLookup, NodeRefusal, SessionEnded};
+use crate::store::{
+    CloneSuspicion, DatabaseError, LabelRefusal, Machine, RedeemRefusal, RenewRefusal, StoreError,
+};
 
 /// A refusal with its stable word.
 pub fn refuse(code: Code, word: &'static str, text: impl Into<String>) -> Status {
@@ -116,6 +118,7 @@ pub fn from_enroll(error: EnrollError) -> Status {
                 }
             }
         }
+        EnrollError::NotRenewed(refusal) => from_renewal(refusal),
         EnrollError::Busy => with_retry_after(
             refuse(Code::ResourceExhausted, "busy", error.to_string()),
             // Spread over a second or two: everyone turned away at once must not return at once.
@@ -129,6 +132,59 @@ pub fn from_enroll(error: EnrollError) -> Status {
         EnrollError::Certificate(error) => internal(&error),
     }
 }
+
+/// How it looks to a node that it gets no certificate.
+fn from_renewal(refusal: RenewRefusal) -> Status {
+    let text = refusal.to_string();
+    match refusal {
+        RenewRefusal::Unknown => from_node(NodeRefusal::Unknown),
+        RenewRefusal::Revoked => from_node(NodeRefusal::Revoked),
+        RenewRefusal::TooLate => with_hint(
+            refuse(Code::FailedPrecondition, "recovery_expired", text),
+            "ask an administrator for a new invite: cortex-hubd invite create",
+        ),
+        RenewRefusal::Cloned { name, suspicion, holder } => cloned(&name, &suspicion, &holder),
+    }
+}
+
+/// How it looks to a node that no session begins.
+pub fn from_arrival(refusal: ArrivalRefusal) -> Status {
+    match refusal {
+        ArrivalRefusal::Node(refusal) => from_node(refusal),
+        ArrivalRefusal::Cloned { name, suspicion, holder, .. } => {
+            cloned(&name, &suspicion, &holder)
+        }
+    }
+}
+
+/// How it looks to a machine that has the identity of another one: both are named, so that somebody can
+/// find out which is the copy.
+fn cloned(name: &str, suspicion: &CloneSuspicion, holder: &Machine) -> Status {
+    let machine = |machine: &Machine| {
+        let or_unknown = |text: &str| match text {
+            "" => "unknown".to_owned(),
+            text => text.to_owned(),
+        };
+        format!(
+            "{} (machine id {}, boot id {})",
+            or_unknown(&machine.hostname),
+            or_unknown(&machine.machine_id),
+            or_unknown(&machine.boot_id)
+        )
+    };
+    let text = format!(
+        "the identity of {name:?} was copied: it is in use on {}, with certificate generation {}; \
+         this one, {}, presents generation {}",
+        machine(holder),
+        suspicion.current_generation,
+        machine(&suspicion.machine),
+        suspicion.presented_generation,
+    );
+    with_hint(refuse(Code::FailedPrecondition, "identity_cloned", text), FORK)
+}
+
+/// What helps a copy.
+const FORK: &str = "on the copy, with a new invite: cortex-agent identity fork --token-file FILE";
 
 /// How a name that leads to no node looks to a caller.
 pub fn from_lookup(error: NodeLookup) -> Status {
@@ -186,14 +242,19 @@ pub fn from_operator(refusal: OperatorRefusal) -> Status {
 
 /// How a node's certificate that no longer counts looks to its holder.
 pub fn from_node(refusal: NodeRefusal) -> Status {
-    let word = match refusal {
-        NodeRefusal::Unknown => "node_unknown",
-        NodeRefusal::Revoked => "node_revoked",
-    };
-    with_hint(
-        refuse(Code::PermissionDenied, word, refusal.to_string()),
-        "ask an administrator for a new invite: cortex-hubd invite create",
-    )
+    let text = refusal.to_string();
+    let ask = "ask an administrator for a new invite: cortex-hubd invite create";
+    match refusal {
+        NodeRefusal::Unknown => {
+            with_hint(refuse(Code::PermissionDenied, "node_unknown", text), ask)
+        }
+        NodeRefusal::Revoked => {
+            with_hint(refuse(Code::PermissionDenied, "node_revoked", text), ask)
+        }
+        NodeRefusal::Overtaken => {
+            with_hint(refuse(Code::FailedPrecondition, "identity_cloned", text), FORK)
+        }
+    }
 }
 
 /// The node is known, but not connected.

@@ -1,5 +1,8 @@
 mod authority;
+mod chains;
+mod identity;
 mod matrix;
+mod rotation;
 mod support;
 
 use cortex_shared::ids::{NodeId, TaskId};

@@ -7,19 +7,22 @@
 //! The lock covers map operations only.
 
 mod authority;
+mod identity;
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cortex_proto::v1::{HubFrame, SandboxReport, Superseded, SyncStatus, hub_frame};
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, SessionId, WorkspaceId};
-use cortex_shared::policy::Mode;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use self::authority::{ForgetRefusal, NodeRefusal, policy_update};
-use crate::store::{Facts, Node};
+use self::identity::Arrived;
+pub use self::identity::{Arrival, ArrivalRefusal};
+use crate::store::{Node, Presented};
 
 /// Frames that may wait for a node on its control stream. They are small and the node always reads
 /// them; a full queue means a dead peer.
@@ -89,6 +92,10 @@ pub struct NodeView {
     pub session: Option<SessionHandle>,
     /// What its kernel can enforce, by its own word.
     pub sandbox: Option<SandboxReport>,
+    /// Where its last session since the hub's start came from.
+    pub address: Option<SocketAddr>,
+    /// The hub's clock minus the node's at the beginning of that session; 0 if it is not known.
+    pub skew_ms: i64,
 }
 
 struct Known {
@@ -96,6 +103,7 @@ struct Known {
     epoch: u64,
     session: Option<SessionHandle>,
     sandbox: Option<SandboxReport>,
+    arrived: Arrived,
     sync: HashMap<WorkspaceId, SyncStatus>,
     /// Cancelled when the node is revoked or forgotten: its calls end with it.
     calls: CancellationToken,
@@ -213,19 +221,32 @@ impl Registry {
         }
     }
 
-    /// Begins a session of a known node that is not revoked; an older one is told and ended.
-    #[must_use]
+    /// Begins a session of a known node that is not revoked, unless its certificate belongs to another
+    /// machine by now; an older session is told and ended. Also says how its certificate stands to the
+    /// newest.
+    ///
+    /// # Errors
+    /// See [`ArrivalRefusal`]; a session that goes on is not touched then.
     pub fn begin_session(
         &self,
         id: NodeId,
-        facts: Facts,
-        ceiling: Mode,
-        sandbox: Option<SandboxReport>,
+        arrival: Arrival,
         cancel: CancellationToken,
-    ) -> Option<(SessionEnds, Node)> {
+    ) -> Result<(SessionEnds, Node, Presented), ArrivalRefusal> {
         let (outbox, receiver) = mpsc::channel(OUTBOX_FRAMES);
         let mut nodes = self.lock();
-        let known = nodes.get_mut(&id).filter(|known| known.node.revoked_at_ms.is_none())?;
+        let known = nodes.get_mut(&id).ok_or(NodeRefusal::Unknown)?;
+        if known.node.revoked_at_ms.is_some() {
+            return Err(NodeRefusal::Revoked.into());
+        }
+        let presented = match known.judge(&arrival) {
+            Ok(presented) => presented,
+            Err(refusal) => {
+                drop(nodes);
+                self.notify();
+                return Err(refusal);
+            }
+        };
         // Beginning at the time keeps epochs growing over restarts of the hub without a write.
         known.epoch = (known.epoch + 1).max(unix_ms().unsigned_abs());
         let handle = SessionHandle {
@@ -236,9 +257,7 @@ impl Registry {
             cancel: cancel.clone(),
         };
         let older = known.session.replace(handle.clone());
-        known.node.facts = facts;
-        known.node.ceiling = ceiling;
-        known.sandbox = sandbox;
+        known.arrive(arrival, presented);
         known.sync.clear();
         known.seen();
         let node = known.node.clone();
@@ -249,7 +268,7 @@ impl Registry {
             older.close();
         }
         self.notify();
-        Some((SessionEnds { handle, outbox: receiver, cancel }, node))
+        Ok((SessionEnds { handle, outbox: receiver, cancel }, node, presented))
     }
 
     /// Ends a session, if it is still the node's current one; returns whether it was.
@@ -324,6 +343,7 @@ impl Known {
             epoch: 0,
             session: None,
             sandbox: None,
+            arrived: Arrived::default(),
             sync: HashMap::new(),
             calls: CancellationToken::new(),
             unsaved: false,
@@ -335,6 +355,8 @@ impl Known {
             node: self.node.clone(),
             session: self.session.clone(),
             sandbox: self.sandbox.clone(),
+            address: self.arrived.address,
+            skew_ms: self.arrived.skew_ms,
         }
     }
 
@@ -382,10 +404,8 @@ mod tests {
     pub(super) use crate::store::fixtures::node;
 
     pub(super) fn begin(registry: &Registry, id: NodeId) -> SessionEnds {
-        registry
-            .begin_session(id, Facts::default(), Mode::Strict, None, CancellationToken::new())
-            .unwrap()
-            .0
+        let arrival = Arrival { generation: 1, ..Arrival::default() };
+        registry.begin_session(id, arrival, CancellationToken::new()).unwrap().0
     }
 
     #[test]
@@ -414,9 +434,8 @@ mod tests {
         let id = gone.id;
         let registry = Registry::new(vec![gone]);
         for id in [id, NodeId::new()] {
-            let facts = Facts::default();
-            let token = CancellationToken::new();
-            assert!(registry.begin_session(id, facts, Mode::Strict, None, token).is_none());
+            let (arrival, token) = (Arrival::default(), CancellationToken::new());
+            assert!(registry.begin_session(id, arrival, token).is_err());
         }
     }
 

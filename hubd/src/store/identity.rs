@@ -107,11 +107,15 @@ pub struct CloneSuspicion {
 impl CloneSuspicion {
     /// One machine that keeps trying is recorded once in this time, so that it cannot fill the log.
     const QUIET_MS: i64 = 10 * 60 * 1000;
+    /// And one that calls itself another machine each time, once in this.
+    const QUIET_FOR_ALL_MS: i64 = 10 * 1000;
 
-    /// Whether it says what an earlier one has said a short time ago.
+    /// Whether it says nothing that is worth a line of its own after an earlier one.
     #[must_use]
     pub fn repeats(&self, earlier: &Self) -> bool {
-        self.machine == earlier.machine && (self.at_ms - earlier.at_ms).abs() < Self::QUIET_MS
+        let quiet_ms =
+            if self.machine == earlier.machine { Self::QUIET_MS } else { Self::QUIET_FOR_ALL_MS };
+        (self.at_ms - earlier.at_ms).abs() < quiet_ms
     }
 }
 
@@ -190,6 +194,19 @@ pub enum CaStage {
     Issuing,
     /// The next one signs everything; members that the old one signed are still admitted.
     TrustOnly,
+}
+
+impl CaStage {
+    /// The word on the command line and in the protocol.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Single => "single",
+            Self::Prepared => "prepared",
+            Self::Issuing => "issuing",
+            Self::TrustOnly => "trust-only",
+        }
+    }
 }
 
 /// Which authorities there are. An authority is named by the files that hold it.

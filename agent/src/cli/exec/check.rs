@@ -53,8 +53,22 @@ pub(super) struct OutputCheck {
 impl OutputCheck {
     /// Why the output is not complete; `None` if it is.
     pub(super) fn incomplete(&self, exit: &TaskExit) -> Option<String> {
-        // Where the mesh itself does not know the end, it does not know the counts either.
-        if matches!(verdict(exit.verdict), TaskVerdict::StreamLost | TaskVerdict::Unspecified) {
+        // Where the mesh itself does not know the end, it does not know the counts either; nor where the
+        // hub ended the command and did not wait for what the node has to say, as in a revocation.
+        let nothing_counted = exit.stdout_bytes == 0
+            && exit.stderr_bytes == 0
+            && exit.stdout_hash.is_empty()
+            && exit.stderr_hash.is_empty();
+        let unknown = match verdict(exit.verdict) {
+            TaskVerdict::StreamLost | TaskVerdict::Unspecified => true,
+            TaskVerdict::Cancelled | TaskVerdict::Failed => nothing_counted,
+            TaskVerdict::Exited
+            | TaskVerdict::Signalled
+            | TaskVerdict::TimeLimit
+            | TaskVerdict::Refused
+            | TaskVerdict::NotFound => false,
+        };
+        if unknown {
             return None;
         }
         self.stdout
@@ -173,6 +187,25 @@ mod tests {
         check.stdout.take(0, b"abc");
         check.stderr.take(0, b"y");
         assert!(check.incomplete(&written(b"abc", b"x")).unwrap().starts_with("stderr"));
+    }
+
+    #[test]
+    fn an_end_that_counted_nothing_says_nothing_of_the_output() {
+        let mut check = OutputCheck::default();
+        check.stdout.take(0, b"abc");
+        for (verdict, known) in [
+            (TaskVerdict::Exited, true),
+            (TaskVerdict::TimeLimit, true),
+            (TaskVerdict::Cancelled, false),
+            (TaskVerdict::Failed, false),
+            (TaskVerdict::StreamLost, false),
+        ] {
+            assert_eq!(check.incomplete(&exit(verdict)).is_some(), known, "{verdict:?}");
+        }
+        // The node's own word counts.
+        let ended =
+            |verdict: TaskVerdict| TaskExit { verdict: verdict.into(), ..written(b"", b"") };
+        assert!(check.incomplete(&ended(TaskVerdict::Cancelled)).is_some());
     }
 
     #[test]

@@ -52,7 +52,14 @@ fn call(layer: &AuthLayer, path: &str, peer: Option<Peer>) -> Result<Request<()>
 fn certified(holder: Holder, key: KeyHash) -> Option<Peer> {
     let address = "127.0.0.1:1".parse().unwrap();
     let identity = PeerIdentity { mesh: MeshId::new(), holder };
-    Some(Peer::Certified { address, identity, key, not_after_ms: 1 })
+    Some(Peer::Certified {
+        address,
+        identity,
+        key,
+        not_after_ms: 1,
+        generation: None,
+        certificate: Bytes::new(),
+    })
 }
 
 /// The certificate says admin throughout: what counts is the hub's record.

@@ -8,13 +8,13 @@ use super::*;
 use crate::store::AuditLine;
 
 /// The audit log as `(actor, action, target)`, and whole.
-async fn audit(hub: &TestHub) -> (Vec<(String, String, String)>, Vec<AuditLine>) {
+pub(super) async fn audit(hub: &TestHub) -> (Vec<(String, String, String)>, Vec<AuditLine>) {
     let lines = hub.hub.store.audit_page(None, 1000).await.unwrap();
     let short = |l: &AuditLine| (l.actor.clone(), l.action.clone(), l.target.clone());
     (lines.iter().map(short).collect(), lines)
 }
 
-fn line(actor: &str, action: &str, target: &str) -> (String, String, String) {
+pub(super) fn line(actor: &str, action: &str, target: &str) -> (String, String, String) {
     (actor.into(), action.into(), target.into())
 }
 

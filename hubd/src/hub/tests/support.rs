@@ -25,11 +25,17 @@ pub(super) struct TestHub {
     pub(super) folder: tempfile::TempDir,
 }
 
-/// A certificate and its key.
+/// A certificate, alone or with what signed it, and its key.
 #[derive(Clone)]
 pub(super) struct Login {
-    certificate: Vec<u8>,
-    key: Vec<u8>,
+    pub(super) chain: Vec<CertificateDer<'static>>,
+    pub(super) key: Vec<u8>,
+}
+
+impl Login {
+    pub(super) fn new(certificate: &[u8], key: Vec<u8>) -> Self {
+        Self { chain: vec![CertificateDer::from(certificate.to_vec())], key }
+    }
 }
 
 /// The stable word of a refusal.
@@ -43,6 +49,11 @@ impl TestHub {
         let folder = tempfile::tempdir().unwrap();
         let hub = Hub::start(config(folder.path())).await.unwrap();
         Self { hub, folder }
+    }
+
+    /// The authority by which the hub proves itself now.
+    pub(super) fn authority(&self) -> CertificateDer<'static> {
+        self.hub.data.authorities.ring().serving().certificate().clone()
     }
 
     pub(super) async fn restart(self) -> Self {
@@ -68,8 +79,19 @@ impl TestHub {
         &self,
         login: Option<&Login>,
     ) -> Result<Channel, tonic::transport::Error> {
+        self.channel_believing(&[self.authority()], login).await
+    }
+
+    /// The same by somebody who believes these authorities.
+    pub(super) async fn channel_believing(
+        &self,
+        authorities: &[CertificateDer<'static>],
+        login: Option<&Login>,
+    ) -> Result<Channel, tonic::transport::Error> {
         let mut roots = RootCertStore::empty();
-        roots.add(self.hub.data.authorities.ring().serving().certificate().clone()).unwrap();
+        for authority in authorities {
+            roots.add(authority.clone()).unwrap();
+        }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -77,11 +99,8 @@ impl TestHub {
             .with_root_certificates(roots);
         let mut tls = match login {
             None => builder.with_no_client_auth(),
-            Some(Login { certificate, key }) => builder
-                .with_client_auth_cert(
-                    vec![CertificateDer::from(certificate.clone())],
-                    PrivateKeyDer::try_from(key.clone()).unwrap(),
-                )
+            Some(Login { chain, key }) => builder
+                .with_client_auth_cert(chain.clone(), PrivateKeyDer::try_from(key.clone()).unwrap())
                 .unwrap(),
         };
         tls.alpn_protocols = vec![b"h2".to_vec()];
@@ -131,7 +150,7 @@ impl TestHub {
         let request = v1::LoginOperatorRequest { token, csr_der: csr_der.into() };
         let mut enroll = EnrollClient::new(self.channel(None).await.unwrap());
         let response = enroll.login_operator(request).await?.into_inner();
-        Ok(Login { certificate: response.certificate_der.to_vec(), key })
+        Ok(Login::new(&response.certificate_der, key))
     }
 
     /// Invites a node with these labels and joins it; its ceiling is permissive.
@@ -156,6 +175,7 @@ impl TestHub {
             name: name.into(),
             labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
             ceiling: v1::Mode::Permissive.into(),
+            machine: Some(machine(name)),
             ..Default::default()
         };
         let mut enroll = EnrollClient::new(self.channel(None).await.unwrap());
@@ -163,7 +183,9 @@ impl TestHub {
         TestNode {
             id: NodeId::from_slice(&response.node_id).unwrap(),
             generation: response.generation,
-            login: Login { certificate: response.certificate_der.to_vec(), key },
+            login: Login::new(&response.certificate_der, key),
+            machine: machine(name),
+            clock_behind_ms: 0,
         }
     }
 
@@ -225,11 +247,23 @@ pub(super) fn permissive() -> v1::TaskSpec {
     v1::TaskSpec { mode: v1::Mode::Permissive.into(), ..script() }
 }
 
-/// A joined node.
+/// A joined node: what is in its state, and the machine that this is on.
+#[derive(Clone)]
 pub(super) struct TestNode {
     pub(super) id: NodeId,
     pub(super) login: Login,
-    generation: u64,
+    pub(super) generation: u64,
+    pub(super) machine: v1::MachineFacts,
+    pub(super) clock_behind_ms: i64,
+}
+
+/// A machine of this name.
+pub(super) fn machine(name: &str) -> v1::MachineFacts {
+    v1::MachineFacts {
+        machine_id: format!("id-{name}"),
+        boot_id: format!("boot-{name}"),
+        hostname: format!("host-{name}"),
+    }
 }
 
 /// Its session.
@@ -241,13 +275,63 @@ pub(super) struct TestSession {
 }
 
 impl TestNode {
+    /// The same state on another machine.
+    pub(super) fn copied_to(&self, name: &str) -> Self {
+        Self { machine: machine(name), ..self.clone() }
+    }
+
+    /// A request for a certificate for its key.
+    pub(super) fn csr(&self) -> bytes::Bytes {
+        let key = KeyPair::try_from(self.login.key.as_slice()).unwrap();
+        CertificateParams::default().serialize_request(&key).unwrap().der().to_vec().into()
+    }
+
+    fn with(&self, certificate: &[u8], generation: u64) -> Self {
+        let login = Login::new(certificate, self.login.key.clone());
+        Self { login, generation, ..self.clone() }
+    }
+
+    /// The node as it is once it has stored the answer.
+    pub(super) async fn renew(&self, hub: &TestHub) -> Result<Self, Status> {
+        self.renew_at(hub.channel(Some(&self.login)).await.unwrap()).await
+    }
+
+    /// The same over this connection.
+    pub(super) async fn renew_at(&self, channel: Channel) -> Result<Self, Status> {
+        let request = v1::RenewRequest {
+            csr_der: self.csr(),
+            generation: self.generation,
+            machine: Some(self.machine.clone()),
+        };
+        let answer = NodeClient::new(channel).renew(request).await?.into_inner();
+        Ok(self.with(&answer.certificate_der, answer.generation))
+    }
+
+    /// The same by its key alone.
+    pub(super) async fn recover(&self, hub: &TestHub) -> Result<Self, Status> {
+        let request = v1::RecoverNodeRequest {
+            node_id: self.id.as_bytes().to_vec().into(),
+            csr_der: self.csr(),
+            generation: self.generation,
+            machine: Some(self.machine.clone()),
+        };
+        let mut enroll = EnrollClient::new(hub.channel(None).await.unwrap());
+        let answer = enroll.recover_node(request).await?.into_inner();
+        Ok(self.with(&answer.certificate_der, answer.generation))
+    }
+
     pub(super) async fn connect(&self, hub: &TestHub) -> Result<TestSession, Status> {
-        let mut client = NodeClient::new(hub.channel(Some(&self.login)).await.unwrap());
+        let channel = hub.channel(Some(&self.login)).await;
+        let channel = channel.map_err(|error| Status::from_error(Box::new(error)))?;
+        let mut client = NodeClient::new(channel);
         let (up, receiver) = mpsc::channel(8);
         let hello = v1::Hello {
             ceiling: v1::Mode::Permissive.into(),
             generation: self.generation,
-            node_time_ms: unix_ms(),
+            node_time_ms: unix_ms() - self.clock_behind_ms,
+            machine_id: self.machine.machine_id.clone(),
+            boot_id: self.machine.boot_id.clone(),
+            hostname: self.machine.hostname.clone(),
             ..Default::default()
         };
         let hello = v1::NodeFrame { frame: Some(v1::node_frame::Frame::Hello(hello)) };
@@ -307,7 +391,7 @@ impl TestSession {
 }
 
 /// A key and a request for a certificate.
-fn request() -> (Vec<u8>, Vec<u8>) {
+pub(super) fn request() -> (Vec<u8>, Vec<u8>) {
     let key = KeyPair::generate().unwrap();
     let csr = CertificateParams::default().serialize_request(&key).unwrap();
     (key.serialize_der(), csr.der().to_vec())

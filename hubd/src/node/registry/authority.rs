@@ -20,6 +20,9 @@ pub enum NodeRefusal {
     /// It was revoked.
     #[error("this node has been revoked")]
     Revoked,
+    /// The certificate is an older one of an identity that is in use on another machine.
+    #[error("this identity is in use on another machine, which has a newer certificate")]
+    Overtaken,
 }
 
 /// Why a node cannot be forgotten.
@@ -47,15 +50,23 @@ pub fn policy_update(policy: &NodePolicy, now_ms: i64) -> PolicyUpdate {
 }
 
 impl Registry {
-    /// Whether a node may call at all; the token is cancelled when it no longer may.
+    /// Whether a node may call with a certificate of this generation, where that is known and nothing
+    /// else decides about it; the token is cancelled when it no longer may.
     ///
     /// # Errors
     /// See [`NodeRefusal`].
-    pub fn admit(&self, id: NodeId) -> Result<CancellationToken, NodeRefusal> {
+    pub fn admit(
+        &self,
+        id: NodeId,
+        generation: Option<u64>,
+    ) -> Result<CancellationToken, NodeRefusal> {
         let nodes = self.lock();
         let known = nodes.get(&id).ok_or(NodeRefusal::Unknown)?;
         if known.node.revoked_at_ms.is_some() {
             return Err(NodeRefusal::Revoked);
+        }
+        if generation.is_some_and(|generation| !known.accepts(generation)) {
+            return Err(NodeRefusal::Overtaken);
         }
         Ok(known.calls.clone())
     }
@@ -137,7 +148,7 @@ impl Registry {
         self.policy_changed.notified().await;
     }
 
-    fn change(&self, id: NodeId, change: impl FnOnce(&mut Known)) {
+    pub(super) fn change(&self, id: NodeId, change: impl FnOnce(&mut Known)) {
         if let Some(known) = self.lock().get_mut(&id) {
             change(known);
         }
@@ -169,10 +180,10 @@ mod tests {
         let id = one.id;
         let registry = Registry::new(vec![one]);
         let session = begin(&registry, id);
-        let calls = registry.admit(id).unwrap();
+        let calls = registry.admit(id, None).unwrap();
         registry.revoke(id);
         assert!(session.cancel.is_cancelled() && calls.is_cancelled());
-        assert_eq!(registry.admit(id).unwrap_err(), NodeRefusal::Revoked);
+        assert_eq!(registry.admit(id, None).unwrap_err(), NodeRefusal::Revoked);
         let at = registry.get(id).unwrap().node.revoked_at_ms;
         registry.revoke(id);
         assert_eq!(registry.get(id).unwrap().node.revoked_at_ms, at, "the first time stands");
@@ -191,7 +202,7 @@ mod tests {
         assert!(!registry.end_session(a_id, session.handle.id), "its farewell finds nobody");
         assert_eq!(registry.forget(b_id).unwrap().name, "b");
         assert_eq!(registry.forget(b_id).unwrap_err(), ForgetRefusal::Unknown);
-        assert_eq!(registry.admit(b_id).unwrap_err(), NodeRefusal::Unknown);
+        assert_eq!(registry.admit(b_id, None).unwrap_err(), NodeRefusal::Unknown);
     }
 
     #[test]

@@ -3,9 +3,9 @@ use cortex_shared::policy::{Mode, Role};
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::node::registry::{Registry, SessionEnds};
+use crate::node::registry::{Arrival, Registry, SessionEnds};
+use crate::store::fixtures;
 use crate::store::sqlite::SqliteStore;
-use crate::store::{Facts, fixtures};
 use crate::task::limits::{AGENT_TOKEN_COMMANDS, AGENT_TOKEN_OUTPUT_BYTES};
 
 struct Fixture {
@@ -24,7 +24,8 @@ async fn fixture() -> Fixture {
     let id = node.id;
     let registry = Registry::new(vec![node]);
     let cancel = CancellationToken::new();
-    let begun = registry.begin_session(id, Facts::default(), Mode::Strict, None, cancel);
+    let arrival = Arrival { generation: 1, ..Arrival::default() };
+    let begun = registry.begin_session(id, arrival, cancel);
     let relay = Relay::new(Arc::clone(&store), scope, Duration::from_secs(60));
     Fixture { _folder: folder, relay, store, session: begun.unwrap().0 }
 }

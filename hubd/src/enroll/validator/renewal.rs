@@ -1,0 +1,110 @@
+//! Renewing and recovering the certificates of nodes.
+//!
+//! The store records the next certificate before anybody gets it: whatever is lost after that, the hub
+//! knows which generation is the newest. Renewals have places of their own, so that a crowd at the door
+//! strands nobody who is in; recoveries, whose caller has proved nothing but a key, share those of joins.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cortex_shared::clock::unix_ms;
+use cortex_shared::ids::NodeId;
+
+use super::super::ca::{CertificateRequest, Issued, millis};
+use super::{EnrollError, Validator};
+use crate::store::{Machine, Node, RenewRefusal, Renewal, RenewalProof};
+
+/// How long after the end of its last certificate a node can get another by its key alone.
+pub const RECOVERY_WINDOW: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// A request for the next certificate of a node, checked for form.
+pub struct RenewalRequest {
+    /// Whose.
+    pub node: NodeId,
+    /// The key to certify, which has to be the node's.
+    pub certificate: CertificateRequest,
+    /// Generation of the newest certificate it has stored.
+    pub generation: u64,
+    /// Its machine.
+    pub machine: Machine,
+    /// Where it is.
+    pub address: Option<SocketAddr>,
+}
+
+impl Validator {
+    /// Renews the certificate of a node that has proved itself by a valid one.
+    ///
+    /// # Errors
+    /// See [`EnrollError`]. After [`EnrollError::Deadline`] the certificate may have been recorded; the
+    /// same request then gives another of the same generation.
+    pub async fn renew_node(&self, request: RenewalRequest) -> Result<(Node, Issued), EnrollError> {
+        self.certify(request, RenewalProof::Certificate).await
+    }
+
+    /// The same for a node that has proved itself by its key alone.
+    ///
+    /// # Errors
+    /// As [`Validator::renew_node`], and [`RenewRefusal::TooLate`].
+    pub async fn recover_node(
+        &self,
+        request: RenewalRequest,
+    ) -> Result<(Node, Issued), EnrollError> {
+        // A stranger costs the store nothing, and learns nothing of nodes whose key it does not have.
+        let known = self.admitted.registry.get(request.node).map(|view| view.node);
+        let known = known.filter(|node| node.key == request.certificate.key_hash());
+        match known.map(|node| node.revoked_at_ms) {
+            None => return Err(RenewRefusal::Unknown.into()),
+            Some(Some(_)) => return Err(RenewRefusal::Revoked.into()),
+            Some(None) => {}
+        }
+        self.certify(request, RenewalProof::Key { window_ms: millis(RECOVERY_WINDOW) }).await
+    }
+
+    async fn certify(
+        &self,
+        request: RenewalRequest,
+        proof: RenewalProof,
+    ) -> Result<(Node, Issued), EnrollError> {
+        let now_ms = unix_ms();
+        // The one that signs is the one that is recorded, even if another takes over meanwhile.
+        let ring = self.authorities.ring();
+        let authority = ring.issuing();
+        let renewal = Renewal {
+            node: request.node,
+            key: request.certificate.key_hash(),
+            generation: request.generation,
+            machine: request.machine,
+            address: request.address.map(|address| address.to_string()).unwrap_or_default(),
+            certificate: authority.terms(now_ms),
+            proof,
+            now_ms,
+        };
+        let places = match proof {
+            RenewalProof::Certificate => &self.renewals,
+            RenewalProof::Key { .. } => &self.places,
+        };
+        let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.admitted.registry));
+        let work = async move {
+            let id = renewal.node;
+            // What has connected is written down at leisure, and decides here: the newest certificate
+            // is given a second time only while nobody has used it.
+            if let Some(known) = registry.get(id) {
+                store.touch_nodes(vec![known.node]).await?;
+            }
+            let node = store.renew_node(renewal).await?.inspect_err(|refusal| {
+                if let RenewRefusal::Cloned { name, suspicion, .. } = refusal {
+                    tracing::warn!(node = %name, %id, ?suspicion, "a copied identity was refused");
+                    registry.suspected(id, suspicion);
+                }
+            })?;
+            registry.renewed(&node);
+            Ok::<_, EnrollError>(node)
+        };
+        let node = self.detached_in(places, work).await?;
+        let generation = node.certificate.generation;
+        let issued = authority.issue_to_node(node.id, generation, &request.certificate, now_ms)?;
+        tracing::info!(node = %node.name, id = %node.id, generation, ?proof, "certificate renewed");
+        Ok((node, issued))
+    }
+}
