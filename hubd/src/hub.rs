@@ -161,8 +161,19 @@ impl Hub {
     /// # Errors
     /// See [`StartError`]. Nothing is listened on then.
     pub async fn start(config: HubConfig) -> Result<Self, StartError> {
+        Self::start_on(config, |store| store).await
+    }
+
+    /// The same, on whatever `prepare` makes of the store: for tests and benchmarks, which let it fail.
+    ///
+    /// # Errors
+    /// As [`Hub::start`].
+    pub async fn start_on(
+        config: HubConfig,
+        prepare: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>,
+    ) -> Result<Self, StartError> {
         let data = HubData::open(&config).await?;
-        let store: Arc<dyn Store> = Arc::clone(&data.store) as _;
+        let store = prepare(Arc::clone(&data.store) as _);
         let authorities = Arc::clone(&data.authorities);
         let started_at_ms = unix_ms();
         let ended = store
@@ -231,6 +242,7 @@ impl Hub {
             audit: Arc::clone(&audit),
             authorities: Arc::clone(&authorities),
             scope: scope.clone(),
+            accept_deadline: config.accept_deadline,
             address: HubAddress { bound: address, advertise: config.advertise.clone() },
             started_at_ms,
         };

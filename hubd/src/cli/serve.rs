@@ -12,6 +12,7 @@ use super::output;
 use super::{DataArg, HubConfig};
 use crate::config::DataLayout;
 use crate::enroll::authorities::read_pins;
+use crate::enroll::limits::JoinRate;
 use crate::hub::{Hub, HubData};
 
 #[derive(Args)]
@@ -24,6 +25,10 @@ pub(super) struct ServeArgs {
     /// Host name or address that invites tell nodes to dial, if another than --grpc
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
+    /// Joins and logins a second that one address may try, with four times as many at once; 0 for no
+    /// limit
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    join_rate: u32,
     /// Log as one JSON object a line
     #[arg(long)]
     log_json: bool,
@@ -38,6 +43,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         config.grpc = address;
     }
     config.advertise = args.advertise;
+    config.join_rate = JoinRate::per_second(args.join_rate);
     // Before anything is promised to anybody: a signal from here on leads to an orderly stop.
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;

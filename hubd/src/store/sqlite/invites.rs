@@ -168,39 +168,7 @@ fn record_use(
     Ok(())
 }
 
-/// Writes down that somebody was refused, if that is to be recorded.
-fn record_refusal<T>(
-    t: &Connection,
-    id: &InviteId,
-    caller: &Caller,
-    now_ms: i64,
-    outcome: &Result<T, RedeemRefusal>,
-) -> Result<(), StoreError> {
-    let Err(refusal) = outcome else { return Ok(()) };
-    if !caller.record_refusal {
-        return Ok(());
-    }
-    let line = NewAudit {
-        at_ms: now_ms,
-        actor: "hub".to_owned(),
-        action: "invite.refused",
-        target: id.to_string(),
-        detail: json!({ "reason": refusal.word(), "address": caller.shown() }).to_string(),
-    };
-    audit::append(t, &line)
-}
-
 pub(super) fn redeem_node(
-    t: &Connection,
-    redemption: NodeRedemption,
-) -> Result<Result<Node, RedeemRefusal>, StoreError> {
-    let (id, caller, now_ms) = (redemption.invite.clone(), redemption.caller, redemption.now_ms);
-    let outcome = admit_node(t, redemption)?;
-    record_refusal(t, &id, &caller, now_ms, &outcome)?;
-    Ok(outcome)
-}
-
-fn admit_node(
     t: &Connection,
     redemption: NodeRedemption,
 ) -> Result<Result<Node, RedeemRefusal>, StoreError> {
@@ -325,15 +293,6 @@ fn choose_name(
 }
 
 pub(super) fn redeem_operator(
-    t: &Connection,
-    redemption: &OperatorRedemption,
-) -> Result<Result<Operator, RedeemRefusal>, StoreError> {
-    let outcome = admit_operator(t, redemption)?;
-    record_refusal(t, &redemption.invite, &redemption.caller, redemption.now_ms, &outcome)?;
-    Ok(outcome)
-}
-
-fn admit_operator(
     t: &Connection,
     redemption: &OperatorRedemption,
 ) -> Result<Result<Operator, RedeemRefusal>, StoreError> {

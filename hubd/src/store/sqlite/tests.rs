@@ -33,7 +33,7 @@ fn invite(token: &InviteToken, kind: InviteKind) -> NewInvite {
 use std::collections::BTreeSet;
 
 /// A process of the hub's own machine.
-const CALLER: Caller = Caller { address: None, record_refusal: false };
+const CALLER: Caller = Caller { address: None };
 
 fn audit(at_ms: i64) -> NewAudit {
     Actor::from("ann").audit(at_ms, "test.done", "it", serde_json::json!({}))
