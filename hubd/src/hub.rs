@@ -3,6 +3,7 @@
 use std::fs::{File, TryLockError};
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use cortex_shared::clock::unix_ms;
 use cortex_shared::durable;
 use cortex_shared::peer::CaPin;
 use cortex_shared::tasks::TaskScope;
+use rustls_pki_types::CertificateDer;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
@@ -279,6 +281,18 @@ impl Hub {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The administration socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.data.layout.socket()
+    }
+
+    /// The certificate of the authority by which the hub proves itself now.
+    #[must_use]
+    pub fn authority_certificate(&self) -> CertificateDer<'static> {
+        self.data.authorities.ring().serving().certificate().clone()
     }
 
     /// The pin of the mesh's authority.

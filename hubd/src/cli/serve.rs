@@ -61,7 +61,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 
 /// Each connection takes a descriptor, and the usual soft limit of 1,024 is for programs that use
 /// `select`. The hard limit is the administrator's word, and is kept.
-fn raise_open_files() {
+pub(super) fn raise_open_files() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;

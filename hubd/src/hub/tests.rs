@@ -1,5 +1,7 @@
 mod authority;
+mod joining;
 mod matrix;
+mod stall;
 mod support;
 
 use cortex_shared::ids::{NodeId, TaskId};

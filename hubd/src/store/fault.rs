@@ -42,25 +42,32 @@ pub struct Faults(Arc<State>);
 #[derive(Default)]
 struct State {
     fault: watch::Sender<Fault>,
-    /// Calls that are held now.
-    held: watch::Sender<usize>,
+    /// Calls that are held now, by method.
+    held: watch::Sender<HashMap<&'static str, usize>>,
     /// How often each method was called.
     calls: Mutex<HashMap<&'static str, u64>>,
 }
 
 /// Counts a call as held as long as it exists.
-struct Held<'a>(&'a watch::Sender<usize>);
+struct Held<'a> {
+    state: &'a State,
+    method: &'static str,
+}
 
 impl<'a> Held<'a> {
-    fn new(held: &'a watch::Sender<usize>) -> Self {
-        held.send_modify(|count| *count += 1);
-        Self(held)
+    fn new(state: &'a State, method: &'static str) -> Self {
+        state.held.send_modify(|held| *held.entry(method).or_default() += 1);
+        Self { state, method }
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        self.0.send_modify(|count| *count -= 1);
+        self.state.held.send_modify(|held| {
+            if let Some(count) = held.get_mut(self.method) {
+                *count -= 1;
+            }
+        });
     }
 }
 
@@ -70,11 +77,12 @@ impl Faults {
         self.0.fault.send_replace(fault);
     }
 
-    /// Waits until at least so many calls are held.
-    pub async fn until_held(&self, count: usize) {
+    /// Waits until at least so many calls of a method of [`Store`] are held.
+    pub async fn until_held(&self, method: &str, count: usize) {
         let mut held = self.0.held.subscribe();
+        let enough = |held: &HashMap<_, _>| held.get(method).is_some_and(|held| *held >= count);
         // The sender is in `self`: it does not go away meanwhile.
-        held.wait_for(|held| *held >= count).await.ok();
+        held.wait_for(enough).await.ok();
     }
 
     /// How often a method of [`Store`] was called.
@@ -87,7 +95,7 @@ impl Faults {
     async fn before(&self, method: &'static str) -> Result<(), StoreError> {
         *self.0.calls.lock().unwrap_or_else(PoisonError::into_inner).entry(method).or_default() +=
             1;
-        self.hold_while(Fault::Stall).await;
+        self.hold_while(Fault::Stall, method).await;
         let fault = *self.0.fault.borrow();
         match fault {
             Fault::Slow(time) => tokio::time::sleep(time).await,
@@ -100,12 +108,12 @@ impl Faults {
         Ok(())
     }
 
-    async fn hold_while(&self, fault: Fault) {
+    async fn hold_while(&self, fault: Fault, method: &'static str) {
         let mut current = self.0.fault.subscribe();
         if *current.borrow_and_update() != fault {
             return;
         }
-        let _held = Held::new(&self.0.held);
+        let _held = Held::new(&self.0, method);
         // The sender is in `self`: it does not go away meanwhile.
         current.wait_for(|current| *current != fault).await.ok();
     }
@@ -133,7 +141,7 @@ macro_rules! passed_on {
             $(async fn $method(&self, $($argument: $kind),*) -> Result<$answer, StoreError> {
                 self.faults.before(stringify!($method)).await?;
                 let answer = self.store.$method($($argument),*).await;
-                self.faults.hold_while(Fault::StallAnswers).await;
+                self.faults.hold_while(Fault::StallAnswers, stringify!($method)).await;
                 answer
             })*
         }

@@ -307,7 +307,7 @@ impl TestSession {
 }
 
 /// A key and a request for a certificate.
-fn request() -> (Vec<u8>, Vec<u8>) {
+pub(super) fn request() -> (Vec<u8>, Vec<u8>) {
     let key = KeyPair::generate().unwrap();
     let csr = CertificateParams::default().serialize_request(&key).unwrap();
     (key.serialize_der(), csr.der().to_vec())
