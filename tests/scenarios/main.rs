@@ -5,4 +5,5 @@
 mod exec;
 mod join;
 mod sandbox;
+mod secrets;
 mod sync;

@@ -1,4 +1,5 @@
 mod authority;
+mod invites;
 mod joining;
 mod matrix;
 mod stall;
