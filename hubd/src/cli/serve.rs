@@ -38,6 +38,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let format = if args.log_json { LogFormat::Json } else { LogFormat::Text };
     start_logging("info", format);
     raise_open_files();
+    forbid_core_images();
     let mut config = args.data.config();
     if let Some(address) = args.grpc {
         config.grpc = address;
@@ -67,6 +68,15 @@ pub(super) fn raise_open_files() {
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
         tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+/// The authorities' keys are in memory: the kernel is to write no core image of them, and to let nobody
+/// but root look.
+fn forbid_core_images() {
+    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        tracing::warn!(%error, "core images cannot be forbidden");
     }
 }
 
