@@ -119,6 +119,7 @@ fn full_run() -> Run {
 }
 
 #[test]
+#[allow(clippy::print_stderr)] // a skipped test says so
 fn a_token_is_in_no_file_no_log_no_command_line_and_no_memory_afterwards() {
     let Run { mesh, hub, mut nodes, tokens } = full_run();
     let processes: Vec<u32> =

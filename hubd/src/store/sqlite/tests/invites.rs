@@ -148,6 +148,35 @@ async fn an_invite_is_good_only_from_where_it_says() {
 }
 
 #[tokio::test]
+async fn who_does_not_know_the_secret_hears_the_same_whatever_became_of_the_invite() {
+    let (_folder, store) = store().await;
+    let (used_up, revoked, limited) =
+        (InviteToken::generate(), InviteToken::generate(), InviteToken::generate());
+    for token in [&used_up, &revoked] {
+        store.create_invite(invite(token, InviteKind::Node), audit(0)).await.unwrap();
+    }
+    let sources = ["192.0.2.0/24".parse().unwrap()].into();
+    let elsewhere = NewInvite { sources, ..invite(&limited, InviteKind::Node) };
+    store.create_invite(elsewhere, audit(0)).await.unwrap();
+    store.redeem_node(redemption(&used_up, 1)).await.unwrap().unwrap();
+    store.revoke_invite(revoked.id().clone(), 5, audit(5)).await.unwrap();
+    let known = [&used_up, &revoked, &limited];
+    for (token, word) in
+        known.into_iter().zip(["invite_used_up", "invite_revoked", "source_not_allowed"])
+    {
+        let proved = store.redeem_node(redemption(token, 2)).await.unwrap().unwrap_err();
+        assert_eq!(proved.word(), word);
+        // Not even the key that has redeemed it helps a guesser.
+        for key in [1, 2] {
+            let secret_hash = InviteToken::generate().secret_hash();
+            let guess = NodeRedemption { secret_hash, ..redemption(token, key) };
+            let refused = store.redeem_node(guess).await.unwrap().unwrap_err();
+            assert_eq!(refused, RedeemRefusal::Unknown);
+        }
+    }
+}
+
+#[tokio::test]
 async fn an_operators_invite_is_good_only_from_where_it_says() {
     let (_folder, store) = store().await;
     let token = InviteToken::generate();
