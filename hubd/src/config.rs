@@ -26,10 +26,12 @@ pub struct HubConfig {
     pub join_deadline: Duration,
     /// Joins that wait for the store at the same time; more are told to come back.
     pub join_queue: usize,
-    /// How often one address may try to join or log in.
-    pub join_rate: JoinRate,
+    /// How often one address may try to join or log in; without one, as often as it likes.
+    pub join_rate: Option<JoinRate>,
     /// How long a node's certificate lives; it is renewed at half of that.
     pub node_certificate_life: Duration,
+    /// How long a command waits to be journalled before it is given up.
+    pub accept_deadline: Duration,
     /// How long a node has to open the output stream of a task it was given.
     pub task_start_deadline: Duration,
     /// How long shutdown waits for open calls.
@@ -48,8 +50,10 @@ impl HubConfig {
             heartbeat: Duration::from_secs(15),
             join_deadline: Duration::from_secs(15),
             join_queue: 1024,
-            join_rate: JoinRate::DEFAULT,
+            join_rate: Some(JoinRate::DEFAULT),
             node_certificate_life: NODE_CERTIFICATE_LIFE,
+            // Longer than a slow disk takes, shorter than people wait.
+            accept_deadline: Duration::from_secs(15),
             task_start_deadline: Duration::from_secs(10),
             shutdown_grace: Duration::from_secs(10),
         }

@@ -3,6 +3,7 @@
 use std::fs::{File, TryLockError};
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use cortex_shared::clock::unix_ms;
 use cortex_shared::durable;
 use cortex_shared::peer::CaPin;
 use cortex_shared::tasks::TaskScope;
+use rustls_pki_types::CertificateDer;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
@@ -162,8 +164,19 @@ impl Hub {
     /// # Errors
     /// See [`StartError`]. Nothing is listened on then.
     pub async fn start(config: HubConfig) -> Result<Self, StartError> {
+        Self::start_on(config, |store| store).await
+    }
+
+    /// The same, on whatever `prepare` makes of the store: for tests and benchmarks, which let it fail.
+    ///
+    /// # Errors
+    /// As [`Hub::start`].
+    pub async fn start_on(
+        config: HubConfig,
+        prepare: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>,
+    ) -> Result<Self, StartError> {
         let data = HubData::open(&config).await?;
-        let store: Arc<dyn Store> = Arc::clone(&data.store) as _;
+        let store = prepare(Arc::clone(&data.store) as _);
         let authorities = Arc::clone(&data.authorities);
         let started_at_ms = unix_ms();
         let ended = store
@@ -232,6 +245,7 @@ impl Hub {
             audit: Arc::clone(&audit),
             authorities: Arc::clone(&authorities),
             scope: scope.clone(),
+            accept_deadline: config.accept_deadline,
             address: HubAddress { bound: address, advertise: config.advertise.clone() },
             started_at_ms,
         };
@@ -272,6 +286,18 @@ impl Hub {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The administration socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.data.layout.socket()
+    }
+
+    /// The certificate of the authority by which the hub proves itself now.
+    #[must_use]
+    pub fn authority_certificate(&self) -> CertificateDer<'static> {
+        self.data.authorities.ring().serving().certificate().clone()
     }
 
     /// The pin of the mesh's authority.

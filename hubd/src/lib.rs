@@ -15,6 +15,7 @@
 //! | [`task`] | commands: journalled, relayed, each with one verdict |
 //! | [`sync`] | workspace versions and content |
 //! | [`store`] | what is remembered, behind traits in words of the domain |
+//! | [`bench`] | emulated nodes that measure a hub of their own; no part of a serving hub |
 //!
 //! A call passes [`grpc::accept`] (who is it), [`grpc::auth`] (may it) and [`grpc::convert`] (is it
 //! well formed) before any other code sees it.
@@ -26,7 +27,17 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+use std::alloc::System;
+
+use zeroizing_alloc::ZeroAlloc;
+
+/// Memory is wiped when it is freed. A token passes through buffers of TLS, HTTP/2 and the codec that
+/// nobody else can wipe, and would stand in a core image of the hub long after it was used; so would keys.
+#[global_allocator]
+static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
+
 pub mod authority;
+pub mod bench;
 mod cli;
 pub mod config;
 pub mod enroll;

@@ -9,7 +9,7 @@
 //! | [`wire_path`], [`entry`] | names, paths, entries and tree digests of a workspace |
 //! | [`chunk`], [`pack`] | how content is cut, and the unit in which it travels and rests |
 //! | [`durable`] | files that survive a crash |
-//! | [`backoff`], [`tasks`], [`clock`], [`text`], [`telemetry`] | retrying, supervised tasks, the time, text, logs |
+//! | [`backoff`], [`patience`], [`tasks`], [`clock`], [`text`], [`telemetry`] | retrying, supervised tasks, the time, text, logs |
 //!
 //! Invariants: nothing here opens a socket, spawns a process or knows the generated protocol;
 //! everything that parses is bounded and refuses rather than guesses.
@@ -25,6 +25,7 @@ pub mod entry;
 pub mod ids;
 pub mod labels;
 pub mod pack;
+pub mod patience;
 pub mod peer;
 pub mod policy;
 pub mod secret;

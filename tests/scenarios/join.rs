@@ -128,3 +128,16 @@ fn a_killed_node_comes_back_as_itself() {
     mesh.start_hub();
     assert_eq!(identity(&mesh), before);
 }
+
+#[test]
+fn a_join_that_comes_too_often_waits_and_says_so() {
+    let mesh = Mesh::start_with(&["--join-rate", "1"]);
+    let (token, pin) = (mesh.invite(&["--uses", "9"]), mesh.pin());
+    let mut said = String::new();
+    // Four at once are allowed, and one a second after that.
+    for number in 0..6 {
+        let node = mesh.new_node(&format!("n{number}"), As::Me);
+        said.push_str(&mesh.join(&node, &token, &pin).ok().stderr);
+    }
+    assert!(said.contains("too many attempts") && said.contains("trying again in"), "{said}");
+}

@@ -7,4 +7,5 @@ mod exec;
 mod identity;
 mod join;
 mod sandbox;
+mod secrets;
 mod sync;

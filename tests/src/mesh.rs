@@ -29,8 +29,9 @@ pub struct Mesh {
     scratch: TempDir,
     hub: Option<Daemon>,
     address: String,
-    serve: Vec<String>,
     operators: u32,
+    serve: Vec<String>,
+    hub_log: Option<String>,
 }
 
 impl Mesh {
@@ -48,16 +49,29 @@ impl Mesh {
     /// # Panics
     /// If it does not come up.
     #[must_use]
-    pub fn start_with(serve: &[&str]) -> Self {
+    pub fn start_with(arguments: &[&str]) -> Self {
+        Self::start_as(arguments, None)
+    }
+
+    /// Starts a hub that logs what this filter lets through.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    #[must_use]
+    pub fn start_logging(filter: &str) -> Self {
+        Self::start_as(&[], Some(filter.to_owned()))
+    }
+
+    fn start_as(arguments: &[&str], hub_log: Option<String>) -> Self {
         // Agents of another user live below it, too.
         let scratch = tempfile::Builder::new()
             .prefix("cortex-test-")
             .permissions(std::fs::Permissions::from_mode(0o755))
             .tempdir()
             .expect("there is room for scratch files");
-        let (address, serve) =
-            ("127.0.0.1:0".to_owned(), serve.iter().map(|&s| s.into()).collect());
-        let mut mesh = Self { scratch, hub: None, address, serve, operators: 0 };
+        let serve = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let address = "127.0.0.1:0".to_owned();
+        let mut mesh = Self { scratch, hub: None, address, operators: 0, serve, hub_log };
         mesh.start_hub();
         mesh
     }
@@ -68,10 +82,11 @@ impl Mesh {
     /// If it does not come up.
     pub fn start_hub(&mut self) {
         let mut command = Command::new(program("hubd-under-test"));
-        command
-            .args(["serve", "--grpc", &self.address, "--data"])
-            .arg(self.path("hub"))
-            .args(&self.serve);
+        command.args(["serve", "--grpc", &self.address, "--data"]).arg(self.path("hub"));
+        command.args(&self.serve);
+        if let Some(filter) = &self.hub_log {
+            command.env("CORTEX_LOG", filter);
+        }
         let mut hub = Daemon::start("hub", &mut command, &self.path("hub.log"));
         self.address = hub
             .line("its address", |line| line.strip_prefix("grpc listening on ").map(str::to_owned));

@@ -1,17 +1,18 @@
 //! Channels to the hub for the verbs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cortex_proto::v1::enroll_client::EnrollClient;
 use cortex_proto::v1::operator_client::OperatorClient;
 use cortex_proto::{MAX_MESSAGE_BYTES, v1};
+use cortex_shared::patience::Patience;
 use cortex_shared::peer::CaPin;
 use rustls_pki_types::CertificateDer;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
-use super::Global;
-use super::error::{CliError, Exit};
+use super::error::{CliError, Exit, printable};
+use super::{Global, printer};
 use crate::client::{HubAddress, HubClient, Purpose, Trust};
 use crate::config::contexts::{ConfigDir, Context};
 use crate::identity::authorities_of;
@@ -22,9 +23,9 @@ const QUESTION_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long one attempt at joining or logging in may take; the hub answers from its database.
 const ENROLL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often an attempt is repeated where the hub is busy or the answer was lost. Repeating is
-/// harmless: the hub recognises the key.
-const ENROLL_ATTEMPTS: u32 = 5;
+/// How long attempts are repeated where the hub is busy or the answer was lost. Repeating is harmless:
+/// the hub recognises the key. A hub that asks for more time than is left is not waited for.
+const ENROLL_PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long an answer may keep the command waiting that is only asked for the next commands' sake.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -90,7 +91,7 @@ where
     F: Future<Output = Result<T, Status>>,
 {
     let client = HubClient::new(hub, trust, None)?;
-    let mut attempt = 1;
+    let mut patience = Patience::new(ENROLL_PATIENCE, Instant::now());
     loop {
         let channel = client.connect(Purpose::Control).await?;
         let status = match call(EnrollClient::new(channel), ENROLL_TIMEOUT).await {
@@ -98,22 +99,20 @@ where
             Err(status) => status,
         };
         let busy = matches!(status.code(), Code::ResourceExhausted | Code::Unavailable);
-        if !busy || attempt == ENROLL_ATTEMPTS {
-            return Err(status.into());
-        }
-        tokio::time::sleep(retry_after(&status)).await;
-        attempt += 1;
+        let delay = busy.then(|| patience.next_delay(retry_after(&status), Instant::now()));
+        let Some(delay) = delay.flatten() else { return Err(status.into()) };
+        // Nobody should have to guess why nothing happens. Ctrl-C ends the wait as it ends everything.
+        let seconds = delay.as_secs_f64();
+        let waiting = format!("{}; trying again in {seconds:.1} s", status.message());
+        printer::complain(&printable(&waiting), printer::ColorWhen::Auto);
+        tokio::time::sleep(delay).await;
     }
 }
 
-/// What the hub asks for, at most half a minute; a second otherwise.
-fn retry_after(status: &Status) -> Duration {
-    status
-        .metadata()
-        .get(cortex_proto::RETRY_AFTER_TRAILER)
-        .and_then(|value| value.to_str().ok()?.parse().ok())
-        .map_or(Duration::from_secs(1), Duration::from_millis)
-        .min(Duration::from_secs(30))
+/// What the hub asks for.
+fn retry_after(status: &Status) -> Option<Duration> {
+    let value = status.metadata().get(cortex_proto::RETRY_AFTER_TRAILER)?;
+    value.to_str().ok()?.parse().ok().map(Duration::from_millis)
 }
 
 /// Reads `sha256:HEX[,sha256:HEX…]`.

@@ -114,7 +114,7 @@ impl NodeDecisions {
             self.registry.add(record);
             return Err(error.into());
         }
-        self.membership.reload(&*self.store).await?;
+        self.membership.forgotten(node.id).await;
         tracing::info!(node = %node.name, id = %node.id, by = %by.name, "node forgotten");
         Ok(())
     }

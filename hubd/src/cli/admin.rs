@@ -137,6 +137,8 @@ fn invite_json(invite: v1::InviteInfo) -> Value {
         "labels": invite.labels,
         "name_pattern": invite.name_pattern,
         "workspaces": invite.workspaces,
+        "source_cidrs": invite.source_cidrs,
+        "owner": invite.owner,
     })
 }
 

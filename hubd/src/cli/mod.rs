@@ -2,6 +2,7 @@
 
 mod admin;
 mod authority;
+mod bench;
 mod ca;
 mod output;
 mod serve;
@@ -91,6 +92,11 @@ enum Command {
     Audit {
         #[command(subcommand)]
         command: AuditCommand,
+    },
+    /// Measure a hub of its own with emulated nodes
+    Bench {
+        #[command(subcommand)]
+        command: bench::BenchCommand,
     },
 }
 
@@ -224,6 +230,7 @@ pub(crate) fn run() -> ExitCode {
     };
     let result = runtime.block_on(async {
         match cli.command {
+            Command::Bench { command } => return bench::bench(command).await,
             Command::Serve(args) => serve::serve(args).await,
             Command::Init(data) => serve::init(&data.config()).await,
             Command::Status { data, format } => admin::status(&data.config(), format).await,
@@ -234,11 +241,12 @@ pub(crate) fn run() -> ExitCode {
             Command::Policy { command } => authority::policy(command).await,
             Command::Audit { command } => authority::audit(command).await,
         }
+        .map(|()| ExitCode::SUCCESS)
     });
     // Blocking reads of a store that hangs must not keep the process.
     runtime.shutdown_timeout(Duration::from_secs(1));
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             output::complain(&error);
             output::exit_code(&error)

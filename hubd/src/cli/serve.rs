@@ -14,6 +14,7 @@ use super::{DataArg, HubConfig, parse_duration};
 use crate::config::DataLayout;
 use crate::enroll::authorities::read_pins;
 use crate::enroll::ca::NODE_CERTIFICATE_LIVES;
+use crate::enroll::limits::JoinRate;
 use crate::hub::{Hub, HubData};
 
 #[derive(Args)]
@@ -29,6 +30,10 @@ pub(super) struct ServeArgs {
     /// How long a node's certificate lives, 10s to 30d; nodes renew it at half of that [default: 24h]
     #[arg(long, value_name = "DURATION", value_parser = parse_certificate_life)]
     node_certificate_life: Option<Duration>,
+    /// Joins and logins a second that one address may try, with four times as many at once; 0 for no
+    /// limit
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    join_rate: u32,
     /// Log as one JSON object a line
     #[arg(long)]
     log_json: bool,
@@ -43,6 +48,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let format = if args.log_json { LogFormat::Json } else { LogFormat::Text };
     start_logging("info", format);
     raise_open_files();
+    forbid_core_images();
     let mut config = args.data.config();
     if let Some(address) = args.grpc {
         config.grpc = address;
@@ -51,6 +57,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     if let Some(life) = args.node_certificate_life {
         config.node_certificate_life = life;
     }
+    config.join_rate = JoinRate::per_second(args.join_rate);
     // Before anything is promised to anybody: a signal from here on leads to an orderly stop.
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
@@ -68,12 +75,21 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 
 /// Each connection takes a descriptor, and the usual soft limit of 1,024 is for programs that use
 /// `select`. The hard limit is the administrator's word, and is kept.
-fn raise_open_files() {
+pub(super) fn raise_open_files() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
         tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+/// The authorities' keys are in memory: the kernel is to write no core image of them, and to let nobody
+/// but root look.
+fn forbid_core_images() {
+    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        tracing::warn!(%error, "core images cannot be forbidden");
     }
 }
 

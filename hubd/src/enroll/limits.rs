@@ -36,6 +36,13 @@ pub struct JoinRate {
 impl JoinRate {
     /// A rack that boots behind one address gets in within seconds; a guesser gets nowhere.
     pub const DEFAULT: Self = Self { burst: 20, per_second: 5.0 };
+
+    /// So many a second, and four times as many at once; no limit for 0.
+    #[must_use]
+    pub fn per_second(number: u32) -> Option<Self> {
+        let rate = Self { burst: number.saturating_mul(4), per_second: f64::from(number) };
+        (number > 0).then_some(rate)
+    }
 }
 
 /// Tokens that come back with time.
@@ -89,17 +96,17 @@ struct Tables {
 
 /// See the module.
 pub struct JoinLimits {
-    rate: JoinRate,
+    rate: Option<JoinRate>,
     tables: Mutex<Tables>,
 }
 
 impl JoinLimits {
-    /// Limits with nobody known.
+    /// Limits with nobody known. Without a rate, addresses are not limited; invites always are.
     #[must_use]
-    pub fn new(rate: JoinRate, now: Instant) -> Self {
+    pub fn new(rate: Option<JoinRate>, now: Instant) -> Self {
         let tables = Tables {
             addresses: HashMap::new(),
-            strangers: Bucket::full(rate, now),
+            strangers: Bucket::full(rate.unwrap_or(JoinRate::DEFAULT), now),
             swept: None,
             invites: HashMap::new(),
             refusals: Bucket::full(RECORDED_REFUSALS, now),
@@ -116,16 +123,17 @@ impl JoinLimits {
     /// # Errors
     /// How long to wait.
     pub fn check_address(&self, address: IpAddr, now: Instant) -> Result<(), Duration> {
+        let Some(rate) = self.rate else { return Ok(()) };
         let address = one_of_many(address);
         let mut tables = self.lock();
         if let Some(bucket) = tables.addresses.get_mut(&address) {
-            return bucket.take(self.rate, now);
+            return bucket.take(rate, now);
         }
-        if tables.addresses.len() >= MAX_ADDRESSES && !tables.sweep(self.rate, now) {
-            return tables.strangers.take(self.rate, now);
+        if tables.addresses.len() >= MAX_ADDRESSES && !tables.sweep(rate, now) {
+            return tables.strangers.take(rate, now);
         }
-        let mut bucket = Bucket::full(self.rate, now);
-        let taken = bucket.take(self.rate, now);
+        let mut bucket = Bucket::full(rate, now);
+        let taken = bucket.take(rate, now);
         tables.addresses.insert(address, bucket);
         taken
     }
@@ -215,7 +223,7 @@ mod tests {
     #[test]
     fn an_address_gets_its_burst_and_then_its_rate() {
         let start = Instant::now();
-        let limits = JoinLimits::new(RATE, start);
+        let limits = JoinLimits::new(Some(RATE), start);
         for _ in 0..RATE.burst {
             assert_eq!(limits.check_address(address(1), start), Ok(()));
         }
@@ -229,7 +237,7 @@ mod tests {
     #[test]
     fn an_ipv6_network_is_one_address_and_a_mapped_one_is_ipv4() {
         let start = Instant::now();
-        let limits = JoinLimits::new(JoinRate { burst: 1, per_second: 1.0 }, start);
+        let limits = JoinLimits::new(Some(JoinRate { burst: 1, per_second: 1.0 }), start);
         assert!(limits.check_address("2001:db8::1".parse().unwrap(), start).is_ok());
         assert!(limits.check_address("2001:db8::ffff:1".parse().unwrap(), start).is_err());
         assert!(limits.check_address("2001:db8:0:1::1".parse().unwrap(), start).is_ok());
@@ -240,7 +248,7 @@ mod tests {
     #[test]
     fn memory_is_bounded_and_idle_addresses_make_room() {
         let start = Instant::now();
-        let limits = JoinLimits::new(RATE, start);
+        let limits = JoinLimits::new(Some(RATE), start);
         for number in 0..50_000 {
             // Beyond the table, strangers share one allowance.
             limits.check_address(address(number), start).ok();
@@ -255,7 +263,7 @@ mod tests {
     #[test]
     fn ten_wrong_secrets_freeze_an_invite_for_a_while() {
         let start = Instant::now();
-        let limits = JoinLimits::new(RATE, start);
+        let limits = JoinLimits::new(Some(RATE), start);
         let (guessed, other) = (InviteToken::generate(), InviteToken::generate());
         for count in 1..=MAX_WRONG_SECRETS {
             assert!(limits.check_invite(guessed.id(), start).is_ok());
@@ -272,7 +280,7 @@ mod tests {
     #[test]
     fn guesses_over_a_long_time_and_over_many_ids_are_forgotten() {
         let start = Instant::now();
-        let limits = JoinLimits::new(RATE, start);
+        let limits = JoinLimits::new(Some(RATE), start);
         let slow = InviteToken::generate();
         for count in 0..100 {
             assert!(!limits.wrong_secret(slow.id(), start + FREEZE / 5 * count));
@@ -284,9 +292,17 @@ mod tests {
     }
 
     #[test]
+    fn a_rate_of_nothing_is_no_limit() {
+        let start = Instant::now();
+        assert_eq!(JoinRate::per_second(5), Some(RATE));
+        let limits = JoinLimits::new(JoinRate::per_second(0), start);
+        assert!((0..10_000).all(|_| limits.check_address(address(1), start).is_ok()));
+    }
+
+    #[test]
     fn a_guesser_cannot_fill_the_audit_log() {
         let start = Instant::now();
-        let limits = JoinLimits::new(RATE, start);
+        let limits = JoinLimits::new(Some(RATE), start);
         let recorded = (0..1000).filter(|_| limits.may_record_refusal(start)).count();
         assert_eq!(recorded, 30);
         assert!(limits.may_record_refusal(start + Duration::from_secs(10)));

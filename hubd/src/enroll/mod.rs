@@ -5,4 +5,5 @@ pub mod authorities;
 pub mod ca;
 pub mod hub_certificate;
 pub mod limits;
+pub mod refusals;
 pub mod validator;

@@ -2,8 +2,10 @@
 //!
 //! Redeeming an invite needs the store, and the store may be slow. So a request takes one of a
 //! bounded number of places, or is told at once to come back; its redemption runs as a task of its
-//! own to its end, even if the caller hangs up; and the caller waits for a bounded time. Nothing
-//! else of the hub waits here: sessions, reconnects and commands do not pass this way.
+//! own to its end, even if the caller hangs up; and the caller waits for a bounded time. Only a few of
+//! those that have a place are in the store at a time, so that the journal of commands never stands
+//! behind a crowd that joins. Nothing else of the hub waits here: sessions, reconnects and commands do
+//! not pass this way.
 
 mod renewal;
 
@@ -17,11 +19,11 @@ use cortex_shared::policy::Mode;
 use cortex_shared::secret::InviteToken;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::{Semaphore, oneshot};
-use tokio::time::Instant;
 
 use super::authorities::Authorities;
 use super::ca::{CaError, CertificateRequest, Issued};
 use super::limits::JoinLimits;
+use super::refusals::Refusals;
 use crate::authority::operators::Operators;
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
@@ -30,6 +32,10 @@ use crate::store::{
     RedeemRefusal, RenewRefusal, Store, StoreError,
 };
 pub use renewal::{RECOVERY_WINDOW, RenewalRequest};
+
+/// Redemptions in the store at the same time: enough to share a flush of the disk, and few enough that
+/// whatever else is to be written waits for one of their transactions at most.
+const IN_STORE: usize = 64;
 
 /// A request to become a node, checked for form.
 pub struct JoinRequest {
@@ -89,10 +95,11 @@ pub struct Validator {
     places: Arc<Semaphore>,
     /// Those of nodes that are in already.
     renewals: Arc<Semaphore>,
+    access: Arc<Semaphore>,
     deadline: Duration,
     store: Arc<dyn Store>,
     authorities: Arc<Authorities>,
-    limits: Arc<JoinLimits>,
+    refusals: Refusals,
     admitted: Admitted,
     scope: TaskScope,
 }
@@ -109,9 +116,18 @@ impl Validator {
         admitted: Admitted,
         scope: TaskScope,
     ) -> Self {
-        let (places, renewals) =
-            (Arc::new(Semaphore::new(places)), Arc::new(Semaphore::new(places)));
-        Self { places, renewals, deadline, store, authorities, limits, admitted, scope }
+        let refusals = Refusals::new(Arc::clone(&store), limits);
+        Self {
+            places: Arc::new(Semaphore::new(places)),
+            renewals: Arc::new(Semaphore::new(places)),
+            access: Arc::new(Semaphore::new(IN_STORE)),
+            deadline,
+            store,
+            authorities,
+            refusals,
+            admitted,
+            scope,
+        }
     }
 
     /// Admits a node.
@@ -139,18 +155,18 @@ impl Validator {
         };
         let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.admitted.registry));
         let membership = Arc::clone(&self.admitted.membership);
+        let refusals = self.refusals.of(&request.token, request.caller);
         let node = self
             .detached(async move {
-                let node = store.redeem_node(redemption).await??;
+                let node = refusals.watch(store.redeem_node(redemption).await?).await?;
                 // The invite may have made it a member; what is known in memory follows the store.
-                membership.reload(&*store).await?;
+                membership.joined(&*store, node.id).await?;
                 registry.add(node.clone());
                 // One that is known already, whose answer was lost, has got another certificate.
                 registry.renewed(&node);
                 Ok::<_, EnrollError>(node)
             })
-            .await
-            .inspect_err(|error| self.count_wrong_secret(&request.token, error))?;
+            .await?;
         let generation = node.certificate.generation;
         let issued = authority.issue_to_node(node.id, generation, &request.certificate, now_ms)?;
         tracing::info!(node = %node.name, id = %node.id, invite = %request.token.id(), "node joined");
@@ -175,29 +191,20 @@ impl Validator {
             now_ms: unix_ms(),
         };
         let (store, operators) = (Arc::clone(&self.store), Arc::clone(&self.admitted.operators));
+        let refusals = self.refusals.of(token, caller);
         let operator = self
             .detached(async move {
-                let operator = store.redeem_operator(redemption).await??;
+                let operator = refusals.watch(store.redeem_operator(redemption).await?).await?;
                 // From now on its certificate counts.
                 operators.reload().await?;
                 Ok::<_, EnrollError>(operator)
             })
-            .await
-            .inspect_err(|error| self.count_wrong_secret(token, error))?;
+            .await?;
         let (ring, role) = (self.authorities.ring(), operator.role);
         let issued =
             ring.issuing().issue_to_operator(&operator.name, role, certificate, unix_ms())?;
         tracing::info!(operator = %operator.name, role = %operator.role, "operator logged in");
         Ok((operator, issued))
-    }
-
-    /// Somebody who guesses is stopped, and nobody else: the limit is that invite's.
-    fn count_wrong_secret(&self, token: &InviteToken, error: &EnrollError) {
-        if matches!(error, EnrollError::Refused(RedeemRefusal::Unknown))
-            && self.limits.wrong_secret(token.id(), Instant::now())
-        {
-            tracing::warn!(invite = %token.id(), "too many wrong secrets: this invite is frozen");
-        }
     }
 
     async fn detached<T, F>(&self, work: F) -> Result<T, EnrollError>
@@ -215,8 +222,13 @@ impl Validator {
     {
         let place = Arc::clone(places).try_acquire_owned().map_err(|_| EnrollError::Busy)?;
         let (done, result) = oneshot::channel();
+        let access = Arc::clone(&self.access);
         self.scope.spawn("enroll", async move {
-            let result = work.await;
+            let result = match access.acquire_owned().await {
+                Ok(_access) => work.await,
+                // Nobody closes it.
+                Err(_) => Err(EnrollError::Store(DatabaseError::Closed.into())),
+            };
             drop(place);
             // A caller that hung up finds the result when it comes back.
             done.send(result).ok();

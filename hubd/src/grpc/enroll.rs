@@ -10,6 +10,7 @@ use cortex_proto::v1::{
 use cortex_shared::secret::InviteToken;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
+use zeroize::Zeroizing;
 
 use super::auth::Peer;
 use super::{convert, status};
@@ -33,16 +34,15 @@ impl EnrollService {
     fn caller<T>(&self, request: &Request<T>) -> Result<Caller, Status> {
         let address = request.extensions().get::<Peer>().and_then(Peer::address);
         let address = address.map(|address| address.ip());
-        let now = Instant::now();
         if let Some(address) = address {
-            self.limits.check_address(address, now).map_err(status::too_often)?;
+            self.limits.check_address(address, Instant::now()).map_err(status::too_often)?;
         }
-        Ok(Caller { address, record_refusal: self.limits.may_record_refusal(now) })
+        Ok(Caller { address })
     }
 
-    /// A token whose invite may be tried now.
-    fn token(&self, text: &str) -> Result<InviteToken, Status> {
-        let token = convert::token(text)?;
+    /// A token whose invite may be tried now. Its text is wiped.
+    fn token(&self, text: String) -> Result<InviteToken, Status> {
+        let token = convert::token(&Zeroizing::new(text))?;
         self.limits.check_invite(token.id(), Instant::now()).map_err(status::too_often)?;
         Ok(token)
     }
@@ -55,8 +55,8 @@ impl Enroll for EnrollService {
         request: Request<JoinNodeRequest>,
     ) -> Result<Response<JoinNodeResponse>, Status> {
         let caller = self.caller(&request)?;
-        let request = request.into_inner();
-        let token = self.token(&request.token)?;
+        let mut request = request.into_inner();
+        let token = self.token(std::mem::take(&mut request.token))?;
         let join = convert::join_request(token, caller, request)?;
         let (node, issued) = self.validator.join_node(join).await.map_err(status::from_enroll)?;
         Ok(Response::new(convert::joined(&self.authorities.ring(), node, &issued)))
@@ -79,8 +79,8 @@ impl Enroll for EnrollService {
         request: Request<LoginOperatorRequest>,
     ) -> Result<Response<LoginOperatorResponse>, Status> {
         let caller = self.caller(&request)?;
-        let request = request.into_inner();
-        let token = self.token(&request.token)?;
+        let mut request = request.into_inner();
+        let token = self.token(std::mem::take(&mut request.token))?;
         let certificate = convert::certificate_request(&request.csr_der)?;
         let (operator, issued) = self
             .validator

@@ -16,10 +16,10 @@ use super::auth::AdmittedOperator;
 use super::convert;
 use super::detached::run_to_end;
 use super::operator::OperatorService;
-use super::status::{from_store, invalid, offline, refuse, with_hint};
+use super::status::{from_store, invalid, offline, refuse, with_hint, with_retry_after};
 use crate::store::{NewTask, Node};
 use crate::task::mailbox::{End, ReaderFrame};
-use crate::task::relay::{DEFAULT_CANCEL_GRACE, StartRefusal, Task};
+use crate::task::relay::{Claim, DEFAULT_CANCEL_GRACE, StartRefusal, Task};
 
 /// Longest time a cancelled command may be given before it is killed.
 const MAX_CANCEL_GRACE: Duration = Duration::from_secs(60);
@@ -76,12 +76,20 @@ pub(super) async fn begin(
     };
     // To its end, even if the caller is gone or is revoked meanwhile: what is in the journal has to end
     // there. The reader ends the command when it is dropped.
-    let relay = Arc::clone(&service.relay);
+    let (relay, claim) = (Arc::clone(&service.relay), Claim::default());
+    let waiting = Waiting(claim.clone());
     let starting = async move {
-        let task = relay.start(new, spec, start.initial_credit, session).await;
+        let task = relay.start(new, spec, start.initial_credit, session, &claim).await;
         task.map(|task| Reader { task })
     };
-    let reader = run_to_end(&service.scope, "exec start", starting).await?.map_err(from_start)?;
+    let mut starting = std::pin::pin!(run_to_end(&service.scope, "exec start", starting));
+    let reader = match tokio::time::timeout(service.accept_deadline, &mut starting).await {
+        Ok(reader) => reader,
+        Err(_) if waiting.0.take() => return Err(not_journalled()),
+        // It begins at this very moment.
+        Err(_) => starting.await,
+    };
+    let reader = reader?.map_err(from_start)?;
     let task = Arc::clone(&reader.task);
     let accepted = v1::ExecAccepted {
         task_id: task.id.as_bytes().to_vec().into(),
@@ -96,6 +104,24 @@ pub(super) async fn begin(
         }
     });
     Ok(output(reader, accepted))
+}
+
+/// A caller that waits for its command to begin. Once it is gone, for whatever reason, a command that
+/// has not begun does not begin.
+struct Waiting(Claim);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        // Too late if the command has begun: its reader ends it then.
+        let _taken = self.0.take();
+    }
+}
+
+/// The store does not answer; the command was not begun, and will not be.
+fn not_journalled() -> Status {
+    let text = "the hub's store did not take the command in time; it was not begun";
+    let status = refuse(Code::Unavailable, "store_slow", text);
+    with_retry_after(status, Duration::from_secs(2))
 }
 
 /// A command that was refused for want of authority stands in the audit log like one that ran.
@@ -115,8 +141,15 @@ async fn record_refusal(
         "reason": refusal.message(),
     });
     let audit = operator.actor().audit(unix_ms(), "task.refused", &node.name, detail);
-    if let Err(error) = service.store.record_audit(audit).await {
-        tracing::warn!(%error, "a refusal was not recorded");
+    // The caller gets its refusal even if the store takes its time.
+    let store = Arc::clone(&service.store);
+    let recording = run_to_end(&service.scope, "refusal", async move {
+        if let Err(error) = store.record_audit(audit).await {
+            tracing::warn!(%error, "a refusal was not recorded");
+        }
+    });
+    if tokio::time::timeout(service.accept_deadline, recording).await.is_err() {
+        tracing::warn!("a refusal is still to be recorded");
     }
 }
 
@@ -138,6 +171,8 @@ fn from_start(refusal: StartRefusal) -> Status {
             "wait until one of them has ended, or cancel it",
         ),
         StartRefusal::Store(error) => from_store(error),
+        // Nobody is there to hear of it.
+        StartRefusal::GivenUp => not_journalled(),
     }
 }
 

@@ -136,7 +136,9 @@ impl Node for NodeService {
         // The queue is empty: these two fit.
         ends.handle.send(welcome).ok();
         self.registry.correct_policy(node_id, &node.policy);
-        self.members.send_memberships(node_id).await;
+        // Beside the session, which must not wait for the workspaces' databases.
+        let members = Arc::clone(&self.members);
+        self.scope.spawn("memberships", async move { members.send_memberships(node_id).await });
         tracing::info!(node = %node.name, id = %node_id, session = %ends.handle.id, "node connected");
         if skew_ms.unsigned_abs() > WORTHY_SKEW_MS {
             tracing::warn!(node = %node.name, skew_ms, "the node's clock and the hub's differ");

@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cortex_proto::v1;
 use cortex_proto::v1::operator_server::Operator;
@@ -48,6 +49,8 @@ pub struct OperatorService {
     pub authorities: Arc<Authorities>,
     /// Owns streams that outlive their call.
     pub scope: cortex_shared::tasks::TaskScope,
+    /// How long a command waits to be journalled.
+    pub accept_deadline: Duration,
     /// Where nodes reach this hub.
     pub address: HubAddress,
     /// When the hub started.

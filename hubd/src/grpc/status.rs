@@ -108,7 +108,7 @@ pub fn from_enroll(error: EnrollError) -> Status {
                 | RedeemRefusal::Revoked => with_hint(status(Code::PermissionDenied), ask),
                 RedeemRefusal::SourceNotAllowed { .. } => with_hint(
                     status(Code::PermissionDenied),
-                    "ask an administrator for one that is valid from there: cortex-hubd invite create --source",
+                    "ask an administrator for one that is valid from there: cortex-hubd invite create --from CIDR",
                 ),
                 RedeemRefusal::NameNotAllowed { .. } => {
                     with_hint(status(Code::PermissionDenied), "choose another name with --name")

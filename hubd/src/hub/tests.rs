@@ -1,8 +1,11 @@
 mod authority;
 mod chains;
 mod identity;
+mod invites;
+mod joining;
 mod matrix;
 mod rotation;
+mod stall;
 mod support;
 
 use cortex_shared::ids::{NodeId, TaskId};

@@ -14,10 +14,13 @@ use crate::store::{Actor, NewAudit, Store, StoreError, Workspace};
 #[derive(Default)]
 pub struct Membership {
     workspaces: Mutex<HashMap<WorkspaceId, Workspace>>,
+    /// One change at a time, from the store's answer to memory: of two that cross, the later one in the
+    /// store is the later one here.
+    order: tokio::sync::Mutex<()>,
 }
 
 impl Membership {
-    /// Reads everything from the store.
+    /// Reads everything from the store, at the start.
     ///
     /// # Errors
     /// Those of the store.
@@ -26,6 +29,29 @@ impl Membership {
             store.workspaces().await?.into_iter().map(|w| (w.id, w)).collect::<HashMap<_, _>>();
         *self.lock() = workspaces;
         Ok(())
+    }
+
+    /// Takes over the memberships that a node has by its invite.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn joined(&self, store: &dyn Store, node: NodeId) -> Result<(), StoreError> {
+        let _order = self.order.lock().await;
+        let memberships = store.memberships(node).await?;
+        for workspace in self.lock().values_mut() {
+            if memberships.contains(&workspace.id) {
+                workspace.members.insert(node);
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets a node that the store has forgotten.
+    pub async fn forgotten(&self, node: NodeId) {
+        let _order = self.order.lock().await;
+        for workspace in self.lock().values_mut() {
+            workspace.members.remove(&node);
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<WorkspaceId, Workspace>> {
@@ -113,6 +139,7 @@ impl Membership {
         by: &Actor,
     ) -> Result<(), StoreError> {
         let audit = self.audit(workspace, node, by, "workspace.attached");
+        let _order = self.order.lock().await;
         store.attach(workspace, node, audit).await?;
         if let Some(workspace) = self.lock().get_mut(&workspace) {
             workspace.members.insert(node);
@@ -132,6 +159,7 @@ impl Membership {
         by: &Actor,
     ) -> Result<(), StoreError> {
         let audit = self.audit(workspace, node, by, "workspace.detached");
+        let _order = self.order.lock().await;
         store.detach(workspace, node, audit).await?;
         if let Some(workspace) = self.lock().get_mut(&workspace) {
             workspace.members.remove(&node);

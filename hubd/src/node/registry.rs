@@ -16,6 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use cortex_proto::v1::{HubFrame, SandboxReport, Superseded, SyncStatus, hub_frame};
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, SessionId, WorkspaceId};
+use cortex_shared::policy::Mode;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 

@@ -7,6 +7,7 @@
 //! No handler of a live session waits for the store, except where its answer means "durable".
 
 pub mod database;
+pub mod fault;
 #[cfg(test)]
 pub(crate) mod fixtures;
 pub mod identity;
@@ -14,6 +15,8 @@ pub mod records;
 pub mod source;
 pub mod sqlite;
 pub mod workspace;
+
+use std::collections::BTreeSet;
 
 use async_trait::async_trait;
 use cortex_shared::ids::{MeshId, NodeId, TaskId, WorkspaceId};
@@ -120,6 +123,8 @@ pub trait Store: Send + Sync + 'static {
 
     /// All workspaces with their members.
     async fn workspaces(&self) -> Result<Vec<Workspace>, StoreError>;
+    /// The workspaces that a node is a member of.
+    async fn memberships(&self, node: NodeId) -> Result<BTreeSet<WorkspaceId>, StoreError>;
     /// Records a workspace; [`StoreError::Exists`] if the name is taken.
     async fn create_workspace(
         &self,

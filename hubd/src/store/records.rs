@@ -139,7 +139,7 @@ pub struct NodeRedemption {
     pub machine: Machine,
     /// The certificate that it is to get.
     pub certificate: NewCertificate,
-    /// Where the request comes from, and how it is recorded.
+    /// Where the request comes from.
     pub caller: Caller,
     /// The hub's clock.
     pub now_ms: i64,
@@ -150,9 +150,6 @@ pub struct NodeRedemption {
 pub struct Caller {
     /// The address at the other end of the connection; none for the administration socket.
     pub address: Option<IpAddr>,
-    /// Whether a refusal is written to the audit log. Somebody who guesses must not be able to fill
-    /// it, so that is rationed where requests come in.
-    pub record_refusal: bool,
 }
 
 impl Caller {
@@ -172,7 +169,7 @@ pub struct OperatorRedemption {
     pub secret_hash: SecretHash,
     /// The key the operator made.
     pub key: KeyHash,
-    /// Where the request comes from, and how it is recorded.
+    /// Where the request comes from.
     pub caller: Caller,
     /// The hub's clock.
     pub now_ms: i64,

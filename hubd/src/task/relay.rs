@@ -48,6 +48,22 @@ pub enum StartRefusal {
     /// The task could not be journalled.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// It was journalled only after its caller had stopped waiting; it ends there.
+    #[error("the command was not begun, because its caller no longer waited for it")]
+    GivenUp,
+}
+
+/// Decides between a task that is about to begin and a caller that stops waiting for it: whoever comes
+/// first has it.
+#[derive(Clone, Debug, Default)]
+pub struct Claim(Arc<AtomicBool>);
+
+impl Claim {
+    /// Whether the other side has not come first.
+    #[must_use]
+    pub fn take(&self) -> bool {
+        !self.0.swap(true, Ordering::AcqRel)
+    }
 }
 
 /// A task that is accepted and has not ended.
@@ -136,8 +152,9 @@ impl Relay {
         self.lock().values().filter(|running| running.task.node == node).count()
     }
 
-    /// Journals a task, then sends it to its node. The task is durable when this returns. To be run to
-    /// its end: one that is given up half way leaves a task in the journal that nobody ends.
+    /// Journals a task, then sends it to its node, unless `claim` was taken meanwhile. The task is
+    /// durable when this returns. To be run to its end: one that is given up half way leaves a task in
+    /// the journal that nobody ends.
     ///
     /// # Errors
     /// See [`StartRefusal`]; the node has then not heard of it.
@@ -147,6 +164,7 @@ impl Relay {
         spec: TaskSpec,
         initial_credit: u64,
         session: SessionHandle,
+        claim: &Claim,
     ) -> Result<Arc<Task>, StartRefusal> {
         let limits = Limits::of(new.role);
         let slot = self.slots.take(&new.actor.name, limits.commands).ok_or_else(|| {
@@ -174,6 +192,15 @@ impl Relay {
             role: new.role.to_string(),
         });
         self.store.accept_task(new).await?;
+        if !claim.take() {
+            let exit = TaskExit {
+                verdict: TaskVerdict::Cancelled.into(),
+                reason: StartRefusal::GivenUp.to_string(),
+                ..TaskExit::default()
+            };
+            self.conclude(task, exit);
+            return Err(StartRefusal::GivenUp);
+        }
         // First into the table, then to the node: if the session ends in between, either the table
         // is searched after this, or the send fails.
         self.lock().insert(task.id, Running { task: Arc::clone(&task), _slot: slot });

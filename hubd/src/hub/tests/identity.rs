@@ -186,7 +186,7 @@ async fn absent(hub: &TestHub, ago: Duration) -> TestNode {
         facts: Facts { hostname: "absent".into(), ..Facts::default() },
         machine: Machine { boot_id: "boot-absent".into(), ..Machine::default() },
         certificate: NewCertificate { not_after_ms: then + DAY_MS, authority: [0; 32] },
-        caller: Caller { address: None, record_refusal: false },
+        caller: Caller { address: None },
         now_ms: then,
     };
     let node = store.redeem_node(redemption).await.unwrap().unwrap();

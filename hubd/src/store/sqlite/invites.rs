@@ -168,39 +168,7 @@ fn record_use(
     Ok(())
 }
 
-/// Writes down that somebody was refused, if that is to be recorded.
-fn record_refusal<T>(
-    t: &Connection,
-    id: &InviteId,
-    caller: &Caller,
-    now_ms: i64,
-    outcome: &Result<T, RedeemRefusal>,
-) -> Result<(), StoreError> {
-    let Err(refusal) = outcome else { return Ok(()) };
-    if !caller.record_refusal {
-        return Ok(());
-    }
-    let line = NewAudit {
-        at_ms: now_ms,
-        actor: "hub".to_owned(),
-        action: "invite.refused",
-        target: id.to_string(),
-        detail: json!({ "reason": refusal.word(), "address": caller.shown() }).to_string(),
-    };
-    audit::append(t, &line)
-}
-
 pub(super) fn redeem_node(
-    t: &Connection,
-    redemption: NodeRedemption,
-) -> Result<Result<Node, RedeemRefusal>, StoreError> {
-    let (id, caller, now_ms) = (redemption.invite.clone(), redemption.caller, redemption.now_ms);
-    let outcome = admit_node(t, redemption)?;
-    record_refusal(t, &id, &caller, now_ms, &outcome)?;
-    Ok(outcome)
-}
-
-fn admit_node(
     t: &Connection,
     redemption: NodeRedemption,
 ) -> Result<Result<Node, RedeemRefusal>, StoreError> {
@@ -311,29 +279,58 @@ fn choose_name(
         };
     }
     let base = labels::name_from_hostname(&redemption.facts.hostname);
-    let mut name = base.clone();
-    for number in 2.. {
-        if !allowed(&name) {
-            return refuse(name);
-        }
-        if !nodes::exists(t, &name)? {
-            break;
-        }
-        name = format!("{base}-{number}");
+    if !allowed(&base) {
+        return refuse(base);
     }
-    Ok(Ok(name))
+    if !nodes::exists(t, &base)? {
+        return Ok(Ok(base));
+    }
+    let numbered = |number: u64| format!("{base}-{number}");
+    let name = numbered(free_number(|number| nodes::exists(t, &numbered(number)))?);
+    if allowed(&name) { Ok(Ok(name)) } else { refuse(name) }
+}
+
+/// A number from 2 on that is not taken: the next one, if they were given without gaps. Asks little even
+/// where thousands of machines have one host name.
+fn free_number(mut taken: impl FnMut(u64) -> Result<bool, StoreError>) -> Result<u64, StoreError> {
+    // Taken, or not to be given; free.
+    let (mut low, mut high) = (1, 2);
+    while taken(high)? {
+        (low, high) = (high, high * 2);
+    }
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        if taken(middle)? {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    Ok(high)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_free_number_is_found_with_few_questions() {
+        for given in [1, 2, 3, 7, 8, 9, 1000, 65_537] {
+            let mut questions = 0;
+            let found = free_number(|number| {
+                questions += 1;
+                Ok(number <= given)
+            });
+            assert_eq!(found.unwrap(), given + 1);
+            assert!(questions <= 40, "{questions}");
+        }
+        // With gaps it is one of them.
+        let odd = free_number(|number| Ok(number % 2 == 0 && number < 100)).unwrap();
+        assert!(odd >= 2 && (odd % 2 == 1 || odd >= 100));
+    }
 }
 
 pub(super) fn redeem_operator(
-    t: &Connection,
-    redemption: &OperatorRedemption,
-) -> Result<Result<Operator, RedeemRefusal>, StoreError> {
-    let outcome = admit_operator(t, redemption)?;
-    record_refusal(t, &redemption.invite, &redemption.caller, redemption.now_ms, &outcome)?;
-    Ok(outcome)
-}
-
-fn admit_operator(
     t: &Connection,
     redemption: &OperatorRedemption,
 ) -> Result<Result<Operator, RedeemRefusal>, StoreError> {

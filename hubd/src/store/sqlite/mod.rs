@@ -8,6 +8,7 @@ mod nodes;
 mod tasks;
 mod workspaces;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
@@ -134,6 +135,10 @@ impl Store for SqliteStore {
 
     async fn workspaces(&self) -> Result<Vec<Workspace>, StoreError> {
         self.database.read(workspaces::list).await
+    }
+
+    async fn memberships(&self, node: NodeId) -> Result<BTreeSet<WorkspaceId>, StoreError> {
+        self.database.read(move |c| workspaces::of_node(c, node)).await
     }
 
     async fn create_workspace(

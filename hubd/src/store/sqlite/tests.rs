@@ -1,5 +1,7 @@
 //! The contract of [`Store`], run on the SQLite engine. Another engine runs the same functions.
 
+mod invites;
+
 use cortex_shared::policy::Role;
 use cortex_shared::secret::InviteToken;
 
@@ -30,10 +32,8 @@ fn invite(token: &InviteToken, kind: InviteKind) -> NewInvite {
     }
 }
 
-use std::collections::BTreeSet;
-
 /// A process of the hub's own machine.
-const CALLER: Caller = Caller { address: None, record_refusal: false };
+const CALLER: Caller = Caller { address: None };
 
 fn audit(at_ms: i64) -> NewAudit {
     Actor::from("ann").audit(at_ms, "test.done", "it", serde_json::json!({}))
@@ -54,91 +54,6 @@ fn redemption(token: &InviteToken, key: u8) -> NodeRedemption {
         caller: CALLER,
         now_ms: 10,
     }
-}
-
-#[tokio::test]
-async fn repeated_redemption_with_the_same_key_gives_the_same_node_and_uses_nothing_up() {
-    let (_folder, store) = store().await;
-    let token = InviteToken::generate();
-    store.create_invite(invite(&token, InviteKind::Node), audit(0)).await.unwrap();
-    let first = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap();
-    // Even after its time: the reply may have been lost.
-    let late = NodeRedemption { now_ms: 5_000, ..redemption(&token, 1) };
-    let again = store.redeem_node(late).await.unwrap().unwrap();
-    assert_eq!(first.id, again.id);
-    assert_eq!(store.invites().await.unwrap()[0].uses, 1);
-    assert_eq!(
-        store.redeem_node(redemption(&token, 2)).await.unwrap().unwrap_err(),
-        RedeemRefusal::UsedUp
-    );
-    assert_eq!(first.labels["env"], "prod", "the invite's label wins over the node's own");
-}
-
-#[tokio::test]
-async fn refusals_name_their_reason_only_to_who_knows_the_secret() {
-    let (_folder, store) = store().await;
-    let token = InviteToken::generate();
-    store.create_invite(invite(&token, InviteKind::Node), audit(0)).await.unwrap();
-    let expired = NodeRedemption { now_ms: 1_000, ..redemption(&token, 1) };
-    let guess =
-        NodeRedemption { secret_hash: InviteToken::generate().secret_hash(), ..expired.clone() };
-    assert_eq!(store.redeem_node(expired).await.unwrap().unwrap_err(), RedeemRefusal::Expired);
-    assert_eq!(store.redeem_node(guess).await.unwrap().unwrap_err(), RedeemRefusal::Unknown);
-    store.revoke_invite(token.id().clone(), 20, audit(20)).await.unwrap();
-    assert_eq!(
-        store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap_err(),
-        RedeemRefusal::Revoked
-    );
-    let unknown = store.redeem_node(redemption(&InviteToken::generate(), 1)).await.unwrap();
-    assert_eq!(unknown.unwrap_err(), RedeemRefusal::Unknown);
-}
-
-#[tokio::test]
-async fn an_invite_admits_only_what_it_is_for() {
-    let (_folder, store) = store().await;
-    let (node, operator) = (InviteToken::generate(), InviteToken::generate());
-    store.create_invite(invite(&node, InviteKind::Node), audit(0)).await.unwrap();
-    let mut for_operator = invite(&operator, InviteKind::Operator(Role::Viewer));
-    for_operator.name_pattern = "ann".into();
-    store.create_invite(for_operator, audit(0)).await.unwrap();
-    let as_operator = |token: &InviteToken| OperatorRedemption {
-        invite: token.id().clone(),
-        secret_hash: token.secret_hash(),
-        key: [1; 32],
-        caller: CALLER,
-        now_ms: 10,
-    };
-    assert_eq!(
-        store.redeem_operator(as_operator(&node)).await.unwrap(),
-        Err(RedeemRefusal::Unknown)
-    );
-    assert_eq!(
-        store.redeem_node(redemption(&operator, 1)).await.unwrap().unwrap_err(),
-        RedeemRefusal::Unknown
-    );
-    let ann = Operator { name: "ann".into(), role: Role::Viewer, scope: Labels::new() };
-    for _ in 0..2 {
-        assert_eq!(store.redeem_operator(as_operator(&operator)).await.unwrap(), Ok(ann.clone()));
-    }
-}
-
-#[tokio::test]
-async fn names_are_unique_and_obey_the_pattern() {
-    let (_folder, store) = store().await;
-    let token = InviteToken::generate();
-    let many =
-        NewInvite { max_uses: 9, name_pattern: "box*".into(), ..invite(&token, InviteKind::Node) };
-    store.create_invite(many, audit(0)).await.unwrap();
-    let first = store.redeem_node(redemption(&token, 1)).await.unwrap().unwrap();
-    let second = store.redeem_node(redemption(&token, 2)).await.unwrap().unwrap();
-    assert_eq!((first.name.as_str(), second.name.as_str()), ("box", "box-2"));
-    let named =
-        |name: &str, key| NodeRedemption { wanted_name: name.into(), ..redemption(&token, key) };
-    let taken = store.redeem_node(named("box", 3)).await.unwrap().unwrap_err();
-    assert_eq!(taken, RedeemRefusal::NameTaken { name: "box".into() });
-    let outside = store.redeem_node(named("web", 3)).await.unwrap().unwrap_err();
-    assert!(matches!(outside, RedeemRefusal::NameNotAllowed { .. }));
-    assert_eq!(store.invites().await.unwrap()[0].uses, 2, "a refusal uses nothing up");
 }
 
 #[tokio::test]

@@ -30,6 +30,18 @@ pub(super) fn list(connection: &Connection) -> Result<Vec<Workspace>, StoreError
     workspaces.collect()
 }
 
+pub(super) fn of_node(
+    connection: &Connection,
+    node: NodeId,
+) -> Result<BTreeSet<WorkspaceId>, StoreError> {
+    let mut statement =
+        connection.prepare_cached("SELECT workspace FROM members WHERE node = ?")?;
+    let rows = statement.query_and_then([node.as_bytes().as_slice()], |row| {
+        workspace_id(&row.get::<_, Vec<u8>>(0)?)
+    })?;
+    rows.collect()
+}
+
 pub(super) fn create(t: &Connection, workspace: &Workspace) -> Result<(), StoreError> {
     t.execute(
         "INSERT INTO workspaces VALUES (?,?,?)",

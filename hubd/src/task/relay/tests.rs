@@ -43,7 +43,8 @@ impl Fixture {
             mode: Mode::Strict,
             accepted_at_ms: 1,
         };
-        self.relay.start(new, TaskSpec::default(), 1 << 20, self.session.handle.clone()).await
+        let session = self.session.handle.clone();
+        self.relay.start(new, TaskSpec::default(), 1 << 20, session, &Claim::default()).await
     }
 }
 

@@ -1,0 +1,80 @@
+//! Emulated clients that speak the real protocol over real TLS, and what is measured with them.
+//!
+//! A benchmark runs a hub of its own in a temporary directory, on loopback and in this process, so
+//! that it can let the hub's store stall. Nothing here is part of a serving hub.
+
+mod client;
+pub mod join;
+mod node;
+mod statistics;
+
+use std::io;
+use std::sync::Arc;
+
+use crate::config::HubConfig;
+use crate::hub::{Hub, StartError};
+use crate::store::fault::{FaultStore, Faults};
+
+/// Why a benchmark could not be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The hub under test.
+    #[error("the hub does not start")]
+    Hub(#[from] StartError),
+    /// A file.
+    #[error("cannot prepare the benchmark")]
+    Io(#[from] io::Error),
+    /// A key.
+    #[error("cannot make a key")]
+    Key(#[from] rcgen::Error),
+    /// TLS.
+    #[error("cannot set up TLS")]
+    Tls(#[from] rustls::Error),
+    /// A connection.
+    #[error("cannot connect to the hub")]
+    Connect(#[from] tonic::transport::Error),
+    /// A call that has to succeed for anything to be measured.
+    #[error("the hub refused: {}", .0.message())]
+    Refused(Box<tonic::Status>),
+    /// A session that ended while it was needed.
+    #[error("an emulated node lost its session")]
+    SessionLost,
+}
+
+impl From<tonic::Status> for BenchError {
+    fn from(status: tonic::Status) -> Self {
+        Self::Refused(Box::new(status))
+    }
+}
+
+/// A hub on a store that does as it is told.
+struct BenchHub {
+    hub: Hub,
+    faults: Faults,
+    /// Removed with it.
+    folder: tempfile::TempDir,
+}
+
+impl BenchHub {
+    async fn start(change: impl FnOnce(&mut HubConfig)) -> Result<Self, BenchError> {
+        let folder = tempfile::Builder::new().prefix("cortex-bench-").tempdir()?;
+        let mut config = HubConfig::new(folder.path().to_owned());
+        config.grpc.set_port(0);
+        // Everybody comes from one address here.
+        config.join_rate = None;
+        change(&mut config);
+        let faults = Faults::default();
+        let handle = faults.clone();
+        let hub =
+            Hub::start_on(config, |store| Arc::new(FaultStore::new(store, handle)) as _).await?;
+        Ok(Self { hub, faults, folder })
+    }
+
+    async fn stop(self) {
+        let Self { hub, folder, .. } = self;
+        hub.shutdown().await;
+        if let Err(error) = folder.close() {
+            tracing::warn!(%error, "the benchmark's directory was not removed");
+        }
+    }
+}

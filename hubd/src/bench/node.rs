@@ -1,0 +1,132 @@
+//! An emulated node: a session that only beats.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cortex_proto::v1;
+use cortex_proto::v1::node_client::NodeClient;
+use cortex_proto::v1::{hub_frame, node_frame};
+use cortex_shared::clock::unix_ms;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, interval_at};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+
+use super::BenchError;
+use super::client::{Login, Target};
+use super::statistics::Times;
+
+/// What of a benchmark goes on now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Everything is as usual.
+    Calm,
+    /// What is to be measured.
+    Storm,
+    /// It is over.
+    Over,
+}
+
+/// What a node saw of its heartbeats in one phase.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Beats {
+    /// From a heartbeat to its answer.
+    pub(super) round_trips: Times,
+    /// From one answer to the next: the interval, if all is well.
+    pub(super) gaps: Times,
+}
+
+impl Beats {
+    pub(super) fn join(&mut self, other: Self) {
+        self.round_trips.join(other.round_trips);
+        self.gaps.join(other.gaps);
+    }
+}
+
+/// A session that has been welcomed.
+pub(super) struct EmulatedNode {
+    up: mpsc::Sender<v1::NodeFrame>,
+    down: Streaming<v1::HubFrame>,
+    interval: Duration,
+}
+
+impl EmulatedNode {
+    /// Begins a session.
+    pub(super) async fn connect(
+        target: &Target,
+        login: &Login,
+        generation: u64,
+    ) -> Result<Self, BenchError> {
+        let mut client = NodeClient::new(target.connect(Some(login)).await?);
+        let (up, frames) = mpsc::channel(4);
+        let hello = v1::Hello { generation, node_time_ms: unix_ms(), ..v1::Hello::default() };
+        send(&up, node_frame::Frame::Hello(hello)).await?;
+        let mut down = client.link(ReceiverStream::new(frames)).await?.into_inner();
+        let welcome = loop {
+            match next(&mut down).await? {
+                hub_frame::Frame::Welcome(welcome) => break welcome,
+                _ => continue,
+            }
+        };
+        let interval = Duration::from_millis(welcome.heartbeat_interval_ms);
+        Ok(Self { up, down, interval })
+    }
+
+    /// Beats until it is over; returns what it saw in the calm and in the storm.
+    pub(super) async fn beat(
+        mut self,
+        offset: Duration,
+        phase: watch::Receiver<Phase>,
+    ) -> Result<[Beats; 2], BenchError> {
+        let mut beats = [Beats::default(), Beats::default()];
+        let mut ticks = interval_at(Instant::now() + offset, self.interval);
+        let mut answered: Option<Instant> = None;
+        loop {
+            ticks.tick().await;
+            let current = *phase.borrow();
+            let seen = match current {
+                Phase::Calm => &mut beats[0],
+                Phase::Storm => &mut beats[1],
+                Phase::Over => return Ok(beats),
+            };
+            let sent = Instant::now();
+            send(&self.up, node_frame::Frame::Heartbeat(v1::Heartbeat {})).await?;
+            while !matches!(next(&mut self.down).await?, hub_frame::Frame::Heartbeat(_)) {}
+            let now = Instant::now();
+            seen.round_trips.add(now - sent);
+            if let Some(before) = answered.replace(now) {
+                seen.gaps.add(now - before);
+            }
+        }
+    }
+}
+
+async fn send(
+    up: &mpsc::Sender<v1::NodeFrame>,
+    frame: node_frame::Frame,
+) -> Result<(), BenchError> {
+    let frame = v1::NodeFrame { frame: Some(frame) };
+    up.send(frame).await.map_err(|_| BenchError::SessionLost)
+}
+
+async fn next(down: &mut Streaming<v1::HubFrame>) -> Result<hub_frame::Frame, BenchError> {
+    let frame = down.message().await?.ok_or(BenchError::SessionLost)?;
+    // One that this version does not know is skipped.
+    frame.frame.ok_or(BenchError::SessionLost)
+}
+
+/// Joins nodes, connects them, and lets them beat, evenly spread over the interval.
+pub(super) async fn connect_all(
+    target: &Arc<Target>,
+    token: &str,
+    keys: &[super::client::Key],
+) -> Result<Vec<EmulatedNode>, BenchError> {
+    let mut nodes = Vec::with_capacity(keys.len());
+    for key in keys {
+        let channel = target.connect(None).await?;
+        let joined = target.join(channel, token, key).await?;
+        let login = key.certified(&joined.certificate_der);
+        nodes.push(EmulatedNode::connect(target, &login, joined.generation).await?);
+    }
+    Ok(nodes)
+}
