@@ -15,7 +15,7 @@
 //! | [`task`] | commands: journalled, relayed, each with one verdict |
 //! | [`sync`] | workspace versions and content |
 //! | [`store`] | what is remembered, behind traits in words of the domain |
-//! | [`bench`] | emulated nodes that measure a hub of their own; no part of a serving hub |
+//! | [`mod@bench`] | emulated nodes that measure a hub of their own; no part of a serving hub |
 //!
 //! A call passes [`grpc::accept`] (who is it), [`grpc::auth`] (may it) and [`grpc::convert`] (is it
 //! well formed) before any other code sees it.

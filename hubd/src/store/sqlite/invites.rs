@@ -309,27 +309,6 @@ fn free_number(mut taken: impl FnMut(u64) -> Result<bool, StoreError>) -> Result
     Ok(high)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_next_free_number_is_found_with_few_questions() {
-        for given in [1, 2, 3, 7, 8, 9, 1000, 65_537] {
-            let mut questions = 0;
-            let found = free_number(|number| {
-                questions += 1;
-                Ok(number <= given)
-            });
-            assert_eq!(found.unwrap(), given + 1);
-            assert!(questions <= 40, "{questions}");
-        }
-        // With gaps it is one of them.
-        let odd = free_number(|number| Ok(number % 2 == 0 && number < 100)).unwrap();
-        assert!(odd >= 2 && (odd % 2 == 1 || odd >= 100));
-    }
-}
-
 pub(super) fn redeem_operator(
     t: &Connection,
     redemption: &OperatorRedemption,
@@ -390,4 +369,25 @@ fn repeat_login(
     let role = row.get::<_, String>(0)?.parse().map_err(|_| damaged("role"))?;
     let scope = from_json(&row.get::<_, String>(1)?, "scope")?;
     Ok(Ok(Operator { name, role, scope }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_free_number_is_found_with_few_questions() {
+        for given in [1, 2, 3, 7, 8, 9, 1000, 65_537] {
+            let mut questions = 0;
+            let found = free_number(|number| {
+                questions += 1;
+                Ok(number <= given)
+            });
+            assert_eq!(found.unwrap(), given + 1);
+            assert!(questions <= 40, "{questions}");
+        }
+        // With gaps it is one of them.
+        let odd = free_number(|number| Ok(number % 2 == 0 && number < 100)).unwrap();
+        assert!(odd >= 2 && (odd % 2 == 1 || odd >= 100));
+    }
 }
