@@ -31,10 +31,9 @@ use std::alloc::System;
 
 use zeroizing_alloc::ZeroAlloc;
 
-/// Memory is wiped when it is freed. A token passes through buffers of TLS, HTTP/2 and the codec that
+/// The allocator of the program. Memory is wiped when it is freed. A token passes through buffers of TLS, HTTP/2 and the codec that
 /// nobody else can wipe, and would stand in a core image of the hub long after it was used; so would keys.
-#[global_allocator]
-static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
+pub const ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
 pub mod authority;
 pub mod bench;

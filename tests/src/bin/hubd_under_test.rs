@@ -1,5 +1,8 @@
 //! The hub as the tests start it.
 
+#[global_allocator]
+static ALLOCATOR: zeroizing_alloc::ZeroAlloc<std::alloc::System> = cortex_hubd::ALLOCATOR;
+
 fn main() -> std::process::ExitCode {
     cortex_hubd::main_entry()
 }
