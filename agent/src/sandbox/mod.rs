@@ -35,6 +35,7 @@ mod protect;
 mod reaper;
 mod remedy;
 mod seccomp;
+mod self_test;
 mod spec;
 mod stage;
 #[allow(unsafe_code)]

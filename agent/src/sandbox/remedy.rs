@@ -2,6 +2,9 @@
 
 use super::spec::{SetupError, Step};
 
+/// What a refusal is about if a command could do what it must not.
+pub(super) const SELF_TEST: &str = "self-test";
+
 /// Why a command was refused, for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
@@ -38,6 +41,7 @@ fn name(step: Step) -> &'static str {
         Step::Landlock => "Landlock",
         Step::Seccomp => "system call filter",
         Step::Verification => "verification",
+        Step::SelfTest => SELF_TEST,
         Step::Internal => "sandbox stage",
     }
 }
@@ -82,6 +86,10 @@ fn remedy(error: &SetupError) -> &'static str {
         (Step::Workspace, _) => {
             "check that the workspace's directory exists, is readable by the agent and was not \
              replaced"
+        }
+        (Step::SelfTest | Step::Verification, _) => {
+            "use another kernel: this one accepts what the sandbox asks of it and does not enforce \
+             it; please report it with the output of `cortex-agent doctor`"
         }
         (Step::WorkingDirectory, _) => "name a directory that exists in the workspace",
         (Step::ControlGroup, _) => {

@@ -111,8 +111,20 @@ pub(super) enum Action {
     Program(Vec<Vec<u8>>),
     /// The bash script in the second memory file.
     Script,
-    /// Nothing: set everything up, verify it and end with success.
-    Probe,
+    /// Nothing: set everything up, verify it, try what a command must not be able to do, and end
+    /// with success.
+    Probe(ProbeFacts),
+}
+
+/// What is outside of a probe's sandbox, for it to reach for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct ProbeFacts {
+    /// The process id of the agent.
+    pub(super) agent: i32,
+    /// The name of an abstract socket that the agent listens on for the time of the probe.
+    pub(super) abstract_socket: Vec<u8>,
+    /// Paths that must not exist inside: the agent's own directories.
+    pub(super) hidden: Vec<PathBuf>,
 }
 
 /// Limits of one command.
@@ -199,6 +211,8 @@ pub enum Step {
     Seccomp,
     /// Reading back that all of it holds.
     Verification,
+    /// Trying what must be denied, from within.
+    SelfTest,
     /// A mistake in the stage itself.
     Internal,
 }

@@ -157,7 +157,9 @@ fn run_strict(job: Job, strict: &StrictSpec, control: &OwnedFd) -> Result<(), Se
         .map(|(read, write)| (File::from(read), File::from(write)))
         .step(Step::Namespaces, "create a pipe")?;
     let flags = namespaces::clone_flags(strict.network);
-    match syscalls::clone_process(flags, None)
+    // Only here can the group be entered: pid 1 has no right to it.
+    let group = job.born_into.as_ref().map(AsFd::as_fd);
+    match syscalls::clone_process(flags, group)
         .step(Step::Namespaces, "clone into new namespaces")?
     {
         Cloned::Child => {

@@ -100,7 +100,7 @@ async fn apart_refused() {
     assert_eq!(ran.exit.verdict, CommandVerdict::Refused, "{ran:?}");
     assert!(ran.exit.hint.as_ref().unwrap().contains("max_user_namespaces"), "{ran:?}");
     assert!(!workspace.path().join("marker").exists(), "the command has run");
-    let found = launcher().probe().await;
+    let found = launcher().probe(&[]).await;
     assert!(!found.strict_available() && !found.user_namespaces, "{found:?}");
     assert_eq!(Some(&found.missing[0].remedy), ran.exit.hint.as_ref());
     eprintln!("refused as it should be");
@@ -108,7 +108,7 @@ async fn apart_refused() {
 
 #[tokio::test]
 async fn the_probe_agrees_with_what_commands_experience() {
-    let found = launcher().probe().await;
+    let found = launcher().probe(&[]).await;
     let ran = run(script("true")).await;
     assert_eq!(found.strict_available(), ran.succeeded(), "{found:?} {ran:?}");
     assert_eq!(found.root, rustix::process::geteuid().is_root());
