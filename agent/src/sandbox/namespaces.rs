@@ -83,7 +83,9 @@ pub(super) fn mapping_namespace(
         .map(|(read, write)| (File::from(read), write))
         .step(step, "create a pipe")?;
     let flags = u64::from(libc::CLONE_NEWUSER.cast_unsigned());
-    match syscalls::clone_process(flags, None).step(step, "create a user namespace")? {
+    match syscalls::clone_process(flags, None)
+        .step(Step::Namespaces, "create a user namespace for the workspace")?
+    {
         Cloned::Child => {
             drop(wake);
             // Lives until the parent has opened the namespace.
