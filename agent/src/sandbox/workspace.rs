@@ -241,11 +241,12 @@ pub(super) fn clone_tree(workspace: &WorkspaceSpec) -> Result<OwnedFd, SetupErro
             | OpenTreeFlags::AT_EMPTY_PATH
             | OpenTreeFlags::AT_RECURSIVE,
     )
-    .step(step, &attempt)?;
+    // From here on it is the kernel that may be unable, and no longer the workspace at fault.
+    .step(Step::FileSystem, "copy the mount of the workspace")?;
     syscalls::mount_set_attributes(
         tree.as_fd(),
         MountAttributes { set: NO_SUID | NO_DEV, private: true, this_mount_only: false },
     )
-    .step(step, "restrict the workspace's mount")?;
+    .step(Step::FileSystem, "restrict the workspace's mount")?;
     Ok(tree)
 }

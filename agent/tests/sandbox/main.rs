@@ -12,6 +12,7 @@ mod endings;
 mod input;
 mod output;
 mod refusals;
+mod start;
 mod support;
 mod systems;
 mod usability;
