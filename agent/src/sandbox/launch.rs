@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, OnceLock};
 
@@ -22,6 +22,7 @@ use tokio::process::Child;
 use super::cgroup::{ControlGroups, Group};
 use super::channel;
 use super::identity::{self, NoIdentity};
+use super::mapping::Mappings;
 use super::planted::Absent;
 use super::remedy::Refusal;
 use super::spec::{
@@ -40,6 +41,7 @@ pub struct Launcher {
     stage: PathBuf,
     /// `None` until they are prepared; until then, commands have none.
     groups: Option<Arc<ControlGroups>>,
+    mappings: Arc<Mappings>,
     /// What a probe found this kernel not to enforce, which refuses every strict command.
     broken: Arc<OnceLock<Refusal>>,
 }
@@ -128,7 +130,7 @@ impl Launcher {
     /// With another program as the stage.
     #[must_use]
     pub fn with_stage(stage: impl Into<PathBuf>) -> Self {
-        Self { stage: stage.into(), groups: None, broken: Arc::default() }
+        Self { stage: stage.into(), groups: None, mappings: Arc::default(), broken: Arc::default() }
     }
 
     /// With control groups, where this machine lets this process have them. To be called once in a
@@ -166,12 +168,11 @@ impl Launcher {
         }
         // Looking at the workspace touches the disk, which may be slow or a dead network mount.
         let groups = self.groups.clone().unwrap_or_default();
-        let files = tokio::task::spawn_blocking(move || Files::write(command, &groups))
-            .await
-            .map_err(|error| LaunchError::Io {
-                attempt: "prepare the command",
-                source: io::Error::other(error),
-            })??;
+        let (mappings, stage) = (Arc::clone(&self.mappings), self.stage.clone());
+        let write = move || Files::write(command, &groups, &mappings, &stage);
+        let files = tokio::task::spawn_blocking(write).await.map_err(|error| {
+            LaunchError::Io { attempt: "prepare the command", source: io::Error::other(error) }
+        })??;
 
         let (ours, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
@@ -201,6 +202,7 @@ impl Launcher {
         let mut fds = vec![files.spec.as_fd()];
         fds.extend(files.script.as_ref().map(OwnedFd::as_fd));
         fds.extend(stdin.as_ref().map(|(_, read)| read.as_fd()));
+        fds.extend(files.mapping.as_ref().map(OwnedFd::as_fd));
         fds.extend(files.group.entrance().iter().map(OwnedFd::as_fd));
         channel::send_descriptors(&ours, &fds).map_err(io_error("instruct the sandbox stage"))?;
 
@@ -231,13 +233,19 @@ fn output_pipe() -> Result<(OwnedFd, pipe::Receiver), LaunchError> {
 struct Files {
     spec: OwnedFd,
     script: Option<OwnedFd>,
+    mapping: Option<OwnedFd>,
     absent: Absent,
     group: Group,
 }
 
 impl Files {
-    fn write(command: Command, groups: &ControlGroups) -> Result<Self, LaunchError> {
-        let workspace = command
+    fn write(
+        command: Command,
+        groups: &ControlGroups,
+        mappings: &Mappings,
+        stage: &Path,
+    ) -> Result<Self, LaunchError> {
+        let mut workspace = command
             .workspace
             .as_deref()
             .map(|root| workspace::check(root, &command.forbidden))
@@ -264,6 +272,15 @@ impl Files {
                 minimum_landlock_abi: MINIMUM_LANDLOCK_ABI,
             }),
         };
+        let mut mapping = None;
+        if let (Confinement::Strict(strict), Some(workspace)) = (&confinement, &mut workspace) {
+            let (owner, identity) = ((workspace.owner_uid, workspace.owner_gid), strict.identity);
+            if identity.assumed && owner != (identity.uid, identity.gid) {
+                let made = mappings.namespace(stage, owner, identity);
+                mapping = Some(made.map_err(|error| LaunchError::Refused((&error).into()))?);
+                workspace.mapped = true;
+            }
+        }
         let wanted = command.limits_asked_for || command.require_control_group;
         let group = groups
             .group_for(&command.limits, wanted)
@@ -294,7 +311,7 @@ impl Files {
         if u64::try_from(spec.len()).map_or(true, |length| length > MAX_SPEC_BYTES) {
             return Err(LaunchError::TooLong);
         }
-        Ok(Self { spec: sealed(&spec)?, script, absent, group })
+        Ok(Self { spec: sealed(&spec)?, script, mapping, absent, group })
     }
 }
 

@@ -24,6 +24,7 @@ mod init;
 mod landlock;
 mod launch;
 mod limits;
+mod mapping;
 mod mounts;
 mod namespaces;
 mod payload;

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 /// `argv[0]` of the stage.
 pub(super) const STAGE_NAME: &str = "cortex-sandbox";
+/// `argv[0]` of the process that makes a user namespace for the agent.
+pub(super) const MAPPER_NAME: &str = "cortex-namespace";
 /// Where the workspace appears inside.
 pub const WORKSPACE_INSIDE: &str = "/workspace";
 /// The home directory inside: private to the command and gone with it.
@@ -73,7 +75,7 @@ pub(super) struct StrictSpec {
 }
 
 /// The user and group id of a command.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Identity {
     /// User id, the same inside and outside; never 0.
     pub uid: u32,
@@ -102,6 +104,8 @@ pub(super) struct WorkspaceSpec {
     pub(super) inode: u64,
     pub(super) owner_uid: u32,
     pub(super) owner_gid: u32,
+    /// A user namespace comes with the specification, which maps its owner to the command's user.
+    pub(super) mapped: bool,
 }
 
 /// What to run.

@@ -274,11 +274,7 @@ impl Conversation {
     fn accept(&mut self, message: v1::ExecDown) -> Result<Option<v1::TaskExit>, CliError> {
         match message.frame {
             Some(exec_down::Frame::Accepted(accepted)) => self.accepted = accepted,
-            Some(exec_down::Frame::Output(output)) => {
-                if !self.queue.push(output, self.granted) {
-                    return Err(lost("more output came than was granted"));
-                }
-            }
+            Some(exec_down::Frame::Output(output)) => self.take_output(output)?,
             Some(exec_down::Frame::StdinCredit(credit)) => {
                 self.stdin_window = self.stdin_window.saturating_add(credit.bytes);
             }
@@ -288,6 +284,14 @@ impl Conversation {
             None => {}
         }
         Ok(None)
+    }
+
+    fn take_output(&mut self, output: v1::Output) -> Result<(), CliError> {
+        if self.queue.push(output, self.granted) {
+            Ok(())
+        } else {
+            Err(lost("more output came than was granted"))
+        }
     }
 
     /// Nobody should overlook that a command is not in the sandbox.
