@@ -16,7 +16,7 @@ use super::spec::{
 use super::syscalls;
 
 /// The first interface that keeps signals and abstract sockets in.
-const ABI_WITH_SCOPES: i64 = 6;
+pub(super) const ABI_WITH_SCOPES: i64 = 6;
 
 /// Restricts this process and everything it becomes or starts.
 pub(super) fn restrict(strict: &StrictSpec) -> Result<(), SetupError> {

@@ -17,7 +17,7 @@ use rustix::net::{AddressFamily, SocketType};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Resource, Rlimit};
 
 use super::spec::{HOME_INSIDE, ProbeFacts, SetupError, Step, WORKSPACE_INSIDE};
-use super::syscalls;
+use super::{landlock, syscalls};
 
 /// Of the host, and nothing for commands.
 const HIDDEN: [&str; 9] = [
@@ -100,6 +100,10 @@ fn processes(facts: &ProbeFacts) -> Result<(), SetupError> {
         must_not(rustix::process::test_kill_process(agent), "signal the agent")?;
         let directory = format!("/proc/{}", facts.agent);
         must_not(open(&directory, OFlags::PATH), "see the agent in /proc")?;
+    }
+    // The same user's, and in the same namespaces: only Landlock keeps the command from it.
+    if syscalls::landlock_abi().is_ok_and(|abi| abi >= landlock::ABI_WITH_SCOPES) {
+        must_not(rustix::process::test_kill_process(Pid::INIT), "signal pid 1 of its sandbox")?;
     }
     let stolen = rustix::process::pidfd_open(Pid::INIT, PidfdFlags::empty())
         .and_then(|init| rustix::process::pidfd_getfd(&init, 0, PidfdGetfdFlags::empty()));

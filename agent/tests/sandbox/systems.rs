@@ -39,15 +39,46 @@ fn variable(name: &str) -> String {
 #[test]
 #[ignore = "run by the test above"]
 fn apart_filtered() {
-    let rules = [(variable("CALL").parse().unwrap(), Vec::new())].into_iter().collect();
-    let action = SeccompAction::Errno(variable("ERRNO").parse().unwrap());
+    let (call, errno) = (variable("CALL").parse().unwrap(), variable("ERRNO").parse().unwrap());
+    on_a_system_that_answers(call, errno, expect_refusal());
+}
+
+/// Does something after one system call has lost its effect, for this process and all it starts.
+fn on_a_system_that_answers(call: i64, errno: u32, act: impl Future<Output = ()>) {
+    let rules = [(call, Vec::new())].into_iter().collect();
     let arch = TargetArch::try_from(std::env::consts::ARCH).unwrap();
+    let action = SeccompAction::Errno(errno);
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, action, arch).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let ran = runtime.block_on(run(script("true")));
     assert!(ran.succeeded(), "not even without the filter: {ran:?}");
     seccompiler::apply_filter_all_threads(&BpfProgram::try_from(filter).unwrap()).unwrap();
-    runtime.block_on(expect_refusal());
+    runtime.block_on(act);
+}
+
+#[tokio::test]
+async fn a_kernel_that_agrees_and_does_not_enforce_gets_no_strict_command() {
+    let (succeeded, text) = apart(&[], "systems::apart_unenforced", &[]).await;
+    assert!(succeeded, "{text}");
+}
+
+#[test]
+#[ignore = "run by the test above"]
+fn apart_unenforced() {
+    // Error number 0 is success, and nothing was done.
+    on_a_system_that_answers(libc::SYS_landlock_restrict_self, 0, async {
+        let found = launcher().probe(&[]).await;
+        if found.landlock_abi < 6 {
+            eprintln!("skipped: this kernel's Landlock has no effect that others do not have too");
+            return;
+        }
+        assert_eq!(found.missing.first().map(|piece| piece.what), Some("self-test"), "{found:?}");
+        let workspace = TempDir::new().unwrap();
+        let ran = run(in_workspace("touch marker", workspace.path())).await;
+        assert_eq!(ran.exit.exit_code, 126, "{ran:?}");
+        assert_eq!(ran.exit.hint.as_ref(), Some(&found.missing[0].remedy));
+        assert!(!workspace.path().join("marker").exists(), "the command has run");
+    });
 }
 
 async fn expect_refusal() {
