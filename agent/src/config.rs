@@ -243,6 +243,15 @@ impl StateDir {
     }
 }
 
+/// What the node's owner decided about the sandbox.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SandboxSettings {
+    /// Refuse every command for which no control group can be created, which limits it as a whole.
+    #[serde(default)]
+    pub require_cgroup: bool,
+}
+
 /// What the node's owner decided.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -254,6 +263,8 @@ pub struct Settings {
     pub ceiling: Mode,
     /// Workspaces that live elsewhere, by name.
     pub workspace_paths: BTreeMap<String, PathBuf>,
+    /// About the sandbox.
+    pub sandbox: SandboxSettings,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -265,6 +276,8 @@ struct RawSettings {
     ceiling: Mode,
     #[serde(default)]
     workspace_paths: BTreeMap<String, PathBuf>,
+    #[serde(default)]
+    sandbox: SandboxSettings,
 }
 
 impl Settings {
@@ -282,6 +295,7 @@ impl Settings {
             workspace_root: raw.workspace_root,
             ceiling: raw.ceiling,
             workspace_paths: raw.workspace_paths,
+            sandbox: raw.sandbox,
         };
         let roots = settings.workspace_paths.values().chain([&settings.workspace_root]);
         for root in roots {
@@ -302,6 +316,7 @@ impl Settings {
             workspace_root: self.workspace_root.clone(),
             ceiling: self.ceiling,
             workspace_paths: self.workspace_paths.clone(),
+            sandbox: self.sandbox,
         };
         write_json(&state.settings(), &raw)
     }
@@ -414,6 +429,7 @@ mod tests {
             workspace_root: "/srv/cortex".into(),
             ceiling: Mode::Strict,
             workspace_paths: BTreeMap::from([("app".to_owned(), PathBuf::from("/home/ann/app"))]),
+            sandbox: SandboxSettings { require_cgroup: true },
         }
     }
 

@@ -18,12 +18,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{ConfigError, Settings, StateDir};
 use crate::control::{self, ControlError, LocalControl};
+use crate::exec::Executor;
 use crate::identity::NodeIdentity;
 use crate::identity::live::{IdentityError, LiveIdentity};
 use crate::link::dispatch::Dispatcher;
 use crate::link::session::{Greeting, LinkState, keep_session};
 use crate::link::workspaces::Workspaces;
-use crate::sandbox::Launcher;
 
 /// How long an orderly stop may take.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -67,7 +67,10 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
         return Err(DaemonError::AlreadyRunning { state: state.path().to_owned() });
     };
     let mut stop = StopSignals::new()?;
-    let sandbox = v1::SandboxReport::from(&Launcher::default().probe().await);
+    // The launcher of all commands: what the probe finds not to be enforced, it refuses.
+    let launcher = Executor::of_this_process().launcher();
+    let found = launcher.probe(&[state.path().to_owned()]).await;
+    let sandbox = v1::SandboxReport::from(&found);
     if !sandbox.strict_available {
         for piece in &sandbox.missing {
             tracing::warn!(

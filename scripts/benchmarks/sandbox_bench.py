@@ -6,8 +6,10 @@ end of that first process. So neither the network nor the command line is in the
 """
 
 import os
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 from mesh import Mesh
 from process_events import ProcessEvents
@@ -17,10 +19,17 @@ STARTS_PER_RUN = 20
 # Of the same directory in each sandbox; it does nothing.
 COMMAND = "/bin/true"
 TO_EXEC = "sandbox: from the first process to the `exec` of the command"
+BY_MEMORY = "sandbox: start of a command by the memory of the agent, best of 32"
 TO_END = "sandbox: from the first process to its end, with `true` inside"
 
 
 def measure(world, results, runs):
+    """Measures the agent's sandbox, bubblewrap and no sandbox, interleaved; then large agents."""
+    measure_starts(world, results, runs)
+    measure_by_memory(world, results, runs)
+
+
+def measure_starts(world, results, runs):
     """Measures the agent's sandbox, bubblewrap and no sandbox, interleaved."""
     for workload in (TO_EXEC, TO_END):
         results.note(workload, "bubblewrap has the same namespaces, a read-only /usr, private "
@@ -57,6 +66,27 @@ def measure(world, results, runs):
                 results.add("sandbox", TO_END, name, "ms", Lower, to_end / 1e6)
             if number % STARTS_PER_RUN == 0:
                 world.say(f"sandbox starts, run {number // STARTS_PER_RUN + 1} of {runs}")
+
+
+def measure_by_memory(world, results, runs):
+    """Measures whether a large agent starts commands more slowly than a small one.
+
+    Done by the project's own test, whose process stands for the agent and touches as much memory as
+    it is to have.
+    """
+    results.note(BY_MEMORY, "from the request to the command being executed, the two sizes taking "
+                 "turns in one process; a `fork` of the larger would take some 10 ms longer")
+    manifest = Path(__file__).resolve().parents[2] / "Cargo.toml"
+    command = ["cargo", "test", "--release", "--locked", "--quiet", "--manifest-path", manifest,
+               "-p", "cortex-agent", "--test", "sandbox", "--", "--exact", "start::apart_by_memory",
+               "--ignored", "--nocapture"]
+    for _ in range(runs):
+        said = world.run(command).stdout
+        for size, milliseconds in re.findall(r"(\d+ MiB) ([0-9.]+) ms", said):
+            # The first is the one that others are compared with.
+            subject = "cortex mesh" if size == "64 MiB" else "an agent"
+            results.add("sandbox", BY_MEMORY, f"{subject} of {size}", "ms", Lower,
+                        float(milliseconds))
 
 
 def plain(command):

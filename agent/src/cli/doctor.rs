@@ -109,7 +109,8 @@ pub(crate) async fn doctor(global: &Global, args: DoctorArgs) -> Result<u8, CliE
         }
         Err(error) => findings.push(failed("identity", error.into())),
     }
-    findings.extend(sandbox(&(&Launcher::default().probe().await).into()));
+    let hidden = [state.path().to_owned()];
+    findings.extend(sandbox(&(&Launcher::default().probe(&hidden).await).into()));
     findings.push(inotify());
     findings.push(disk("state disk", existing(state.path())));
     global.printer(args.output).list(&findings)?;

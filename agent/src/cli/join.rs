@@ -19,7 +19,7 @@ use super::token::TokenArgs;
 use super::{Global, Output, hub};
 use crate::audit::{Audit, AuditEvent};
 use crate::client::{HubAddress, Trust, pin_of};
-use crate::config::{Settings, default_workspace_root};
+use crate::config::{SandboxSettings, Settings, default_workspace_root};
 use crate::identity::{IdentityKey, MachineFacts, NodeIdentity, authorities_of, holder_of};
 use crate::link::proto_mode;
 
@@ -121,6 +121,7 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
         workspace_root,
         ceiling: args.ceiling,
         workspace_paths: BTreeMap::new(),
+        sandbox: SandboxSettings::default(),
     };
     settings.save(&state)?;
     // Written down first: nobody joins a mesh without a trace.

@@ -175,6 +175,7 @@ pub fn complain(text: &str, color: ColorWhen) {
     for line in text.lines() {
         let painted = match line.split_once(": ") {
             Some(("error", rest)) => format!("\u{1b}[1;31merror:\u{1b}[0m {rest}"),
+            Some(("warning", rest)) => format!("\u{1b}[1;33mwarning:\u{1b}[0m {rest}"),
             Some(("hint", rest)) => format!("\u{1b}[1;36mhint:\u{1b}[0m {rest}"),
             _ => line.to_owned(),
         };

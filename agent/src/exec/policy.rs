@@ -100,6 +100,7 @@ pub(super) fn resolve(
         stdin: request.stdin,
         read_only: request.read_only_paths,
         forbidden: request.forbidden_paths,
+        require_control_group: request.require_control_group,
     };
     Ok((command, time_limit))
 }

@@ -33,6 +33,8 @@ pub struct CommandRequest {
     pub forbidden_paths: Vec<PathBuf>,
     /// Directories of this machine that the command sees read-only, at the same path.
     pub read_only_paths: Vec<PathBuf>,
+    /// The node's owner wants no command without a control group to limit it as a whole.
+    pub require_control_group: bool,
 }
 
 /// A workspace as a command sees it.

@@ -21,6 +21,8 @@ use crate::sandbox::{
     Absent, Ending, Group, LaunchError, Launched, Launcher, StageHandle, StageMessage,
 };
 
+/// The reason given where even the process that tells of the command's end was ended.
+const UNTOLD: &str = "the sandbox ended without telling how the command did";
 /// Longest time from starting the stage to the command being executed.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between the polite signal and the final one, where nobody chose.
@@ -122,6 +124,10 @@ impl Executor {
                 let hint = error.hint().to_owned();
                 Err(verdict(CommandVerdict::Refused, error.to_string(), Some(hint)))
             }
+            Err(LaunchError::Refused(refusal)) => {
+                let reason = format!("{}: {}", refusal.what, refusal.why);
+                Err(verdict(CommandVerdict::Refused, reason, Some(refusal.remedy)))
+            }
             Err(error @ LaunchError::TooLong) => {
                 Err(verdict(CommandVerdict::Refused, error.to_string(), None))
             }
@@ -139,8 +145,15 @@ async fn look_back(mut exit: CommandExit, absent: Absent, group: Group) -> Comma
     let look = tokio::task::spawn_blocking(move || (absent.present(), group.ran_out_of_memory()));
     // A panic there would be a mistake of ours, and no reason to hide how the command ended.
     let (appeared, out_of_memory) = look.await.unwrap_or_default();
-    if exit.hint.is_none() && out_of_memory {
-        exit.hint = Some("it ran out of memory: allow it more".to_owned());
+    if out_of_memory {
+        if exit.reason.as_deref() == Some(UNTOLD) {
+            // The kernel ended the process that would have told, with all others.
+            exit.verdict = CommandVerdict::Signalled;
+            exit.exit_code = signal_code(libc::SIGKILL);
+            exit.signal = Some(libc::SIGKILL);
+            (exit.reason, exit.hint) = (None, None);
+        }
+        exit.hint.get_or_insert_with(|| "it ran out of memory: allow it more".to_owned());
     }
     if exit.hint.is_none() && !appeared.is_empty() {
         let names: Vec<_> = appeared.iter().map(|name| name.display().to_string()).collect();
@@ -230,10 +243,12 @@ struct Running {
     events: mpsc::Sender<CommandEvent>,
     /// At most an event of each kind; output is read only when this is empty.
     pending: VecDeque<CommandEvent>,
-    /// When the stage was started, and when the command's time is up.
-    begun: Instant,
+    /// When the stage has to have executed the command.
+    start_by: Instant,
     time_limit: Duration,
-    deadline: Instant,
+    /// When the command's time is up: counted from its start, so that a slow machine does not
+    /// report a command as too slow that never ran. `None` before.
+    deadline: Option<Instant>,
     started: bool,
     ending: Option<Ending>,
     /// The command was never executed, and this is why.
@@ -255,7 +270,6 @@ impl Running {
         control: mpsc::Receiver<CommandControl>,
         events: mpsc::Sender<CommandEvent>,
     ) -> Self {
-        let begun = Instant::now();
         Self {
             stage: launched.stage,
             mode,
@@ -267,9 +281,9 @@ impl Running {
             control_open: true,
             events,
             pending: VecDeque::new(),
-            begun,
+            start_by: Instant::now() + START_TIMEOUT,
             time_limit,
-            deadline: begun + time_limit,
+            deadline: None,
             started: false,
             ending: None,
             not_run: None,
@@ -288,7 +302,7 @@ impl Running {
             let wake = tokio::select! {
                 order = self.control.recv(), if self.control_open => Wake::Order(order),
                 message = self.stage.next_message(), if !self.over => Wake::Message(message),
-                () = tokio::time::sleep_until(deadline.unwrap_or(self.deadline)),
+                () = tokio::time::sleep_until(deadline.unwrap_or(self.start_by)),
                     if deadline.is_some() => Wake::Deadline,
                 permit = self.events.clone().reserve_owned(), if has_event => Wake::Room(permit),
                 frame = self.stdout.next_frame(self.credit),
@@ -330,8 +344,7 @@ impl Running {
             return None;
         }
         match self.escalation {
-            Escalation::None if self.started => Some(self.deadline),
-            Escalation::None => Some(self.deadline.min(self.begun + START_TIMEOUT)),
+            Escalation::None => Some(self.deadline.unwrap_or(self.start_by)),
             escalation => escalation.deadline(),
         }
     }
@@ -339,7 +352,7 @@ impl Running {
     fn deadline_passed(&mut self) {
         let now = Instant::now();
         match self.escalation {
-            Escalation::None if now >= self.deadline => {
+            Escalation::None if self.started => {
                 self.stop(Stop::TimeLimit, libc::SIGTERM, DEFAULT_GRACE);
             }
             Escalation::None => {
@@ -419,6 +432,7 @@ impl Running {
         match message {
             Ok(StageMessage::Started) => {
                 self.started = true;
+                self.deadline = Some(Instant::now() + self.time_limit);
                 let process_id = self.stage.process_id().unwrap_or(0);
                 self.pending.push_back(CommandEvent::Started { process_id, mode: self.mode });
             }
@@ -523,7 +537,7 @@ impl Running {
                 }
                 None => verdict(
                     CommandVerdict::Failed,
-                    "the sandbox ended without telling how the command did".to_owned(),
+                    UNTOLD.to_owned(),
                     Some("was this node out of memory? see the kernel's log".to_owned()),
                 ),
             },

@@ -116,11 +116,16 @@ impl Dispatcher {
     /// be read allows nothing.
     #[must_use]
     pub fn ceiling(&self) -> Mode {
+        self.owners_decisions().0
+    }
+
+    /// The ceiling, and whether each command must have a control group.
+    fn owners_decisions(&self) -> (Mode, bool) {
         match Settings::load(&self.inner.state) {
-            Ok(settings) => settings.ceiling,
+            Ok(settings) => (settings.ceiling, settings.sandbox.require_cgroup),
             Err(error) => {
-                tracing::error!(%error, "the ceiling cannot be read and counts as strict");
-                Mode::Strict
+                tracing::error!(%error, "the owner's settings cannot be read: the strictest count");
+                (Mode::Strict, true)
             }
         }
     }
@@ -290,15 +295,17 @@ impl Dispatcher {
         spec: v1::TaskSpec,
         role: Option<Role>,
     ) -> Result<crate::exec::CommandRequest, Refusal> {
+        let (ceiling, require_control_group) = self.owners_decisions();
         let authority = Authority {
             role,
             policy: *lock(&self.inner.policy),
-            ceiling: self.ceiling(),
+            ceiling,
             now: clocks(&self.inner.identity),
         };
         let forbidden = vec![self.inner.state.path().to_owned()];
         let find = |id, name: &str| self.inner.workspaces.root_of(id, name);
-        request::command(spec, authority, find, forbidden)
+        let command = request::command(spec, authority, find, forbidden)?;
+        Ok(crate::exec::CommandRequest { require_control_group, ..command })
     }
 
     /// Writes down what is to run outside the sandbox, and what was refused to. What cannot be

@@ -102,6 +102,7 @@ pub(super) fn command(
         stdin: spec.stdin,
         forbidden_paths,
         read_only_paths: Vec::new(),
+        require_control_group: false,
     })
 }
 

@@ -341,6 +341,7 @@ mod tests {
             workspace_root: folder.join("ws"),
             ceiling: Mode::Strict,
             workspace_paths: BTreeMap::new(),
+            sandbox: crate::config::SandboxSettings::default(),
         };
         settings.save(&state).unwrap();
         let hub = HubClient::new(settings.hub.clone(), Trust::Pins(Vec::new()), None).unwrap();

@@ -3,7 +3,10 @@
 //! | | needs | entered |
 //! |---|---|---|
 //! | version 2 | memory and pids in a group delegated to the agent (systemd: `Delegate=yes`) or the root of a container's own hierarchy | by the clone that creates the command: no cost |
-//! | version 1 | root | by writing the process id, which takes the kernel milliseconds: only for commands that ask for a limit |
+//! | version 1 | root | by writing the process id, which takes the kernel milliseconds: only for commands that ask for a limit, or where the owner requires groups |
+//!
+//! In version 2 the kernel ends all of a command at once if it runs out of memory; in version 1,
+//! one process after another.
 //!
 //! Without either, resource limits of each process are what there is, and the node's report says
 //! so. The agent owns the groups it creates: one a command, removed with it. What a crash of the
@@ -15,6 +18,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::remedy::Refusal;
 use super::spec::Limits;
 
 const PREFIX: &str = "cortex-command-";
@@ -51,6 +55,28 @@ impl ControlGroups {
         }
     }
 
+    /// What [`ControlGroups::prepare`] would probably find, without changing anything.
+    pub(super) fn likely_version() -> &'static str {
+        match Places::of_this_process() {
+            Ok(places) if places.v2_delegated().is_some() => "v2",
+            Ok(places) if places.v1().is_some() => "v1",
+            Ok(_) | Err(_) => "none",
+        }
+    }
+
+    /// Why a command is refused that must have a group.
+    pub(super) fn required_and_missing() -> Refusal {
+        Refusal {
+            what: "control group",
+            why: "this node's owner requires one for each command, and the agent may create none"
+                .to_owned(),
+            remedy:
+                "delegate a control group to the agent (systemd: Delegate=yes in its unit), or \
+                     take require_cgroup out of its settings"
+                    .to_owned(),
+        }
+    }
+
     /// "v2", "v1" or "none".
     pub(super) fn version(&self) -> &'static str {
         match self {
@@ -79,8 +105,12 @@ impl ControlGroups {
                 write(&directory.join("pids.max"), &processes)?;
                 // Not there on a kernel without swap accounting.
                 write(&directory.join("memory.swap.max"), "0").ok();
-                // Deliberately not memory.oom.group: it would end pid 1 too, and with it the word
-                // on how the command itself ended.
+                // A command that lost one process for want of memory is not worth continuing, and
+                // what is left of it could go on eating.
+                write(&directory.join("memory.oom.group"), "1")?;
+                // The agent's own group has the usual 100: it stays responsive beside a command
+                // that takes every processor. Not there without the cpu controller.
+                write(&directory.join("cpu.weight"), "50").ok();
                 group.entrance.push(File::open(&directory)?.into());
                 Ok(Some(group))
             }
@@ -232,13 +262,22 @@ impl Places {
         }
     }
 
-    fn v2(&self) -> Option<ControlGroups> {
+    /// The version 2 group that this process may divide, with the controllers it has.
+    fn v2_delegated(&self) -> Option<(&Place, String)> {
         let place = self.v2.as_ref()?;
         let controllers =
             std::fs::read_to_string(place.directory.join("cgroup.controllers")).ok()?;
         let has = |name| controllers.split_whitespace().any(|controller| controller == name);
-        if !has("memory") || !has("pids") || !(place.is_root || is_delegated(&place.directory)) {
-            return None;
+        let ours = place.is_root || is_delegated(&place.directory);
+        (has("memory") && has("pids") && ours).then_some((place, controllers))
+    }
+
+    fn v2(&self) -> Option<ControlGroups> {
+        let (place, controllers) = self.v2_delegated()?;
+        if controllers.split_whitespace().any(|controller| controller == "cpu") {
+            // A weight is a courtesy: without it the limits still hold. It fails like the others
+            // while processes are in the group, and is tried again below.
+            write(&place.directory.join("cgroup.subtree_control"), "+cpu").ok();
         }
         let enable = || write(&place.directory.join("cgroup.subtree_control"), "+memory +pids");
         if enable().is_err() {
@@ -254,6 +293,7 @@ impl Places {
                 write(&place.directory.join("cgroup.procs"), "0").ok();
                 return None;
             }
+            write(&place.directory.join("cgroup.subtree_control"), "+cpu").ok();
         }
         Some(ControlGroups::V2(place.directory.clone()))
     }

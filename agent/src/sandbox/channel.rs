@@ -16,8 +16,9 @@ use serde::de::DeserializeOwned;
 
 use super::spec::MAX_MESSAGE_BYTES;
 
-/// Most descriptors beside one message: specification, script, standard input, two control groups.
-const MAX_DESCRIPTORS: usize = 5;
+/// Most descriptors beside one message: specification, script, standard input, map of the
+/// workspace, two control groups.
+const MAX_DESCRIPTORS: usize = 6;
 
 /// Sends one message.
 pub(super) fn send<M: Serialize>(socket: impl AsFd, message: &M) -> io::Result<()> {

@@ -5,10 +5,13 @@
 //! |---|---|
 //! | `/usr`, `/bin`, `/lib`, … | the host's, read-only |
 //! | `/etc` | a list of harmless files of the host, and a few written here |
-//! | `/proc` | private, with the parts about the whole machine read-only or covered |
+//! | `/proc` | private and read-only, with what it tells about the whole machine covered |
 //! | `/dev` | six harmless nodes, private terminals and shared memory |
 //! | `/tmp`, the home | private, of limited size, gone with the command |
 //! | `/workspace` | the workspace, writable, without set-user-id bits and device nodes |
+//!
+//! Every mount costs time at the start and at the end of each command, so there is one only where
+//! a copy of a small file or a flag of another mount would not do.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -77,11 +80,7 @@ const ETC: [&str; 41] = [
 
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 
-/// Parts of `/proc` about the whole machine that stay readable.
-const PROC_READ_ONLY: [&str; 8] =
-    ["sys", "irq", "bus", "fs", "acpi", "scsi", "sysrq-trigger", "mtrr"];
-
-/// Files of `/proc` about the whole machine that say too much.
+/// Files of `/proc` that say too much about the whole machine, where its users may read them.
 const PROC_COVERED: [&str; 15] = [
     "kcore",
     "keys",
@@ -99,6 +98,9 @@ const PROC_COVERED: [&str; 15] = [
     "kmsg",
     "vmallocinfo",
 ];
+
+/// Largest file of `/etc` that is copied; a larger one is mounted.
+const MAX_COPIED_BYTES: u64 = 128 * 1024;
 
 /// Builds the file system and makes it the root of the caller's mount namespace.
 pub(super) fn build(
@@ -162,21 +164,26 @@ fn enter(root: &OwnedFd) -> Result<(), SetupError> {
     change().step(Step::FileSystem, "enter the new root")
 }
 
-/// Trees of the host, taken but not yet placed.
+/// What is taken of the host, and not yet placed.
 struct Sources {
     trees: Vec<(String, Detached)>,
     links: Vec<(String, std::ffi::CString)>,
+    copies: Vec<(String, Vec<u8>)>,
 }
 
 impl Sources {
     fn take(strict: &StrictSpec) -> Result<Self, SetupError> {
-        let mut sources = Self { trees: Vec::new(), links: Vec::new() };
+        let mut sources = Self { trees: Vec::new(), links: Vec::new(), copies: Vec::new() };
         let read_only = READ_ONLY | NO_SUID | NO_DEV;
         for name in SYSTEM {
             sources.take_one(name.to_owned(), read_only)?;
         }
         for name in ETC {
-            sources.take_one(format!("etc/{name}"), read_only | NO_EXEC)?;
+            let name = format!("etc/{name}");
+            match small_file(&name) {
+                Some(content) => sources.copies.push((name, content)),
+                None => sources.take_one(name, read_only | NO_EXEC)?,
+            }
         }
         for name in DEVICES {
             // Read-only would be no help: it does not concern writing to a device.
@@ -219,11 +226,34 @@ impl Sources {
             }
             link(root, &target, &name)?;
         }
+        for (name, content) in self.copies {
+            if let Some((parent, _)) = name.rsplit_once('/') {
+                make_directories(root, parent)?;
+            }
+            write(root, &name, &content)?;
+        }
         for (name, tree) in self.trees {
             tree.attach(root, &name)?;
         }
         Ok(())
     }
+}
+
+/// The content of a regular file below `/` that is small enough to be copied; `None` for anything
+/// else, a link included.
+fn small_file(name: &str) -> Option<Vec<u8>> {
+    use std::io::Read as _;
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let path = Path::new("/").join(name);
+    let file = rustix::fs::openat(rustix::fs::CWD, path, flags, Mode::empty()).ok()?;
+    let found = rustix::fs::fstat(&file).ok()?;
+    let size = u64::try_from(found.st_size).ok()?;
+    if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile || size > MAX_COPIED_BYTES {
+        return None;
+    }
+    let mut content = Vec::with_capacity(usize::try_from(size).ok()? + 1);
+    File::from(file).take(MAX_COPIED_BYTES).read_to_end(&mut content).ok()?;
+    Some(content)
 }
 
 /// The name of an absolute path inside, relative to the root.
@@ -285,27 +315,33 @@ fn write_etc(root: &OwnedFd, strict: &StrictSpec) -> Result<(), SetupError> {
     }
 }
 
+/// A private `/proc`. Nothing in it may be written: most of what can be concerns the whole machine,
+/// and Landlock would deny the rest as well.
 fn place_proc(root: &OwnedFd) -> Result<(), SetupError> {
     Detached::new(
         "proc",
         &[],
-        MountAttrFlags::MOUNT_ATTR_NOSUID
+        MountAttrFlags::MOUNT_ATTR_RDONLY
+            | MountAttrFlags::MOUNT_ATTR_NOSUID
             | MountAttrFlags::MOUNT_ATTR_NODEV
             | MountAttrFlags::MOUNT_ATTR_NOEXEC,
     )?
     .attach(root, "proc")?;
     let null = open_below(root, "dev/null").step(Step::Proc, "open /dev/null")?;
-    let covers = PROC_READ_ONLY.iter().map(|name| (name, false));
-    for (name, cover) in covers.chain(PROC_COVERED.iter().map(|name| (name, true))) {
-        let path = format!("proc/{name}");
-        let place = match open_below(root, &path) {
-            Ok(place) => place,
+    let proc = open_below(root, "proc").step(Step::Proc, "open /proc")?;
+    for name in PROC_COVERED {
+        // These belong to user 0 of the host, whom no command ever is, so the rights of others
+        // decide; a file without any needs no cover.
+        match rustix::fs::statat(&proc, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(found) if found.st_mode & 0o007 == 0 => continue,
+            Ok(_) => {}
             Err(rustix::io::Errno::NOENT) => continue,
-            Err(error) => return Err(error).step(Step::Proc, format_args!("open /{path}")),
-        };
-        let source = if cover { &null } else { &place };
-        Detached::copy_at(source, Path::new(&path), READ_ONLY | NO_SUID | NO_EXEC)?
-            .attach_at(&place, &format!("restrict /{path}"))?;
+            Err(error) => return Err(error).step(Step::Proc, format_args!("look at /proc/{name}")),
+        }
+        let attempt = format!("cover /proc/{name}");
+        let place = open_below(&proc, name).step(Step::Proc, &attempt)?;
+        Detached::copy_at(&null, Path::new("/dev/null"), READ_ONLY | NO_SUID | NO_EXEC)?
+            .attach_at(&place, &attempt)?;
     }
     Ok(())
 }

@@ -6,8 +6,8 @@
 //! library's default would silently do less.
 
 use landlock::{
-    ABI, Access as _, AccessFs, CompatLevel, Compatible as _, PathBeneath, PathFd, Ruleset,
-    RulesetAttr as _, RulesetCreatedAttr as _, RulesetStatus, Scope,
+    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, NetPort, PathBeneath,
+    PathFd, Ruleset, RulesetAttr as _, RulesetCreatedAttr as _, RulesetStatus, Scope,
 };
 
 use super::spec::{
@@ -16,7 +16,7 @@ use super::spec::{
 use super::syscalls;
 
 /// The first interface that keeps signals and abstract sockets in.
-const ABI_WITH_SCOPES: i64 = 6;
+pub(super) const ABI_WITH_SCOPES: i64 = 6;
 
 /// Restricts this process and everything it becomes or starts.
 pub(super) fn restrict(strict: &StrictSpec) -> Result<(), SetupError> {
@@ -40,7 +40,7 @@ pub(super) fn restrict(strict: &StrictSpec) -> Result<(), SetupError> {
         ));
     }
     let abi = ABI::from(i32::try_from(number).unwrap_or(i32::MAX));
-    let status = build(abi)?.restrict_self().map_err(failed)?;
+    let status = build(abi, strict.network)?.restrict_self().map_err(failed)?;
     if status.ruleset == RulesetStatus::FullyEnforced && status.no_new_privs {
         Ok(())
     } else {
@@ -55,7 +55,7 @@ fn failed(error: impl std::fmt::Display) -> SetupError {
     SetupError::new(Step::Landlock, format!("set up Landlock: {error}"))
 }
 
-fn build(abi: ABI) -> Result<landlock::RulesetCreated, SetupError> {
+fn build(abi: ABI, network: Network) -> Result<landlock::RulesetCreated, SetupError> {
     let all = AccessFs::from_all(abi);
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::HardRequirement)
@@ -68,21 +68,25 @@ fn build(abi: ABI) -> Result<landlock::RulesetCreated, SetupError> {
     let denied = AccessFs::MakeChar | AccessFs::MakeBlock | AccessFs::ResolveUnix;
     let read_write = all & !denied;
     let device = AccessFs::from_file(abi) & !(AccessFs::Execute | AccessFs::ResolveUnix);
-    let terminals = device | AccessFs::ReadDir;
+    if network == Network::Full {
+        // On the host's network a command may call out, not pose as a service: it listens on no
+        // port of its choice. Addresses, which calling out would have to be limited by, are
+        // nothing that Landlock knows.
+        ruleset = ruleset.handle_access(AccessNet::BindTcp).map_err(failed)?;
+    }
     let mut created = ruleset.create().map_err(failed)?;
+    if network == Network::Full {
+        // Any port, as the kernel chooses: what programs bind before they call out.
+        created = created.add_rule(NetPort::new(0, AccessNet::BindTcp)).map_err(failed)?;
+    }
     for (path, access) in [
         ("/", AccessFs::from_read(abi)),
         (WORKSPACE_INSIDE, read_write),
         (HOME_INSIDE, read_write),
         ("/tmp", read_write),
         ("/dev/shm", read_write),
-        ("/dev/pts", terminals),
-        ("/dev/tty", device),
-        ("/dev/null", device),
-        ("/dev/zero", device),
-        ("/dev/full", device),
-        ("/dev/random", device),
-        ("/dev/urandom", device),
+        // Only harmless nodes and the command's own terminals are there.
+        ("/dev", device),
     ] {
         let place = PathFd::new(path).map_err(failed)?;
         created = created.add_rule(PathBeneath::new(place, access)).map_err(failed)?;

@@ -8,9 +8,9 @@ use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use cortex_shared::policy::Mode;
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -22,11 +22,12 @@ use tokio::process::Child;
 use super::cgroup::{ControlGroups, Group};
 use super::channel;
 use super::identity::{self, NoIdentity};
+use super::mapping::Mappings;
 use super::planted::Absent;
 use super::remedy::Refusal;
 use super::spec::{
-    Action, Confinement, ControlGroup, Ending, Limits, MAX_SPEC_BYTES, Network, Order, Report,
-    STAGE_NAME, Spec, StrictSpec,
+    Action, Confinement, ControlGroup, Ending, Limits, MAX_SPEC_BYTES, Network, Order, ProbeFacts,
+    Report, STAGE_NAME, Spec, StrictSpec,
 };
 use super::workspace::{self, WorkspaceRefusal};
 
@@ -38,7 +39,11 @@ const MINIMUM_LANDLOCK_ABI: i64 = 1;
 pub struct Launcher {
     /// A program that asks [`super::stage_requested`] first thing.
     stage: PathBuf,
-    groups: Arc<ControlGroups>,
+    /// `None` until they are prepared; until then, commands have none.
+    groups: Option<Arc<ControlGroups>>,
+    mappings: Arc<Mappings>,
+    /// What a probe found this kernel not to enforce, which refuses every strict command.
+    broken: Arc<OnceLock<Refusal>>,
 }
 
 impl Default for Launcher {
@@ -74,6 +79,8 @@ pub struct Command {
     pub read_only: Vec<PathBuf>,
     /// Directories that no workspace may contain or lie in.
     pub forbidden: Vec<PathBuf>,
+    /// Refuse it where there is no control group to limit it as a whole.
+    pub require_control_group: bool,
 }
 
 /// What to run.
@@ -83,8 +90,11 @@ pub enum Program {
     Arguments(Vec<Vec<u8>>),
     /// A bash script.
     Script(Vec<u8>),
-    /// Nothing: the sandbox is set up, verified and left.
-    Probe,
+    /// Nothing: the sandbox is set up, verified, tried from within and left.
+    Probe {
+        /// An abstract socket that somebody listens on outside.
+        abstract_socket: Vec<u8>,
+    },
 }
 
 /// Why a command could not be handed to the stage. It has not run.
@@ -99,6 +109,9 @@ pub enum LaunchError {
     /// Arguments and environment are too long.
     #[error("arguments and environment are too long")]
     TooLong,
+    /// Something that was asked for is not to be had on this machine.
+    #[error("{}: {}", .0.what, .0.why)]
+    Refused(Refusal),
     /// The agent lacks something to start a process.
     #[error("{attempt}")]
     Io {
@@ -117,20 +130,27 @@ impl Launcher {
     /// With another program as the stage.
     #[must_use]
     pub fn with_stage(stage: impl Into<PathBuf>) -> Self {
-        Self { stage: stage.into(), groups: Arc::default() }
+        Self { stage: stage.into(), groups: None, mappings: Arc::default(), broken: Arc::default() }
     }
 
     /// With control groups, where this machine lets this process have them. To be called once in a
     /// process, before it runs commands: it may move the process to another group.
     #[must_use]
     pub fn with_control_groups(self) -> Self {
-        Self { groups: Arc::new(ControlGroups::prepare()), ..self }
+        Self { groups: Some(Arc::new(ControlGroups::prepare())), ..self }
     }
 
-    /// Which control groups are used: "v2", "v1" or "none".
+    /// Which control groups are used: "v2", "v1" or "none". Before they are prepared, which are
+    /// likely to be.
     #[must_use]
     pub fn control_groups(&self) -> &'static str {
-        self.groups.version()
+        self.groups.as_ref().map_or_else(ControlGroups::likely_version, |groups| groups.version())
+    }
+
+    /// Refuses every strict command from now on, for the reason that a probe found.
+    pub(super) fn refuse_from_now_on(&self, refusal: Refusal) {
+        // The first reason is as good as any later one.
+        self.broken.set(refusal).ok();
     }
 
     /// Starts a command. Whether it could be set up and executed is told by
@@ -140,14 +160,19 @@ impl Launcher {
     /// If the workspace is refused or the stage cannot be started; nothing runs then.
     pub async fn launch(&self, command: Command) -> Result<Launched, LaunchError> {
         let stdin_wanted = command.stdin;
+        let is_probe = matches!(command.program, Program::Probe { .. });
+        if let Some(refusal) =
+            self.broken.get().filter(|_| command.mode == Mode::Strict && !is_probe)
+        {
+            return Err(LaunchError::Refused(refusal.clone()));
+        }
         // Looking at the workspace touches the disk, which may be slow or a dead network mount.
-        let groups = Arc::clone(&self.groups);
-        let files = tokio::task::spawn_blocking(move || Files::write(command, &groups))
-            .await
-            .map_err(|error| LaunchError::Io {
-                attempt: "prepare the command",
-                source: io::Error::other(error),
-            })??;
+        let groups = self.groups.clone().unwrap_or_default();
+        let (mappings, stage) = (Arc::clone(&self.mappings), self.stage.clone());
+        let write = move || Files::write(command, &groups, &mappings, &stage);
+        let files = tokio::task::spawn_blocking(write).await.map_err(|error| {
+            LaunchError::Io { attempt: "prepare the command", source: io::Error::other(error) }
+        })??;
 
         let (ours, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
@@ -177,6 +202,7 @@ impl Launcher {
         let mut fds = vec![files.spec.as_fd()];
         fds.extend(files.script.as_ref().map(OwnedFd::as_fd));
         fds.extend(stdin.as_ref().map(|(_, read)| read.as_fd()));
+        fds.extend(files.mapping.as_ref().map(OwnedFd::as_fd));
         fds.extend(files.group.entrance().iter().map(OwnedFd::as_fd));
         channel::send_descriptors(&ours, &fds).map_err(io_error("instruct the sandbox stage"))?;
 
@@ -207,13 +233,19 @@ fn output_pipe() -> Result<(OwnedFd, pipe::Receiver), LaunchError> {
 struct Files {
     spec: OwnedFd,
     script: Option<OwnedFd>,
+    mapping: Option<OwnedFd>,
     absent: Absent,
     group: Group,
 }
 
 impl Files {
-    fn write(command: Command, groups: &ControlGroups) -> Result<Self, LaunchError> {
-        let workspace = command
+    fn write(
+        command: Command,
+        groups: &ControlGroups,
+        mappings: &Mappings,
+        stage: &Path,
+    ) -> Result<Self, LaunchError> {
+        let mut workspace = command
             .workspace
             .as_deref()
             .map(|root| workspace::check(root, &command.forbidden))
@@ -225,7 +257,11 @@ impl Files {
         let (action, script) = match command.program {
             Program::Arguments(arguments) => (Action::Program(arguments), None),
             Program::Script(text) => (Action::Script, Some(sealed(&text)?)),
-            Program::Probe => (Action::Probe, None),
+            Program::Probe { abstract_socket } => {
+                let agent = rustix::process::getpid().as_raw_nonzero().get();
+                let hidden = command.forbidden;
+                (Action::Probe(ProbeFacts { agent, abstract_socket, hidden }), None)
+            }
         };
         let confinement = match command.mode {
             Mode::Permissive => Confinement::Permissive,
@@ -236,10 +272,23 @@ impl Files {
                 minimum_landlock_abi: MINIMUM_LANDLOCK_ABI,
             }),
         };
+        let mut mapping = None;
+        if let (Confinement::Strict(strict), Some(workspace)) = (&confinement, &mut workspace) {
+            let (owner, identity) = ((workspace.owner_uid, workspace.owner_gid), strict.identity);
+            if identity.assumed && owner != (identity.uid, identity.gid) {
+                let made = mappings.namespace(stage, owner, identity);
+                mapping = Some(made.map_err(|error| LaunchError::Refused((&error).into()))?);
+                workspace.mapped = true;
+            }
+        }
+        let wanted = command.limits_asked_for || command.require_control_group;
         let group = groups
-            .group_for(&command.limits, command.limits_asked_for)
+            .group_for(&command.limits, wanted)
             .map_err(io_error("create a control group"))?
             .unwrap_or_default();
+        if command.require_control_group && group.entrance().is_empty() {
+            return Err(LaunchError::Refused(ControlGroups::required_and_missing()));
+        }
         let control_group = match (group.entrance().len(), groups) {
             (0, _) => ControlGroup::None,
             (_, ControlGroups::V2(_)) => ControlGroup::BornInto,
@@ -262,7 +311,7 @@ impl Files {
         if u64::try_from(spec.len()).map_or(true, |length| length > MAX_SPEC_BYTES) {
             return Err(LaunchError::TooLong);
         }
-        Ok(Self { spec: sealed(&spec)?, script, absent, group })
+        Ok(Self { spec: sealed(&spec)?, script, mapping, absent, group })
     }
 }
 

@@ -24,6 +24,7 @@ mod init;
 mod landlock;
 mod launch;
 mod limits;
+mod mapping;
 mod mounts;
 mod namespaces;
 mod payload;
@@ -35,6 +36,7 @@ mod protect;
 mod reaper;
 mod remedy;
 mod seccomp;
+mod self_test;
 mod spec;
 mod stage;
 #[allow(unsafe_code)]

@@ -1,13 +1,11 @@
 //! Namespaces: one clone into all of them, identity maps, and the proof that they are new.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::io::Write as _;
 
-use rustix::process::{Pid, WaitOptions, waitpid};
+use rustix::process::Pid;
 
 use super::spec::{Context as _, Identity, Network, SetupError, Step};
-use super::syscalls::{self, Cloned};
 
 /// The namespaces of a sandbox by their names in `/proc/PID/ns`.
 const KINDS: [&str; 7] = ["user", "mnt", "pid", "ipc", "uts", "cgroup", "net"];
@@ -71,41 +69,6 @@ pub(super) fn map_identity(pid: Pid, identity: Identity) -> Result<(), SetupErro
     }
     write_proc(pid, "uid_map", &format!("{0} {0} 1\n", identity.uid))?;
     write_proc(pid, "gid_map", &format!("{0} {0} 1\n", identity.gid))
-}
-
-/// A user namespace for the id mapping of a mount: `owner` on disk appears as `identity`.
-pub(super) fn mapping_namespace(
-    owner: (u32, u32),
-    identity: Identity,
-) -> Result<OwnedFd, SetupError> {
-    let step = Step::MappedWorkspace;
-    let (wait, wake) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-        .map(|(read, write)| (File::from(read), write))
-        .step(step, "create a pipe")?;
-    let flags = u64::from(libc::CLONE_NEWUSER.cast_unsigned());
-    match syscalls::clone_process(flags, None).step(step, "create a user namespace")? {
-        Cloned::Child => {
-            drop(wake);
-            // Lives until the parent has opened the namespace.
-            let mut wait = wait;
-            wait.read_to_end(&mut Vec::new()).ok();
-            syscalls::exit_now(0)
-        }
-        Cloned::Parent(pid) => {
-            let namespace =
-                write_proc(pid, "uid_map", &format!("{} {} 1\n", owner.0, identity.uid))
-                    .and_then(|()| {
-                        write_proc(pid, "gid_map", &format!("{} {} 1\n", owner.1, identity.gid))
-                    })
-                    .and_then(|()| {
-                        File::open(format!("/proc/{}/ns/user", pid.as_raw_nonzero()))
-                            .step(step, "open a user namespace")
-                    });
-            drop(wake);
-            while let Err(rustix::io::Errno::INTR) = waitpid(Some(pid), WaitOptions::empty()) {}
-            namespace.map(OwnedFd::from)
-        }
-    }
 }
 
 fn write_proc(pid: Pid, name: &str, text: &str) -> Result<(), SetupError> {

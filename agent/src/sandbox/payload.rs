@@ -17,7 +17,7 @@ use super::spec::{
     WORKSPACE_INSIDE,
 };
 use super::stage::{self, Job};
-use super::{landlock, limits, namespaces, privileges, seccomp, syscalls};
+use super::{landlock, limits, namespaces, privileges, seccomp, self_test, syscalls};
 
 /// How the command's process is confined.
 pub(super) enum Confine<'a> {
@@ -61,9 +61,14 @@ fn become_command(job: Job, confine: &Confine<'_>) -> Result<std::convert::Infal
             .step(Step::Process, "keep the script open")
             .map_err(Report::Refused)?;
     }
-    let Some(command) = &mut command else {
-        // A probe ends here, with everything set up and verified.
+    if let Action::Probe(facts) = &spec.action {
+        self_test::run(facts).map_err(Report::Refused)?;
+        // A probe ends here, with everything set up, verified and tried.
         syscalls::exit_now(0)
+    }
+    let Some(command) = &mut command else {
+        let error = SetupError::new(Step::Internal, "there is nothing to execute");
+        return Err(Report::Refused(error));
     };
     let error = command.exec();
     Err(Report::NotExecuted {
@@ -98,7 +103,7 @@ fn change_directory(spec: &Spec, confine: &Confine<'_>) -> Result<(), SetupError
 /// The program with its arguments and environment; none for a probe.
 fn command_line(spec: &Spec, script: Option<&OwnedFd>) -> Result<Option<Command>, SetupError> {
     let mut command = match (&spec.action, script) {
-        (Action::Probe, _) => return Ok(None),
+        (Action::Probe(_), _) => return Ok(None),
         (Action::Program(arguments), _) => {
             let mut arguments = arguments.iter().map(|bytes| std::ffi::OsStr::from_bytes(bytes));
             let program = arguments

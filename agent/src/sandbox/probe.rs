@@ -1,13 +1,18 @@
 //! What this machine can enforce, found by trying.
 //!
-//! One empty command is set up exactly as any other would be, verified and left. Whatever fails is
-//! what every strict command would be refused for, in the same words.
+//! One empty command is set up exactly as any other would be, verified, and then tries what a
+//! command must not be able to do. Whatever fails is what every strict command is refused for, in
+//! the same words.
+
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::path::PathBuf;
 
 use cortex_proto::v1;
 use cortex_shared::policy::Mode;
 
 use super::launch::{Command, LaunchError, Launcher, Program, StageMessage};
-use super::remedy::Refusal;
+use super::remedy::{Refusal, SELF_TEST};
 use super::spec::{Limits, Network};
 use super::syscalls;
 
@@ -37,9 +42,14 @@ impl Capabilities {
 }
 
 impl Launcher {
-    /// Finds out what this machine can enforce. Takes as long as one command.
-    pub async fn probe(&self) -> Capabilities {
-        let missing = self.try_strict().await.err();
+    /// Finds out what this machine can enforce. Takes as long as one command. `hidden` are the
+    /// agent's own directories, which must not show. If this kernel accepts what is asked of it
+    /// and does not enforce it, every strict command of this launcher is refused from then on.
+    pub async fn probe(&self, hidden: &[PathBuf]) -> Capabilities {
+        let missing = self.try_strict(hidden).await.err();
+        if let Some(refusal) = missing.as_ref().filter(|found| found.what == SELF_TEST) {
+            self.refuse_from_now_on(refusal.clone());
+        }
         let landlock_abi = syscalls::landlock_abi().ok().and_then(|abi| u32::try_from(abi).ok());
         Capabilities {
             user_namespaces: missing
@@ -53,14 +63,24 @@ impl Launcher {
         }
     }
 
-    async fn try_strict(&self) -> Result<(), Refusal> {
-        let mut launched = self.launch(empty_command()).await.map_err(|error| Refusal {
+    async fn try_strict(&self, hidden: &[PathBuf]) -> Result<(), Refusal> {
+        let failed = |error: &dyn std::fmt::Display| Refusal {
             what: "sandbox stage",
             why: error.to_string(),
-            remedy: match &error {
-                LaunchError::Identity(error) => error.hint().to_owned(),
-                _ => "check that the agent can start processes and write memory files".to_owned(),
-            },
+            remedy: "check that the agent can start processes and write memory files".to_owned(),
+        };
+        // For the probe to reach for: an abstract socket, gone with the probe.
+        let abstract_socket = format!("cortex-probe-{}", uuid::Uuid::new_v4()).into_bytes();
+        let _listener = SocketAddr::from_abstract_name(&abstract_socket)
+            .and_then(|address| UnixListener::bind_addr(&address))
+            .map_err(|error| failed(&error))?;
+        let command = empty_command(abstract_socket, hidden);
+        let mut launched = self.launch(command).await.map_err(|error| match error {
+            LaunchError::Refused(refusal) => refusal,
+            LaunchError::Identity(error) => {
+                Refusal { remedy: error.hint().to_owned(), ..failed(&error) }
+            }
+            error => failed(&error),
         })?;
         let mut outcome = Err(Refusal {
             what: "sandbox stage",
@@ -78,10 +98,10 @@ impl Launcher {
     }
 }
 
-fn empty_command() -> Command {
+fn empty_command(abstract_socket: Vec<u8>, hidden: &[PathBuf]) -> Command {
     const MEBIBYTE: u64 = 1024 * 1024;
     Command {
-        program: Program::Probe,
+        program: Program::Probe { abstract_socket },
         env: Vec::new(),
         workspace: None,
         cwd: Vec::new(),
@@ -94,10 +114,12 @@ fn empty_command() -> Command {
             file_bytes: MEBIBYTE,
             temporary_bytes: MEBIBYTE,
         },
-        limits_asked_for: true,
+        // A probe uses no memory worth counting, and entering a group of version 1 takes long.
+        limits_asked_for: false,
         stdin: false,
         read_only: Vec::new(),
-        forbidden: Vec::new(),
+        forbidden: hidden.to_vec(),
+        require_control_group: false,
     }
 }
 

@@ -2,6 +2,9 @@
 
 use super::spec::{SetupError, Step};
 
+/// What a refusal is about if a command could do what it must not.
+pub(super) const SELF_TEST: &str = "self-test";
+
 /// Why a command was refused, for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
@@ -38,6 +41,7 @@ fn name(step: Step) -> &'static str {
         Step::Landlock => "Landlock",
         Step::Seccomp => "system call filter",
         Step::Verification => "verification",
+        Step::SelfTest => SELF_TEST,
         Step::Internal => "sandbox stage",
     }
 }
@@ -59,7 +63,12 @@ fn remedy(error: &SetupError) -> &'static str {
         }
         (Step::Namespaces, Some(libc::EINVAL | libc::ENOSYS)) => {
             "use a kernel built with all namespaces (CONFIG_USER_NS, PID_NS, NET_NS, IPC_NS, \
-             UTS_NS, CGROUPS) of version 5.13 or later"
+             UTS_NS, CGROUPS) of version 5.13 or later; in a container, a seccomp profile that \
+             permits clone3 as well (docker and podman: --security-opt seccomp=FILE)"
+        }
+        (Step::FileSystem | Step::Process, Some(libc::ENOSYS)) => {
+            "use a kernel of version 5.13 or later; in a container, a seccomp profile that permits \
+             open_tree, move_mount, mount_setattr and clone3"
         }
         (Step::Proc, _) => {
             "in a container, unmask /proc (podman and docker: --security-opt \
@@ -67,9 +76,9 @@ fn remedy(error: &SetupError) -> &'static str {
              is completely visible"
         }
         (Step::MappedWorkspace, _) => {
-            "keep the workspace on a file system with id-mapped mounts (ext4, xfs, btrfs, tmpfs), \
-             give its directory to an unprivileged user (chown -R), or run the agent as the user \
-             who owns it"
+            "keep the workspace on a file system with id-mapped mounts (ext4, xfs, btrfs, tmpfs; in \
+             a container a volume, not the image's own layers), or run the agent as the user who \
+             owns it instead of root"
         }
         (Step::Landlock, Some(libc::EOPNOTSUPP)) => {
             "switch Landlock on at boot: add landlock to the kernel's lsm= parameter"
@@ -82,6 +91,10 @@ fn remedy(error: &SetupError) -> &'static str {
         (Step::Workspace, _) => {
             "check that the workspace's directory exists, is readable by the agent and was not \
              replaced"
+        }
+        (Step::SelfTest | Step::Verification, _) => {
+            "use another kernel: this one accepts what the sandbox asks of it and does not enforce \
+             it; please report it with the output of `cortex-agent doctor`"
         }
         (Step::WorkingDirectory, _) => "name a directory that exists in the workspace",
         (Step::ControlGroup, _) => {

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 /// `argv[0]` of the stage.
 pub(super) const STAGE_NAME: &str = "cortex-sandbox";
+/// `argv[0]` of the process that makes a user namespace for the agent.
+pub(super) const MAPPER_NAME: &str = "cortex-namespace";
 /// Where the workspace appears inside.
 pub const WORKSPACE_INSIDE: &str = "/workspace";
 /// The home directory inside: private to the command and gone with it.
@@ -73,7 +75,7 @@ pub(super) struct StrictSpec {
 }
 
 /// The user and group id of a command.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Identity {
     /// User id, the same inside and outside; never 0.
     pub uid: u32,
@@ -102,6 +104,8 @@ pub(super) struct WorkspaceSpec {
     pub(super) inode: u64,
     pub(super) owner_uid: u32,
     pub(super) owner_gid: u32,
+    /// A user namespace comes with the specification, which maps its owner to the command's user.
+    pub(super) mapped: bool,
 }
 
 /// What to run.
@@ -111,8 +115,20 @@ pub(super) enum Action {
     Program(Vec<Vec<u8>>),
     /// The bash script in the second memory file.
     Script,
-    /// Nothing: set everything up, verify it and end with success.
-    Probe,
+    /// Nothing: set everything up, verify it, try what a command must not be able to do, and end
+    /// with success.
+    Probe(ProbeFacts),
+}
+
+/// What is outside of a probe's sandbox, for it to reach for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct ProbeFacts {
+    /// The process id of the agent.
+    pub(super) agent: i32,
+    /// The name of an abstract socket that the agent listens on for the time of the probe.
+    pub(super) abstract_socket: Vec<u8>,
+    /// Paths that must not exist inside: the agent's own directories.
+    pub(super) hidden: Vec<PathBuf>,
 }
 
 /// Limits of one command.
@@ -199,6 +215,8 @@ pub enum Step {
     Seccomp,
     /// Reading back that all of it holds.
     Verification,
+    /// Trying what must be denied, from within.
+    SelfTest,
     /// A mistake in the stage itself.
     Internal,
 }

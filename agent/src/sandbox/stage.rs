@@ -20,21 +20,24 @@ use rustix::fs::SealFlags;
 use rustix::process::{WaitOptions, waitpid};
 
 use super::spec::{
-    Action, Confinement, Context as _, ControlGroup, MAX_SPEC_BYTES, Report, STAGE_NAME,
-    SetupError, Spec, Step, StrictSpec,
+    Action, Confinement, Context as _, ControlGroup, MAPPER_NAME, MAX_SPEC_BYTES, Report,
+    STAGE_NAME, SetupError, Spec, Step, StrictSpec,
 };
 use super::syscalls::{self, Cloned};
-use super::{channel, init, namespaces, permissive, workspace};
+use super::{channel, init, mapping, namespaces, permissive, workspace};
 
 /// Whether this process was started as the sandbox stage. To be asked before any thread exists.
 #[must_use]
 pub fn stage_requested() -> bool {
-    std::env::args_os().next().is_some_and(|name| name == STAGE_NAME)
+    std::env::args_os().next().is_some_and(|name| name == STAGE_NAME || name == MAPPER_NAME)
 }
 
 /// Runs the stage. The exit code tells nothing; the agent is told everything over the socket.
 #[must_use]
 pub fn stage_main() -> ExitCode {
+    if std::env::args_os().next().is_some_and(|name| name == MAPPER_NAME) {
+        return mapping::main();
+    }
     let Ok(control) = take_control_socket() else {
         // Somebody started this by hand: there is nobody to report to.
         return ExitCode::from(125);
@@ -54,6 +57,8 @@ pub(super) struct Job {
     pub(super) spec: Spec,
     pub(super) script: Option<OwnedFd>,
     pub(super) stdin: Option<OwnedFd>,
+    /// The user namespace for the mount of the workspace.
+    pub(super) mapping: Option<OwnedFd>,
     /// The control group to create the command in.
     pub(super) born_into: Option<OwnedFd>,
 }
@@ -97,6 +102,8 @@ fn receive(control: &OwnedFd) -> Result<Job, SetupError> {
     let script =
         if matches!(spec.action, Action::Script) { Some(next("the script")?) } else { None };
     let stdin = if spec.stdin { Some(next("standard input")?) } else { None };
+    let mapped = spec.workspace.as_ref().is_some_and(|workspace| workspace.mapped);
+    let mapping = if mapped { Some(next("the map of the workspace")?) } else { None };
     let born_into = match spec.control_group {
         ControlGroup::None => None,
         ControlGroup::BornInto => Some(next("the control group")?),
@@ -109,7 +116,7 @@ fn receive(control: &OwnedFd) -> Result<Job, SetupError> {
             None
         }
     };
-    Ok(Job { spec, script, stdin, born_into })
+    Ok(Job { spec, script, stdin, mapping, born_into })
 }
 
 /// Reads a memory file that can no longer change.
@@ -151,13 +158,15 @@ fn run_strict(job: Job, strict: &StrictSpec, control: &OwnedFd) -> Result<(), Se
     if strict.identity.assumed {
         give_pipes_to(strict, &job)?;
     }
-    let workspace = workspace::prepare(job.spec.workspace.as_ref(), strict.identity)?;
+    let workspace = workspace::prepare(&job, strict.identity)?;
     let outer = namespaces::Inodes::of_this_process(strict.network)?;
     let (mapped, mut tell_mapped) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
         .map(|(read, write)| (File::from(read), File::from(write)))
         .step(Step::Namespaces, "create a pipe")?;
     let flags = namespaces::clone_flags(strict.network);
-    match syscalls::clone_process(flags, None)
+    // Only here can the group be entered: pid 1 has no right to it.
+    let group = job.born_into.as_ref().map(AsFd::as_fd);
+    match syscalls::clone_process(flags, group)
         .step(Step::Namespaces, "clone into new namespaces")?
     {
         Cloned::Child => {

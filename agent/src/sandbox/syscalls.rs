@@ -149,6 +149,12 @@ fn fork_with(arguments: &CloneArgs) -> io::Result<Cloned> {
     }
 }
 
+/// Moves this process into new namespaces (`CLONE_NEW*`).
+pub(super) fn unshare(flags: i32) -> io::Result<()> {
+    // SAFETY: the call takes an integer, and touches no memory of this process.
+    check(i64::from(unsafe { libc::unshare(flags) })).map(drop)
+}
+
 /// Closes every descriptor from `first` on.
 pub(super) fn close_from(first: u32) -> io::Result<()> {
     close_range(first, 0)

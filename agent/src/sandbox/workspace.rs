@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::mount::OpenTreeFlags;
 
-use super::namespaces;
 use super::spec::{Context as _, Identity, SetupError, Step, WorkspaceSpec};
+use super::stage::Job;
 use super::syscalls::{self, MountAttributes, NO_DEV, NO_SUID};
 
 /// Directories of the system that are no workspace, nor is anything that contains one of them.
@@ -120,6 +120,7 @@ pub(super) fn check(root: &Path, forbidden: &[PathBuf]) -> Result<WorkspaceSpec,
         inode: metadata.ino(),
         owner_uid: metadata.uid(),
         owner_gid: metadata.gid(),
+        mapped: false,
     })
 }
 
@@ -196,19 +197,14 @@ pub(super) enum Prepared {
 }
 
 /// Does what only the monitor, outside of all namespaces, can do for the workspace.
-pub(super) fn prepare(
-    workspace: Option<&WorkspaceSpec>,
-    identity: Identity,
-) -> Result<Prepared, SetupError> {
-    let Some(workspace) = workspace else { return Ok(Prepared::None) };
+pub(super) fn prepare(job: &Job, identity: Identity) -> Result<Prepared, SetupError> {
+    let Some(workspace) = &job.spec.workspace else { return Ok(Prepared::None) };
     if !identity.assumed {
         return Ok(Prepared::ByPath(workspace.clone()));
     }
     let tree = clone_tree(workspace)?;
-    let owner = (workspace.owner_uid, workspace.owner_gid);
-    if owner != (identity.uid, identity.gid) {
-        let userns = namespaces::mapping_namespace(owner, identity)?;
-        syscalls::mount_map_ids(tree.as_fd(), userns.as_fd())
+    if let Some(mapping) = &job.mapping {
+        syscalls::mount_map_ids(tree.as_fd(), mapping.as_fd())
             .step(Step::MappedWorkspace, "map the owner of the workspace to the command's user")?;
     }
     Ok(Prepared::Mapped(tree))
@@ -241,11 +237,12 @@ pub(super) fn clone_tree(workspace: &WorkspaceSpec) -> Result<OwnedFd, SetupErro
             | OpenTreeFlags::AT_EMPTY_PATH
             | OpenTreeFlags::AT_RECURSIVE,
     )
-    .step(step, &attempt)?;
+    // From here on it is the kernel that may be unable, and no longer the workspace at fault.
+    .step(Step::FileSystem, "copy the mount of the workspace")?;
     syscalls::mount_set_attributes(
         tree.as_fd(),
         MountAttributes { set: NO_SUID | NO_DEV, private: true, this_mount_only: false },
     )
-    .step(step, "restrict the workspace's mount")?;
+    .step(Step::FileSystem, "restrict the workspace's mount")?;
     Ok(tree)
 }

@@ -235,6 +235,26 @@ async fn the_network_is_there_only_if_it_was_granted() {
 }
 
 #[tokio::test]
+async fn on_the_hosts_network_a_command_calls_out_but_listens_on_no_port_of_its_choice() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let listen = |port: u16| {
+        format!(
+            "perl -MSocket -e 'socket(my $s, AF_INET, SOCK_STREAM, 0) or die; \
+             bind($s, pack_sockaddr_in({port}, inet_aton(\"127.0.0.1\"))) or die \"$!\\n\"; \
+             listen($s, 1) or die \"$!\\n\"'"
+        )
+    };
+    assert!(succeeds_outside(&listen(free), Path::new("/")), "the port is taken");
+    for (network, port, possible) in
+        [(Network::None, free, true), (Network::Full, free, false), (Network::Full, 0, true)]
+    {
+        let ran = run(CommandRequest { network, ..script(&listen(port)) }).await;
+        assert_eq!(ran.succeeded(), possible, "port {port} of {network:?}: {ran:?}");
+        assert!(possible || ran.stderr.contains("Permission denied"), "{ran:?}");
+    }
+}
+
+#[tokio::test]
 async fn the_command_cannot_end_or_read_its_pid_1() {
     let text = "kill -9 1; kill -TERM 1; kill -STOP 1; cat /proc/1/environ; ls /proc/1/fd/; \
                 head -c1 /proc/1/mem; readlink /proc/1/exe; echo alive";

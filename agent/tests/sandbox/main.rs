@@ -6,12 +6,16 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
+mod abuse;
 mod denials;
 mod endings;
 mod input;
 mod output;
 mod refusals;
+mod start;
 mod support;
+mod systems;
+mod usability;
 
 use std::os::unix::process::CommandExt as _;
 

@@ -67,17 +67,22 @@ async fn without_credit_the_command_waits() {
 async fn a_command_that_waits_for_credit_can_be_ended() {
     let mut running = Running::start(script("yes"), 0);
     running.until_started().await;
-    let grace = Duration::from_secs(30);
-    running.order(CommandControl::Cancel { signal: 0, grace }).await;
-    // What it wrote before still waits for credit; the second cancel says that nobody wants it.
-    running.order(CommandControl::Cancel { signal: 0, grace }).await;
-    running.order(CommandControl::Credit(1 << 20)).await;
+    let cancel = || CommandControl::Cancel { signal: 0, grace: Duration::from_secs(30) };
+    running.order(cancel()).await;
+    // What it wrote before may still wait for credit; a cancel after the end of its processes says
+    // that nobody wants it. It may be over before that is said.
+    while running.control.send(cancel()).await.is_ok() {
+        tokio::task::yield_now().await;
+    }
     assert_eq!(running.finish().await.exit.verdict, CommandVerdict::Cancelled);
 
     let text = "head -c 200000 /dev/zero; exec sleep 300";
-    let request = CommandRequest { time_limit: Some(Duration::from_millis(300)), ..script(text) };
+    let request = CommandRequest { time_limit: Some(Duration::from_secs(1)), ..script(text) };
     let mut running = Running::start(request, 10);
-    running.until_started().await;
+    while running.stdout.len() < 10 {
+        running.next().await.unwrap();
+    }
+    // It cannot be over before the rest of its output was sent.
     running.order(CommandControl::Credit(1 << 20)).await;
     assert_eq!(running.finish().await.exit.verdict, CommandVerdict::TimeLimit);
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use cortex_agent::exec::{CommandRequest, CommandVerdict};
 use tempfile::TempDir;
 
-use crate::support::{in_workspace, launcher, run, script, succeeds_outside, view};
+use crate::support::{apart, in_workspace, launcher, run, script, succeeds_outside, view};
 
 #[tokio::test]
 async fn a_refused_command_has_not_run() {
@@ -76,20 +76,10 @@ async fn without_user_namespaces_strict_commands_are_refused_with_a_remedy() {
         eprintln!("skipped: user namespaces are not available here, so they cannot be taken away");
         return;
     }
-    let text = tokio::task::spawn_blocking(move || {
-        let limit = "echo 0 > /proc/sys/user/max_user_namespaces && exec \"$@\"";
-        let output = std::process::Command::new("unshare")
-            .args(outer)
-            .args(["sh", "-c", limit, "sh"])
-            .arg(std::env::current_exe().unwrap())
-            .args(["--exact", "refusals::apart_refused", "--ignored", "--nocapture"])
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{output:?}");
-        String::from_utf8_lossy(&output.stderr).into_owned()
-    });
-    let text = text.await.unwrap();
-    assert!(text.contains("refused as it should be"), "{text}");
+    let limit = "echo 0 > /proc/sys/user/max_user_namespaces && exec \"$@\"";
+    let before = [&["unshare"], outer.as_slice(), &["sh", "-c", limit, "sh"]].concat();
+    let (succeeded, text) = apart(&before, "refusals::apart_refused", &[]).await;
+    assert!(succeeded && text.contains("refused as it should be"), "{text}");
 }
 
 #[tokio::test]
@@ -100,7 +90,7 @@ async fn apart_refused() {
     assert_eq!(ran.exit.verdict, CommandVerdict::Refused, "{ran:?}");
     assert!(ran.exit.hint.as_ref().unwrap().contains("max_user_namespaces"), "{ran:?}");
     assert!(!workspace.path().join("marker").exists(), "the command has run");
-    let found = launcher().probe().await;
+    let found = launcher().probe(&[]).await;
     assert!(!found.strict_available() && !found.user_namespaces, "{found:?}");
     assert_eq!(Some(&found.missing[0].remedy), ran.exit.hint.as_ref());
     eprintln!("refused as it should be");
@@ -108,7 +98,7 @@ async fn apart_refused() {
 
 #[tokio::test]
 async fn the_probe_agrees_with_what_commands_experience() {
-    let found = launcher().probe().await;
+    let found = launcher().probe(&[]).await;
     let ran = run(script("true")).await;
     assert_eq!(found.strict_available(), ran.succeeded(), "{found:?} {ran:?}");
     assert_eq!(found.root, rustix::process::geteuid().is_root());

@@ -142,6 +142,24 @@ pub(crate) async fn run(request: CommandRequest) -> Finished {
     Running::start(request, PLENTY).finish().await
 }
 
+/// Runs one ignored test of this program in a process of its own, by a command in front of it
+/// (which may be empty), and gives what it said on standard error.
+pub(crate) async fn apart(
+    before: &[&str],
+    test: &str,
+    variables: &[(&str, &str)],
+) -> (bool, String) {
+    let program = std::env::current_exe().unwrap();
+    let mut words: Vec<std::ffi::OsString> = before.iter().map(Into::into).collect();
+    words.push(program.into());
+    words.extend(["--exact", test, "--ignored", "--nocapture"].map(Into::into));
+    let mut command = std::process::Command::new(&words[0]);
+    command.args(&words[1..]).envs(variables.iter().copied());
+    let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    (output.status.success(), text.into_owned())
+}
+
 /// A name for processes that no other test uses.
 pub(crate) fn token(name: &str) -> String {
     format!("cortex-test-{name}-{}", std::process::id())

@@ -274,19 +274,39 @@ impl Conversation {
     fn accept(&mut self, message: v1::ExecDown) -> Result<Option<v1::TaskExit>, CliError> {
         match message.frame {
             Some(exec_down::Frame::Accepted(accepted)) => self.accepted = accepted,
-            Some(exec_down::Frame::Output(output)) => {
-                if !self.queue.push(output, self.granted) {
-                    return Err(lost("more output came than was granted"));
-                }
-            }
+            Some(exec_down::Frame::Output(output)) => self.take_output(output)?,
             Some(exec_down::Frame::StdinCredit(credit)) => {
                 self.stdin_window = self.stdin_window.saturating_add(credit.bytes);
             }
             Some(exec_down::Frame::Exit(exit)) => return Ok(Some(exit)),
-            // That it has started needs no answer; unknown frames come from a newer hub.
-            Some(exec_down::Frame::Started(_)) | None => {}
+            Some(exec_down::Frame::Started(started)) => self.warn_if_unconfined(&started),
+            // Unknown frames come from a newer hub.
+            None => {}
         }
         Ok(None)
+    }
+
+    fn take_output(&mut self, output: v1::Output) -> Result<(), CliError> {
+        if self.queue.push(output, self.granted) {
+            Ok(())
+        } else {
+            Err(lost("more output came than was granted"))
+        }
+    }
+
+    /// Nobody should overlook that a command is not in the sandbox.
+    fn warn_if_unconfined(&self, started: &v1::TaskStarted) {
+        if started.mode() == v1::Mode::Permissive {
+            let node = match self.accepted.node_name.as_str() {
+                "" => "the node",
+                name => name,
+            };
+            let text = format!(
+                "warning: PERMISSIVE: this runs on {node} outside the sandbox, with all rights of \
+                 the agent's user"
+            );
+            complain(&text, ColorWhen::Auto);
+        }
     }
 
     fn hear(&mut self, event: WriterEvent) {

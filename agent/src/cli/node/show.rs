@@ -174,7 +174,14 @@ impl NodeRow {
 
     fn sandbox_text(&self) -> String {
         match (&self.sandbox, self.strict_available) {
-            (Some(_), Some(true)) => "complete".to_owned(),
+            (Some(report), Some(true)) => format!(
+                "complete: Landlock ABI {}, {}, system call filter, tried from within",
+                report.landlock_abi,
+                match report.cgroup.as_str() {
+                    "v1" | "v2" => format!("control groups {}", report.cgroup),
+                    _ => "no control groups (limits count each process)".to_owned(),
+                }
+            ),
             (Some(report), _) => {
                 let missing: Vec<&str> =
                     report.missing.iter().map(|piece| piece.what.as_str()).collect();
