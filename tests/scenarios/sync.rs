@@ -253,3 +253,61 @@ fn a_path_that_cannot_be_applied_holds_up_nothing_else() {
     }
     assert!(b.join("d/.git/own").exists());
 }
+
+#[test]
+fn a_hub_put_back_from_an_old_backup_loses_nothing_of_anybody() {
+    let mut pair = Pair::new();
+    let (a, b) = pair.roots();
+    for name in ["kept", "deleted", "edited"] {
+        fs::write(a.join(name), b"old").unwrap();
+    }
+    until("the files arrived", || tree::read(&b).len() == 3);
+    pair.converge();
+    // A copy of the hub's workspaces as they are, made while it does not run.
+    pair.b.stop();
+    pair.mesh.hub().terminate();
+    let (live, backup) = (pair.mesh.path("hub/ws"), pair.mesh.path("backup"));
+    tree::copy(&live, &backup);
+    pair.mesh.start_hub();
+    pair.mesh.wait_online("a");
+    // This is lost.
+    let head = |pair: &Pair| {
+        let status = pair.operator.agent(&["workspace", "status", "w", "-o", "json"]).ok().json();
+        status["head_seq"].as_u64().unwrap()
+    };
+    let before = head(&pair);
+    fs::write(a.join("edited"), b"by a").unwrap();
+    fs::remove_file(a.join("deleted")).unwrap();
+    fs::write(a.join("new"), b"by a").unwrap();
+    until("the changes are committed", || head(&pair) >= before + 3);
+    pair.settle();
+    pair.a.stop();
+    pair.mesh.hub().terminate();
+    fs::remove_dir_all(&live).unwrap();
+    tree::copy(&backup, &live);
+    pair.mesh.start_hub();
+    // The other member saw none of it, and takes the same numbers for changes of its own.
+    pair.b.run();
+    pair.mesh.wait_online("b");
+    for number in 0..5 {
+        fs::write(b.join(format!("by-b-{number}")), b"by b").unwrap();
+    }
+    until("b's changes are committed", || head(&pair) >= before + 5);
+    let told = |pair: &Pair| {
+        fs::read_to_string(pair.mesh.path("hub.log")).unwrap().contains("put back from a backup")
+    };
+    assert!(!told(&pair), "nobody has proved the loss yet");
+    pair.a.run();
+    pair.mesh.wait_online("a");
+    until("both have everything", || tree::read(&a).len() == 10 && tree::read(&b).len() == 10);
+    pair.converge();
+    assert!(told(&pair));
+    assert_eq!(fs::read(b.join("new")).unwrap(), b"by a");
+    assert_eq!(fs::read(b.join("edited")).unwrap(), b"old", "the hub's version keeps the name");
+    let names = fs::read_dir(&b).unwrap().map(|entry| entry.unwrap().path());
+    let copies: Vec<_> =
+        names.filter(|path| path.to_string_lossy().contains("edited.conflict-")).collect();
+    assert_eq!(copies.len(), 1);
+    assert_eq!(fs::read(&copies[0]).unwrap(), b"by a");
+    assert_eq!(fs::read(b.join("deleted")).unwrap(), b"old", "its deletion was lost, too");
+}

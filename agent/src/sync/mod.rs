@@ -125,11 +125,7 @@ pub fn start_workspace<H: Hub>(
 impl WorkspaceHandle {
     /// The hub says that its newest version is `seq`.
     pub fn head_moved(&self, seq: u64) {
-        self.head.send_if_modified(|head| {
-            let newer = seq > *head;
-            *head = seq.max(*head);
-            newer
-        });
+        self.head.send_if_modified(|head| std::mem::replace(head, seq) != seq);
     }
 
     /// What the workspace is doing.

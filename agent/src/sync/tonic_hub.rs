@@ -83,6 +83,14 @@ fn digest(bytes: &[u8], what: &str) -> Result<Digest, HubError> {
         .ok_or_else(|| HubError::protocol(format!("{what} is not 32 bytes long")))
 }
 
+fn wire_version(head: Head) -> v1::Version {
+    v1::Version {
+        epoch: Bytes::copy_from_slice(head.epoch.as_bytes()),
+        seq: head.seq,
+        root_digest: Bytes::copy_from_slice(head.root.as_bytes()),
+    }
+}
+
 fn wire_entry(entry: &Entry) -> v1::Entry {
     use v1::entry::Kind;
     let kind = match entry {
@@ -175,7 +183,8 @@ fn domain_page(page: v1::ChangesPage) -> Result<ChangesPage, HubError> {
             Ok(Change { path, entry })
         })
         .collect::<Result<_, HubError>>()?;
-    Ok(ChangesPage { changes, last_seq: page.last_seq, head_seq: page.head_seq })
+    let root = digest(&page.root_digest, "root digest")?;
+    Ok(ChangesPage { changes, last_seq: page.last_seq, head_seq: page.head_seq, root })
 }
 
 /// One bit per hash, least significant first.
@@ -187,11 +196,14 @@ fn bits(bitmap: &[u8], count: usize) -> Result<Vec<bool>, HubError> {
 }
 
 impl Hub for TonicHub {
-    async fn head(&self, workspace: WorkspaceId) -> Result<Head, HubError> {
-        let request = v1::HeadRequest { workspace_id: workspace_bytes(workspace) };
+    async fn head(&self, workspace: WorkspaceId, known: Option<Head>) -> Result<Head, HubError> {
+        let request = v1::HeadRequest {
+            workspace_id: workspace_bytes(workspace),
+            known: known.map(wire_version),
+        };
         let head = self.client().head(request).await?.into_inner();
         let epoch = WorkspaceEpoch::from_slice(&head.epoch).map_err(HubError::protocol)?;
-        Ok(Head { epoch, seq: head.seq })
+        Ok(Head { epoch, seq: head.seq, root: digest(&head.root_digest, "root digest")? })
     }
 
     async fn have(&self, workspace: WorkspaceId, chunks: &[Digest]) -> Result<Vec<bool>, HubError> {
@@ -219,21 +231,27 @@ impl Hub for TonicHub {
             commit_id: Bytes::copy_from_slice(commit.id.as_bytes()),
             epoch: Bytes::copy_from_slice(commit.epoch.as_bytes()),
             ops: commit.ops.iter().map(wire_op).collect(),
+            known: commit.known.map(wire_version),
         };
         let answer = self.client().commit(request).await?.into_inner();
         let rejected =
             answer.rejected.into_iter().map(domain_rejected).collect::<Result<_, _>>()?;
         let changes = answer.seqs.iter().filter(|seq| **seq != 0).count() as u64;
-        Ok(Committed { seq: answer.seq, rejected, changes })
+        let root = digest(&answer.root_digest, "root digest")?;
+        Ok(Committed { seq: answer.seq, root, rejected, changes })
     }
 
     async fn changes(
         &self,
         workspace: WorkspaceId,
         after: u64,
+        known: Option<Head>,
     ) -> Result<Answers<ChangesPage>, HubError> {
-        let request =
-            v1::ChangesRequest { workspace_id: workspace_bytes(workspace), after_seq: after };
+        let request = v1::ChangesRequest {
+            workspace_id: workspace_bytes(workspace),
+            after_seq: after,
+            known: known.map(wire_version),
+        };
         let pages = self.client().changes(request).await?.into_inner();
         Ok(pages.map(|page| domain_page(page?)).boxed())
     }

@@ -131,7 +131,10 @@ impl Sync for SyncService {
         let AdmittedNode { node_id } = admitted(&request)?;
         let Member { node, workspace } =
             self.member(node_id, &request.get_ref().workspace_id).await?;
-        let head = *workspace.head().borrow();
+        let head = match convert::known(request.get_ref().known.as_ref())? {
+            Some(known) => workspace.check_history(known).await.map_err(status)?,
+            None => *workspace.head().borrow(),
+        };
         Ok(Response::new(v1::HeadResponse {
             epoch: Bytes::copy_from_slice(head.epoch.as_bytes()),
             seq: head.seq,
@@ -181,6 +184,7 @@ impl Sync for SyncService {
         let request = request.into_inner();
         let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
         let room = workspace.incoming_room(node, request.encoded_len()).await;
+        same_history(&workspace, request.known.as_ref()).await?;
         let commit = convert::commit(request, node)?;
         let result = workspace.commit(commit).await.map_err(status)?;
         drop(room);
@@ -196,6 +200,7 @@ impl Sync for SyncService {
         let AdmittedNode { node_id } = admitted(&request)?;
         let request = request.into_inner();
         let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
+        same_history(&workspace, request.known.as_ref()).await?;
         let service = self.clone();
         let pages = stream::try_unfold(Some(request.after_seq), move |after| {
             let (service, workspace) = (service.clone(), workspace.clone());
@@ -249,6 +254,17 @@ impl Sync for SyncService {
         workspace.ack_applied(node, epoch, request.seq).await.map_err(status)?;
         Ok(Response::new(v1::AckAppliedResponse {}))
     }
+}
+
+/// Refuses a member whose versions are not those of this history.
+async fn same_history(workspace: &WorkspaceHub, known: Option<&v1::Version>) -> Result<(), Status> {
+    let Some(known) = convert::known(known)? else { return Ok(()) };
+    let head = workspace.check_history(known).await.map_err(status)?;
+    if head.epoch == known.epoch {
+        return Ok(());
+    }
+    let error = StoreError::WrongEpoch { asked: known.epoch, current: head.epoch };
+    Err(status(error.into()))
 }
 
 /// How errors of a workspace look to a member.

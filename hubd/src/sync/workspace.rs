@@ -152,6 +152,15 @@ impl WorkspaceHub {
         self.store.watch_head()
     }
 
+    /// Compares the newest version a member knows with this history, and begins a new epoch if that
+    /// proves that versions were lost; see [`WorkspaceStore::check_history`].
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn check_history(&self, known: Head) -> Result<Head, SyncError> {
+        Ok(self.store.check_history(known).await?)
+    }
+
     /// Head and size.
     ///
     /// # Errors

@@ -75,6 +75,8 @@ struct Work {
     cursor: Option<Cursor>,
     /// Remote may be behind the hub.
     outdated: bool,
+    /// The hub said that its history is another one, and no pass has succeeded since.
+    asked_anew: bool,
     acknowledged_seq: Option<u64>,
     next_full_scan: Instant,
     limited: bool,
@@ -252,7 +254,17 @@ impl<H: Hub> Engine<H> {
         }
         // Nothing of what was just seen is believed if the root was swapped meanwhile.
         self.check_root(work.identity).await?;
-        let round = self.pass(work).await?;
+        let round = match self.pass(work).await {
+            // The next round asks for the head, and knows then. It waits like for any other failure
+            // if it is told the same again.
+            Err(SyncError::Hub(error)) if error.is_other_history() && !work.asked_anew => {
+                tracing::warn!(workspace = %self.config.name, %error, "asking the hub anew");
+                (work.outdated, work.asked_anew) = (true, true);
+                return Ok(Round::More);
+            }
+            result => result?,
+        };
+        work.asked_anew = false;
         work.hub_backoff.reset();
         Ok(round)
     }
@@ -334,7 +346,8 @@ impl<H: Hub> Engine<H> {
             () = self.cancel.cancelled() => return false,
             () = work.dirty.changed() => return self.settle(&work.dirty.clone()).await,
             seq = next_value(&mut self.head) => {
-                work.outdated |= work.cursor.is_none_or(|cursor| seq > cursor.seq);
+                // A hub that was put back from a backup counts from a lower number.
+                work.outdated |= work.cursor.is_none_or(|cursor| seq != cursor.seq);
             }
             online = next_value(&mut self.online) => {
                 if online {
@@ -390,6 +403,7 @@ impl Work {
             problems: Problems::default(),
             cursor: None,
             outdated: true,
+            asked_anew: false,
             acknowledged_seq: None,
             next_full_scan: Instant::now() + FULL_SCAN,
             limited: false,

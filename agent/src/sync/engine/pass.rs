@@ -13,8 +13,9 @@ use crate::sync::hub::Hub;
 use crate::sync::index::{Index, IndexError};
 use crate::sync::plan::{Options, Plan, plan};
 use crate::sync::problem::{Finding, Stage};
+use crate::sync::scan::Scope;
 use crate::sync::status::SyncState;
-use crate::sync::transfer::{Pulled, Pushed, Session, pull, push, refresh};
+use crate::sync::transfer::{Pulled, Pushed, Refreshed, Session, pull, push, refresh};
 
 /// Rows that are planned at once; bounds memory.
 const WINDOW_ROWS: u32 = 20_000;
@@ -54,9 +55,14 @@ impl<H: Hub> Engine<H> {
         for _ in 0..MAX_SWEEPS {
             if work.outdated {
                 self.progress.state(SyncState::Downloading);
-                let cursor = refresh(&mut self.session(work)).await?;
-                work.cursor = Some(cursor);
+                let Refreshed { cursor, anew } = refresh(&mut self.session(work)).await?;
                 work.outdated = false;
+                if anew && work.cursor.is_some() {
+                    // What is here is all there is to compare with: it had better be seen afresh.
+                    work.dirty.add(Scope::Tree(None));
+                    work.acknowledged_seq = None;
+                }
+                work.cursor = Some(cursor);
             }
             let sweep = Box::pin(self.sweep(work)).await?;
             self.report(work, &sweep);

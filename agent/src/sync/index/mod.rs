@@ -23,6 +23,7 @@ use cortex_shared::ids::WorkspaceEpoch;
 use cortex_shared::wire_path::WirePath;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
+use super::hub::Head;
 use super::plan::Row;
 use crate::root_dir::{DirIdentity, Meta};
 pub use writer::Writer;
@@ -373,6 +374,17 @@ impl Index {
         let epoch = self.meta("epoch")?.and_then(|bytes| WorkspaceEpoch::from_slice(&bytes).ok());
         let seq = self.meta_number("seq")?;
         Ok(epoch.zip(seq).map(|(epoch, seq)| Cursor { epoch, seq }))
+    }
+
+    /// The newest head that the hub told of, in the epoch of the cursor.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn known_head(&self) -> Result<Option<Head>, IndexError> {
+        let epoch = self.meta("epoch")?.and_then(|bytes| WorkspaceEpoch::from_slice(&bytes).ok());
+        let seq = self.meta_number("head_seq")?;
+        let root = self.meta("head_root")?.and_then(|bytes| Digest::from_slice(&bytes));
+        Ok(epoch.zip(seq).zip(root).map(|((epoch, seq), root)| Head { epoch, seq, root }))
     }
 
     /// The directory that was the root when the index was made.

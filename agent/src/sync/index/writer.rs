@@ -1,6 +1,6 @@
 //! Writing to the index. Totals, agreement and difference are kept up to date with every row.
 
-use cortex_shared::entry::Entry;
+use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::wire_path::WirePath;
 use rusqlite::{Connection, params};
 
@@ -82,6 +82,15 @@ impl<'a> Writer<'a> {
         self.set_meta("seq", &cursor.seq.to_be_bytes())
     }
 
+    /// Records the newest head that the hub told of. It has to be of the cursor's epoch.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn set_known_head(&self, seq: u64, root: &Digest) -> Result<(), IndexError> {
+        self.set_meta("head_seq", &seq.to_be_bytes())?;
+        self.set_meta("head_root", root.as_bytes())
+    }
+
     /// Records which directory is the root.
     ///
     /// # Errors
@@ -99,7 +108,10 @@ impl<'a> Writer<'a> {
     pub fn forget_history(&mut self) -> Result<(), IndexError> {
         self.database.execute("DELETE FROM entry WHERE local IS NULL AND unknown = 0", [])?;
         self.database.execute("UPDATE entry SET base = NULL, remote = NULL, dirty = 1", [])?;
-        self.database.execute("DELETE FROM meta WHERE name IN ('epoch', 'seq')", [])?;
+        self.database.execute(
+            "DELETE FROM meta WHERE name IN ('epoch', 'seq', 'head_seq', 'head_root')",
+            [],
+        )?;
         self.counts.base = 0;
         Ok(())
     }

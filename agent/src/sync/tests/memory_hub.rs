@@ -23,9 +23,12 @@ use crate::sync::index::Cursor;
 /// Small, so that reading many changes takes several pages.
 const PAGE_CHANGES: usize = 100;
 
+#[derive(Clone)]
 struct State {
     epoch: WorkspaceEpoch,
     seq: u64,
+    /// The heads there have been.
+    roots: BTreeMap<u64, Digest>,
     entries: BTreeMap<WirePath, Entry>,
     /// The last change of each path; `None` where it was deleted.
     changes: BTreeMap<u64, WirePath>,
@@ -55,6 +58,7 @@ impl MemoryHub {
             state: Mutex::new(State {
                 epoch: WorkspaceEpoch::new(),
                 seq: 0,
+                roots: BTreeMap::new(),
                 entries: BTreeMap::new(),
                 changes: BTreeMap::new(),
                 changed_at: HashMap::new(),
@@ -84,18 +88,22 @@ impl MemoryHub {
         self.state().entries.clone()
     }
 
-    /// Loses everything after `seq` as a restored backup would, under a new epoch.
-    pub(super) fn roll_back(&self, tree: BTreeMap<WirePath, Entry>) {
+    /// What there is now, to be put back later.
+    pub(super) fn backup(&self) -> impl FnOnce() + use<> {
+        let (hub, state) = (self.clone(), self.state().clone());
+        move || *hub.state() = state
+    }
+
+    /// Commits an entry as some other member would.
+    pub(super) fn put(&self, path: &str, entry: Option<Entry>) {
         let mut state = self.state();
-        state.epoch = WorkspaceEpoch::new();
-        state.seq = 0;
-        state.changes.clear();
-        state.changed_at.clear();
-        state.entries.clear();
-        for (path, entry) in tree {
-            state.put(&path, Some(entry));
-        }
+        state.put(&WirePath::new(path).unwrap(), entry);
+        state.note_head();
         self.0.head.send_replace(state.seq);
+    }
+
+    pub(super) fn epoch(&self) -> WorkspaceEpoch {
+        self.state().epoch
     }
 
     /// Counters of commits, packs received, packs sent.
@@ -143,6 +151,38 @@ impl MemoryHub {
 }
 
 impl State {
+    fn head(&self) -> Head {
+        let root = self.roots.last_key_value().map_or(Digest::ZERO, |(_, root)| *root);
+        Head { epoch: self.epoch, seq: self.seq, root }
+    }
+
+    fn note_head(&mut self) {
+        let mut hasher = blake3::Hasher::new();
+        for (path, entry) in &self.entries {
+            hasher.update(path.as_bytes()).update(entry.identity().as_bytes());
+        }
+        self.roots.insert(self.seq, hasher.finalize().into());
+    }
+
+    /// As the hub does.
+    fn check_history(&mut self, known: Option<Head>) -> Result<(), HubError> {
+        let Some(known) = known else { return Ok(()) };
+        if known.epoch == self.epoch
+            && known.seq > 0
+            && self.roots.get(&known.seq) != Some(&known.root)
+        {
+            self.epoch = WorkspaceEpoch::new();
+            self.seq = self.seq.max(known.seq) + 1;
+            self.roots.clear();
+            self.note_head();
+        }
+        if known.epoch == self.epoch {
+            return Ok(());
+        }
+        let code = "epoch_changed".to_owned();
+        Err(HubError::Refused { code, message: "another epoch".to_owned() })
+    }
+
     fn put(&mut self, path: &WirePath, entry: Option<Entry>) {
         self.seq += 1;
         if let Some(old) = self.changed_at.insert(path.clone(), self.seq) {
@@ -196,10 +236,11 @@ impl State {
 }
 
 impl Hub for MemoryHub {
-    async fn head(&self, _: WorkspaceId) -> Result<Head, HubError> {
+    async fn head(&self, _: WorkspaceId, known: Option<Head>) -> Result<Head, HubError> {
         self.check()?;
-        let state = self.state();
-        Ok(Head { epoch: state.epoch, seq: state.seq })
+        let mut state = self.state();
+        state.check_history(known).ok();
+        Ok(state.head())
     }
 
     async fn have(&self, _: WorkspaceId, chunks: &[Digest]) -> Result<Vec<bool>, HubError> {
@@ -221,12 +262,8 @@ impl Hub for MemoryHub {
     async fn commit(&self, _: WorkspaceId, commit: Commit) -> Result<Committed, HubError> {
         self.check()?;
         let mut state = self.state();
-        if commit.epoch != state.epoch {
-            return Err(HubError::Refused {
-                code: "stale_epoch".to_owned(),
-                message: "another epoch".to_owned(),
-            });
-        }
+        state.check_history(commit.known)?;
+        assert_eq!(commit.epoch, state.epoch);
         self.0.commits.fetch_add(1, Ordering::SeqCst);
         let mut rejected = Vec::new();
         let mut changes = 0;
@@ -244,14 +281,24 @@ impl Hub for MemoryHub {
                 }
             }
         }
+        if changes > 0 {
+            state.note_head();
+        }
         self.0.head.send_replace(state.seq);
-        Ok(Committed { seq: state.seq, rejected, changes })
+        let Head { seq, root, .. } = state.head();
+        Ok(Committed { seq, root, rejected, changes })
     }
 
-    async fn changes(&self, _: WorkspaceId, after: u64) -> Result<Answers<ChangesPage>, HubError> {
+    async fn changes(
+        &self,
+        _: WorkspaceId,
+        after: u64,
+        known: Option<Head>,
+    ) -> Result<Answers<ChangesPage>, HubError> {
         self.check()?;
-        let state = self.state();
-        let head_seq = state.seq;
+        let mut state = self.state();
+        state.check_history(known)?;
+        let Head { seq: head_seq, root, .. } = state.head();
         let all: Vec<_> = state
             .changes
             .range(after + 1..)
@@ -266,8 +313,12 @@ impl Hub for MemoryHub {
                 changes: part.iter().map(|(_, change)| change.clone()).collect(),
                 last_seq: part[part.len() - 1].0,
                 head_seq,
+                root,
             })
             .collect();
+        if pages.is_empty() {
+            pages.push(ChangesPage { changes: Vec::new(), last_seq: head_seq, head_seq, root });
+        }
         if let Some(last) = pages.last_mut() {
             last.last_seq = head_seq;
         }

@@ -315,10 +315,10 @@ async fn a_lost_index_and_a_rolled_back_hub_merge_and_delete_nothing() {
     let (mut a, b) = (mesh.node("a"), mesh.node("b"));
     a.write("f", "x");
     settle(&[&a, &b]).await;
-    let backup = mesh.hub.tree();
+    let put_back = mesh.hub.backup();
     a.write("later", "x");
     settle(&[&a, &b]).await;
-    mesh.hub.roll_back(backup);
+    put_back();
     settle(&[&a, &b]).await;
     assert_eq!(a.names(), ["f", "later"]);
     a.stop().await;
@@ -405,4 +405,64 @@ async fn a_directory_that_is_removed_and_made_again_is_noticed_by_itself() {
     at_hub(&mesh, "out/old", false).await;
     a.write("out/g", "x");
     at_hub(&mesh, "out/g", true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_put_back_from_a_backup_that_others_have_committed_to_loses_nothing() {
+    let mesh = Mesh::new();
+    let (mut a, mut b) = (mesh.node("a"), mesh.node("b"));
+    let mut away = mesh.node("away");
+    for name in ["kept", "deleted", "edited"] {
+        a.write(name, "old");
+    }
+    settle(&[&a, &b, &away]).await;
+    away.stop().await;
+    let put_back = mesh.hub.backup();
+    fs::remove_file(a.path("deleted")).unwrap();
+    a.write("edited", "by a");
+    a.write("new", "by a");
+    settle(&[&a, &b]).await;
+    a.stop().await;
+    b.stop().await;
+    let epoch = mesh.hub.epoch();
+    put_back();
+    // Who was away has seen nothing that is lost, and takes the same numbers for other changes: more
+    // of them than were lost, so that nobody's number is beyond the head.
+    away.start();
+    away.flush().await;
+    for number in 0..6 {
+        away.write(&format!("by away {number}"), "x");
+        away.flush().await;
+    }
+    assert_eq!(mesh.hub.epoch(), epoch, "nobody has proved a loss");
+    a.start();
+    b.start();
+    settle(&[&a, &b, &away]).await;
+    assert_ne!(mesh.hub.epoch(), epoch);
+    let names = a.names();
+    for name in ["kept", "deleted", "edited", "new", "by away 0", "by away 5"] {
+        assert!(names.contains(&name.to_owned()), "{name} in {names:?}");
+    }
+    // Both versions of the edited file are there.
+    assert_eq!(names.len(), 11, "{names:?}");
+    let copy = names.iter().find(|name| name.starts_with("edited.conflict-")).unwrap();
+    assert_eq!((a.read("edited"), a.read(copy)), ("old".into(), "by a".into()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connected_member_learns_of_a_new_history_at_its_next_commit() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    a.write("f", "1");
+    settle(&[&a, &b]).await;
+    let put_back = mesh.hub.backup();
+    a.write("f", "2");
+    settle(&[&a, &b]).await;
+    put_back();
+    mesh.hub.put("other", Some(cortex_shared::entry::Entry::Dir));
+    // It has no reason to ask for the head: the commit tells.
+    a.write("later", "x");
+    at_hub(&mesh, "later", true).await;
+    settle(&[&a, &b]).await;
+    assert_eq!(a.names().len(), 4, "{:?}", a.names());
 }

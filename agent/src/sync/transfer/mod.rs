@@ -13,7 +13,7 @@ use super::status::Progress;
 
 pub(super) use pull::{Pulled, pull};
 pub(super) use push::{Pushed, push};
-pub(super) use refresh::refresh;
+pub(super) use refresh::{Refreshed, refresh};
 
 /// What every transfer needs.
 pub(super) struct Session<'a, H> {

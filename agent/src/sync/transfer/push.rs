@@ -108,9 +108,11 @@ async fn push_batch<H: Hub>(
     if ops.is_empty() {
         return Ok(());
     }
+    let known = session.core.run(|core| core.index.known_head()).await?;
     let commit = Commit {
         id: CommitId::new(),
         epoch,
+        known,
         ops: ops
             .iter()
             .map(|op| CommitOp {
@@ -267,7 +269,7 @@ async fn record<H: Hub>(
     committed: Committed,
     pushed: &mut Pushed,
 ) -> Result<(), SyncError> {
-    let Committed { seq, rejected, changes } = committed;
+    let Committed { seq, root, rejected, changes } = committed;
     if rejected.iter().any(|rejected| rejected.index >= ops.len()) {
         return Err(HubError::protocol("rejected an operation that was not sent").into());
     }
@@ -322,6 +324,9 @@ async fn record<H: Hub>(
                     cursor.filter(|cursor| cursor.epoch == epoch && cursor.seq + changes == seq);
                 if next.is_some() {
                     writer.set_cursor(Cursor { epoch, seq })?;
+                }
+                if cursor.is_some_and(|cursor| cursor.epoch == epoch && cursor.seq <= seq) {
+                    writer.set_known_head(seq, &root)?;
                 }
                 Ok(next.is_some())
             })

@@ -10,7 +10,7 @@ use tonic::Status;
 
 use crate::grpc::status::invalid;
 use crate::store::workspace::{
-    Change, ChangesPage, Commit, CommitResult, InvalidOp, Op, RejectReason, Rejection,
+    Change, ChangesPage, Commit, CommitResult, Head, InvalidOp, Op, RejectReason, Rejection,
 };
 
 /// Most hashes in one question.
@@ -24,6 +24,18 @@ pub(super) fn workspace_id(bytes: &[u8]) -> Result<WorkspaceId, Status> {
 
 pub(super) fn epoch(bytes: &[u8]) -> Result<WorkspaceEpoch, Status> {
     WorkspaceEpoch::from_slice(bytes).map_err(|error| invalid(error.to_string()))
+}
+
+/// The newest head that a member was told of.
+pub(super) fn known(version: Option<&v1::Version>) -> Result<Option<Head>, Status> {
+    let Some(version) = version else { return Ok(None) };
+    let root = Digest::from_slice(&version.root_digest)
+        .ok_or_else(|| invalid("a root digest is 32 bytes"))?;
+    // Far beyond any real one, and still a number that the database can hold.
+    if version.seq > u64::MAX >> 2 {
+        return Err(invalid("there is no such version"));
+    }
+    Ok(Some(Head { epoch: epoch(&version.epoch)?, seq: version.seq, root }))
 }
 
 /// Hashes, concatenated.

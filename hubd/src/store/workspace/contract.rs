@@ -42,6 +42,7 @@ macro_rules! contract_tests {
             a_refused_commit_is_judged_anew,
             everything_is_there_after_reopening,
             the_epoch_is_checked,
+            a_version_that_never_was_begins_a_new_epoch,
             cursors_never_go_back,
             conflicts_are_listed_while_their_copies_exist,
             packs_are_found_by_their_chunks,
@@ -328,6 +329,48 @@ pub(crate) async fn the_epoch_is_checked(engine: &impl Engine) {
     let acked = fixture.store.ack_applied(fixture.node, WorkspaceEpoch::new(), 0).await;
     assert!(matches!(acked, Err(StoreError::WrongEpoch { .. })));
     assert!(fixture.tree(1000).await.is_empty());
+}
+
+pub(crate) async fn a_version_that_never_was_begins_a_new_epoch(engine: &impl Engine) {
+    for (what, seq, root) in [
+        ("beyond the head", 11, None),
+        ("in the middle of a commit", 3, None),
+        ("with another root", 2, Some(Digest::of(b"another"))),
+    ] {
+        let fixture = Fixture::new(engine).await;
+        let mut heads = vec![*fixture.store.watch_head().borrow()];
+        for name in ["a", "b", "c"] {
+            fixture
+                .set(vec![create(name, link("x")), create(&format!("{name}2"), link("x"))])
+                .await;
+            heads.push(*fixture.store.watch_head().borrow());
+        }
+        let last = heads[3];
+        for known in &heads {
+            let head = fixture.store.check_history(*known).await.unwrap();
+            assert_eq!(head, last, "a head there was");
+        }
+        let foreign = Head { epoch: WorkspaceEpoch::new(), seq: 99, root: Digest::of(b"x") };
+        let head = fixture.store.check_history(foreign).await.unwrap();
+        assert_eq!(head, last, "another epoch proves nothing");
+
+        let known = Head { epoch: last.epoch, seq, root: root.unwrap_or(last.root) };
+        let head = fixture.store.check_history(known).await.unwrap();
+        assert_ne!(head.epoch, last.epoch, "{what}");
+        assert!(head.seq > known.seq && head.seq > last.seq, "{what}");
+        assert_eq!(head.root, last.root, "{what}");
+        assert_eq!(*fixture.store.watch_head().borrow(), head, "{what}");
+        for known in [known, last, head] {
+            assert_eq!(fixture.store.check_history(known).await.unwrap(), head, "{what}: once");
+        }
+        assert_eq!(fixture.tree(1000).await.len(), 6, "{what}");
+        let stale = fixture.store.commit(fixture.batch(vec![create("d", link("x"))])).await;
+        assert!(matches!(stale, Err(StoreError::WrongEpoch { .. })), "{what}");
+        let mut fixture = fixture.reopen(engine).await;
+        assert_eq!(*fixture.store.watch_head().borrow(), head, "{what}: durable");
+        fixture.epoch = head.epoch;
+        assert_eq!(fixture.set(vec![create("d", link("x"))]).await.seq, head.seq + 1, "{what}");
+    }
 }
 
 pub(crate) async fn cursors_never_go_back(engine: &impl Engine) {

@@ -102,6 +102,11 @@ pub trait WorkspaceStore: Send + Sync + 'static {
     /// The newest durable version, now and whenever it moves. Only the latest value is kept.
     fn watch_head(&self) -> watch::Receiver<Head>;
 
+    /// Compares the newest version that a member was told of with this history. If it was never one
+    /// of it, versions have been lost, and a new epoch begins, durably. Returns the head; the member
+    /// has to merge anew if that has another epoch than `known`.
+    fn check_history(&self, known: Head) -> Answer<'_, Head>;
+
     /// Head and size of the workspace.
     fn summary(&self) -> Answer<'_, Summary>;
 

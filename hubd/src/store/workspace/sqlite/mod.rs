@@ -8,6 +8,7 @@ mod changes;
 mod collect;
 mod commit;
 mod content;
+mod history;
 mod schema;
 #[cfg(test)]
 mod tests;
@@ -65,6 +66,22 @@ impl SqliteWorkspaceStore {
             .await?;
         Ok(Self { database, head: Arc::new(watch::Sender::new(head)) })
     }
+
+    /// Tells of a head once it is durable.
+    fn publish(&self) -> impl FnOnce(&Head) + Send + 'static {
+        let sender = self.head.clone();
+        move |new: &Head| {
+            sender.send_if_modified(|head| {
+                // A repeated commit returns an older version, which must not take the head back. A
+                // new epoch begins above all numbers of the one before.
+                let newer = new.seq > head.seq;
+                if newer {
+                    *head = *new;
+                }
+                newer
+            });
+        }
+    }
 }
 
 /// The row of the head table.
@@ -98,6 +115,25 @@ fn head_of(row: &HeadRow) -> Result<Head, StoreError> {
 impl WorkspaceStore for SqliteWorkspaceStore {
     fn watch_head(&self) -> watch::Receiver<Head> {
         self.head.subscribe()
+    }
+
+    fn check_history(&self, known: Head) -> Answer<'_, Head> {
+        Box::pin(async move {
+            let current = self.head.borrow().epoch;
+            let fits =
+                self.database.read(move |connection| history::is_known(connection, &known)).await?;
+            if fits {
+                return Ok(*self.head.borrow());
+            }
+            tracing::error!(
+                epoch = %current, known.seq,
+                "a member knows a version that is not here: this history was put back from a backup"
+            );
+            let write = move |connection: &Connection| {
+                history::restart_if_lost(connection, &known, unix_ms())
+            };
+            self.database.write_then(write, self.publish()).await
+        })
     }
 
     fn summary(&self) -> Answer<'_, Summary> {
@@ -191,20 +227,13 @@ impl WorkspaceStore for SqliteWorkspaceStore {
     }
 
     fn commit(&self, commit: Commit) -> Answer<'_, CommitResult> {
-        let head = self.head.clone();
+        let publish = self.publish();
         let epoch = commit.epoch;
         let write = move |connection: &Connection| commit::commit(connection, &commit, unix_ms());
-        let publish = move |result: &CommitResult| {
-            // A repeated commit returns an older version, which must not take the head back.
-            head.send_if_modified(|head| {
-                let newer = result.seq > head.seq;
-                if newer {
-                    *head = Head { epoch, seq: result.seq, root: result.root };
-                }
-                newer
-            });
+        let head_of = move |result: &CommitResult| {
+            publish(&Head { epoch, seq: result.seq, root: result.root });
         };
-        Box::pin(self.database.write_then(write, publish))
+        Box::pin(self.database.write_then(write, head_of))
     }
 
     fn changes(&self, after_seq: u64, budget_bytes: usize) -> Answer<'_, ChangesPage> {
