@@ -311,3 +311,41 @@ fn a_hub_put_back_from_an_old_backup_loses_nothing_of_anybody() {
     assert_eq!(fs::read(&copies[0]).unwrap(), b"by a");
     assert_eq!(fs::read(b.join("deleted")).unwrap(), b"old", "its deletion was lost, too");
 }
+
+#[test]
+fn packs_that_the_hub_has_lost_hold_up_nothing_and_come_back_from_the_members() {
+    let mut pair = Pair::new();
+    let (a, _) = pair.roots();
+    for number in 0..3 {
+        fs::write(a.join(format!("file-{number}")), noise(number, 3 << 20)).unwrap();
+    }
+    pair.converge();
+    // The members that could help are away; the disk has damaged one pack and lost another.
+    pair.a.stop();
+    pair.b.stop();
+    let mut packs: Vec<PathBuf> = Vec::new();
+    for path in tree::read(&pair.mesh.path("hub/ws")).into_keys() {
+        let path = pair.mesh.path("hub/ws").join(OsStr::from_bytes(&path));
+        if path.is_file() && path.components().any(|part| part.as_os_str() == "packs") {
+            packs.push(path);
+        }
+    }
+    assert!(packs.len() >= 2, "{packs:?}");
+    fs::write(&packs[0], b"damaged").unwrap();
+    fs::remove_file(&packs[1]).unwrap();
+    let c = pair.mesh.node("c", As::Me);
+    let _attached: Outcome =
+        pair.operator.agent(&["workspace", "attach", "w", "--node", "c"]).ok();
+    let root = c.workspace("w");
+    let problems = || {
+        let status = c.agent(&["workspace", "status", "w", "--local", "-o", "json"]);
+        String::from_utf8_lossy(&status.stdout).into_owned()
+    };
+    until("the problem is told", || problems().contains("content_missing"));
+    // Everything else goes on, both ways.
+    fs::write(root.join("other"), b"from c").unwrap();
+    pair.a.run();
+    until("the other file arrived", || a.join("other").exists());
+    until("all files arrived", || tree::read(&root) == tree::read(&a));
+    until("the problem has vanished", || !problems().contains("content_missing"));
+}

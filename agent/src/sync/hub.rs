@@ -73,6 +73,24 @@ pub struct Head {
     pub root: Digest,
 }
 
+/// What the hub says when it is asked for its head.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contact {
+    /// The newest version.
+    pub head: Head,
+    /// Chunks that the hub had and has lost: who has them sends them again.
+    pub wanted: Vec<Digest>,
+}
+
+/// One answer to the question for chunks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fetched {
+    /// A pack that holds some of them.
+    Pack(Bytes),
+    /// Some that the hub does not have.
+    Missing(Vec<Digest>),
+}
+
 /// An operation of a commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CommitOp {
@@ -171,7 +189,7 @@ pub trait Hub: Send + Sync + 'static {
         &self,
         workspace: WorkspaceId,
         known: Option<Head>,
-    ) -> impl Future<Output = Result<Head, HubError>> + Send;
+    ) -> impl Future<Output = Result<Contact, HubError>> + Send;
 
     /// For each of at most [`MAX_HASHES`] chunks, whether the hub has it.
     fn have(
@@ -202,12 +220,12 @@ pub trait Hub: Send + Sync + 'static {
         known: Option<Head>,
     ) -> impl Future<Output = Result<Answers<ChangesPage>, HubError>> + Send;
 
-    /// Packs that hold at most [`MAX_HASHES`] chunks.
+    /// Packs that hold at most [`MAX_HASHES`] chunks, and which of them the hub does not have.
     fn get_packs(
         &self,
         workspace: WorkspaceId,
         chunks: &[Digest],
-    ) -> impl Future<Output = Result<Answers<Bytes>, HubError>> + Send;
+    ) -> impl Future<Output = Result<Answers<Fetched>, HubError>> + Send;
 
     /// Tells that everything up to a version is applied here, durably.
     fn ack_applied(

@@ -17,8 +17,8 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::hub::{
-    Answers, Change, ChangesPage, Commit, CommitOp, Committed, Head, Hub, HubError, RejectReason,
-    Rejected,
+    Answers, Change, ChangesPage, Commit, CommitOp, Committed, Contact, Fetched, Head, Hub,
+    HubError, MAX_HASHES, RejectReason, Rejected,
 };
 use super::index::Cursor;
 
@@ -76,6 +76,21 @@ fn concatenated(hashes: &[Digest]) -> Bytes {
         bytes.extend_from_slice(hash.as_bytes());
     }
     bytes.freeze()
+}
+
+fn separated(bytes: &[u8]) -> Result<Vec<Digest>, HubError> {
+    let (hashes, rest) = bytes.as_chunks::<32>();
+    if !rest.is_empty() || hashes.len() > MAX_HASHES {
+        return Err(HubError::protocol("a list of hashes that is none, or too long"));
+    }
+    Ok(hashes.iter().map(|hash| Digest::from_bytes(*hash)).collect())
+}
+
+fn domain_fetched(answer: v1::Pack) -> Result<Fetched, HubError> {
+    Ok(match separated(&answer.missing)? {
+        missing if missing.is_empty() => Fetched::Pack(answer.pack),
+        missing => Fetched::Missing(missing),
+    })
 }
 
 fn digest(bytes: &[u8], what: &str) -> Result<Digest, HubError> {
@@ -196,14 +211,15 @@ fn bits(bitmap: &[u8], count: usize) -> Result<Vec<bool>, HubError> {
 }
 
 impl Hub for TonicHub {
-    async fn head(&self, workspace: WorkspaceId, known: Option<Head>) -> Result<Head, HubError> {
+    async fn head(&self, workspace: WorkspaceId, known: Option<Head>) -> Result<Contact, HubError> {
         let request = v1::HeadRequest {
             workspace_id: workspace_bytes(workspace),
             known: known.map(wire_version),
         };
         let head = self.client().head(request).await?.into_inner();
         let epoch = WorkspaceEpoch::from_slice(&head.epoch).map_err(HubError::protocol)?;
-        Ok(Head { epoch, seq: head.seq, root: digest(&head.root_digest, "root digest")? })
+        let root = digest(&head.root_digest, "root digest")?;
+        Ok(Contact { head: Head { epoch, seq: head.seq, root }, wanted: separated(&head.wanted)? })
     }
 
     async fn have(&self, workspace: WorkspaceId, chunks: &[Digest]) -> Result<Vec<bool>, HubError> {
@@ -260,13 +276,13 @@ impl Hub for TonicHub {
         &self,
         workspace: WorkspaceId,
         chunks: &[Digest],
-    ) -> Result<Answers<Bytes>, HubError> {
+    ) -> Result<Answers<Fetched>, HubError> {
         let request = v1::GetPacksRequest {
             workspace_id: workspace_bytes(workspace),
             chunks: concatenated(chunks),
         };
         let packs = self.client().get_packs(request).await?.into_inner();
-        Ok(packs.map(|pack| Ok(pack?.pack)).boxed())
+        Ok(packs.map(|answer| domain_fetched(answer?)).boxed())
     }
 
     async fn ack_applied(&self, workspace: WorkspaceId, cursor: Cursor) -> Result<(), HubError> {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use cortex_proto::v1::sync_server::{Sync, SyncServer};
 use cortex_proto::{MAX_MESSAGE_BYTES, v1};
+use cortex_shared::entry::Digest;
 use cortex_shared::ids::{NodeId, WorkspaceId};
 use futures_util::stream::{self, Stream, StreamExt as _, TryStreamExt as _};
 use prost::Message as _;
@@ -19,7 +20,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedNode, admitted};
 use super::status::{disk_full, from_database, internal, invalid, refuse};
-use crate::store::workspace::StoreError;
+use crate::store::workspace::{Found, StoreError};
 use crate::sync::{SyncError, WorkspaceHub, Workspaces};
 
 /// Packs of one stream that are worked on at the same time: while one is flushed to disk, others
@@ -141,6 +142,7 @@ impl Sync for SyncService {
             root_digest: convert::wire_digest(&head.root),
             name: self.membership.workspace_name(workspace.id()).unwrap_or_default(),
             applied_seq: workspace.applied(node).await.map_err(status)?,
+            wanted: convert::wire_hashes(&workspace.wanted().await.map_err(status)?),
         }))
     }
 
@@ -225,21 +227,26 @@ impl Sync for SyncService {
         let request = request.into_inner();
         let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
         let chunks = convert::hashes(&request.chunks)?;
-        let packs = workspace.packs_of(chunks).await.map_err(status)?;
+        let Found { packs, missing } = workspace.packs_of(chunks).await.map_err(status)?;
+        let unknown = (!missing.is_empty()).then(|| Ok(absent(&missing)));
         // Held as long as the stream: a member that does not read keeps its own room only.
         let room = workspace.outgoing_room(node, PACKS_AHEAD * MAX_MESSAGE_BYTES).await;
         let service = self.clone();
         let packs = stream::iter(packs)
-            .map(move |pack| {
+            .map(move |(pack, chunks)| {
                 let _held = &room;
                 let (service, workspace) = (service.clone(), workspace.clone());
                 async move {
                     service.check_member(node, workspace.id())?;
                     let pack = workspace.read_pack(pack).await.map_err(status)?;
-                    Ok(v1::Pack { pack })
+                    Ok(pack.map_or_else(
+                        || absent(&chunks),
+                        |pack| v1::Pack { pack, missing: Bytes::new() },
+                    ))
                 }
             })
             .buffered(PACKS_AHEAD);
+        let packs = stream::iter(unknown).chain(packs);
         Ok(Response::new(until_closing(self.workspaces.closing(), packs)))
     }
 
@@ -267,6 +274,11 @@ async fn same_history(workspace: &WorkspaceHub, known: Option<&v1::Version>) -> 
     Err(status(error.into()))
 }
 
+/// Names chunks that the hub does not have.
+fn absent(chunks: &[Digest]) -> v1::Pack {
+    v1::Pack { pack: Bytes::new(), missing: convert::wire_hashes(chunks) }
+}
+
 /// How errors of a workspace look to a member.
 fn status(error: SyncError) -> Status {
     if error.is_disk_full() {
@@ -274,10 +286,6 @@ fn status(error: SyncError) -> Status {
     }
     match &error {
         SyncError::Pack(reason) => invalid(format!("invalid pack: {reason}")),
-        SyncError::Damaged { .. } => {
-            tracing::error!(%error, "acknowledged content is damaged");
-            refuse(Code::DataLoss, "content_damaged", error.to_string())
-        }
         SyncError::Store(reason) => {
             let text = reason.to_string();
             match reason {
@@ -287,7 +295,6 @@ fn status(error: SyncError) -> Status {
                 StoreError::BeyondHead { .. } => {
                     refuse(Code::FailedPrecondition, "beyond_head", text)
                 }
-                StoreError::UnknownChunks { .. } => refuse(Code::NotFound, "missing_chunks", text),
                 StoreError::ForeignCommit { .. } => {
                     refuse(Code::AlreadyExists, "commit_id_used", text)
                 }

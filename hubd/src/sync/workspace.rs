@@ -18,7 +18,7 @@ use super::heads::HeadBoard;
 use super::pack_files::{PackFileError, PackFiles};
 use crate::store::workspace::sqlite::SqliteWorkspaceStore;
 use crate::store::workspace::{
-    ChangesPage, Commit, CommitResult, Conflict, Head, PackAdded, PackRecord, Summary,
+    ChangesPage, Commit, CommitResult, Conflict, Found, Head, PackAdded, PackRecord, Summary,
     WorkspaceStore,
 };
 
@@ -196,7 +196,9 @@ impl WorkspaceHub {
         let pack = Arc::new(blocking(move || Ok(Pack::parse(bytes)?)).await?);
         let hash = pack.hash();
         let _no_collection = self.collection.read().await;
-        if self.store.has_pack(hash).await? {
+        if self.store.has_pack(hash).await? && matches!(self.read_file(hash).await, Ok(Some(_))) {
+            // Some of its chunks may have been found in another pack, which is lost by now.
+            self.store.add_pack(record(&pack)).await?;
             return Ok(PutPackAck { hash, duplicate: true });
         }
         let room = Arc::new(room);
@@ -213,21 +215,61 @@ impl WorkspaceHub {
         Ok(PutPackAck { hash, duplicate: added == PackAdded::Known })
     }
 
-    /// The packs that hold these chunks, each once, in the order of the first chunk that needs it.
+    /// The packs that hold these chunks.
     ///
     /// # Errors
-    /// `StoreError::UnknownChunks` if one is not present.
-    pub async fn packs_of(&self, chunks: Vec<Digest>) -> Result<Vec<Digest>, SyncError> {
+    /// Those of the store.
+    pub async fn packs_of(&self, chunks: Vec<Digest>) -> Result<Found, SyncError> {
         Ok(self.store.packs_of(chunks).await?)
     }
 
-    /// A pack as it was received.
+    /// Chunks that were lost, for members to send again.
     ///
     /// # Errors
-    /// [`SyncError::Damaged`] if it is no longer what its name says, and those of the disk.
-    pub async fn read_pack(&self, pack: Digest) -> Result<Bytes, SyncError> {
+    /// Those of the store.
+    pub async fn wanted(&self) -> Result<Vec<Digest>, SyncError> {
+        Ok(self.store.wanted().await?)
+    }
+
+    /// A pack as it was received; `None` if it cannot be had now. One that is lost or damaged is
+    /// forgotten, and its chunks are wanted from then on.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn read_pack(&self, pack: Digest) -> Result<Option<Bytes>, SyncError> {
+        match self.read_file(pack).await {
+            Ok(Some(bytes)) => return Ok(Some(bytes)),
+            Err(SyncError::Files(error)) if !error.is_lost() => {
+                tracing::error!(workspace = %self.id, %pack, %error, "a pack cannot be read now");
+                return Ok(None);
+            }
+            Ok(None) | Err(SyncError::Files(_)) => {}
+            Err(error) => return Err(error),
+        }
+        let _alone = self.collection.write().await;
+        // Somebody may just have sent it again.
+        if let Ok(Some(bytes)) = self.read_file(pack).await {
+            return Ok(Some(bytes));
+        }
+        tracing::error!(
+            workspace = %self.id, %pack,
+            "an acknowledged pack is missing or damaged on disk; members are asked for its content"
+        );
+        if let Err(error) = self.set_aside(pack).await {
+            tracing::error!(workspace = %self.id, %pack, %error, "it cannot be set aside");
+        }
+        self.store.forget_packs(vec![pack]).await?;
+        Ok(None)
+    }
+
+    async fn read_file(&self, pack: Digest) -> Result<Option<Bytes>, SyncError> {
         let files = self.files.clone();
-        blocking(move || Ok(files.read(&pack)?)).await?.ok_or(SyncError::Damaged { pack })
+        blocking(move || Ok(files.read(&pack)?)).await
+    }
+
+    async fn set_aside(&self, pack: Digest) -> Result<(), SyncError> {
+        let files = self.files.clone();
+        blocking(move || Ok(files.set_aside(&pack)?)).await
     }
 
     /// Lets go of content that no entry names and that nobody has touched since, and returns how many
@@ -254,6 +296,7 @@ impl WorkspaceHub {
             }
         }
         while self.store.drop_recipes().await? > 0 {}
+        self.store.drop_wanted().await?;
         Ok(collected)
     }
 

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cortex_shared::backoff::Backoff;
+use cortex_shared::entry::Digest;
 use cortex_shared::wire_path::WirePath;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -88,6 +89,8 @@ struct Work {
     retry_at: Option<Instant>,
     /// When to look again at paths with problems. Only wakes up: everything else goes on meanwhile.
     problem_retry_at: Option<Instant>,
+    /// Chunks that the hub had lost and that were looked for here since the last look at everything.
+    supplied: Vec<Digest>,
     flushes: Vec<oneshot::Sender<Result<(), FlushError>>>,
     /// Deletions that were pushed, and when: for the hold of mass deletions.
     deletions: VecDeque<(Instant, usize)>,
@@ -334,6 +337,7 @@ impl<H: Hub> Engine<H> {
         if everything {
             let pause = if work.limited { POLL } else { FULL_SCAN };
             work.next_full_scan = Instant::now() + pause;
+            work.supplied.clear();
             work.core.run(|core| core.private.empty_trash()).await?;
         }
         Ok(())
@@ -412,6 +416,7 @@ impl Work {
             hub_backoff: Backoff::new(HUB_RETRY.0, HUB_RETRY.1),
             retry_at: None,
             problem_retry_at: None,
+            supplied: Vec::new(),
             flushes: Vec::new(),
             deletions: VecDeque::new(),
             deletions_confirmed: false,

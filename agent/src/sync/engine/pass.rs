@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cortex_shared::entry::Entry;
+use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::wire_path::WirePath;
 use tokio::time::Instant;
 
@@ -15,7 +15,7 @@ use crate::sync::plan::{Options, Plan, plan};
 use crate::sync::problem::{Finding, Stage};
 use crate::sync::scan::Scope;
 use crate::sync::status::SyncState;
-use crate::sync::transfer::{Pulled, Pushed, Refreshed, Session, pull, push, refresh};
+use crate::sync::transfer::{Pulled, Pushed, Refreshed, Session, pull, push, refresh, supply};
 
 /// Rows that are planned at once; bounds memory.
 const WINDOW_ROWS: u32 = 20_000;
@@ -55,7 +55,7 @@ impl<H: Hub> Engine<H> {
         for _ in 0..MAX_SWEEPS {
             if work.outdated {
                 self.progress.state(SyncState::Downloading);
-                let Refreshed { cursor, anew } = refresh(&mut self.session(work)).await?;
+                let Refreshed { cursor, anew, wanted } = refresh(&mut self.session(work)).await?;
                 work.outdated = false;
                 if anew && work.cursor.is_some() {
                     // What is here is all there is to compare with: it had better be seen afresh.
@@ -63,6 +63,7 @@ impl<H: Hub> Engine<H> {
                     work.acknowledged_seq = None;
                 }
                 work.cursor = Some(cursor);
+                self.supply(work, wanted).await?;
             }
             let sweep = Box::pin(self.sweep(work)).await?;
             self.report(work, &sweep);
@@ -82,6 +83,18 @@ impl<H: Hub> Engine<H> {
         work.problems.replace(Stage::Plan, |_| true, vec![finding]);
         work.retry_at = Some(Instant::now() + PROBLEM_RETRY);
         Ok(Round::Done)
+    }
+
+    /// Sends again what the hub has lost, once for each list it asks for.
+    async fn supply(&self, work: &mut Work, wanted: Vec<Digest>) -> Result<(), SyncError> {
+        if wanted.is_empty() || work.supplied == wanted {
+            return Ok(());
+        }
+        for scope in supply(&mut self.session(work), &wanted).await? {
+            work.dirty.add(scope);
+        }
+        work.supplied = wanted;
+        Ok(())
     }
 
     fn session<'a>(&'a self, work: &'a mut Work) -> Session<'a, H> {

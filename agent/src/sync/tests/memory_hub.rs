@@ -1,7 +1,7 @@
 //! A hub in memory that keeps to the protocol: compare-and-set per path, packs verified, changes in
 //! order. For tests of the engine only.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -15,8 +15,8 @@ use futures_util::stream::{self, BoxStream};
 use tokio::sync::watch;
 
 use crate::sync::hub::{
-    Answers, Change, ChangesPage, Commit, CommitOp, Committed, Head, Hub, HubError, RejectReason,
-    Rejected,
+    Answers, Change, ChangesPage, Commit, CommitOp, Committed, Contact, Fetched, Head, Hub,
+    HubError, RejectReason, Rejected,
 };
 use crate::sync::index::Cursor;
 
@@ -35,6 +35,8 @@ struct State {
     changed_at: HashMap<WirePath, u64>,
     packs: HashMap<Digest, Bytes>,
     chunks: HashMap<Digest, Digest>,
+    /// Chunks that were lost.
+    wanted: BTreeSet<Digest>,
 }
 
 pub(super) struct Shared {
@@ -64,6 +66,7 @@ impl MemoryHub {
                 changed_at: HashMap::new(),
                 packs: HashMap::new(),
                 chunks: HashMap::new(),
+                wanted: BTreeSet::new(),
             }),
             head: watch::Sender::new(0),
             broken: AtomicBool::new(false),
@@ -98,6 +101,18 @@ impl MemoryHub {
     pub(super) fn put(&self, path: &str, entry: Option<Entry>) {
         let mut state = self.state();
         state.put(&WirePath::new(path).unwrap(), entry);
+        state.note_head();
+        self.0.head.send_replace(state.seq);
+    }
+
+    /// Loses the pack that holds a chunk. Members will be asked for its chunks.
+    pub(super) fn lose_pack_of(&self, chunk: &Digest) {
+        let mut state = self.state();
+        let pack = state.chunks[chunk];
+        state.packs.remove(&pack);
+        let lost: Vec<_> = state.chunks.extract_if(|_, held_by| *held_by == pack).collect();
+        state.wanted.extend(lost.into_iter().map(|(chunk, _)| chunk));
+        state.seq += 1;
         state.note_head();
         self.0.head.send_replace(state.seq);
     }
@@ -143,6 +158,7 @@ impl MemoryHub {
         let mut state = self.state();
         for indexed in pack.index() {
             state.chunks.insert(indexed.chunk.hash, pack.hash());
+            state.wanted.remove(&indexed.chunk.hash);
         }
         state.packs.insert(pack.hash(), pack.bytes().clone());
         self.0.packs_received.fetch_add(1, Ordering::SeqCst);
@@ -236,11 +252,11 @@ impl State {
 }
 
 impl Hub for MemoryHub {
-    async fn head(&self, _: WorkspaceId, known: Option<Head>) -> Result<Head, HubError> {
+    async fn head(&self, _: WorkspaceId, known: Option<Head>) -> Result<Contact, HubError> {
         self.check()?;
         let mut state = self.state();
         state.check_history(known).ok();
-        Ok(state.head())
+        Ok(Contact { head: state.head(), wanted: state.wanted.iter().copied().collect() })
     }
 
     async fn have(&self, _: WorkspaceId, chunks: &[Digest]) -> Result<Vec<bool>, HubError> {
@@ -329,15 +345,21 @@ impl Hub for MemoryHub {
         &self,
         _: WorkspaceId,
         chunks: &[Digest],
-    ) -> Result<Answers<Bytes>, HubError> {
+    ) -> Result<Answers<Fetched>, HubError> {
         self.check()?;
         let state = self.state();
+        let missing: Vec<_> =
+            chunks.iter().filter(|chunk| !state.chunks.contains_key(*chunk)).copied().collect();
         let mut names: Vec<_> =
             chunks.iter().filter_map(|chunk| state.chunks.get(chunk)).copied().collect();
         names.sort();
         names.dedup();
         self.0.packs_sent.fetch_add(names.len(), Ordering::SeqCst);
-        let packs: Vec<_> = names.iter().map(|name| Ok(state.packs[name].clone())).collect();
+        let mut packs: Vec<_> =
+            names.iter().map(|name| Ok(Fetched::Pack(state.packs[name].clone()))).collect();
+        if !missing.is_empty() {
+            packs.insert(0, Ok(Fetched::Missing(missing)));
+        }
         Ok(stream::iter(packs).boxed())
     }
 

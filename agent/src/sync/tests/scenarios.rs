@@ -466,3 +466,40 @@ async fn a_connected_member_learns_of_a_new_history_at_its_next_commit() {
     settle(&[&a, &b]).await;
     assert_eq!(a.names().len(), 4, "{:?}", a.names());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn content_that_the_hub_has_lost_holds_up_only_its_file_and_is_sent_again() {
+    let mesh = Mesh::new();
+    let (mut a, b) = (mesh.node("a"), mesh.node("b"));
+    settle(&[&a, &b]).await;
+    let large = noise(7, 5 << 20);
+    a.write("large", &large);
+    a.write("small", "lost as well");
+    a.flush().await;
+    a.stop().await;
+    let hub_entry = |name: &str| {
+        let path = cortex_shared::wire_path::WirePath::new(name).unwrap();
+        match mesh.hub.tree().remove(&path) {
+            Some(cortex_shared::entry::Entry::File(file)) => file,
+            other => panic!("{other:?}"),
+        }
+    };
+    mesh.hub.lose_pack_of(&hub_entry("small").content);
+    let second = hub_entry("large").chunks().nth(1).unwrap().hash;
+    mesh.hub.lose_pack_of(&second);
+    let c = mesh.node("c");
+    c.write("other", "is sent");
+    c.flush().await;
+    b.flush().await;
+    for node in [&b, &c] {
+        assert_eq!(node.names(), ["other"], "{:?}", node.status().problems);
+        let problems = node.status().problems;
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(problems.iter().all(|problem| problem.code == "content_missing"), "{problems:?}");
+    }
+    a.start();
+    settle(&[&a, &b, &c]).await;
+    assert!(fs::read(c.path("large")).unwrap() == large);
+    assert_eq!(b.read("small"), "lost as well");
+    assert!(b.status().problems.is_empty() && c.status().problems.is_empty());
+}

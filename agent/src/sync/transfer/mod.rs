@@ -1,9 +1,11 @@
 //! Moving content and versions between the tree here and the hub.
 
+mod packing;
 mod pull;
 mod push;
 mod refresh;
 mod stage;
+mod supply;
 
 use cortex_shared::ids::{WorkspaceEpoch, WorkspaceId};
 use tokio_util::sync::CancellationToken;
@@ -14,6 +16,7 @@ use super::status::Progress;
 pub(super) use pull::{Pulled, pull};
 pub(super) use push::{Pushed, push};
 pub(super) use refresh::{Refreshed, refresh};
+pub(super) use supply::supply;
 
 /// What every transfer needs.
 pub(super) struct Session<'a, H> {

@@ -14,7 +14,7 @@ use super::Session;
 use super::stage::{Stage, StageError};
 use crate::sync::apply::{Applier, Staged, needs_stage};
 use crate::sync::core::{SyncError, waiting};
-use crate::sync::hub::{Hub, MAX_HASHES};
+use crate::sync::hub::{Fetched, Hub, MAX_HASHES};
 use crate::sync::plan::LocalChange;
 use crate::sync::problem::Finding;
 use crate::sync::scan::Scope;
@@ -25,6 +25,9 @@ const GROUP_CHANGES: usize = 2048;
 const GROUP_BYTES: u64 = 64 * 1024 * 1024;
 /// What stays free on the file system, so that an application there can go on.
 const RESERVE_BYTES: u64 = 64 * 1024 * 1024;
+
+const CONTENT_MISSING: &str =
+    "the hub does not have all of its content at present; it asks the members for it";
 
 /// What came of a pull.
 #[derive(Debug, Default)]
@@ -110,8 +113,10 @@ async fn pull_group<H: Hub>(
                     stage.taken(number);
                     batch.push(Staged { change, stage_name: Some(name) });
                 } else {
-                    let text = "its content did not arrive whole from the hub";
-                    findings.push(Finding::at(&change.path, "content_missing", text));
+                    findings.push(match stage.failure(number) {
+                        Some(error) => Finding::at(&change.path, "stage_failed", error),
+                        None => Finding::at(&change.path, "content_missing", CONTENT_MISSING),
+                    });
                 }
             }
             drop(stage);
@@ -199,12 +204,23 @@ async fn fetch<H: Hub>(
             waiting(session.cancel, session.hub.get_packs(session.workspace, part)).await?;
         loop {
             let pack = async { packs.next().await.transpose() };
-            let Some(pack) = waiting(session.cancel, pack).await? else { break };
+            let pack = match waiting(session.cancel, pack).await? {
+                Some(Fetched::Pack(pack)) => pack,
+                // Files that need them are told when they turn out not to be whole.
+                Some(Fetched::Missing(_)) => continue,
+                None => break,
+            };
             let stage = stage.clone();
-            let bytes = tokio::task::spawn_blocking(move || lock(&stage).take_pack(pack))
+            let taken = tokio::task::spawn_blocking(move || lock(&stage).take_pack(pack))
                 .await
-                .map_err(|_| SyncError::Panicked)??;
-            session.progress.fetched(bytes);
+                .map_err(|_| SyncError::Panicked)?;
+            match taken {
+                Ok(bytes) => session.progress.fetched(bytes),
+                // Its chunks are as good as missing; the others are not.
+                Err(error) => {
+                    tracing::error!(workspace = %session.workspace, %error, "the hub sent a damaged pack");
+                }
+            }
         }
     }
     Ok(())

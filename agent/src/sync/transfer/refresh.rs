@@ -1,18 +1,21 @@
 //! Learning what changed at the hub.
 
+use cortex_shared::entry::Digest;
 use futures_util::StreamExt as _;
 
 use super::Session;
 use crate::sync::core::{SyncError, waiting};
-use crate::sync::hub::{ChangesPage, Head, Hub, HubError};
+use crate::sync::hub::{ChangesPage, Contact, Head, Hub, HubError};
 use crate::sync::index::{Cursor, IndexError, Writer};
 
 /// How far the hub is known now.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(in crate::sync) struct Refreshed {
     pub(in crate::sync) cursor: Cursor,
     /// What was known of the hub was forgotten: both sides are merged anew.
     pub(in crate::sync) anew: bool,
+    /// Chunks that the hub has lost.
+    pub(in crate::sync) wanted: Vec<Digest>,
 }
 
 /// Brings Remote up to the head.
@@ -26,7 +29,8 @@ pub(in crate::sync) async fn refresh<H: Hub>(
         .core
         .run(|core| Ok::<_, IndexError>((core.index.cursor()?, core.index.known_head()?)))
         .await?;
-    let head = waiting(session.cancel, session.hub.head(session.workspace, known)).await?;
+    let Contact { head, wanted } =
+        waiting(session.cancel, session.hub.head(session.workspace, known)).await?;
     let Head { epoch, seq, root } = head;
     let same = cursor.filter(|cursor| cursor.epoch == epoch && cursor.seq <= seq);
     let anew = same.is_none();
@@ -47,7 +51,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
         })
         .await?;
     if cursor.seq == seq {
-        return Ok(Refreshed { cursor, anew });
+        return Ok(Refreshed { cursor, anew, wanted });
     }
     let known = Some(Head { epoch, seq, root });
     let mut pages =
@@ -80,7 +84,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
             break;
         }
     }
-    Ok(Refreshed { cursor, anew })
+    Ok(Refreshed { cursor, anew, wanted })
 }
 
 /// Notes the newest head the hub told of: should the hub ever lose it, this is the proof.

@@ -8,12 +8,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use cortex_shared::chunk::ChunkRef;
 use cortex_shared::entry::{Digest, Entry, File};
-use cortex_shared::pack::Pack;
+use cortex_shared::pack::{InvalidPack, Pack};
 use cortex_shared::wire_path::WirePath;
 
 use crate::root_dir::RootDir;
 use crate::sync::core::Core;
-use crate::sync::hub::HubError;
 use crate::sync::index::IndexError;
 use crate::sync::plan::LocalChange;
 use crate::sync::private_dir::PrivateDir;
@@ -26,7 +25,8 @@ struct StagedFile {
     created: bool,
     /// Places in the file that wait for a chunk.
     waiting: usize,
-    broken: bool,
+    /// Why it cannot be put together.
+    broken: Option<String>,
 }
 
 #[derive(Clone, Copy)]
@@ -68,7 +68,7 @@ impl Stage {
                 }
             }
             let name = private.stage_name();
-            files.push(Some(StagedFile { name, created: false, waiting, broken: false }));
+            files.push(Some(StagedFile { name, created: false, waiting, broken: None }));
         }
         Self { private, files, wanted }
     }
@@ -131,7 +131,7 @@ impl Stage {
     /// Whether nothing is missing and nothing went wrong; the name in the stage if so.
     pub(super) fn finished(&self, number: usize, change: &LocalChange) -> Option<Vec<u8>> {
         let staged = self.files[number].as_ref()?;
-        if !staged.created || staged.waiting > 0 || staged.broken {
+        if !staged.created || staged.waiting > 0 || staged.broken.is_some() {
             return None;
         }
         let Some(Entry::File(file)) = &change.to else { return Some(staged.name.clone()) };
@@ -158,26 +158,32 @@ impl Stage {
         }
     }
 
-    /// Writes every wanted chunk of a pack to its places.
-    pub(super) fn take_pack(&mut self, pack: Bytes) -> Result<u64, StageError> {
-        let pack = Pack::parse(pack).map_err(HubError::protocol)?;
-        let mut failure = None;
+    /// Writes every wanted chunk of a pack to its places. A file that cannot be written to is given
+    /// up by itself.
+    ///
+    /// # Errors
+    /// If the pack is not valid; what came before the damage has been taken.
+    pub(super) fn take_pack(&mut self, pack: Bytes) -> Result<u64, InvalidPack> {
+        let pack = Pack::parse(pack)?;
         let mut bytes = 0;
         pack.for_each_chunk(|chunk, data| {
-            if failure.is_some() {
-                return;
-            }
             let Some(places) = self.wanted.remove(&chunk.hash) else { return };
             bytes += data.len() as u64;
             for place in places {
-                if let Err(error) = self.write(place, data) {
-                    failure = Some(error);
-                    return;
+                if let Err(error) = self.write(place, data)
+                    && let Some(staged) = &mut self.files[place.file]
+                {
+                    staged.broken.get_or_insert(error.to_string());
                 }
             }
-        })
-        .map_err(HubError::protocol)?;
-        failure.map_or(Ok(bytes), |error| Err(error.into()))
+        })?;
+        Ok(bytes)
+    }
+
+    /// Why the file of a change cannot be put together, if something is wrong with more than chunks
+    /// that are missing.
+    pub(super) fn failure(&self, number: usize) -> Option<&str> {
+        self.files[number].as_ref()?.broken.as_deref()
     }
 
     fn write(&mut self, place: Place, data: &[u8]) -> io::Result<()> {
@@ -185,7 +191,7 @@ impl Stage {
         let Some(staged) = &mut self.files[place.file] else { return Ok(()) };
         staged.waiting -= 1;
         if place.len as usize != data.len() {
-            staged.broken = true;
+            staged.broken = Some("a chunk has another length than its file says".to_owned());
             return Ok(());
         }
         // Zeros become a hole, since the length is set at the end.
@@ -280,8 +286,6 @@ pub(super) enum StageError {
     Io(#[from] io::Error),
     #[error(transparent)]
     Index(#[from] IndexError),
-    #[error(transparent)]
-    Hub(#[from] HubError),
 }
 
 impl From<StageError> for crate::sync::core::SyncError {
@@ -289,7 +293,6 @@ impl From<StageError> for crate::sync::core::SyncError {
         match error {
             StageError::Io(error) => error.into(),
             StageError::Index(error) => error.into(),
-            StageError::Hub(error) => error.into(),
         }
     }
 }

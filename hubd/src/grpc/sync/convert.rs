@@ -50,6 +50,11 @@ pub(super) fn hashes(bytes: &[u8]) -> Result<Vec<Digest>, Status> {
     Ok(hashes.iter().map(|hash| Digest::from_bytes(*hash)).collect())
 }
 
+/// Hashes, to be sent.
+pub(super) fn wire_hashes(hashes: &[Digest]) -> Bytes {
+    hashes.iter().flat_map(|hash| *hash.as_bytes()).collect::<Vec<u8>>().into()
+}
+
 /// One bit for each answer, least significant first within a byte.
 pub(super) fn bitmap(answers: &[bool]) -> Bytes {
     let byte = |answers: &[bool]| {
@@ -135,13 +140,12 @@ fn wire_rejection(rejection: Rejection) -> v1::OpRejected {
         RejectReason::MissingChunks => v1::RejectReason::MissingChunks,
         RejectReason::Invalid => v1::RejectReason::Invalid,
     };
-    let missing = rejection.missing.iter().flat_map(|hash| *hash.as_bytes());
     v1::OpRejected {
         index: rejection.index,
         reason: reason.into(),
         current: rejection.current.map(wire_entry),
         current_seq: rejection.current_seq,
-        missing: missing.collect::<Vec<u8>>().into(),
+        missing: wire_hashes(&rejection.missing),
     }
 }
 

@@ -46,6 +46,7 @@ macro_rules! contract_tests {
             cursors_never_go_back,
             conflicts_are_listed_while_their_copies_exist,
             packs_are_found_by_their_chunks,
+            lost_chunks_are_wanted_until_they_are_here_again,
             a_useless_pack_that_is_touched_again_stays,
             changes_are_paged_by_size,
             results_stay_within_their_budget,
@@ -412,18 +413,49 @@ pub(crate) async fn packs_are_found_by_their_chunks(engine: &impl Engine) {
     let have = store.have(vec![hash(b"a"), hash(b"x"), hash(b"c")]).await.unwrap();
     assert_eq!(have, [true, false, true]);
     let packs = store.packs_of(vec![hash(b"c"), hash(b"b"), hash(b"a")]).await.unwrap();
-    assert_eq!(packs, [second, first]);
-    let unknown = store.packs_of(vec![hash(b"a"), hash(b"x"), hash(b"y")]).await;
-    match unknown {
-        Err(StoreError::UnknownChunks { count: 2, first }) => assert_eq!(first, hash(b"x")),
-        other => panic!("{other:?}"),
-    }
+    let both = vec![hash(b"b"), hash(b"a")];
+    assert_eq!(packs.packs, [(second, vec![hash(b"c")]), (first, both)]);
+    assert!(packs.missing.is_empty());
+    let found = store.packs_of(vec![hash(b"x"), hash(b"a"), hash(b"y")]).await.unwrap();
+    assert_eq!(found.packs, [(first, vec![hash(b"a")])]);
+    assert_eq!(found.missing, [hash(b"x"), hash(b"y")]);
     assert_eq!(store.packs().await.unwrap().len(), 2);
     let again = PackRecord { hash: first, bytes: 1, chunks: vec![ChunkRef::of(b"a").unwrap()] };
     assert_eq!(store.add_pack(again).await.unwrap(), PackAdded::Known);
     store.forget_packs(vec![first]).await.unwrap();
     assert_eq!(store.have(vec![hash(b"a"), hash(b"c")]).await.unwrap(), [false, true]);
     assert!(!store.has_pack(first).await.unwrap());
+}
+
+pub(crate) async fn lost_chunks_are_wanted_until_they_are_here_again(engine: &impl Engine) {
+    let fixture = Fixture::new(engine).await;
+    let store = &fixture.store;
+    let hash = |data: &[u8]| Digest::of(data);
+    let seq = || store.watch_head().borrow().seq;
+    let lost = fixture.add_chunks(&[b"used", b"unused"]).await;
+    let kept = fixture.add_chunks(&[b"kept"]).await;
+    fixture.set(vec![create("f", file(b"used")), create("g", file(b"kept"))]).await;
+    assert!(store.wanted().await.unwrap().is_empty());
+    store.forget_packs(vec![lost]).await.unwrap();
+    let mut wanted = store.wanted().await.unwrap();
+    wanted.sort();
+    let mut expected = vec![hash(b"used"), hash(b"unused")];
+    expected.sort();
+    assert_eq!((wanted, seq()), (expected, 3), "members are made to look");
+    store.forget_packs(vec![lost]).await.unwrap();
+    assert_eq!(seq(), 3, "no news");
+    store.drop_wanted().await.unwrap();
+    assert_eq!(store.wanted().await.unwrap(), [hash(b"used")], "the other one nobody names");
+    fixture.add_chunks(&[b"something else"]).await;
+    assert_eq!(seq(), 3);
+    fixture.add_chunks(&[b"used", b"more"]).await;
+    assert_eq!((store.wanted().await.unwrap(), seq()), (vec![], 4), "waiting members try again");
+    let head = *store.watch_head().borrow();
+    assert_eq!(store.check_history(head).await.unwrap(), head);
+    assert_eq!(fixture.tree(1000).await.len(), 2);
+    // What is collected is not lost.
+    store.drop_packs(vec![kept], unix_ms() + 1).await.unwrap();
+    assert!(store.wanted().await.unwrap().is_empty());
 }
 
 pub(crate) async fn a_useless_pack_that_is_touched_again_stays(engine: &impl Engine) {

@@ -6,7 +6,6 @@
 //! that was never here proves the loss, and the history gets another name (epoch): everybody then
 //! merges anew, and nobody deletes anything.
 
-use cortex_shared::entry::Digest;
 use cortex_shared::ids::WorkspaceEpoch;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
@@ -92,14 +91,18 @@ pub(super) fn restart_if_lost(
     head_of(&head)
 }
 
-/// Makes a new version of the same tree, for members to ask what there is to do.
-pub(super) fn repeat_head(connection: &Connection, now_ms: i64) -> Result<Head, StoreError> {
+/// If `news`, makes a new version of the same tree, so that members ask what there is to do.
+pub(super) fn repeat_head_if(
+    connection: &Connection,
+    news: bool,
+    now_ms: i64,
+) -> Result<Option<Head>, StoreError> {
     let mut head = read_head(connection)?;
-    if head.root == Digest::ZERO {
-        // Nothing was ever committed.
-        return head_of(&head);
+    // Of a workspace that was always empty nothing can be of use to anybody.
+    if !news || head.seq == 0 {
+        return Ok(None);
     }
     head.seq += 1;
     write_head(connection, &head, now_ms)?;
-    head_of(&head)
+    head_of(&head).map(Some)
 }

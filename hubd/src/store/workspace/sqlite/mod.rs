@@ -30,7 +30,7 @@ use self::content::Presence;
 use self::tree::{damaged, digest, signed, unsigned};
 use super::super::database::{Database, Settings};
 use super::{
-    Answer, ChangesPage, CollectionSlice, Commit, CommitResult, Conflict, Head, PackAdded,
+    Answer, ChangesPage, CollectionSlice, Commit, CommitResult, Conflict, Found, Head, PackAdded,
     PackRecord, StoreError, Summary, WorkspaceStore,
 };
 
@@ -38,6 +38,8 @@ use super::{
 /// hold its inner pages and what one batch of commits changes. The main database has more, but there
 /// is only one of it: with this, 50 workspaces in full use take 400 MiB at most.
 const CACHE_KIB: u32 = 8 * 1024;
+/// Most wanted chunks in one answer: as many as members can ask about in one question.
+const WANTED_LISTED: u32 = 8192;
 /// Most conflicts in one answer.
 const CONFLICTS_LISTED: i64 = 10_000;
 
@@ -181,12 +183,51 @@ impl WorkspaceStore for SqliteWorkspaceStore {
     }
 
     fn add_pack(&self, pack: PackRecord) -> Answer<'_, PackAdded> {
-        let write = move |connection: &Connection| content::add_pack(connection, &pack, unix_ms());
-        Box::pin(self.database.write(write))
+        let write = move |connection: &Connection| {
+            let now_ms = unix_ms();
+            let added = content::add_pack(connection, &pack, now_ms)?;
+            let chunks = pack.chunks.iter().map(|chunk| chunk.hash);
+            let came_back = content::no_longer_wanted(connection, chunks)?;
+            Ok((added, history::repeat_head_if(connection, came_back, now_ms)?))
+        };
+        let publish = self.publish();
+        Box::pin(async move {
+            let after = move |(_, head): &(PackAdded, Option<Head>)| {
+                head.as_ref().inspect(|head| publish(head));
+            };
+            Ok(self.database.write_then::<_, StoreError>(write, after).await?.0)
+        })
     }
 
     fn forget_packs(&self, packs: Vec<Digest>) -> Answer<'_, ()> {
-        Box::pin(self.database.write(move |connection| content::forget_packs(connection, &packs)))
+        let write = move |connection: &Connection| {
+            let news = content::lose_packs(connection, &packs)?;
+            history::repeat_head_if(connection, news, unix_ms())
+        };
+        let publish = self.publish();
+        Box::pin(async move {
+            let after = move |head: &Option<Head>| {
+                head.as_ref().inspect(|head| publish(head));
+            };
+            self.database.write_then::<_, StoreError>(write, after).await.map(drop)
+        })
+    }
+
+    fn wanted(&self) -> Answer<'_, Vec<Digest>> {
+        Box::pin(self.database.read(|connection| content::wanted(connection, WANTED_LISTED)))
+    }
+
+    fn drop_wanted(&self) -> Answer<'_, ()> {
+        Box::pin(async move {
+            let useless = self.database.read(collect::useless_wanted).await?;
+            if useless.is_empty() {
+                return Ok(());
+            }
+            let write = move |connection: &Connection| {
+                content::no_longer_wanted(connection, useless.iter().copied()).map(drop)
+            };
+            self.database.write(write).await
+        })
     }
 
     fn useless_packs(
@@ -222,7 +263,7 @@ impl WorkspaceStore for SqliteWorkspaceStore {
         Box::pin(self.database.read(content::packs))
     }
 
-    fn packs_of(&self, chunks: Vec<Digest>) -> Answer<'_, Vec<Digest>> {
+    fn packs_of(&self, chunks: Vec<Digest>) -> Answer<'_, Found> {
         Box::pin(self.database.read(move |connection| content::packs_of(connection, &chunks)))
     }
 

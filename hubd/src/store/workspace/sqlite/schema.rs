@@ -120,6 +120,10 @@ CREATE TABLE versions (
     at_ms INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX versions_by_time ON versions (at_ms);
+-- Chunks that were in packs that are lost: members that have them are asked to send them again.
+CREATE TABLE wanted (
+    hash BLOB PRIMARY KEY CHECK (length(hash) = 32)
+) STRICT, WITHOUT ROWID;
 INSERT INTO versions (seq, root, at_ms) SELECT seq, root, max(at_ms) FROM commits GROUP BY seq;
 INSERT OR IGNORE INTO versions (seq, root, at_ms) SELECT seq, root, 0 FROM head WHERE seq > 0;
 ",
