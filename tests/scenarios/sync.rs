@@ -334,8 +334,7 @@ fn packs_that_the_hub_has_lost_hold_up_nothing_and_come_back_from_the_members() 
     fs::write(&packs[0], b"damaged").unwrap();
     fs::remove_file(&packs[1]).unwrap();
     let c = pair.mesh.node("c", As::Me);
-    let _attached: Outcome =
-        pair.operator.agent(&["workspace", "attach", "w", "--node", "c"]).ok();
+    let _attached: Outcome = pair.operator.agent(&["workspace", "attach", "w", "--node", "c"]).ok();
     let root = c.workspace("w");
     let problems = || {
         let status = c.agent(&["workspace", "status", "w", "--local", "-o", "json"]);
@@ -348,4 +347,47 @@ fn packs_that_the_hub_has_lost_hold_up_nothing_and_come_back_from_the_members() 
     until("the other file arrived", || a.join("other").exists());
     until("all files arrived", || tree::read(&root) == tree::read(&a));
     until("the problem has vanished", || !problems().contains("content_missing"));
+}
+
+#[test]
+fn a_workspace_that_is_emptied_is_emptied_elsewhere_only_on_somebodys_word() {
+    let pair = Pair::new();
+    let (a, b) = pair.roots();
+    let fill = || {
+        fs::create_dir(a.join("d")).unwrap();
+        for number in 0..3 {
+            fs::write(a.join(format!("d/file-{number}")), format!("content {number}")).unwrap();
+        }
+    };
+    let status = || pair.operator.agent(&["workspace", "status", "w"]).ok().text();
+    for (round, confirm) in [
+        &["workspace", "confirm-deletes", "w", "--local"][..],
+        &["workspace", "confirm-deletes", "w"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        fill();
+        until("the files arrived", || tree::read(&b).len() == 4);
+        pair.converge();
+        // All at once.
+        fs::rename(a.join("d"), pair.a.home().join(format!("gone-{round}"))).unwrap();
+        until("the hold is told", || status().contains("confirm-deletes w"));
+        // Everything else still travels, and the deletions do not.
+        fs::write(b.join("other"), b"x").unwrap();
+        until("the other file arrived", || a.join("other").exists());
+        assert_eq!(tree::read(&b).len(), 5);
+        let told = match confirm.last() {
+            Some(&"--local") => pair.a.agent(confirm),
+            _ => pair.operator.agent(confirm),
+        };
+        let said = told.ok().text();
+        assert!(said.contains("deletions go now") || said.contains("a may delete now"), "{said}");
+        until("the files are deleted", || tree::read(&b).len() == 1);
+        until("the hold is over", || !status().contains("confirm-deletes w"));
+        fs::remove_file(a.join("other")).unwrap();
+        pair.converge();
+    }
+    let nothing = pair.operator.agent(&["workspace", "confirm-deletes", "w", "-o", "json"]).ok();
+    assert_eq!(nothing.json()["nodes"].as_array().unwrap().len(), 0);
 }

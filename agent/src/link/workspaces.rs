@@ -22,7 +22,7 @@ use super::request::Refusal;
 use crate::client::{HubClient, Purpose};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
 use crate::sync::tonic_hub::TonicHub;
-use crate::sync::{self, WorkspaceConfig, WorkspaceHandle};
+use crate::sync::{self, FlushError, WorkspaceConfig, WorkspaceHandle};
 
 /// Shortest time between two reports of one node.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -154,6 +154,14 @@ impl Workspaces {
             .collect();
         list.sort_by(|a, b| a.workspace.cmp(&b.workspace));
         list
+    }
+
+    /// Lets the deletions of a workspace go that are held because they are so many; how many they
+    /// are. `None` if this node is no member.
+    pub fn confirm_deletions(&self, name: &str) -> Option<Result<u64, FlushError>> {
+        let engines = lock(&self.inner.engines);
+        let engine = engines.values().find(|engine| engine.name == name)?;
+        Some(engine.handle.confirm_deletions())
     }
 
     /// Reports to send to the hub.

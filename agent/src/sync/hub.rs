@@ -80,6 +80,8 @@ pub struct Contact {
     pub head: Head,
     /// Chunks that the hub had and has lost: who has them sends them again.
     pub wanted: Vec<Digest>,
+    /// An operator lets the deletions go that are held here. Said once.
+    pub confirm_deletes: bool,
 }
 
 /// One answer to the question for chunks.

@@ -145,10 +145,22 @@ impl WorkspaceHandle {
         answered.await.map_err(|_| FlushError::Stopped)?
     }
 
-    /// Lets deletions that are held because they are so many go to the hub.
-    pub async fn confirm_deletions(&self) {
-        // If the engine has ended there is nothing to confirm.
-        self.commands.send(Command::ConfirmDeletions).await.ok();
+    /// Lets deletions that are held because they are so many go to the hub, soon. Returns how many
+    /// are held; with none it does nothing.
+    ///
+    /// # Errors
+    /// If the engine is too busy to be told, or has ended.
+    pub fn confirm_deletions(&self) -> Result<u64, FlushError> {
+        let held = self.status.borrow().held_deletions;
+        if held > 0 {
+            self.commands.try_send(Command::ConfirmDeletions).map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => {
+                    FlushError::Failed { message: "too many commands wait".to_owned() }
+                }
+                mpsc::error::TrySendError::Closed(_) => FlushError::Stopped,
+            })?;
+        }
+        Ok(held)
     }
 
     /// Ends the engine; returns once nothing of it touches the directory any more.

@@ -82,10 +82,12 @@ impl Problems {
         }
     }
 
-    /// All of them.
+    /// All of them, those of the workspace as a whole first.
     #[must_use]
     pub fn list(&self) -> Vec<Problem> {
-        self.0.values().cloned().collect()
+        let mut problems: Vec<Problem> = self.0.values().cloned().collect();
+        problems.sort_by_key(|problem| problem.path.is_some());
+        problems
     }
 }
 

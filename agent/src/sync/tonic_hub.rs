@@ -219,7 +219,11 @@ impl Hub for TonicHub {
         let head = self.client().head(request).await?.into_inner();
         let epoch = WorkspaceEpoch::from_slice(&head.epoch).map_err(HubError::protocol)?;
         let root = digest(&head.root_digest, "root digest")?;
-        Ok(Contact { head: Head { epoch, seq: head.seq, root }, wanted: separated(&head.wanted)? })
+        Ok(Contact {
+            head: Head { epoch, seq: head.seq, root },
+            wanted: separated(&head.wanted)?,
+            confirm_deletes: head.confirm_deletes,
+        })
     }
 
     async fn have(&self, workspace: WorkspaceId, chunks: &[Digest]) -> Result<Vec<bool>, HubError> {

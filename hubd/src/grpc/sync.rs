@@ -142,6 +142,7 @@ impl Sync for SyncService {
             root_digest: convert::wire_digest(&head.root),
             name: self.membership.workspace_name(workspace.id()).unwrap_or_default(),
             applied_seq: workspace.applied(node).await.map_err(status)?,
+            confirm_deletes: workspace.take_confirmation(node),
             wanted: convert::wire_hashes(&workspace.wanted().await.map_err(status)?),
         }))
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use cortex_shared::durable;
@@ -44,6 +44,8 @@ pub struct WorkspaceHub {
     /// for the collection, from forgetting packs to removing their files. Otherwise a pack that is
     /// sent anew just then would lose its new file.
     collection: RwLock<()>,
+    /// Members that may send the deletions they hold, and have not been told yet.
+    confirmed: Mutex<HashSet<NodeId>>,
 }
 
 impl WorkspaceHub {
@@ -79,6 +81,7 @@ impl WorkspaceHub {
             files: Arc::new(files),
             budget,
             collection: RwLock::new(()),
+            confirmed: Mutex::default(),
         });
         hub.reconcile().await?;
         hub.forward_heads(board, scope);
@@ -221,6 +224,22 @@ impl WorkspaceHub {
     /// Those of the store.
     pub async fn packs_of(&self, chunks: Vec<Digest>) -> Result<Found, SyncError> {
         Ok(self.store.packs_of(chunks).await?)
+    }
+
+    /// Lets members send the deletions they hold because they are so many. The head moves, so that
+    /// they ask for it, and are told then.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn confirm_deletes(&self, members: &[NodeId]) -> Result<(), SyncError> {
+        self.confirmed.lock().unwrap_or_else(PoisonError::into_inner).extend(members);
+        Ok(self.store.repeat_head().await?)
+    }
+
+    /// Whether a member has to be told that it may send the deletions it holds. Says so once.
+    #[must_use]
+    pub fn take_confirmation(&self, member: NodeId) -> bool {
+        self.confirmed.lock().unwrap_or_else(PoisonError::into_inner).remove(&member)
     }
 
     /// Chunks that were lost, for members to send again.

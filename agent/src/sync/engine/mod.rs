@@ -5,9 +5,10 @@
 //! queue: stopped at any instant, it finds its work again by looking.
 
 mod attach;
+mod hold;
 mod pass;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -92,8 +93,10 @@ struct Work {
     /// Chunks that the hub had lost and that were looked for here since the last look at everything.
     supplied: Vec<Digest>,
     flushes: Vec<oneshot::Sender<Result<(), FlushError>>>,
-    /// Deletions that were pushed, and when: for the hold of mass deletions.
-    deletions: VecDeque<(Instant, usize)>,
+    /// Deletions that were sent lately.
+    deletions: hold::Sent,
+    /// How many wait for somebody's word.
+    held: usize,
     deletions_confirmed: bool,
 }
 
@@ -369,7 +372,7 @@ impl<H: Hub> Engine<H> {
                     work.outdated = true;
                     work.retry_at = None;
                 }
-                Command::ConfirmDeletions => work.deletions_confirmed = true,
+                Command::ConfirmDeletions => work.deletions_confirmed = work.held > 0,
             },
             () = tokio::time::sleep_until(due) => work.collect_due(),
         }
@@ -418,7 +421,8 @@ impl Work {
             problem_retry_at: None,
             supplied: Vec::new(),
             flushes: Vec::new(),
-            deletions: VecDeque::new(),
+            deletions: hold::Sent::default(),
+            held: 0,
             deletions_confirmed: false,
         }
     }

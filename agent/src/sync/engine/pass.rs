@@ -6,6 +6,7 @@ use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::wire_path::WirePath;
 use tokio::time::Instant;
 
+use super::hold::{is_lost, must_hold};
 use super::{Engine, PROBLEM_RETRY, Round, Work};
 use crate::sync::apply::needs_stage;
 use crate::sync::core::{SyncError, waiting};
@@ -19,9 +20,6 @@ use crate::sync::transfer::{Pulled, Pushed, Refreshed, Session, pull, push, refr
 
 /// Rows that are planned at once; bounds memory.
 const WINDOW_ROWS: u32 = 20_000;
-/// Deletions within a minute that need nobody's word, whatever the size of the workspace.
-const FREE_DELETIONS: usize = 100;
-const DELETION_WINDOW: Duration = Duration::from_secs(60);
 /// How long changes here wait for a pull that goes on: it is then interrupted between two groups.
 const LONGEST_PULL: Duration = Duration::from_secs(5);
 /// Passes over all windows in one round. Two members that change the same paths all the time make
@@ -55,7 +53,9 @@ impl<H: Hub> Engine<H> {
         for _ in 0..MAX_SWEEPS {
             if work.outdated {
                 self.progress.state(SyncState::Downloading);
-                let Refreshed { cursor, anew, wanted } = refresh(&mut self.session(work)).await?;
+                let Refreshed { cursor, anew, wanted, confirm_deletes } =
+                    refresh(&mut self.session(work)).await?;
+                work.deletions_confirmed |= confirm_deletes && work.held > 0;
                 work.outdated = false;
                 if anew && work.cursor.is_some() {
                     // What is here is all there is to compare with: it had better be seen afresh.
@@ -111,8 +111,9 @@ impl<H: Hub> Engine<H> {
     async fn sweep(&self, work: &mut Work) -> Result<Sweep, SyncError> {
         let mut sweep = Sweep::default();
         let mut after = None;
+        let hold = self.must_hold(work).await?;
         loop {
-            let Planned { plan, losses, next } = self.plan(work, after).await?;
+            let Planned { plan, losses, next } = self.plan(work, after, hold).await?;
             sweep.held += plan.held_deletions;
             sweep.unapplied += plan.skipped;
             let (unpushed, unapplied) = (plan.push.len(), plan.local.len());
@@ -125,7 +126,7 @@ impl<H: Hub> Engine<H> {
                 let Some(cursor) = work.cursor else { return Ok(sweep) };
                 let pushed = push(&mut self.session(work), cursor.epoch, plan.push).await?;
                 if losses > 0 {
-                    work.deletions.push_back((Instant::now(), losses));
+                    work.deletions.add(Instant::now(), losses);
                 }
                 sweep.unpushed += unpushed - pushed.accepted.min(unpushed);
                 self.take_pushed(work, pushed, &mut sweep).await?;
@@ -166,24 +167,35 @@ impl<H: Hub> Engine<H> {
     }
 
     /// Plans for the next window of rows that differ.
-    async fn plan(&self, work: &mut Work, after: Option<WirePath>) -> Result<Planned, SyncError> {
-        let now = Instant::now();
-        while work.deletions.front().is_some_and(|(at, _)| now - *at > DELETION_WINDOW) {
-            work.deletions.pop_front();
-        }
-        let recent: usize = work.deletions.iter().map(|(_, count)| count).sum();
+    async fn plan(
+        &self,
+        work: &mut Work,
+        after: Option<WirePath>,
+        hold: bool,
+    ) -> Result<Planned, SyncError> {
+        work.core.run(move |core| plan_window(&core.index, after.as_ref(), hold)).await
+    }
+
+    /// Whether the deletions that are to be sent now are held back.
+    async fn must_hold(&self, work: &mut Work) -> Result<bool, SyncError> {
+        let recent = work.deletions.recent(Instant::now());
         let confirmed = work.deletions_confirmed;
-        work.core.run(move |core| plan_window(&core.index, after.as_ref(), recent, confirmed)).await
+        work.core.run(move |core| must_hold(&mut core.index, recent, confirmed)).await
     }
 
     /// Tells what stands in the way now.
     fn report(&self, work: &mut Work, sweep: &Sweep) {
+        work.held = sweep.held;
+        if sweep.held == 0 && !sweep.interrupted {
+            // The word was for those that were held, not for the next ones.
+            work.deletions_confirmed = false;
+        }
         let mut plan_findings = Vec::new();
         if sweep.held > 0 {
             let message = format!(
-                "{} deletions are held back because they are so many; confirm them, or restore the \
-                 files",
-                sweep.held
+                "{} deletions are held back because they are so many; confirm them \
+                 (cortex-agent workspace confirm-deletes {}), or restore the files",
+                sweep.held, self.config.name
             );
             plan_findings.push(Finding { path: None, code: "mass_delete_held", message });
         }
@@ -191,14 +203,21 @@ impl<H: Hub> Engine<H> {
         work.problems.replace(Stage::Push, |_| true, sweep.push_findings.clone());
         work.problems.replace(Stage::Apply, |_| true, sweep.apply_findings.clone());
         let problems = work.problems.list();
-        self.progress.update(|status| status.problems = problems);
+        self.progress.update(|status| {
+            status.problems = problems;
+            status.held_deletions = sweep.held as u64;
+        });
     }
 
     /// Nothing more can be done now.
     async fn finish(&self, work: &mut Work, sweep: &Sweep) -> Result<(), SyncError> {
-        work.deletions_confirmed = false;
         if sweep.unapplied > 0 || !sweep.push_findings.is_empty() {
             work.problem_retry_at = Some(Instant::now() + PROBLEM_RETRY);
+        }
+        if sweep.held > 0 {
+            // They may be held only because of others that came shortly before.
+            let due = [work.problem_retry_at, work.deletions.next_forgotten()];
+            work.problem_retry_at = due.into_iter().flatten().min();
         }
         let Some(cursor) = work.cursor else { return Ok(()) };
         if sweep.unapplied == 0 && work.acknowledged_seq != Some(cursor.seq) {
@@ -236,16 +255,11 @@ fn bytes_of(change: &crate::sync::plan::LocalChange) -> u64 {
     }
 }
 
-/// Plans one window. If it would delete suspiciously much at the hub, the deletions are held.
-fn plan_window(
-    index: &Index,
-    after: Option<&WirePath>,
-    recent_losses: usize,
-    confirmed: bool,
-) -> Result<Planned, IndexError> {
+/// Plans one window.
+fn plan_window(index: &Index, after: Option<&WirePath>, hold: bool) -> Result<Planned, IndexError> {
     let window = index.window(after, WINDOW_ROWS)?;
     let options =
-        Options { truncated: window.truncated, context: window.context, hold_deletions: false };
+        Options { truncated: window.truncated, context: window.context, hold_deletions: hold };
     let failure = std::cell::RefCell::new(None);
     let look_up = |path: &WirePath| match index.get(path) {
         Ok(found) => found.map(|found| found.row),
@@ -254,37 +268,14 @@ fn plan_window(
             None
         }
     };
-    let mut planned = plan(&window.rows, &look_up, options);
-    let mut losses = 0;
-    if !confirmed && planned.push_deletions > 0 {
-        losses = count_losses(index, &planned)?;
-        let counts = index.counts();
-        let known = usize::try_from(counts.base).unwrap_or(usize::MAX);
-        let limit = FREE_DELETIONS.max(known.saturating_add(recent_losses) / 4);
-        let emptied = counts.local == 0 && known > FREE_DELETIONS;
-        if losses + recent_losses > limit || emptied {
-            planned = plan(&window.rows, &look_up, Options { hold_deletions: true, ..options });
-            losses = 0;
-        }
-    }
+    let plan = plan(&window.rows, &look_up, options);
     if let Some(error) = failure.into_inner() {
         return Err(error);
     }
-    let next = window.truncated.then(|| window.rows.last().map(|row| row.path.clone())).flatten();
-    Ok(Planned { plan: planned, losses, next })
-}
-
-/// How many files would be deleted at the hub whose content is not here under another name: those of
-/// a directory that was renamed are not lost.
-fn count_losses(index: &Index, planned: &Plan) -> Result<usize, IndexError> {
     let mut losses = 0;
-    for op in planned.push.iter().filter(|op| op.new.is_none()) {
-        if let Some(Entry::File(file)) = &op.expected
-            && file.size > 0
-            && index.with_content(&file.content, 1)?.is_empty()
-        {
-            losses += 1;
-        }
+    for op in plan.push.iter().filter(|op| op.new.is_none()) {
+        losses += usize::from(is_lost(index, op.expected.as_ref())?);
     }
-    Ok(losses)
+    let next = window.truncated.then(|| window.rows.last().map(|row| row.path.clone())).flatten();
+    Ok(Planned { plan, losses, next })
 }

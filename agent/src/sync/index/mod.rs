@@ -347,6 +347,21 @@ impl Index {
         Ok(Window { rows, context, truncated })
     }
 
+    /// Up to `limit` rows after `after` of what both sides had and is not here any more, in order.
+    ///
+    /// # Errors
+    /// Those of SQLite, and a damaged row.
+    pub fn gone_here(&self, after: Option<&WirePath>, limit: u32) -> Result<Vec<Row>, IndexError> {
+        let sql = format!(
+            "SELECT {COLUMNS} FROM entry INDEXED BY entry_dirty WHERE dirty != 0 AND local IS NULL \
+             AND unknown = 0 AND base IS NOT NULL AND remote IS NOT NULL AND key > ? \
+             ORDER BY key LIMIT ?"
+        );
+        let after = after.map(WirePath::sort_key).unwrap_or_default();
+        let found = self.read_rows(&sql, params![after, limit])?;
+        Ok(found.into_iter().map(|found| found.row).collect())
+    }
+
     /// At how many paths the trees differ.
     ///
     /// # Errors
@@ -385,6 +400,14 @@ impl Index {
         let seq = self.meta_number("head_seq")?;
         let root = self.meta("head_root")?.and_then(|bytes| Digest::from_slice(&bytes));
         Ok(epoch.zip(seq).zip(root).map(|((epoch, seq), root)| Head { epoch, seq, root }))
+    }
+
+    /// Whether deletions wait for somebody's word.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn holds_deletions(&self) -> Result<bool, IndexError> {
+        Ok(self.meta("holds_deletions")?.is_some())
     }
 
     /// The directory that was the root when the index was made.

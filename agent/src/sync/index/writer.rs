@@ -91,6 +91,18 @@ impl<'a> Writer<'a> {
         self.set_meta("head_root", root.as_bytes())
     }
 
+    /// Records whether deletions wait for somebody's word.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn set_holds_deletions(&self, hold: bool) -> Result<(), IndexError> {
+        if hold {
+            return self.set_meta("holds_deletions", &[]);
+        }
+        self.database.execute("DELETE FROM meta WHERE name = 'holds_deletions'", [])?;
+        Ok(())
+    }
+
     /// Records which directory is the root.
     ///
     /// # Errors

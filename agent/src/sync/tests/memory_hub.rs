@@ -256,7 +256,8 @@ impl Hub for MemoryHub {
         self.check()?;
         let mut state = self.state();
         state.check_history(known).ok();
-        Ok(Contact { head: state.head(), wanted: state.wanted.iter().copied().collect() })
+        let wanted = state.wanted.iter().copied().collect();
+        Ok(Contact { head: state.head(), wanted, confirm_deletes: false })
     }
 
     async fn have(&self, _: WorkspaceId, chunks: &[Digest]) -> Result<Vec<bool>, HubError> {

@@ -289,7 +289,7 @@ async fn deleting_very_much_is_held_until_it_is_confirmed() {
     let status = a.status();
     assert_eq!(status.problems[0].code, "mass_delete_held");
     assert_eq!(status.pending_push, 150, "the directory waits for its files");
-    a.handle().confirm_deletions().await;
+    assert_eq!(a.handle().confirm_deletions().unwrap(), 150);
     settle(&[&a, &b]).await;
     assert_eq!(b.names(), ["new"]);
     assert!(a.status().problems.is_empty());

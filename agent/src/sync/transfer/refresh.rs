@@ -16,6 +16,8 @@ pub(in crate::sync) struct Refreshed {
     pub(in crate::sync) anew: bool,
     /// Chunks that the hub has lost.
     pub(in crate::sync) wanted: Vec<Digest>,
+    /// Deletions that are held here may go.
+    pub(in crate::sync) confirm_deletes: bool,
 }
 
 /// Brings Remote up to the head.
@@ -29,7 +31,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
         .core
         .run(|core| Ok::<_, IndexError>((core.index.cursor()?, core.index.known_head()?)))
         .await?;
-    let Contact { head, wanted } =
+    let Contact { head, wanted, confirm_deletes } =
         waiting(session.cancel, session.hub.head(session.workspace, known)).await?;
     let Head { epoch, seq, root } = head;
     let same = cursor.filter(|cursor| cursor.epoch == epoch && cursor.seq <= seq);
@@ -51,7 +53,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
         })
         .await?;
     if cursor.seq == seq {
-        return Ok(Refreshed { cursor, anew, wanted });
+        return Ok(Refreshed { cursor, anew, wanted, confirm_deletes });
     }
     let known = Some(Head { epoch, seq, root });
     let mut pages =
@@ -84,7 +86,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
             break;
         }
     }
-    Ok(Refreshed { cursor, anew, wanted })
+    Ok(Refreshed { cursor, anew, wanted, confirm_deletes })
 }
 
 /// Notes the newest head the hub told of: should the hub ever lose it, this is the proof.

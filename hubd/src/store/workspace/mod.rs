@@ -99,6 +99,9 @@ pub trait WorkspaceStore: Send + Sync + 'static {
     /// has to merge anew if that has another epoch than `known`.
     fn check_history(&self, known: Head) -> Answer<'_, Head>;
 
+    /// Makes a new version of the same tree, so that members ask what there is to do.
+    fn repeat_head(&self) -> Answer<'_, ()>;
+
     /// Head and size of the workspace.
     fn summary(&self) -> Answer<'_, Summary>;
 

@@ -138,6 +138,17 @@ impl WorkspaceStore for SqliteWorkspaceStore {
         })
     }
 
+    fn repeat_head(&self) -> Answer<'_, ()> {
+        let write = |connection: &Connection| history::repeat_head_if(connection, true, unix_ms());
+        let publish = self.publish();
+        Box::pin(async move {
+            let after = move |head: &Option<Head>| {
+                head.as_ref().inspect(|head| publish(head));
+            };
+            self.database.write_then::<_, StoreError>(write, after).await.map(drop)
+        })
+    }
+
     fn summary(&self) -> Answer<'_, Summary> {
         Box::pin(self.database.read(|connection| {
             let row = read_head(connection)?;
