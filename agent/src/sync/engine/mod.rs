@@ -84,6 +84,8 @@ struct Work {
     limited: bool,
     /// Directories to look at again, and when.
     revisits: Vec<(Instant, Scope)>,
+    /// Where a scan failed.
+    unseen: Vec<Scope>,
     /// Files that are being written, and how long each is left alone after the last attempt.
     hot: HashMap<WirePath, (HotFile, Duration)>,
     hub_backoff: Backoff,
@@ -236,7 +238,9 @@ impl<H: Hub> Engine<H> {
         let problems = work.problems.list();
         self.progress.update(|status| status.problems = problems);
         work.outdated = true;
-        work.retry_at = Some(Instant::now() + work.hub_backoff.next_delay());
+        let retry_at = Instant::now() + work.hub_backoff.next_delay();
+        work.retry_at = Some(retry_at);
+        work.revisits.extend(work.unseen.drain(..).map(|scope| (retry_at, scope)));
         None
     }
 
@@ -291,51 +295,14 @@ impl<H: Hub> Engine<H> {
         }
         self.progress.state(SyncState::Scanning);
         let everything = scopes.contains(&Scope::Tree(None));
-        for scope in scopes {
-            let cancel = self.cancel.clone();
-            let scanned = scope.clone();
-            let begun = std::time::Instant::now();
-            let hot: HashMap<_, _> =
-                work.hot.iter().map(|(path, (hot, _))| (path.clone(), *hot)).collect();
-            let (report, entries, limited) = work
-                .core
-                .run(move |core| {
-                    let mut report = Report::default();
-                    // A file that was moved here is seen with its directory.
-                    let is_file = matches!(&scanned, Scope::Tree(Some(path))
-                        if core.root.open_dir(Some(path)).is_err());
-                    if !is_file {
-                        let mut unwatched = Unwatched;
-                        let directories: &mut dyn Directories = match &mut core.watch {
-                            Some(watch) => {
-                                if scanned == Scope::Tree(None) {
-                                    watch.forget();
-                                }
-                                watch
-                            }
-                            None => &mut unwatched,
-                        };
-                        let scanner = Scanner {
-                            root: &core.root,
-                            index: &mut core.index,
-                            ignore: &core.ignore,
-                            clock: core.private.clock()?,
-                            hot: &hot,
-                            directories,
-                            cancel: &cancel,
-                        };
-                        report = scanner.scan(&scanned)?;
-                    }
-                    let limited = core.watch.as_ref().is_none_or(|watch| watch.limited);
-                    Ok::<_, SyncError>((report, core.index.counts().local, limited))
-                })
-                .await?;
-            if report.cancelled {
-                return Err(SyncError::Cancelled);
+        let mut scopes = scopes.into_iter();
+        while let Some(scope) = scopes.next() {
+            if let Err(error) = self.look_at(work, &scope).await {
+                // Nobody else remembers that there is something to be seen.
+                work.unseen.push(scope);
+                work.unseen.extend(scopes);
+                return Err(error);
             }
-            work.limited = limited;
-            work.seen(&scope, begun, report);
-            self.progress.update(|status| status.entries = entries);
         }
         if everything {
             let pause = if work.limited { POLL } else { FULL_SCAN };
@@ -343,6 +310,54 @@ impl<H: Hub> Engine<H> {
             work.supplied.clear();
             work.core.run(|core| core.private.empty_trash()).await?;
         }
+        Ok(())
+    }
+
+    async fn look_at(&mut self, work: &mut Work, scope: &Scope) -> Result<(), SyncError> {
+        let cancel = self.cancel.clone();
+        let scanned = scope.clone();
+        let begun = std::time::Instant::now();
+        let hot: HashMap<_, _> =
+            work.hot.iter().map(|(path, (hot, _))| (path.clone(), *hot)).collect();
+        let (report, entries, limited) = work
+            .core
+            .run(move |core| {
+                let mut report = Report::default();
+                // A file that was moved here is seen with its directory.
+                let is_file = matches!(&scanned, Scope::Tree(Some(path))
+                        if core.root.open_dir(Some(path)).is_err());
+                if !is_file {
+                    let mut unwatched = Unwatched;
+                    let directories: &mut dyn Directories = match &mut core.watch {
+                        Some(watch) => {
+                            if scanned == Scope::Tree(None) {
+                                watch.forget();
+                            }
+                            watch
+                        }
+                        None => &mut unwatched,
+                    };
+                    let scanner = Scanner {
+                        root: &core.root,
+                        index: &mut core.index,
+                        ignore: &core.ignore,
+                        clock: core.private.clock()?,
+                        hot: &hot,
+                        directories,
+                        cancel: &cancel,
+                    };
+                    report = scanner.scan(&scanned)?;
+                }
+                let limited = core.watch.as_ref().is_none_or(|watch| watch.limited);
+                Ok::<_, SyncError>((report, core.index.counts().local, limited))
+            })
+            .await?;
+        if report.cancelled {
+            return Err(SyncError::Cancelled);
+        }
+        work.limited = limited;
+        work.seen(scope, begun, report);
+        self.progress.update(|status| status.entries = entries);
         Ok(())
     }
 
@@ -415,6 +430,7 @@ impl Work {
             next_full_scan: Instant::now() + FULL_SCAN,
             limited: false,
             revisits: Vec::new(),
+            unseen: Vec::new(),
             hot: HashMap::new(),
             hub_backoff: Backoff::new(HUB_RETRY.0, HUB_RETRY.1),
             retry_at: None,
@@ -464,8 +480,8 @@ impl Work {
             findings.push(Finding::at(path, "changing", text));
         }
         self.problems.replace(Stage::Scan, covered, findings);
-        for directory in report.racy {
-            self.revisits.push((now + QUIET * 2, Scope::Children(directory)));
+        for scope in report.racy {
+            self.revisits.push((now + QUIET * 2, scope));
         }
     }
 

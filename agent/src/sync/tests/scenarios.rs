@@ -503,3 +503,20 @@ async fn content_that_the_hub_has_lost_holds_up_only_its_file_and_is_sent_again(
     assert_eq!(b.read("small"), "lost as well");
     assert!(b.status().problems.is_empty() && c.status().problems.is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_failed_scan_should_have_seen_is_looked_at_again() {
+    let mesh = Mesh::new();
+    let a = mesh.node("a");
+    a.write("f", "old");
+    a.flush().await;
+    a.until_state(SyncState::Idle).await;
+    let folder = a.config.state_dir.join("workspaces").join(mesh.workspace.to_string());
+    let database = rusqlite::Connection::open(folder.join("index.db")).unwrap();
+    database.execute_batch("BEGIN IMMEDIATE").unwrap();
+    a.write("new", "x");
+    let failed = |status: &SyncStatus| status.problems.iter().any(|p| p.code == "sync_failed");
+    a.until(failed).await;
+    database.execute_batch("ROLLBACK").unwrap();
+    at_hub(&mesh, "new", true).await;
+}

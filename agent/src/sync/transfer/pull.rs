@@ -161,18 +161,20 @@ async fn begin<H: Hub>(
         .run(move |core| {
             let mut begun = Begun::default();
             let mut asked = HashSet::new();
-            let bytes: u64 = changes[group.clone()].iter().map(size_of).sum();
             let space = rustix::fs::fstatvfs(core.root.top()).map_err(std::io::Error::from)?;
-            let free = space.f_bavail.saturating_mul(space.f_frsize);
-            let fits = bytes == 0 || free >= bytes.saturating_add(RESERVE_BYTES);
+            let mut room = Room::new(space.f_bavail.saturating_mul(space.f_frsize));
             let mut stage = lock(&stage);
             for number in group {
                 if cancel.is_cancelled() {
                     return Err(SyncError::Cancelled);
                 }
                 let change = &changes[number];
-                if size_of(change) > 0 && !fits {
-                    let text = format!("{free} bytes are free, {bytes} are needed");
+                let bytes = size_of(change);
+                if !room.take(bytes) {
+                    let text = format!(
+                        "its {bytes} bytes do not fit: {} bytes are free, and {RESERVE_BYTES} stay so",
+                        room.free
+                    );
                     begun.findings.push(Finding::at(&change.path, "no_space", text));
                     begun.skipped.insert(number);
                     continue;
@@ -191,6 +193,26 @@ async fn begin<H: Hub>(
             Ok(begun)
         })
         .await
+}
+
+/// Room on the file system.
+struct Room {
+    free: u64,
+}
+
+impl Room {
+    fn new(free: u64) -> Self {
+        Self { free }
+    }
+
+    /// Takes room for a file; false if it does not fit, which is nothing to those that do.
+    fn take(&mut self, bytes: u64) -> bool {
+        let fits = bytes == 0 || self.free >= bytes.saturating_add(RESERVE_BYTES);
+        if fits {
+            self.free -= bytes;
+        }
+        fits
+    }
 }
 
 /// Fetches chunks and puts them where they are wanted.
@@ -248,4 +270,19 @@ fn groups(changes: &[LocalChange]) -> Vec<Range<usize>> {
         groups.push(start..changes.len());
     }
     groups
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_does_not_fit_leaves_the_others_their_room() {
+        let mib = 1 << 20;
+        let mut room = Room::new(RESERVE_BYTES + 10 * mib);
+        let sizes = [4 * mib, 7 * mib, 0, u64::MAX, 6 * mib, 1];
+        assert_eq!(sizes.map(|size| room.take(size)), [true, false, true, false, true, false]);
+        let mut full = Room::new(RESERVE_BYTES / 2);
+        assert!(full.take(0) && !full.take(1));
+    }
 }
