@@ -264,7 +264,7 @@ impl Workspaces {
             root: root.clone(),
             state_dir: self.inner.state.path().to_owned(),
         };
-        let hub = TonicHub::new(self.inner.hub.connect_lazy(Purpose::Bulk));
+        let hub = TonicHub::new(self.inner.hub.connect_lazy_counted(Purpose::Bulk));
         let scope = scope.child();
         let online = self.inner.online.subscribe();
         let handle = sync::start_workspace(config, hub, online, &scope);

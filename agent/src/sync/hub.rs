@@ -17,8 +17,10 @@ use super::index::Cursor;
 
 /// Most hashes in one question, as the protocol says.
 pub const MAX_HASHES: usize = 8192;
-/// A call that has made no progress for so long is given up: the line is dead though it looks open.
+/// A line on which nothing has moved for so long is given up: it is dead though it looks open.
 pub const STALL_LIMIT: Duration = Duration::from_secs(30);
+/// Fewer bytes than that within the limit are nothing: pings of the connection itself move, too.
+pub const STALL_BYTES: u64 = 1024;
 
 /// Why the hub did not do something.
 #[derive(Debug, thiserror::Error)]
@@ -185,6 +187,9 @@ pub type Answers<T> = BoxStream<'static, Result<T, HubError>>;
 
 /// What the engine needs of the hub. Calls may be dropped at any time.
 pub trait Hub: Send + Sync + 'static {
+    /// How many bytes have moved on the line, in both directions, since it was first used.
+    fn moved_bytes(&self) -> u64;
+
     /// The newest version. `known` is the newest one that the hub ever told of: if that was never
     /// one of its history, versions have been lost, and it begins a new epoch.
     fn head(

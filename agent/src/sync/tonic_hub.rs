@@ -2,6 +2,7 @@
 //! this module sees a message.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::{Bytes, BytesMut};
@@ -21,24 +22,28 @@ use super::hub::{
     HubError, MAX_HASHES, RejectReason, Rejected,
 };
 use super::index::Cursor;
+use crate::client::Traffic;
 
 /// The hub at the other end of a channel. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct TonicHub(SyncClient<Channel>);
+pub struct TonicHub {
+    client: SyncClient<Channel>,
+    traffic: Arc<Traffic>,
+}
 
 impl TonicHub {
     /// Speaks over `channel`, which should be one of its own: bulk must not delay commands.
     #[must_use]
-    pub fn new(channel: Channel) -> Self {
+    pub fn new((channel, traffic): (Channel, Arc<Traffic>)) -> Self {
         let client = SyncClient::new(channel)
             .max_decoding_message_size(cortex_proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(cortex_proto::MAX_MESSAGE_BYTES);
-        Self(client)
+        Self { client, traffic }
     }
 
     /// A client of its own for one call: calls take it by unique reference.
     fn client(&self) -> SyncClient<Channel> {
-        self.0.clone()
+        self.client.clone()
     }
 }
 
@@ -211,6 +216,10 @@ fn bits(bitmap: &[u8], count: usize) -> Result<Vec<bool>, HubError> {
 }
 
 impl Hub for TonicHub {
+    fn moved_bytes(&self) -> u64 {
+        self.traffic.bytes()
+    }
+
     async fn head(&self, workspace: WorkspaceId, known: Option<Head>) -> Result<Contact, HubError> {
         let request = v1::HeadRequest {
             workspace_id: workspace_bytes(workspace),

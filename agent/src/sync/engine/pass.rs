@@ -221,7 +221,7 @@ impl<H: Hub> Engine<H> {
         }
         let Some(cursor) = work.cursor else { return Ok(()) };
         if sweep.unapplied == 0 && work.acknowledged_seq != Some(cursor.seq) {
-            waiting(&self.cancel, self.hub.ack_applied(self.config.id, cursor)).await?;
+            waiting(&self.cancel, &self.hub, self.hub.ack_applied(self.config.id, cursor)).await?;
             work.acknowledged_seq = Some(cursor.seq);
         }
         let entries = work.core.run(|core| Ok::<_, SyncError>(core.index.counts().local)).await?;

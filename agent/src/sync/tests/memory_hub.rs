@@ -252,6 +252,10 @@ impl State {
 }
 
 impl Hub for MemoryHub {
+    fn moved_bytes(&self) -> u64 {
+        0
+    }
+
     async fn head(&self, _: WorkspaceId, known: Option<Head>) -> Result<Contact, HubError> {
         self.check()?;
         let mut state = self.state();

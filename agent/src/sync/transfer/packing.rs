@@ -41,11 +41,12 @@ pub(super) async fn send_packs<H: Hub>(
     let acknowledged = async {
         let packs = ReceiverStream::new(receiver).boxed();
         let mut acks =
-            waiting(session.cancel, session.hub.put_packs(session.workspace, packs)).await?;
+            waiting(session.cancel, session.hub, session.hub.put_packs(session.workspace, packs))
+                .await?;
         let mut names = Vec::new();
         loop {
             let ack = async { acks.next().await.transpose() };
-            match waiting(session.cancel, ack).await? {
+            match waiting(session.cancel, session.hub, ack).await? {
                 Some(name) => names.push(name),
                 None => break Ok::<_, SyncError>(names),
             }

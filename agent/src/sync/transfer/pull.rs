@@ -223,10 +223,11 @@ async fn fetch<H: Hub>(
 ) -> Result<(), SyncError> {
     for part in needed.chunks(MAX_HASHES) {
         let mut packs =
-            waiting(session.cancel, session.hub.get_packs(session.workspace, part)).await?;
+            waiting(session.cancel, session.hub, session.hub.get_packs(session.workspace, part))
+                .await?;
         loop {
             let pack = async { packs.next().await.transpose() };
-            let pack = match waiting(session.cancel, pack).await? {
+            let pack = match waiting(session.cancel, session.hub, pack).await? {
                 Some(Fetched::Pack(pack)) => pack,
                 // Files that need them are told when they turn out not to be whole.
                 Some(Fetched::Missing(_)) => continue,

@@ -115,7 +115,8 @@ async fn push_batch<H: Hub>(
             })
             .collect(),
     };
-    let committed = waiting(session.cancel, session.hub.commit(session.workspace, commit)).await?;
+    let committed =
+        waiting(session.cancel, session.hub, session.hub.commit(session.workspace, commit)).await?;
     record(session, epoch, ops, committed, pushed).await
 }
 
@@ -133,7 +134,8 @@ async fn missing_chunks<H: Hub>(
     }
     let mut missing = HashSet::new();
     for part in hashes.chunks(MAX_HASHES) {
-        let have = waiting(session.cancel, session.hub.have(session.workspace, part)).await?;
+        let have =
+            waiting(session.cancel, session.hub, session.hub.have(session.workspace, part)).await?;
         if have.len() != part.len() {
             return Err(HubError::protocol("answer to another number of chunks").into());
         }

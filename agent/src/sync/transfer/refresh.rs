@@ -32,7 +32,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
         .run(|core| Ok::<_, IndexError>((core.index.cursor()?, core.index.known_head()?)))
         .await?;
     let Contact { head, wanted, confirm_deletes } =
-        waiting(session.cancel, session.hub.head(session.workspace, known)).await?;
+        waiting(session.cancel, session.hub, session.hub.head(session.workspace, known)).await?;
     let Head { epoch, seq, root } = head;
     let same = cursor.filter(|cursor| cursor.epoch == epoch && cursor.seq <= seq);
     let anew = same.is_none();
@@ -56,10 +56,14 @@ pub(in crate::sync) async fn refresh<H: Hub>(
         return Ok(Refreshed { cursor, anew, wanted, confirm_deletes });
     }
     let known = Some(Head { epoch, seq, root });
-    let mut pages =
-        waiting(session.cancel, session.hub.changes(session.workspace, cursor.seq, known)).await?;
+    let mut pages = waiting(
+        session.cancel,
+        session.hub,
+        session.hub.changes(session.workspace, cursor.seq, known),
+    )
+    .await?;
     let next = async |pages: &mut crate::sync::hub::Answers<_>| pages.next().await.transpose();
-    while let Some(page) = waiting(session.cancel, next(&mut pages)).await? {
+    while let Some(page) = waiting(session.cancel, session.hub, next(&mut pages)).await? {
         let ChangesPage { changes, last_seq, head_seq, root } = page;
         if last_seq < cursor.seq || last_seq > head_seq {
             return Err(HubError::protocol("pages of changes do not advance").into());
