@@ -264,10 +264,10 @@ impl Workspaces {
             root: root.clone(),
             state_dir: self.inner.state.path().to_owned(),
         };
-        let hub = TonicHub::new(self.inner.hub.connect_lazy_counted(Purpose::Bulk));
+        let line = || TonicHub::new(self.inner.hub.connect_lazy_counted(Purpose::Bulk));
         let scope = scope.child();
         let online = self.inner.online.subscribe();
-        let handle = sync::start_workspace(config, hub, online, &scope);
+        let handle = sync::start_workspace(config, line(), line(), online, &scope);
         let mut status = handle.status();
         let changes = self.inner.changes.clone();
         let stop = scope.token().clone();

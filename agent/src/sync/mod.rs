@@ -39,6 +39,7 @@ mod transfer;
 mod watch;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use cortex_shared::ids::WorkspaceId;
 use cortex_shared::tasks::TaskScope;
@@ -97,10 +98,12 @@ pub struct WorkspaceHandle {
     task: JoinHandle<()>,
 }
 
-/// Starts to sync a workspace. `online` tells whether it makes sense to call the hub.
+/// Starts to sync a workspace. `large` is another line to the same hub, for the content of large
+/// files, so that nothing else waits behind it. `online` tells whether it makes sense to call.
 pub fn start_workspace<H: Hub>(
     config: WorkspaceConfig,
     hub: H,
+    large: H,
     online: watch_channel::Receiver<bool>,
     scope: &TaskScope,
 ) -> WorkspaceHandle {
@@ -112,11 +115,13 @@ pub fn start_workspace<H: Hub>(
     let engine = Engine {
         config,
         hub,
+        large: Arc::new(large),
+        scope: scope.clone(),
         online,
         head: head_receiver,
         commands: command_receiver,
         cancel: scope.token().clone(),
-        progress,
+        progress: Arc::new(progress),
     };
     let task = scope.spawn("workspace sync", engine.run());
     WorkspaceHandle { head, status, commands, scope, task }

@@ -8,14 +8,15 @@ mod attach;
 mod hold;
 mod pass;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use cortex_shared::backoff::Backoff;
 use cortex_shared::entry::Digest;
+use cortex_shared::tasks::TaskScope;
 use cortex_shared::wire_path::WirePath;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -25,6 +26,7 @@ use super::index::{Cursor, Index};
 use super::problem::{Finding, Problems, Stage};
 use super::scan::{Directories, HotFile, Report, ScanError, Scanner, Scope};
 use super::status::{Progress, SyncState};
+use super::transfer::{Arrived, Lane};
 use super::watch::{Dirty, Unwatched};
 use super::{FlushError, WorkspaceConfig};
 use crate::root_dir::DirIdentity;
@@ -60,11 +62,14 @@ pub(super) enum Command {
 pub(super) struct Engine<H> {
     pub(super) config: WorkspaceConfig,
     pub(super) hub: H,
+    /// Another line to the same hub.
+    pub(super) large: Arc<H>,
+    pub(super) scope: TaskScope,
     pub(super) online: watch::Receiver<bool>,
     pub(super) head: watch::Receiver<u64>,
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) cancel: CancellationToken,
-    pub(super) progress: Progress,
+    pub(super) progress: Arc<Progress>,
 }
 
 /// What the engine holds while it works in a root.
@@ -94,6 +99,13 @@ struct Work {
     problem_retry_at: Option<Instant>,
     /// Chunks that the hub had lost and that were looked for here since the last look at everything.
     supplied: Vec<Digest>,
+    /// Content of large files on its way to the hub; the paths of files that have changed meanwhile.
+    upload: Lane<HashSet<WirePath>>,
+    download: Lane<Arrived>,
+    /// What the last download has brought, until a pass has taken it over.
+    arrived: Option<Arrived>,
+    /// One of the two has ended.
+    transferred: Arc<Notify>,
     flushes: Vec<oneshot::Sender<Result<(), FlushError>>>,
     /// Deletions that were sent lately.
     deletions: hold::Sent,
@@ -136,6 +148,7 @@ impl<H: Hub> Engine<H> {
                 Ok(Attached { core, identity }) => {
                     let mut work = Work::new(CoreCell::new(core), identity, dirty);
                     let end = self.work(&mut work).await;
+                    work.end_transfers().await;
                     for flush in work.flushes.drain(..) {
                         flush.send(Err(FlushError::Stopped)).ok();
                     }
@@ -202,7 +215,10 @@ impl<H: Hub> Engine<H> {
                 }
                 continue;
             }
-            work.answer_flushes(&round);
+            // What is on its way belongs to what a flush waits for.
+            if !matches!(round, Ok(Round::Done)) || !work.is_transferring() {
+                work.answer_flushes(&round);
+            }
             if !self.wait(work).await {
                 return End::Stopped;
             }
@@ -389,6 +405,7 @@ impl<H: Hub> Engine<H> {
                 }
                 Command::ConfirmDeletions => work.deletions_confirmed = work.held > 0,
             },
+            () = work.transferred.notified() => {}
             () = tokio::time::sleep_until(due) => work.collect_due(),
         }
         true
@@ -418,7 +435,12 @@ async fn next_value<T: Copy>(receiver: &mut watch::Receiver<T>) -> T {
 
 impl Work {
     fn new(core: CoreCell, identity: DirIdentity, dirty: Arc<Dirty>) -> Self {
+        let transferred = Arc::new(Notify::new());
         Self {
+            upload: Lane::new(transferred.clone()),
+            download: Lane::new(transferred.clone()),
+            arrived: None,
+            transferred,
             core,
             identity,
             dirty,
@@ -440,6 +462,20 @@ impl Work {
             deletions: hold::Sent::default(),
             held: 0,
             deletions_confirmed: false,
+        }
+    }
+
+    fn is_transferring(&self) -> bool {
+        self.upload.is_busy() || self.download.is_busy()
+    }
+
+    /// Ends what runs beside; returns once none of it touches the directory any more.
+    async fn end_transfers(&mut self) {
+        self.upload.end().await;
+        let left = [self.download.end().await, self.arrived.take()];
+        let clean = move || left.into_iter().flatten().for_each(|arrived| arrived.clean());
+        if let Err(error) = tokio::task::spawn_blocking(clean).await {
+            tracing::error!(%error, "the stage cannot be cleaned; the next start does");
         }
     }
 

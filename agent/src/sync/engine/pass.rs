@@ -1,5 +1,7 @@
 //! One pass: learn what changed at the hub, then plan and do until nothing is left to do.
 
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cortex_shared::entry::{Digest, Entry};
@@ -9,14 +11,17 @@ use tokio::time::Instant;
 use super::hold::{is_lost, must_hold};
 use super::{Engine, PROBLEM_RETRY, Round, Work};
 use crate::sync::apply::needs_stage;
-use crate::sync::core::{SyncError, waiting};
+use crate::sync::core::{Core, SyncError, waiting};
 use crate::sync::hub::Hub;
 use crate::sync::index::{Index, IndexError};
 use crate::sync::plan::{Options, Plan, plan};
 use crate::sync::problem::{Finding, Stage};
 use crate::sync::scan::Scope;
 use crate::sync::status::SyncState;
-use crate::sync::transfer::{Pulled, Pushed, Refreshed, Session, pull, push, refresh, supply};
+use crate::sync::transfer::{
+    Large, Parcel, Pulled, Pushed, Refreshed, Session, download, pull, push, refresh, send_packs,
+    supply,
+};
 
 /// Rows that are planned at once; bounds memory.
 const WINDOW_ROWS: u32 = 20_000;
@@ -44,12 +49,15 @@ struct Sweep {
     unapplied: usize,
     unpushed: usize,
     held: usize,
+    /// Large files on their way here: what was wrong with them is not known to be over.
+    waiting: HashSet<WirePath>,
     push_findings: Vec<Finding>,
     apply_findings: Vec<Finding>,
 }
 
 impl<H: Hub> Engine<H> {
     pub(super) async fn pass(&self, work: &mut Work) -> Result<Round, SyncError> {
+        self.collect_large(work).await?;
         for _ in 0..MAX_SWEEPS {
             if work.outdated {
                 self.progress.state(SyncState::Downloading);
@@ -71,6 +79,7 @@ impl<H: Hub> Engine<H> {
                 return Ok(Round::More);
             }
             if !sweep.progress && !work.outdated {
+                self.drop_arrived(work).await?;
                 self.finish(work, &sweep).await?;
                 return Ok(Round::Done);
             }
@@ -109,6 +118,17 @@ impl<H: Hub> Engine<H> {
 
     /// Plans and does, window by window.
     async fn sweep(&self, work: &mut Work) -> Result<Sweep, SyncError> {
+        let large = self.large(work).await?;
+        let result = Box::pin(self.sweep_windows(work, &large)).await;
+        self.fetch_large(work, &large, result.is_ok()).await?;
+        result
+    }
+
+    async fn sweep_windows(
+        &self,
+        work: &mut Work,
+        large: &Arc<Mutex<Large>>,
+    ) -> Result<Sweep, SyncError> {
         let mut sweep = Sweep::default();
         let mut after = None;
         let hold = self.must_hold(work).await?;
@@ -124,7 +144,8 @@ impl<H: Hub> Engine<H> {
             if !plan.push.is_empty() {
                 self.progress.state(SyncState::Uploading);
                 let Some(cursor) = work.cursor else { return Ok(sweep) };
-                let pushed = push(&mut self.session(work), cursor.epoch, plan.push).await?;
+                let mut pushed = push(&mut self.session(work), cursor.epoch, plan.push).await?;
+                self.send_large(work, std::mem::take(&mut pushed.large)).await?;
                 if losses > 0 {
                     work.deletions.add(Instant::now(), losses);
                 }
@@ -136,7 +157,7 @@ impl<H: Hub> Engine<H> {
                 // Our own changes make hints as well, so a hint alone is no reason to stop.
                 let (dirty, begun) = (work.dirty.clone(), Instant::now());
                 let urgent = move || begun.elapsed() > LONGEST_PULL && !dirty.is_empty();
-                let pulled = pull(&mut self.session(work), plan.local, urgent).await?;
+                let pulled = pull(&mut self.session(work), plan.local, large, urgent).await?;
                 sweep.unapplied += unapplied - pulled.applied.min(unapplied);
                 take_pulled(work, pulled, &mut sweep);
             }
@@ -145,6 +166,77 @@ impl<H: Hub> Engine<H> {
                 _ => return Ok(sweep),
             }
         }
+    }
+
+    async fn large(&self, work: &mut Work) -> Result<Arc<Mutex<Large>>, SyncError> {
+        let (busy, arrived) = (work.download.is_busy(), work.arrived.take());
+        let large = move |core: &mut Core| {
+            Ok::<_, SyncError>(Large::new(core.private.clone(), busy, arrived))
+        };
+        Ok(Arc::new(Mutex::new(work.core.run(large).await?)))
+    }
+
+    /// Has the content of large files sent beside everything else.
+    async fn send_large(&self, work: &mut Work, parcel: Parcel) -> Result<(), SyncError> {
+        if parcel.is_empty() || work.upload.is_busy() {
+            return Ok(());
+        }
+        let root = work.core.run(|core| Ok::<_, SyncError>(core.root.clone())).await?;
+        let (hub, workspace) = (self.large.clone(), self.config.id);
+        work.upload.start(&self.scope, "large uploads", |cancel| async move {
+            send_packs(&*hub, workspace, root, &cancel, parcel).await
+        });
+        Ok(())
+    }
+
+    /// Has the next large files fetched beside everything else.
+    async fn fetch_large(
+        &self,
+        work: &mut Work,
+        large: &Mutex<Large>,
+        go_on: bool,
+    ) -> Result<(), SyncError> {
+        let (next, arrived) = large.lock().unwrap_or_else(PoisonError::into_inner).end();
+        work.arrived = arrived;
+        let Some(batch) = next else { return Ok(()) };
+        if !go_on {
+            let clean = move |_: &mut Core| {
+                batch.clean();
+                Ok::<_, SyncError>(())
+            };
+            return work.core.run(clean).await;
+        }
+        let (hub, workspace) = (self.large.clone(), self.config.id);
+        let progress = self.progress.clone();
+        work.download.start(&self.scope, "large downloads", |cancel| {
+            download(hub, workspace, cancel, progress, batch)
+        });
+        Ok(())
+    }
+
+    /// Takes what the lane of large files has done. What came before and nobody wanted is dropped.
+    async fn collect_large(&self, work: &mut Work) -> Result<(), SyncError> {
+        if let Some(result) = work.upload.collect() {
+            for path in result? {
+                work.dirty.add(Scope::Children(path.parent()));
+            }
+        }
+        if let Some(result) = work.download.collect() {
+            let arrived = result?;
+            self.drop_arrived(work).await?;
+            work.arrived = Some(arrived);
+        }
+        Ok(())
+    }
+
+    async fn drop_arrived(&self, work: &mut Work) -> Result<(), SyncError> {
+        let Some(arrived) = work.arrived.take() else { return Ok(()) };
+        work.core
+            .run(move |_| {
+                arrived.clean();
+                Ok::<_, SyncError>(())
+            })
+            .await
     }
 
     async fn take_pushed(
@@ -201,7 +293,8 @@ impl<H: Hub> Engine<H> {
         }
         work.problems.replace(Stage::Plan, |_| true, plan_findings);
         work.problems.replace(Stage::Push, |_| true, sweep.push_findings.clone());
-        work.problems.replace(Stage::Apply, |_| true, sweep.apply_findings.clone());
+        let told_again = |path: Option<&WirePath>| path.is_none_or(|p| !sweep.waiting.contains(p));
+        work.problems.replace(Stage::Apply, told_again, sweep.apply_findings.clone());
         let problems = work.problems.list();
         self.progress.update(|status| {
             status.problems = problems;
@@ -227,13 +320,19 @@ impl<H: Hub> Engine<H> {
         let entries = work.core.run(|core| Ok::<_, SyncError>(core.index.counts().local)).await?;
         let pending = (sweep.unpushed + sweep.held) as u64;
         self.progress.update(|status| {
-            status.state = SyncState::Idle;
+            status.state = match (work.upload.is_busy(), work.download.is_busy()) {
+                (false, false) => SyncState::Idle,
+                (true, false) => SyncState::Uploading,
+                (_, true) => SyncState::Applying,
+            };
             status.applied_seq = work.acknowledged_seq.unwrap_or(0);
             status.head_seq = status.head_seq.max(cursor.seq);
             status.entries = entries;
             status.pending_push = pending;
-            (status.files_done, status.files_total) = (0, 0);
-            (status.bytes_done, status.bytes_total) = (0, 0);
+            if status.state == SyncState::Idle {
+                (status.files_done, status.files_total) = (0, 0);
+                (status.bytes_done, status.bytes_total) = (0, 0);
+            }
         });
         Ok(())
     }
@@ -243,6 +342,7 @@ fn take_pulled(work: &mut Work, pulled: Pulled, sweep: &mut Sweep) {
     sweep.progress |= pulled.applied > 0;
     sweep.interrupted |= pulled.interrupted;
     sweep.apply_findings.extend(pulled.findings);
+    sweep.waiting.extend(pulled.waiting);
     for scope in pulled.dirty {
         work.dirty.add(scope);
     }

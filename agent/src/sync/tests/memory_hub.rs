@@ -48,34 +48,57 @@ pub(super) struct Shared {
     pub(super) commits: AtomicUsize,
     pub(super) packs_received: AtomicUsize,
     pub(super) packs_sent: AtomicUsize,
+    large_moves: watch::Sender<bool>,
     pub(super) conflicts: Mutex<Vec<(WirePath, WirePath)>>,
 }
 
+/// The second field tells whether this is the line of large files, which can be stopped.
 #[derive(Clone)]
-pub(super) struct MemoryHub(pub(super) Arc<Shared>);
+pub(super) struct MemoryHub(pub(super) Arc<Shared>, bool);
 
 impl MemoryHub {
     pub(super) fn new() -> Self {
-        Self(Arc::new(Shared {
-            state: Mutex::new(State {
-                epoch: WorkspaceEpoch::new(),
-                seq: 0,
-                roots: BTreeMap::new(),
-                entries: BTreeMap::new(),
-                changes: BTreeMap::new(),
-                changed_at: HashMap::new(),
-                packs: HashMap::new(),
-                chunks: HashMap::new(),
-                wanted: BTreeSet::new(),
+        Self(
+            Arc::new(Shared {
+                state: Mutex::new(State {
+                    epoch: WorkspaceEpoch::new(),
+                    seq: 0,
+                    roots: BTreeMap::new(),
+                    entries: BTreeMap::new(),
+                    changes: BTreeMap::new(),
+                    changed_at: HashMap::new(),
+                    packs: HashMap::new(),
+                    chunks: HashMap::new(),
+                    wanted: BTreeSet::new(),
+                }),
+                head: watch::Sender::new(0),
+                broken: AtomicBool::new(false),
+                packs_left: AtomicUsize::new(usize::MAX),
+                commits: AtomicUsize::new(0),
+                packs_received: AtomicUsize::new(0),
+                packs_sent: AtomicUsize::new(0),
+                conflicts: Mutex::default(),
+                large_moves: watch::Sender::new(true),
             }),
-            head: watch::Sender::new(0),
-            broken: AtomicBool::new(false),
-            packs_left: AtomicUsize::new(usize::MAX),
-            commits: AtomicUsize::new(0),
-            packs_received: AtomicUsize::new(0),
-            packs_sent: AtomicUsize::new(0),
-            conflicts: Mutex::default(),
-        }))
+            false,
+        )
+    }
+
+    /// The line for large files.
+    pub(super) fn large(&self) -> Self {
+        Self(self.0.clone(), true)
+    }
+
+    /// From now on nothing moves on the line of large files, or it does again.
+    pub(super) fn let_large_move(&self, moves: bool) {
+        self.0.large_moves.send_replace(moves);
+    }
+
+    async fn line(&self) {
+        if self.1 {
+            let mut moves = self.0.large_moves.subscribe();
+            moves.wait_for(|moves| *moves).await.unwrap();
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -275,6 +298,7 @@ impl Hub for MemoryHub {
         _: WorkspaceId,
         packs: BoxStream<'static, Bytes>,
     ) -> Result<Answers<Digest>, HubError> {
+        self.line().await;
         self.check()?;
         let hub = self.clone();
         Ok(packs.map(move |pack| hub.take_pack(pack)).boxed())
@@ -351,6 +375,7 @@ impl Hub for MemoryHub {
         _: WorkspaceId,
         chunks: &[Digest],
     ) -> Result<Answers<Fetched>, HubError> {
+        self.line().await;
         self.check()?;
         let state = self.state();
         let missing: Vec<_> =

@@ -36,6 +36,7 @@ impl Node {
         let handle = start_workspace(
             self.config.clone(),
             self.hub.clone(),
+            self.hub.large(),
             self.online.subscribe(),
             &self.scope,
         );

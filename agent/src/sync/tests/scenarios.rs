@@ -520,3 +520,74 @@ async fn what_a_failed_scan_should_have_seen_is_looked_at_again() {
     database.execute_batch("ROLLBACK").unwrap();
     at_hub(&mesh, "new", true).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_file_on_its_way_delays_no_small_one_and_a_flush_waits_for_it() {
+    let mesh = Mesh::new();
+    let (a, mut b) = (mesh.node("a"), mesh.node("b"));
+    settle(&[&a, &b]).await;
+    b.stop().await;
+    mesh.hub.let_large_move(false);
+    let large: Vec<Vec<u8>> = (0..3).map(|seed| noise(seed, 40 << 20)).collect();
+    for (number, content) in large.iter().enumerate() {
+        a.write(&format!("large/{number}"), content);
+    }
+    at_hub(&mesh, "large", true).await;
+    a.until(|status| status.state == SyncState::Uploading && status.pending_push == 3).await;
+    for number in 0..3 {
+        let name = format!("small {number}");
+        a.write(&name, "x");
+        at_hub(&mesh, &name, true).await;
+    }
+    assert_eq!(mesh.hub.tree().len(), 4);
+    let mut flush = Box::pin(a.handle().flush());
+    let soon = tokio::time::timeout(Duration::from_millis(500), &mut flush).await;
+    assert!(soon.is_err(), "flushed although three files are on their way");
+    mesh.hub.let_large_move(true);
+    tokio::time::timeout(LIMIT, flush).await.unwrap().unwrap();
+    assert_eq!(mesh.hub.tree().len(), 7);
+
+    // And the way back.
+    mesh.hub.let_large_move(false);
+    b.start();
+    b.until(|status| status.entries == 3 && status.state == SyncState::Applying).await;
+    a.write("small 3", "x");
+    at_hub(&mesh, "small 3", true).await;
+    b.handle().head_moved(*mesh.hub.subscribe().borrow());
+    b.until(|status| status.entries == 4).await;
+    assert!(!b.path("large/0").exists());
+    assert_ne!(b.status().applied_seq, b.status().head_seq, "not all of it is here");
+    mesh.hub.let_large_move(true);
+    b.flush().await;
+    for (number, content) in large.iter().enumerate() {
+        assert!(&fs::read(b.path(&format!("large/{number}"))).unwrap() == content);
+    }
+    assert_eq!(b.status().applied_seq, b.status().head_seq);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_file_that_changes_while_it_is_on_its_way_ends_as_it_is_last() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    settle(&[&a, &b]).await;
+    mesh.hub.let_large_move(false);
+    a.write("large", noise(1, 5 << 20));
+    a.until(|status| status.state == SyncState::Uploading).await;
+    let last = noise(2, 6 << 20);
+    a.write("large", &last);
+    mesh.hub.let_large_move(true);
+    a.flush().await;
+    mesh.hub.let_large_move(false);
+    b.handle().head_moved(*mesh.hub.subscribe().borrow());
+    b.until(|status| status.state == SyncState::Applying).await;
+    a.write("large", "small now");
+    a.flush().await;
+    b.handle().head_moved(*mesh.hub.subscribe().borrow());
+    b.until(|status| status.entries == 1).await;
+    assert_eq!(b.read("large"), "small now");
+    mesh.hub.let_large_move(true);
+    settle(&[&a, &b]).await;
+    assert_eq!(b.read("large"), "small now");
+    let stage = b.config.state_dir.join("workspaces").join(mesh.workspace.to_string());
+    assert_eq!(fs::read_dir(stage.join("files/stage")).unwrap().count(), 0, "nothing is left over");
+}

@@ -1,5 +1,7 @@
 //! Moving content and versions between the tree here and the hub.
 
+mod lane;
+mod large;
 mod packing;
 mod pull;
 mod push;
@@ -13,6 +15,9 @@ use tokio_util::sync::CancellationToken;
 use super::core::CoreCell;
 use super::status::Progress;
 
+pub(super) use lane::Lane;
+pub(super) use large::{Arrived, Large, download};
+pub(super) use packing::{Parcel, send_packs};
 pub(super) use pull::{Pulled, pull};
 pub(super) use push::{Pushed, push};
 pub(super) use refresh::{Refreshed, refresh};

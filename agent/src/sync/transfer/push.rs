@@ -8,7 +8,8 @@ use std::collections::HashSet;
 use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::ids::CommitId;
 
-use super::packing::send_packs;
+use super::lane::{JOB_BYTES, LARGE_BYTES};
+use super::packing::{Parcel, send_packs};
 use super::{Epoch, Session};
 use crate::sync::core::{SyncError, waiting};
 use crate::sync::hub::{
@@ -39,6 +40,10 @@ pub(in crate::sync) struct Pushed {
     pub(in crate::sync) findings: Vec<Finding>,
     /// Conflict copies among them.
     pub(in crate::sync) conflicts: usize,
+    /// Content of large files that the hub lacks, for a job of its own. Their operations were left
+    /// out, and so were those of others for which this job has no room.
+    pub(in crate::sync) large: Parcel,
+    pub(in crate::sync) large_bytes: u64,
 }
 
 /// Sends operations, in order, in as many commits as it takes.
@@ -84,14 +89,21 @@ async fn push_batch<H: Hub>(
 ) -> Result<(), SyncError> {
     let missing = missing_chunks(session, &ops).await?;
     if !missing.is_empty() {
-        let files = ops
-            .iter()
-            .filter_map(|op| match &op.new {
-                Some(Entry::File(file)) => Some((op.path.clone(), file.chunks().collect())),
-                _ => None,
-            })
-            .collect();
-        let failed = send_packs(session, files, missing).await?;
+        ops.retain(|op| !leave_to_lane(op, &missing, pushed));
+    }
+    let mut parcel = Parcel::default();
+    for op in &ops {
+        if let Some(Entry::File(file)) = &op.new {
+            let lacking =
+                file.chunks().map(|chunk| chunk.hash).filter(|hash| missing.contains(hash));
+            parcel.missing.extend(lacking);
+            parcel.files.push((op.path.clone(), file.chunks().collect()));
+        }
+    }
+    if !parcel.missing.is_empty() {
+        let root = session.core.run(|core| Ok::<_, SyncError>(core.root.clone())).await?;
+        let failed =
+            send_packs(session.hub, session.workspace, root, session.cancel, parcel).await?;
         for path in &failed {
             pushed.dirty.push(Scope::Children(path.parent()));
         }
@@ -118,6 +130,21 @@ async fn push_batch<H: Hub>(
     let committed =
         waiting(session.cancel, session.hub, session.hub.commit(session.workspace, commit)).await?;
     record(session, epoch, ops, committed, pushed).await
+}
+
+/// Whether the content of an operation is left to the lane of large files.
+fn leave_to_lane(op: &PushOp, missing: &HashSet<Digest>, pushed: &mut Pushed) -> bool {
+    let Some(Entry::File(file)) = &op.new else { return false };
+    if file.size <= LARGE_BYTES || !file.chunks().any(|chunk| missing.contains(&chunk.hash)) {
+        return false;
+    }
+    if pushed.large.is_empty() || pushed.large_bytes + file.size <= JOB_BYTES {
+        pushed.large_bytes += file.size;
+        let lacking = file.chunks().map(|chunk| chunk.hash).filter(|hash| missing.contains(hash));
+        pushed.large.missing.extend(lacking);
+        pushed.large.files.push((op.path.clone(), file.chunks().collect()));
+    }
+    true
 }
 
 /// The chunks of these operations that the hub lacks.

@@ -16,6 +16,7 @@ use crate::sync::core::Core;
 use crate::sync::index::IndexError;
 use crate::sync::plan::LocalChange;
 use crate::sync::private_dir::PrivateDir;
+use crate::sync::problem::Finding;
 
 /// Local files that are tried as a source of the same content.
 const SOURCES: u32 = 4;
@@ -73,6 +74,29 @@ impl Stage {
         Self { private, files, wanted }
     }
 
+    /// A stage without files.
+    pub(super) fn empty(private: Arc<PrivateDir>) -> Self {
+        Self { private, files: Vec::new(), wanted: HashMap::new() }
+    }
+
+    /// Moves a file that has been begun to another stage, and tells its number there.
+    pub(super) fn move_to(&mut self, number: usize, file: &File, other: &mut Self) -> usize {
+        let moved = other.files.len();
+        for chunk in file.chunks() {
+            let Some(places) = self.wanted.get_mut(&chunk.hash) else { continue };
+            let own = places.extract_if(.., |place| place.file == number);
+            let own: Vec<Place> = own.map(|place| Place { file: moved, ..place }).collect();
+            if places.is_empty() {
+                self.wanted.remove(&chunk.hash);
+            }
+            if !own.is_empty() {
+                other.wanted.entry(chunk.hash).or_default().extend(own);
+            }
+        }
+        other.files.push(self.files[number].take());
+        moved
+    }
+
     /// Begins the file or link of a change and takes what can be had from here. Returns the chunks
     /// that have to be fetched for it.
     pub(super) fn begin(
@@ -128,13 +152,22 @@ impl Stage {
         Ok(())
     }
 
-    /// Whether nothing is missing and nothing went wrong; the name in the stage if so.
-    pub(super) fn finished(&self, number: usize, change: &LocalChange) -> Option<Vec<u8>> {
-        let staged = self.files[number].as_ref()?;
-        if !staged.created || staged.waiting > 0 || staged.broken.is_some() {
-            return None;
+    /// The name in the stage of a file to which nothing is missing, or what is wrong with it.
+    pub(super) fn finished(&self, number: usize, change: &LocalChange) -> Result<Vec<u8>, Finding> {
+        let missing = || {
+            let text =
+                "the hub does not have all of its content at present; it asks the members for it";
+            Finding::at(&change.path, "content_missing", text)
+        };
+        let failed = |error: &str| Finding::at(&change.path, "stage_failed", error);
+        let staged = self.files[number].as_ref().ok_or_else(missing)?;
+        if let Some(error) = &staged.broken {
+            return Err(failed(error));
         }
-        let Some(Entry::File(file)) = &change.to else { return Some(staged.name.clone()) };
+        if !staged.created || staged.waiting > 0 {
+            return Err(missing());
+        }
+        let Some(Entry::File(file)) = &change.to else { return Ok(staged.name.clone()) };
         let check = || -> io::Result<bool> {
             let handle = self.private.stage().open_for_writing(&staged.name)?;
             // Also makes the hole at the end, if there is one.
@@ -142,7 +175,22 @@ impl Stage {
             // A single chunk is the content, and its hash has been checked.
             Ok(file.recipe.is_empty() || hash_of(&handle)? == file.content)
         };
-        check().unwrap_or(false).then(|| staged.name.clone())
+        match check() {
+            Ok(true) => Ok(staged.name.clone()),
+            Ok(false) => Err(failed("its chunks do not make up its content")),
+            Err(error) => Err(failed(&error.to_string())),
+        }
+    }
+
+    /// As [`Self::finished`], and forgets the name, since the caller takes the file over.
+    pub(super) fn take_finished(
+        &mut self,
+        number: usize,
+        change: &LocalChange,
+    ) -> Result<Vec<u8>, Finding> {
+        let name = self.finished(number, change)?;
+        self.taken(number);
+        Ok(name)
     }
 
     /// Forgets the name of a file that has been taken over.
@@ -178,12 +226,6 @@ impl Stage {
             }
         })?;
         Ok(bytes)
-    }
-
-    /// Why the file of a change cannot be put together, if something is wrong with more than chunks
-    /// that are missing.
-    pub(super) fn failure(&self, number: usize) -> Option<&str> {
-        self.files[number].as_ref()?.broken.as_deref()
     }
 
     fn write(&mut self, place: Place, data: &[u8]) -> io::Result<()> {

@@ -8,7 +8,7 @@ use cortex_shared::wire_path::WirePath;
 use tokio_util::sync::CancellationToken;
 
 use super::Session;
-use super::packing::send_packs;
+use super::packing::{Parcel, send_packs};
 use crate::sync::core::SyncError;
 use crate::sync::hub::Hub;
 use crate::sync::index::{Index, IndexError};
@@ -33,7 +33,9 @@ pub(in crate::sync) async fn supply<H: Hub>(
         return Ok(Vec::new());
     }
     tracing::info!(chunks = missing.len(), "sending content that the hub has lost");
-    let failed = send_packs(session, files, missing).await?;
+    let root = session.core.run(|core| Ok::<_, IndexError>(core.root.clone())).await?;
+    let parcel = Parcel { files, missing };
+    let failed = send_packs(session.hub, session.workspace, root, session.cancel, parcel).await?;
     Ok(failed.into_iter().map(|path| Scope::Children(path.parent())).collect())
 }
 
