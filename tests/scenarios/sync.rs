@@ -391,3 +391,28 @@ fn a_workspace_that_is_emptied_is_emptied_elsewhere_only_on_somebodys_word() {
     let nothing = pair.operator.agent(&["workspace", "confirm-deletes", "w", "-o", "json"]).ok();
     assert_eq!(nothing.json()["nodes"].as_array().unwrap().len(), 0);
 }
+
+#[test]
+fn who_leaves_a_workspace_and_comes_back_merges_and_deletes_nothing() {
+    let pair = Pair::new();
+    let (a, b) = pair.roots();
+    for name in ["one", "two", "three"] {
+        fs::write(a.join(name), b"x").unwrap();
+    }
+    until("the files arrived", || tree::read(&b).len() == 3);
+    pair.converge();
+    let as_member = |verb: &str| {
+        let _done: Outcome = pair.operator.agent(&["workspace", verb, "w", "--node", "b"]).ok();
+    };
+    let knows = || {
+        let found = pair.b.agent(&["workspace", "status", "--local", "-o", "json"]).ok().json();
+        found.as_array().unwrap().len()
+    };
+    as_member("detach");
+    until("it has left", || knows() == 0);
+    fs::remove_file(b.join("one")).unwrap();
+    fs::write(b.join("own"), b"x").unwrap();
+    as_member("attach");
+    until("both were merged", || tree::read(&a).len() == 4 && tree::read(&b).len() == 4);
+    pair.converge();
+}

@@ -65,6 +65,7 @@ struct Inner {
 }
 
 struct Engine {
+    config: WorkspaceConfig,
     name: String,
     root: PathBuf,
     handle: WorkspaceHandle,
@@ -244,6 +245,13 @@ impl Workspaces {
             engine.scope.cancel();
             engine.handle.stop().await;
             tracing::info!(workspace = engine.name, "workspace stopped");
+            if !scope.token().is_cancelled() && !list.iter().any(|m| m.id == engine.config.id) {
+                let config = engine.config;
+                let forgotten = tokio::task::spawn_blocking(move || config.forget()).await;
+                if let Ok(Err(error)) = forgotten {
+                    tracing::error!(%error, "the index of a workspace that was left stays");
+                }
+            }
         }
         for membership in list {
             if lock(&self.inner.engines).contains_key(&membership.id) {
@@ -267,7 +275,7 @@ impl Workspaces {
         let line = || TonicHub::new(self.inner.hub.connect_lazy_counted(Purpose::Bulk));
         let scope = scope.child();
         let online = self.inner.online.subscribe();
-        let handle = sync::start_workspace(config, line(), line(), online, &scope);
+        let handle = sync::start_workspace(config.clone(), line(), line(), online, &scope);
         let mut status = handle.status();
         let changes = self.inner.changes.clone();
         let stop = scope.token().clone();
@@ -279,7 +287,7 @@ impl Workspaces {
             };
             stop.run_until_cancelled(follow).await;
         });
-        Engine { name: membership.name.clone(), root, handle, scope }
+        Engine { config, name: membership.name.clone(), root, handle, scope }
     }
 }
 

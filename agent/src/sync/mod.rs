@@ -127,6 +127,17 @@ pub fn start_workspace<H: Hub>(
     WorkspaceHandle { head, status, commands, scope, task }
 }
 
+impl WorkspaceConfig {
+    /// Forgets what is known of the workspace, once its engine has ended: this node has left it, and
+    /// would come back as a stranger, who merges and deletes nothing. Files and trash stay. Blocking.
+    ///
+    /// # Errors
+    /// If the file system refuses.
+    pub fn forget(&self) -> Result<(), index::IndexError> {
+        index::Index::remove(&self.state_folder())
+    }
+}
+
 impl WorkspaceHandle {
     /// The hub says that its newest version is `seq`.
     pub fn head_moved(&self, seq: u64) {

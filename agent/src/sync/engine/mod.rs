@@ -106,12 +106,19 @@ struct Work {
     arrived: Option<Arrived>,
     /// One of the two has ended.
     transferred: Arc<Notify>,
-    flushes: Vec<oneshot::Sender<Result<(), FlushError>>>,
+    flushes: Vec<Flush>,
     /// Deletions that were sent lately.
     deletions: hold::Sent,
     /// How many wait for somebody's word.
     held: usize,
     deletions_confirmed: bool,
+}
+
+/// Somebody who waits until what was written before he asked is at the hub.
+struct Flush {
+    answer: oneshot::Sender<Result<(), FlushError>>,
+    /// Everything has been looked at since.
+    looked: bool,
 }
 
 /// Why the engine stopped working in a root.
@@ -150,7 +157,7 @@ impl<H: Hub> Engine<H> {
                     let end = self.work(&mut work).await;
                     work.end_transfers().await;
                     for flush in work.flushes.drain(..) {
-                        flush.send(Err(FlushError::Stopped)).ok();
+                        flush.answer.send(Err(FlushError::Stopped)).ok();
                     }
                     match end {
                         End::Stopped => return,
@@ -213,12 +220,10 @@ impl<H: Hub> Engine<H> {
                 if !self.settle(&work.dirty.clone()).await {
                     return End::Stopped;
                 }
+                self.hear(work);
                 continue;
             }
-            // What is on its way belongs to what a flush waits for.
-            if !matches!(round, Ok(Round::Done)) || !work.is_transferring() {
-                work.answer_flushes(&round);
-            }
+            work.answer_flushes(&round);
             if !self.wait(work).await {
                 return End::Stopped;
             }
@@ -324,6 +329,7 @@ impl<H: Hub> Engine<H> {
             let pause = if work.limited { POLL } else { FULL_SCAN };
             work.next_full_scan = Instant::now() + pause;
             work.supplied.clear();
+            work.flushes.iter_mut().for_each(|flush| flush.looked = true);
             work.core.run(|core| core.private.empty_trash()).await?;
         }
         Ok(())
@@ -384,8 +390,7 @@ impl<H: Hub> Engine<H> {
             () = self.cancel.cancelled() => return false,
             () = work.dirty.changed() => return self.settle(&work.dirty.clone()).await,
             seq = next_value(&mut self.head) => {
-                // A hub that was put back from a backup counts from a lower number.
-                work.outdated |= work.cursor.is_none_or(|cursor| seq != cursor.seq);
+                work.head_moved(seq);
             }
             online = next_value(&mut self.online) => {
                 if online {
@@ -393,22 +398,22 @@ impl<H: Hub> Engine<H> {
                     work.retry_at = None;
                 }
             }
-            Some(command) = self.commands.recv() => match command {
-                Command::Flush(answer) => {
-                    work.flushes.push(answer);
-                    // Whoever asks has finished writing.
-                    let now = std::time::Instant::now();
-                    work.hot.values_mut().for_each(|(hot, _)| hot.until = now);
-                    work.dirty.add(Scope::Tree(None));
-                    work.outdated = true;
-                    work.retry_at = None;
-                }
-                Command::ConfirmDeletions => work.deletions_confirmed = work.held > 0,
-            },
+            Some(command) = self.commands.recv() => work.obey(command),
             () = work.transferred.notified() => {}
             () = tokio::time::sleep_until(due) => work.collect_due(),
         }
         true
+    }
+
+    /// Takes what is asked and told without waiting for it: where something is written all the time,
+    /// there is no time to wait.
+    fn hear(&mut self, work: &mut Work) {
+        if self.head.has_changed().unwrap_or(false) {
+            work.head_moved(*self.head.borrow_and_update());
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            work.obey(command);
+        }
     }
 
     /// Waits until nothing changes for a moment, but not for ever.
@@ -462,6 +467,26 @@ impl Work {
             deletions: hold::Sent::default(),
             held: 0,
             deletions_confirmed: false,
+        }
+    }
+
+    fn head_moved(&mut self, seq: u64) {
+        // A hub that was put back from a backup counts from a lower number.
+        self.outdated |= self.cursor.is_none_or(|cursor| seq != cursor.seq);
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Flush(answer) => {
+                self.flushes.push(Flush { answer, looked: false });
+                // Whoever asks has finished writing.
+                let now = std::time::Instant::now();
+                self.hot.values_mut().for_each(|(hot, _)| hot.until = now);
+                self.dirty.add(Scope::Tree(None));
+                self.outdated = true;
+                self.retry_at = None;
+            }
+            Command::ConfirmDeletions => self.deletions_confirmed = self.held > 0,
         }
     }
 
@@ -545,14 +570,25 @@ impl Work {
         }
     }
 
+    /// Tells those who wait that what they wait for is done. What is on its way belongs to it.
+    fn flushed(&mut self) {
+        if self.is_transferring() {
+            return;
+        }
+        for flush in self.flushes.extract_if(.., |flush| flush.looked) {
+            flush.answer.send(Ok(())).ok();
+        }
+    }
+
+    /// Tells those who wait that it cannot be done now.
     fn answer_flushes(&mut self, round: &Result<Round, RoundError>) {
+        let error = match round {
+            Ok(Round::Offline) => FlushError::Offline,
+            Ok(_) => return,
+            Err(error) => FlushError::Failed { message: error.to_string() },
+        };
         for flush in self.flushes.drain(..) {
-            let answer = match round {
-                Ok(Round::Offline) => Err(FlushError::Offline),
-                Ok(_) => Ok(()),
-                Err(error) => Err(FlushError::Failed { message: error.to_string() }),
-            };
-            flush.send(answer).ok();
+            flush.answer.send(Err(error.clone())).ok();
         }
     }
 }

@@ -48,11 +48,22 @@ struct Sweep {
     /// Changes of the hub that are still not made here.
     unapplied: usize,
     unpushed: usize,
+    /// Those of the unpushed whose files were changed before they were sent.
+    changed: usize,
+    /// Paths at which the hub turned out to have something else.
+    learned: usize,
     held: usize,
     /// Large files on their way here: what was wrong with them is not known to be over.
     waiting: HashSet<WirePath>,
     push_findings: Vec<Finding>,
     apply_findings: Vec<Finding>,
+}
+
+impl Sweep {
+    /// Whether all that was planned is done, but for files that were changed since.
+    fn is_complete(&self) -> bool {
+        self.unapplied == 0 && self.unpushed <= self.changed && self.learned == 0
+    }
 }
 
 impl<H: Hub> Engine<H> {
@@ -75,12 +86,19 @@ impl<H: Hub> Engine<H> {
             }
             let sweep = Box::pin(self.sweep(work)).await?;
             self.report(work, &sweep);
+            let settled = !sweep.interrupted && !work.outdated;
+            if settled && sweep.is_complete() {
+                // Said at once: where something is written all the time, the end never comes.
+                self.acknowledge(work, &sweep).await?;
+                work.flushed();
+            }
             if sweep.interrupted || !work.dirty.is_empty() {
                 return Ok(Round::More);
             }
-            if !sweep.progress && !work.outdated {
+            if settled && !sweep.progress {
                 self.drop_arrived(work).await?;
                 self.finish(work, &sweep).await?;
+                work.flushed();
                 return Ok(Round::Done);
             }
         }
@@ -247,6 +265,8 @@ impl<H: Hub> Engine<H> {
     ) -> Result<(), SyncError> {
         sweep.progress |= pushed.accepted > 0 || pushed.learned > 0;
         sweep.push_findings.extend(pushed.findings);
+        sweep.changed += pushed.changed;
+        sweep.learned += pushed.learned;
         work.outdated |= pushed.outdated;
         for scope in pushed.dirty {
             work.dirty.add(scope);
@@ -302,6 +322,20 @@ impl<H: Hub> Engine<H> {
         });
     }
 
+    /// Tells the hub what is applied here.
+    async fn acknowledge(&self, work: &mut Work, sweep: &Sweep) -> Result<(), SyncError> {
+        let Some(cursor) = work.cursor else { return Ok(()) };
+        if sweep.unapplied == 0 && work.acknowledged_seq != Some(cursor.seq) {
+            waiting(&self.cancel, &self.hub, self.hub.ack_applied(self.config.id, cursor)).await?;
+            work.acknowledged_seq = Some(cursor.seq);
+            self.progress.update(|status| {
+                status.applied_seq = cursor.seq;
+                status.head_seq = status.head_seq.max(cursor.seq);
+            });
+        }
+        Ok(())
+    }
+
     /// Nothing more can be done now.
     async fn finish(&self, work: &mut Work, sweep: &Sweep) -> Result<(), SyncError> {
         if sweep.unapplied > 0 || !sweep.push_findings.is_empty() {
@@ -312,11 +346,8 @@ impl<H: Hub> Engine<H> {
             let due = [work.problem_retry_at, work.deletions.next_forgotten()];
             work.problem_retry_at = due.into_iter().flatten().min();
         }
+        self.acknowledge(work, sweep).await?;
         let Some(cursor) = work.cursor else { return Ok(()) };
-        if sweep.unapplied == 0 && work.acknowledged_seq != Some(cursor.seq) {
-            waiting(&self.cancel, &self.hub, self.hub.ack_applied(self.config.id, cursor)).await?;
-            work.acknowledged_seq = Some(cursor.seq);
-        }
         let entries = work.core.run(|core| Ok::<_, SyncError>(core.index.counts().local)).await?;
         let pending = (sweep.unpushed + sweep.held) as u64;
         self.progress.update(|status| {

@@ -59,7 +59,7 @@ pub enum IndexError {
         what: &'static str,
     },
     /// The file could not be created or moved aside.
-    #[error("cannot open index {path}")]
+    #[error("cannot open or remove index {path}")]
     Open {
         /// The file.
         path: PathBuf,
@@ -207,6 +207,23 @@ impl Index {
             let path = folder.join(format!("{FILE_NAME}{suffix}"));
             let aside = folder.join(format!("{FILE_NAME}.damaged{suffix}"));
             match std::fs::rename(&path, aside) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(IndexError::Open { path, source });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the index, so that the next one is empty. Must not be open.
+    ///
+    /// # Errors
+    /// If the file system refuses.
+    pub fn remove(folder: &Path) -> Result<(), IndexError> {
+        for suffix in ["", "-wal", "-shm"] {
+            let path = folder.join(format!("{FILE_NAME}{suffix}"));
+            match std::fs::remove_file(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     return Err(IndexError::Open { path, source });
                 }

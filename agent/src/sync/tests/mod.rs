@@ -2,6 +2,7 @@
 
 mod memory_hub;
 mod random;
+mod safety;
 mod scenarios;
 
 use std::collections::BTreeMap;

@@ -35,7 +35,9 @@ pub(in crate::sync) struct Pushed {
     pub(in crate::sync) learned: usize,
     /// The hub's tree is not what it is taken for: refresh before planning again.
     pub(in crate::sync) outdated: bool,
-    /// Files that were not what the index says.
+    /// Operations that were left out because their files were not what the index says.
+    pub(in crate::sync) changed: usize,
+    /// Where those files are.
     pub(in crate::sync) dirty: Vec<Scope>,
     pub(in crate::sync) findings: Vec<Finding>,
     /// Conflict copies among them.
@@ -107,6 +109,7 @@ async fn push_batch<H: Hub>(
         for path in &failed {
             pushed.dirty.push(Scope::Children(path.parent()));
         }
+        pushed.changed += failed.len();
         ops.retain(|op| !failed.contains(&op.path));
     }
     if ops.is_empty() {
