@@ -19,6 +19,8 @@ pub enum Stage {
     Push,
     /// Changing the tree here.
     Apply,
+    /// Looking for late writes to what was displaced.
+    Trash,
 }
 
 /// One problem with one path, or with the workspace if there is none.

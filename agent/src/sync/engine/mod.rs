@@ -20,6 +20,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::apply::rescue_late_writes;
 use super::core::{CoreCell, SyncError};
 use super::hub::Hub;
 use super::index::{Cursor, Index};
@@ -46,6 +47,9 @@ const HALTED_RETRY: Duration = Duration::from_secs(2);
 const PROBLEM_RETRY: Duration = Duration::from_secs(30);
 /// First and longest wait before a file that is being written is looked at again.
 const UNSTABLE_RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+/// How long after files were displaced it is looked whether somebody still writes to them, besides
+/// each look at everything.
+const LATE_WRITES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 /// From this wait on, people are told.
 const UNSTABLE_TOLD: Duration = Duration::from_secs(1);
 /// Bounds of the wait before the hub is called again after a failure.
@@ -89,6 +93,8 @@ struct Work {
     limited: bool,
     /// Directories to look at again, and when.
     revisits: Vec<(Instant, Scope)>,
+    /// When to look for late writes in the trash.
+    trash_looks: Vec<Instant>,
     /// Where a scan failed.
     unseen: Vec<Scope>,
     /// Files that are being written, and how long each is left alone after the last attempt.
@@ -310,6 +316,11 @@ impl<H: Hub> Engine<H> {
 
     /// Scans where something may have changed.
     async fn look(&mut self, work: &mut Work) -> Result<(), SyncError> {
+        let due = Instant::now();
+        let late = work.trash_looks.extract_if(.., |at| *at <= due).count() > 0;
+        if late || work.dirty.is_everything() {
+            self.look_into_trash(work).await?;
+        }
         let scopes = work.dirty.take();
         if scopes.is_empty() {
             return Ok(());
@@ -331,6 +342,19 @@ impl<H: Hub> Engine<H> {
             work.supplied.clear();
             work.flushes.iter_mut().for_each(|flush| flush.looked = true);
             work.core.run(|core| core.private.empty_trash()).await?;
+        }
+        Ok(())
+    }
+
+    /// Puts back what somebody has written to after it was displaced.
+    async fn look_into_trash(&self, work: &mut Work) -> Result<(), SyncError> {
+        let late = work
+            .core
+            .run(|core| rescue_late_writes(&core.root, &core.private, &mut core.index))
+            .await?;
+        work.problems.replace(Stage::Trash, |_| true, late.findings);
+        for directory in late.dirty {
+            work.dirty.add(Scope::Children(directory));
         }
         Ok(())
     }
@@ -457,6 +481,7 @@ impl Work {
             next_full_scan: Instant::now() + FULL_SCAN,
             limited: false,
             revisits: Vec::new(),
+            trash_looks: Vec::new(),
             unseen: Vec::new(),
             hot: HashMap::new(),
             hub_backoff: Backoff::new(HUB_RETRY.0, HUB_RETRY.1),
@@ -548,7 +573,8 @@ impl Work {
 
     fn next_due(&self) -> Instant {
         let revisit = self.revisits.iter().map(|(at, _)| *at).min();
-        [Some(self.next_full_scan), self.retry_at, self.problem_retry_at, revisit]
+        let trash = self.trash_looks.iter().copied().min();
+        [Some(self.next_full_scan), self.retry_at, self.problem_retry_at, revisit, trash]
             .into_iter()
             .flatten()
             .min()

@@ -9,7 +9,7 @@ use cortex_shared::wire_path::WirePath;
 use tokio::time::Instant;
 
 use super::hold::{is_lost, must_hold};
-use super::{Engine, PROBLEM_RETRY, Round, Work};
+use super::{Engine, LATE_WRITES, PROBLEM_RETRY, Round, Work};
 use crate::sync::apply::needs_stage;
 use crate::sync::core::{Core, SyncError, waiting};
 use crate::sync::hub::Hub;
@@ -372,6 +372,10 @@ impl<H: Hub> Engine<H> {
 fn take_pulled(work: &mut Work, pulled: Pulled, sweep: &mut Sweep) {
     sweep.progress |= pulled.applied > 0;
     sweep.interrupted |= pulled.interrupted;
+    if pulled.displaced > 0 {
+        let now = Instant::now();
+        work.trash_looks.extend(LATE_WRITES.map(|delay| now + delay));
+    }
     sweep.apply_findings.extend(pulled.findings);
     sweep.waiting.extend(pulled.waiting);
     for scope in pulled.dirty {

@@ -44,6 +44,12 @@ const SCHEMA: &str = "
     CREATE INDEX entry_content ON entry(content) WHERE content IS NOT NULL;
     CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
 ";
+/// Added without a new version: an index of before simply remembers none.
+const LATER_SCHEMA: &str = "
+    CREATE TABLE IF NOT EXISTS displaced (
+        name BLOB PRIMARY KEY, path BLOB NOT NULL, size INTEGER NOT NULL, mtime INTEGER NOT NULL
+    ) WITHOUT ROWID;
+";
 const COLUMNS: &str = "key, base, local, remote, unknown, dev, ino, size, mtime, ctime, racy";
 
 /// Why the index cannot be used.
@@ -124,6 +130,19 @@ impl Stamp {
         (self.dev, self.ino, self.size, self.mtime_ns)
             == (meta.dev, meta.ino, meta.size, meta.mtime_ns)
     }
+}
+
+/// A file in the trash, and what it looked like when it got there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Displaced {
+    /// Its name in the trash.
+    pub name: Vec<u8>,
+    /// Where it stood.
+    pub path: WirePath,
+    /// Length in bytes.
+    pub size: u64,
+    /// Modification time in nanoseconds.
+    pub mtime_ns: i64,
 }
 
 /// A row with its stamp.
@@ -248,6 +267,7 @@ impl Index {
         } else if version != SCHEMA_VERSION {
             return Err(IndexError::Damaged { what: "schema version" });
         }
+        database.execute_batch(LATER_SCHEMA)?;
         let mut index = Self { database, counts: Counts::default() };
         index.counts = Counts {
             local: index.meta_number("local_count")?.unwrap_or(0),
@@ -417,6 +437,29 @@ impl Index {
         let seq = self.meta_number("head_seq")?;
         let root = self.meta("head_root")?.and_then(|bytes| Digest::from_slice(&bytes));
         Ok(epoch.zip(seq).zip(root).map(|((epoch, seq), root)| Head { epoch, seq, root }))
+    }
+
+    /// Up to `limit` displaced files that are remembered, after `after`, by name.
+    ///
+    /// # Errors
+    /// Those of SQLite, and a damaged row.
+    pub fn displaced(
+        &self,
+        after: Option<&[u8]>,
+        limit: u32,
+    ) -> Result<Vec<Displaced>, IndexError> {
+        let mut statement = self.database.prepare_cached(
+            "SELECT name, path, size, mtime FROM displaced WHERE name > ? ORDER BY name LIMIT ?",
+        )?;
+        let mut rows = statement.query(params![after.unwrap_or_default(), limit])?;
+        let mut displaced = Vec::new();
+        while let Some(row) = rows.next()? {
+            let path = WirePath::new(row.get::<_, Vec<u8>>(1)?)
+                .map_err(|_| IndexError::Damaged { what: "displaced path" })?;
+            let size = row.get::<_, i64>(2)?.cast_unsigned();
+            displaced.push(Displaced { name: row.get(0)?, path, size, mtime_ns: row.get(3)? });
+        }
+        Ok(displaced)
     }
 
     /// Whether deletions wait for somebody's word.

@@ -4,7 +4,7 @@ use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::wire_path::WirePath;
 use rusqlite::{Connection, params};
 
-use super::{Counts, Cursor, IndexError, IndexRow, Seen, bounded, codec, differs, get};
+use super::{Counts, Cursor, Displaced, IndexError, IndexRow, Seen, bounded, codec, differs, get};
 use crate::root_dir::DirIdentity;
 use crate::sync::plan::{Row, settled_base};
 
@@ -89,6 +89,27 @@ impl<'a> Writer<'a> {
     pub fn set_known_head(&self, seq: u64, root: &Digest) -> Result<(), IndexError> {
         self.set_meta("head_seq", &seq.to_be_bytes())?;
         self.set_meta("head_root", root.as_bytes())
+    }
+
+    /// Remembers a file that was displaced.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn note_displaced(&self, file: &Displaced) -> Result<(), IndexError> {
+        let Displaced { name, path, size, mtime_ns } = file;
+        self.database
+            .prepare_cached("INSERT OR REPLACE INTO displaced VALUES (?, ?, ?, ?)")?
+            .execute(params![name, path.as_bytes(), size.cast_signed(), mtime_ns])?;
+        Ok(())
+    }
+
+    /// Forgets a displaced file.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn forget_displaced(&self, name: &[u8]) -> Result<(), IndexError> {
+        self.database.prepare_cached("DELETE FROM displaced WHERE name = ?")?.execute([name])?;
+        Ok(())
     }
 
     /// Records whether deletions wait for somebody's word.

@@ -56,3 +56,42 @@ async fn a_file_that_is_written_all_the_time_holds_up_neither_flush_nor_acknowle
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
     settle(&[&a, &b]).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_written_to_a_file_after_it_was_replaced_or_deleted_is_not_lost() {
+    use std::io::Write as _;
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    for name in ["d/replaced.txt", "d/deleted.txt", "gone/deleted.txt", "d/quiet.txt"] {
+        a.write(name, "old");
+    }
+    settle(&[&a, &b]).await;
+    let open = |name: &str| fs::OpenOptions::new().append(true).open(b.path(name)).unwrap();
+    let names = ["d/replaced.txt", "d/deleted.txt", "gone/deleted.txt"];
+    let mut files = names.map(open);
+    a.write("d/replaced.txt", "new");
+    a.write("d/quiet.txt", "new");
+    fs::remove_file(a.path("d/deleted.txt")).unwrap();
+    fs::remove_dir_all(a.path("gone")).unwrap();
+    a.flush().await;
+    b.flush().await;
+    assert_eq!(b.names(), ["d", "d/quiet.txt", "d/replaced.txt"]);
+    for file in &mut files {
+        file.write_all(b" and late").unwrap();
+    }
+    b.flush().await;
+    settle(&[&a, &b]).await;
+    let names = a.names();
+    assert_eq!(names.len(), 6, "{names:?}");
+    let copy = names.iter().find(|name| name.starts_with("d/replaced.conflict-")).unwrap();
+    for name in [copy, "d/deleted.txt", "deleted.txt"] {
+        assert_eq!(a.read(name), "old and late", "{name}");
+    }
+    assert_eq!(a.read("d/replaced.txt"), "new");
+    // It is a file like any other then, also for those who go on writing.
+    files[1].write_all(b"r").unwrap();
+    settle(&[&b, &a]).await;
+    assert_eq!(a.read("d/deleted.txt"), "old and later");
+    let status = b.status();
+    assert!(status.problems.is_empty(), "{:?}", status.problems);
+}

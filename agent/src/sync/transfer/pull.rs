@@ -39,6 +39,8 @@ const RESERVE_BYTES: u64 = 64 * 1024 * 1024;
 pub(in crate::sync) struct Pulled {
     /// Changes that were made.
     pub(in crate::sync) applied: usize,
+    /// Files that went to the trash.
+    pub(in crate::sync) displaced: usize,
     pub(in crate::sync) dirty: Vec<Scope>,
     pub(in crate::sync) findings: Vec<Finding>,
     /// Large files that are left to the lane.
@@ -141,6 +143,7 @@ async fn pull_group<H: Hub>(
         .await?;
     session.progress.applied(report.applied);
     pulled.applied += report.applied;
+    pulled.displaced += report.displaced;
     pulled.dirty.extend(report.scopes());
     pulled.findings.extend(report.findings);
     Ok(())
