@@ -40,8 +40,11 @@ impl Batch {
 /// Files that a job of the lane has fetched, or could not.
 pub(in crate::sync) struct Arrived {
     stage: Stage,
-    files: Vec<(LocalChange, Option<Result<Vec<u8>, Finding>>)>,
+    files: Vec<(LocalChange, Option<Outcome>)>,
 }
+
+/// A name in the stage, or what is wrong.
+type Outcome = Result<Vec<u8>, Finding>;
 
 impl Arrived {
     /// Removes what nobody has taken. Blocking.
@@ -69,7 +72,7 @@ impl Large {
     }
 
     /// What came of fetching the file of this change; `None` if it was not fetched.
-    pub(super) fn arrived(&mut self, change: &LocalChange) -> Option<Result<Vec<u8>, Finding>> {
+    pub(super) fn arrived(&mut self, change: &LocalChange) -> Option<Outcome> {
         let Arrived { stage, files } = self.arrived.as_mut()?;
         let same = |other: &LocalChange| other.path == change.path && other.to == change.to;
         let number = files.iter().position(|(other, _)| same(other))?;
