@@ -12,6 +12,7 @@
 mod address;
 mod connector;
 mod error;
+mod traffic;
 mod verifier;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,6 +27,7 @@ use tonic::transport::{Channel, Endpoint};
 
 pub use address::{HubAddress, InvalidAddress};
 pub use error::{ConnectError, HubRefused, certificate_refusal, connect_error_in, say_skew};
+pub use traffic::Traffic;
 pub use verifier::{Trust, pin_of};
 
 use connector::TlsConnector;
@@ -142,10 +144,12 @@ impl HubClient {
         }
     }
 
-    /// A channel that connects with its first use.
+    /// A channel that connects with its first use, and what moves on it.
     #[must_use]
-    pub fn connect_lazy(&self, purpose: Purpose) -> Channel {
-        endpoint(purpose).connect_with_connector_lazy(self.connector())
+    pub fn connect_lazy_counted(&self, purpose: Purpose) -> (Channel, Arc<Traffic>) {
+        let traffic = Arc::new(Traffic::default());
+        let connector = self.connector().counted(Arc::clone(&traffic));
+        (endpoint(purpose).connect_with_connector_lazy(connector), traffic)
     }
 
     /// Reaches the hub and checks it, without speaking any protocol above TLS.
@@ -200,9 +204,12 @@ fn tls_config(
 }
 
 fn endpoint(purpose: Purpose) -> Endpoint {
-    let (stream_window, connection_window) = match purpose {
-        Purpose::Control => (CONTROL_STREAM_WINDOW, CONTROL_CONNECTION_WINDOW),
-        Purpose::Bulk => (BULK_STREAM_WINDOW, BULK_CONNECTION_WINDOW),
+    let (stream_window, connection_window, keep_alive_timeout) = match purpose {
+        Purpose::Control => {
+            (CONTROL_STREAM_WINDOW, CONTROL_CONNECTION_WINDOW, Duration::from_secs(10))
+        }
+        // A ping waits behind what the kernel has taken but a slow line has not.
+        Purpose::Bulk => (BULK_STREAM_WINDOW, BULK_CONNECTION_WINDOW, Duration::from_secs(60)),
     };
     // The connector does the TLS, so the scheme seen here is the one below it.
     Endpoint::from_static("http://hub.cortex.internal")
@@ -210,7 +217,7 @@ fn endpoint(purpose: Purpose) -> Endpoint {
         .initial_connection_window_size(connection_window)
         .max_frame_size(HTTP2_FRAME_BYTES)
         .http2_keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_timeout(Duration::from_secs(10))
+        .keep_alive_timeout(keep_alive_timeout)
         .keep_alive_while_idle(true)
 }
 

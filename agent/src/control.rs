@@ -216,6 +216,22 @@ impl Control for LocalControl {
         Ok(Response::new(v1::AttachLocalResponse { path }))
     }
 
+    async fn confirm_deletes_local(
+        &self,
+        request: Request<v1::ConfirmDeletesLocalRequest>,
+    ) -> Result<Response<v1::ConfirmDeletesLocalResponse>, Status> {
+        let workspace = request.into_inner().workspace;
+        check_workspace(&workspace)?;
+        match self.workspaces.confirm_deletions(&workspace) {
+            Some(Ok(held)) => Ok(Response::new(v1::ConfirmDeletesLocalResponse { held })),
+            Some(Err(error)) => Err(Status::unavailable(error.to_string())),
+            None => {
+                let text = format!("this node is not a member of workspace {workspace:?}");
+                Err(Status::not_found(text))
+            }
+        }
+    }
+
     async fn detach_local(
         &self,
         request: Request<v1::DetachLocalRequest>,

@@ -361,7 +361,9 @@ fn serve(incoming: Incoming, routes: Routes, auth: AuthLayer, scope: &TaskScope)
         .max_frame_size(HTTP2_FRAME_BYTES)
         .max_concurrent_streams(STREAMS_PER_CONNECTION)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        // A ping waits behind what the kernel has taken for a slow line. Dead sessions are found by
+        // their heartbeats.
+        .http2_keepalive_timeout(Some(Duration::from_secs(60)))
         .layer(auth)
         .add_routes(routes)
         .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop);

@@ -253,3 +253,166 @@ fn a_path_that_cannot_be_applied_holds_up_nothing_else() {
     }
     assert!(b.join("d/.git/own").exists());
 }
+
+#[test]
+fn a_hub_put_back_from_an_old_backup_loses_nothing_of_anybody() {
+    let mut pair = Pair::new();
+    let (a, b) = pair.roots();
+    for name in ["kept", "deleted", "edited"] {
+        fs::write(a.join(name), b"old").unwrap();
+    }
+    until("the files arrived", || tree::read(&b).len() == 3);
+    pair.converge();
+    // A copy of the hub's workspaces as they are, made while it does not run.
+    pair.b.stop();
+    pair.mesh.hub().terminate();
+    let (live, backup) = (pair.mesh.path("hub/ws"), pair.mesh.path("backup"));
+    tree::copy(&live, &backup);
+    pair.mesh.start_hub();
+    pair.mesh.wait_online("a");
+    // This is lost.
+    let head = |pair: &Pair| {
+        let status = pair.operator.agent(&["workspace", "status", "w", "-o", "json"]).ok().json();
+        status["head_seq"].as_u64().unwrap()
+    };
+    let before = head(&pair);
+    fs::write(a.join("edited"), b"by a").unwrap();
+    fs::remove_file(a.join("deleted")).unwrap();
+    fs::write(a.join("new"), b"by a").unwrap();
+    until("the changes are committed", || head(&pair) >= before + 3);
+    pair.settle();
+    pair.a.stop();
+    pair.mesh.hub().terminate();
+    fs::remove_dir_all(&live).unwrap();
+    tree::copy(&backup, &live);
+    pair.mesh.start_hub();
+    // The other member saw none of it, and takes the same numbers for changes of its own.
+    pair.b.run();
+    pair.mesh.wait_online("b");
+    for number in 0..5 {
+        fs::write(b.join(format!("by-b-{number}")), b"by b").unwrap();
+    }
+    until("b's changes are committed", || head(&pair) >= before + 5);
+    let told = |pair: &Pair| {
+        fs::read_to_string(pair.mesh.path("hub.log")).unwrap().contains("put back from a backup")
+    };
+    assert!(!told(&pair), "nobody has proved the loss yet");
+    pair.a.run();
+    pair.mesh.wait_online("a");
+    until("both have everything", || tree::read(&a).len() == 10 && tree::read(&b).len() == 10);
+    pair.converge();
+    assert!(told(&pair));
+    assert_eq!(fs::read(b.join("new")).unwrap(), b"by a");
+    assert_eq!(fs::read(b.join("edited")).unwrap(), b"old", "the hub's version keeps the name");
+    let names = fs::read_dir(&b).unwrap().map(|entry| entry.unwrap().path());
+    let copies: Vec<_> =
+        names.filter(|path| path.to_string_lossy().contains("edited.conflict-")).collect();
+    assert_eq!(copies.len(), 1);
+    assert_eq!(fs::read(&copies[0]).unwrap(), b"by a");
+    assert_eq!(fs::read(b.join("deleted")).unwrap(), b"old", "its deletion was lost, too");
+}
+
+#[test]
+fn packs_that_the_hub_has_lost_hold_up_nothing_and_come_back_from_the_members() {
+    let mut pair = Pair::new();
+    let (a, _) = pair.roots();
+    for number in 0..3 {
+        fs::write(a.join(format!("file-{number}")), noise(number, 3 << 20)).unwrap();
+    }
+    pair.converge();
+    // The members that could help are away; the disk has damaged one pack and lost another.
+    pair.a.stop();
+    pair.b.stop();
+    let mut packs: Vec<PathBuf> = Vec::new();
+    for path in tree::read(&pair.mesh.path("hub/ws")).into_keys() {
+        let path = pair.mesh.path("hub/ws").join(OsStr::from_bytes(&path));
+        if path.is_file() && path.components().any(|part| part.as_os_str() == "packs") {
+            packs.push(path);
+        }
+    }
+    assert!(packs.len() >= 2, "{packs:?}");
+    fs::write(&packs[0], b"damaged").unwrap();
+    fs::remove_file(&packs[1]).unwrap();
+    let c = pair.mesh.node("c", As::Me);
+    let _attached: Outcome = pair.operator.agent(&["workspace", "attach", "w", "--node", "c"]).ok();
+    let root = c.workspace("w");
+    let problems = || {
+        let status = c.agent(&["workspace", "status", "w", "--local", "-o", "json"]);
+        String::from_utf8_lossy(&status.stdout).into_owned()
+    };
+    until("the problem is told", || problems().contains("content_missing"));
+    // Everything else goes on, both ways.
+    fs::write(root.join("other"), b"from c").unwrap();
+    pair.a.run();
+    until("the other file arrived", || a.join("other").exists());
+    until("all files arrived", || tree::read(&root) == tree::read(&a));
+    until("the problem has vanished", || !problems().contains("content_missing"));
+}
+
+#[test]
+fn a_workspace_that_is_emptied_is_emptied_elsewhere_only_on_somebodys_word() {
+    let pair = Pair::new();
+    let (a, b) = pair.roots();
+    let fill = || {
+        fs::create_dir(a.join("d")).unwrap();
+        for number in 0..3 {
+            fs::write(a.join(format!("d/file-{number}")), format!("content {number}")).unwrap();
+        }
+    };
+    let status = || pair.operator.agent(&["workspace", "status", "w"]).ok().text();
+    for (round, confirm) in [
+        &["workspace", "confirm-deletes", "w", "--local"][..],
+        &["workspace", "confirm-deletes", "w"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        fill();
+        until("the files arrived", || tree::read(&b).len() == 4);
+        pair.converge();
+        // All at once.
+        fs::rename(a.join("d"), pair.a.home().join(format!("gone-{round}"))).unwrap();
+        until("the hold is told", || status().contains("confirm-deletes w"));
+        // Everything else still travels, and the deletions do not.
+        fs::write(b.join("other"), b"x").unwrap();
+        until("the other file arrived", || a.join("other").exists());
+        assert_eq!(tree::read(&b).len(), 5);
+        let told = match confirm.last() {
+            Some(&"--local") => pair.a.agent(confirm),
+            _ => pair.operator.agent(confirm),
+        };
+        let said = told.ok().text();
+        assert!(said.contains("deletions go now") || said.contains("a may delete now"), "{said}");
+        until("the files are deleted", || tree::read(&b).len() == 1);
+        until("the hold is over", || !status().contains("confirm-deletes w"));
+        fs::remove_file(a.join("other")).unwrap();
+        pair.converge();
+    }
+    let nothing = pair.operator.agent(&["workspace", "confirm-deletes", "w", "-o", "json"]).ok();
+    assert_eq!(nothing.json()["nodes"].as_array().unwrap().len(), 0);
+}
+
+#[test]
+fn who_leaves_a_workspace_and_comes_back_merges_and_deletes_nothing() {
+    let pair = Pair::new();
+    let (a, b) = pair.roots();
+    for name in ["one", "two", "three"] {
+        fs::write(a.join(name), b"x").unwrap();
+    }
+    until("the files arrived", || tree::read(&b).len() == 3);
+    pair.converge();
+    let as_member = |verb: &str| {
+        let _done: Outcome = pair.operator.agent(&["workspace", verb, "w", "--node", "b"]).ok();
+    };
+    let knows = || {
+        let found = pair.b.agent(&["workspace", "status", "--local", "-o", "json"]).ok().json();
+        found.as_array().unwrap().len()
+    };
+    as_member("detach");
+    until("it has left", || knows() == 0);
+    fs::remove_file(b.join("one")).unwrap();
+    fs::write(b.join("own"), b"x").unwrap();
+    as_member("attach");
+    until("both were merged", || tree::read(&a).len() == 4 && tree::read(&b).len() == 4);
+    pair.converge();
+}

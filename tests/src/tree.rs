@@ -52,6 +52,23 @@ fn visit(root: &Path, folder: &Path, found: &mut BTreeMap<Vec<u8>, Found>) {
     }
 }
 
+/// Copies a folder with everything in it; links are not expected there.
+///
+/// # Panics
+/// If that fails.
+pub fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("the place is writable");
+    for entry in fs::read_dir(from).expect("the folder can be read") {
+        let entry = entry.expect("the folder can be read");
+        let target = to.join(entry.file_name());
+        if entry.file_type().expect("the entry exists").is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).expect("there is room for a copy");
+        }
+    }
+}
+
 /// Fails the test unless both trees are equal, naming what differs.
 ///
 /// # Panics

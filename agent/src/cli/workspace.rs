@@ -1,6 +1,6 @@
 //! `workspace …`: trees of files that are kept equal on their members.
 //!
-//! `attach`, `detach` and `status` exist twice: for this node, over its local socket, and for the
+//! `attach`, `detach`, `status` and `confirm-deletes` exist twice: for this node, over its local socket, and for the
 //! mesh, as an operator. [`Side::of`] decides.
 
 use std::ffi::OsString;
@@ -17,7 +17,7 @@ use super::printer::Row;
 use super::{Global, Output, hub, local, printer, watch};
 
 const SIDES: &str = "\
-`attach`, `detach` and `status` speak for this node, over its own agent, with --local or --state
+`attach`, `detach`, `status` and `confirm-deletes` speak for this node, over its own agent, with --local or --state
 (or CORTEX_STATE); for the mesh, as an operator, with --node, or where somebody is logged in. Where
 nobody is logged in they speak for this node.
 
@@ -84,6 +84,24 @@ enum WorkspaceVerb {
         /// Follow until all members that are online are at the head
         #[arg(long)]
         watch: bool,
+        /// This node, over its own agent
+        #[arg(long)]
+        local: bool,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Let deletions go that members hold back because they are suspiciously many
+    ///
+    /// A member holds its deletions if more than 100 files and a quarter of the workspace would go
+    /// within a minute, or all files at once; everything else is synced meanwhile. Otherwise bring the
+    /// files back on that member, and nothing is deleted.
+    #[command(after_help = SIDES)]
+    ConfirmDeletes {
+        /// The workspace
+        name: String,
+        /// The member; without it, every member that is online and holds deletions
+        #[arg(long, conflicts_with = "local")]
+        node: Option<String>,
         /// This node, over its own agent
         #[arg(long)]
         local: bool,
@@ -378,6 +396,9 @@ pub(crate) async fn workspace(global: &Global, args: WorkspaceArgs) -> Result<()
                     .hint("cortex-agent workspace list; or --local for all of this node")),
             }
         }
+        WorkspaceVerb::ConfirmDeletes { name, node, local, output } => {
+            confirm_deletes(global, name, node, local, output).await
+        }
         WorkspaceVerb::Conflicts { name, output } => {
             let mut client = hub::operator(global).await?;
             let request = v1::ListConflictsRequest { workspace: name };
@@ -454,6 +475,48 @@ async fn detach(
         }
     }
     Ok(())
+}
+
+#[derive(Serialize)]
+struct ConfirmedJson {
+    workspace: String,
+    /// Members that were told.
+    nodes: Vec<String>,
+    /// How many deletions they held, if this node was asked.
+    held: Option<u64>,
+}
+
+async fn confirm_deletes(
+    global: &Global,
+    workspace: String,
+    node: Option<String>,
+    local: bool,
+    output: Output,
+) -> Result<(), CliError> {
+    let (sentence, nodes, held) = match Side::choose(global, local, node.as_deref())? {
+        Side::Mesh => {
+            let mut client = hub::operator(global).await?;
+            let (workspace, node) = (workspace.clone(), node.unwrap_or_default());
+            let request = v1::ConfirmDeletesRequest { workspace, node };
+            let nodes = client.confirm_deletes(hub::question(request)).await?.into_inner().nodes;
+            let sentence = match nodes.as_slice() {
+                [] => "no member that is online holds deletions".to_owned(),
+                nodes => format!("{} may delete now", nodes.join(", ")),
+            };
+            (sentence, nodes, None)
+        }
+        Side::Node => {
+            let mut agent = local::agent(global).await?;
+            let request = v1::ConfirmDeletesLocalRequest { workspace: workspace.clone() };
+            let answer = agent.confirm_deletes_local(hub::question(request)).await?.into_inner();
+            let sentence = match answer.held {
+                0 => "no deletions are held here".to_owned(),
+                held => format!("{held} deletions go now"),
+            };
+            (sentence, Vec::new(), Some(answer.held))
+        }
+    };
+    global.printer(output).say(&sentence, &ConfirmedJson { workspace, nodes, held })
 }
 
 fn which_node(verb: &str, workspace: &str) -> CliError {

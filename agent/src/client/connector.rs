@@ -11,6 +11,7 @@ use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 
+use super::traffic::{Counted, Traffic};
 use super::{CONNECT_TIMEOUT, ConnectError, HubAddress, SharedTls};
 
 /// How long one of several addresses of a name may take before the next is tried.
@@ -21,11 +22,17 @@ const ADDRESS_TIMEOUT: Duration = Duration::from_secs(4);
 pub(super) struct TlsConnector {
     address: HubAddress,
     tls: SharedTls,
+    traffic: Arc<Traffic>,
 }
 
 impl TlsConnector {
     pub(super) fn new(address: HubAddress, tls: SharedTls) -> Self {
-        Self { address, tls }
+        Self { address, tls, traffic: Arc::default() }
+    }
+
+    /// Counts what moves on its connections.
+    pub(super) fn counted(self, traffic: Arc<Traffic>) -> Self {
+        Self { traffic, ..self }
     }
 
     /// Connects and completes the handshake within [`CONNECT_TIMEOUT`].
@@ -38,7 +45,7 @@ impl TlsConnector {
     }
 
     async fn dial_unbounded(self) -> Result<TlsStream<TcpStream>, ConnectError> {
-        let Self { address, tls } = self;
+        let Self { address, tls, .. } = self;
         let tcp = dial_tcp(&address).await?;
         let name = ServerName::try_from(HUB_SERVER_NAME).expect("the fixed name is a DNS name");
         // Read for each connection: what was renewed meanwhile counts.
@@ -71,7 +78,7 @@ async fn dial_tcp(address: &HubAddress) -> Result<TcpStream, ConnectError> {
 }
 
 impl tower::Service<http::Uri> for TlsConnector {
-    type Response = TokioIo<TlsStream<TcpStream>>;
+    type Response = TokioIo<Counted<TlsStream<TcpStream>>>;
     type Error = ConnectError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, ConnectError>> + Send>>;
 
@@ -80,7 +87,7 @@ impl tower::Service<http::Uri> for TlsConnector {
     }
 
     fn call(&mut self, _: http::Uri) -> Self::Future {
-        let dial = self.clone().dial();
-        Box::pin(async move { dial.await.map(TokioIo::new) })
+        let (dial, traffic) = (self.clone().dial(), Arc::clone(&self.traffic));
+        Box::pin(async move { Ok(TokioIo::new(Counted { stream: dial.await?, traffic })) })
     }
 }

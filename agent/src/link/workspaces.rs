@@ -22,7 +22,7 @@ use super::request::Refusal;
 use crate::client::{HubClient, Purpose};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
 use crate::sync::tonic_hub::TonicHub;
-use crate::sync::{self, WorkspaceConfig, WorkspaceHandle};
+use crate::sync::{self, FlushError, WorkspaceConfig, WorkspaceHandle};
 
 /// Shortest time between two reports of one node.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -65,6 +65,7 @@ struct Inner {
 }
 
 struct Engine {
+    config: WorkspaceConfig,
     name: String,
     root: PathBuf,
     handle: WorkspaceHandle,
@@ -156,6 +157,14 @@ impl Workspaces {
         list
     }
 
+    /// Lets the deletions of a workspace go that are held because they are so many; how many they
+    /// are. `None` if this node is no member.
+    pub fn confirm_deletions(&self, name: &str) -> Option<Result<u64, FlushError>> {
+        let engines = lock(&self.inner.engines);
+        let engine = engines.values().find(|engine| engine.name == name)?;
+        Some(engine.handle.confirm_deletions())
+    }
+
     /// Reports to send to the hub.
     pub(super) fn reports(&self) -> Reports {
         let mut changes = self.inner.changes.subscribe();
@@ -236,6 +245,13 @@ impl Workspaces {
             engine.scope.cancel();
             engine.handle.stop().await;
             tracing::info!(workspace = engine.name, "workspace stopped");
+            if !scope.token().is_cancelled() && !list.iter().any(|m| m.id == engine.config.id) {
+                let config = engine.config;
+                let forgotten = tokio::task::spawn_blocking(move || config.forget()).await;
+                if let Ok(Err(error)) = forgotten {
+                    tracing::error!(%error, "the index of a workspace that was left stays");
+                }
+            }
         }
         for membership in list {
             if lock(&self.inner.engines).contains_key(&membership.id) {
@@ -256,10 +272,10 @@ impl Workspaces {
             root: root.clone(),
             state_dir: self.inner.state.path().to_owned(),
         };
-        let hub = TonicHub::new(self.inner.hub.connect_lazy(Purpose::Bulk));
+        let line = || TonicHub::new(self.inner.hub.connect_lazy_counted(Purpose::Bulk));
         let scope = scope.child();
         let online = self.inner.online.subscribe();
-        let handle = sync::start_workspace(config, hub, online, &scope);
+        let handle = sync::start_workspace(config.clone(), line(), line(), online, &scope);
         let mut status = handle.status();
         let changes = self.inner.changes.clone();
         let stop = scope.token().clone();
@@ -271,7 +287,7 @@ impl Workspaces {
             };
             stop.run_until_cancelled(follow).await;
         });
-        Engine { name: membership.name.clone(), root, handle, scope }
+        Engine { config, name: membership.name.clone(), root, handle, scope }
     }
 }
 

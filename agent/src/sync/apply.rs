@@ -9,8 +9,11 @@
 //! more. If it is not what the plan was made for, it is somebody's newer work: it is put back, and
 //! the plan for that path is dropped. Otherwise it goes to the trash.
 
+mod late;
 #[cfg(test)]
 mod tests;
+
+pub use late::{LateWrites, rescue_late_writes};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File as OsFile;
@@ -22,12 +25,12 @@ use cortex_shared::wire_path::WirePath;
 use rustix::fs::{Mode, Timespec, Timestamps};
 use rustix::io::Errno;
 
-use super::index::{Index, IndexError, Seen, Stamp};
+use super::index::{Displaced, Index, IndexError, Seen, Stamp};
 use super::plan::LocalChange;
 use super::private_dir::PrivateDir;
 use super::problem::Finding;
 use super::scan::Scope;
-use crate::root_dir::{DirHandle, Meta, RootDir, file_meta};
+use crate::root_dir::{DirHandle, FileKind, Meta, RootDir, file_meta};
 
 /// Up to so many files or directories are synced one by one; for more the whole file system is.
 const SYNC_ONE_BY_ONE: usize = 32;
@@ -70,6 +73,8 @@ pub struct Applier<'a> {
 pub struct Report {
     /// Changes that were made.
     pub applied: usize,
+    /// Files that went to the trash by them.
+    pub displaced: usize,
     /// Where something else was found than the plan was made for.
     pub dirty: BTreeSet<Option<WirePath>>,
     /// What people should know.
@@ -85,11 +90,28 @@ impl Report {
 
 enum Placed {
     Done,
+    /// Done, and another file went to the trash.
+    Displaced(Displaced),
     /// Not what the plan was made for.
     Surprise,
     /// Its directory does not exist: it could not be made, which has been said, or somebody has just
     /// removed it, which the kernel tells. Looking again at once would find nothing new.
     Blocked,
+}
+
+/// Goes on after the first of two steps, if that was done.
+fn and_then(
+    first: Placed,
+    second: impl FnOnce() -> Result<Placed, PlaceError>,
+) -> Result<Placed, PlaceError> {
+    match first {
+        Placed::Done => second(),
+        Placed::Displaced(file) => Ok(match second()? {
+            Placed::Done => Placed::Displaced(file),
+            undone => undone,
+        }),
+        undone => Ok(undone),
+    }
 }
 
 /// Directories to be synced once, at the end of a batch.
@@ -136,10 +158,15 @@ impl Applier<'_> {
         self.sync_files(&ready, one_by_one)?;
         let mut touched = Touched::default();
         let mut placed = Vec::with_capacity(ready.len());
+        let mut displaced = Vec::new();
         for (staged, file) in ready {
             drop(file);
             match self.place(&staged, &mut touched) {
                 Ok(Placed::Done) => placed.push(staged.change),
+                Ok(Placed::Displaced(file)) => {
+                    displaced.push(file);
+                    placed.push(staged.change);
+                }
                 Ok(Placed::Surprise) => {
                     report.dirty.insert(staged.change.path.parent());
                     self.remove_staged(&staged);
@@ -150,7 +177,8 @@ impl Applier<'_> {
         }
         touched.sync(self.root).map_err(ApplyError::Durability)?;
         report.applied = placed.len();
-        self.record(placed, &mut report)?;
+        report.displaced = displaced.len();
+        self.record(placed, displaced, &mut report)?;
         Ok(report)
     }
 
@@ -223,10 +251,10 @@ impl Applier<'_> {
             (Some(_), None) => self.displace(change, &parent, leaf, &current),
             (None, Some(Entry::Dir)) => self.make_directory(&parent, leaf),
             (Some(Entry::Dir), Some(Entry::Dir)) => Ok(Placed::Done),
-            (Some(_), Some(Entry::Dir)) => match self.displace(change, &parent, leaf, &current)? {
-                Placed::Done => self.make_directory(&parent, leaf),
-                undone => Ok(undone),
-            },
+            (Some(_), Some(Entry::Dir)) => {
+                let displaced = self.displace(change, &parent, leaf, &current)?;
+                and_then(displaced, || self.make_directory(&parent, leaf))
+            }
             (Some(Entry::File(_)), Some(Entry::File(to))) if staged.stage_name.is_none() => {
                 set_executable(&parent, leaf, &current, to)
             }
@@ -255,7 +283,7 @@ impl Applier<'_> {
         let meta = parent.try_lstat(leaf)?;
         Ok(match (&change.from, meta) {
             (None, None) => Some(None),
-            (Some(Entry::Dir), Some(meta)) if meta.kind == crate::root_dir::FileKind::Dir => {
+            (Some(Entry::Dir), Some(meta)) if meta.kind == FileKind::Dir => {
                 Some(Some(Current { meta, stamp: Stamp::new(&meta, false) }))
             }
             (Some(Entry::File(_) | Entry::Link { .. }), Some(meta)) => {
@@ -312,13 +340,22 @@ impl Applier<'_> {
             result => result?,
         }
         if is_still(trash, &name, change, current)? {
-            return Ok(Placed::Done);
+            return self.displaced(change, name);
         }
         // If somebody has put yet another file there meanwhile, this one stays in the trash.
         match trash.rename_new(&name, parent, leaf) {
             Err(error) if !exists(&error) => Err(error.into()),
             _ => Ok(Placed::Surprise),
         }
+    }
+
+    /// Notes what a displaced file looks like, to see whether it is written to in the trash.
+    fn displaced(&self, change: &LocalChange, name: Vec<u8>) -> Result<Placed, PlaceError> {
+        let meta = self.private.trash().lstat(&name)?;
+        Ok(match meta.kind {
+            FileKind::File => Placed::Displaced(Displaced::new(name, &change.path, &meta)),
+            _ => Placed::Done,
+        })
     }
 
     /// Puts a staged file or link in the place of another in one step.
@@ -337,16 +374,14 @@ impl Applier<'_> {
             Err(error) if vanished(&error) => return Ok(Placed::Surprise),
             Err(error) if Errno::from_io_error(&error) == Some(Errno::INVAL) => {
                 // No exchange on this file system: for an instant nothing stands there.
-                return match self.displace(change, parent, leaf, current)? {
-                    Placed::Done => self.place_new(stage_name, parent, leaf),
-                    undone => Ok(undone),
-                };
+                let displaced = self.displace(change, parent, leaf, current)?;
+                return and_then(displaced, || self.place_new(stage_name, parent, leaf));
             }
             Err(error) => return Err(error.into()),
         }
         if is_still(stage, stage_name, change, current)? {
-            self.private.discard(stage_name)?;
-            return Ok(Placed::Done);
+            let name = self.private.discard(stage_name)?;
+            return self.displaced(change, name);
         }
         stage.exchange(stage_name, parent, leaf)?;
         if stage.lstat(stage_name)?.ino != ours.ino {
@@ -358,10 +393,18 @@ impl Applier<'_> {
     }
 
     /// Tells the index what stands there now, with new stamps: our own renames changed the old ones.
-    fn record(&mut self, placed: Vec<LocalChange>, report: &mut Report) -> Result<(), ApplyError> {
+    fn record(
+        &mut self,
+        placed: Vec<LocalChange>,
+        displaced: Vec<Displaced>,
+        report: &mut Report,
+    ) -> Result<(), ApplyError> {
         let clock = self.private.clock().map_err(ApplyError::Durability)?;
         let root = self.root;
         self.index.batch(|writer| {
+            for file in displaced {
+                writer.note_displaced(&file)?;
+            }
             for change in placed {
                 let parent = root.parent_of(&change.path).map(|(parent, _)| parent);
                 let stamp_of = |path: &WirePath| {
@@ -416,6 +459,9 @@ pub enum ApplyError {
     /// What was written cannot be made to survive power loss, so nothing may be claimed of it.
     #[error("cannot make changes durable")]
     Durability(#[source] io::Error),
+    /// The trash cannot be read.
+    #[error("cannot look into the trash")]
+    Trash(#[source] io::Error),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -485,7 +531,6 @@ fn is_still(
 }
 
 fn fits(entry: &Entry, meta: &Meta) -> bool {
-    use crate::root_dir::FileKind;
     match entry {
         Entry::File(file) => meta.kind == FileKind::File && meta.size == file.size,
         Entry::Link { .. } => meta.kind == FileKind::Link,

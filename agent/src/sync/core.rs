@@ -4,11 +4,12 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
 use super::apply::ApplyError;
-use super::hub::{HubError, STALL_LIMIT};
+use super::hub::{Hub, HubError, STALL_BYTES, STALL_LIMIT};
 use super::ignore::Ignore;
 use super::index::{Index, IndexError};
 use super::private_dir::PrivateDir;
@@ -89,14 +90,64 @@ impl CoreCell {
 }
 
 /// Waits for the hub, but neither beyond a stop nor for a line that is dead.
-pub(super) async fn waiting<T>(
+pub(super) async fn waiting<T, H: Hub>(
     cancel: &CancellationToken,
+    hub: &H,
     call: impl Future<Output = Result<T, HubError>>,
 ) -> Result<T, SyncError> {
     tokio::select! {
         () = cancel.cancelled() => Err(SyncError::Cancelled),
-        result = tokio::time::timeout(STALL_LIMIT, call) => {
-            Ok(result.map_err(|_| HubError::stalled())??)
+        result = while_moving(STALL_LIMIT, || hub.moved_bytes(), call) => Ok(result?),
+    }
+}
+
+/// Waits for a call as long as its line moves. What arrives is a pack or nothing, and a pack takes
+/// its time on a slow line: so bytes are what counts.
+async fn while_moving<T>(
+    limit: Duration,
+    moved: impl Fn() -> u64,
+    call: impl Future<Output = Result<T, HubError>>,
+) -> Result<T, HubError> {
+    tokio::pin!(call);
+    let mut before = moved();
+    loop {
+        match tokio::time::timeout(limit, &mut call).await {
+            Ok(result) => return result,
+            Err(_) => {
+                let now = moved();
+                if now.saturating_sub(before) < STALL_BYTES {
+                    return Err(HubError::stalled());
+                }
+                before = now;
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_slow_line_is_waited_for_and_a_dead_one_is_not() {
+        let limit = Duration::from_millis(20);
+        let line = AtomicU64::new(0);
+        // Many times the limit, but the line moves.
+        let slow = async {
+            for _ in 0..20 {
+                tokio::time::sleep(limit / 2).await;
+                line.fetch_add(STALL_BYTES, Ordering::SeqCst);
+            }
+            Ok(7)
+        };
+        let moved = || line.load(Ordering::SeqCst);
+        assert_eq!(while_moving(limit, moved, slow).await.unwrap(), 7);
+        // Whatever keeps a dead line open, moves a few bytes.
+        let counted = || line.fetch_add(STALL_BYTES / 2, Ordering::SeqCst);
+        let dead = while_moving(limit, counted, std::future::pending::<Result<(), HubError>>());
+        let error = tokio::time::timeout(Duration::from_secs(20), dead).await.unwrap();
+        assert!(matches!(error, Err(HubError::Unavailable { .. })));
     }
 }

@@ -17,8 +17,10 @@ use super::index::Cursor;
 
 /// Most hashes in one question, as the protocol says.
 pub const MAX_HASHES: usize = 8192;
-/// A call that has made no progress for so long is given up: the line is dead though it looks open.
+/// A line on which nothing has moved for so long is given up: it is dead though it looks open.
 pub const STALL_LIMIT: Duration = Duration::from_secs(30);
+/// Fewer bytes than that within the limit are nothing: pings of the connection itself move, too.
+pub const STALL_BYTES: u64 = 1024;
 
 /// Why the hub did not do something.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +53,12 @@ impl HubError {
         Self::Protocol { what: what.to_string() }
     }
 
+    /// Whether the hub has another history than the one it was asked about: ask for its head.
+    #[must_use]
+    pub fn is_other_history(&self) -> bool {
+        matches!(self, Self::Refused { code, .. } if code == "epoch_changed" || code == "beyond_head")
+    }
+
     pub(super) fn stalled() -> Self {
         Self::Unavailable { message: format!("no progress for {} s", STALL_LIMIT.as_secs()) }
     }
@@ -63,6 +71,28 @@ pub struct Head {
     pub epoch: WorkspaceEpoch,
     /// Its last change.
     pub seq: u64,
+    /// Digest of the root directory.
+    pub root: Digest,
+}
+
+/// What the hub says when it is asked for its head.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contact {
+    /// The newest version.
+    pub head: Head,
+    /// Chunks that the hub had and has lost: who has them sends them again.
+    pub wanted: Vec<Digest>,
+    /// An operator lets the deletions go that are held here. Said once.
+    pub confirm_deletes: bool,
+}
+
+/// One answer to the question for chunks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fetched {
+    /// A pack that holds some of them.
+    Pack(Bytes),
+    /// Some that the hub does not have.
+    Missing(Vec<Digest>),
 }
 
 /// An operation of a commit.
@@ -109,6 +139,8 @@ pub struct Rejected {
 pub struct Committed {
     /// The head afterwards.
     pub seq: u64,
+    /// Its root digest.
+    pub root: Digest,
     /// What was not applied, in the order of the request.
     pub rejected: Vec<Rejected>,
     /// How many changes the commit made: those operations that were applied and not already so.
@@ -124,6 +156,8 @@ pub struct Commit {
     pub epoch: WorkspaceEpoch,
     /// What it does.
     pub ops: Vec<CommitOp>,
+    /// As for [`Hub::head`].
+    pub known: Option<Head>,
 }
 
 /// A change since a cursor.
@@ -144,6 +178,8 @@ pub struct ChangesPage {
     pub last_seq: u64,
     /// The head at the time of this page; there is no further page once `last_seq` is this.
     pub head_seq: u64,
+    /// The root digest of that head.
+    pub root: Digest,
 }
 
 /// A stream of answers.
@@ -151,8 +187,16 @@ pub type Answers<T> = BoxStream<'static, Result<T, HubError>>;
 
 /// What the engine needs of the hub. Calls may be dropped at any time.
 pub trait Hub: Send + Sync + 'static {
-    /// The newest version.
-    fn head(&self, workspace: WorkspaceId) -> impl Future<Output = Result<Head, HubError>> + Send;
+    /// How many bytes have moved on the line, in both directions, since it was first used.
+    fn moved_bytes(&self) -> u64;
+
+    /// The newest version. `known` is the newest one that the hub ever told of: if that was never
+    /// one of its history, versions have been lost, and it begins a new epoch.
+    fn head(
+        &self,
+        workspace: WorkspaceId,
+        known: Option<Head>,
+    ) -> impl Future<Output = Result<Contact, HubError>> + Send;
 
     /// For each of at most [`MAX_HASHES`] chunks, whether the hub has it.
     fn have(
@@ -175,19 +219,20 @@ pub trait Hub: Send + Sync + 'static {
         commit: Commit,
     ) -> impl Future<Output = Result<Committed, HubError>> + Send;
 
-    /// The changes after a number, to the head.
+    /// The changes after a number, to the head. `known` is as for [`Self::head`].
     fn changes(
         &self,
         workspace: WorkspaceId,
         after: u64,
+        known: Option<Head>,
     ) -> impl Future<Output = Result<Answers<ChangesPage>, HubError>> + Send;
 
-    /// Packs that hold at most [`MAX_HASHES`] chunks.
+    /// Packs that hold at most [`MAX_HASHES`] chunks, and which of them the hub does not have.
     fn get_packs(
         &self,
         workspace: WorkspaceId,
         chunks: &[Digest],
-    ) -> impl Future<Output = Result<Answers<Bytes>, HubError>> + Send;
+    ) -> impl Future<Output = Result<Answers<Fetched>, HubError>> + Send;
 
     /// Tells that everything up to a version is applied here, durably.
     fn ack_applied(

@@ -39,6 +39,7 @@ mod transfer;
 mod watch;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use cortex_shared::ids::WorkspaceId;
 use cortex_shared::tasks::TaskScope;
@@ -97,10 +98,12 @@ pub struct WorkspaceHandle {
     task: JoinHandle<()>,
 }
 
-/// Starts to sync a workspace. `online` tells whether it makes sense to call the hub.
+/// Starts to sync a workspace. `large` is another line to the same hub, for the content of large
+/// files, so that nothing else waits behind it. `online` tells whether it makes sense to call.
 pub fn start_workspace<H: Hub>(
     config: WorkspaceConfig,
     hub: H,
+    large: H,
     online: watch_channel::Receiver<bool>,
     scope: &TaskScope,
 ) -> WorkspaceHandle {
@@ -112,24 +115,33 @@ pub fn start_workspace<H: Hub>(
     let engine = Engine {
         config,
         hub,
+        large: Arc::new(large),
+        scope: scope.clone(),
         online,
         head: head_receiver,
         commands: command_receiver,
         cancel: scope.token().clone(),
-        progress,
+        progress: Arc::new(progress),
     };
     let task = scope.spawn("workspace sync", engine.run());
     WorkspaceHandle { head, status, commands, scope, task }
 }
 
+impl WorkspaceConfig {
+    /// Forgets what is known of the workspace, once its engine has ended: this node has left it, and
+    /// would come back as a stranger, who merges and deletes nothing. Files and trash stay. Blocking.
+    ///
+    /// # Errors
+    /// If the file system refuses.
+    pub fn forget(&self) -> Result<(), index::IndexError> {
+        index::Index::remove(&self.state_folder())
+    }
+}
+
 impl WorkspaceHandle {
     /// The hub says that its newest version is `seq`.
     pub fn head_moved(&self, seq: u64) {
-        self.head.send_if_modified(|head| {
-            let newer = seq > *head;
-            *head = seq.max(*head);
-            newer
-        });
+        self.head.send_if_modified(|head| std::mem::replace(head, seq) != seq);
     }
 
     /// What the workspace is doing.
@@ -149,10 +161,22 @@ impl WorkspaceHandle {
         answered.await.map_err(|_| FlushError::Stopped)?
     }
 
-    /// Lets deletions that are held because they are so many go to the hub.
-    pub async fn confirm_deletions(&self) {
-        // If the engine has ended there is nothing to confirm.
-        self.commands.send(Command::ConfirmDeletions).await.ok();
+    /// Lets deletions that are held because they are so many go to the hub, soon. Returns how many
+    /// are held; with none it does nothing.
+    ///
+    /// # Errors
+    /// If the engine is too busy to be told, or has ended.
+    pub fn confirm_deletions(&self) -> Result<u64, FlushError> {
+        let held = self.status.borrow().held_deletions;
+        if held > 0 {
+            self.commands.try_send(Command::ConfirmDeletions).map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => {
+                    FlushError::Failed { message: "too many commands wait".to_owned() }
+                }
+                mpsc::error::TrySendError::Closed(_) => FlushError::Stopped,
+            })?;
+        }
+        Ok(held)
     }
 
     /// Ends the engine; returns once nothing of it touches the directory any more.

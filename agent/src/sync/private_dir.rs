@@ -138,12 +138,14 @@ impl PrivateDir {
         format!("{:015}-{}-{number}", now.as_millis(), std::process::id()).into_bytes()
     }
 
-    /// Moves something from the stage to the trash.
+    /// Moves something from the stage to the trash; returns its name there.
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn discard(&self, stage_name: &[u8]) -> io::Result<()> {
-        self.stage.rename_new(stage_name, &self.trash, &self.trash_name())
+    pub fn discard(&self, stage_name: &[u8]) -> io::Result<Vec<u8>> {
+        let name = self.trash_name();
+        self.stage.rename_new(stage_name, &self.trash, &name)?;
+        Ok(name)
     }
 
     /// Reads the file system's clock.

@@ -19,6 +19,8 @@ pub enum Stage {
     Push,
     /// Changing the tree here.
     Apply,
+    /// Looking for late writes to what was displaced.
+    Trash,
 }
 
 /// One problem with one path, or with the workspace if there is none.
@@ -82,10 +84,12 @@ impl Problems {
         }
     }
 
-    /// All of them.
+    /// All of them, those of the workspace as a whole first.
     #[must_use]
     pub fn list(&self) -> Vec<Problem> {
-        self.0.values().cloned().collect()
+        let mut problems: Vec<Problem> = self.0.values().cloned().collect();
+        problems.sort_by_key(|problem| problem.path.is_some());
+        problems
     }
 }
 

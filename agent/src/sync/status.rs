@@ -62,6 +62,8 @@ pub struct SyncStatus {
     pub conflicts: u64,
     /// Local changes that the hub has not committed yet.
     pub pending_push: u64,
+    /// Those of them that are deletions which wait for somebody's word because they are so many.
+    pub held_deletions: u64,
 }
 
 /// Where the engine reports.
@@ -86,6 +88,7 @@ impl Progress {
             halted_reason: String::new(),
             conflicts: 0,
             pending_push: 0,
+            held_deletions: 0,
         }))
     }
 

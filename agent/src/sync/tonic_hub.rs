@@ -2,6 +2,7 @@
 //! this module sees a message.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::{Bytes, BytesMut};
@@ -17,28 +18,32 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::hub::{
-    Answers, Change, ChangesPage, Commit, CommitOp, Committed, Head, Hub, HubError, RejectReason,
-    Rejected,
+    Answers, Change, ChangesPage, Commit, CommitOp, Committed, Contact, Fetched, Head, Hub,
+    HubError, MAX_HASHES, RejectReason, Rejected,
 };
 use super::index::Cursor;
+use crate::client::Traffic;
 
 /// The hub at the other end of a channel. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct TonicHub(SyncClient<Channel>);
+pub struct TonicHub {
+    client: SyncClient<Channel>,
+    traffic: Arc<Traffic>,
+}
 
 impl TonicHub {
     /// Speaks over `channel`, which should be one of its own: bulk must not delay commands.
     #[must_use]
-    pub fn new(channel: Channel) -> Self {
+    pub fn new((channel, traffic): (Channel, Arc<Traffic>)) -> Self {
         let client = SyncClient::new(channel)
             .max_decoding_message_size(cortex_proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(cortex_proto::MAX_MESSAGE_BYTES);
-        Self(client)
+        Self { client, traffic }
     }
 
     /// A client of its own for one call: calls take it by unique reference.
     fn client(&self) -> SyncClient<Channel> {
-        self.0.clone()
+        self.client.clone()
     }
 }
 
@@ -78,9 +83,32 @@ fn concatenated(hashes: &[Digest]) -> Bytes {
     bytes.freeze()
 }
 
+fn separated(bytes: &[u8]) -> Result<Vec<Digest>, HubError> {
+    let (hashes, rest) = bytes.as_chunks::<32>();
+    if !rest.is_empty() || hashes.len() > MAX_HASHES {
+        return Err(HubError::protocol("a list of hashes that is none, or too long"));
+    }
+    Ok(hashes.iter().map(|hash| Digest::from_bytes(*hash)).collect())
+}
+
+fn domain_fetched(answer: v1::Pack) -> Result<Fetched, HubError> {
+    Ok(match separated(&answer.missing)? {
+        missing if missing.is_empty() => Fetched::Pack(answer.pack),
+        missing => Fetched::Missing(missing),
+    })
+}
+
 fn digest(bytes: &[u8], what: &str) -> Result<Digest, HubError> {
     Digest::from_slice(bytes)
         .ok_or_else(|| HubError::protocol(format!("{what} is not 32 bytes long")))
+}
+
+fn wire_version(head: Head) -> v1::Version {
+    v1::Version {
+        epoch: Bytes::copy_from_slice(head.epoch.as_bytes()),
+        seq: head.seq,
+        root_digest: Bytes::copy_from_slice(head.root.as_bytes()),
+    }
 }
 
 fn wire_entry(entry: &Entry) -> v1::Entry {
@@ -175,7 +203,8 @@ fn domain_page(page: v1::ChangesPage) -> Result<ChangesPage, HubError> {
             Ok(Change { path, entry })
         })
         .collect::<Result<_, HubError>>()?;
-    Ok(ChangesPage { changes, last_seq: page.last_seq, head_seq: page.head_seq })
+    let root = digest(&page.root_digest, "root digest")?;
+    Ok(ChangesPage { changes, last_seq: page.last_seq, head_seq: page.head_seq, root })
 }
 
 /// One bit per hash, least significant first.
@@ -187,11 +216,23 @@ fn bits(bitmap: &[u8], count: usize) -> Result<Vec<bool>, HubError> {
 }
 
 impl Hub for TonicHub {
-    async fn head(&self, workspace: WorkspaceId) -> Result<Head, HubError> {
-        let request = v1::HeadRequest { workspace_id: workspace_bytes(workspace) };
+    fn moved_bytes(&self) -> u64 {
+        self.traffic.bytes()
+    }
+
+    async fn head(&self, workspace: WorkspaceId, known: Option<Head>) -> Result<Contact, HubError> {
+        let request = v1::HeadRequest {
+            workspace_id: workspace_bytes(workspace),
+            known: known.map(wire_version),
+        };
         let head = self.client().head(request).await?.into_inner();
         let epoch = WorkspaceEpoch::from_slice(&head.epoch).map_err(HubError::protocol)?;
-        Ok(Head { epoch, seq: head.seq })
+        let root = digest(&head.root_digest, "root digest")?;
+        Ok(Contact {
+            head: Head { epoch, seq: head.seq, root },
+            wanted: separated(&head.wanted)?,
+            confirm_deletes: head.confirm_deletes,
+        })
     }
 
     async fn have(&self, workspace: WorkspaceId, chunks: &[Digest]) -> Result<Vec<bool>, HubError> {
@@ -219,21 +260,27 @@ impl Hub for TonicHub {
             commit_id: Bytes::copy_from_slice(commit.id.as_bytes()),
             epoch: Bytes::copy_from_slice(commit.epoch.as_bytes()),
             ops: commit.ops.iter().map(wire_op).collect(),
+            known: commit.known.map(wire_version),
         };
         let answer = self.client().commit(request).await?.into_inner();
         let rejected =
             answer.rejected.into_iter().map(domain_rejected).collect::<Result<_, _>>()?;
         let changes = answer.seqs.iter().filter(|seq| **seq != 0).count() as u64;
-        Ok(Committed { seq: answer.seq, rejected, changes })
+        let root = digest(&answer.root_digest, "root digest")?;
+        Ok(Committed { seq: answer.seq, root, rejected, changes })
     }
 
     async fn changes(
         &self,
         workspace: WorkspaceId,
         after: u64,
+        known: Option<Head>,
     ) -> Result<Answers<ChangesPage>, HubError> {
-        let request =
-            v1::ChangesRequest { workspace_id: workspace_bytes(workspace), after_seq: after };
+        let request = v1::ChangesRequest {
+            workspace_id: workspace_bytes(workspace),
+            after_seq: after,
+            known: known.map(wire_version),
+        };
         let pages = self.client().changes(request).await?.into_inner();
         Ok(pages.map(|page| domain_page(page?)).boxed())
     }
@@ -242,13 +289,13 @@ impl Hub for TonicHub {
         &self,
         workspace: WorkspaceId,
         chunks: &[Digest],
-    ) -> Result<Answers<Bytes>, HubError> {
+    ) -> Result<Answers<Fetched>, HubError> {
         let request = v1::GetPacksRequest {
             workspace_id: workspace_bytes(workspace),
             chunks: concatenated(chunks),
         };
         let packs = self.client().get_packs(request).await?.into_inner();
-        Ok(packs.map(|pack| Ok(pack?.pack)).boxed())
+        Ok(packs.map(|answer| domain_fetched(answer?)).boxed())
     }
 
     async fn ack_applied(&self, workspace: WorkspaceId, cursor: Cursor) -> Result<(), HubError> {

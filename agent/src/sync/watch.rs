@@ -72,6 +72,11 @@ impl Dirty {
         scopes
     }
 
+    /// Whether everything is to be looked at.
+    pub(super) fn is_everything(&self) -> bool {
+        self.lock().contains(&Scope::Tree(None))
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.lock().is_empty()
     }

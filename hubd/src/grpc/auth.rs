@@ -177,6 +177,7 @@ pub const TABLE: &[(&str, Level)] = &[
     ("/cortex.v1.Operator/DetachWorkspace", Level::Manage),
     ("/cortex.v1.Operator/WorkspaceStatus", Level::Look),
     ("/cortex.v1.Operator/ListConflicts", Level::Look),
+    ("/cortex.v1.Operator/ConfirmDeletes", Level::Manage),
 ];
 
 /// What a caller has proved to be, and what ends its calls.

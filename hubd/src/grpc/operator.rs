@@ -357,6 +357,14 @@ impl Operator for OperatorService {
         let operator = admitted(&request)?;
         workspaces::conflicts(self, &operator, request.into_inner()).await.map(Response::new)
     }
+
+    async fn confirm_deletes(
+        &self,
+        request: Request<v1::ConfirmDeletesRequest>,
+    ) -> Result<Response<v1::ConfirmDeletesResponse>, Status> {
+        let operator = admitted(&request)?;
+        workspaces::confirm_deletes(self, &operator, request.into_inner()).await.map(Response::new)
+    }
 }
 
 /// A node as operators see it.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use cortex_proto::v1::sync_server::{Sync, SyncServer};
 use cortex_proto::{MAX_MESSAGE_BYTES, v1};
+use cortex_shared::entry::Digest;
 use cortex_shared::ids::{NodeId, WorkspaceId};
 use futures_util::stream::{self, Stream, StreamExt as _, TryStreamExt as _};
 use prost::Message as _;
@@ -19,7 +20,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedNode, admitted};
 use super::status::{disk_full, from_database, internal, invalid, refuse};
-use crate::store::workspace::StoreError;
+use crate::store::workspace::{Found, StoreError};
 use crate::sync::{SyncError, WorkspaceHub, Workspaces};
 
 /// Packs of one stream that are worked on at the same time: while one is flushed to disk, others
@@ -131,13 +132,18 @@ impl Sync for SyncService {
         let AdmittedNode { node_id } = admitted(&request)?;
         let Member { node, workspace } =
             self.member(node_id, &request.get_ref().workspace_id).await?;
-        let head = *workspace.head().borrow();
+        let head = match convert::known(request.get_ref().known.as_ref())? {
+            Some(known) => workspace.check_history(known).await.map_err(status)?,
+            None => *workspace.head().borrow(),
+        };
         Ok(Response::new(v1::HeadResponse {
             epoch: Bytes::copy_from_slice(head.epoch.as_bytes()),
             seq: head.seq,
             root_digest: convert::wire_digest(&head.root),
             name: self.membership.workspace_name(workspace.id()).unwrap_or_default(),
             applied_seq: workspace.applied(node).await.map_err(status)?,
+            confirm_deletes: workspace.take_confirmation(node),
+            wanted: convert::wire_hashes(&workspace.wanted().await.map_err(status)?),
         }))
     }
 
@@ -181,6 +187,7 @@ impl Sync for SyncService {
         let request = request.into_inner();
         let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
         let room = workspace.incoming_room(node, request.encoded_len()).await;
+        same_history(&workspace, request.known.as_ref()).await?;
         let commit = convert::commit(request, node)?;
         let result = workspace.commit(commit).await.map_err(status)?;
         drop(room);
@@ -196,6 +203,7 @@ impl Sync for SyncService {
         let AdmittedNode { node_id } = admitted(&request)?;
         let request = request.into_inner();
         let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
+        same_history(&workspace, request.known.as_ref()).await?;
         let service = self.clone();
         let pages = stream::try_unfold(Some(request.after_seq), move |after| {
             let (service, workspace) = (service.clone(), workspace.clone());
@@ -220,21 +228,26 @@ impl Sync for SyncService {
         let request = request.into_inner();
         let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
         let chunks = convert::hashes(&request.chunks)?;
-        let packs = workspace.packs_of(chunks).await.map_err(status)?;
+        let Found { packs, missing } = workspace.packs_of(chunks).await.map_err(status)?;
+        let unknown = (!missing.is_empty()).then(|| Ok(absent(&missing)));
         // Held as long as the stream: a member that does not read keeps its own room only.
         let room = workspace.outgoing_room(node, PACKS_AHEAD * MAX_MESSAGE_BYTES).await;
         let service = self.clone();
         let packs = stream::iter(packs)
-            .map(move |pack| {
+            .map(move |(pack, chunks)| {
                 let _held = &room;
                 let (service, workspace) = (service.clone(), workspace.clone());
                 async move {
                     service.check_member(node, workspace.id())?;
                     let pack = workspace.read_pack(pack).await.map_err(status)?;
-                    Ok(v1::Pack { pack })
+                    Ok(pack.map_or_else(
+                        || absent(&chunks),
+                        |pack| v1::Pack { pack, missing: Bytes::new() },
+                    ))
                 }
             })
             .buffered(PACKS_AHEAD);
+        let packs = stream::iter(unknown).chain(packs);
         Ok(Response::new(until_closing(self.workspaces.closing(), packs)))
     }
 
@@ -251,6 +264,22 @@ impl Sync for SyncService {
     }
 }
 
+/// Refuses a member whose versions are not those of this history.
+async fn same_history(workspace: &WorkspaceHub, known: Option<&v1::Version>) -> Result<(), Status> {
+    let Some(known) = convert::known(known)? else { return Ok(()) };
+    let head = workspace.check_history(known).await.map_err(status)?;
+    if head.epoch == known.epoch {
+        return Ok(());
+    }
+    let error = StoreError::WrongEpoch { asked: known.epoch, current: head.epoch };
+    Err(status(error.into()))
+}
+
+/// Names chunks that the hub does not have.
+fn absent(chunks: &[Digest]) -> v1::Pack {
+    v1::Pack { pack: Bytes::new(), missing: convert::wire_hashes(chunks) }
+}
+
 /// How errors of a workspace look to a member.
 fn status(error: SyncError) -> Status {
     if error.is_disk_full() {
@@ -258,10 +287,6 @@ fn status(error: SyncError) -> Status {
     }
     match &error {
         SyncError::Pack(reason) => invalid(format!("invalid pack: {reason}")),
-        SyncError::Damaged { .. } => {
-            tracing::error!(%error, "acknowledged content is damaged");
-            refuse(Code::DataLoss, "content_damaged", error.to_string())
-        }
         SyncError::Store(reason) => {
             let text = reason.to_string();
             match reason {
@@ -271,7 +296,6 @@ fn status(error: SyncError) -> Status {
                 StoreError::BeyondHead { .. } => {
                     refuse(Code::FailedPrecondition, "beyond_head", text)
                 }
-                StoreError::UnknownChunks { .. } => refuse(Code::NotFound, "missing_chunks", text),
                 StoreError::ForeignCommit { .. } => {
                     refuse(Code::AlreadyExists, "commit_id_used", text)
                 }

@@ -172,3 +172,27 @@ pub(super) async fn conflicts(
         .collect();
     Ok(v1::ListConflictsResponse { conflicts })
 }
+
+pub(super) async fn confirm_deletes(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    request: v1::ConfirmDeletesRequest,
+) -> Result<v1::ConfirmDeletesResponse, Status> {
+    let workspace = find(service, &request.workspace, operator)?;
+    let only = match request.node.as_str() {
+        "" => None,
+        node => Some(service.node(node, operator)?.node.id),
+    };
+    let holding: Vec<NodeId> = workspace
+        .members
+        .iter()
+        .copied()
+        .filter(|node| only.is_none_or(|only| *node == only) && sees_node(service, *node, operator))
+        .filter(|node| service.members.holds_deletions(workspace.id, *node))
+        .collect();
+    let (members, by, nodes) = (Arc::clone(&service.members), operator.actor(), holding.clone());
+    let confirm = async move { members.confirm_deletes(workspace.id, &nodes, &by).await };
+    run_to_end(&service.scope, "workspace", confirm).await?.map_err(|error| internal(&error))?;
+    let name = |node: &NodeId| service.registry.get(*node).map(|view| view.node.name);
+    Ok(v1::ConfirmDeletesResponse { nodes: holding.iter().filter_map(name).collect() })
+}

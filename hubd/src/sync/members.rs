@@ -4,12 +4,25 @@
 use std::sync::Arc;
 
 use cortex_proto::v1::{self, HeadMoved, Memberships, hub_frame};
+use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, WorkspaceId};
+use serde_json::json;
 
 use super::{SyncError, Workspaces};
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::{Actor, Scope, Store, StoreError, Workspace};
+
+/// Why the word of an operator did not reach members.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfirmError {
+    /// It could not be put on record.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The workspace could not be told.
+    #[error(transparent)]
+    Sync(#[from] SyncError),
+}
 
 /// See the module.
 pub struct Members {
@@ -71,6 +84,38 @@ impl Members {
         self.membership.detach(&*self.store, workspace, node, by).await?;
         self.send_memberships(node).await;
         self.registry.notify();
+        Ok(())
+    }
+
+    /// Whether a member is connected and says that it holds deletions because they are so many.
+    #[must_use]
+    pub fn holds_deletions(&self, workspace: WorkspaceId, node: NodeId) -> bool {
+        self.registry.get(node).is_some_and(|view| view.session.is_some())
+            && self.registry.sync_status(node, workspace).is_some_and(|status| {
+                status.problems.iter().any(|problem| problem.code == "mass_delete_held")
+            })
+    }
+
+    /// Lets the deletions go that these members hold. They are told when they ask for the head, which
+    /// they are made to do; the word is lost if the hub stops before.
+    ///
+    /// # Errors
+    /// Those of the stores.
+    pub async fn confirm_deletes(
+        &self,
+        workspace: WorkspaceId,
+        nodes: &[NodeId],
+        by: &Actor,
+    ) -> Result<(), ConfirmError> {
+        let name = self.membership.name_of(workspace).unwrap_or_else(|| workspace.to_string());
+        for node in nodes {
+            let detail = json!({ "workspace_id": workspace, "node_id": node });
+            let audit = by.audit(unix_ms(), "workspace.deletes_confirmed", name.clone(), detail);
+            self.store.record_audit(audit).await?;
+        }
+        if !nodes.is_empty() {
+            self.content.workspace(workspace).await?.confirm_deletes(nodes).await?;
+        }
         Ok(())
     }
 

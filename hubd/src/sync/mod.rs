@@ -13,8 +13,8 @@
 //! checking hashes, and keeps no state for a member but the version it has applied.
 //!
 //! A crash loses what was not acknowledged. A pack file that no database row knows is adopted at the
-//! next start; a row whose file is gone is forgotten then, so that [`WorkspaceHub::have`] asks
-//! members for the content again.
+//! next start. A row whose file is gone or damaged is forgotten, then or when the file is read, and
+//! members are asked for its content again (`WorkspaceHub::wanted`).
 
 pub mod budget;
 pub mod heads;
@@ -29,7 +29,6 @@ use std::time::Duration;
 
 use cortex_shared::clock::unix_ms;
 use cortex_shared::durable;
-use cortex_shared::entry::Digest;
 use cortex_shared::ids::{NodeId, WorkspaceId};
 use cortex_shared::pack::InvalidPack;
 use cortex_shared::tasks::TaskScope;
@@ -57,12 +56,6 @@ pub enum SyncError {
     /// What the member sent is not a valid pack.
     #[error("invalid pack")]
     Pack(#[from] InvalidPack),
-    /// A pack that was acknowledged is missing or changed on disk.
-    #[error("pack {pack} is missing or damaged on disk")]
-    Damaged {
-        /// Its name.
-        pack: Digest,
-    },
     /// The work was lost because the code that did it failed.
     #[error("the work failed")]
     Failed,

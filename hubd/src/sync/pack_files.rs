@@ -33,6 +33,11 @@ impl PackFileError {
         Self { action, path: path.to_owned(), source }
     }
 
+    /// Whether trying again is of no use: the disk cannot read it.
+    pub(super) fn is_lost(&self) -> bool {
+        self.source.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
+    }
+
     /// Whether there was no space left.
     #[must_use]
     pub fn is_disk_full(&self) -> bool {
@@ -163,7 +168,8 @@ impl PackFiles {
         Ok(packs)
     }
 
-    /// Puts a pack that is not intact aside, where nothing reads it but a person can.
+    /// Puts a pack that is not intact aside, where nothing reads it but a person can. One that is
+    /// gone is no error.
     ///
     /// # Errors
     /// Those of the file system.
@@ -171,8 +177,12 @@ impl PackFiles {
         durable::create_private_folder(&self.damaged)
             .map_err(|error| PackFileError::new("create", &self.damaged, error))?;
         let path = self.path(hash);
-        fs::rename(&path, self.damaged.join(hash.to_string()))
-            .map_err(|error| PackFileError::new("move", &path, error))
+        match fs::rename(&path, self.damaged.join(hash.to_string())) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(PackFileError::new("move", &path, error))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn path(&self, hash: &Digest) -> PathBuf {

@@ -119,7 +119,7 @@ async fn what_was_acknowledged_is_there_after_a_stop_between_any_two_steps() {
     let head = *stopped.workspace.head().borrow();
     assert_eq!((head.seq, head.root), (result.seq, result.root));
     let packs = stopped.workspace.packs_of(vec![Digest::of(b"one")]).await.unwrap();
-    assert_eq!(stopped.workspace.read_pack(packs[0]).await.unwrap(), pack);
+    assert_eq!(stopped.workspace.read_pack(packs.packs[0].0).await.unwrap(), Some(pack.clone()));
     let next = stopped.commit(vec![op("b", None, Some(file(b"two")))]).await;
     assert_eq!(next.seqs, [result.seq + 1]);
     stopped.close().await;
@@ -158,7 +158,7 @@ async fn a_start_sweeps_adopts_and_forgets() {
     assert!(!hub.have(b"lost").await, "asked for again");
     assert!(hub.have(b"kept").await);
     let packs = hub.workspace.packs_of(vec![Digest::of(b"shared")]).await.unwrap();
-    assert_eq!(packs, [kept], "found in the pack that is left");
+    assert_eq!(packs.packs[0].0, kept, "found in the pack that is left");
     // What is asked for again can be sent again.
     assert!(!hub.put(&pack_of(&[b"lost", b"shared"])).await.duplicate);
     assert!(!hub.put(damaged.bytes()).await.duplicate);
@@ -167,19 +167,37 @@ async fn a_start_sweeps_adopts_and_forgets() {
 }
 
 #[tokio::test]
-async fn a_pack_that_changed_on_disk_is_not_passed_on() {
+async fn a_pack_that_changed_on_disk_is_not_passed_on_but_wanted_until_it_is_sent_again() {
     let folder = tempfile::tempdir().unwrap();
     let id = WorkspaceId::new();
     let hub = Hub::open(folder.path(), id).await;
-    let hash = hub.put(&pack_of(&[b"content"])).await.hash;
-    assert!(hub.workspace.read_pack(hash).await.is_ok());
+    let pack = pack_of(&[b"content"]);
+    let hash = hub.put(&pack).await.hash;
+    hub.commit(vec![op("f", None, Some(file(b"content")))]).await;
+    assert!(hub.workspace.read_pack(hash).await.unwrap().is_some());
     let home = folder.path().join(id.to_string());
     let path = home.join("packs").join(hash.short_hex(1)).join(hash.to_string());
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[17] ^= 0x10;
     std::fs::write(&path, bytes).unwrap();
-    let read = hub.workspace.read_pack(hash).await;
-    assert!(matches!(read, Err(SyncError::Damaged { pack }) if pack == hash));
+    // Sending it again mends it, even before anybody has noticed.
+    hub.put(&pack).await;
+    assert!(hub.workspace.read_pack(hash).await.unwrap().is_some());
+    std::fs::write(&path, b"damaged again").unwrap();
+    assert_eq!(hub.workspace.read_pack(hash).await.unwrap(), None);
+    assert!(home.join("damaged").join(hash.to_string()).exists());
+    assert_eq!(hub.workspace.wanted().await.unwrap(), [Digest::of(b"content")]);
+    let found = hub.workspace.packs_of(vec![Digest::of(b"content")]).await.unwrap();
+    assert_eq!((found.packs.len(), found.missing.len()), (0, 1));
+    // And what is still wanted after a restart is wanted then.
+    hub.close().await;
+    let hub = Hub::open(folder.path(), id).await;
+    assert_eq!(hub.workspace.wanted().await.unwrap(), [Digest::of(b"content")]);
+    assert!(!hub.put(&pack).await.duplicate);
+    assert!(hub.workspace.wanted().await.unwrap().is_empty());
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(hub.workspace.read_pack(hash).await.unwrap(), None, "gone altogether");
+    assert_eq!(hub.workspace.wanted().await.unwrap(), [Digest::of(b"content")]);
     hub.close().await;
 }
 
@@ -375,7 +393,8 @@ async fn killed_at_any_instant_nothing_acknowledged_is_lost() {
         for entry in tree.values() {
             let Entry::File(file) = entry else { continue };
             let packs = hub.workspace.packs_of(vec![file.content]).await.unwrap();
-            let pack = Pack::parse(hub.workspace.read_pack(packs[0]).await.unwrap()).unwrap();
+            let pack = hub.workspace.read_pack(packs.packs[0].0).await.unwrap().unwrap();
+            let pack = Pack::parse(pack).unwrap();
             assert!(pack.chunk(&file.content).unwrap().is_some());
         }
         hub.close().await;

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use cortex_shared::durable;
@@ -18,7 +18,7 @@ use super::heads::HeadBoard;
 use super::pack_files::{PackFileError, PackFiles};
 use crate::store::workspace::sqlite::SqliteWorkspaceStore;
 use crate::store::workspace::{
-    ChangesPage, Commit, CommitResult, Conflict, Head, PackAdded, PackRecord, Summary,
+    ChangesPage, Commit, CommitResult, Conflict, Found, Head, PackAdded, PackRecord, Summary,
     WorkspaceStore,
 };
 
@@ -44,6 +44,8 @@ pub struct WorkspaceHub {
     /// for the collection, from forgetting packs to removing their files. Otherwise a pack that is
     /// sent anew just then would lose its new file.
     collection: RwLock<()>,
+    /// Members that may send the deletions they hold, and have not been told yet.
+    confirmed: Mutex<HashSet<NodeId>>,
 }
 
 impl WorkspaceHub {
@@ -79,6 +81,7 @@ impl WorkspaceHub {
             files: Arc::new(files),
             budget,
             collection: RwLock::new(()),
+            confirmed: Mutex::default(),
         });
         hub.reconcile().await?;
         hub.forward_heads(board, scope);
@@ -152,6 +155,15 @@ impl WorkspaceHub {
         self.store.watch_head()
     }
 
+    /// Compares the newest version a member knows with this history, and begins a new epoch if that
+    /// proves that versions were lost; see [`WorkspaceStore::check_history`].
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn check_history(&self, known: Head) -> Result<Head, SyncError> {
+        Ok(self.store.check_history(known).await?)
+    }
+
     /// Head and size.
     ///
     /// # Errors
@@ -187,7 +199,9 @@ impl WorkspaceHub {
         let pack = Arc::new(blocking(move || Ok(Pack::parse(bytes)?)).await?);
         let hash = pack.hash();
         let _no_collection = self.collection.read().await;
-        if self.store.has_pack(hash).await? {
+        if self.store.has_pack(hash).await? && matches!(self.read_file(hash).await, Ok(Some(_))) {
+            // Some of its chunks may have been found in another pack, which is lost by now.
+            self.store.add_pack(record(&pack)).await?;
             return Ok(PutPackAck { hash, duplicate: true });
         }
         let room = Arc::new(room);
@@ -204,21 +218,77 @@ impl WorkspaceHub {
         Ok(PutPackAck { hash, duplicate: added == PackAdded::Known })
     }
 
-    /// The packs that hold these chunks, each once, in the order of the first chunk that needs it.
+    /// The packs that hold these chunks.
     ///
     /// # Errors
-    /// `StoreError::UnknownChunks` if one is not present.
-    pub async fn packs_of(&self, chunks: Vec<Digest>) -> Result<Vec<Digest>, SyncError> {
+    /// Those of the store.
+    pub async fn packs_of(&self, chunks: Vec<Digest>) -> Result<Found, SyncError> {
         Ok(self.store.packs_of(chunks).await?)
     }
 
-    /// A pack as it was received.
+    /// Lets members send the deletions they hold because they are so many. The head moves, so that
+    /// they ask for it, and are told then.
     ///
     /// # Errors
-    /// [`SyncError::Damaged`] if it is no longer what its name says, and those of the disk.
-    pub async fn read_pack(&self, pack: Digest) -> Result<Bytes, SyncError> {
+    /// Those of the store.
+    pub async fn confirm_deletes(&self, members: &[NodeId]) -> Result<(), SyncError> {
+        self.confirmed.lock().unwrap_or_else(PoisonError::into_inner).extend(members);
+        Ok(self.store.repeat_head().await?)
+    }
+
+    /// Whether a member has to be told that it may send the deletions it holds. Says so once.
+    #[must_use]
+    pub fn take_confirmation(&self, member: NodeId) -> bool {
+        self.confirmed.lock().unwrap_or_else(PoisonError::into_inner).remove(&member)
+    }
+
+    /// Chunks that were lost, for members to send again.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn wanted(&self) -> Result<Vec<Digest>, SyncError> {
+        Ok(self.store.wanted().await?)
+    }
+
+    /// A pack as it was received; `None` if it cannot be had now. One that is lost or damaged is
+    /// forgotten, and its chunks are wanted from then on.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn read_pack(&self, pack: Digest) -> Result<Option<Bytes>, SyncError> {
+        match self.read_file(pack).await {
+            Ok(Some(bytes)) => return Ok(Some(bytes)),
+            Err(SyncError::Files(error)) if !error.is_lost() => {
+                tracing::error!(workspace = %self.id, %pack, %error, "a pack cannot be read now");
+                return Ok(None);
+            }
+            Ok(None) | Err(SyncError::Files(_)) => {}
+            Err(error) => return Err(error),
+        }
+        let _alone = self.collection.write().await;
+        // Somebody may just have sent it again.
+        if let Ok(Some(bytes)) = self.read_file(pack).await {
+            return Ok(Some(bytes));
+        }
+        tracing::error!(
+            workspace = %self.id, %pack,
+            "an acknowledged pack is missing or damaged on disk; members are asked for its content"
+        );
+        if let Err(error) = self.set_aside(pack).await {
+            tracing::error!(workspace = %self.id, %pack, %error, "it cannot be set aside");
+        }
+        self.store.forget_packs(vec![pack]).await?;
+        Ok(None)
+    }
+
+    async fn read_file(&self, pack: Digest) -> Result<Option<Bytes>, SyncError> {
         let files = self.files.clone();
-        blocking(move || Ok(files.read(&pack)?)).await?.ok_or(SyncError::Damaged { pack })
+        blocking(move || Ok(files.read(&pack)?)).await
+    }
+
+    async fn set_aside(&self, pack: Digest) -> Result<(), SyncError> {
+        let files = self.files.clone();
+        blocking(move || Ok(files.set_aside(&pack)?)).await
     }
 
     /// Lets go of content that no entry names and that nobody has touched since, and returns how many
@@ -245,6 +315,7 @@ impl WorkspaceHub {
             }
         }
         while self.store.drop_recipes().await? > 0 {}
+        self.store.drop_wanted().await?;
         Ok(collected)
     }
 

@@ -52,7 +52,7 @@ pub(super) struct Attached {
 
 impl WorkspaceConfig {
     /// Where the index and, if it is on the same file system, the private directory are.
-    pub(super) fn state_folder(&self) -> PathBuf {
+    pub(in crate::sync) fn state_folder(&self) -> PathBuf {
         self.state_dir.join("workspaces").join(self.id.to_string())
     }
 }

@@ -5,28 +5,31 @@
 //! queue: stopped at any instant, it finds its work again by looking.
 
 mod attach;
+mod hold;
 mod pass;
+mod work;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cortex_shared::backoff::Backoff;
-use cortex_shared::wire_path::WirePath;
+use cortex_shared::tasks::TaskScope;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::apply::rescue_late_writes;
 use super::core::{CoreCell, SyncError};
 use super::hub::Hub;
-use super::index::{Cursor, Index};
-use super::problem::{Finding, Problems, Stage};
-use super::scan::{Directories, HotFile, Report, ScanError, Scanner, Scope};
+use super::index::Index;
+use super::problem::{Finding, Stage};
+use super::scan::{Directories, Report, ScanError, Scanner, Scope};
 use super::status::{Progress, SyncState};
 use super::watch::{Dirty, Unwatched};
 use super::{FlushError, WorkspaceConfig};
 use crate::root_dir::DirIdentity;
 use attach::{AttachError, Attached, attach, check_root};
+use work::Work;
 
 /// How long it has to be quiet before changes are looked at, so that one look sees a whole save.
 const QUIET: Duration = Duration::from_millis(50);
@@ -42,6 +45,9 @@ const HALTED_RETRY: Duration = Duration::from_secs(2);
 const PROBLEM_RETRY: Duration = Duration::from_secs(30);
 /// First and longest wait before a file that is being written is looked at again.
 const UNSTABLE_RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+/// How long after files were displaced it is looked whether somebody still writes to them, besides
+/// each look at everything.
+const LATE_WRITES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 /// From this wait on, people are told.
 const UNSTABLE_TOLD: Duration = Duration::from_secs(1);
 /// Bounds of the wait before the hub is called again after a failure.
@@ -58,38 +64,14 @@ pub(super) enum Command {
 pub(super) struct Engine<H> {
     pub(super) config: WorkspaceConfig,
     pub(super) hub: H,
+    /// Another line to the same hub.
+    pub(super) large: Arc<H>,
+    pub(super) scope: TaskScope,
     pub(super) online: watch::Receiver<bool>,
     pub(super) head: watch::Receiver<u64>,
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) cancel: CancellationToken,
-    pub(super) progress: Progress,
-}
-
-/// What the engine holds while it works in a root.
-struct Work {
-    core: CoreCell,
-    identity: DirIdentity,
-    dirty: Arc<Dirty>,
-    problems: Problems,
-    /// How far the hub is known; `None` before the first contact of this run.
-    cursor: Option<Cursor>,
-    /// Remote may be behind the hub.
-    outdated: bool,
-    acknowledged_seq: Option<u64>,
-    next_full_scan: Instant,
-    limited: bool,
-    /// Directories to look at again, and when.
-    revisits: Vec<(Instant, Scope)>,
-    /// Files that are being written, and how long each is left alone after the last attempt.
-    hot: HashMap<WirePath, (HotFile, Duration)>,
-    hub_backoff: Backoff,
-    retry_at: Option<Instant>,
-    /// When to look again at paths with problems. Only wakes up: everything else goes on meanwhile.
-    problem_retry_at: Option<Instant>,
-    flushes: Vec<oneshot::Sender<Result<(), FlushError>>>,
-    /// Deletions that were pushed, and when: for the hold of mass deletions.
-    deletions: VecDeque<(Instant, usize)>,
-    deletions_confirmed: bool,
+    pub(super) progress: Arc<Progress>,
 }
 
 /// Why the engine stopped working in a root.
@@ -126,8 +108,9 @@ impl<H: Hub> Engine<H> {
                 Ok(Attached { core, identity }) => {
                     let mut work = Work::new(CoreCell::new(core), identity, dirty);
                     let end = self.work(&mut work).await;
+                    work.end_transfers().await;
                     for flush in work.flushes.drain(..) {
-                        flush.send(Err(FlushError::Stopped)).ok();
+                        flush.answer.send(Err(FlushError::Stopped)).ok();
                     }
                     match end {
                         End::Stopped => return,
@@ -190,6 +173,7 @@ impl<H: Hub> Engine<H> {
                 if !self.settle(&work.dirty.clone()).await {
                     return End::Stopped;
                 }
+                self.hear(work);
                 continue;
             }
             work.answer_flushes(&round);
@@ -228,7 +212,9 @@ impl<H: Hub> Engine<H> {
         let problems = work.problems.list();
         self.progress.update(|status| status.problems = problems);
         work.outdated = true;
-        work.retry_at = Some(Instant::now() + work.hub_backoff.next_delay());
+        let retry_at = Instant::now() + work.hub_backoff.next_delay();
+        work.retry_at = Some(retry_at);
+        work.revisits.extend(work.unseen.drain(..).map(|scope| (retry_at, scope)));
         None
     }
 
@@ -252,7 +238,17 @@ impl<H: Hub> Engine<H> {
         }
         // Nothing of what was just seen is believed if the root was swapped meanwhile.
         self.check_root(work.identity).await?;
-        let round = self.pass(work).await?;
+        let round = match self.pass(work).await {
+            // The next round asks for the head, and knows then. It waits like for any other failure
+            // if it is told the same again.
+            Err(SyncError::Hub(error)) if error.is_other_history() && !work.asked_anew => {
+                tracing::warn!(workspace = %self.config.name, %error, "asking the hub anew");
+                (work.outdated, work.asked_anew) = (true, true);
+                return Ok(Round::More);
+            }
+            result => result?,
+        };
+        work.asked_anew = false;
         work.hub_backoff.reset();
         Ok(round)
     }
@@ -267,63 +263,94 @@ impl<H: Hub> Engine<H> {
 
     /// Scans where something may have changed.
     async fn look(&mut self, work: &mut Work) -> Result<(), SyncError> {
+        let due = Instant::now();
+        let late = work.trash_looks.extract_if(.., |at| *at <= due).count() > 0;
+        if late || work.dirty.is_everything() {
+            self.look_into_trash(work).await?;
+        }
         let scopes = work.dirty.take();
         if scopes.is_empty() {
             return Ok(());
         }
         self.progress.state(SyncState::Scanning);
         let everything = scopes.contains(&Scope::Tree(None));
-        for scope in scopes {
-            let cancel = self.cancel.clone();
-            let scanned = scope.clone();
-            let begun = std::time::Instant::now();
-            let hot: HashMap<_, _> =
-                work.hot.iter().map(|(path, (hot, _))| (path.clone(), *hot)).collect();
-            let (report, entries, limited) = work
-                .core
-                .run(move |core| {
-                    let mut report = Report::default();
-                    // A file that was moved here is seen with its directory.
-                    let is_file = matches!(&scanned, Scope::Tree(Some(path))
-                        if core.root.open_dir(Some(path)).is_err());
-                    if !is_file {
-                        let mut unwatched = Unwatched;
-                        let directories: &mut dyn Directories = match &mut core.watch {
-                            Some(watch) => {
-                                if scanned == Scope::Tree(None) {
-                                    watch.forget();
-                                }
-                                watch
-                            }
-                            None => &mut unwatched,
-                        };
-                        let scanner = Scanner {
-                            root: &core.root,
-                            index: &mut core.index,
-                            ignore: &core.ignore,
-                            clock: core.private.clock()?,
-                            hot: &hot,
-                            directories,
-                            cancel: &cancel,
-                        };
-                        report = scanner.scan(&scanned)?;
-                    }
-                    let limited = core.watch.as_ref().is_none_or(|watch| watch.limited);
-                    Ok::<_, SyncError>((report, core.index.counts().local, limited))
-                })
-                .await?;
-            if report.cancelled {
-                return Err(SyncError::Cancelled);
+        let mut scopes = scopes.into_iter();
+        while let Some(scope) = scopes.next() {
+            if let Err(error) = self.look_at(work, &scope).await {
+                // Nobody else remembers that there is something to be seen.
+                work.unseen.push(scope);
+                work.unseen.extend(scopes);
+                return Err(error);
             }
-            work.limited = limited;
-            work.seen(&scope, begun, report);
-            self.progress.update(|status| status.entries = entries);
         }
         if everything {
             let pause = if work.limited { POLL } else { FULL_SCAN };
             work.next_full_scan = Instant::now() + pause;
+            work.supplied.clear();
+            work.flushes.iter_mut().for_each(|flush| flush.looked = true);
             work.core.run(|core| core.private.empty_trash()).await?;
         }
+        Ok(())
+    }
+
+    /// Puts back what somebody has written to after it was displaced.
+    async fn look_into_trash(&self, work: &mut Work) -> Result<(), SyncError> {
+        let late = work
+            .core
+            .run(|core| rescue_late_writes(&core.root, &core.private, &mut core.index))
+            .await?;
+        work.problems.replace(Stage::Trash, |_| true, late.findings);
+        for directory in late.dirty {
+            work.dirty.add(Scope::Children(directory));
+        }
+        Ok(())
+    }
+
+    async fn look_at(&mut self, work: &mut Work, scope: &Scope) -> Result<(), SyncError> {
+        let cancel = self.cancel.clone();
+        let scanned = scope.clone();
+        let begun = std::time::Instant::now();
+        let hot: HashMap<_, _> =
+            work.hot.iter().map(|(path, (hot, _))| (path.clone(), *hot)).collect();
+        let (report, entries, limited) = work
+            .core
+            .run(move |core| {
+                let mut report = Report::default();
+                // A file that was moved here is seen with its directory.
+                let is_file = matches!(&scanned, Scope::Tree(Some(path))
+                        if core.root.open_dir(Some(path)).is_err());
+                if !is_file {
+                    let mut unwatched = Unwatched;
+                    let directories: &mut dyn Directories = match &mut core.watch {
+                        Some(watch) => {
+                            if scanned == Scope::Tree(None) {
+                                watch.forget();
+                            }
+                            watch
+                        }
+                        None => &mut unwatched,
+                    };
+                    let scanner = Scanner {
+                        root: &core.root,
+                        index: &mut core.index,
+                        ignore: &core.ignore,
+                        clock: core.private.clock()?,
+                        hot: &hot,
+                        directories,
+                        cancel: &cancel,
+                    };
+                    report = scanner.scan(&scanned)?;
+                }
+                let limited = core.watch.as_ref().is_none_or(|watch| watch.limited);
+                Ok::<_, SyncError>((report, core.index.counts().local, limited))
+            })
+            .await?;
+        if report.cancelled {
+            return Err(SyncError::Cancelled);
+        }
+        work.limited = limited;
+        work.seen(scope, begun, report);
+        self.progress.update(|status| status.entries = entries);
         Ok(())
     }
 
@@ -334,7 +361,7 @@ impl<H: Hub> Engine<H> {
             () = self.cancel.cancelled() => return false,
             () = work.dirty.changed() => return self.settle(&work.dirty.clone()).await,
             seq = next_value(&mut self.head) => {
-                work.outdated |= work.cursor.is_none_or(|cursor| seq > cursor.seq);
+                work.head_moved(seq);
             }
             online = next_value(&mut self.online) => {
                 if online {
@@ -342,21 +369,22 @@ impl<H: Hub> Engine<H> {
                     work.retry_at = None;
                 }
             }
-            Some(command) = self.commands.recv() => match command {
-                Command::Flush(answer) => {
-                    work.flushes.push(answer);
-                    // Whoever asks has finished writing.
-                    let now = std::time::Instant::now();
-                    work.hot.values_mut().for_each(|(hot, _)| hot.until = now);
-                    work.dirty.add(Scope::Tree(None));
-                    work.outdated = true;
-                    work.retry_at = None;
-                }
-                Command::ConfirmDeletions => work.deletions_confirmed = true,
-            },
+            Some(command) = self.commands.recv() => work.obey(command),
+            () = work.transferred.notified() => {}
             () = tokio::time::sleep_until(due) => work.collect_due(),
         }
         true
+    }
+
+    /// Takes what is asked and told without waiting for it: where something is written all the time,
+    /// there is no time to wait.
+    fn hear(&mut self, work: &mut Work) {
+        if self.head.has_changed().unwrap_or(false) {
+            work.head_moved(*self.head.borrow_and_update());
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            work.obey(command);
+        }
     }
 
     /// Waits until nothing changes for a moment, but not for ever.
@@ -379,105 +407,4 @@ async fn next_value<T: Copy>(receiver: &mut watch::Receiver<T>) -> T {
         std::future::pending::<()>().await;
     }
     *receiver.borrow_and_update()
-}
-
-impl Work {
-    fn new(core: CoreCell, identity: DirIdentity, dirty: Arc<Dirty>) -> Self {
-        Self {
-            core,
-            identity,
-            dirty,
-            problems: Problems::default(),
-            cursor: None,
-            outdated: true,
-            acknowledged_seq: None,
-            next_full_scan: Instant::now() + FULL_SCAN,
-            limited: false,
-            revisits: Vec::new(),
-            hot: HashMap::new(),
-            hub_backoff: Backoff::new(HUB_RETRY.0, HUB_RETRY.1),
-            retry_at: None,
-            problem_retry_at: None,
-            flushes: Vec::new(),
-            deletions: VecDeque::new(),
-            deletions_confirmed: false,
-        }
-    }
-
-    /// Takes over what a scan found besides the index.
-    fn seen(&mut self, scope: &Scope, begun: std::time::Instant, report: Report) {
-        let covered = |path: Option<&WirePath>| match path {
-            Some(path) => scope.covers(path),
-            None => *scope == Scope::Tree(None),
-        };
-        let mut findings = report.findings;
-        if self.limited && *scope == Scope::Tree(None) {
-            let message = "not every directory can be watched: raise fs.inotify.max_user_watches; \
-                           changes are looked for every 30 s meanwhile";
-            findings.push(Finding { path: None, code: "watch_limit", message: message.to_owned() });
-        }
-        let now = Instant::now();
-        // What was looked at and did not change meanwhile is hot no more.
-        self.hot.retain(|path, (hot, _)| {
-            !scope.covers(path) || hot.until > begun || report.unstable.contains(path)
-        });
-        for path in report.unstable {
-            let parent = path.parent();
-            let first = (HotFile { until: begun, prefix: false }, UNSTABLE_RETRY.0 / 2);
-            let (hot, delay) = self.hot.entry(path).or_insert(first);
-            *delay = (*delay * 2).min(UNSTABLE_RETRY.1);
-            *hot = HotFile {
-                until: std::time::Instant::now() + *delay,
-                prefix: *delay == UNSTABLE_RETRY.1,
-            };
-            self.revisits.push((now + *delay, Scope::Children(parent)));
-        }
-        for (path, _) in self
-            .hot
-            .iter()
-            .filter(|(path, (_, delay))| *delay >= UNSTABLE_TOLD && scope.covers(path))
-        {
-            let text = "it is being written all the time; it is read again within half a minute";
-            findings.push(Finding::at(path, "changing", text));
-        }
-        self.problems.replace(Stage::Scan, covered, findings);
-        for directory in report.racy {
-            self.revisits.push((now + QUIET * 2, Scope::Children(directory)));
-        }
-    }
-
-    fn next_due(&self) -> Instant {
-        let revisit = self.revisits.iter().map(|(at, _)| *at).min();
-        [Some(self.next_full_scan), self.retry_at, self.problem_retry_at, revisit]
-            .into_iter()
-            .flatten()
-            .min()
-            .unwrap_or(self.next_full_scan)
-    }
-
-    fn collect_due(&mut self) {
-        let now = Instant::now();
-        if self.next_full_scan <= now {
-            self.dirty.add(Scope::Tree(None));
-            // Hints of the hub can be lost as well.
-            self.outdated = true;
-        }
-        let (due, later) = self.revisits.drain(..).partition(|(at, _)| *at <= now);
-        self.revisits = later;
-        let due: Vec<(Instant, Scope)> = due;
-        for (_, scope) in due {
-            self.dirty.add(scope);
-        }
-    }
-
-    fn answer_flushes(&mut self, round: &Result<Round, RoundError>) {
-        for flush in self.flushes.drain(..) {
-            let answer = match round {
-                Ok(Round::Offline) => Err(FlushError::Offline),
-                Ok(_) => Ok(()),
-                Err(error) => Err(FlushError::Failed { message: error.to_string() }),
-            };
-            flush.send(answer).ok();
-        }
-    }
 }

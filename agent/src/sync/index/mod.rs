@@ -23,6 +23,7 @@ use cortex_shared::ids::WorkspaceEpoch;
 use cortex_shared::wire_path::WirePath;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
+use super::hub::Head;
 use super::plan::Row;
 use crate::root_dir::{DirIdentity, Meta};
 pub use writer::Writer;
@@ -43,6 +44,12 @@ const SCHEMA: &str = "
     CREATE INDEX entry_content ON entry(content) WHERE content IS NOT NULL;
     CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
 ";
+/// Added without a new version: an index of before simply remembers none.
+const LATER_SCHEMA: &str = "
+    CREATE TABLE IF NOT EXISTS displaced (
+        name BLOB PRIMARY KEY, path BLOB NOT NULL, size INTEGER NOT NULL, mtime INTEGER NOT NULL
+    ) WITHOUT ROWID;
+";
 const COLUMNS: &str = "key, base, local, remote, unknown, dev, ino, size, mtime, ctime, racy";
 
 /// Why the index cannot be used.
@@ -58,7 +65,7 @@ pub enum IndexError {
         what: &'static str,
     },
     /// The file could not be created or moved aside.
-    #[error("cannot open index {path}")]
+    #[error("cannot open or remove index {path}")]
     Open {
         /// The file.
         path: PathBuf,
@@ -123,6 +130,19 @@ impl Stamp {
         (self.dev, self.ino, self.size, self.mtime_ns)
             == (meta.dev, meta.ino, meta.size, meta.mtime_ns)
     }
+}
+
+/// A file in the trash, and what it looked like when it got there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Displaced {
+    /// Its name in the trash.
+    pub name: Vec<u8>,
+    /// Where it stood.
+    pub path: WirePath,
+    /// Length in bytes.
+    pub size: u64,
+    /// Modification time in nanoseconds.
+    pub mtime_ns: i64,
 }
 
 /// A row with its stamp.
@@ -215,6 +235,23 @@ impl Index {
         Ok(())
     }
 
+    /// Removes the index, so that the next one is empty. Must not be open.
+    ///
+    /// # Errors
+    /// If the file system refuses.
+    pub fn remove(folder: &Path) -> Result<(), IndexError> {
+        for suffix in ["", "-wal", "-shm"] {
+            let path = folder.join(format!("{FILE_NAME}{suffix}"));
+            match std::fs::remove_file(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(IndexError::Open { path, source });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     fn open_existing(folder: &Path) -> Result<Self, IndexError> {
         let database = Connection::open(folder.join(FILE_NAME))?;
         database.set_prepared_statement_cache_capacity(32);
@@ -230,6 +267,7 @@ impl Index {
         } else if version != SCHEMA_VERSION {
             return Err(IndexError::Damaged { what: "schema version" });
         }
+        database.execute_batch(LATER_SCHEMA)?;
         let mut index = Self { database, counts: Counts::default() };
         index.counts = Counts {
             local: index.meta_number("local_count")?.unwrap_or(0),
@@ -346,6 +384,21 @@ impl Index {
         Ok(Window { rows, context, truncated })
     }
 
+    /// Up to `limit` rows after `after` of what both sides had and is not here any more, in order.
+    ///
+    /// # Errors
+    /// Those of SQLite, and a damaged row.
+    pub fn gone_here(&self, after: Option<&WirePath>, limit: u32) -> Result<Vec<Row>, IndexError> {
+        let sql = format!(
+            "SELECT {COLUMNS} FROM entry INDEXED BY entry_dirty WHERE dirty != 0 AND local IS NULL \
+             AND unknown = 0 AND base IS NOT NULL AND remote IS NOT NULL AND key > ? \
+             ORDER BY key LIMIT ?"
+        );
+        let after = after.map(WirePath::sort_key).unwrap_or_default();
+        let found = self.read_rows(&sql, params![after, limit])?;
+        Ok(found.into_iter().map(|found| found.row).collect())
+    }
+
     /// At how many paths the trees differ.
     ///
     /// # Errors
@@ -373,6 +426,48 @@ impl Index {
         let epoch = self.meta("epoch")?.and_then(|bytes| WorkspaceEpoch::from_slice(&bytes).ok());
         let seq = self.meta_number("seq")?;
         Ok(epoch.zip(seq).map(|(epoch, seq)| Cursor { epoch, seq }))
+    }
+
+    /// The newest head that the hub told of, in the epoch of the cursor.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn known_head(&self) -> Result<Option<Head>, IndexError> {
+        let epoch = self.meta("epoch")?.and_then(|bytes| WorkspaceEpoch::from_slice(&bytes).ok());
+        let seq = self.meta_number("head_seq")?;
+        let root = self.meta("head_root")?.and_then(|bytes| Digest::from_slice(&bytes));
+        Ok(epoch.zip(seq).zip(root).map(|((epoch, seq), root)| Head { epoch, seq, root }))
+    }
+
+    /// Up to `limit` displaced files that are remembered, after `after`, by name.
+    ///
+    /// # Errors
+    /// Those of SQLite, and a damaged row.
+    pub fn displaced(
+        &self,
+        after: Option<&[u8]>,
+        limit: u32,
+    ) -> Result<Vec<Displaced>, IndexError> {
+        let mut statement = self.database.prepare_cached(
+            "SELECT name, path, size, mtime FROM displaced WHERE name > ? ORDER BY name LIMIT ?",
+        )?;
+        let mut rows = statement.query(params![after.unwrap_or_default(), limit])?;
+        let mut displaced = Vec::new();
+        while let Some(row) = rows.next()? {
+            let path = WirePath::new(row.get::<_, Vec<u8>>(1)?)
+                .map_err(|_| IndexError::Damaged { what: "displaced path" })?;
+            let size = row.get::<_, i64>(2)?.cast_unsigned();
+            displaced.push(Displaced { name: row.get(0)?, path, size, mtime_ns: row.get(3)? });
+        }
+        Ok(displaced)
+    }
+
+    /// Whether deletions wait for somebody's word.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn holds_deletions(&self) -> Result<bool, IndexError> {
+        Ok(self.meta("holds_deletions")?.is_some())
     }
 
     /// The directory that was the root when the index was made.

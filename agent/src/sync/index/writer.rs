@@ -1,10 +1,10 @@
 //! Writing to the index. Totals, agreement and difference are kept up to date with every row.
 
-use cortex_shared::entry::Entry;
+use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::wire_path::WirePath;
 use rusqlite::{Connection, params};
 
-use super::{Counts, Cursor, IndexError, IndexRow, Seen, bounded, codec, differs, get};
+use super::{Counts, Cursor, Displaced, IndexError, IndexRow, Seen, bounded, codec, differs, get};
 use crate::root_dir::DirIdentity;
 use crate::sync::plan::{Row, settled_base};
 
@@ -82,6 +82,48 @@ impl<'a> Writer<'a> {
         self.set_meta("seq", &cursor.seq.to_be_bytes())
     }
 
+    /// Records the newest head that the hub told of. It has to be of the cursor's epoch.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn set_known_head(&self, seq: u64, root: &Digest) -> Result<(), IndexError> {
+        self.set_meta("head_seq", &seq.to_be_bytes())?;
+        self.set_meta("head_root", root.as_bytes())
+    }
+
+    /// Remembers a file that was displaced.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn note_displaced(&self, file: &Displaced) -> Result<(), IndexError> {
+        let Displaced { name, path, size, mtime_ns } = file;
+        self.database
+            .prepare_cached("INSERT OR REPLACE INTO displaced VALUES (?, ?, ?, ?)")?
+            .execute(params![name, path.as_bytes(), size.cast_signed(), mtime_ns])?;
+        Ok(())
+    }
+
+    /// Forgets a displaced file.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn forget_displaced(&self, name: &[u8]) -> Result<(), IndexError> {
+        self.database.prepare_cached("DELETE FROM displaced WHERE name = ?")?.execute([name])?;
+        Ok(())
+    }
+
+    /// Records whether deletions wait for somebody's word.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn set_holds_deletions(&self, hold: bool) -> Result<(), IndexError> {
+        if hold {
+            return self.set_meta("holds_deletions", &[]);
+        }
+        self.database.execute("DELETE FROM meta WHERE name = 'holds_deletions'", [])?;
+        Ok(())
+    }
+
     /// Records which directory is the root.
     ///
     /// # Errors
@@ -99,7 +141,10 @@ impl<'a> Writer<'a> {
     pub fn forget_history(&mut self) -> Result<(), IndexError> {
         self.database.execute("DELETE FROM entry WHERE local IS NULL AND unknown = 0", [])?;
         self.database.execute("UPDATE entry SET base = NULL, remote = NULL, dirty = 1", [])?;
-        self.database.execute("DELETE FROM meta WHERE name IN ('epoch', 'seq')", [])?;
+        self.database.execute(
+            "DELETE FROM meta WHERE name IN ('epoch', 'seq', 'head_seq', 'head_root')",
+            [],
+        )?;
         self.counts.base = 0;
         Ok(())
     }

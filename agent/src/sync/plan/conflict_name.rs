@@ -24,7 +24,10 @@ fn loser_digest(loser: &Entry) -> Digest {
 
 /// Possible paths of the conflict copy of `loser`, which stood at `path`, best first. Empty only if
 /// the path is too long for any of them.
-pub(super) fn candidates(path: &WirePath, loser: &Entry) -> impl Iterator<Item = WirePath> {
+pub(in crate::sync) fn candidates(
+    path: &WirePath,
+    loser: &Entry,
+) -> impl Iterator<Item = WirePath> {
     let hex = loser_digest(loser).to_string();
     let original = original_name(path.name()).unwrap_or_else(|| path.name().to_vec());
     let parent = path.parent();

@@ -30,6 +30,7 @@ use std::collections::HashMap;
 use cortex_shared::entry::{Entry, same};
 use cortex_shared::wire_path::WirePath;
 
+pub(in crate::sync) use conflict_name::candidates as copy_names;
 use merge::{Loser, Wanted, merge};
 
 /// What the three trees have at a path.

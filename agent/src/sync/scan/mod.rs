@@ -123,9 +123,8 @@ pub struct Report {
     pub changed: u64,
     /// Files that were changing while they were read, for another look later.
     pub unstable: Vec<WirePath>,
-    /// Directories with files that were changed just before they were read, for another look after
-    /// a tick.
-    pub racy: Vec<Option<WirePath>>,
+    /// Where files were changed just before they were read, for another look after a tick.
+    pub racy: Vec<Scope>,
     /// What people should know.
     pub findings: Vec<Finding>,
     /// It was cancelled before its end: absence of anything has not been concluded.
@@ -553,14 +552,31 @@ impl Walk<'_, '_> {
     }
 }
 
-fn revisit(list: &mut Vec<Option<WirePath>>, directory: Option<WirePath>) {
-    if list.last() == Some(&directory) || list.first() == Some(&None) {
+/// Adds a directory to be looked at again; too many of them become everything.
+fn revisit(list: &mut Vec<Scope>, directory: Option<WirePath>) {
+    let scope = Scope::Children(directory);
+    if list.last() == Some(&scope) || list.first() == Some(&Scope::Tree(None)) {
         return;
     }
     if list.len() == MAX_REVISITS {
         list.clear();
-        list.push(None);
+        list.push(Scope::Tree(None));
     } else {
-        list.push(directory);
+        list.push(scope);
+    }
+}
+
+#[cfg(test)]
+mod revisit_tests {
+    use super::*;
+
+    #[test]
+    fn too_many_directories_to_be_looked_at_again_become_everything() {
+        let mut list = Vec::new();
+        for number in 0..=MAX_REVISITS {
+            revisit(&mut list, WirePath::new(format!("d{number}")).ok());
+        }
+        revisit(&mut list, None);
+        assert_eq!(list, [Scope::Tree(None)]);
     }
 }

@@ -1,7 +1,7 @@
 //! A hub in memory that keeps to the protocol: compare-and-set per path, packs verified, changes in
 //! order. For tests of the engine only.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -15,23 +15,28 @@ use futures_util::stream::{self, BoxStream};
 use tokio::sync::watch;
 
 use crate::sync::hub::{
-    Answers, Change, ChangesPage, Commit, CommitOp, Committed, Head, Hub, HubError, RejectReason,
-    Rejected,
+    Answers, Change, ChangesPage, Commit, CommitOp, Committed, Contact, Fetched, Head, Hub,
+    HubError, RejectReason, Rejected,
 };
 use crate::sync::index::Cursor;
 
 /// Small, so that reading many changes takes several pages.
 const PAGE_CHANGES: usize = 100;
 
+#[derive(Clone)]
 struct State {
     epoch: WorkspaceEpoch,
     seq: u64,
+    /// The heads there have been.
+    roots: BTreeMap<u64, Digest>,
     entries: BTreeMap<WirePath, Entry>,
     /// The last change of each path; `None` where it was deleted.
     changes: BTreeMap<u64, WirePath>,
     changed_at: HashMap<WirePath, u64>,
     packs: HashMap<Digest, Bytes>,
     chunks: HashMap<Digest, Digest>,
+    /// Chunks that were lost.
+    wanted: BTreeSet<Digest>,
 }
 
 pub(super) struct Shared {
@@ -43,32 +48,57 @@ pub(super) struct Shared {
     pub(super) commits: AtomicUsize,
     pub(super) packs_received: AtomicUsize,
     pub(super) packs_sent: AtomicUsize,
+    large_moves: watch::Sender<bool>,
     pub(super) conflicts: Mutex<Vec<(WirePath, WirePath)>>,
 }
 
+/// The second field tells whether this is the line of large files, which can be stopped.
 #[derive(Clone)]
-pub(super) struct MemoryHub(pub(super) Arc<Shared>);
+pub(super) struct MemoryHub(pub(super) Arc<Shared>, bool);
 
 impl MemoryHub {
     pub(super) fn new() -> Self {
-        Self(Arc::new(Shared {
-            state: Mutex::new(State {
-                epoch: WorkspaceEpoch::new(),
-                seq: 0,
-                entries: BTreeMap::new(),
-                changes: BTreeMap::new(),
-                changed_at: HashMap::new(),
-                packs: HashMap::new(),
-                chunks: HashMap::new(),
+        Self(
+            Arc::new(Shared {
+                state: Mutex::new(State {
+                    epoch: WorkspaceEpoch::new(),
+                    seq: 0,
+                    roots: BTreeMap::new(),
+                    entries: BTreeMap::new(),
+                    changes: BTreeMap::new(),
+                    changed_at: HashMap::new(),
+                    packs: HashMap::new(),
+                    chunks: HashMap::new(),
+                    wanted: BTreeSet::new(),
+                }),
+                head: watch::Sender::new(0),
+                broken: AtomicBool::new(false),
+                packs_left: AtomicUsize::new(usize::MAX),
+                commits: AtomicUsize::new(0),
+                packs_received: AtomicUsize::new(0),
+                packs_sent: AtomicUsize::new(0),
+                conflicts: Mutex::default(),
+                large_moves: watch::Sender::new(true),
             }),
-            head: watch::Sender::new(0),
-            broken: AtomicBool::new(false),
-            packs_left: AtomicUsize::new(usize::MAX),
-            commits: AtomicUsize::new(0),
-            packs_received: AtomicUsize::new(0),
-            packs_sent: AtomicUsize::new(0),
-            conflicts: Mutex::default(),
-        }))
+            false,
+        )
+    }
+
+    /// The line for large files.
+    pub(super) fn large(&self) -> Self {
+        Self(self.0.clone(), true)
+    }
+
+    /// From now on nothing moves on the line of large files, or it does again.
+    pub(super) fn let_large_move(&self, moves: bool) {
+        self.0.large_moves.send_replace(moves);
+    }
+
+    async fn line(&self) {
+        if self.1 {
+            let mut moves = self.0.large_moves.subscribe();
+            moves.wait_for(|moves| *moves).await.unwrap();
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -84,18 +114,34 @@ impl MemoryHub {
         self.state().entries.clone()
     }
 
-    /// Loses everything after `seq` as a restored backup would, under a new epoch.
-    pub(super) fn roll_back(&self, tree: BTreeMap<WirePath, Entry>) {
+    /// What there is now, to be put back later.
+    pub(super) fn backup(&self) -> impl FnOnce() + use<> {
+        let (hub, state) = (self.clone(), self.state().clone());
+        move || *hub.state() = state
+    }
+
+    /// Commits an entry as some other member would.
+    pub(super) fn put(&self, path: &str, entry: Option<Entry>) {
         let mut state = self.state();
-        state.epoch = WorkspaceEpoch::new();
-        state.seq = 0;
-        state.changes.clear();
-        state.changed_at.clear();
-        state.entries.clear();
-        for (path, entry) in tree {
-            state.put(&path, Some(entry));
-        }
+        state.put(&WirePath::new(path).unwrap(), entry);
+        state.note_head();
         self.0.head.send_replace(state.seq);
+    }
+
+    /// Loses the pack that holds a chunk. Members will be asked for its chunks.
+    pub(super) fn lose_pack_of(&self, chunk: &Digest) {
+        let mut state = self.state();
+        let pack = state.chunks[chunk];
+        state.packs.remove(&pack);
+        let lost: Vec<_> = state.chunks.extract_if(|_, held_by| *held_by == pack).collect();
+        state.wanted.extend(lost.into_iter().map(|(chunk, _)| chunk));
+        state.seq += 1;
+        state.note_head();
+        self.0.head.send_replace(state.seq);
+    }
+
+    pub(super) fn epoch(&self) -> WorkspaceEpoch {
+        self.state().epoch
     }
 
     /// Counters of commits, packs received, packs sent.
@@ -135,6 +181,7 @@ impl MemoryHub {
         let mut state = self.state();
         for indexed in pack.index() {
             state.chunks.insert(indexed.chunk.hash, pack.hash());
+            state.wanted.remove(&indexed.chunk.hash);
         }
         state.packs.insert(pack.hash(), pack.bytes().clone());
         self.0.packs_received.fetch_add(1, Ordering::SeqCst);
@@ -143,6 +190,38 @@ impl MemoryHub {
 }
 
 impl State {
+    fn head(&self) -> Head {
+        let root = self.roots.last_key_value().map_or(Digest::ZERO, |(_, root)| *root);
+        Head { epoch: self.epoch, seq: self.seq, root }
+    }
+
+    fn note_head(&mut self) {
+        let mut hasher = blake3::Hasher::new();
+        for (path, entry) in &self.entries {
+            hasher.update(path.as_bytes()).update(entry.identity().as_bytes());
+        }
+        self.roots.insert(self.seq, hasher.finalize().into());
+    }
+
+    /// As the hub does.
+    fn check_history(&mut self, known: Option<Head>) -> Result<(), HubError> {
+        let Some(known) = known else { return Ok(()) };
+        if known.epoch == self.epoch
+            && known.seq > 0
+            && self.roots.get(&known.seq) != Some(&known.root)
+        {
+            self.epoch = WorkspaceEpoch::new();
+            self.seq = self.seq.max(known.seq) + 1;
+            self.roots.clear();
+            self.note_head();
+        }
+        if known.epoch == self.epoch {
+            return Ok(());
+        }
+        let code = "epoch_changed".to_owned();
+        Err(HubError::Refused { code, message: "another epoch".to_owned() })
+    }
+
     fn put(&mut self, path: &WirePath, entry: Option<Entry>) {
         self.seq += 1;
         if let Some(old) = self.changed_at.insert(path.clone(), self.seq) {
@@ -196,10 +275,16 @@ impl State {
 }
 
 impl Hub for MemoryHub {
-    async fn head(&self, _: WorkspaceId) -> Result<Head, HubError> {
+    fn moved_bytes(&self) -> u64 {
+        0
+    }
+
+    async fn head(&self, _: WorkspaceId, known: Option<Head>) -> Result<Contact, HubError> {
         self.check()?;
-        let state = self.state();
-        Ok(Head { epoch: state.epoch, seq: state.seq })
+        let mut state = self.state();
+        state.check_history(known).ok();
+        let wanted = state.wanted.iter().copied().collect();
+        Ok(Contact { head: state.head(), wanted, confirm_deletes: false })
     }
 
     async fn have(&self, _: WorkspaceId, chunks: &[Digest]) -> Result<Vec<bool>, HubError> {
@@ -213,6 +298,7 @@ impl Hub for MemoryHub {
         _: WorkspaceId,
         packs: BoxStream<'static, Bytes>,
     ) -> Result<Answers<Digest>, HubError> {
+        self.line().await;
         self.check()?;
         let hub = self.clone();
         Ok(packs.map(move |pack| hub.take_pack(pack)).boxed())
@@ -221,12 +307,8 @@ impl Hub for MemoryHub {
     async fn commit(&self, _: WorkspaceId, commit: Commit) -> Result<Committed, HubError> {
         self.check()?;
         let mut state = self.state();
-        if commit.epoch != state.epoch {
-            return Err(HubError::Refused {
-                code: "stale_epoch".to_owned(),
-                message: "another epoch".to_owned(),
-            });
-        }
+        state.check_history(commit.known)?;
+        assert_eq!(commit.epoch, state.epoch);
         self.0.commits.fetch_add(1, Ordering::SeqCst);
         let mut rejected = Vec::new();
         let mut changes = 0;
@@ -244,14 +326,24 @@ impl Hub for MemoryHub {
                 }
             }
         }
+        if changes > 0 {
+            state.note_head();
+        }
         self.0.head.send_replace(state.seq);
-        Ok(Committed { seq: state.seq, rejected, changes })
+        let Head { seq, root, .. } = state.head();
+        Ok(Committed { seq, root, rejected, changes })
     }
 
-    async fn changes(&self, _: WorkspaceId, after: u64) -> Result<Answers<ChangesPage>, HubError> {
+    async fn changes(
+        &self,
+        _: WorkspaceId,
+        after: u64,
+        known: Option<Head>,
+    ) -> Result<Answers<ChangesPage>, HubError> {
         self.check()?;
-        let state = self.state();
-        let head_seq = state.seq;
+        let mut state = self.state();
+        state.check_history(known)?;
+        let Head { seq: head_seq, root, .. } = state.head();
         let all: Vec<_> = state
             .changes
             .range(after + 1..)
@@ -266,8 +358,12 @@ impl Hub for MemoryHub {
                 changes: part.iter().map(|(_, change)| change.clone()).collect(),
                 last_seq: part[part.len() - 1].0,
                 head_seq,
+                root,
             })
             .collect();
+        if pages.is_empty() {
+            pages.push(ChangesPage { changes: Vec::new(), last_seq: head_seq, head_seq, root });
+        }
         if let Some(last) = pages.last_mut() {
             last.last_seq = head_seq;
         }
@@ -278,15 +374,22 @@ impl Hub for MemoryHub {
         &self,
         _: WorkspaceId,
         chunks: &[Digest],
-    ) -> Result<Answers<Bytes>, HubError> {
+    ) -> Result<Answers<Fetched>, HubError> {
+        self.line().await;
         self.check()?;
         let state = self.state();
+        let missing: Vec<_> =
+            chunks.iter().filter(|chunk| !state.chunks.contains_key(*chunk)).copied().collect();
         let mut names: Vec<_> =
             chunks.iter().filter_map(|chunk| state.chunks.get(chunk)).copied().collect();
         names.sort();
         names.dedup();
         self.0.packs_sent.fetch_add(names.len(), Ordering::SeqCst);
-        let packs: Vec<_> = names.iter().map(|name| Ok(state.packs[name].clone())).collect();
+        let mut packs: Vec<_> =
+            names.iter().map(|name| Ok(Fetched::Pack(state.packs[name].clone()))).collect();
+        if !missing.is_empty() {
+            packs.insert(0, Ok(Fetched::Missing(missing)));
+        }
         Ok(stream::iter(packs).boxed())
     }
 

@@ -2,6 +2,7 @@
 
 mod memory_hub;
 mod random;
+mod safety;
 mod scenarios;
 
 use std::collections::BTreeMap;
@@ -36,6 +37,7 @@ impl Node {
         let handle = start_workspace(
             self.config.clone(),
             self.hub.clone(),
+            self.hub.large(),
             self.online.subscribe(),
             &self.scope,
         );

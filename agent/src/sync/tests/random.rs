@@ -180,6 +180,9 @@ async fn random_edits_converge_and_lose_nothing() {
     for round in 0.. {
         for node in &world.nodes {
             node.flush().await;
+            if node.handle().confirm_deletions().unwrap() > 0 {
+                node.flush().await;
+            }
         }
         let trees: Vec<_> = world.nodes.iter().map(Node::tree).collect();
         if trees.windows(2).all(|pair| pair[0] == pair[1]) {

@@ -289,7 +289,7 @@ async fn deleting_very_much_is_held_until_it_is_confirmed() {
     let status = a.status();
     assert_eq!(status.problems[0].code, "mass_delete_held");
     assert_eq!(status.pending_push, 150, "the directory waits for its files");
-    a.handle().confirm_deletions().await;
+    assert_eq!(a.handle().confirm_deletions().unwrap(), 150);
     settle(&[&a, &b]).await;
     assert_eq!(b.names(), ["new"]);
     assert!(a.status().problems.is_empty());
@@ -315,10 +315,10 @@ async fn a_lost_index_and_a_rolled_back_hub_merge_and_delete_nothing() {
     let (mut a, b) = (mesh.node("a"), mesh.node("b"));
     a.write("f", "x");
     settle(&[&a, &b]).await;
-    let backup = mesh.hub.tree();
+    let put_back = mesh.hub.backup();
     a.write("later", "x");
     settle(&[&a, &b]).await;
-    mesh.hub.roll_back(backup);
+    put_back();
     settle(&[&a, &b]).await;
     assert_eq!(a.names(), ["f", "later"]);
     a.stop().await;
@@ -405,4 +405,189 @@ async fn a_directory_that_is_removed_and_made_again_is_noticed_by_itself() {
     at_hub(&mesh, "out/old", false).await;
     a.write("out/g", "x");
     at_hub(&mesh, "out/g", true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_put_back_from_a_backup_that_others_have_committed_to_loses_nothing() {
+    let mesh = Mesh::new();
+    let (mut a, mut b) = (mesh.node("a"), mesh.node("b"));
+    let mut away = mesh.node("away");
+    for name in ["kept", "deleted", "edited"] {
+        a.write(name, "old");
+    }
+    settle(&[&a, &b, &away]).await;
+    away.stop().await;
+    let put_back = mesh.hub.backup();
+    fs::remove_file(a.path("deleted")).unwrap();
+    a.write("edited", "by a");
+    a.write("new", "by a");
+    settle(&[&a, &b]).await;
+    a.stop().await;
+    b.stop().await;
+    let epoch = mesh.hub.epoch();
+    put_back();
+    // Who was away has seen nothing that is lost, and takes the same numbers for other changes: more
+    // of them than were lost, so that nobody's number is beyond the head.
+    away.start();
+    away.flush().await;
+    for number in 0..6 {
+        away.write(&format!("by away {number}"), "x");
+        away.flush().await;
+    }
+    assert_eq!(mesh.hub.epoch(), epoch, "nobody has proved a loss");
+    a.start();
+    b.start();
+    settle(&[&a, &b, &away]).await;
+    assert_ne!(mesh.hub.epoch(), epoch);
+    let names = a.names();
+    for name in ["kept", "deleted", "edited", "new", "by away 0", "by away 5"] {
+        assert!(names.contains(&name.to_owned()), "{name} in {names:?}");
+    }
+    // Both versions of the edited file are there.
+    assert_eq!(names.len(), 11, "{names:?}");
+    let copy = names.iter().find(|name| name.starts_with("edited.conflict-")).unwrap();
+    assert_eq!((a.read("edited"), a.read(copy)), ("old".into(), "by a".into()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connected_member_learns_of_a_new_history_at_its_next_commit() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    a.write("f", "1");
+    settle(&[&a, &b]).await;
+    let put_back = mesh.hub.backup();
+    a.write("f", "2");
+    settle(&[&a, &b]).await;
+    put_back();
+    mesh.hub.put("other", Some(cortex_shared::entry::Entry::Dir));
+    // It has no reason to ask for the head: the commit tells.
+    a.write("later", "x");
+    at_hub(&mesh, "later", true).await;
+    settle(&[&a, &b]).await;
+    assert_eq!(a.names().len(), 4, "{:?}", a.names());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn content_that_the_hub_has_lost_holds_up_only_its_file_and_is_sent_again() {
+    let mesh = Mesh::new();
+    let (mut a, b) = (mesh.node("a"), mesh.node("b"));
+    settle(&[&a, &b]).await;
+    let large = noise(7, 5 << 20);
+    a.write("large", &large);
+    a.write("small", "lost as well");
+    a.flush().await;
+    a.stop().await;
+    let hub_entry = |name: &str| {
+        let path = cortex_shared::wire_path::WirePath::new(name).unwrap();
+        match mesh.hub.tree().remove(&path) {
+            Some(cortex_shared::entry::Entry::File(file)) => file,
+            other => panic!("{other:?}"),
+        }
+    };
+    mesh.hub.lose_pack_of(&hub_entry("small").content);
+    let second = hub_entry("large").chunks().nth(1).unwrap().hash;
+    mesh.hub.lose_pack_of(&second);
+    let c = mesh.node("c");
+    c.write("other", "is sent");
+    c.flush().await;
+    b.flush().await;
+    for node in [&b, &c] {
+        assert_eq!(node.names(), ["other"], "{:?}", node.status().problems);
+        let problems = node.status().problems;
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(problems.iter().all(|problem| problem.code == "content_missing"), "{problems:?}");
+    }
+    a.start();
+    settle(&[&a, &b, &c]).await;
+    assert!(fs::read(c.path("large")).unwrap() == large);
+    assert_eq!(b.read("small"), "lost as well");
+    assert!(b.status().problems.is_empty() && c.status().problems.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_failed_scan_should_have_seen_is_looked_at_again() {
+    let mesh = Mesh::new();
+    let a = mesh.node("a");
+    a.write("f", "old");
+    a.flush().await;
+    a.until_state(SyncState::Idle).await;
+    let folder = a.config.state_dir.join("workspaces").join(mesh.workspace.to_string());
+    let database = rusqlite::Connection::open(folder.join("index.db")).unwrap();
+    database.execute_batch("BEGIN IMMEDIATE").unwrap();
+    a.write("new", "x");
+    let failed = |status: &SyncStatus| status.problems.iter().any(|p| p.code == "sync_failed");
+    a.until(failed).await;
+    database.execute_batch("ROLLBACK").unwrap();
+    at_hub(&mesh, "new", true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_file_on_its_way_delays_no_small_one_and_a_flush_waits_for_it() {
+    let mesh = Mesh::new();
+    let (a, mut b) = (mesh.node("a"), mesh.node("b"));
+    settle(&[&a, &b]).await;
+    b.stop().await;
+    mesh.hub.let_large_move(false);
+    let large: Vec<Vec<u8>> = (0..3).map(|seed| noise(seed, 40 << 20)).collect();
+    for (number, content) in large.iter().enumerate() {
+        a.write(&format!("large/{number}"), content);
+    }
+    at_hub(&mesh, "large", true).await;
+    a.until(|status| status.state == SyncState::Uploading && status.pending_push == 3).await;
+    for number in 0..3 {
+        let name = format!("small {number}");
+        a.write(&name, "x");
+        at_hub(&mesh, &name, true).await;
+    }
+    assert_eq!(mesh.hub.tree().len(), 4);
+    let mut flush = Box::pin(a.handle().flush());
+    let soon = tokio::time::timeout(Duration::from_millis(500), &mut flush).await;
+    assert!(soon.is_err(), "flushed although three files are on their way");
+    mesh.hub.let_large_move(true);
+    tokio::time::timeout(LIMIT, flush).await.unwrap().unwrap();
+    assert_eq!(mesh.hub.tree().len(), 7);
+
+    // And the way back.
+    mesh.hub.let_large_move(false);
+    b.start();
+    b.until(|status| status.entries == 3 && status.state == SyncState::Applying).await;
+    a.write("small 3", "x");
+    at_hub(&mesh, "small 3", true).await;
+    b.handle().head_moved(*mesh.hub.subscribe().borrow());
+    b.until(|status| status.entries == 4).await;
+    assert!(!b.path("large/0").exists());
+    assert_ne!(b.status().applied_seq, b.status().head_seq, "not all of it is here");
+    mesh.hub.let_large_move(true);
+    b.flush().await;
+    for (number, content) in large.iter().enumerate() {
+        assert!(&fs::read(b.path(&format!("large/{number}"))).unwrap() == content);
+    }
+    assert_eq!(b.status().applied_seq, b.status().head_seq);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_file_that_changes_while_it_is_on_its_way_ends_as_it_is_last() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    settle(&[&a, &b]).await;
+    mesh.hub.let_large_move(false);
+    a.write("large", noise(1, 5 << 20));
+    a.until(|status| status.state == SyncState::Uploading).await;
+    let last = noise(2, 6 << 20);
+    a.write("large", &last);
+    mesh.hub.let_large_move(true);
+    a.flush().await;
+    mesh.hub.let_large_move(false);
+    b.handle().head_moved(*mesh.hub.subscribe().borrow());
+    b.until(|status| status.state == SyncState::Applying).await;
+    a.write("large", "small now");
+    a.flush().await;
+    b.handle().head_moved(*mesh.hub.subscribe().borrow());
+    b.until(|status| status.entries == 1).await;
+    assert_eq!(b.read("large"), "small now");
+    mesh.hub.let_large_move(true);
+    settle(&[&a, &b]).await;
+    assert_eq!(b.read("large"), "small now");
+    let stage = b.config.state_dir.join("workspaces").join(mesh.workspace.to_string());
+    assert_eq!(fs::read_dir(stage.join("files/stage")).unwrap().count(), 0, "nothing is left over");
 }

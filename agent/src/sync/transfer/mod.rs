@@ -1,9 +1,13 @@
 //! Moving content and versions between the tree here and the hub.
 
+mod lane;
+mod large;
+mod packing;
 mod pull;
 mod push;
 mod refresh;
 mod stage;
+mod supply;
 
 use cortex_shared::ids::{WorkspaceEpoch, WorkspaceId};
 use tokio_util::sync::CancellationToken;
@@ -11,9 +15,13 @@ use tokio_util::sync::CancellationToken;
 use super::core::CoreCell;
 use super::status::Progress;
 
+pub(super) use lane::Lane;
+pub(super) use large::{Arrived, Large, download};
+pub(super) use packing::{Parcel, send_packs};
 pub(super) use pull::{Pulled, pull};
 pub(super) use push::{Pushed, push};
-pub(super) use refresh::refresh;
+pub(super) use refresh::{Refreshed, refresh};
+pub(super) use supply::supply;
 
 /// What every transfer needs.
 pub(super) struct Session<'a, H> {

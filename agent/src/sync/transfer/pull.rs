@@ -2,22 +2,30 @@
 //!
 //! The changes of a plan are worked through in groups, in order. Each group is fetched, put together
 //! in the stage and applied before the next, but a pack that arrives serves later groups as well.
+//! Large files are fetched by the lane (`lane`), and applied once they have arrived.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::ids::WorkspaceId;
+use cortex_shared::wire_path::WirePath;
 use futures_util::StreamExt as _;
+use tokio_util::sync::CancellationToken;
 
 use super::Session;
+use super::lane::LARGE_BYTES;
+use super::large::{Large, lock};
 use super::stage::{Stage, StageError};
 use crate::sync::apply::{Applier, Staged, needs_stage};
 use crate::sync::core::{SyncError, waiting};
-use crate::sync::hub::{Hub, MAX_HASHES};
+use crate::sync::hub::{Fetched, Hub, MAX_HASHES};
+use crate::sync::index::{Index, IndexError};
 use crate::sync::plan::LocalChange;
 use crate::sync::problem::Finding;
 use crate::sync::scan::Scope;
+use crate::sync::status::Progress;
 
 /// Changes of one group: the more, the fewer times the disk is asked to sync.
 const GROUP_CHANGES: usize = 2048;
@@ -31,16 +39,23 @@ const RESERVE_BYTES: u64 = 64 * 1024 * 1024;
 pub(in crate::sync) struct Pulled {
     /// Changes that were made.
     pub(in crate::sync) applied: usize,
+    /// Files that went to the trash.
+    pub(in crate::sync) displaced: usize,
     pub(in crate::sync) dirty: Vec<Scope>,
     pub(in crate::sync) findings: Vec<Finding>,
+    /// Large files that are left to the lane.
+    pub(in crate::sync) waiting: Vec<WirePath>,
     /// It ended early because something more urgent came up.
     pub(in crate::sync) interrupted: bool,
 }
 
-/// Makes changes, in order. Between groups, `urgent` may ask for an early end.
+/// Makes changes, in order. Between groups, `urgent` may ask for an early end. Large files whose
+/// content is not here are left to the lane: those that came with it are in `large`, those it is to
+/// fetch next are put there.
 pub(in crate::sync) async fn pull<H: Hub>(
     session: &mut Session<'_, H>,
     changes: Vec<LocalChange>,
+    large: &Arc<Mutex<Large>>,
     urgent: impl Fn() -> bool,
 ) -> Result<Pulled, SyncError> {
     let mut pulled = Pulled::default();
@@ -58,7 +73,7 @@ pub(in crate::sync) async fn pull<H: Hub>(
     let stage = Arc::new(Mutex::new(stage));
     let mut result = Ok(());
     for group in groups {
-        result = pull_group(session, &stage, &changes, group, &mut pulled).await;
+        result = pull_group(session, &stage, &changes, group, large, &mut pulled).await;
         if result.is_err() || urgent() {
             pulled.interrupted = true;
             break;
@@ -76,23 +91,22 @@ pub(in crate::sync) async fn pull<H: Hub>(
 
 type Changes = Arc<Vec<LocalChange>>;
 
-/// The lock is only ever held by one blocking thread at a time.
-fn lock(stage: &Mutex<Stage>) -> MutexGuard<'_, Stage> {
-    stage.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 async fn pull_group<H: Hub>(
     session: &mut Session<'_, H>,
     stage: &Arc<Mutex<Stage>>,
     changes: &Changes,
     group: Range<usize>,
+    large: &Arc<Mutex<Large>>,
     pulled: &mut Pulled,
 ) -> Result<(), SyncError> {
-    let begun = begin(session, stage, changes, group.clone()).await?;
+    let begun = begin(session, stage, changes, group.clone(), large).await?;
     pulled.findings.extend(begun.findings);
-    fetch(session, stage, &begun.needed).await?;
+    pulled.waiting.extend(begun.waiting);
+    fetch(session.hub, session.workspace, session.cancel, session.progress, stage, &begun.needed)
+        .await?;
     let (stage, changes) = (stage.clone(), changes.clone());
     let cancel = session.cancel.clone();
+    let mut ready = begun.ready;
     let report = session
         .core
         .run(move |core| {
@@ -106,12 +120,13 @@ async fn pull_group<H: Hub>(
                 let change = changes[number].clone();
                 if !needs_stage(&change) {
                     batch.push(Staged { change, stage_name: None });
-                } else if let Some(name) = stage.finished(number, &change) {
-                    stage.taken(number);
+                } else if let Some(name) = ready.remove(&number) {
                     batch.push(Staged { change, stage_name: Some(name) });
                 } else {
-                    let text = "its content did not arrive whole from the hub";
-                    findings.push(Finding::at(&change.path, "content_missing", text));
+                    match stage.take_finished(number, &change) {
+                        Ok(name) => batch.push(Staged { change, stage_name: Some(name) }),
+                        Err(finding) => findings.push(finding),
+                    }
                 }
             }
             drop(stage);
@@ -128,6 +143,7 @@ async fn pull_group<H: Hub>(
         .await?;
     session.progress.applied(report.applied);
     pulled.applied += report.applied;
+    pulled.displaced += report.displaced;
     pulled.dirty.extend(report.scopes());
     pulled.findings.extend(report.findings);
     Ok(())
@@ -139,7 +155,11 @@ struct Begun {
     needed: Vec<Digest>,
     /// Changes that cannot be made now.
     skipped: HashSet<usize>,
+    /// Names in the stage of files that came by the lane.
+    ready: HashMap<usize, Vec<u8>>,
     findings: Vec<Finding>,
+    /// Those of the skipped that are left to the lane.
+    waiting: Vec<WirePath>,
 }
 
 /// Begins the files of a group with what is here.
@@ -148,31 +168,61 @@ async fn begin<H: Hub>(
     stage: &Arc<Mutex<Stage>>,
     changes: &Changes,
     group: Range<usize>,
+    large: &Arc<Mutex<Large>>,
 ) -> Result<Begun, SyncError> {
-    let (stage, changes) = (stage.clone(), changes.clone());
+    let (stage, changes, large) = (stage.clone(), changes.clone(), large.clone());
     let cancel = session.cancel.clone();
     session
         .core
         .run(move |core| {
             let mut begun = Begun::default();
             let mut asked = HashSet::new();
-            let bytes: u64 = changes[group.clone()].iter().map(size_of).sum();
             let space = rustix::fs::fstatvfs(core.root.top()).map_err(std::io::Error::from)?;
-            let free = space.f_bavail.saturating_mul(space.f_frsize);
-            let fits = bytes == 0 || free >= bytes.saturating_add(RESERVE_BYTES);
-            let mut stage = lock(&stage);
+            let mut room = Room::new(space.f_bavail.saturating_mul(space.f_frsize));
+            let (mut stage, mut large) = (lock(&stage), lock(&large));
             for number in group {
                 if cancel.is_cancelled() {
                     return Err(SyncError::Cancelled);
                 }
                 let change = &changes[number];
-                if size_of(change) > 0 && !fits {
-                    let text = format!("{free} bytes are free, {bytes} are needed");
+                let bytes = size_of(change);
+                if bytes > LARGE_BYTES {
+                    match large.arrived(change) {
+                        Some(Ok(name)) => {
+                            begun.ready.insert(number, name);
+                            continue;
+                        }
+                        Some(Err(finding)) => {
+                            begun.findings.push(finding);
+                            begun.skipped.insert(number);
+                            continue;
+                        }
+                        // What can be copied here has to be copied before its source goes.
+                        None if !large.has_room(bytes) && !is_here(&core.index, change)? => {
+                            begun.skipped.insert(number);
+                            begun.waiting.push(change.path.clone());
+                            continue;
+                        }
+                        None => {}
+                    }
+                }
+                if !room.take(bytes) {
+                    let text = format!(
+                        "its {bytes} bytes do not fit: {} bytes are free, and {RESERVE_BYTES} stay so",
+                        room.free
+                    );
                     begun.findings.push(Finding::at(&change.path, "no_space", text));
                     begun.skipped.insert(number);
                     continue;
                 }
                 match stage.begin(number, change, core) {
+                    Ok(needed) if bytes > LARGE_BYTES && !needed.is_empty() => {
+                        begun.skipped.insert(number);
+                        begun.waiting.push(change.path.clone());
+                        if large.has_room(bytes) {
+                            large.add(&mut stage, number, change.clone(), needed);
+                        }
+                    }
                     Ok(needed) => {
                         begun.needed.extend(needed.into_iter().filter(|hash| asked.insert(*hash)));
                     }
@@ -188,26 +238,65 @@ async fn begin<H: Hub>(
         .await
 }
 
+/// Room on the file system.
+struct Room {
+    free: u64,
+}
+
+impl Room {
+    fn new(free: u64) -> Self {
+        Self { free }
+    }
+
+    /// Takes room for a file; false if it does not fit, which is nothing to those that do.
+    fn take(&mut self, bytes: u64) -> bool {
+        let fits = bytes == 0 || self.free >= bytes.saturating_add(RESERVE_BYTES);
+        if fits {
+            self.free -= bytes;
+        }
+        fits
+    }
+}
+
 /// Fetches chunks and puts them where they are wanted.
-async fn fetch<H: Hub>(
-    session: &mut Session<'_, H>,
+pub(super) async fn fetch<H: Hub>(
+    hub: &H,
+    workspace: WorkspaceId,
+    cancel: &CancellationToken,
+    progress: &Progress,
     stage: &Arc<Mutex<Stage>>,
     needed: &[Digest],
 ) -> Result<(), SyncError> {
     for part in needed.chunks(MAX_HASHES) {
-        let mut packs =
-            waiting(session.cancel, session.hub.get_packs(session.workspace, part)).await?;
+        let mut packs = waiting(cancel, hub, hub.get_packs(workspace, part)).await?;
         loop {
             let pack = async { packs.next().await.transpose() };
-            let Some(pack) = waiting(session.cancel, pack).await? else { break };
+            let pack = match waiting(cancel, hub, pack).await? {
+                Some(Fetched::Pack(pack)) => pack,
+                // Files that need them are told when they turn out not to be whole.
+                Some(Fetched::Missing(_)) => continue,
+                None => break,
+            };
             let stage = stage.clone();
-            let bytes = tokio::task::spawn_blocking(move || lock(&stage).take_pack(pack))
+            let taken = tokio::task::spawn_blocking(move || lock(&stage).take_pack(pack))
                 .await
-                .map_err(|_| SyncError::Panicked)??;
-            session.progress.fetched(bytes);
+                .map_err(|_| SyncError::Panicked)?;
+            match taken {
+                Ok(bytes) => progress.fetched(bytes),
+                // Its chunks are as good as missing; the others are not.
+                Err(error) => tracing::error!(%workspace, %error, "the hub sent a damaged pack"),
+            }
         }
     }
     Ok(())
+}
+
+/// Whether a file with the content of a change is here.
+fn is_here(index: &Index, change: &LocalChange) -> Result<bool, IndexError> {
+    match &change.to {
+        Some(Entry::File(file)) => Ok(!index.with_content(&file.content, 1)?.is_empty()),
+        _ => Ok(false),
+    }
 }
 
 fn size_of(change: &LocalChange) -> u64 {
@@ -232,4 +321,19 @@ fn groups(changes: &[LocalChange]) -> Vec<Range<usize>> {
         groups.push(start..changes.len());
     }
     groups
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_does_not_fit_leaves_the_others_their_room() {
+        let mib = 1 << 20;
+        let mut room = Room::new(RESERVE_BYTES + 10 * mib);
+        let sizes = [4 * mib, 7 * mib, 0, u64::MAX, 6 * mib, 1];
+        assert_eq!(sizes.map(|size| room.take(size)), [true, false, true, false, true, false]);
+        let mut full = Room::new(RESERVE_BYTES / 2);
+        assert!(full.take(0) && !full.take(1));
+    }
 }

@@ -4,22 +4,13 @@
 //! commit is lost, the next refresh tells what became of it.
 
 use std::collections::HashSet;
-use std::io;
-use std::os::unix::fs::FileExt as _;
 
-use bytes::Bytes;
-use cortex_shared::chunk::ChunkRef;
 use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::ids::CommitId;
-use cortex_shared::pack::{PackBuilder, Pushed as InPack};
-use cortex_shared::wire_path::WirePath;
-use futures_util::StreamExt as _;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
 
+use super::lane::{JOB_BYTES, LARGE_BYTES};
+use super::packing::{Parcel, send_packs};
 use super::{Epoch, Session};
-use crate::root_dir::RootDir;
 use crate::sync::core::{SyncError, waiting};
 use crate::sync::hub::{
     Commit, CommitOp, Committed, Hub, HubError, MAX_HASHES, RejectReason, Rejected,
@@ -35,11 +26,6 @@ const COMMIT_OPS: usize = 1000;
 const COMMIT_BYTES: usize = 1024 * 1024;
 /// Content of one commit, at most (a single larger file goes alone).
 const COMMIT_CONTENT_BYTES: u64 = 64 * 1024 * 1024;
-/// Finished packs that wait for the line; with the one being built this bounds memory to 16 MiB.
-const QUEUED_PACKS: usize = 2;
-/// The fastest level worth its while: measured 470 MB/s at a ratio of 4.5 on source text.
-const COMPRESSION_LEVEL: i32 = 1;
-
 /// What came of a push.
 #[derive(Debug, Default)]
 pub(in crate::sync) struct Pushed {
@@ -49,11 +35,17 @@ pub(in crate::sync) struct Pushed {
     pub(in crate::sync) learned: usize,
     /// The hub's tree is not what it is taken for: refresh before planning again.
     pub(in crate::sync) outdated: bool,
-    /// Files that were not what the index says.
+    /// Operations that were left out because their files were not what the index says.
+    pub(in crate::sync) changed: usize,
+    /// Where those files are.
     pub(in crate::sync) dirty: Vec<Scope>,
     pub(in crate::sync) findings: Vec<Finding>,
     /// Conflict copies among them.
     pub(in crate::sync) conflicts: usize,
+    /// Content of large files that the hub lacks, for a job of its own. Their operations were left
+    /// out, and so were those of others for which this job has no room.
+    pub(in crate::sync) large: Parcel,
+    pub(in crate::sync) large_bytes: u64,
 }
 
 /// Sends operations, in order, in as many commits as it takes.
@@ -99,18 +91,35 @@ async fn push_batch<H: Hub>(
 ) -> Result<(), SyncError> {
     let missing = missing_chunks(session, &ops).await?;
     if !missing.is_empty() {
-        let failed = send_packs(session, &ops, missing).await?;
+        ops.retain(|op| !leave_to_lane(op, &missing, pushed));
+    }
+    let mut parcel = Parcel::default();
+    for op in &ops {
+        if let Some(Entry::File(file)) = &op.new {
+            let lacking =
+                file.chunks().map(|chunk| chunk.hash).filter(|hash| missing.contains(hash));
+            parcel.missing.extend(lacking);
+            parcel.files.push((op.path.clone(), file.chunks().collect()));
+        }
+    }
+    if !parcel.missing.is_empty() {
+        let root = session.core.run(|core| Ok::<_, SyncError>(core.root.clone())).await?;
+        let failed =
+            send_packs(session.hub, session.workspace, root, session.cancel, parcel).await?;
         for path in &failed {
             pushed.dirty.push(Scope::Children(path.parent()));
         }
+        pushed.changed += failed.len();
         ops.retain(|op| !failed.contains(&op.path));
     }
     if ops.is_empty() {
         return Ok(());
     }
+    let known = session.core.run(|core| core.index.known_head()).await?;
     let commit = Commit {
         id: CommitId::new(),
         epoch,
+        known,
         ops: ops
             .iter()
             .map(|op| CommitOp {
@@ -121,8 +130,24 @@ async fn push_batch<H: Hub>(
             })
             .collect(),
     };
-    let committed = waiting(session.cancel, session.hub.commit(session.workspace, commit)).await?;
+    let committed =
+        waiting(session.cancel, session.hub, session.hub.commit(session.workspace, commit)).await?;
     record(session, epoch, ops, committed, pushed).await
+}
+
+/// Whether the content of an operation is left to the lane of large files.
+fn leave_to_lane(op: &PushOp, missing: &HashSet<Digest>, pushed: &mut Pushed) -> bool {
+    let Some(Entry::File(file)) = &op.new else { return false };
+    if file.size <= LARGE_BYTES || !file.chunks().any(|chunk| missing.contains(&chunk.hash)) {
+        return false;
+    }
+    if pushed.large.is_empty() || pushed.large_bytes + file.size <= JOB_BYTES {
+        pushed.large_bytes += file.size;
+        let lacking = file.chunks().map(|chunk| chunk.hash).filter(|hash| missing.contains(hash));
+        pushed.large.missing.extend(lacking);
+        pushed.large.files.push((op.path.clone(), file.chunks().collect()));
+    }
+    true
 }
 
 /// The chunks of these operations that the hub lacks.
@@ -139,124 +164,14 @@ async fn missing_chunks<H: Hub>(
     }
     let mut missing = HashSet::new();
     for part in hashes.chunks(MAX_HASHES) {
-        let have = waiting(session.cancel, session.hub.have(session.workspace, part)).await?;
+        let have =
+            waiting(session.cancel, session.hub, session.hub.have(session.workspace, part)).await?;
         if have.len() != part.len() {
             return Err(HubError::protocol("answer to another number of chunks").into());
         }
         missing.extend(part.iter().zip(have).filter(|(_, have)| !have).map(|(hash, _)| *hash));
     }
     Ok(missing)
-}
-
-/// Sends the missing chunks. Returns the paths whose files no longer hold what they should.
-async fn send_packs<H: Hub>(
-    session: &mut Session<'_, H>,
-    ops: &[PushOp],
-    missing: HashSet<Digest>,
-) -> Result<HashSet<WirePath>, SyncError> {
-    let (sender, receiver) = mpsc::channel(QUEUED_PACKS);
-    let files: Vec<_> = ops
-        .iter()
-        .filter_map(|op| match &op.new {
-            Some(Entry::File(file)) => Some((op.path.clone(), file.chunks().collect())),
-            _ => None,
-        })
-        .collect();
-    let root = session.core.run(|core| Ok::<_, SyncError>(core.root.clone())).await?;
-    let cancel = session.cancel.clone();
-    let packer = tokio::task::spawn_blocking(move || {
-        Packer { root, sender, missing, sent: Vec::new(), failed: HashSet::new(), cancel }
-            .run(files)
-    });
-    let acknowledged = async {
-        let packs = ReceiverStream::new(receiver).boxed();
-        let mut acks =
-            waiting(session.cancel, session.hub.put_packs(session.workspace, packs)).await?;
-        let mut names = Vec::new();
-        loop {
-            let ack = async { acks.next().await.transpose() };
-            match waiting(session.cancel, ack).await? {
-                Some(name) => names.push(name),
-                None => break Ok::<_, SyncError>(names),
-            }
-        }
-    }
-    .await;
-    // The queue is closed by now, so the packer ends; its files are not left open behind us.
-    let (sent, failed) = packer.await.map_err(|_| SyncError::Panicked)??;
-    if acknowledged? != sent {
-        return Err(HubError::protocol("acknowledged other packs than were sent").into());
-    }
-    Ok(failed)
-}
-
-struct Packer {
-    root: RootDir,
-    sender: mpsc::Sender<Bytes>,
-    /// Chunks that are still to be packed.
-    missing: HashSet<Digest>,
-    /// Names of the packs handed over.
-    sent: Vec<Digest>,
-    failed: HashSet<WirePath>,
-    cancel: CancellationToken,
-}
-
-impl Packer {
-    /// Names of the packs, and the paths that could not be read as they should be.
-    fn run(
-        mut self,
-        files: Vec<(WirePath, Vec<ChunkRef>)>,
-    ) -> io::Result<(Vec<Digest>, HashSet<WirePath>)> {
-        let mut builder = PackBuilder::new(COMPRESSION_LEVEL)?;
-        let mut buffer = Vec::new();
-        let mut open = true;
-        for (path, chunks) in files {
-            if !open || self.cancel.is_cancelled() {
-                break;
-            }
-            if !chunks.iter().any(|chunk| self.missing.contains(&chunk.hash)) {
-                continue;
-            }
-            let file = self.root.parent_of(&path).and_then(|(dir, leaf)| dir.open_file(leaf));
-            let Ok(file) = file else {
-                self.failed.insert(path);
-                continue;
-            };
-            let mut offset = 0;
-            for chunk in chunks {
-                let start = offset;
-                offset += u64::from(chunk.len);
-                if !self.missing.contains(&chunk.hash) {
-                    continue;
-                }
-                buffer.resize(chunk.len as usize, 0);
-                let read = file.read_exact_at(&mut buffer, start);
-                if read.is_err() || Digest::of(&buffer) != chunk.hash {
-                    self.failed.insert(path);
-                    break;
-                }
-                if builder.push(chunk, &buffer) == InPack::Full {
-                    open = self.send(&mut builder);
-                    builder.push(chunk, &buffer);
-                }
-                self.missing.remove(&chunk.hash);
-                if !open {
-                    break;
-                }
-            }
-        }
-        if open {
-            self.send(&mut builder);
-        }
-        Ok((self.sent, self.failed))
-    }
-
-    /// Hands over a pack; false if nobody wants it any more.
-    fn send(&mut self, builder: &mut PackBuilder) -> bool {
-        let Some((name, pack)) = builder.finish() else { return true };
-        self.sent.push(name);
-        self.sender.blocking_send(pack).is_ok()
-    }
 }
 
 /// Writes down what the hub now has.
@@ -267,7 +182,7 @@ async fn record<H: Hub>(
     committed: Committed,
     pushed: &mut Pushed,
 ) -> Result<(), SyncError> {
-    let Committed { seq, rejected, changes } = committed;
+    let Committed { seq, root, rejected, changes } = committed;
     if rejected.iter().any(|rejected| rejected.index >= ops.len()) {
         return Err(HubError::protocol("rejected an operation that was not sent").into());
     }
@@ -322,6 +237,9 @@ async fn record<H: Hub>(
                     cursor.filter(|cursor| cursor.epoch == epoch && cursor.seq + changes == seq);
                 if next.is_some() {
                     writer.set_cursor(Cursor { epoch, seq })?;
+                }
+                if cursor.is_some_and(|cursor| cursor.epoch == epoch && cursor.seq <= seq) {
+                    writer.set_known_head(seq, &root)?;
                 }
                 Ok(next.is_some())
             })

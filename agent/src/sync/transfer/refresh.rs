@@ -1,70 +1,99 @@
 //! Learning what changed at the hub.
 
+use cortex_shared::entry::Digest;
 use futures_util::StreamExt as _;
 
 use super::Session;
 use crate::sync::core::{SyncError, waiting};
-use crate::sync::hub::{Head, Hub, HubError};
-use crate::sync::index::Cursor;
+use crate::sync::hub::{ChangesPage, Contact, Head, Hub, HubError};
+use crate::sync::index::{Cursor, IndexError, Writer};
 
-/// Brings Remote up to the head. Returns the head that was reached.
+/// How far the hub is known now.
+#[derive(Clone, Debug)]
+pub(in crate::sync) struct Refreshed {
+    pub(in crate::sync) cursor: Cursor,
+    /// What was known of the hub was forgotten: both sides are merged anew.
+    pub(in crate::sync) anew: bool,
+    /// Chunks that the hub has lost.
+    pub(in crate::sync) wanted: Vec<Digest>,
+    /// Deletions that are held here may go.
+    pub(in crate::sync) confirm_deletes: bool,
+}
+
+/// Brings Remote up to the head.
 ///
 /// If the hub's history is not the one known here (it was restored from a backup, or the index is
 /// new), everything known of it is forgotten first.
 pub(in crate::sync) async fn refresh<H: Hub>(
     session: &mut Session<'_, H>,
-) -> Result<Cursor, SyncError> {
-    let Head { epoch, seq } = waiting(session.cancel, session.hub.head(session.workspace)).await?;
-    let known = session.core.run(|core| core.index.cursor()).await?;
-    let mut cursor = match known {
-        Some(cursor) if cursor.epoch == epoch && cursor.seq <= seq => cursor,
-        _ => {
-            if known.is_some() {
-                tracing::warn!(?known, %epoch, seq, "history at the hub was replaced: merging anew");
-            }
-            let cursor = Cursor { epoch, seq: 0 };
-            session
-                .core
-                .run(move |core| {
-                    core.index.batch(|writer| {
-                        writer.forget_history()?;
-                        writer.set_cursor(cursor)
-                    })
-                })
-                .await?;
-            cursor
-        }
-    };
-    if cursor.seq == seq {
-        return Ok(cursor);
+) -> Result<Refreshed, SyncError> {
+    let (cursor, known) = session
+        .core
+        .run(|core| Ok::<_, IndexError>((core.index.cursor()?, core.index.known_head()?)))
+        .await?;
+    let Contact { head, wanted, confirm_deletes } =
+        waiting(session.cancel, session.hub, session.hub.head(session.workspace, known)).await?;
+    let Head { epoch, seq, root } = head;
+    let same = cursor.filter(|cursor| cursor.epoch == epoch && cursor.seq <= seq);
+    let anew = same.is_none();
+    if anew && cursor.is_some() {
+        tracing::warn!(?cursor, %epoch, seq, "history at the hub was replaced: merging anew");
     }
-    let mut pages =
-        waiting(session.cancel, session.hub.changes(session.workspace, cursor.seq)).await?;
+    let mut cursor = same.unwrap_or(Cursor { epoch, seq: 0 });
+    session
+        .core
+        .run(move |core| {
+            core.index.batch(|writer| {
+                if anew {
+                    writer.forget_history()?;
+                    writer.set_cursor(cursor)?;
+                }
+                told(writer, known, head)
+            })
+        })
+        .await?;
+    if cursor.seq == seq {
+        return Ok(Refreshed { cursor, anew, wanted, confirm_deletes });
+    }
+    let known = Some(Head { epoch, seq, root });
+    let mut pages = waiting(
+        session.cancel,
+        session.hub,
+        session.hub.changes(session.workspace, cursor.seq, known),
+    )
+    .await?;
     let next = async |pages: &mut crate::sync::hub::Answers<_>| pages.next().await.transpose();
-    while let Some(page) = waiting(session.cancel, next(&mut pages)).await? {
-        if page.last_seq < cursor.seq || page.last_seq > page.head_seq {
+    while let Some(page) = waiting(session.cancel, session.hub, next(&mut pages)).await? {
+        let ChangesPage { changes, last_seq, head_seq, root } = page;
+        if last_seq < cursor.seq || last_seq > head_seq {
             return Err(HubError::protocol("pages of changes do not advance").into());
         }
-        cursor.seq = page.last_seq;
+        cursor.seq = last_seq;
         session
             .core
             .run(move |core| {
                 let ignore = &core.ignore;
                 core.index.batch(|writer| {
                     // What is left out here is not accepted from others either.
-                    for change in page.changes {
+                    for change in changes {
                         if !ignore.ignores(&change.path) {
                             writer.set_remote(&change.path, change.entry)?;
                         }
                     }
-                    writer.set_cursor(cursor)
+                    writer.set_cursor(cursor)?;
+                    told(writer, known, Head { epoch, seq: head_seq, root })
                 })
             })
             .await?;
-        session.progress.head(page.head_seq);
-        if cursor.seq == page.head_seq {
+        session.progress.head(head_seq);
+        if cursor.seq == head_seq {
             break;
         }
     }
-    Ok(cursor)
+    Ok(Refreshed { cursor, anew, wanted, confirm_deletes })
+}
+
+/// Notes the newest head the hub told of: should the hub ever lose it, this is the proof.
+fn told(writer: &Writer<'_>, known: Option<Head>, head: Head) -> Result<(), IndexError> {
+    if known == Some(head) { Ok(()) } else { writer.set_known_head(head.seq, &head.root) }
 }

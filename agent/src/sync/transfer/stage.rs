@@ -8,15 +8,15 @@ use std::sync::Arc;
 use bytes::Bytes;
 use cortex_shared::chunk::ChunkRef;
 use cortex_shared::entry::{Digest, Entry, File};
-use cortex_shared::pack::Pack;
+use cortex_shared::pack::{InvalidPack, Pack};
 use cortex_shared::wire_path::WirePath;
 
 use crate::root_dir::RootDir;
 use crate::sync::core::Core;
-use crate::sync::hub::HubError;
 use crate::sync::index::IndexError;
 use crate::sync::plan::LocalChange;
 use crate::sync::private_dir::PrivateDir;
+use crate::sync::problem::Finding;
 
 /// Local files that are tried as a source of the same content.
 const SOURCES: u32 = 4;
@@ -26,7 +26,8 @@ struct StagedFile {
     created: bool,
     /// Places in the file that wait for a chunk.
     waiting: usize,
-    broken: bool,
+    /// Why it cannot be put together.
+    broken: Option<String>,
 }
 
 #[derive(Clone, Copy)]
@@ -68,9 +69,32 @@ impl Stage {
                 }
             }
             let name = private.stage_name();
-            files.push(Some(StagedFile { name, created: false, waiting, broken: false }));
+            files.push(Some(StagedFile { name, created: false, waiting, broken: None }));
         }
         Self { private, files, wanted }
+    }
+
+    /// A stage without files.
+    pub(super) fn empty(private: Arc<PrivateDir>) -> Self {
+        Self { private, files: Vec::new(), wanted: HashMap::new() }
+    }
+
+    /// Moves a file that has been begun to another stage, and tells its number there.
+    pub(super) fn move_to(&mut self, number: usize, file: &File, other: &mut Self) -> usize {
+        let moved = other.files.len();
+        for chunk in file.chunks() {
+            let Some(places) = self.wanted.get_mut(&chunk.hash) else { continue };
+            let own = places.extract_if(.., |place| place.file == number);
+            let own: Vec<Place> = own.map(|place| Place { file: moved, ..place }).collect();
+            if places.is_empty() {
+                self.wanted.remove(&chunk.hash);
+            }
+            if !own.is_empty() {
+                other.wanted.entry(chunk.hash).or_default().extend(own);
+            }
+        }
+        other.files.push(self.files[number].take());
+        moved
     }
 
     /// Begins the file or link of a change and takes what can be had from here. Returns the chunks
@@ -128,13 +152,22 @@ impl Stage {
         Ok(())
     }
 
-    /// Whether nothing is missing and nothing went wrong; the name in the stage if so.
-    pub(super) fn finished(&self, number: usize, change: &LocalChange) -> Option<Vec<u8>> {
-        let staged = self.files[number].as_ref()?;
-        if !staged.created || staged.waiting > 0 || staged.broken {
-            return None;
+    /// The name in the stage of a file to which nothing is missing, or what is wrong with it.
+    pub(super) fn finished(&self, number: usize, change: &LocalChange) -> Result<Vec<u8>, Finding> {
+        let missing = || {
+            let text =
+                "the hub does not have all of its content at present; it asks the members for it";
+            Finding::at(&change.path, "content_missing", text)
+        };
+        let failed = |error: &str| Finding::at(&change.path, "stage_failed", error);
+        let staged = self.files[number].as_ref().ok_or_else(missing)?;
+        if let Some(error) = &staged.broken {
+            return Err(failed(error));
         }
-        let Some(Entry::File(file)) = &change.to else { return Some(staged.name.clone()) };
+        if !staged.created || staged.waiting > 0 {
+            return Err(missing());
+        }
+        let Some(Entry::File(file)) = &change.to else { return Ok(staged.name.clone()) };
         let check = || -> io::Result<bool> {
             let handle = self.private.stage().open_for_writing(&staged.name)?;
             // Also makes the hole at the end, if there is one.
@@ -142,7 +175,22 @@ impl Stage {
             // A single chunk is the content, and its hash has been checked.
             Ok(file.recipe.is_empty() || hash_of(&handle)? == file.content)
         };
-        check().unwrap_or(false).then(|| staged.name.clone())
+        match check() {
+            Ok(true) => Ok(staged.name.clone()),
+            Ok(false) => Err(failed("its chunks do not make up its content")),
+            Err(error) => Err(failed(&error.to_string())),
+        }
+    }
+
+    /// As [`Self::finished`], and forgets the name, since the caller takes the file over.
+    pub(super) fn take_finished(
+        &mut self,
+        number: usize,
+        change: &LocalChange,
+    ) -> Result<Vec<u8>, Finding> {
+        let name = self.finished(number, change)?;
+        self.taken(number);
+        Ok(name)
     }
 
     /// Forgets the name of a file that has been taken over.
@@ -158,26 +206,26 @@ impl Stage {
         }
     }
 
-    /// Writes every wanted chunk of a pack to its places.
-    pub(super) fn take_pack(&mut self, pack: Bytes) -> Result<u64, StageError> {
-        let pack = Pack::parse(pack).map_err(HubError::protocol)?;
-        let mut failure = None;
+    /// Writes every wanted chunk of a pack to its places. A file that cannot be written to is given
+    /// up by itself.
+    ///
+    /// # Errors
+    /// If the pack is not valid; what came before the damage has been taken.
+    pub(super) fn take_pack(&mut self, pack: Bytes) -> Result<u64, InvalidPack> {
+        let pack = Pack::parse(pack)?;
         let mut bytes = 0;
         pack.for_each_chunk(|chunk, data| {
-            if failure.is_some() {
-                return;
-            }
             let Some(places) = self.wanted.remove(&chunk.hash) else { return };
             bytes += data.len() as u64;
             for place in places {
-                if let Err(error) = self.write(place, data) {
-                    failure = Some(error);
-                    return;
+                if let Err(error) = self.write(place, data)
+                    && let Some(staged) = &mut self.files[place.file]
+                {
+                    staged.broken.get_or_insert(error.to_string());
                 }
             }
-        })
-        .map_err(HubError::protocol)?;
-        failure.map_or(Ok(bytes), |error| Err(error.into()))
+        })?;
+        Ok(bytes)
     }
 
     fn write(&mut self, place: Place, data: &[u8]) -> io::Result<()> {
@@ -185,7 +233,7 @@ impl Stage {
         let Some(staged) = &mut self.files[place.file] else { return Ok(()) };
         staged.waiting -= 1;
         if place.len as usize != data.len() {
-            staged.broken = true;
+            staged.broken = Some("a chunk has another length than its file says".to_owned());
             return Ok(());
         }
         // Zeros become a hole, since the length is set at the end.
@@ -280,8 +328,6 @@ pub(super) enum StageError {
     Io(#[from] io::Error),
     #[error(transparent)]
     Index(#[from] IndexError),
-    #[error(transparent)]
-    Hub(#[from] HubError),
 }
 
 impl From<StageError> for crate::sync::core::SyncError {
@@ -289,7 +335,6 @@ impl From<StageError> for crate::sync::core::SyncError {
         match error {
             StageError::Io(error) => error.into(),
             StageError::Index(error) => error.into(),
-            StageError::Hub(error) => error.into(),
         }
     }
 }

@@ -10,7 +10,7 @@ use tonic::Status;
 
 use crate::grpc::status::invalid;
 use crate::store::workspace::{
-    Change, ChangesPage, Commit, CommitResult, InvalidOp, Op, RejectReason, Rejection,
+    Change, ChangesPage, Commit, CommitResult, Head, InvalidOp, Op, RejectReason, Rejection,
 };
 
 /// Most hashes in one question.
@@ -26,6 +26,18 @@ pub(super) fn epoch(bytes: &[u8]) -> Result<WorkspaceEpoch, Status> {
     WorkspaceEpoch::from_slice(bytes).map_err(|error| invalid(error.to_string()))
 }
 
+/// The newest head that a member was told of.
+pub(super) fn known(version: Option<&v1::Version>) -> Result<Option<Head>, Status> {
+    let Some(version) = version else { return Ok(None) };
+    let root = Digest::from_slice(&version.root_digest)
+        .ok_or_else(|| invalid("a root digest is 32 bytes"))?;
+    // Far beyond any real one, and still a number that the database can hold.
+    if version.seq > u64::MAX >> 2 {
+        return Err(invalid("there is no such version"));
+    }
+    Ok(Some(Head { epoch: epoch(&version.epoch)?, seq: version.seq, root }))
+}
+
 /// Hashes, concatenated.
 pub(super) fn hashes(bytes: &[u8]) -> Result<Vec<Digest>, Status> {
     let (hashes, rest) = bytes.as_chunks::<32>();
@@ -36,6 +48,11 @@ pub(super) fn hashes(bytes: &[u8]) -> Result<Vec<Digest>, Status> {
         return Err(invalid(format!("at most {MAX_HASHES} hashes in one request")));
     }
     Ok(hashes.iter().map(|hash| Digest::from_bytes(*hash)).collect())
+}
+
+/// Hashes, to be sent.
+pub(super) fn wire_hashes(hashes: &[Digest]) -> Bytes {
+    hashes.iter().flat_map(|hash| *hash.as_bytes()).collect::<Vec<u8>>().into()
 }
 
 /// One bit for each answer, least significant first within a byte.
@@ -123,13 +140,12 @@ fn wire_rejection(rejection: Rejection) -> v1::OpRejected {
         RejectReason::MissingChunks => v1::RejectReason::MissingChunks,
         RejectReason::Invalid => v1::RejectReason::Invalid,
     };
-    let missing = rejection.missing.iter().flat_map(|hash| *hash.as_bytes());
     v1::OpRejected {
         index: rejection.index,
         reason: reason.into(),
         current: rejection.current.map(wire_entry),
         current_seq: rejection.current_seq,
-        missing: missing.collect::<Vec<u8>>().into(),
+        missing: wire_hashes(&rejection.missing),
     }
 }
 

@@ -123,7 +123,7 @@ impl Caller {
 
     async fn head(&mut self) -> Result<v1::HeadResponse, Status> {
         let workspace_id = self.workspace_id();
-        Ok(self.client.head(v1::HeadRequest { workspace_id }).await?.into_inner())
+        Ok(self.client.head(v1::HeadRequest { workspace_id, known: None }).await?.into_inner())
     }
 
     async fn have(&mut self, chunks: &[Digest]) -> Result<Bytes, Status> {
@@ -143,13 +143,19 @@ impl Caller {
     async fn commit(&mut self, ops: Vec<v1::Op>) -> Result<v1::CommitResponse, Status> {
         let epoch = self.head().await?.epoch;
         let commit_id = CommitId::new().as_bytes().to_vec().into();
-        let request =
-            v1::CommitRequest { workspace_id: self.workspace_id(), commit_id, epoch, ops };
+        let request = v1::CommitRequest {
+            workspace_id: self.workspace_id(),
+            commit_id,
+            epoch,
+            ops,
+            known: None,
+        };
         Ok(self.client.commit(request).await?.into_inner())
     }
 
     async fn changes(&mut self, after_seq: u64) -> Result<Vec<v1::ChangesPage>, Status> {
-        let request = v1::ChangesRequest { workspace_id: self.workspace_id(), after_seq };
+        let request =
+            v1::ChangesRequest { workspace_id: self.workspace_id(), after_seq, known: None };
         self.client.changes(request).await?.into_inner().try_collect().await
     }
 
@@ -309,6 +315,7 @@ async fn who_is_no_member_gets_nothing_from_any_method() {
         commit_id,
         epoch: epoch.clone(),
         ops: vec![],
+        known: None,
     };
     let ack = v1::AckAppliedRequest { workspace_id, epoch, seq: 0 };
     let refusals = [
@@ -324,7 +331,7 @@ async fn who_is_no_member_gets_nothing_from_any_method() {
         assert_eq!((refusal.code(), code(&refusal)), (Code::PermissionDenied, "not_a_member"));
     }
     // Without a certificate there is no caller at all.
-    let request = v1::HeadRequest { workspace_id: stranger.workspace_id() };
+    let request = v1::HeadRequest { workspace_id: stranger.workspace_id(), known: None };
     let refusal = SyncClient::new(fixture.channel()).head(request).await.unwrap_err();
     assert_eq!(refusal.code(), Code::Unauthenticated);
     fixture.close().await;
@@ -361,8 +368,10 @@ async fn refusals_have_stable_codes_and_hurt_nobody_else() {
     // The pack before it was taken or not, and can be sent again.
     assert_eq!(member.put(good).await.unwrap().len(), 1);
 
-    let unknown = member.get(&[Digest::of(b"good"), Digest::of(b"unknown")]).await.unwrap_err();
-    assert_eq!((unknown.code(), code(&unknown)), (Code::NotFound, "missing_chunks"));
+    let answers = member.get(&[Digest::of(b"unknown"), Digest::of(b"good")]).await.unwrap();
+    assert_eq!(answers[0].missing, Digest::of(b"unknown").as_bytes()[..], "named");
+    assert!(answers[0].pack.is_empty() && answers.len() == 2);
+    assert!(!answers[1].pack.is_empty(), "and the others are sent");
     assert_eq!(code(&member.changes(1).await.unwrap_err()), "beyond_head");
     assert_eq!(member.have(&[Digest::ZERO; 8193]).await.unwrap_err().code(), Code::InvalidArgument);
 
@@ -392,6 +401,7 @@ async fn refusals_have_stable_codes_and_hurt_nobody_else() {
         commit_id: CommitId::new().as_bytes().to_vec().into(),
         epoch: Bytes::from_static(&[7; 16]),
         ops: vec![create("e", v1::entry::Kind::Dir(v1::DirEntry {}))],
+        known: None,
     };
     let refusal = member.client.commit(request.clone()).await.unwrap_err();
     assert_eq!(code(&refusal), "epoch_changed");

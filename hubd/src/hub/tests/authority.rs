@@ -132,7 +132,7 @@ async fn a_revoked_nodes_transfer_of_content_ends_in_the_midst_of_it() {
     admin.revoke_node(revoke("box")).await.unwrap();
     let ended = tokio::time::timeout(Duration::from_secs(20), acks.message()).await;
     assert_eq!(word(&ended.unwrap().unwrap_err()), "node_revoked");
-    let refused = sync.head(v1::HeadRequest { workspace_id }).await.unwrap_err();
+    let refused = sync.head(v1::HeadRequest { workspace_id, known: None }).await.unwrap_err();
     assert_eq!(word(&refused), "node_revoked", "on the connection that it still has");
     hub.hub.shutdown().await;
 }

@@ -101,7 +101,7 @@ async fn a_node_that_lies_in_the_body_gets_nothing() {
 
     // Another node's workspace.
     let mut sync = SyncClient::new(hub.channel(Some(&liar.login)).await.unwrap());
-    let head = v1::HeadRequest { workspace_id };
+    let head = v1::HeadRequest { workspace_id, known: None };
     let refused = sync.head(head.clone()).await.unwrap_err();
     assert_eq!((refused.code(), word(&refused)), (Code::PermissionDenied, "not_a_member"));
     let request = || v1::RequestAttachRequest { workspace: name() };

@@ -42,9 +42,11 @@ macro_rules! contract_tests {
             a_refused_commit_is_judged_anew,
             everything_is_there_after_reopening,
             the_epoch_is_checked,
+            a_version_that_never_was_begins_a_new_epoch,
             cursors_never_go_back,
             conflicts_are_listed_while_their_copies_exist,
             packs_are_found_by_their_chunks,
+            lost_chunks_are_wanted_until_they_are_here_again,
             a_useless_pack_that_is_touched_again_stays,
             changes_are_paged_by_size,
             results_stay_within_their_budget,
@@ -330,6 +332,48 @@ pub(crate) async fn the_epoch_is_checked(engine: &impl Engine) {
     assert!(fixture.tree(1000).await.is_empty());
 }
 
+pub(crate) async fn a_version_that_never_was_begins_a_new_epoch(engine: &impl Engine) {
+    for (what, seq, root) in [
+        ("beyond the head", 11, None),
+        ("in the middle of a commit", 3, None),
+        ("with another root", 2, Some(Digest::of(b"another"))),
+    ] {
+        let fixture = Fixture::new(engine).await;
+        let mut heads = vec![*fixture.store.watch_head().borrow()];
+        for name in ["a", "b", "c"] {
+            fixture
+                .set(vec![create(name, link("x")), create(&format!("{name}2"), link("x"))])
+                .await;
+            heads.push(*fixture.store.watch_head().borrow());
+        }
+        let last = heads[3];
+        for known in &heads {
+            let head = fixture.store.check_history(*known).await.unwrap();
+            assert_eq!(head, last, "a head there was");
+        }
+        let foreign = Head { epoch: WorkspaceEpoch::new(), seq: 99, root: Digest::of(b"x") };
+        let head = fixture.store.check_history(foreign).await.unwrap();
+        assert_eq!(head, last, "another epoch proves nothing");
+
+        let known = Head { epoch: last.epoch, seq, root: root.unwrap_or(last.root) };
+        let head = fixture.store.check_history(known).await.unwrap();
+        assert_ne!(head.epoch, last.epoch, "{what}");
+        assert!(head.seq > known.seq && head.seq > last.seq, "{what}");
+        assert_eq!(head.root, last.root, "{what}");
+        assert_eq!(*fixture.store.watch_head().borrow(), head, "{what}");
+        for known in [known, last, head] {
+            assert_eq!(fixture.store.check_history(known).await.unwrap(), head, "{what}: once");
+        }
+        assert_eq!(fixture.tree(1000).await.len(), 6, "{what}");
+        let stale = fixture.store.commit(fixture.batch(vec![create("d", link("x"))])).await;
+        assert!(matches!(stale, Err(StoreError::WrongEpoch { .. })), "{what}");
+        let mut fixture = fixture.reopen(engine).await;
+        assert_eq!(*fixture.store.watch_head().borrow(), head, "{what}: durable");
+        fixture.epoch = head.epoch;
+        assert_eq!(fixture.set(vec![create("d", link("x"))]).await.seq, head.seq + 1, "{what}");
+    }
+}
+
 pub(crate) async fn cursors_never_go_back(engine: &impl Engine) {
     let fixture = Fixture::new(engine).await;
     fixture.set(vec![create("a", link("1")), create("b", link("2"))]).await;
@@ -369,18 +413,49 @@ pub(crate) async fn packs_are_found_by_their_chunks(engine: &impl Engine) {
     let have = store.have(vec![hash(b"a"), hash(b"x"), hash(b"c")]).await.unwrap();
     assert_eq!(have, [true, false, true]);
     let packs = store.packs_of(vec![hash(b"c"), hash(b"b"), hash(b"a")]).await.unwrap();
-    assert_eq!(packs, [second, first]);
-    let unknown = store.packs_of(vec![hash(b"a"), hash(b"x"), hash(b"y")]).await;
-    match unknown {
-        Err(StoreError::UnknownChunks { count: 2, first }) => assert_eq!(first, hash(b"x")),
-        other => panic!("{other:?}"),
-    }
+    let both = vec![hash(b"b"), hash(b"a")];
+    assert_eq!(packs.packs, [(second, vec![hash(b"c")]), (first, both)]);
+    assert!(packs.missing.is_empty());
+    let found = store.packs_of(vec![hash(b"x"), hash(b"a"), hash(b"y")]).await.unwrap();
+    assert_eq!(found.packs, [(first, vec![hash(b"a")])]);
+    assert_eq!(found.missing, [hash(b"x"), hash(b"y")]);
     assert_eq!(store.packs().await.unwrap().len(), 2);
     let again = PackRecord { hash: first, bytes: 1, chunks: vec![ChunkRef::of(b"a").unwrap()] };
     assert_eq!(store.add_pack(again).await.unwrap(), PackAdded::Known);
     store.forget_packs(vec![first]).await.unwrap();
     assert_eq!(store.have(vec![hash(b"a"), hash(b"c")]).await.unwrap(), [false, true]);
     assert!(!store.has_pack(first).await.unwrap());
+}
+
+pub(crate) async fn lost_chunks_are_wanted_until_they_are_here_again(engine: &impl Engine) {
+    let fixture = Fixture::new(engine).await;
+    let store = &fixture.store;
+    let hash = |data: &[u8]| Digest::of(data);
+    let seq = || store.watch_head().borrow().seq;
+    let lost = fixture.add_chunks(&[b"used", b"unused"]).await;
+    let kept = fixture.add_chunks(&[b"kept"]).await;
+    fixture.set(vec![create("f", file(b"used")), create("g", file(b"kept"))]).await;
+    assert!(store.wanted().await.unwrap().is_empty());
+    store.forget_packs(vec![lost]).await.unwrap();
+    let mut wanted = store.wanted().await.unwrap();
+    wanted.sort();
+    let mut expected = vec![hash(b"used"), hash(b"unused")];
+    expected.sort();
+    assert_eq!((wanted, seq()), (expected, 3), "members are made to look");
+    store.forget_packs(vec![lost]).await.unwrap();
+    assert_eq!(seq(), 3, "no news");
+    store.drop_wanted().await.unwrap();
+    assert_eq!(store.wanted().await.unwrap(), [hash(b"used")], "the other one nobody names");
+    fixture.add_chunks(&[b"something else"]).await;
+    assert_eq!(seq(), 3);
+    fixture.add_chunks(&[b"used", b"more"]).await;
+    assert_eq!((store.wanted().await.unwrap(), seq()), (vec![], 4), "waiting members try again");
+    let head = *store.watch_head().borrow();
+    assert_eq!(store.check_history(head).await.unwrap(), head);
+    assert_eq!(fixture.tree(1000).await.len(), 2);
+    // What is collected is not lost.
+    store.drop_packs(vec![kept], unix_ms() + 1).await.unwrap();
+    assert!(store.wanted().await.unwrap().is_empty());
 }
 
 pub(crate) async fn a_useless_pack_that_is_touched_again_stays(engine: &impl Engine) {

@@ -32,7 +32,7 @@ use tokio::sync::watch;
 use super::database::DatabaseError;
 
 pub use model::{
-    Change, ChangesPage, Commit, CommitResult, Conflict, Head, InvalidOp, Op, PackAdded,
+    Change, ChangesPage, Commit, CommitResult, Conflict, Found, Head, InvalidOp, Op, PackAdded,
     PackRecord, RejectReason, Rejection, Summary,
 };
 
@@ -60,14 +60,6 @@ pub enum StoreError {
         asked: u64,
         /// The newest one.
         head: u64,
-    },
-    /// Chunks that the store does not have.
-    #[error("{count} of the chunks are not known, the first is {first}")]
-    UnknownChunks {
-        /// How many.
-        count: usize,
-        /// One of them.
-        first: Digest,
     },
     /// The database.
     #[error(transparent)]
@@ -102,6 +94,14 @@ pub trait WorkspaceStore: Send + Sync + 'static {
     /// The newest durable version, now and whenever it moves. Only the latest value is kept.
     fn watch_head(&self) -> watch::Receiver<Head>;
 
+    /// Compares the newest version that a member was told of with this history. If it was never one
+    /// of it, versions have been lost, and a new epoch begins, durably. Returns the head; the member
+    /// has to merge anew if that has another epoch than `known`.
+    fn check_history(&self, known: Head) -> Answer<'_, Head>;
+
+    /// Makes a new version of the same tree, so that members ask what there is to do.
+    fn repeat_head(&self) -> Answer<'_, ()>;
+
     /// Head and size of the workspace.
     fn summary(&self) -> Answer<'_, Summary>;
 
@@ -112,10 +112,18 @@ pub trait WorkspaceStore: Send + Sync + 'static {
     /// Whether a pack is recorded.
     fn has_pack(&self, pack: Digest) -> Answer<'_, bool>;
 
-    /// Records a pack whose file is durable, and its chunks.
+    /// Chunks that were lost and have not come back, at most 8,192 of them.
+    fn wanted(&self) -> Answer<'_, Vec<Digest>>;
+
+    /// Ceases to want chunks that no entry names any more.
+    fn drop_wanted(&self) -> Answer<'_, ()>;
+
+    /// Records a pack whose file is durable, and its chunks. If some of them were wanted, the head
+    /// moves, so that members that wait for them try again.
     fn add_pack(&self, pack: PackRecord) -> Answer<'_, PackAdded>;
 
-    /// Forgets packs whose files are gone, with the chunks that were only there.
+    /// Forgets packs whose files are gone, with the chunks that were only there. Those are wanted from
+    /// then on, and the head moves, so that members ask for it.
     fn forget_packs(&self, packs: Vec<Digest>) -> Answer<'_, ()>;
 
     /// Some packs that nothing needs: no entry names any of their chunks, and none was touched since.
@@ -137,10 +145,8 @@ pub trait WorkspaceStore: Send + Sync + 'static {
     /// All recorded packs.
     fn packs(&self) -> Answer<'_, HashSet<Digest>>;
 
-    /// The packs that hold these chunks, each once, in the order of the first chunk that needs it.
-    ///
-    /// [`StoreError::UnknownChunks`] if one is not present.
-    fn packs_of(&self, chunks: Vec<Digest>) -> Answer<'_, Vec<Digest>>;
+    /// The packs that hold these chunks.
+    fn packs_of(&self, chunks: Vec<Digest>) -> Answer<'_, Found>;
 
     /// Applies operations one after another, each by compare-and-set; those that are not rejected
     /// become visible together. A repetition of a commit that changed something returns its first

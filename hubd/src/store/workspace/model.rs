@@ -132,6 +132,16 @@ pub enum PackAdded {
     Known,
 }
 
+/// Where chunks are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Packs, each once, in the order of the first chunk that needs it, with the chunks it was found
+    /// for.
+    pub packs: Vec<(Digest, Vec<Digest>)>,
+    /// Chunks that are not present.
+    pub missing: Vec<Digest>,
+}
+
 /// One change of the tree, as a member reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {

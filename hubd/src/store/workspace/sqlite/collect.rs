@@ -7,7 +7,7 @@
 //!
 //! A pack goes when all of it is useless; one that is partly in use stays whole.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use cortex_shared::chunk::CHUNK_REF_BYTES;
 use cortex_shared::entry::Digest;
@@ -52,17 +52,38 @@ pub(super) fn useless_packs(
     if candidates.is_empty() {
         return Ok((Vec::new(), None));
     }
-    let mut in_use = |hash: &Digest| {
+    for_each_named_chunk(connection, |hash| {
         if let Some(pack) = in_pack.get(hash) {
             candidates.remove(pack);
         }
-    };
+    })?;
+    Ok((candidates.into_values().collect(), next))
+}
+
+/// Wanted chunks that no entry names. None of them can be named again before it is here again.
+pub(super) fn useless_wanted(connection: &Connection) -> Result<Vec<Digest>, StoreError> {
+    let slice = u32::try_from(SLICE_CHUNKS).unwrap_or(u32::MAX);
+    let mut wanted: HashSet<Digest> =
+        super::content::wanted(connection, slice)?.into_iter().collect();
+    if !wanted.is_empty() {
+        for_each_named_chunk(connection, |hash| {
+            wanted.remove(hash);
+        })?;
+    }
+    Ok(wanted.into_iter().collect())
+}
+
+/// Shows every chunk that an entry names, some of them more than once.
+fn for_each_named_chunk(
+    connection: &Connection,
+    mut show: impl FnMut(&Digest),
+) -> Result<(), StoreError> {
     let mut single = connection.prepare_cached(
         "SELECT content FROM entries WHERE content IS NOT NULL AND recipe IS NULL",
     )?;
     let mut rows = single.query([])?;
     while let Some(row) = rows.next()? {
-        in_use(&digest(row.get_ref(0)?.as_bytes().map_err(|_| damaged("no content"))?)?);
+        show(&digest(row.get_ref(0)?.as_bytes().map_err(|_| damaged("no content"))?)?);
     }
     let mut recipes = connection.prepare_cached(
         "SELECT recipe FROM recipes WHERE digest IN
@@ -72,10 +93,10 @@ pub(super) fn useless_packs(
     while let Some(row) = rows.next()? {
         let recipe = row.get_ref(0)?.as_bytes().map_err(|_| damaged("no recipe"))?;
         for chunk in recipe.as_chunks::<CHUNK_REF_BYTES>().0 {
-            in_use(&digest(&chunk[..32])?);
+            show(&digest(&chunk[..32])?);
         }
     }
-    Ok((candidates.into_values().collect(), next))
+    Ok(())
 }
 
 /// Forgets those of the packs that are still untouched, and returns them.

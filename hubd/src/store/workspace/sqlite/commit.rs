@@ -6,7 +6,7 @@ use rusqlite::{Connection, params};
 
 use super::super::{Commit, CommitResult, InvalidOp, Op, RejectReason, Rejection, StoreError};
 use super::tree::{ENTRY_COLUMNS, Found, Tree, damaged, digest, entry_from_row, signed, unsigned};
-use super::{HeadRow, content, read_head};
+use super::{HeadRow, content, history, read_head};
 
 /// Most bytes of entries and missing chunks in one result: more would not fit a message of the
 /// protocol (5 MiB) together with its up to 5,000 rejections.
@@ -58,7 +58,7 @@ pub(super) fn commit(
         // rather than remembered, and refused commits leave nothing behind.
         return Ok(result);
     }
-    work.write_head()?;
+    history::write_head(connection, &work.head, now_ms)?;
     record(connection, commit, &result, now_ms)?;
     Ok(result)
 }
@@ -220,20 +220,6 @@ impl Work<'_> {
             }
         }
         Ok(rejection)
-    }
-
-    fn write_head(&self) -> Result<(), StoreError> {
-        self.connection
-            .prepare_cached(
-                "UPDATE head SET seq = ?1, root = ?2, entries = ?3, content_bytes = ?4",
-            )?
-            .execute(params![
-                signed(self.head.seq),
-                self.head.root.as_bytes(),
-                signed(self.head.entries),
-                signed(self.head.content_bytes),
-            ])?;
-        Ok(())
     }
 }
 

@@ -1,11 +1,11 @@
 //! Which chunks and packs are present.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use cortex_shared::entry::Digest;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
-use super::super::{PackAdded, PackRecord, StoreError};
+use super::super::{Found, PackAdded, PackRecord, StoreError};
 use super::tree::{digest, signed};
 
 /// A chunk touched within this time, in milliseconds, is not touched again: an hour is little
@@ -119,31 +119,62 @@ pub(super) fn forget_packs(connection: &Connection, packs: &[Digest]) -> Result<
     Ok(())
 }
 
-pub(super) fn packs_of(
+/// Forgets packs whose files are lost, and wants their chunks back. Whether that was news.
+pub(super) fn lose_packs(connection: &Connection, packs: &[Digest]) -> Result<bool, StoreError> {
+    let mut wanted = 0;
+    for pack in packs {
+        wanted += connection
+            .prepare_cached(
+                "INSERT OR IGNORE INTO wanted (hash)
+                 SELECT hash FROM chunks WHERE pack_id IN (SELECT id FROM packs WHERE hash = ?1)",
+            )?
+            .execute([pack.as_bytes()])?;
+    }
+    forget_packs(connection, packs)?;
+    Ok(wanted > 0)
+}
+
+/// Notes that chunks are here; whether some of them were wanted.
+pub(super) fn no_longer_wanted(
     connection: &Connection,
-    chunks: &[Digest],
-) -> Result<Vec<Digest>, StoreError> {
+    chunks: impl Iterator<Item = Digest>,
+) -> Result<bool, StoreError> {
+    if wanted(connection, 1)?.is_empty() {
+        return Ok(false);
+    }
+    let mut delete = connection.prepare_cached("DELETE FROM wanted WHERE hash = ?1")?;
+    let mut found = 0;
+    for chunk in chunks {
+        found += delete.execute([chunk.as_bytes()])?;
+    }
+    Ok(found > 0)
+}
+
+/// Some of the chunks that are wanted back.
+pub(super) fn wanted(connection: &Connection, limit: u32) -> Result<Vec<Digest>, StoreError> {
+    let mut statement = connection.prepare_cached("SELECT hash FROM wanted LIMIT ?1")?;
+    statement.query_and_then([limit], |row| digest(&row.get::<_, Vec<u8>>(0)?))?.collect()
+}
+
+pub(super) fn packs_of(connection: &Connection, chunks: &[Digest]) -> Result<Found, StoreError> {
     let mut statement = connection.prepare_cached(
         "SELECT p.hash FROM chunks c JOIN packs p ON p.id = c.pack_id WHERE c.hash = ?1",
     )?;
-    let mut seen = HashSet::new();
-    let mut packs = Vec::new();
-    let mut unknown = Vec::new();
+    let mut places = HashMap::new();
+    let mut found = Found::default();
     for chunk in chunks {
         let pack: Option<Vec<u8>> =
             statement.query_row([chunk.as_bytes()], |row| row.get(0)).optional()?;
-        match pack {
-            None => unknown.push(*chunk),
-            Some(pack) => {
-                let pack = digest(&pack)?;
-                if seen.insert(pack) {
-                    packs.push(pack);
-                }
-            }
-        }
+        let Some(pack) = pack else {
+            found.missing.push(*chunk);
+            continue;
+        };
+        let pack = digest(&pack)?;
+        let place = *places.entry(pack).or_insert_with(|| {
+            found.packs.push((pack, Vec::new()));
+            found.packs.len() - 1
+        });
+        found.packs[place].1.push(*chunk);
     }
-    match unknown.first() {
-        Some(&first) => Err(StoreError::UnknownChunks { count: unknown.len(), first }),
-        None => Ok(packs),
-    }
+    Ok(found)
 }

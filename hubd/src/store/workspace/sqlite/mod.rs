@@ -8,6 +8,7 @@ mod changes;
 mod collect;
 mod commit;
 mod content;
+mod history;
 mod schema;
 #[cfg(test)]
 mod tests;
@@ -29,7 +30,7 @@ use self::content::Presence;
 use self::tree::{damaged, digest, signed, unsigned};
 use super::super::database::{Database, Settings};
 use super::{
-    Answer, ChangesPage, CollectionSlice, Commit, CommitResult, Conflict, Head, PackAdded,
+    Answer, ChangesPage, CollectionSlice, Commit, CommitResult, Conflict, Found, Head, PackAdded,
     PackRecord, StoreError, Summary, WorkspaceStore,
 };
 
@@ -37,6 +38,8 @@ use super::{
 /// hold its inner pages and what one batch of commits changes. The main database has more, but there
 /// is only one of it: with this, 50 workspaces in full use take 400 MiB at most.
 const CACHE_KIB: u32 = 8 * 1024;
+/// Most wanted chunks in one answer: as many as members can ask about in one question.
+const WANTED_LISTED: u32 = 8192;
 /// Most conflicts in one answer.
 const CONFLICTS_LISTED: i64 = 10_000;
 
@@ -64,6 +67,22 @@ impl SqliteWorkspaceStore {
             })
             .await?;
         Ok(Self { database, head: Arc::new(watch::Sender::new(head)) })
+    }
+
+    /// Tells of a head once it is durable.
+    fn publish(&self) -> impl FnOnce(&Head) + Send + 'static {
+        let sender = self.head.clone();
+        move |new: &Head| {
+            sender.send_if_modified(|head| {
+                // A repeated commit returns an older version, which must not take the head back. A
+                // new epoch begins above all numbers of the one before.
+                let newer = new.seq > head.seq;
+                if newer {
+                    *head = *new;
+                }
+                newer
+            });
+        }
     }
 }
 
@@ -98,6 +117,36 @@ fn head_of(row: &HeadRow) -> Result<Head, StoreError> {
 impl WorkspaceStore for SqliteWorkspaceStore {
     fn watch_head(&self) -> watch::Receiver<Head> {
         self.head.subscribe()
+    }
+
+    fn check_history(&self, known: Head) -> Answer<'_, Head> {
+        Box::pin(async move {
+            let current = self.head.borrow().epoch;
+            let fits =
+                self.database.read(move |connection| history::is_known(connection, &known)).await?;
+            if fits {
+                return Ok(*self.head.borrow());
+            }
+            tracing::error!(
+                epoch = %current, known.seq,
+                "a member knows a version that is not here: this history was put back from a backup"
+            );
+            let write = move |connection: &Connection| {
+                history::restart_if_lost(connection, &known, unix_ms())
+            };
+            self.database.write_then(write, self.publish()).await
+        })
+    }
+
+    fn repeat_head(&self) -> Answer<'_, ()> {
+        let write = |connection: &Connection| history::repeat_head_if(connection, true, unix_ms());
+        let publish = self.publish();
+        Box::pin(async move {
+            let after = move |head: &Option<Head>| {
+                head.as_ref().inspect(|head| publish(head));
+            };
+            self.database.write_then::<_, StoreError>(write, after).await.map(drop)
+        })
     }
 
     fn summary(&self) -> Answer<'_, Summary> {
@@ -145,12 +194,51 @@ impl WorkspaceStore for SqliteWorkspaceStore {
     }
 
     fn add_pack(&self, pack: PackRecord) -> Answer<'_, PackAdded> {
-        let write = move |connection: &Connection| content::add_pack(connection, &pack, unix_ms());
-        Box::pin(self.database.write(write))
+        let write = move |connection: &Connection| {
+            let now_ms = unix_ms();
+            let added = content::add_pack(connection, &pack, now_ms)?;
+            let chunks = pack.chunks.iter().map(|chunk| chunk.hash);
+            let came_back = content::no_longer_wanted(connection, chunks)?;
+            Ok((added, history::repeat_head_if(connection, came_back, now_ms)?))
+        };
+        let publish = self.publish();
+        Box::pin(async move {
+            let after = move |(_, head): &(PackAdded, Option<Head>)| {
+                head.as_ref().inspect(|head| publish(head));
+            };
+            Ok(self.database.write_then::<_, StoreError>(write, after).await?.0)
+        })
     }
 
     fn forget_packs(&self, packs: Vec<Digest>) -> Answer<'_, ()> {
-        Box::pin(self.database.write(move |connection| content::forget_packs(connection, &packs)))
+        let write = move |connection: &Connection| {
+            let news = content::lose_packs(connection, &packs)?;
+            history::repeat_head_if(connection, news, unix_ms())
+        };
+        let publish = self.publish();
+        Box::pin(async move {
+            let after = move |head: &Option<Head>| {
+                head.as_ref().inspect(|head| publish(head));
+            };
+            self.database.write_then::<_, StoreError>(write, after).await.map(drop)
+        })
+    }
+
+    fn wanted(&self) -> Answer<'_, Vec<Digest>> {
+        Box::pin(self.database.read(|connection| content::wanted(connection, WANTED_LISTED)))
+    }
+
+    fn drop_wanted(&self) -> Answer<'_, ()> {
+        Box::pin(async move {
+            let useless = self.database.read(collect::useless_wanted).await?;
+            if useless.is_empty() {
+                return Ok(());
+            }
+            let write = move |connection: &Connection| {
+                content::no_longer_wanted(connection, useless.iter().copied()).map(drop)
+            };
+            self.database.write(write).await
+        })
     }
 
     fn useless_packs(
@@ -186,25 +274,18 @@ impl WorkspaceStore for SqliteWorkspaceStore {
         Box::pin(self.database.read(content::packs))
     }
 
-    fn packs_of(&self, chunks: Vec<Digest>) -> Answer<'_, Vec<Digest>> {
+    fn packs_of(&self, chunks: Vec<Digest>) -> Answer<'_, Found> {
         Box::pin(self.database.read(move |connection| content::packs_of(connection, &chunks)))
     }
 
     fn commit(&self, commit: Commit) -> Answer<'_, CommitResult> {
-        let head = self.head.clone();
+        let publish = self.publish();
         let epoch = commit.epoch;
         let write = move |connection: &Connection| commit::commit(connection, &commit, unix_ms());
-        let publish = move |result: &CommitResult| {
-            // A repeated commit returns an older version, which must not take the head back.
-            head.send_if_modified(|head| {
-                let newer = result.seq > head.seq;
-                if newer {
-                    *head = Head { epoch, seq: result.seq, root: result.root };
-                }
-                newer
-            });
+        let head_of = move |result: &CommitResult| {
+            publish(&Head { epoch, seq: result.seq, root: result.root });
         };
-        Box::pin(self.database.write_then(write, publish))
+        Box::pin(self.database.write_then(write, head_of))
     }
 
     fn changes(&self, after_seq: u64, budget_bytes: usize) -> Answer<'_, ChangesPage> {

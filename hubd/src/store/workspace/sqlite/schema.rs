@@ -10,7 +10,8 @@ use super::super::StoreError;
 pub(super) const ROOT_ID: i64 = 1;
 
 /// See [`super::Settings::migrations`].
-pub(super) const MIGRATIONS: &[&str] = &["
+pub(super) const MIGRATIONS: &[&str] = &[
+    "
 -- The newest version, and counters that would otherwise need a look at every entry.
 CREATE TABLE head (
     one INTEGER PRIMARY KEY CHECK (one = 1),
@@ -110,7 +111,23 @@ CREATE TABLE conflicts (
     node BLOB NOT NULL,
     at_ms INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
-"];
+",
+    "
+-- The heads there have been in this epoch, for as long as they are remembered (see history.rs).
+CREATE TABLE versions (
+    seq INTEGER PRIMARY KEY,
+    root BLOB NOT NULL CHECK (length(root) = 32),
+    at_ms INTEGER NOT NULL
+) STRICT;
+CREATE INDEX versions_by_time ON versions (at_ms);
+-- Chunks that were in packs that are lost: members that have them are asked to send them again.
+CREATE TABLE wanted (
+    hash BLOB PRIMARY KEY CHECK (length(hash) = 32)
+) STRICT, WITHOUT ROWID;
+INSERT INTO versions (seq, root, at_ms) SELECT seq, root, max(at_ms) FROM commits GROUP BY seq;
+INSERT OR IGNORE INTO versions (seq, root, at_ms) SELECT seq, root, 0 FROM head WHERE seq > 0;
+",
+];
 
 /// Fills a new database with an empty tree; one that has a tree stays as it is.
 pub(super) fn begin(connection: &Connection) -> Result<(), StoreError> {

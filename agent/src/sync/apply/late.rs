@@ -1,0 +1,121 @@
+//! Late writes to displaced files.
+//!
+//! A program that has a file open goes on writing to it after another version has taken its place:
+//! the file lies in the trash by then, and nobody would see what was written. So it is remembered
+//! what each displaced file looked like, and looked at again a few times before it is removed. One
+//! that has changed goes back into the tree: to its own name if that is free, which makes it a new
+//! version, or as a conflict copy beside what stands there.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use cortex_shared::chunk::Cutter;
+use cortex_shared::entry::{Entry, File};
+use cortex_shared::wire_path::WirePath;
+
+use crate::root_dir::{FileKind, Meta, RootDir};
+use crate::sync::index::{Displaced, Index};
+use crate::sync::plan::copy_names;
+use crate::sync::private_dir::PrivateDir;
+use crate::sync::problem::Finding;
+
+use super::{ApplyError, exists, vanished};
+
+/// Displaced files that are looked at in one go.
+const PAGE_ROWS: u32 = 1024;
+
+/// What was found in the trash.
+#[derive(Debug, Default)]
+pub struct LateWrites {
+    /// Directories to which files were put back.
+    pub dirty: BTreeSet<Option<WirePath>>,
+    /// Files that could not be put back.
+    pub findings: Vec<Finding>,
+}
+
+impl Displaced {
+    /// What is to be remembered of a file that was just displaced.
+    pub(super) fn new(name: Vec<u8>, path: &WirePath, meta: &Meta) -> Self {
+        let Meta { size, mtime_ns, .. } = *meta;
+        Self { name, path: path.clone(), size, mtime_ns }
+    }
+
+    fn is_unchanged(&self, meta: &Meta) -> bool {
+        (self.size, self.mtime_ns) == (meta.size, meta.mtime_ns)
+    }
+}
+
+/// Looks at all displaced files that are remembered. Blocking.
+///
+/// # Errors
+/// If the index fails, or the trash cannot be read.
+pub fn rescue_late_writes(
+    root: &RootDir,
+    private: &PrivateDir,
+    index: &mut Index,
+) -> Result<LateWrites, ApplyError> {
+    let mut late = LateWrites::default();
+    let mut after = None;
+    loop {
+        let rows = index.displaced(after.as_deref(), PAGE_ROWS)?;
+        let Some(last) = rows.last() else { return Ok(late) };
+        after = Some(last.name.clone());
+        let mut over = Vec::new();
+        for row in rows {
+            match private.trash().try_lstat(&row.name).map_err(ApplyError::Trash)? {
+                // It was removed in its time.
+                None => over.push(row.name),
+                Some(meta) if meta.kind != FileKind::File || row.is_unchanged(&meta) => {}
+                Some(_) => match put_back(root, private, &row) {
+                    Ok(path) => {
+                        tracing::warn!(%path, "a file was written to after it was replaced");
+                        late.dirty.insert(path.parent());
+                        over.push(row.name);
+                    }
+                    Err(error) => {
+                        let text = format!(
+                            "it was written to after it was replaced; that version is {} in {}: {error}",
+                            row.name.escape_ascii(),
+                            private.path().join("trash").display(),
+                        );
+                        late.findings.push(Finding::at(&row.path, "late_write", text));
+                    }
+                },
+            }
+        }
+        if !over.is_empty() {
+            index.batch(|writer| over.iter().try_for_each(|name| writer.forget_displaced(name)))?;
+        }
+    }
+}
+
+/// Moves a displaced file back into the tree. Whoever has it open goes on writing to it there.
+fn put_back(root: &RootDir, private: &PrivateDir, row: &Displaced) -> io::Result<WirePath> {
+    let file = private.trash().open_file(&row.name)?;
+    let cut = Cutter::new()
+        .cut(&file, |_, _| Ok::<_, std::convert::Infallible>(()))
+        .map_err(|error| io::Error::other(format!("{error:?}")))?;
+    let entry = Entry::File(File {
+        content: cut.content,
+        size: cut.size,
+        executable: false,
+        mtime_ns: row.mtime_ns,
+        recipe: cut.recipe,
+    });
+    // Where its directory has gone, it goes to the top.
+    let top = WirePath::new(row.path.name()).map_err(io::Error::other)?;
+    for path in [&row.path, &top] {
+        for candidate in std::iter::once(path.clone()).chain(copy_names(path, &entry)) {
+            let placed = root
+                .parent_of(&candidate)
+                .and_then(|(parent, leaf)| private.trash().rename_new(&row.name, &parent, leaf));
+            match placed {
+                Ok(()) => return Ok(candidate),
+                Err(error) if exists(&error) => {}
+                Err(error) if vanished(&error) => break,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
+}

@@ -1,0 +1,97 @@
+//! Nothing is lost, and nobody waits for somebody else's trouble.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::*;
+
+/// Writes to a file all the time until it is dropped.
+struct Writer(Option<std::thread::JoinHandle<()>>, std::sync::Arc<AtomicBool>);
+
+impl Writer {
+    fn start(path: PathBuf) -> Self {
+        let stop = std::sync::Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            for number in 0_u64.. {
+                if stopped.load(Ordering::SeqCst) {
+                    return;
+                }
+                fs::write(&path, number.to_string()).unwrap();
+                // The pace of the writer, not a wait for anything.
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        Self(Some(thread), stop)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.1.store(true, Ordering::SeqCst);
+        self.0.take().unwrap().join().unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_is_written_all_the_time_holds_up_neither_flush_nor_acknowledgement() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    settle(&[&a, &b]).await;
+    let writer = Writer::start(b.path("log"));
+    let begun = std::time::Instant::now();
+    for number in 0..3 {
+        a.write(&format!("by a {number}"), "x");
+        a.flush().await;
+        let seq = *mesh.hub.subscribe().borrow();
+        b.handle().head_moved(seq);
+        b.until(|status| status.applied_seq >= seq).await;
+        b.write(&format!("by b {number}"), "x");
+        b.flush().await;
+        let path = format!("by b {number}");
+        let path = cortex_shared::wire_path::WirePath::new(path).unwrap();
+        assert!(mesh.hub.tree().contains_key(&path), "flushed");
+    }
+    drop(writer);
+    // Not a measurement: waiting for moments without a change took more than 40 s.
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    settle(&[&a, &b]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_written_to_a_file_after_it_was_replaced_or_deleted_is_not_lost() {
+    use std::io::Write as _;
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    for name in ["d/replaced.txt", "d/deleted.txt", "gone/deleted.txt", "d/quiet.txt"] {
+        a.write(name, "old");
+    }
+    settle(&[&a, &b]).await;
+    let open = |name: &str| fs::OpenOptions::new().append(true).open(b.path(name)).unwrap();
+    let names = ["d/replaced.txt", "d/deleted.txt", "gone/deleted.txt"];
+    let mut files = names.map(open);
+    a.write("d/replaced.txt", "new");
+    a.write("d/quiet.txt", "new");
+    fs::remove_file(a.path("d/deleted.txt")).unwrap();
+    fs::remove_dir_all(a.path("gone")).unwrap();
+    a.flush().await;
+    b.flush().await;
+    assert_eq!(b.names(), ["d", "d/quiet.txt", "d/replaced.txt"]);
+    for file in &mut files {
+        file.write_all(b" and late").unwrap();
+    }
+    b.flush().await;
+    settle(&[&a, &b]).await;
+    let names = a.names();
+    assert_eq!(names.len(), 6, "{names:?}");
+    let copy = names.iter().find(|name| name.starts_with("d/replaced.conflict-")).unwrap();
+    for name in [copy, "d/deleted.txt", "deleted.txt"] {
+        assert_eq!(a.read(name), "old and late", "{name}");
+    }
+    assert_eq!(a.read("d/replaced.txt"), "new");
+    // It is a file like any other then, also for those who go on writing.
+    files[1].write_all(b"r").unwrap();
+    settle(&[&b, &a]).await;
+    assert_eq!(a.read("d/deleted.txt"), "old and later");
+    let status = b.status();
+    assert!(status.problems.is_empty(), "{:?}", status.problems);
+}

@@ -1,0 +1,156 @@
+//! Large files on their way here: what the lane is to fetch next, and what it has brought.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::ids::WorkspaceId;
+use tokio_util::sync::CancellationToken;
+
+use super::lane::JOB_BYTES;
+use super::pull::fetch;
+use super::stage::Stage;
+use crate::sync::core::SyncError;
+use crate::sync::hub::Hub;
+use crate::sync::plan::LocalChange;
+use crate::sync::private_dir::PrivateDir;
+use crate::sync::problem::Finding;
+use crate::sync::status::Progress;
+
+/// What is locked here is only ever locked by one blocking thread at a time.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Files for one job of the lane.
+pub(in crate::sync) struct Batch {
+    stage: Stage,
+    /// By number in the stage.
+    changes: Vec<LocalChange>,
+    needed: Vec<Digest>,
+    bytes: u64,
+}
+
+impl Batch {
+    /// Removes what has been begun. Blocking.
+    pub(in crate::sync) fn clean(&self) {
+        self.stage.clean();
+    }
+}
+
+/// Files that a job of the lane has fetched, or could not.
+pub(in crate::sync) struct Arrived {
+    stage: Stage,
+    files: Vec<(LocalChange, Option<Outcome>)>,
+}
+
+/// A name in the stage, or what is wrong.
+type Outcome = Result<Vec<u8>, Finding>;
+
+impl Arrived {
+    /// Removes what nobody has taken. Blocking.
+    pub(in crate::sync) fn clean(&self) {
+        self.stage.clean();
+    }
+}
+
+/// What the engine has to do with the lane in one pass.
+pub(in crate::sync) struct Large {
+    private: Arc<PrivateDir>,
+    /// The lane works on something else.
+    busy: bool,
+    arrived: Option<Arrived>,
+    next: Option<Batch>,
+}
+
+impl Large {
+    pub(in crate::sync) fn new(
+        private: Arc<PrivateDir>,
+        busy: bool,
+        arrived: Option<Arrived>,
+    ) -> Self {
+        Self { private, busy, arrived, next: None }
+    }
+
+    /// What came of fetching the file of this change; `None` if it was not fetched.
+    pub(super) fn arrived(&mut self, change: &LocalChange) -> Option<Outcome> {
+        let Arrived { stage, files } = self.arrived.as_mut()?;
+        let same = |other: &LocalChange| other.path == change.path && other.to == change.to;
+        let number = files.iter().position(|(other, _)| same(other))?;
+        match files[number].1.take()? {
+            Ok(name) => {
+                stage.taken(number);
+                Some(Ok(name))
+            }
+            // Asked for again in this pass, the answer is the same.
+            Err(finding) => {
+                files[number].1 = Some(Err(finding.clone()));
+                Some(Err(finding))
+            }
+        }
+    }
+
+    /// Whether the next job can take a file of this size.
+    pub(super) fn has_room(&self, bytes: u64) -> bool {
+        let fits = |batch: &Batch| batch.bytes.saturating_add(bytes) <= JOB_BYTES;
+        !self.busy && self.next.as_ref().is_none_or(fits)
+    }
+
+    /// Leaves a file that has been begun to the next job.
+    pub(super) fn add(
+        &mut self,
+        stage: &mut Stage,
+        number: usize,
+        change: LocalChange,
+        needed: Vec<Digest>,
+    ) {
+        let Some(Entry::File(file)) = &change.to else { return };
+        let batch = self.next.get_or_insert_with(|| Batch {
+            stage: Stage::empty(self.private.clone()),
+            changes: Vec::new(),
+            needed: Vec::new(),
+            bytes: 0,
+        });
+        stage.move_to(number, file, &mut batch.stage);
+        batch.bytes = batch.bytes.saturating_add(file.size);
+        batch.needed.extend(needed);
+        batch.changes.push(change);
+    }
+
+    /// The next job, and what is left of what has arrived.
+    pub(in crate::sync) fn end(&mut self) -> (Option<Batch>, Option<Arrived>) {
+        (self.next.take(), self.arrived.take())
+    }
+}
+
+/// The job: fetches the content and checks it.
+pub(in crate::sync) async fn download<H: Hub>(
+    hub: Arc<H>,
+    workspace: WorkspaceId,
+    cancel: CancellationToken,
+    progress: Arc<Progress>,
+    batch: Batch,
+) -> Result<Arrived, SyncError> {
+    let Batch { stage, changes, mut needed, .. } = batch;
+    needed.sort_unstable();
+    needed.dedup();
+    let stage = Arc::new(Mutex::new(stage));
+    let fetched = fetch(&*hub, workspace, &cancel, &progress, &stage, &needed).await;
+    let work = move || {
+        let Ok(stage) = Arc::try_unwrap(stage) else { return Err(SyncError::Panicked) };
+        let stage = stage.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = fetched {
+            stage.clean();
+            return Err(error);
+        }
+        let files = changes
+            .into_iter()
+            .enumerate()
+            .map(|(number, change)| {
+                let finished = stage.finished(number, &change);
+                (change, Some(finished))
+            })
+            .collect();
+        Ok(Arrived { stage, files })
+    };
+    tokio::task::spawn_blocking(work).await.map_err(|_| SyncError::Panicked)?
+}
