@@ -40,6 +40,9 @@ pub struct Script {
     pub trusted: Vec<bytes::Bytes>,
     pub policy_for_ms: i64,
     pub clock_ahead_ms: i64,
+    /// Whether it leaves streams of tasks unanswered, and how many it left so.
+    pub hold_tasks: bool,
+    pub held: u32,
     /// What was asked.
     pub renewals: Vec<v1::RenewRequest>,
     pub recoveries: Vec<v1::RecoverNodeRequest>,
@@ -62,6 +65,8 @@ impl Default for Script {
             trusted: Vec::new(),
             policy_for_ms: 3_600_000,
             clock_ahead_ms: 0,
+            hold_tasks: false,
+            held: 0,
             renewals: Vec::new(),
             recoveries: Vec::new(),
             joins: Vec::new(),
@@ -387,6 +392,14 @@ impl Node for Service {
         let Some(v1::task_io_up::Frame::Hello(hello)) = up.message().await?.unwrap().frame else {
             return Err(Status::invalid_argument("no hello"));
         };
+        let held = {
+            let mut script = self.script.lock().unwrap();
+            script.held += u32::from(script.hold_tasks);
+            script.hold_tasks
+        };
+        while held && self.script.lock().unwrap().hold_tasks {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
         let (down, queue) = mpsc::channel(16);
         self.tasks.send(TaskIo { task_id: hello.task_id.to_vec(), up, down }).await.ok();
         Ok(Response::new(ReceiverStream::new(queue)))
