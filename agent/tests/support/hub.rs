@@ -1,5 +1,6 @@
 //! A hub on loopback.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -43,6 +44,9 @@ pub struct Script {
     /// Whether it leaves streams of tasks unanswered, and how many it left so.
     pub hold_tasks: bool,
     pub held: u32,
+    /// How many commands the node runs, by each look of an operator; the last one stays.
+    pub running: VecDeque<u32>,
+    pub cordoned: bool,
     /// What was asked.
     pub renewals: Vec<v1::RenewRequest>,
     pub recoveries: Vec<v1::RecoverNodeRequest>,
@@ -67,10 +71,25 @@ impl Default for Script {
             clock_ahead_ms: 0,
             hold_tasks: false,
             held: 0,
+            running: VecDeque::new(),
+            cordoned: false,
             renewals: Vec::new(),
             recoveries: Vec::new(),
             joins: Vec::new(),
             leaves: 0,
+        }
+    }
+}
+
+impl Script {
+    /// The node, as an operator is shown it.
+    pub fn node(&self) -> v1::NodeInfo {
+        v1::NodeInfo {
+            node_id: self.node_id.as_bytes().to_vec().into(),
+            name: "n1".into(),
+            running_tasks: self.running.front().copied().unwrap_or(0),
+            cordoned: self.cordoned,
+            ..Default::default()
         }
     }
 }
@@ -222,7 +241,7 @@ impl Hub {
         let server = tonic::transport::Server::builder()
             .add_service(EnrollServer::new(service.clone()))
             .add_service(NodeServer::new(service))
-            .add_service(ExecOnly(execs));
+            .add_service(ExecOnly(execs, Arc::clone(&script)));
         tokio::spawn(server.serve_with_incoming(ReceiverStream::new(accepted)));
         Self {
             ca,
