@@ -4,7 +4,7 @@
 //! of its own, everything else is handed over. State: which tasks run, the policy in force (strict
 //! until a hub says otherwise), and the record of started tasks, which is on disk. What runs outside
 //! the sandbox is decided a second time, and written down, directly before it runs: see
-//! [`super::permit`]. Policies are written down by [`super::policy_log`].
+//! `permit`. Policies are written down by `policy_log`.
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -85,10 +85,7 @@ impl tonic::codegen::Service<http::Request<tonic::body::Body>> for ExecOnly {
                         if script.running.len() > 1 {
                             script.running.pop_front();
                         }
-                        std::future::ready(Ok(Response::new(v1::ListNodesResponse {
-                            nodes,
-                            ..Default::default()
-                        })))
+                        std::future::ready(Ok(Response::new(v1::ListNodesResponse { nodes })))
                     });
                     let codec = tonic_prost::ProstCodec::default();
                     tonic::server::Grpc::new(codec).unary(list, request).await
