@@ -106,3 +106,25 @@ impl PolicyLog {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::StateDir;
+
+    #[test]
+    fn after_its_lines_of_a_period_the_newest_waits_for_the_next_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::resolve(Some(folder.path().to_owned())).unwrap();
+        let log = PolicyLog::new(Audit::of(&state), Arc::new(|| Mode::Strict));
+        let tell = || log.lock().newest = Some((HubPolicy::UNTOLD, Mode::Strict));
+        for _ in 0..MAX_LINES {
+            tell();
+            assert_eq!(log.next(), Some(Duration::ZERO));
+            log.write();
+        }
+        assert_eq!(log.next(), None);
+        tell();
+        assert!(log.next().is_some_and(|wait| wait > Duration::ZERO && wait <= PERIOD));
+    }
+}
