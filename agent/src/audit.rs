@@ -1,29 +1,32 @@
-//! This node's own audit file, `STATE/audit.jsonl`: what changed authority here, and what ran
-//! outside the sandbox or was refused to.
+//! This node's own audit files: what changed authority here, and what ran outside the sandbox or was
+//! refused to.
+//!
+//! `STATE/audit.jsonl` has what was done here: joining, leaving, the ceiling, certificates, commands
+//! outside the sandbox. `STATE/audit-hub.jsonl` has what the hub alone can cause as often as it
+//! likes, policies and refused commands, so that this cannot push the other lines out.
 //!
 //! The hub has a log of its own; this one is for the day on which the hub is not believed. Lines
 //! are only ever appended, each is durable before [`Audit::append`] returns, and writers (the
 //! daemon and the commands of the owner) follow one another by a lock. The size is bounded: a full
-//! file becomes `audit.1.jsonl` and so on, four of them, and the oldest goes. A crash
-//! loses at most the line being written, and what is left of it is set apart by the next one. A
-//! hub that sends refusals by the thousand cannot push older lines out: they are counted instead.
+//! file becomes `audit.1.jsonl` (`audit-hub.1.jsonl`) and so on, four of each, and the oldest goes. A
+//! crash loses at most the line being written, and what is left of it is set apart by the next one.
+//! What a hub sends by the thousand is counted instead of listed.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cortex_shared::clock::unix_ms;
-use cortex_shared::durable;
+use rustix::fs::OFlags;
 use serde::Serialize;
 
-use crate::config::{StateDir, own_like_folder};
+use crate::config::{Folder, StateDir};
 
 /// A file of this size is full.
 const MAX_FILE_BYTES: u64 = 2 * 1024 * 1024;
-/// Full files that are kept beside the current one: 10 MiB in all.
+/// Full files that are kept beside each current one: 20 MiB in all.
 const KEPT_FILES: u32 = 4;
 /// Longest text in one field; more is cut. Much of it comes from elsewhere.
 const MAX_TEXT_BYTES: usize = 1024;
@@ -120,10 +123,22 @@ pub enum AuditEvent {
         until_ms: i64,
         /// The mode that an unrestricted request gets with it.
         effective: String,
+        /// Policies before this one that have no line of their own.
+        #[serde(skip_serializing_if = "is_zero")]
+        not_listed: u64,
     },
     /// A command runs outside the sandbox.
     #[serde(rename = "command.permissive")]
     Permissive(CommandLine),
+    /// A command that was written down as running outside the sandbox did not start after all.
+    #[serde(rename = "command.not_run")]
+    NotRun {
+        /// Which.
+        #[serde(flatten)]
+        command: CommandLine,
+        /// Why.
+        reason: String,
+    },
     /// A command was to run outside the sandbox and did not.
     #[serde(rename = "command.refused")]
     Refused {
@@ -154,6 +169,16 @@ pub struct CommandLine {
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
 fn is_zero(number: &u64) -> bool {
     *number == 0
+}
+
+impl AuditEvent {
+    /// The file it belongs to.
+    fn file(&self) -> &'static str {
+        match self {
+            Self::Policy { .. } | Self::Refused { .. } => "audit-hub",
+            _ => "audit",
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -188,23 +213,15 @@ impl Audit {
         Self { folder: state.path().to_owned(), refusals: Arc::new(Mutex::new(refusals)) }
     }
 
-    /// The current file.
-    #[must_use]
-    pub fn path(&self) -> PathBuf {
-        self.folder.join("audit.jsonl")
-    }
-
-    fn full_file(&self, number: u32) -> PathBuf {
-        self.folder.join(format!("audit.{number}.jsonl"))
-    }
-
     /// Appends a line; it is durable when this returns. Blocks for the disk.
     ///
     /// # Errors
     /// If the file system refuses. The caller decides whether the deed may happen without it.
     pub fn append(&self, event: &AuditEvent) -> Result<(), AuditError> {
-        let path = self.path();
-        self.try_append(&path, event).map_err(|source| AuditError { path, source })
+        self.try_append(event).map_err(|source| {
+            let path = self.folder.join(format!("{}.jsonl", event.file()));
+            AuditError { path, source }
+        })
     }
 
     /// Appends a line, or says in the log what could not be written: for deeds that have happened.
@@ -233,7 +250,7 @@ impl Audit {
         self.note(&AuditEvent::Refused { command, reason, not_listed });
     }
 
-    fn try_append(&self, path: &Path, event: &AuditEvent) -> io::Result<()> {
+    fn try_append(&self, event: &AuditEvent) -> io::Result<()> {
         let line = Line {
             at_ms: unix_ms(),
             uid: rustix::process::getuid().as_raw(),
@@ -242,22 +259,19 @@ impl Audit {
         };
         let mut text = serde_json::to_vec(&line)?;
         text.push(b'\n');
+        let folder = Folder::open(&self.folder)?;
         // The lock is on a file of its own, because the audit file itself is renamed.
-        let lock_path = self.folder.join("audit.lock");
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(&lock_path)?;
-        own_like_folder(&lock_path)?;
+        let lock = folder.file("audit.lock", OFlags::WRONLY)?;
         lock.lock()?;
-        let mut file = open(path)?;
+        let stem = event.file();
+        let name = format!("{stem}.jsonl");
+        let open = || folder.file(&name, OFlags::RDWR | OFlags::APPEND);
+        let mut file = open()?;
         let mut length = file.metadata()?.len();
         let new = length == 0;
         if length + u64::try_from(text.len()).unwrap_or(u64::MAX) > MAX_FILE_BYTES && !new {
-            self.rotate(path)?;
-            file = open(path)?;
+            rotate(&folder, stem)?;
+            file = open()?;
             length = 0;
         }
         if length > 0 && !ends_with_newline(&mut file)? {
@@ -267,32 +281,22 @@ impl Audit {
         file.write_all(&text)?;
         file.sync_all()?;
         if length == 0 {
-            own_like_folder(path)?;
-            durable::sync_folder(&self.folder)?;
+            folder.sync()?;
         }
         Ok(())
     }
-
-    /// Makes room: each full file becomes one older, and the oldest is written over.
-    fn rotate(&self, path: &Path) -> io::Result<()> {
-        for number in (1..KEPT_FILES).rev() {
-            match std::fs::rename(self.full_file(number), self.full_file(number + 1)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                Ok(()) | Err(_) => {}
-            }
-        }
-        std::fs::rename(path, self.full_file(1))
-    }
 }
 
-fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .create(true)
-        .read(true)
-        .append(true)
-        .mode(0o600)
-        .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
-        .open(path)
+/// Makes room: each full file becomes one older, and the oldest is written over.
+fn rotate(folder: &Folder, stem: &str) -> io::Result<()> {
+    let full = |number: u32| format!("{stem}.{number}.jsonl");
+    for number in (1..KEPT_FILES).rev() {
+        match folder.rename(&full(number), &full(number + 1)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    folder.rename(&format!("{stem}.jsonl"), &full(1))
 }
 
 fn ends_with_newline(file: &mut File) -> io::Result<bool> {
@@ -311,12 +315,24 @@ pub fn cut(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn audit() -> (tempfile::TempDir, Audit) {
         let folder = tempfile::tempdir().unwrap();
         let state = StateDir::resolve(Some(folder.path().to_owned())).unwrap();
         (folder, Audit::of(&state))
+    }
+
+    impl Audit {
+        pub(crate) fn path(&self) -> PathBuf {
+            self.folder.join("audit.jsonl")
+        }
+
+        fn hub_path(&self) -> PathBuf {
+            self.folder.join("audit-hub.jsonl")
+        }
     }
 
     fn lines(path: &Path) -> Vec<serde_json::Value> {
@@ -381,10 +397,12 @@ mod tests {
         for n in 0..u64::from(MAX_REFUSALS) + 40 {
             audit.note_refusal(command(n), "no".into());
         }
-        assert_eq!(lines(&audit.path()).len(), usize::try_from(MAX_REFUSALS).unwrap());
+        assert_eq!(lines(&audit.hub_path()).len(), usize::try_from(MAX_REFUSALS).unwrap());
         audit.refusals.lock().unwrap().listed = 0;
         audit.note_refusal(command(0), "no".into());
-        assert_eq!(lines(&audit.path()).last().unwrap()["not_listed"], 40);
+        assert_eq!(lines(&audit.hub_path()).last().unwrap()["not_listed"], 40);
+        // Nothing of it stands where it could push out what was done here.
+        assert!(!audit.path().exists());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! | place | what | written by |
 //! |---|---|---|
 //! | `STATE/identity/` | key and certificates of this node, see [`crate::identity`] | `join`, `run`, `identity` |
-//! | `STATE/audit.jsonl` | what changed authority here, see [`crate::audit`] | all of them |
+//! | `STATE/audit*.jsonl` | what changed authority here, see [`crate::audit`] | all of them |
 //! | `STATE/agent.json` | [`Settings`] | `join`, `ceiling set`, `workspace attach` |
 //! | `STATE/agent.lock`, `STATE/agent.sock` | one daemon per state; its local socket | `run` |
 //! | `STATE/workspaces/ID/` | index of a workspace, see [`crate::sync`] | `run` |
@@ -11,7 +11,9 @@
 //!
 //! Every file is replaced whole and durably; a crash leaves the old one or the new one.
 
+mod ceiling;
 pub mod contexts;
+mod folder;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,7 +21,11 @@ use std::path::{Path, PathBuf};
 
 use cortex_shared::durable;
 use cortex_shared::policy::Mode;
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
+
+pub use ceiling::{Ceiling, Exposed};
+pub(crate) use folder::{Folder, own_like_folder};
 
 use crate::client::HubAddress;
 
@@ -193,10 +199,9 @@ impl StateDir {
 
     fn lock_file(&self) -> Result<std::fs::File, ConfigError> {
         let path = self.lock();
-        let open = || std::fs::File::options().create(true).truncate(false).write(true).open(&path);
-        open()
-            .and_then(|file| own_like_folder(&path).map(|()| file))
-            .map_err(|source| ConfigError::Write { path: path.clone(), source })
+        Folder::open(&self.0)
+            .and_then(|folder| folder.file("agent.lock", OFlags::WRONLY))
+            .map_err(|source| ConfigError::Write { path, source })
     }
 
     /// Deletes keys, certificates, settings and indexes of a node that has left. The audit file
@@ -228,14 +233,22 @@ impl StateDir {
     /// # Errors
     /// [`ConfigError::NotOwner`], or if the directory cannot be looked at.
     pub fn check_owner(&self) -> Result<(), ConfigError> {
-        use std::os::unix::fs::MetadataExt as _;
-        let metadata = std::fs::metadata(&self.0)
-            .map_err(|source| ConfigError::Read { path: self.0.clone(), source })?;
-        let (owner, own) = (metadata.uid(), rustix::process::geteuid().as_raw());
+        let (owner, own) = (self.owner()?, rustix::process::geteuid().as_raw());
         if own == 0 || own == owner {
             return Ok(());
         }
         Err(ConfigError::NotOwner { path: self.0.clone(), owner, own })
+    }
+
+    /// The user whose state it is, which is the one the agent runs as.
+    ///
+    /// # Errors
+    /// If the directory cannot be looked at.
+    pub fn owner(&self) -> Result<u32, ConfigError> {
+        use std::os::unix::fs::MetadataExt as _;
+        std::fs::metadata(&self.0)
+            .map(|metadata| metadata.uid())
+            .map_err(|source| ConfigError::Read { path: self.0.clone(), source })
     }
 
     fn settings(&self) -> PathBuf {
@@ -259,7 +272,8 @@ pub struct Settings {
     pub hub: HubAddress,
     /// Where workspaces live unless told otherwise.
     pub workspace_root: PathBuf,
-    /// The owner's upper bound for the mode of every command.
+    /// The owner's upper bound for the mode of every command, as it is stored; [`Ceiling`] says
+    /// what counts.
     pub ceiling: Mode,
     /// Workspaces that live elsewhere, by name.
     pub workspace_paths: BTreeMap<String, PathBuf>,
@@ -328,13 +342,9 @@ impl Settings {
     pub fn update(state: &StateDir, change: impl FnOnce(&mut Self)) -> Result<Self, ConfigError> {
         let path = state.path().join("agent.json.lock");
         let failed = |source| ConfigError::Write { path: path.clone(), source };
-        let lock = std::fs::File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
+        let lock = Folder::open(state.path())
+            .and_then(|folder| folder.file("agent.json.lock", OFlags::WRONLY))
             .map_err(failed)?;
-        own_like_folder(&path).map_err(failed)?;
         // Held for milliseconds; ends with the file.
         lock.lock().map_err(failed)?;
         let mut settings = Self::load(state)?;
@@ -400,23 +410,6 @@ pub(crate) fn write_private(path: &Path, contents: &[u8]) -> Result<(), ConfigEr
     durable::write_file(path, contents, 0o600)
         .and_then(|()| own_like_folder(path))
         .map_err(|source| ConfigError::Write { path: path.to_owned(), source })
-}
-
-/// Gives a file that root wrote to the owner of its folder: root may administer the state of an
-/// agent that runs as another user, which must be able to read it afterwards. (A crash in between
-/// leaves a file that the agent cannot read, which makes it stricter, and the command can be
-/// repeated.)
-pub(crate) fn own_like_folder(path: &Path) -> io::Result<()> {
-    use std::os::unix::fs::MetadataExt as _;
-    if !rustix::process::geteuid().is_root() {
-        return Ok(());
-    }
-    let Some(folder) = path.parent() else { return Ok(()) };
-    let (folder, file) = (std::fs::metadata(folder)?, std::fs::symlink_metadata(path)?);
-    if (folder.uid(), folder.gid()) == (file.uid(), file.gid()) {
-        return Ok(());
-    }
-    std::os::unix::fs::lchown(path, Some(folder.uid()), Some(folder.gid()))
 }
 
 #[cfg(test)]

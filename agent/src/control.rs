@@ -127,7 +127,7 @@ impl Control for LocalControl {
             connected_since_ms: session.as_ref().map_or(0, |session| session.since_ms),
             session_epoch: session.as_ref().map_or(0, |session| session.epoch),
             certificate_not_after_ms: identity.credentials.not_after_ms(),
-            ceiling: proto_mode(self.dispatcher.ceiling()).into(),
+            ceiling: proto_mode(self.dispatcher.ceiling().await).into(),
             policy: proto_mode(policy).into(),
             workspaces: self.workspaces.statuses(),
             running_tasks: u32::try_from(self.dispatcher.running_tasks()).unwrap_or(u32::MAX),
@@ -187,7 +187,7 @@ impl Control for LocalControl {
         &self,
         _: Request<v1::CeilingLocalRequest>,
     ) -> Result<Response<v1::CeilingLocalResponse>, Status> {
-        let offline = !self.dispatcher.report_ceiling();
+        let offline = !self.dispatcher.report_ceiling().await;
         Ok(Response::new(v1::CeilingLocalResponse { offline }))
     }
 

@@ -289,3 +289,37 @@ async fn json_holds_the_output_and_the_end() {
     assert_eq!(document["exit_code"], 3);
     assert_eq!(document["complete"], true);
 }
+
+#[tokio::test]
+async fn draining_cordons_and_waits_until_nothing_runs_or_the_time_is_up() {
+    let mesh = Mesh::new().await;
+    let drain = async |running: &[u32], timeout: &str| {
+        mesh.hub.set(|script| {
+            script.cordoned = false;
+            script.running = running.iter().copied().collect();
+        });
+        let mut command = mesh.agent.command();
+        command.args(["node", "drain", "n1", "--timeout", timeout, "-o", "json"]);
+        let output = support::run(command).await;
+        mesh.hub.set(|script| assert!(script.cordoned));
+        output
+    };
+    let drained = drain(&[2, 1, 0], "15s").await;
+    assert!(drained.status.success(), "{}", String::from_utf8_lossy(&drained.stderr));
+    let rows: serde_json::Value = serde_json::from_slice(&drained.stdout).unwrap();
+    assert_eq!((&rows[0]["running_tasks"], &rows[0]["cordoned"]), (&0.into(), &true.into()));
+    let busy = drain(&[2], "10ms").await;
+    assert_eq!(busy.status.code(), Some(6));
+    let text = String::from_utf8_lossy(&busy.stderr).into_owned();
+    assert!(text.contains("still runs 2 commands") && text.contains("node uncordon n1"), "{text}");
+}
+
+#[tokio::test]
+async fn strict_policy_with_an_end_is_wrong_use() {
+    let agent = Agent::unjoined();
+    let mut command = agent.command();
+    command.args(["policy", "set", "n1", "strict", "--for", "1h"]);
+    let output = support::run(command).await;
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--for goes with permissive only"));
+}

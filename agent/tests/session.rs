@@ -147,8 +147,133 @@ async fn permissive_policy_ends_by_itself_and_a_command_under_it_is_written_down
         assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Refused));
         assert!(exit.reason.contains(reason), "{}", exit.reason);
     }
-    support::until(|| agent.audit("policy.received").len() == 3).await;
+    // Permissive, and its end; that it is strict says nothing new then.
+    support::until(|| agent.audit("policy.received").len() == 2).await;
     assert_eq!(agent.json(&["status"]).await["policy"], "strict");
+}
+
+/// Between the order and the start lies the opening of the stream, as long as the hub likes.
+#[tokio::test]
+async fn permission_that_ends_while_the_hub_holds_a_stream_back_is_gone() {
+    for missing in ["ceiling", "policy"] {
+        let (mut hub, agent, session) = connected(v1::Mode::Permissive, "permissive", CALM).await;
+        hub.set(|script| script.hold_tasks = true);
+        let marker = agent.path("marker");
+        let spec = v1::TaskSpec {
+            mode: v1::Mode::Permissive.into(),
+            ..shell(&format!("touch {}", marker.display()))
+        };
+        session.start(TaskId::new().as_bytes(), spec, 1024).await;
+        hub.seen(|script| (script.held == 1).then_some(())).await;
+        if missing == "ceiling" {
+            let mut set = agent.command();
+            set.args(["ceiling", "set", "strict"]);
+            assert!(run(set).await.status.success());
+        } else {
+            let policy = v1::PolicyUpdate { policy: v1::Mode::Strict.into(), until_ms: 0 };
+            session.send(hub_frame::Frame::Policy(policy)).await;
+            support::until(|| agent.audit("policy.received").len() == 2).await;
+        }
+        hub.set(|script| script.hold_tasks = false);
+        let (_, exit) = hub.task().await.read_to_exit().await;
+        assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Refused));
+        assert!(exit.reason.contains(missing), "{}", exit.reason);
+        assert!(!marker.exists());
+        assert!(agent.audit("command.permissive").is_empty());
+        assert_eq!(agent.audit("command.refused").len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn task_whose_stream_the_hub_never_takes_is_given_up() {
+    let (hub, _agent, mut session) = connected(v1::Mode::Strict, "strict", CALM).await;
+    hub.set(|script| script.hold_tasks = true);
+    session.start(TaskId::new().as_bytes(), shell("true"), 1024).await;
+    let node_frame::Frame::TaskRefused(refused) = session.next().await else {
+        panic!("it is not given up")
+    };
+    let exit = refused.exit.unwrap();
+    assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Failed));
+    assert!(exit.reason.contains("did not take it in time"), "{}", exit.reason);
+}
+
+#[tokio::test]
+async fn permissive_command_that_was_written_down_and_did_not_start_has_a_line_that_says_so() {
+    let (mut hub, agent, session) = connected(v1::Mode::Permissive, "permissive", CALM).await;
+    let spec = |program: &str| v1::TaskSpec {
+        mode: v1::Mode::Permissive.into(),
+        argv: vec![program.to_owned().into()],
+        ..Default::default()
+    };
+    for program in ["/nonexistent/program", "true"] {
+        session.start(TaskId::new().as_bytes(), spec(program), 1024).await;
+        let (_, exit) = hub.task().await.read_to_exit().await;
+        let ran = exit.verdict == i32::from(v1::TaskVerdict::Exited);
+        assert_eq!(ran, program == "true", "{}", exit.reason);
+    }
+    support::until(|| !agent.audit("command.not_run").is_empty()).await;
+    assert_eq!(agent.audit("command.permissive").len(), 2);
+    let not_run = agent.audit("command.not_run");
+    let [line] = not_run.as_slice() else { panic!("{not_run:?}") };
+    assert_eq!(line["command"], "/nonexistent/program");
+    assert!(!line["reason"].as_str().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn flood_of_policies_is_counted_and_pushes_nothing_out() {
+    const POLICIES: u64 = 3000;
+    let (mut hub, agent, session) = connected(v1::Mode::Strict, "permissive", CALM).await;
+    let until_ms = support::now_ms() + 3_600_000;
+    for n in 0..POLICIES {
+        // Alternating, and with another end each time: none is the same as the one before.
+        let policy = if n % 2 == 0 { v1::Mode::Permissive } else { v1::Mode::Strict };
+        let until_ms = until_ms + i64::try_from(n).unwrap();
+        let update = v1::PolicyUpdate { policy: policy.into(), until_ms };
+        session.send(hub_frame::Frame::Policy(update)).await;
+    }
+    // The end of the session has the rest written.
+    session.send(hub_frame::Frame::Drain(v1::Drain { reconnect_after_ms: 1 })).await;
+    let _second = hub.session().await;
+    let told = || {
+        let lines = agent.audit("policy.received");
+        let not_listed: u64 = lines.iter().filter_map(|line| line["not_listed"].as_u64()).sum();
+        (lines.len() as u64, not_listed)
+    };
+    support::until(|| told().0 + told().1 == POLICIES).await;
+    assert!(told().0 <= 30, "{:?}", told());
+    let lines = agent.audit("policy.received");
+    assert_eq!(lines.last().unwrap()["policy"], "strict");
+    let kept = std::fs::read_to_string(agent.path("state/audit.jsonl")).unwrap();
+    assert!(kept.contains("node.joined") && !kept.contains("policy.received"), "{kept}");
+}
+
+#[tokio::test]
+async fn ceiling_that_others_can_write_is_not_believed_and_named() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let (mut hub, agent, session) = connected(v1::Mode::Permissive, "permissive", CALM).await;
+    let set = |path: &std::path::Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let spec = v1::TaskSpec { mode: v1::Mode::Permissive.into(), ..shell("true") };
+    for (path, open, kept) in
+        [(agent.path("state"), 0o777, 0o700), (agent.path("state/agent.json"), 0o666, 0o600)]
+    {
+        set(&path, open);
+        session.start(TaskId::new().as_bytes(), spec.clone(), 1024).await;
+        let (_, exit) = hub.task().await.read_to_exit().await;
+        assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Refused));
+        assert!(exit.reason.contains("ceiling"), "{}", exit.reason);
+        let status = agent.json(&["status"]).await;
+        assert_eq!(status["ceiling"], "strict");
+        let named = format!("{} can be changed by others", path.display());
+        assert!(status["ceiling_problem"].as_str().unwrap().contains(&named), "{status}");
+        let mut doctor = agent.command();
+        doctor.arg("doctor");
+        let doctor = String::from_utf8(run(doctor).await.stdout).unwrap();
+        assert!(doctor.contains(&named), "{doctor}");
+        set(&path, kept);
+    }
+    assert_eq!(agent.json(&["status"]).await["ceiling"], "permissive");
 }
 
 #[tokio::test]

@@ -5,10 +5,10 @@ use cortex_proto::v1;
 use cortex_shared::policy::Mode;
 use serde::Serialize;
 
-use super::error::CliError;
+use super::error::{CliError, printable};
 use super::{Global, Output, hub, local, printer};
 use crate::audit::{Audit, AuditEvent};
-use crate::config::Settings;
+use crate::config::{Ceiling, Settings};
 
 /// This machine's own upper bound for what commands may do
 #[derive(Debug, Args)]
@@ -38,7 +38,7 @@ enum CeilingVerb {
 }
 
 #[derive(Serialize)]
-struct Ceiling {
+struct Shown {
     ceiling: Mode,
 }
 
@@ -46,8 +46,10 @@ pub(crate) async fn ceiling(global: &Global, args: CeilingArgs) -> Result<(), Cl
     let state = global.state()?;
     match args.verb {
         CeilingVerb::Show { output } => {
-            let ceiling = Settings::load(&state)?.ceiling;
-            global.printer(output).say(&ceiling.to_string(), &Ceiling { ceiling })
+            let ceiling = Ceiling::load(&state, state.owner()?)?;
+            warn_of_exposure(global, &ceiling);
+            let ceiling = ceiling.mode;
+            global.printer(output).say(&ceiling.to_string(), &Shown { ceiling })
         }
         CeilingVerb::Set { mode } => {
             state.check_owner()?;
@@ -61,17 +63,34 @@ pub(crate) async fn ceiling(global: &Global, args: CeilingArgs) -> Result<(), Cl
                 Err(error) => printer::complain(&format!("warning: {error}"), global.color),
             }
             Settings::update(&state, |settings| settings.ceiling = mode)?;
-            tell_the_hub(global).await
+            if let Ok(ceiling) = state.owner().and_then(|owner| Ceiling::load(&state, owner)) {
+                warn_of_exposure(global, &ceiling);
+            }
+            tell_the_hub(global).await;
+            Ok(())
         }
     }
 }
 
-/// Has a running agent tell its hub. One that does not run, or is offline, says it when it connects.
-async fn tell_the_hub(global: &Global) -> Result<(), CliError> {
-    let Ok(mut agent) = local::agent(global).await else { return Ok(()) };
-    let answer = agent.ceiling_local(hub::question(v1::CeilingLocalRequest {})).await?;
-    if answer.into_inner().offline {
-        printer::complain("the hub hears of it when the agent connects next", global.color);
+/// Says why what is stored does not count.
+fn warn_of_exposure(global: &Global, ceiling: &Ceiling) {
+    if let Some(problem) = &ceiling.problem {
+        let text = format!("warning: {problem}\nhint: {}", problem.hint());
+        printer::complain(&text, global.color);
     }
-    Ok(())
+}
+
+/// Has a running agent tell its hub. One that does not run, or is offline, says it when it connects.
+/// The ceiling has changed by now, so nothing that goes wrong here is a failure.
+async fn tell_the_hub(global: &Global) {
+    let Ok(mut agent) = local::agent(global).await else { return };
+    let text = match agent.ceiling_local(hub::question(v1::CeilingLocalRequest {})).await {
+        Ok(answer) if !answer.get_ref().offline => return,
+        Ok(_) => "the hub hears of it when the agent connects next".to_owned(),
+        Err(status) => format!(
+            "warning: the ceiling has changed, but the agent did not tell the hub ({}), which hears of it when the agent connects next",
+            printable(status.message())
+        ),
+    };
+    printer::complain(&text, global.color);
 }

@@ -14,7 +14,7 @@ use super::node::skew_text;
 use super::printer::Row;
 use super::{Global, Output, hub, local, printer};
 use crate::client::{ConnectError, Purpose, certificate_refusal};
-use crate::config::{Settings, StateDir};
+use crate::config::{Ceiling, Settings, StateDir};
 use crate::identity::NodeIdentity;
 use crate::link::session::MAX_SKEW_MS;
 use crate::sandbox::Launcher;
@@ -86,6 +86,7 @@ pub(crate) async fn doctor(global: &Global, args: DoctorArgs) -> Result<u8, CliE
     let state = global.state()?;
     let mut findings = vec![state_permissions(&state)];
     let settings = Settings::load(&state);
+    findings.extend(ceiling(&state));
     match NodeIdentity::load(&state) {
         Ok(Some(identity)) => {
             findings.push(Finding::new(
@@ -159,6 +160,13 @@ fn state_permissions(state: &StateDir) -> Finding {
         .hint(format!("chmod 700 {}", path.display()));
     }
     Finding::new(CHECK, Level::Ok, path.display().to_string())
+}
+
+/// A ceiling that is not believed. What cannot be read is a finding of the settings.
+fn ceiling(state: &StateDir) -> Option<Finding> {
+    let ceiling = state.owner().and_then(|owner| Ceiling::load(state, owner)).ok()?;
+    let problem = ceiling.problem?;
+    Some(Finding::new("ceiling", Level::Warn, problem.to_string()).hint(problem.hint()))
 }
 
 fn certificate(identity: &NodeIdentity, now_ms: i64) -> Finding {

@@ -5,6 +5,7 @@ use std::error::Error as StdError;
 use std::fmt::Write as _;
 
 use cortex_proto::{CODE_TRAILER, HINT_TRAILER, RETRY_AFTER_TRAILER};
+use cortex_shared::text::is_printable;
 use tonic::{Code, Status};
 
 use crate::audit::AuditError;
@@ -129,10 +130,19 @@ impl CliError {
     }
 }
 
-/// Text from elsewhere, fit for a terminal: control characters become spaces.
+/// Text from elsewhere, fit for a terminal: control characters become spaces, and characters that
+/// change how others are shown are written out, as in `\u{202e}`.
 #[must_use]
 pub fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            c if is_printable(c) => shown.push(c),
+            c if c.is_control() => shown.push(' '),
+            c => shown.extend(c.escape_unicode()),
+        }
+    }
+    shown
 }
 
 impl From<ConfigError> for CliError {
@@ -314,12 +324,12 @@ mod tests {
 
     #[test]
     fn code_and_hint_of_the_hub_are_shown_without_control_characters() {
-        let mut status = Status::not_found("no node matches \"wbe\"\u{1b}[2J");
+        let mut status = Status::not_found("no node matches \"wbe\"\u{1b}[2J\u{202e}");
         status.metadata_mut().insert(CODE_TRAILER, "no_such_node".parse().unwrap());
         status.metadata_mut().insert(HINT_TRAILER, "cortex-agent node list".parse().unwrap());
         assert_eq!(
             CliError::from(status).render(),
-            "error: no node matches \"wbe\" [2J (no_such_node)\nhint: cortex-agent node list\n"
+            "error: no node matches \"wbe\" [2J\\u{202e} (no_such_node)\nhint: cortex-agent node list\n"
         );
     }
 

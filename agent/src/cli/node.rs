@@ -12,6 +12,9 @@ use super::error::{CliError, Exit};
 use super::{Global, Output, hub, policy, printer, units};
 pub(crate) use show::{NodeRow, skew_text};
 
+/// How often `node drain` looks.
+const DRAIN_POLL: Duration = Duration::from_secs(1);
+
 /// The machines of the mesh
 #[derive(Debug, Args)]
 pub(crate) struct NodeArgs {
@@ -74,6 +77,22 @@ Example:
     Uncordon {
         /// Name, or a unique prefix of the id
         node: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Cordon a node and wait until it runs nothing
+    #[command(after_help = "\
+Ends no command. Afterwards the node stays cordoned; `node uncordon` takes that back.
+Exit codes: 0 it runs nothing, 6 it still did when the time was up.
+
+Example:
+  cortex-agent node drain build-1 --timeout 10m")]
+    Drain {
+        /// Name, or a unique prefix of the id
+        node: String,
+        /// When to give up waiting; without it, never
+        #[arg(long, value_name = "DUR", value_parser = units::parse_duration)]
+        timeout: Option<Duration>,
         #[command(flatten)]
         output: Output,
     },
@@ -188,6 +207,7 @@ pub(crate) async fn node(global: &Global, args: NodeArgs) -> Result<(), CliError
         }
         NodeVerb::Cordon { node, output } => cordon(global, node, true, output).await,
         NodeVerb::Uncordon { node, output } => cordon(global, node, false, output).await,
+        NodeVerb::Drain { node, timeout, output } => drain(global, node, timeout, output).await,
         NodeVerb::Revoke { node, reason, yes, output } => {
             confirm(&format!("revoke {node} for good, ending its session and commands"), yes)?;
             let mut client = hub::operator(global).await?;
@@ -237,6 +257,33 @@ async fn cordon(
     let request = v1::CordonNodeRequest { node, cordoned };
     let info = client.cordon_node(hub::question(request)).await?.into_inner();
     changed(global, output, info)
+}
+
+async fn drain(
+    global: &Global,
+    node: String,
+    timeout: Option<Duration>,
+    output: Output,
+) -> Result<(), CliError> {
+    let mut client = hub::operator(global).await?;
+    let request = v1::CordonNodeRequest { node, cordoned: true };
+    let info = client.cordon_node(hub::question(request)).await?.into_inner();
+    // By its id from here on: somebody may rename it.
+    let (id, name) = NodeRow::of(info).into_identity();
+    let deadline = timeout.map(|timeout| tokio::time::Instant::now() + timeout);
+    loop {
+        let row = one(global, id.clone()).await?;
+        if row.running_tasks == 0 {
+            return global.printer(output).list(&[row]);
+        }
+        let next = tokio::time::Instant::now() + DRAIN_POLL;
+        if deadline.is_some_and(|deadline| deadline < next) {
+            let text = format!("{name} is cordoned and still runs {} commands", row.running_tasks);
+            return Err(CliError::new(Exit::Unreachable, text)
+                .hint(format!("`cortex-agent node uncordon {name}` takes it back")));
+        }
+        tokio::time::sleep_until(next).await;
+    }
 }
 
 /// The node as it is after a change.

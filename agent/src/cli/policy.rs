@@ -70,6 +70,12 @@ pub(crate) async fn policy(global: &Global, args: PolicyArgs) -> Result<(), CliE
                 return Err(CliError::usage("permissive needs a reason")
                     .hint("cortex-agent policy set NODE permissive --reason TEXT"));
             }
+            if mode == Mode::Strict && duration.is_some() {
+                return Err(CliError::usage(
+                    "strict has no end, so --for goes with permissive only",
+                )
+                .hint("cortex-agent policy set NODE strict"));
+            }
             let request = v1::SetNodePolicyRequest {
                 node,
                 mode: proto_mode(mode).into(),

@@ -6,9 +6,10 @@
 use std::io::{self, IsTerminal as _, Write};
 
 use clap::ValueEnum;
+use cortex_shared::text::is_printable;
 use serde::Serialize;
 
-use super::error::CliError;
+use super::error::{CliError, printable};
 
 /// Shape of the output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -100,7 +101,7 @@ impl Printer {
             Format::Table => {
                 let width = lines.iter().map(|(label, _)| label.len()).max().unwrap_or(0);
                 for (label, value) in lines {
-                    writeln!(self.out, "{label:<width$}  {}", super::error::printable(value))?;
+                    writeln!(self.out, "{label:<width$}  {}", printable(value))?;
                 }
             }
             Format::Json => write_document(&mut self.out, value)?,
@@ -115,7 +116,11 @@ impl Printer {
     /// If writing fails.
     pub fn say<T: Serialize>(&mut self, sentence: &str, value: &T) -> Result<(), CliError> {
         match self.format {
-            Format::Table => writeln!(self.out, "{sentence}")?,
+            Format::Table => {
+                for line in sentence.lines() {
+                    writeln!(self.out, "{}", printable(line))?;
+                }
+            }
             Format::Json => write_document(&mut self.out, value)?,
             Format::Jsonl => write_line(&mut self.out, value)?,
         }
@@ -133,20 +138,35 @@ impl Printer {
 }
 
 fn write_document<T: Serialize>(out: &mut dyn Write, value: &T) -> io::Result<()> {
-    serde_json::to_writer_pretty(&mut *out, value)?;
-    out.write_all(b"\n")
+    writeln!(out, "{}", escaped(serde_json::to_string_pretty(value)?))
 }
 
 fn write_line<T: Serialize>(out: &mut dyn Write, value: &T) -> io::Result<()> {
-    serde_json::to_writer(&mut *out, value)?;
-    out.write_all(b"\n")
+    writeln!(out, "{}", escaped(serde_json::to_string(value)?))
+}
+
+/// JSON that can be shown on a terminal and means the same. What is not printable stands in
+/// strings only, but for the line feeds between values.
+fn escaped(json: String) -> String {
+    if json.chars().all(|c| c == '\n' || is_printable(c)) {
+        return json;
+    }
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        if c == '\n' || is_printable(c) {
+            text.push(c);
+        } else {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                text.push_str(&format!("\\u{unit:04x}"));
+            }
+        }
+    }
+    text
 }
 
 fn write_table(out: &mut dyn Write, columns: &[&str], rows: &[Vec<String>]) -> io::Result<()> {
-    let rows: Vec<Vec<String>> = rows
-        .iter()
-        .map(|row| row.iter().map(|cell| super::error::printable(cell)).collect())
-        .collect();
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|cell| printable(cell)).collect()).collect();
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
         cells.chain([columns[column].len()]).max().unwrap_or(0)
@@ -172,12 +192,12 @@ fn write_table(out: &mut dyn Write, columns: &[&str], rows: &[Vec<String>]) -> i
 /// Writes an error or a notice to standard error. That it cannot be written helps nobody to know.
 pub fn complain(text: &str, color: ColorWhen) {
     let mut err = anstream::AutoStream::new(io::stderr(), color.choice());
-    for line in text.lines() {
+    for line in text.lines().map(printable) {
         let painted = match line.split_once(": ") {
             Some(("error", rest)) => format!("\u{1b}[1;31merror:\u{1b}[0m {rest}"),
             Some(("warning", rest)) => format!("\u{1b}[1;33mwarning:\u{1b}[0m {rest}"),
             Some(("hint", rest)) => format!("\u{1b}[1;36mhint:\u{1b}[0m {rest}"),
-            _ => line.to_owned(),
+            _ => line.clone(),
         };
         writeln!(err, "{painted}").ok();
     }
@@ -257,6 +277,19 @@ mod tests {
         assert_eq!(document[1]["count"], 10);
         assert_eq!(printed(Format::Json, &[]), "[]\n");
         assert_eq!(printed(Format::Table, &[]), "NAME  COUNT\n");
+    }
+
+    #[test]
+    fn characters_that_change_how_others_look_are_written_out_in_every_shape() {
+        let rows = [Fruit { name: "a\u{202e}b\u{9b}\u{e0041}", count: 1 }];
+        assert!(printed(Format::Table, &rows).contains("\na\\u{202e}b \\u{e0041}  1\n"));
+        for format in [Format::Json, Format::Jsonl] {
+            let text = printed(format, &rows);
+            assert!(text.contains(r"a\u202eb\u009b\udb40\udc41"), "{text}");
+            let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let fruit = if format == Format::Json { &value[0] } else { &value };
+            assert_eq!(fruit["name"], rows[0].name);
+        }
     }
 
     #[test]

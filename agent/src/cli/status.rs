@@ -9,6 +9,7 @@ use super::error::CliError;
 use super::node::skew_text;
 use super::workspace::SyncRow;
 use super::{Global, Output, hub, local, printer};
+use crate::config::Ceiling;
 use crate::link::mode_of;
 
 /// Show this node's agent: connection, certificate, running commands, workspaces
@@ -34,6 +35,7 @@ struct Status {
     session_epoch: u64,
     certificate_not_after_ms: i64,
     ceiling: String,
+    ceiling_problem: Option<String>,
     policy: String,
     policy_until_ms: i64,
     generation: u64,
@@ -61,6 +63,7 @@ pub(crate) async fn status(global: &Global, args: StatusArgs) -> Result<(), CliE
         session_epoch: answer.session_epoch,
         certificate_not_after_ms: answer.certificate_not_after_ms,
         ceiling: mode_of(answer.ceiling).to_string(),
+        ceiling_problem: ceiling_problem(global)?,
         policy: mode_of(answer.policy).to_string(),
         policy_until_ms: answer.policy_until_ms,
         generation: answer.generation,
@@ -111,9 +114,20 @@ pub(crate) async fn status(global: &Global, args: StatusArgs) -> Result<(), CliE
         ("running commands", status.running_tasks.to_string()),
         ("agent", format!("version {}, process {}", status.version, status.process_id)),
     ];
+    if let Some(problem) = &status.ceiling_problem {
+        lines.push(("ceiling problem", problem.clone()));
+    }
     if let Some(problem) = &status.identity_problem {
         lines.push(("identity problem", problem.clone()));
     }
     lines.extend(status.workspaces.iter().map(|row| ("workspace", row.sentence())));
     global.printer(args.output).show(&status, &lines)
+}
+
+/// Why the stored ceiling does not count.
+fn ceiling_problem(global: &Global) -> Result<Option<String>, CliError> {
+    let state = global.state()?;
+    let ceiling = state.owner().and_then(|owner| Ceiling::load(&state, owner));
+    // An agent that has not joined has no ceiling, and the agent itself says so.
+    Ok(ceiling.ok().and_then(|ceiling| ceiling.problem).map(|problem| problem.to_string()))
 }

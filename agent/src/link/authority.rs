@@ -40,7 +40,11 @@ impl HubPolicy {
     #[must_use]
     pub fn told(mode: Mode, until_ms: i64, now: Clocks) -> Self {
         let left = u64::try_from(until_ms.saturating_sub(now.hub_ms)).unwrap_or(0);
-        if mode == Mode::Strict || left == 0 {
+        if mode == Mode::Strict {
+            // It has no end, whatever the hub names: otherwise each end would be another policy.
+            return Self::UNTOLD;
+        }
+        if left == 0 {
             return Self { mode: Mode::Strict, until_ms: until_ms.max(0), ends: None };
         }
         let left = Duration::from_millis(left).min(LONGEST_POLICY);
@@ -60,10 +64,10 @@ impl HubPolicy {
         self.until_ms
     }
 
-    /// Whether another policy says the same.
+    /// Whether another policy allows the same. What is over differs in nothing from strict.
     #[must_use]
     pub fn same_as(&self, other: &Self) -> bool {
-        (self.mode, self.until_ms) == (other.mode, other.until_ms)
+        self.mode == other.mode && (self.mode == Mode::Strict || self.until_ms == other.until_ms)
     }
 }
 
@@ -224,6 +228,10 @@ mod tests {
         let endless = HubPolicy::told(Mode::Permissive, i64::MAX, now);
         let later = Clocks { steady: now.steady + LONGEST_POLICY, ..now };
         assert_eq!(endless.in_force(later), Mode::Strict);
+        let strict = |until_ms| HubPolicy::told(Mode::Strict, until_ms, now);
+        assert_eq!(strict(NOW_MS + 1), HubPolicy::UNTOLD);
+        let over = HubPolicy::told(Mode::Permissive, NOW_MS - 1, now);
+        assert!(over.same_as(&strict(0)) && !over.same_as(&endless));
         let ever = Clocks { hub_ms: i64::MIN, ..now };
         assert_eq!(HubPolicy::UNTOLD.in_force(ever), Mode::Strict);
     }

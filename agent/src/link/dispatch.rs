@@ -3,7 +3,8 @@
 //! Called by the session's task for each frame and never makes it wait: a task is started in a task
 //! of its own, everything else is handed over. State: which tasks run, the policy in force (strict
 //! until a hub says otherwise), and the record of started tasks, which is on disk. What runs outside
-//! the sandbox is in the node's audit file before it runs, or does not run.
+//! the sandbox is decided a second time, and written down, directly before it runs: see
+//! `permit`. Policies are written down by `policy_log`.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -18,15 +19,17 @@ use cortex_shared::tasks::TaskScope;
 use tokio::sync::mpsc;
 use tonic::transport::Channel;
 
-use super::authority::{Authority, Clocks, HubPolicy};
+use super::authority::{Authority, Clocks, HubPolicy, mode_in_force};
+use super::permit::Permit;
+use super::policy_log::PolicyLog;
 use super::request::{self, Refusal};
 use super::session::Outbox;
 use super::started::StartedTasks;
 use super::task::{self, TaskContext};
 use super::workspaces::{Membership, Reports, Workspaces};
 use super::{mode_of, proto_mode};
-use crate::audit::{AuditEvent, CommandLine, cut};
-use crate::config::{ConfigError, Settings, StateDir};
+use crate::audit::{Audit, CommandLine, cut};
+use crate::config::{Ceiling, ConfigError, Settings, StateDir};
 use crate::exec::CommandControl;
 use crate::identity::live::LiveIdentity;
 
@@ -61,6 +64,7 @@ struct Inner {
     session: Mutex<Option<SessionContext>>,
     identity: LiveIdentity,
     policy: Mutex<HubPolicy>,
+    policy_log: PolicyLog,
     running: Mutex<HashMap<TaskId, mpsc::Sender<CommandControl>>>,
 }
 
@@ -83,6 +87,9 @@ impl Dispatcher {
         let path = state.path().join("started-tasks");
         let started = StartedTasks::open(Path::new(&path))
             .map_err(|source| ConfigError::Write { path, source })?;
+        let ceiling_of = state.clone();
+        let policy_log =
+            PolicyLog::new(identity.audit().clone(), Arc::new(move || read_ceiling(&ceiling_of)));
         Ok(Self {
             inner: Arc::new(Inner {
                 state,
@@ -91,6 +98,7 @@ impl Dispatcher {
                 session: Mutex::new(None),
                 identity,
                 policy: Mutex::new(HubPolicy::UNTOLD),
+                policy_log,
                 running: Mutex::new(HashMap::new()),
             }),
         })
@@ -114,26 +122,40 @@ impl Dispatcher {
 
     /// The owner's bound as it is now. Read anew, so that lowering it counts at once; what cannot
     /// be read allows nothing.
-    #[must_use]
-    pub fn ceiling(&self) -> Mode {
-        self.owners_decisions().0
+    pub async fn ceiling(&self) -> Mode {
+        let inner = Arc::clone(&self.inner);
+        tokio::task::spawn_blocking(move || read_ceiling(&inner.state)).await.unwrap_or_default()
     }
 
-    /// The ceiling, and whether each command must have a control group.
-    fn owners_decisions(&self) -> (Mode, bool) {
-        match Settings::load(&self.inner.state) {
-            Ok(settings) => (settings.ceiling, settings.sandbox.require_cgroup),
-            Err(error) => {
-                tracing::error!(%error, "the owner's settings cannot be read: the strictest count");
-                (Mode::Strict, true)
-            }
+    /// Where this node writes down what changes authority.
+    pub(super) fn audit(&self) -> &Audit {
+        self.inner.identity.audit()
+    }
+
+    /// What is missing for somebody in this role to run a command outside the sandbox now. Blocks
+    /// for the disk: the ceiling is read anew.
+    pub(super) fn allows_permissive(&self, role: Option<Role>) -> Result<(), Refusal> {
+        mode_in_force(Mode::Permissive, self.authority(Mode::Permissive, role))
+            .map(drop)
+            .map_err(|missing| Refusal::NotPermitted { missing })
+    }
+
+    fn authority(&self, requested: Mode, role: Option<Role>) -> Authority {
+        Authority {
+            role,
+            policy: *lock(&self.inner.policy),
+            ceiling: match requested {
+                // Nobody is asked for strict.
+                Mode::Strict => Mode::Strict,
+                Mode::Permissive => read_ceiling(&self.inner.state),
+            },
+            now: clocks(&self.inner.identity),
         }
     }
 
     /// Tells the hub what the owner's bound is now; `false` if there is no session.
-    #[must_use]
-    pub fn report_ceiling(&self) -> bool {
-        let changed = v1::CeilingChanged { ceiling: proto_mode(self.ceiling()).into() };
+    pub async fn report_ceiling(&self) -> bool {
+        let changed = v1::CeilingChanged { ceiling: proto_mode(self.ceiling().await).into() };
         lock(&self.inner.session)
             .as_ref()
             .is_some_and(|session| session.outbox.send(node_frame::Frame::CeilingChanged(changed)))
@@ -199,17 +221,7 @@ impl Dispatcher {
             return;
         }
         let mode = policy.in_force(clocks(&self.inner.identity));
-        let effective = Mode::strictest([mode, self.ceiling()]);
-        tracing::info!(policy = %mode, %effective, "the hub's policy for this node changed");
-        let event = AuditEvent::Policy {
-            policy: mode.to_string(),
-            until_ms: policy.until_ms(),
-            effective: effective.to_string(),
-        };
-        let audit = self.inner.identity.audit().clone();
-        session.tasks.spawn("audit", async move {
-            tokio::task::spawn_blocking(move || audit.note(&event)).await.ok();
-        });
+        self.inner.policy_log.told(policy, mode, &session.tasks);
     }
 
     fn start(&self, start: v1::StartTask) {
@@ -275,11 +287,17 @@ impl Dispatcher {
             command: start.spec.as_ref().map(shown_command).unwrap_or_default(),
         };
         let role = start.role.parse().ok();
-        let command = start
-            .spec
-            .ok_or(Refusal::Invalid("no specification"))
-            .and_then(|spec| self.check(spec, role));
-        let command = self.written_down(line, command).await;
+        let permit = Permit::new(self.clone(), role, line);
+        let command = match start.spec {
+            None => Err(Refusal::Invalid("no specification")),
+            Some(spec) => {
+                let (dispatcher, permit) = (self.clone(), permit.clone());
+                let checking =
+                    tokio::task::spawn_blocking(move || dispatcher.check(spec, role, permit));
+                let Ok(command) = checking.await else { return };
+                command
+            }
+        };
         if let Err(refusal) = &command {
             tracing::info!(task = %id, ?actor, %refusal, "command refused");
         } else {
@@ -287,53 +305,26 @@ impl Dispatcher {
         }
         let context =
             TaskContext { client: session.client, outbox: session.outbox, scope: session.tasks };
-        task::run_task(context, id, command, start.initial_credit, cancels).await;
+        task::run_task(context, id, command, permit, start.initial_credit, cancels).await;
     }
 
+    /// Whether a command may run, by what is known now; a refusal for want of permission is
+    /// written down. Blocks for the disk.
     fn check(
         &self,
         spec: v1::TaskSpec,
         role: Option<Role>,
+        permit: Permit,
     ) -> Result<crate::exec::CommandRequest, Refusal> {
-        let (ceiling, require_control_group) = self.owners_decisions();
-        let authority = Authority {
-            role,
-            policy: *lock(&self.inner.policy),
-            ceiling,
-            now: clocks(&self.inner.identity),
-        };
+        let authority = self.authority(mode_of(spec.mode), role);
         let forbidden = vec![self.inner.state.path().to_owned()];
         let find = |id, name: &str| self.inner.workspaces.root_of(id, name);
-        let command = request::command(spec, authority, find, forbidden)?;
-        Ok(crate::exec::CommandRequest { require_control_group, ..command })
-    }
-
-    /// Writes down what is to run outside the sandbox, and what was refused to. What cannot be
-    /// written down does not run.
-    async fn written_down(
-        &self,
-        line: CommandLine,
-        command: Result<crate::exec::CommandRequest, Refusal>,
-    ) -> Result<crate::exec::CommandRequest, Refusal> {
-        let audit = self.inner.identity.audit().clone();
-        match &command {
-            Ok(request) if request.mode == Mode::Permissive => {
-                let event = AuditEvent::Permissive(line);
-                let written = tokio::task::spawn_blocking(move || audit.append(&event)).await;
-                if let Ok(Err(error)) = &written {
-                    tracing::error!(%error, "a permissive command cannot be written down");
-                }
-                if !matches!(written, Ok(Ok(()))) {
-                    return Err(Refusal::NotRecorded);
-                }
-            }
-            Err(refusal @ Refusal::NotPermitted { .. }) => {
-                let reason = refusal.to_string();
-                tokio::task::spawn_blocking(move || audit.note_refusal(line, reason)).await.ok();
-            }
-            Ok(_) | Err(_) => {}
+        let command = request::command(spec, authority, find, forbidden);
+        if let Err(refusal @ Refusal::NotPermitted { .. }) = &command {
+            permit.note_refusal(refusal);
         }
-        command
+        let require_control_group = requires_control_group(&self.inner.state);
+        command.map(|command| crate::exec::CommandRequest { require_control_group, ..command })
     }
 
     fn cancel(&self, cancel: &v1::CancelTask) {
@@ -344,6 +335,33 @@ impl Dispatcher {
         if let Some(sender) = lock(&self.inner.running).get(&id) {
             // Full: as many cancels wait already, and one is enough.
             sender.try_send(CommandControl::Cancel { signal, grace }).ok();
+        }
+    }
+}
+
+/// The owner's bound; what cannot be read allows nothing. Blocks for the disk.
+/// Whether the owner lets no command run without a control group. What cannot be read asks for most.
+fn requires_control_group(state: &StateDir) -> bool {
+    match Settings::load(state) {
+        Ok(settings) => settings.sandbox.require_cgroup,
+        Err(error) => {
+            tracing::error!(%error, "the owner's settings cannot be read: the strictest count");
+            true
+        }
+    }
+}
+
+fn read_ceiling(state: &StateDir) -> Mode {
+    match Ceiling::load(state, rustix::process::geteuid().as_raw()) {
+        Ok(ceiling) => {
+            if let Some(problem) = ceiling.problem {
+                tracing::warn!(%problem, "the ceiling is not believed");
+            }
+            ceiling.mode
+        }
+        Err(error) => {
+            tracing::error!(%error, "the ceiling cannot be read and counts as strict");
+            Mode::Strict
         }
     }
 }

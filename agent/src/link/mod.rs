@@ -17,6 +17,8 @@
 pub mod authority;
 pub mod dispatch;
 mod end;
+mod permit;
+mod policy_log;
 pub mod renewal;
 mod report;
 mod request;

@@ -271,7 +271,7 @@ impl Keeper {
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let (frames, queue) = mpsc::channel(OUTBOX_FRAMES);
         let outbox = Outbox::new(frames);
-        let hello = self.greeting.hello(self.dispatcher.ceiling(), presented.generation);
+        let hello = self.greeting.hello(self.dispatcher.ceiling().await, presented.generation);
         let greeted_ms = hello.node_time_ms;
         outbox.send(node_frame::Frame::Hello(hello));
         let mut link = client.clone();

@@ -18,6 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
+use super::permit::Permit;
 use super::request::Refusal;
 use super::session::Outbox;
 use crate::exec::{self, CommandControl, CommandEvent, CommandExit, CommandRequest};
@@ -28,6 +29,8 @@ const MAX_QUEUED_INPUT_BYTES: usize = 1024 * 1024;
 const MAX_QUEUED_FRAMES: usize = 16 * 1024;
 /// How long a command that lost its stream or session has between TERM and KILL.
 const GRACE: Duration = Duration::from_secs(2);
+/// How long the hub may take to take a task's stream. What allowed the command is not kept for longer.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long the hub may take to close the stream after the command's end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Frames between the command and HTTP/2; their bytes are bounded by the credit.
@@ -45,6 +48,7 @@ pub(super) async fn run_task(
     context: TaskContext,
     id: TaskId,
     command: Result<CommandRequest, Refusal>,
+    permit: Permit,
     initial_credit: u64,
     cancels: mpsc::Receiver<CommandControl>,
 ) {
@@ -52,7 +56,12 @@ pub(super) async fn run_task(
     let hello = v1::TaskIoHello { task_id: id.as_bytes().to_vec().into() };
     up.try_send(frame(task_io_up::Frame::Hello(hello))).expect("a new channel has room");
     let TaskContext { mut client, outbox, scope } = context;
-    let opening = async move { client.task_io(ReceiverStream::new(up_frames)).await };
+    let opening = async move {
+        let opening = client.task_io(ReceiverStream::new(up_frames));
+        tokio::time::timeout(OPEN_TIMEOUT, opening)
+            .await
+            .unwrap_or_else(|_| Err(Status::deadline_exceeded("the hub did not take it in time")))
+    };
     let command = match command {
         Ok(command) => command,
         Err(refusal) => {
@@ -80,7 +89,7 @@ pub(super) async fn run_task(
     };
     let (control, control_frames) = mpsc::channel(FRAMES);
     let (events_out, events) = mpsc::channel(FRAMES);
-    scope.spawn("command", exec::run(command, initial_credit, control_frames, events_out));
+    scope.spawn("command", permit.run(command, initial_credit, control_frames, events_out));
     let (stream_gone, gone) = mpsc::channel(1);
     let down = DownPump { control, cancels, queue: VecDeque::new(), queued_input: 0 };
     let pumping = down.run(std::future::ready(Ok(opened)), scope.token().clone(), gone);

@@ -45,9 +45,11 @@ impl Agent {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
-    /// The lines of the local audit file with this action.
+    /// The lines of the local audit files with this action.
     pub fn audit(&self, action: &str) -> Vec<serde_json::Value> {
-        let text = std::fs::read_to_string(self.path("state/audit.jsonl")).unwrap_or_default();
+        let files = ["state/audit.jsonl", "state/audit-hub.jsonl"];
+        let text =
+            files.map(|file| std::fs::read_to_string(self.path(file)).unwrap_or_default()).concat();
         text.lines()
             .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
             .filter(|line| line["action"] == action)

@@ -1,6 +1,7 @@
-//! The operators' side of a hub, as far as `exec` needs it.
+//! The operators' side of a hub, as far as `exec` and `node drain` need it.
 
 use std::pin::Pin;
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
 use cortex_proto::v1::{self, exec_down, exec_up};
@@ -8,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::within;
+use super::{Script, within};
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
@@ -39,10 +40,10 @@ impl Exec {
     }
 }
 
-/// Of the operators' service only `Exec`, routed by hand, so that a new method of the protocol does
-/// not break these tests.
+/// Of the operators' service only what the tests ask for, routed by hand, so that a new method of the
+/// protocol does not break them.
 #[derive(Clone)]
-pub struct ExecOnly(pub mpsc::Sender<Exec>);
+pub struct ExecOnly(pub mpsc::Sender<Exec>, pub Arc<Mutex<Script>>);
 
 impl tonic::server::NamedService for ExecOnly {
     const NAME: &'static str = "cortex.v1.Operator";
@@ -60,11 +61,37 @@ impl tonic::codegen::Service<http::Request<tonic::body::Body>> for ExecOnly {
     fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
         let service = self.clone();
         Box::pin(async move {
-            if request.uri().path() != "/cortex.v1.Operator/Exec" {
-                return Ok(Status::unimplemented("not in this hub").into_http());
-            }
-            let codec = tonic_prost::ProstCodec::default();
-            Ok(tonic::server::Grpc::new(codec).streaming(service, request).await)
+            let script = Arc::clone(&service.1);
+            let path = request.uri().path().to_owned();
+            Ok(match path.as_str() {
+                "/cortex.v1.Operator/Exec" => {
+                    let codec = tonic_prost::ProstCodec::default();
+                    tonic::server::Grpc::new(codec).streaming(service, request).await
+                }
+                "/cortex.v1.Operator/CordonNode" => {
+                    let cordon =
+                        tower::service_fn(move |request: Request<v1::CordonNodeRequest>| {
+                            let mut script = script.lock().unwrap();
+                            script.cordoned = request.get_ref().cordoned;
+                            std::future::ready(Ok(Response::new(script.node())))
+                        });
+                    let codec = tonic_prost::ProstCodec::default();
+                    tonic::server::Grpc::new(codec).unary(cordon, request).await
+                }
+                "/cortex.v1.Operator/ListNodes" => {
+                    let list = tower::service_fn(move |_: Request<v1::ListNodesRequest>| {
+                        let mut script = script.lock().unwrap();
+                        let nodes = vec![script.node()];
+                        if script.running.len() > 1 {
+                            script.running.pop_front();
+                        }
+                        std::future::ready(Ok(Response::new(v1::ListNodesResponse { nodes })))
+                    });
+                    let codec = tonic_prost::ProstCodec::default();
+                    tonic::server::Grpc::new(codec).unary(list, request).await
+                }
+                _ => Status::unimplemented("not in this hub").into_http(),
+            })
         })
     }
 }

@@ -1,5 +1,6 @@
 //! A hub on loopback.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -40,6 +41,12 @@ pub struct Script {
     pub trusted: Vec<bytes::Bytes>,
     pub policy_for_ms: i64,
     pub clock_ahead_ms: i64,
+    /// Whether it leaves streams of tasks unanswered, and how many it left so.
+    pub hold_tasks: bool,
+    pub held: u32,
+    /// How many commands the node runs, by each look of an operator; the last one stays.
+    pub running: VecDeque<u32>,
+    pub cordoned: bool,
     /// What was asked.
     pub renewals: Vec<v1::RenewRequest>,
     pub recoveries: Vec<v1::RecoverNodeRequest>,
@@ -62,10 +69,27 @@ impl Default for Script {
             trusted: Vec::new(),
             policy_for_ms: 3_600_000,
             clock_ahead_ms: 0,
+            hold_tasks: false,
+            held: 0,
+            running: VecDeque::new(),
+            cordoned: false,
             renewals: Vec::new(),
             recoveries: Vec::new(),
             joins: Vec::new(),
             leaves: 0,
+        }
+    }
+}
+
+impl Script {
+    /// The node, as an operator is shown it.
+    pub fn node(&self) -> v1::NodeInfo {
+        v1::NodeInfo {
+            node_id: self.node_id.as_bytes().to_vec().into(),
+            name: "n1".into(),
+            running_tasks: self.running.front().copied().unwrap_or(0),
+            cordoned: self.cordoned,
+            ..Default::default()
         }
     }
 }
@@ -217,7 +241,7 @@ impl Hub {
         let server = tonic::transport::Server::builder()
             .add_service(EnrollServer::new(service.clone()))
             .add_service(NodeServer::new(service))
-            .add_service(ExecOnly(execs));
+            .add_service(ExecOnly(execs, Arc::clone(&script)));
         tokio::spawn(server.serve_with_incoming(ReceiverStream::new(accepted)));
         Self {
             ca,
@@ -387,6 +411,14 @@ impl Node for Service {
         let Some(v1::task_io_up::Frame::Hello(hello)) = up.message().await?.unwrap().frame else {
             return Err(Status::invalid_argument("no hello"));
         };
+        let held = {
+            let mut script = self.script.lock().unwrap();
+            script.held += u32::from(script.hold_tasks);
+            script.hold_tasks
+        };
+        while held && self.script.lock().unwrap().hold_tasks {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
         let (down, queue) = mpsc::channel(16);
         self.tasks.send(TaskIo { task_id: hello.task_id.to_vec(), up, down }).await.ok();
         Ok(Response::new(ReceiverStream::new(queue)))

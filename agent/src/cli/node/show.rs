@@ -31,7 +31,7 @@ pub(crate) struct NodeRow {
     pub(crate) policy_reason: String,
     pub(crate) ceiling: String,
     session_epoch: u64,
-    running_tasks: u32,
+    pub(super) running_tasks: u32,
     cordoned: bool,
     revoked_at_ms: i64,
     remote_address: String,
@@ -90,6 +90,11 @@ struct MissingJson {
 }
 
 impl NodeRow {
+    /// Its id and its name.
+    pub(super) fn into_identity(self) -> (String, String) {
+        (self.node_id, self.name)
+    }
+
     pub(crate) fn of(node: v1::NodeInfo) -> Self {
         let strict_available = node.sandbox.as_ref().map(|report| report.strict_available);
         let sandbox = node.sandbox.map(|report| SandboxJson {
