@@ -273,6 +273,7 @@ impl Hub {
         serve(incoming, routes.clone(), auth.clone(), &scope);
         serve(accept::accept_local(local, &scope), routes, auth, &scope);
         decisions.end_policies(&scope);
+        operators.keep_recording(&scope);
         audit.keep_marking(&scope);
         hint_heads(&content, members, &scope);
         save_last_seen(Arc::clone(&registry), Arc::clone(&store), &scope);

@@ -196,7 +196,7 @@ impl Validator {
             .detached(async move {
                 let operator = refusals.watch(store.redeem_operator(redemption).await?).await?;
                 // From now on its certificate counts.
-                operators.reload().await?;
+                operators.logged_in(&operator.name).await?;
                 Ok::<_, EnrollError>(operator)
             })
             .await?;

@@ -15,10 +15,11 @@ use super::operator::{BoxStream, OperatorService};
 use super::status::{from_store, internal, refuse, with_hint};
 use crate::store::Workspace;
 
-/// Whether a caller sees a workspace: one that has a member within its scope, or none at all yet.
+/// Whether a caller sees a workspace: one that has a member within its scope. One without members has
+/// content nevertheless, or will have some; it is for the scope it was made in.
 fn sees(service: &OperatorService, workspace: &Workspace, caller: &AdmittedOperator) -> bool {
     caller.scope.is_everything()
-        || workspace.members.is_empty()
+        || (workspace.members.is_empty() && workspace.scope == caller.scope)
         || workspace.members.iter().any(|node| sees_node(service, *node, caller))
 }
 
@@ -67,7 +68,8 @@ pub(super) async fn create(
 ) -> Result<v1::WorkspaceInfo, Status> {
     let name = convert::name(request.name)?;
     let (members, by) = (Arc::clone(&service.members), operator.actor());
-    let create = async move { members.create(&name, &by).await };
+    let scope = operator.scope.clone();
+    let create = async move { members.create(&name, scope, &by).await };
     let workspace = run_to_end(&service.scope, "workspace", create).await?.map_err(from_store)?;
     describe(service, &workspace, operator).await
 }

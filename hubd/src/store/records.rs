@@ -319,6 +319,8 @@ pub struct Workspace {
     pub name: String,
     /// When it was made.
     pub created_at_ms: i64,
+    /// The scope of whoever made it: whose it is while it has no members.
+    pub scope: Scope,
     /// The nodes that hold a copy.
     pub members: BTreeSet<NodeId>,
 }

@@ -431,3 +431,49 @@ async fn the_audit_log_tells_the_story_and_a_deletion_in_the_database_is_found()
     assert!(verify.problem.contains("line 3 is missing"), "{verify:?}");
     hub.hub.shutdown().await;
 }
+
+#[tokio::test]
+async fn a_workspace_without_members_is_for_the_scope_it_was_made_in() {
+    let hub = TestHub::start().await;
+    let a = hub.join("a", &[("team", "a")]).await;
+    let b = hub.join("b", &[("team", "b")]).await;
+    let (_a, session) = (a.connect(&hub).await.unwrap(), b.connect(&hub).await.unwrap());
+    let ann = hub.login_scoped("ann", "operator", &[("team", "a")]).await;
+    let bob = hub.login_scoped("bob", "admin", &[("team", "b")]).await;
+    let mut admin = hub.local().await;
+    let create = |name: &str| v1::CreateWorkspaceRequest { name: name.into() };
+    let attach = |workspace: &str, node: &str| v1::AttachWorkspaceRequest {
+        workspace: workspace.into(),
+        node: node.into(),
+    };
+    hub.operator(&bob).await.create_workspace(create("plans")).await.unwrap();
+    admin.create_workspace(create("everyones")).await.unwrap();
+    let hidden = async |hub: &TestHub, what: &str| {
+        let mut ann = hub.operator(&ann).await;
+        for workspace in ["plans", "everyones"] {
+            let refused = ann.attach_workspace(attach(workspace, "a")).await.unwrap_err();
+            assert_eq!(word(&refused), "workspace_not_found", "{workspace} {what}");
+            let status =
+                v1::WorkspaceStatusRequest { workspace: workspace.into(), ..Default::default() };
+            let refused = ann.workspace_status(status).await.unwrap_err();
+            assert_eq!(word(&refused), "workspace_not_found", "{workspace} {what}");
+        }
+        let list = ann.list_workspaces(v1::ListWorkspacesRequest {}).await.unwrap().into_inner();
+        assert_eq!(list.workspaces, [], "{what}");
+    };
+    hidden(&hub, "while they are new").await;
+    let mut bob = hub.operator(&bob).await;
+    bob.attach_workspace(attach("plans", "b")).await.unwrap();
+    hidden(&hub, "with a member of another team").await;
+    admin.revoke_node(revoke("b")).await.unwrap();
+    drop(session);
+    bob.forget_node(v1::ForgetNodeRequest { node: "b".into() }).await.unwrap();
+    hidden(&hub, "when the only member was forgotten").await;
+    let list = bob.list_workspaces(v1::ListWorkspacesRequest {}).await.unwrap().into_inner();
+    assert_eq!(list.workspaces.len(), 1, "it is still its team's");
+    let hub = hub.restart().await;
+    hidden(&hub, "after a restart").await;
+    let all = hub.local().await.list_workspaces(v1::ListWorkspacesRequest {}).await.unwrap();
+    assert_eq!(all.into_inner().workspaces.len(), 2, "whoever has no scope sees all");
+    hub.hub.shutdown().await;
+}

@@ -30,6 +30,7 @@ const SETTINGS: Settings = Settings {
     migrations: &[
         include_str!("migrations/0001_first.sql"),
         include_str!("migrations/0002_authority.sql"),
+        include_str!("migrations/0003_workspace_scope.sql"),
     ],
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,

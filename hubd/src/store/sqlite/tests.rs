@@ -66,6 +66,7 @@ async fn everything_is_there_after_reopening() {
         id: WorkspaceId::new(),
         name: "code".into(),
         created_at_ms: 1,
+        scope: crate::store::Scope([("env".to_owned(), "dev".to_owned())].into()),
         members: BTreeSet::new(),
     };
     store.create_workspace(workspace.clone(), audit(1)).await.unwrap();
