@@ -66,6 +66,13 @@ pub fn from_store(error: StoreError) -> Status {
             refuse(Code::AlreadyExists, "already_exists", error.to_string())
         }
         StoreError::NotFound { .. } => refuse(Code::NotFound, "not_found", error.to_string()),
+        StoreError::AuditAltered { .. } => {
+            tracing::error!(%error, "refused what the audit log would have to hold");
+            with_hint(
+                refuse(Code::FailedPrecondition, "audit_altered", error.to_string()),
+                "look at it: cortex-hubd audit verify; if that is explained: audit verify --accept REASON",
+            )
+        }
         StoreError::Database(error) => from_database(error),
     }
 }
@@ -124,6 +131,7 @@ pub fn from_enroll(error: EnrollError) -> Status {
             // Spread over a second or two: everyone turned away at once must not return at once.
             Duration::from_millis(500 + u64::from(rand::random::<u16>() % 2000)),
         ),
+        EnrollError::TooOften { wait } => too_often(wait),
         EnrollError::Deadline => with_retry_after(
             refuse(Code::Unavailable, "store_slow", error.to_string()),
             Duration::from_secs(2),

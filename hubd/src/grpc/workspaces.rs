@@ -96,6 +96,9 @@ pub(super) async fn attach(
     if !operator.scope.is_everything()
         && !workspace.members.iter().all(|node| sees_node(service, *node, operator))
     {
+        let detail = serde_json::json!({ "reason": "scope_too_narrow", "node": node.name });
+        let actor = operator.actor();
+        service.refusals.record(&actor, "workspace.attach_refused", &workspace.name, detail);
         let text = format!("{:?} has members outside the scope of this operator", workspace.name);
         return Err(refuse(Code::PermissionDenied, "scope_too_narrow", text));
     }

@@ -420,12 +420,12 @@ async fn the_audit_log_tells_the_story_and_a_deletion_in_the_database_is_found()
     assert_eq!(read(list(2, 2, &[])).await, all[2..4]);
     assert_eq!(read(list(0, 0, &["task.ended"])).await.len(), 1);
 
-    let verify = hub.local().await.verify_audit(v1::VerifyAuditRequest {}).await.unwrap();
+    let verify = hub.local().await.verify_audit(v1::VerifyAuditRequest::default()).await.unwrap();
     let verify = verify.into_inner();
     assert!(verify.intact && verify.entries == all.len() as u64, "{verify:?}");
     let database = rusqlite::Connection::open(hub.hub.data.layout.database()).unwrap();
     database.execute("DELETE FROM audit WHERE seq = 3", []).unwrap();
-    let verify = hub.local().await.verify_audit(v1::VerifyAuditRequest {}).await.unwrap();
+    let verify = hub.local().await.verify_audit(v1::VerifyAuditRequest::default()).await.unwrap();
     let verify = verify.into_inner();
     assert!(!verify.intact && verify.first_bad_seq == 3, "{verify:?}");
     assert!(verify.problem.contains("line 3 is missing"), "{verify:?}");
@@ -475,5 +475,37 @@ async fn a_workspace_without_members_is_for_the_scope_it_was_made_in() {
     hidden(&hub, "after a restart").await;
     let all = hub.local().await.list_workspaces(v1::ListWorkspacesRequest {}).await.unwrap();
     assert_eq!(all.into_inner().workspaces.len(), 2, "whoever has no scope sees all");
+    hub.hub.shutdown().await;
+}
+
+#[tokio::test]
+async fn refusals_for_want_of_authority_stand_in_the_audit_log_and_a_loop_of_them_does_not_fill_it()
+{
+    let hub = TestHub::start().await;
+    let node = hub.join("box", &[]).await;
+    let _session = node.connect(&hub).await.unwrap();
+    let mut viewer = hub.operator(&hub.login("eve", "viewer").await).await;
+    for _ in 0..60 {
+        assert_eq!(word(&viewer.revoke_node(revoke("box")).await.unwrap_err()), "role_too_low");
+    }
+    let ann = hub.login("ann", "operator").await;
+    let mut ann = hub.operator(&ann).await;
+    let elsewhere = v1::TaskSpec { workspace: "w".into(), ..script() };
+    assert_eq!(word(&hub.exec(&mut ann, "box", elsewhere).await.err().unwrap()), "not_a_member");
+    let mut admin = hub.local().await;
+    let cordon = v1::CordonNodeRequest { node: "box".into(), cordoned: true };
+    admin.cordon_node(cordon).await.unwrap();
+    assert_eq!(word(&hub.exec(&mut ann, "box", script()).await.err().unwrap()), "node_cordoned");
+    let by_ann = v1::RevokeOperatorRequest { name: "ann".into() };
+    admin.revoke_operator(by_ann).await.unwrap();
+    assert!(ann.who_am_i(v1::WhoAmIRequest {}).await.is_err());
+    let hub = hub.restart().await;
+    let (short, lines) = audit(&hub).await;
+    let count = |line: (String, String, String)| short.iter().filter(|l| **l == line).count();
+    assert_eq!(count(line("eve", "call.refused", "RevokeNode")), 20);
+    assert_eq!(count(line("ann", "task.refused", "box")), 2);
+    assert_eq!(count(line("ann", "call.refused", "WhoAmI")), 1);
+    let rest = lines.iter().find(|line| line.action == "refusals.untold").unwrap();
+    assert_eq!((rest.actor.as_str(), rest.detail.as_str()), ("eve", r#"{"count":40}"#));
     hub.hub.shutdown().await;
 }

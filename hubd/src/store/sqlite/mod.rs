@@ -49,7 +49,10 @@ impl SqliteStore {
     /// # Errors
     /// If the file cannot be opened, is damaged, or is of a newer version.
     pub async fn open(path: PathBuf, scope: &TaskScope) -> Result<Self, StoreError> {
-        Ok(Self { database: Database::open(path, SETTINGS, scope).await? })
+        let database = Database::open(path, SETTINGS, scope).await?;
+        // From here on, what others do to the end of the audit log shows.
+        database.write(audit::remembered).await?;
+        Ok(Self { database })
     }
 }
 
@@ -255,7 +258,11 @@ impl Store for SqliteStore {
     }
 
     async fn audit_head(&self) -> Result<AuditHead, StoreError> {
-        self.database.read(audit::head).await
+        self.database.write(audit::remembered).await
+    }
+
+    async fn accept_audit(&self, audit: NewAudit) -> Result<(), StoreError> {
+        self.database.write(move |t| audit::accept(t, &audit)).await
     }
 }
 

@@ -102,7 +102,7 @@ async fn the_first_verdict_of_a_task_stands() {
         node_name: "box".into(),
         actor: "ann".into(),
         role: Role::Operator,
-        command: "true".into(),
+        command: crate::store::fixtures::command(),
         workspace: String::new(),
         mode: cortex_shared::policy::Mode::Strict,
         accepted_at_ms: 1,
