@@ -14,7 +14,7 @@ use super::auth::AdmittedOperator;
 use super::convert;
 use super::detached::run_to_end;
 use super::operator::{BoxStream, OperatorService, node_info};
-use super::status::{from_decision, from_store, invalid, refuse, with_hint};
+use super::status::{from_decision, from_naming, from_store, invalid, refuse, with_hint};
 use crate::authority::audit::{AuditError, PAGE_LINES};
 use crate::authority::nodes::{DEFAULT_PERMISSIVE, DecisionError, MAX_PERMISSIVE, NodeDecisions};
 use crate::store::{Actor, AuditLine, LabelChange, Node, NodePolicy, OperatorRecord};
@@ -81,10 +81,14 @@ pub(super) async fn rename_node(
 ) -> Result<v1::NodeInfo, Status> {
     let name = convert::name(request.name)?;
     let node = service.node(&request.node, operator)?.node;
-    decide(service, operator, node, |decisions, node, by| async move {
-        decisions.rename(&node, name, &by).await
-    })
-    .await
+    let (decisions, by, shown_node) =
+        (Arc::clone(&service.decisions), operator.actor(), node.clone());
+    let rename = async move { decisions.rename(&node, name, &by).await };
+    run_to_end(&service.scope, "decision", rename).await?.map_err(|error| match error {
+        DecisionError::Store(error) => from_naming(error, &operator.scope),
+        error => from_decision(error),
+    })?;
+    shown(service, &shown_node)
 }
 
 pub(super) async fn cordon_node(

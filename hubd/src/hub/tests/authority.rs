@@ -509,3 +509,48 @@ async fn refusals_for_want_of_authority_stand_in_the_audit_log_and_a_loop_of_the
     assert_eq!((rest.actor.as_str(), rest.detail.as_str()), ("eve", r#"{"count":40}"#));
     hub.hub.shutdown().await;
 }
+
+#[tokio::test]
+async fn what_is_outside_a_scope_shows_in_no_name_and_no_watch() {
+    let hub = TestHub::start().await;
+    hub.join("secret", &[("team", "b")]).await;
+    hub.join("mine", &[("team", "a")]).await;
+    let mut admin = hub.local().await;
+    for name in ["plans", "own"] {
+        admin.create_workspace(v1::CreateWorkspaceRequest { name: name.into() }).await.unwrap();
+    }
+    let attach = v1::AttachWorkspaceRequest { workspace: "own".into(), node: "mine".into() };
+    admin.attach_workspace(attach).await.unwrap();
+    let ann = hub.login_scoped("ann", "operator", &[("team", "a")]).await;
+    let mut ann = hub.operator(&ann).await;
+    let rename = v1::RenameNodeRequest { node: "mine".into(), name: "secret".into() };
+    let create = v1::CreateWorkspaceRequest { name: "plans".into() };
+    for refused in [
+        ann.rename_node(rename.clone()).await.unwrap_err(),
+        ann.create_workspace(create).await.unwrap_err(),
+    ] {
+        assert_eq!(refused.message(), "this name cannot be used");
+    }
+    let all = admin.rename_node(rename).await.unwrap_err();
+    assert!(all.message().contains("secret"), "{all}");
+    let long = v1::WorkspaceStatusRequest { workspace: "x".repeat(100_000), watch: false };
+    assert_eq!(word(&ann.workspace_status(long).await.unwrap_err()), "workspace_not_found");
+
+    let watch = v1::WorkspaceStatusRequest { workspace: "own".into(), watch: true };
+    let mut watch = ann.workspace_status(watch).await.unwrap().into_inner();
+    watch.message().await.unwrap().unwrap();
+    let label = v1::LabelNodeRequest {
+        node: "mine".into(),
+        set: [("team".to_owned(), "b".to_owned())].into(),
+        remove: vec![],
+    };
+    admin.label_node(label).await.unwrap();
+    let end = loop {
+        // What was under way comes first.
+        if let Err(status) = watch.message().await {
+            break status;
+        }
+    };
+    assert_eq!(word(&end), "workspace_not_found");
+    hub.hub.shutdown().await;
+}
