@@ -24,9 +24,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::transport::Server;
 
-use crate::authority::audit::AuditLog;
+use crate::authority::audit::{AuditError, AuditLog};
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
+use crate::authority::refused::RefusalLog;
 use crate::config::{DataLayout, HubConfig};
 use crate::enroll::authorities::{Authorities, RotationError};
 use crate::enroll::ca::CaError;
@@ -84,6 +85,9 @@ pub enum StartError {
     /// The store.
     #[error("cannot open the store")]
     Store(#[from] StoreError),
+    /// The audit log.
+    #[error("cannot open the audit log")]
+    Audit(#[from] AuditError),
     /// The certificate authorities.
     #[error("cannot open the certificate authority")]
     Authorities(#[from] RotationError),
@@ -210,6 +214,7 @@ impl Hub {
             Arc::clone(&store),
         );
         let audit = AuditLog::new(Arc::clone(&store), data.layout.audit_mark());
+        audit.begin().await?;
         let limits = Arc::new(JoinLimits::new(config.join_rate, tokio::time::Instant::now()));
         let validator = Arc::new(Validator::new(
             config.join_queue,
@@ -234,7 +239,9 @@ impl Hub {
         let certificate = HubCertificate::new(Arc::clone(&authorities), unix_ms)?;
         let tls = accept::TlsSettings::new(Arc::clone(&authorities), certificate)?;
 
+        let refusals = RefusalLog::new(Arc::clone(&store), scope.clone());
         let operator = OperatorService {
+            refusals: Arc::clone(&refusals),
             store: Arc::clone(&store),
             registry: Arc::clone(&registry),
             relay: Arc::clone(&relay),
@@ -268,11 +275,16 @@ impl Hub {
             .add_service(sync.into_server());
 
         let mesh = authorities.mesh();
-        let auth = AuthLayer { registry: Arc::clone(&registry), operators: Arc::clone(&operators) };
+        let auth = AuthLayer {
+            registry: Arc::clone(&registry),
+            operators: Arc::clone(&operators),
+            refusals,
+        };
         let incoming = accept::accept_tls(listener, tls, mesh, &scope);
         serve(incoming, routes.clone(), auth.clone(), &scope);
         serve(accept::accept_local(local, &scope), routes, auth, &scope);
         decisions.end_policies(&scope);
+        operators.keep_recording(&scope);
         audit.keep_marking(&scope);
         hint_heads(&content, members, &scope);
         save_last_seen(Arc::clone(&registry), Arc::clone(&store), &scope);

@@ -9,3 +9,4 @@
 pub mod audit;
 pub mod nodes;
 pub mod operators;
+pub mod refused;

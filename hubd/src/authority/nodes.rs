@@ -1,9 +1,12 @@
 //! Decisions of operators about nodes.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cortex_shared::clock::unix_ms;
+use cortex_shared::ids::NodeId;
 use cortex_shared::policy::Mode;
 use cortex_shared::tasks::TaskScope;
 use serde_json::json;
@@ -31,7 +34,9 @@ pub enum DecisionError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// It is in force, but the store did not record it.
-    #[error("this is in force until the hub restarts, but could not be recorded")]
+    #[error(
+        "this is in force, but could not be recorded; if the hub restarts before it is, it is lifted"
+    )]
     NotRecorded(#[source] StoreError),
     /// The node cannot be forgotten.
     #[error(transparent)]
@@ -49,6 +54,53 @@ pub struct NodeDecisions {
     store: Arc<dyn Store>,
     /// One at a time: memory and store see them in the same order.
     order: Mutex<()>,
+    /// Decisions that withdraw something and wait for the store.
+    withdrawing: Withdrawing,
+}
+
+/// What somebody may withdraw from a node: that is in force at once, whatever the store is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Withdrawn {
+    Permissive,
+    Commands,
+}
+
+/// How many decisions withdraw something of a node and are not recorded yet. One that gives it, and
+/// was decided before, must not give it after that.
+#[derive(Default)]
+struct Withdrawing(std::sync::Mutex<HashMap<(NodeId, Withdrawn), usize>>);
+
+/// One of them, as long as it exists.
+struct Withdrawal<'a> {
+    all: &'a Withdrawing,
+    what: (NodeId, Withdrawn),
+}
+
+impl Withdrawing {
+    fn begin(&self, node: NodeId, what: Withdrawn) -> Withdrawal<'_> {
+        let what = (node, what);
+        *self.lock().entry(what).or_default() += 1;
+        Withdrawal { all: self, what }
+    }
+
+    fn is_on(&self, node: NodeId, what: Withdrawn) -> bool {
+        self.lock().contains_key(&(node, what))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<(NodeId, Withdrawn), usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Withdrawal<'_> {
+    fn drop(&mut self) {
+        if let Entry::Occupied(mut count) = self.all.lock().entry(self.what) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
 }
 
 impl NodeDecisions {
@@ -60,7 +112,8 @@ impl NodeDecisions {
         membership: Arc<Membership>,
         store: Arc<dyn Store>,
     ) -> Arc<Self> {
-        Arc::new(Self { registry, relay, membership, store, order: Mutex::default() })
+        let (order, withdrawing) = (Mutex::default(), Withdrawing::default());
+        Arc::new(Self { registry, relay, membership, store, order, withdrawing })
     }
 
     /// Ends a node's session, commands and calls at once, for good.
@@ -152,10 +205,10 @@ impl NodeDecisions {
         Ok(())
     }
 
-    /// Withholds new commands from a node, or gives it commands again.
+    /// Withholds new commands from a node, at once, or gives it commands again.
     ///
     /// # Errors
-    /// [`DecisionError::Store`].
+    /// [`DecisionError::Store`]; for withholding [`DecisionError::NotRecorded`].
     pub async fn cordon(
         &self,
         node: &Node,
@@ -165,13 +218,23 @@ impl NodeDecisions {
         let action = if cordoned { "node.cordoned" } else { "node.uncordoned" };
         let detail = json!({ "node_id": node.id.to_string() });
         let audit = by.audit(unix_ms(), action, &node.name, detail);
+        if cordoned {
+            let _withdrawal = self.withdrawing.begin(node.id, Withdrawn::Commands);
+            self.registry.set_cordoned(node.id, true);
+            let _order = self.order.lock().await;
+            let recorded = self.store.cordon_node(node.id, true, audit).await;
+            return recorded.map_err(DecisionError::NotRecorded);
+        }
         let _order = self.order.lock().await;
-        self.store.cordon_node(node.id, cordoned, audit).await?;
-        self.registry.set_cordoned(node.id, cordoned);
+        self.store.cordon_node(node.id, false, audit).await?;
+        if !self.withdrawing.is_on(node.id, Withdrawn::Commands) {
+            self.registry.set_cordoned(node.id, false);
+        }
         Ok(())
     }
 
-    /// Sets the hub's policy for a node, and tells the node. Commands that run already go on.
+    /// Sets the hub's policy for a node, and tells the node; a strict one at once, whatever else is
+    /// being decided. Commands that run already go on.
     ///
     /// # Errors
     /// [`DecisionError::Store`]; for a strict policy [`DecisionError::NotRecorded`].
@@ -188,14 +251,16 @@ impl NodeDecisions {
             "reason": &policy.reason,
         });
         let audit = by.audit(unix_ms(), "policy.set", &node.name, detail);
-        let strict = policy.mode == Mode::Strict;
-        let _order = self.order.lock().await;
-        if strict {
+        if policy.mode == Mode::Strict {
+            let _withdrawal = self.withdrawing.begin(node.id, Withdrawn::Permissive);
             self.registry.set_policy(node.id, policy.clone());
+            let _order = self.order.lock().await;
             let recorded = self.store.set_node_policy(node.id, policy, audit).await;
-            recorded.map_err(DecisionError::NotRecorded)?;
-        } else {
-            self.store.set_node_policy(node.id, policy.clone(), audit).await?;
+            return recorded.map_err(DecisionError::NotRecorded);
+        }
+        let _order = self.order.lock().await;
+        self.store.set_node_policy(node.id, policy.clone(), audit).await?;
+        if !self.withdrawing.is_on(node.id, Withdrawn::Permissive) {
             self.registry.set_policy(node.id, policy.clone());
             tracing::warn!(node = %node.name, by = %by.name, reason = %policy.reason, "policy is permissive");
         }

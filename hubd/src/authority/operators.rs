@@ -3,17 +3,28 @@
 //! An operator has one login: a newer one replaces it, and with it the role, the scope and the key. So a
 //! certificate counts only if its key is that of the newest login, which is also why a login after a
 //! revocation does not bring the certificate back that was revoked.
+//!
+//! A revocation is in force before the store has it. Until the store has it, it stands in a list of its
+//! own, from which it is tried again; whatever a login says meanwhile, the operator stays revoked. What
+//! of that list a crash loses is said to whoever revoked: the answer was that it is not recorded yet.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use cortex_shared::backoff::Backoff;
 use cortex_shared::clock::unix_ms;
 use cortex_shared::policy::Role;
+use cortex_shared::tasks::TaskScope;
 use serde_json::json;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::nodes::DecisionError;
-use crate::store::{Actor, KeyHash, OperatorRecord, Scope, Store, StoreError};
+use crate::store::{Actor, KeyHash, NewAudit, OperatorRecord, Scope, Store, StoreError};
+
+/// First and longest bound of the wait before revocations are offered to the store again.
+const RECORD_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 use crate::task::relay::Relay;
 
 /// An operator that may call.
@@ -46,13 +57,30 @@ struct Known {
     calls: CancellationToken,
 }
 
+/// What is known of operators.
+#[derive(Default)]
+struct Memory {
+    known: HashMap<String, Known>,
+    /// Revocations that the store does not have yet, by name: of known operators, and of those that
+    /// somebody is revoking at this moment.
+    unrecorded: HashMap<String, Unrecorded>,
+}
+
+#[derive(Clone)]
+struct Unrecorded {
+    at_ms: i64,
+    audit: NewAudit,
+}
+
 /// See the module.
 pub struct Operators {
-    known: Mutex<HashMap<String, Known>>,
+    memory: Mutex<Memory>,
     store: Arc<dyn Store>,
     relay: Arc<Relay>,
     /// One change at a time, from the store's answer to memory.
     order: tokio::sync::Mutex<()>,
+    /// A revocation was not recorded.
+    record_again: Notify,
 }
 
 impl Operators {
@@ -62,15 +90,20 @@ impl Operators {
     /// Those of the store.
     pub async fn load(store: Arc<dyn Store>, relay: Arc<Relay>) -> Result<Arc<Self>, StoreError> {
         let records = store.operators().await?;
-        let operators =
-            Self { known: Mutex::default(), store, relay, order: tokio::sync::Mutex::default() };
+        let operators = Self {
+            memory: Mutex::default(),
+            store,
+            relay,
+            order: tokio::sync::Mutex::default(),
+            record_again: Notify::new(),
+        };
         operators.apply(records);
         Ok(Arc::new(operators))
     }
 
     /// Held for map operations only.
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Known>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the holder of a certificate for this name and key may call.
@@ -78,8 +111,8 @@ impl Operators {
     /// # Errors
     /// See [`OperatorRefusal`].
     pub fn admit(&self, name: &str, key: &KeyHash) -> Result<Admission, OperatorRefusal> {
-        let known = self.lock();
-        let Known { record, calls } = known.get(name).ok_or(OperatorRefusal::Unknown)?;
+        let memory = self.lock();
+        let Known { record, calls } = memory.known.get(name).ok_or(OperatorRefusal::Unknown)?;
         if record.revoked_at_ms.is_some() {
             return Err(OperatorRefusal::Revoked);
         }
@@ -89,60 +122,135 @@ impl Operators {
         Ok(Admission { role: record.role, scope: record.scope.clone(), calls: calls.clone() })
     }
 
-    /// Takes over what the store has, after a login.
+    /// Takes over what the store has of this operator, after its login.
     ///
     /// # Errors
     /// Those of the store.
-    pub async fn reload(&self) -> Result<(), StoreError> {
+    pub async fn logged_in(&self, name: &str) -> Result<(), StoreError> {
         let _order = self.order.lock().await;
-        self.apply(self.store.operators().await?);
+        let mut records = self.store.operators().await?;
+        records.retain(|record| record.name == name);
+        self.apply(records);
         Ok(())
+    }
+
+    /// Makes memory what the store says of these operators.
+    pub(crate) fn apply(&self, records: Vec<OperatorRecord>) {
+        let mut memory = self.lock();
+        records.into_iter().for_each(|record| memory.apply(record));
     }
 
     /// Revokes an operator and the invites in its name: its calls and commands end at once.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] in [`DecisionError::Store`]; [`DecisionError::NotRecorded`].
+    /// [`StoreError::NotFound`] in [`DecisionError::Store`]; [`DecisionError::NotRecorded`], after which
+    /// it is tried again until the store has it.
     pub async fn revoke(&self, name: &str, by: &Actor) -> Result<(), DecisionError> {
         let now = unix_ms();
-        let known = self.mark_revoked(name, now);
         let audit = by.audit(now, "operator.revoked", name, json!({}));
-        let _order = self.order.lock().await;
-        match self.store.revoke_operator(name.to_owned(), now, audit).await {
+        self.mark_revoked(name, Unrecorded { at_ms: now, audit });
+        match self.record_revocation(name).await {
             Ok(()) => {}
             Err(error @ StoreError::NotFound { .. }) => return Err(error.into()),
-            Err(error) if known => return Err(DecisionError::NotRecorded(error)),
-            Err(error) => return Err(error.into()),
+            Err(error) => {
+                let mut memory = self.lock();
+                if memory.known.contains_key(name) {
+                    self.record_again.notify_one();
+                    return Err(DecisionError::NotRecorded(error));
+                }
+                // There was nothing to put an end to, so nothing is in force.
+                memory.unrecorded.remove(name);
+                return Err(error.into());
+            }
         }
-        // Again: a login that was under way may have brought it back in between.
-        self.mark_revoked(name, now);
         tracing::info!(operator = %name, by = %by.name, "operator revoked");
         Ok(())
     }
 
-    fn mark_revoked(&self, name: &str, now_ms: i64) -> bool {
-        let mut known = self.lock();
-        let Some(Known { record, calls }) = known.get_mut(name) else { return false };
-        record.revoked_at_ms.get_or_insert(now_ms);
+    /// Ends an operator's calls and commands.
+    fn mark_revoked(&self, name: &str, revocation: Unrecorded) {
+        let mut memory = self.lock();
+        let at_ms = revocation.at_ms;
+        memory.unrecorded.entry(name.to_owned()).or_insert(revocation);
+        let Some(Known { record, calls }) = memory.known.get_mut(name) else { return };
+        record.revoked_at_ms.get_or_insert(at_ms);
         calls.cancel();
-        drop(known);
+        drop(memory);
         self.relay.end_of_actor(name, "the operator who asked for it was revoked");
-        true
     }
 
-    /// Makes memory what the store says. A login that is no longer the newest loses its calls.
-    pub(crate) fn apply(&self, records: Vec<OperatorRecord>) {
-        let mut known = self.lock();
-        for record in records {
-            match known.get_mut(&record.name) {
-                Some(old) if old.record == record => {}
-                Some(old) => {
+    /// Records the revocation of an operator, if there is one that is not recorded.
+    ///
+    /// # Errors
+    /// Those of the store. It is kept then, unless there is no such operator.
+    pub async fn record_revocation(&self, name: &str) -> Result<(), StoreError> {
+        let _order = self.order.lock().await;
+        let Some(Unrecorded { at_ms, audit }) = self.lock().unrecorded.get(name).cloned() else {
+            return Ok(());
+        };
+        let recorded = self.store.revoke_operator(name.to_owned(), at_ms, audit).await;
+        if matches!(recorded, Ok(()) | Err(StoreError::NotFound { .. })) {
+            self.lock().unrecorded.remove(name);
+        }
+        recorded
+    }
+
+    /// Offers revocations that were not recorded to the store again, until it has them. Ends with the
+    /// scope.
+    pub fn keep_recording(self: &Arc<Self>, scope: &TaskScope) {
+        let (operators, cancel) = (Arc::clone(self), scope.token().clone());
+        scope.spawn("revocations", async move {
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = operators.record_for_ever() => {}
+            }
+        });
+    }
+
+    async fn record_for_ever(&self) {
+        loop {
+            self.record_again.notified().await;
+            let mut backoff = Backoff::new(RECORD_AGAIN.0, RECORD_AGAIN.1);
+            loop {
+                let names: Vec<String> = self.lock().unrecorded.keys().cloned().collect();
+                if names.is_empty() {
+                    break;
+                }
+                tokio::time::sleep(backoff.next_delay()).await;
+                for name in names {
+                    match self.record_revocation(&name).await {
+                        Ok(()) => {
+                            tracing::info!(operator = %name, "a revocation was recorded late")
+                        }
+                        Err(error) => {
+                            tracing::error!(operator = %name, %error, "a revocation is not recorded yet");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Memory {
+    /// Makes memory what the store says of an operator. A login that is no longer the newest loses its
+    /// calls; only a login with another key, after the revocation was recorded, lifts that.
+    fn apply(&mut self, mut record: OperatorRecord) {
+        if let Some(unrecorded) = self.unrecorded.get(&record.name) {
+            record.revoked_at_ms.get_or_insert(unrecorded.at_ms);
+        }
+        match self.known.get_mut(&record.name) {
+            Some(old) => {
+                if old.record.key == record.key {
+                    record.revoked_at_ms = old.record.revoked_at_ms.or(record.revoked_at_ms);
+                }
+                if old.record != record {
                     old.calls.cancel();
                     *old = Known::new(record);
                 }
-                None => {
-                    known.insert(record.name.clone(), Known::new(record));
-                }
+            }
+            None => {
+                self.known.insert(record.name.clone(), Known::new(record));
             }
         }
     }
@@ -151,5 +259,144 @@ impl Operators {
 impl Known {
     fn new(record: OperatorRecord) -> Self {
         Self { record, calls: CancellationToken::new() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cortex_shared::labels::Labels;
+    use cortex_shared::secret::InviteToken;
+
+    use super::*;
+    use crate::store::fault::{Fault, FaultStore, Faults};
+    use crate::store::sqlite::SqliteStore;
+    use crate::store::{Caller, InviteKind, NewInvite, OperatorRedemption};
+
+    /// Operators on a store that does as it is told.
+    struct Fixture {
+        _folder: tempfile::TempDir,
+        store: Arc<SqliteStore>,
+        faults: Faults,
+        operators: Arc<Operators>,
+        scope: TaskScope,
+    }
+
+    async fn fixture() -> Fixture {
+        let folder = tempfile::tempdir().unwrap();
+        let scope = TaskScope::new();
+        let store = SqliteStore::open(folder.path().join("hub.db"), &scope).await.unwrap();
+        let (store, faults) = (Arc::new(store), Faults::default());
+        let faulty = Arc::new(FaultStore::new(Arc::clone(&store) as _, faults.clone()));
+        let relay = Relay::new(Arc::clone(&faulty) as _, scope.clone(), Duration::from_secs(9));
+        let operators = Operators::load(faulty, relay).await.unwrap();
+        Fixture { _folder: folder, store, faults, operators, scope }
+    }
+
+    impl Fixture {
+        async fn invite(&self, name: &str) -> InviteToken {
+            let token = InviteToken::generate();
+            let invite = NewInvite {
+                id: token.id().clone(),
+                secret_hash: token.secret_hash(),
+                kind: InviteKind::Operator(Role::Admin),
+                max_uses: 1,
+                expires_at_ms: i64::MAX,
+                created_at_ms: 0,
+                created_by: "local".into(),
+                labels: Labels::new(),
+                name_pattern: name.into(),
+                workspaces: Default::default(),
+                sources: Default::default(),
+                owner: String::new(),
+                scope: Labels::new(),
+            };
+            let audit = Actor::hub().audit(0, "invite.created", name, json!({}));
+            self.store.create_invite(invite, audit).await.unwrap();
+            token
+        }
+
+        /// What the store does for a login; whether it let it in.
+        async fn redeem(&self, token: &InviteToken, key: KeyHash) -> bool {
+            let redemption = OperatorRedemption {
+                invite: token.id().clone(),
+                secret_hash: token.secret_hash(),
+                key,
+                caller: Caller { address: None },
+                now_ms: 1,
+            };
+            self.store.redeem_operator(redemption).await.unwrap().is_ok()
+        }
+
+        async fn login(&self, name: &str, key: KeyHash) {
+            let token = self.invite(name).await;
+            assert!(self.redeem(&token, key).await);
+            self.operators.logged_in(name).await.unwrap();
+            assert!(self.operators.admit(name, &key).is_ok());
+        }
+
+        fn is_revoked(&self, name: &str, key: KeyHash) -> bool {
+            matches!(self.operators.admit(name, &key), Err(OperatorRefusal::Revoked))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_revocation_that_is_not_recorded_outlives_every_login_and_is_recorded_in_the_end() {
+        let f = fixture().await;
+        let (old, new) = ([1; 32], [2; 32]);
+        f.login("ann", old).await;
+        let unused = f.invite("ann").await;
+        f.operators.keep_recording(&f.scope);
+        f.faults.set(Fault::Fail);
+        let refused = f.operators.revoke("ann", &Actor::hub()).await.unwrap_err();
+        assert!(matches!(refused, DecisionError::NotRecorded(_)), "{refused}");
+        assert!(f.is_revoked("ann", old));
+        f.faults.set(Fault::Stall);
+        f.faults.until_held("revoke_operator", 1).await;
+        // Logins that were under way, hers among them.
+        assert!(f.redeem(&unused, new).await);
+        let records = f.store.operators().await.unwrap();
+        assert_eq!(records[0].revoked_at_ms, None);
+        f.operators.apply(records);
+        assert!(f.is_revoked("ann", new));
+        f.faults.set(Fault::None);
+        f.login("bob", [3; 32]).await;
+        assert!(f.is_revoked("ann", new), "the login of another changes nothing");
+        assert!(f.store.operators().await.unwrap()[0].revoked_at_ms.is_some());
+        // What an administrator decides after that counts.
+        let token = f.invite("ann").await;
+        assert!(!f.redeem(&token, new).await, "the key that was revoked is not taken again");
+        f.login("ann", [4; 32]).await;
+        f.scope.cancel();
+    }
+
+    #[tokio::test]
+    async fn the_login_of_another_leaves_a_revocation_that_waits_for_the_store_alone() {
+        let f = fixture().await;
+        f.login("ann", [1; 32]).await;
+        f.faults.set(Fault::Stall);
+        let operators = Arc::clone(&f.operators);
+        let calls = TaskScope::new();
+        calls.spawn("revoke", async move {
+            operators.revoke("ann", &Actor::hub()).await.unwrap();
+        });
+        f.faults.until_held("revoke_operator", 1).await;
+        assert!(f.is_revoked("ann", [1; 32]));
+        let records = f.store.operators().await.unwrap();
+        f.operators.apply(records);
+        assert!(f.is_revoked("ann", [1; 32]));
+        f.faults.set(Fault::None);
+        calls.finish().await;
+        assert!(f.store.operators().await.unwrap()[0].revoked_at_ms.is_some());
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_revoked_leaves_nothing_behind() {
+        let f = fixture().await;
+        let refused = f.operators.revoke("nobody", &Actor::hub()).await.unwrap_err();
+        assert!(matches!(refused, DecisionError::Store(StoreError::NotFound { .. })), "{refused}");
+        f.faults.set(Fault::Fail);
+        let refused = f.operators.revoke("nobody", &Actor::hub()).await.unwrap_err();
+        assert!(matches!(refused, DecisionError::Store(_)), "{refused}");
+        assert!(f.operators.lock().unrecorded.is_empty());
     }
 }

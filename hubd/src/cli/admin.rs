@@ -21,12 +21,25 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(super) async fn connect(config: &HubConfig) -> anyhow::Result<OperatorClient<Channel>> {
+    connect_by(config, |hub| hub.timeout(CALL_TIMEOUT)).await
+}
+
+/// The same for a call that may take its time.
+pub(super) async fn connect_for_long(
+    config: &HubConfig,
+) -> anyhow::Result<OperatorClient<Channel>> {
+    connect_by(config, |hub| hub).await
+}
+
+async fn connect_by(
+    config: &HubConfig,
+    limit: impl FnOnce(Endpoint) -> Endpoint,
+) -> anyhow::Result<OperatorClient<Channel>> {
     let path = DataLayout::new(&config.data).socket();
     let shown = path.display().to_string();
     // The address is a formality: the connector goes to the socket.
-    let channel = Endpoint::from_static("http://hub")
+    let channel = limit(Endpoint::from_static("http://hub"))
         .connect_timeout(CONNECT_TIMEOUT)
-        .timeout(CALL_TIMEOUT)
         .connect_with_connector(service_fn(move |_| {
             let path = path.clone();
             async move { UnixStream::connect(path).await.map(TokioIo::new) }

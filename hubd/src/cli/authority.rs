@@ -8,7 +8,7 @@ use cortex_proto::v1;
 use cortex_shared::policy::Mode;
 use serde_json::{Value, json};
 
-use super::admin::{connect, node_json, time};
+use super::admin::{connect, connect_for_long, node_json, time};
 use super::output::{self, Format};
 use super::{DataArg, parse_duration, parse_label};
 
@@ -139,6 +139,9 @@ pub(super) enum AuditCommand {
     },
     /// Check that no line was changed, removed or put in between
     Verify {
+        /// Accept a log whose lines fit together, but not with the mark, such as one from a backup
+        #[arg(long, value_name = "REASON", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+        accept: Option<String>,
         #[command(flatten)]
         data: DataArg,
         #[command(flatten)]
@@ -289,9 +292,11 @@ pub(super) async fn audit(command: AuditCommand) -> anyhow::Result<()> {
             }
             list.end();
         }
-        AuditCommand::Verify { data, format } => {
-            let request = v1::VerifyAuditRequest {};
-            let found = connect(&data.config()).await?.verify_audit(request).await?.into_inner();
+        AuditCommand::Verify { accept, data, format } => {
+            let request = v1::VerifyAuditRequest { accept_reason: accept.unwrap_or_default() };
+            // It reads the whole log, however long that takes.
+            let mut hub = connect_for_long(&data.config()).await?;
+            let found = hub.verify_audit(request).await?.into_inner();
             let document = json!({
                 "intact": found.intact,
                 "entries": found.entries,
@@ -310,7 +315,10 @@ pub(super) async fn audit(command: AuditCommand) -> anyhow::Result<()> {
             };
             output::show(format, &document, &text);
             if !found.intact {
-                bail!("the audit log does not verify");
+                bail!(
+                    "the audit log does not verify (hint: if this is explained, by a restored backup \
+                     say, and the lines fit together: cortex-hubd audit verify --accept REASON)"
+                );
             }
         }
     }

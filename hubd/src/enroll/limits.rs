@@ -46,13 +46,13 @@ impl JoinRate {
 }
 
 /// Tokens that come back with time.
-struct Bucket {
+pub(super) struct Bucket {
     tokens: f64,
     at: Instant,
 }
 
 impl Bucket {
-    fn full(rate: JoinRate, now: Instant) -> Self {
+    pub(super) fn full(rate: JoinRate, now: Instant) -> Self {
         Self { tokens: f64::from(rate.burst), at: now }
     }
 
@@ -62,8 +62,14 @@ impl Bucket {
         self.at = now;
     }
 
+    /// Whether all tokens are there.
+    pub(super) fn is_full(&mut self, rate: JoinRate, now: Instant) -> bool {
+        self.refill(rate, now);
+        self.tokens >= f64::from(rate.burst)
+    }
+
     /// Takes a token, or says when there will be one.
-    fn take(&mut self, rate: JoinRate, now: Instant) -> Result<(), Duration> {
+    pub(super) fn take(&mut self, rate: JoinRate, now: Instant) -> Result<(), Duration> {
         self.refill(rate, now);
         if self.tokens >= 1.0 {
             self.tokens -= 1.0;

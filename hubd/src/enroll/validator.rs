@@ -20,6 +20,7 @@ use cortex_shared::secret::InviteToken;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::{Semaphore, oneshot};
 
+use self::renewal::Renewed;
 use super::authorities::Authorities;
 use super::ca::{CaError, CertificateRequest, Issued};
 use super::limits::JoinLimits;
@@ -36,6 +37,9 @@ pub use renewal::{RECOVERY_WINDOW, RenewalRequest};
 /// Redemptions in the store at the same time: enough to share a flush of the disk, and few enough that
 /// whatever else is to be written waits for one of their transactions at most.
 const IN_STORE: usize = 64;
+
+/// The same for renewals.
+const RENEWALS_IN_STORE: usize = 16;
 
 /// A request to become a node, checked for form.
 pub struct JoinRequest {
@@ -69,6 +73,12 @@ pub enum EnrollError {
     /// All places are taken.
     #[error("too many joins are waiting")]
     Busy,
+    /// The node renews too often.
+    #[error("this node renews its certificate too often")]
+    TooOften {
+        /// When it may again.
+        wait: Duration,
+    },
     /// The store did not answer in time; the redemption goes on, and a retry finds its result.
     #[error("the hub's store did not answer in time")]
     Deadline,
@@ -95,6 +105,10 @@ pub struct Validator {
     places: Arc<Semaphore>,
     /// Those of nodes that are in already.
     renewals: Arc<Semaphore>,
+    /// And their way to the store, which joins do not stand in.
+    renewals_in_store: Arc<Semaphore>,
+    /// How often each of them renews.
+    renewed: Renewed,
     access: Arc<Semaphore>,
     deadline: Duration,
     store: Arc<dyn Store>,
@@ -120,6 +134,8 @@ impl Validator {
         Self {
             places: Arc::new(Semaphore::new(places)),
             renewals: Arc::new(Semaphore::new(places)),
+            renewals_in_store: Arc::new(Semaphore::new(RENEWALS_IN_STORE)),
+            renewed: Renewed::default(),
             access: Arc::new(Semaphore::new(IN_STORE)),
             deadline,
             store,
@@ -196,7 +212,7 @@ impl Validator {
             .detached(async move {
                 let operator = refusals.watch(store.redeem_operator(redemption).await?).await?;
                 // From now on its certificate counts.
-                operators.reload().await?;
+                operators.logged_in(&operator.name).await?;
                 Ok::<_, EnrollError>(operator)
             })
             .await?;
@@ -212,17 +228,22 @@ impl Validator {
         T: Send + 'static,
         F: Future<Output = Result<T, EnrollError>> + Send + 'static,
     {
-        self.detached_in(&self.places, work).await
+        self.detached_in(&self.places, &self.access, work).await
     }
 
-    async fn detached_in<T, F>(&self, places: &Arc<Semaphore>, work: F) -> Result<T, EnrollError>
+    async fn detached_in<T, F>(
+        &self,
+        places: &Arc<Semaphore>,
+        access: &Arc<Semaphore>,
+        work: F,
+    ) -> Result<T, EnrollError>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, EnrollError>> + Send + 'static,
     {
         let place = Arc::clone(places).try_acquire_owned().map_err(|_| EnrollError::Busy)?;
         let (done, result) = oneshot::channel();
-        let access = Arc::clone(&self.access);
+        let access = Arc::clone(access);
         self.scope.spawn("enroll", async move {
             let result = match access.acquire_owned().await {
                 Ok(_access) => work.await,

@@ -12,20 +12,25 @@ mod guard;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
+use cortex_proto::CODE_TRAILER;
+use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::NodeId;
 use cortex_shared::peer::{Holder, PeerIdentity};
 use cortex_shared::policy::Role;
 use futures_util::future::{Either, Ready, ready};
 use http::{Request, Response};
+use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 
-use self::guard::{Guarded, guard};
+use self::guard::{Ends, Guarded, guard};
 use super::status::{from_node, from_operator, refuse, with_hint};
 use crate::authority::operators::{OperatorRefusal, Operators};
+use crate::authority::refused::RefusalLog;
 use crate::node::registry::{NodeRefusal, Registry};
 use crate::store::{Actor, KeyHash, Node, Scope};
 
@@ -183,7 +188,8 @@ pub const TABLE: &[(&str, Level)] = &[
 /// What a caller has proved to be, and what ends its calls.
 enum Caller {
     Nobody,
-    Node(AdmittedNode, CancellationToken),
+    /// With the end of its certificate.
+    Node(AdmittedNode, CancellationToken, i64),
     Operator(AdmittedOperator, CancellationToken),
 }
 
@@ -207,8 +213,39 @@ fn role_allows(operator: &AdmittedOperator, level: Level) -> bool {
 /// A call that may go on until `until` is cancelled, and what its caller is told then.
 struct Admitted {
     until: CancellationToken,
-    refusal: fn() -> Status,
+    ends: Ends,
 }
+
+/// How long a certificate is good after its end: clocks differ.
+const CLOCK_TOLERANCE_MS: i64 = 5 * 60 * 1000;
+/// Longest wait for the end of a certificate before the clock is looked at again: it may have been set.
+const CLOCK_LOOK: Duration = Duration::from_secs(60);
+
+/// What is left of a certificate's life; `None` if it is over.
+pub(super) fn life_left(not_after_ms: i64) -> Option<Duration> {
+    let left = not_after_ms.saturating_add(CLOCK_TOLERANCE_MS).saturating_sub(unix_ms());
+    u64::try_from(left).ok().filter(|left| *left > 0).map(Duration::from_millis)
+}
+
+/// TLS looks at a certificate when a connection begins; some last longer than it.
+fn expired() -> Status {
+    with_hint(
+        refuse(Code::Unauthenticated, "certificate_expired", "this certificate has expired"),
+        "nodes recover by themselves when they connect anew; operators: cortex-agent login",
+    )
+}
+
+/// Refusals for want of authority, which stand in the audit log.
+const RECORDED: [&str; 8] = [
+    "role_too_low",
+    "scope_too_narrow",
+    "wrong_kind_of_caller",
+    "operator_unknown",
+    "operator_revoked",
+    "login_replaced",
+    "node_revoked",
+    "certificate_expired",
+];
 
 /// Checks every call against the table and against what is known of its caller.
 #[derive(Clone)]
@@ -217,6 +254,8 @@ pub struct AuthLayer {
     pub registry: Arc<Registry>,
     /// Operators that may call.
     pub operators: Arc<Operators>,
+    /// Where refusals are recorded.
+    pub refusals: Arc<RefusalLog>,
 }
 
 impl AuthLayer {
@@ -231,10 +270,16 @@ impl AuthLayer {
                             ["/cortex.v1.Node/Link", "/cortex.v1.Node/Renew"].contains(&path);
                         let generation = if judges { None } else { *generation };
                         let calls = self.registry.admit(*node_id, generation).map_err(from_node)?;
-                        Caller::Node(AdmittedNode { node_id: *node_id }, calls)
+                        // Over a connection that is older than its newest certificate it may go on.
+                        let newest = self.registry.get(*node_id);
+                        let newest = newest.map(|view| view.node.certificate.not_after_ms);
+                        let not_after_ms = newest.unwrap_or_default().max(*not_after_ms);
+                        life_left(not_after_ms).ok_or_else(expired)?;
+                        Caller::Node(AdmittedNode { node_id: *node_id }, calls, not_after_ms)
                     }
                     Holder::Operator { name, .. } => {
                         let admission = self.operators.admit(name, key).map_err(from_operator)?;
+                        life_left(*not_after_ms).ok_or_else(expired)?;
                         let operator = AdmittedOperator {
                             name: name.clone(),
                             role: admission.role,
@@ -265,6 +310,32 @@ impl AuthLayer {
     /// Decides on a call, and puts what the caller has proved to be where its handler finds it.
     /// Returns what ends the call early, if anything does.
     fn admit<B>(&self, request: &mut Request<B>) -> Result<Option<Admitted>, Status> {
+        self.decide(request).inspect_err(|status| self.record(request, status))
+    }
+
+    /// Records a refusal of somebody who is known by a certificate.
+    fn record<B>(&self, request: &Request<B>, status: &Status) {
+        let word = status.metadata().get(CODE_TRAILER).and_then(|word| word.to_str().ok());
+        let Some(word) = word.filter(|word| RECORDED.contains(word)) else { return };
+        let Some(Peer::Certified { address, identity, .. }) = request.extensions().get::<Peer>()
+        else {
+            return;
+        };
+        let actor = match &identity.holder {
+            Holder::Operator { name, .. } => Actor::from(name.as_str()),
+            Holder::Node(id) => {
+                let name = self.registry.get(*id).map(|view| view.node.name);
+                let name = name.unwrap_or_else(|| id.to_string());
+                Actor::from(format!("node:{name}").as_str())
+            }
+            Holder::Hub => return,
+        };
+        let method = request.uri().path().rsplit('/').next().unwrap_or_default();
+        let detail = json!({ "reason": word, "address": address.ip().to_string() });
+        self.refusals.record(&actor, "call.refused", method, detail);
+    }
+
+    fn decide<B>(&self, request: &mut Request<B>) -> Result<Option<Admitted>, Status> {
         let path = request.uri().path();
         let Some(level) = level_of(path) else {
             return Err(refuse(
@@ -283,15 +354,17 @@ impl AuthLayer {
                 refuse(Code::Unauthenticated, "no_certificate", "a client certificate is needed"),
                 "nodes: cortex-agent join; operators: cortex-agent login",
             )),
-            Caller::Node(node, until) if level == Level::Node => {
+            Caller::Node(node, until, not_after_ms) if level == Level::Node => {
                 request.extensions_mut().insert(node);
                 let refusal = || from_node(NodeRefusal::Revoked);
-                Ok((!session).then_some(Admitted { until, refusal }))
+                let ends = Ends { refusal, not_after_ms: Some(not_after_ms) };
+                Ok((!session).then_some(Admitted { until, ends }))
             }
             Caller::Operator(operator, until) if role_allows(&operator, level) => {
+                let not_after_ms = operator.certificate_not_after_ms;
                 request.extensions_mut().insert(operator);
                 let refusal = || from_operator(OperatorRefusal::Revoked);
-                Ok(Some(Admitted { until, refusal }))
+                Ok(Some(Admitted { until, ends: Ends { refusal, not_after_ms } }))
             }
             Caller::Operator(operator, _)
                 if level == Level::Govern && operator.role == Role::Admin =>
@@ -359,13 +432,15 @@ where
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         match self.layer.admit(&mut request) {
             Ok(None) => Either::Left(Either::Left(self.inner.call(request))),
-            Ok(Some(Admitted { until, refusal })) => {
-                Either::Left(Either::Right(guard(self.inner.call(request), until, refusal)))
+            Ok(Some(Admitted { until, ends })) => {
+                Either::Left(Either::Right(guard(self.inner.call(request), until, ends)))
             }
             Err(status) => Either::Right(ready(Ok(status.into_http()))),
         }
     }
 }
 
+#[cfg(test)]
+pub(crate) mod expected;
 #[cfg(test)]
 mod tests;

@@ -14,8 +14,8 @@ use super::auth::AdmittedOperator;
 use super::convert;
 use super::detached::run_to_end;
 use super::operator::{BoxStream, OperatorService, node_info};
-use super::status::{from_decision, from_store, internal, invalid, refuse, with_hint};
-use crate::authority::audit::PAGE_LINES;
+use super::status::{from_decision, from_naming, from_store, invalid, refuse, with_hint};
+use crate::authority::audit::{AuditError, PAGE_LINES};
 use crate::authority::nodes::{DEFAULT_PERMISSIVE, DecisionError, MAX_PERMISSIVE, NodeDecisions};
 use crate::store::{Actor, AuditLine, LabelChange, Node, NodePolicy, OperatorRecord};
 
@@ -81,10 +81,14 @@ pub(super) async fn rename_node(
 ) -> Result<v1::NodeInfo, Status> {
     let name = convert::name(request.name)?;
     let node = service.node(&request.node, operator)?.node;
-    decide(service, operator, node, |decisions, node, by| async move {
-        decisions.rename(&node, name, &by).await
-    })
-    .await
+    let (decisions, by, shown_node) =
+        (Arc::clone(&service.decisions), operator.actor(), node.clone());
+    let rename = async move { decisions.rename(&node, name, &by).await };
+    run_to_end(&service.scope, "decision", rename).await?.map_err(|error| match error {
+        DecisionError::Store(error) => from_naming(error, &operator.scope),
+        error => from_decision(error),
+    })?;
+    shown(service, &shown_node)
 }
 
 pub(super) async fn cordon_node(
@@ -239,8 +243,23 @@ fn entry(line: AuditLine) -> v1::AuditEntry {
 
 pub(super) async fn verify_audit(
     service: &OperatorService,
+    operator: &AdmittedOperator,
+    request: v1::VerifyAuditRequest,
 ) -> Result<v1::VerifyAuditResponse, Status> {
-    let found = service.audit.verify().await.map_err(|error| internal(&error))?;
+    let reason = convert::reason(request.accept_reason)?;
+    let (audit, by) = (Arc::clone(&service.audit), operator.actor());
+    let found = run_to_end(&service.scope, "audit", async move {
+        if reason.is_empty() { audit.verify().await } else { audit.accept(&reason, &by).await }
+    });
+    let found = found.await?.map_err(|error| match error {
+        AuditError::Store(error) => from_store(error),
+        // Only an administrator asks, who has to mend it.
+        AuditError::Mark { path, source } => {
+            let text = format!("the mark of the audit log, {path}, cannot be used: {source}");
+            let status = refuse(Code::FailedPrecondition, "audit_mark_unusable", text);
+            with_hint(status, "see to it that the hub's user can read and write it")
+        }
+    })?;
     Ok(v1::VerifyAuditResponse {
         intact: found.problem.is_none(),
         entries: found.entries,

@@ -1,5 +1,6 @@
 //! From messages to domain types, checked once.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 
 use cortex_proto::v1;
@@ -16,7 +17,7 @@ use crate::enroll::authorities::Ring;
 use crate::enroll::ca::{CertificateRequest, Issued};
 use crate::enroll::validator::{JoinRequest, RenewalRequest};
 use crate::node::registry::Arrival;
-use crate::store::{Caller, CloneSuspicion, Facts, Machine, Node};
+use crate::store::{Caller, CloneSuspicion, Facts, Machine, Node, ShownCommand};
 
 /// Most workspaces one report may speak of.
 const MAX_REPORTED_WORKSPACES: usize = 1024;
@@ -373,16 +374,41 @@ pub fn check_task_spec(spec: &v1::TaskSpec) -> Result<(), Status> {
 
 /// A command as it stands in the journal.
 #[must_use]
-pub fn shown_command(spec: &v1::TaskSpec) -> String {
-    let mut shown = if spec.argv.is_empty() {
-        String::from_utf8_lossy(&spec.script[..spec.script.len().min(MAX_SHOWN_COMMAND_BYTES)])
-            .into_owned()
-    } else {
-        let arguments: Vec<_> = spec.argv.iter().map(|a| String::from_utf8_lossy(a)).collect();
-        arguments.join(" ")
-    };
-    shorten(&mut shown, MAX_SHOWN_COMMAND_BYTES);
-    shown
+pub fn shown_command(spec: &v1::TaskSpec) -> ShownCommand {
+    const CUT: &str = " … (cut)";
+    let mut hasher = blake3::Hasher::new();
+    let (mut text, mut bytes) = (String::new(), 0_u64);
+    if spec.argv.is_empty() {
+        bytes = spec.script.len() as u64;
+        hasher.update(&spec.script);
+        // More than is shown, so that it is known to be cut.
+        let beginning = &spec.script[..spec.script.len().min(MAX_SHOWN_COMMAND_BYTES + 4)];
+        text = String::from_utf8_lossy(beginning).into_owned();
+    }
+    for argument in &spec.argv {
+        bytes += argument.len() as u64;
+        hasher.update(argument).update(&[0]);
+        if text.len() <= MAX_SHOWN_COMMAND_BYTES {
+            if !text.is_empty() {
+                text.push(' ');
+            }
+            text.push_str(&quoted(&String::from_utf8_lossy(argument)));
+        }
+    }
+    if text.len() > MAX_SHOWN_COMMAND_BYTES {
+        shorten(&mut text, MAX_SHOWN_COMMAND_BYTES - CUT.len());
+        text.push_str(CUT);
+    }
+    ShownCommand { text, bytes, hash: *hasher.finalize().as_bytes() }
+}
+
+/// An argument as a shell would have to be given it.
+fn quoted(argument: &str) -> Cow<'_, str> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,@%+".contains(c);
+    if !argument.is_empty() && argument.chars().all(plain) {
+        return argument.into();
+    }
+    format!("'{}'", argument.replace('\'', r"'\''")).into()
 }
 
 #[cfg(test)]
@@ -436,8 +462,40 @@ mod tests {
     }
 
     #[test]
-    fn long_commands_are_cut_between_characters() {
-        let spec = v1::TaskSpec { script: "ä".repeat(2000).into(), ..Default::default() };
-        assert!(shown_command(&spec).len() <= MAX_SHOWN_COMMAND_BYTES + 2);
+    fn a_command_that_is_cut_says_so_and_no_two_have_the_same_hash() {
+        let script = |text: &str| {
+            let script = text.to_owned().into_bytes().into();
+            shown_command(&v1::TaskSpec { script, ..Default::default() })
+        };
+        let long = script(&"ä".repeat(2000));
+        assert!(long.text.len() <= MAX_SHOWN_COMMAND_BYTES && long.text.ends_with("ä … (cut)"));
+        assert_eq!(long.bytes, 4000);
+        let longer = script(&format!("{}; rm -rf x", "ä".repeat(2000)));
+        assert_eq!(long.text, longer.text);
+        assert_ne!(long.hash, longer.hash);
+        let whole = "x".repeat(MAX_SHOWN_COMMAND_BYTES);
+        assert_eq!(script(&whole).text, whole);
+        assert!(script(&format!("{whole}y")).text.ends_with("x … (cut)"));
+        assert_eq!(script("echo").hash, *blake3::hash(b"echo").as_bytes());
+    }
+
+    #[test]
+    fn arguments_are_shown_as_a_shell_would_take_them() {
+        let shown = |argv: &[&str]| {
+            let argv = argv.iter().map(|a| a.as_bytes().to_vec().into()).collect();
+            shown_command(&v1::TaskSpec { argv, ..Default::default() })
+        };
+        for (argv, text) in [
+            (&["ls", "-l", "/tmp"][..], "ls -l /tmp"),
+            (&["rm", "a b"], "rm 'a b'"),
+            (&["rm", "a", "b"], "rm a b"),
+            (&["sh", "-c", "echo $x; it's"], r"sh -c 'echo $x; it'\''s'"),
+            (&["true", ""], "true ''"),
+        ] {
+            assert_eq!(shown(argv).text, text);
+        }
+        assert_ne!(shown(&["rm", "a b"]).hash, shown(&["rm", "a", "b"]).hash);
+        let many = shown(&["x"; 2000]);
+        assert!(many.text.ends_with(" … (cut)") && many.bytes == 2000, "{many:?}");
     }
 }

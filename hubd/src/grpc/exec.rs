@@ -6,7 +6,7 @@ use std::time::Duration;
 use cortex_proto::v1;
 use cortex_proto::v1::{ExecDown, ExecUp, exec_down, exec_up};
 use cortex_shared::clock::unix_ms;
-use cortex_shared::ids::TaskId;
+use cortex_shared::ids::{TaskId, WorkspaceId};
 use cortex_shared::policy::{Mode, Role};
 use futures_util::{Stream, stream};
 use serde_json::json;
@@ -42,26 +42,10 @@ pub(super) async fn begin(
     convert::check_task_spec(&spec)?;
     let view = service.node(&start.node, &operator)?;
     let node = view.node;
-    if node.cordoned {
-        return Err(cordoned(&node.name));
-    }
     let mode = convert::mode(spec.mode);
-    let policy = node.policy.in_force(unix_ms());
-    let allowed = check_mode(mode, operator.role, policy, node.ceiling, &node.name)
-        .and_then(|()| check_role(operator.role, &spec));
-    if let Err(refusal) = allowed {
-        record_refusal(service, &operator, &node, &spec, &refusal).await;
-        return Err(refusal);
-    }
-    if !spec.workspace.is_empty() {
-        let workspace = service
-            .members
-            .membership
-            .by_name(&spec.workspace)
-            .filter(|workspace| workspace.members.contains(&node.id))
-            .ok_or_else(|| not_a_member(&spec.workspace, &node.name))?;
-        spec.workspace_id = workspace.id.as_bytes().to_vec().into();
-    }
+    let workspace = allowed(service, &operator, &node, &spec)
+        .inspect_err(|refusal| record_refusal(service, &operator, &node, &spec, refusal))?;
+    spec.workspace_id = workspace.map(|id| id.as_bytes().to_vec().into()).unwrap_or_default();
     let session = view.session.ok_or_else(|| offline(&node.name))?;
     let new = NewTask {
         id: TaskId::new(),
@@ -89,7 +73,13 @@ pub(super) async fn begin(
         // It begins at this very moment.
         Err(_) => starting.await,
     };
-    let reader = reader?.map_err(from_start)?;
+    let reader = reader?.map_err(|refusal| {
+        if let StartRefusal::TooMany { .. } = &refusal {
+            let detail = json!({ "reason": refusal.to_string(), "node_id": node.id.to_string() });
+            service.refusals.record(&operator.actor(), "task.refused", &node.name, detail);
+        }
+        from_start(refusal)
+    })?;
     let task = Arc::clone(&reader.task);
     let accepted = v1::ExecAccepted {
         task_id: task.id.as_bytes().to_vec().into(),
@@ -124,33 +114,47 @@ fn not_journalled() -> Status {
     with_retry_after(status, Duration::from_secs(2))
 }
 
-/// A command that was refused for want of authority stands in the audit log like one that ran.
-async fn record_refusal(
+/// Whether the caller may run this on the node, and the workspace it runs in. The name says which one is
+/// meant: it is what stands in the journal.
+fn allowed(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    node: &Node,
+    spec: &v1::TaskSpec,
+) -> Result<Option<WorkspaceId>, Status> {
+    if node.cordoned {
+        return Err(cordoned(&node.name));
+    }
+    let policy = node.policy.in_force(unix_ms());
+    check_mode(convert::mode(spec.mode), operator.role, policy, node.ceiling, &node.name)?;
+    check_role(operator.role, spec)?;
+    if spec.workspace.is_empty() {
+        return Ok(None);
+    }
+    let workspace = service.members.membership.by_name(&spec.workspace);
+    let workspace = workspace.filter(|workspace| workspace.members.contains(&node.id));
+    workspace
+        .map(|workspace| Some(workspace.id))
+        .ok_or_else(|| not_a_member(&spec.workspace, &node.name))
+}
+
+/// A command that was refused stands in the audit log like one that ran.
+fn record_refusal(
     service: &OperatorService,
     operator: &AdmittedOperator,
     node: &Node,
     spec: &v1::TaskSpec,
     refusal: &Status,
 ) {
-    let detail = json!({
+    let mut detail = json!({
         "node_id": node.id.to_string(),
-        "command": convert::shown_command(spec),
         "workspace": spec.workspace.chars().take(63).collect::<String>(),
         "mode": convert::mode(spec.mode).to_string(),
         "role": operator.role.to_string(),
-        "reason": refusal.message(),
+        "reason": refusal.message().chars().take(500).collect::<String>(),
     });
-    let audit = operator.actor().audit(unix_ms(), "task.refused", &node.name, detail);
-    // The caller gets its refusal even if the store takes its time.
-    let store = Arc::clone(&service.store);
-    let recording = run_to_end(&service.scope, "refusal", async move {
-        if let Err(error) = store.record_audit(audit).await {
-            tracing::warn!(%error, "a refusal was not recorded");
-        }
-    });
-    if tokio::time::timeout(service.accept_deadline, recording).await.is_err() {
-        tracing::warn!("a refusal is still to be recorded");
-    }
+    convert::shown_command(spec).describe(&mut detail);
+    service.refusals.record(&operator.actor(), "task.refused", &node.name, detail);
 }
 
 fn cordoned(node: &str) -> Status {

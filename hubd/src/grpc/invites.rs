@@ -67,6 +67,8 @@ pub(super) async fn create_operator(
     if matches!(name.as_str(), "local" | "hub") {
         return Err(invalid(format!("the name {name:?} is the hub's own in the audit log")));
     }
+    // One that is still to be recorded would take this invite along.
+    service.operators.record_revocation(&name).await.map_err(from_store)?;
     let role: Role = request.role.parse().map_err(|e: UnknownWord| invalid(e.to_string()))?;
     let (token, mut invite) = blank(InviteKind::Operator(role), request.ttl_ms, 1, caller)?;
     invite.name_pattern = name;

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use cortex_proto::v1;
+use cortex_shared::labels::MAX_LABELS;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -75,6 +76,9 @@ impl Selector {
                 .ok_or_else(|| invalid(format!("{term:?} is not a label selector: @key=value")))?;
             Ok((key.to_owned(), value.to_owned()))
         };
+        if labels.split(',').count() > MAX_LABELS {
+            return Err(invalid(format!("a selector has {MAX_LABELS} labels at most")));
+        }
         labels.split(',').map(term).collect::<Result<_, _>>().map(Self::Labels)
     }
 }
@@ -101,4 +105,19 @@ pub(super) fn list_nodes(
         node_info(view, u32::try_from(running).unwrap_or(u32::MAX))
     };
     Ok(v1::ListNodesResponse { nodes: views.into_iter().map(info).collect() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_selector_has_no_more_terms_than_a_node_has_labels() {
+        let labels = |count: usize| format!("@{}", vec!["k=v"; count].join(","));
+        assert!(matches!(Selector::parse(&labels(MAX_LABELS)), Ok(Selector::Labels(_))));
+        for bad in [labels(MAX_LABELS + 1), format!("@{}", ",".repeat(100_000)), "@k".into()] {
+            let refused = Selector::parse(&bad).err().unwrap();
+            assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+        }
+    }
 }

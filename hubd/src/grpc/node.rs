@@ -15,9 +15,10 @@ use cortex_shared::ids::{NodeId, TaskId};
 use cortex_shared::tasks::TaskScope;
 use futures_util::{Stream, StreamExt as _, stream};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use super::auth::{AdmittedNode, Peer, admitted};
+use super::auth::{AdmittedNode, Peer, admitted, life_left};
 use super::convert;
 use super::detached::run_to_end;
 use super::status::{
@@ -35,6 +36,8 @@ use crate::task::relay::{Relay, Task};
 
 /// Time a node has to send its first frame on a stream.
 const FIRST_FRAME: Duration = Duration::from_secs(10);
+/// Longest wait for the end of a certificate before somebody looks again: it may have been renewed.
+const CERTIFICATE_LOOK: Duration = Duration::from_secs(3600);
 /// A difference between a node's clock and the hub's that is worth a word.
 const WORTHY_SKEW_MS: u64 = 30_000;
 
@@ -61,6 +64,25 @@ pub struct NodeService {
 }
 
 impl NodeService {
+    /// Ends a session when neither the certificate it began with nor a newer one is good any longer.
+    fn end_with_certificate(&self, id: NodeId, began_with_ms: i64, cancel: CancellationToken) {
+        let registry = Arc::clone(&self.registry);
+        self.scope.spawn("certificate end", async move {
+            loop {
+                let newest = registry.get(id).map(|view| view.node.certificate.not_after_ms);
+                let not_after_ms = newest.unwrap_or_default().max(began_with_ms);
+                let Some(left) = life_left(not_after_ms) else {
+                    tracing::warn!(%id, "the certificate of a connected node has expired");
+                    return cancel.cancel();
+                };
+                tokio::select! {
+                    () = cancel.cancelled() => return,
+                    () = tokio::time::sleep(left.min(CERTIFICATE_LOOK)) => {}
+                }
+            }
+        });
+    }
+
     /// Writes a copy of an identity down that was found, beside the path of whoever is refused.
     fn record_clone(&self, id: NodeId, refusal: &ArrivalRefusal) {
         let ArrivalRefusal::Cloned { name, suspicion, holder, news: true } = refusal else {
@@ -103,6 +125,10 @@ impl Node for NodeService {
             return Err(invalid("the first frame of a session is Hello"));
         };
         let signed = peer.as_ref().and_then(Peer::generation);
+        let not_after_ms = match &peer {
+            Some(Peer::Certified { not_after_ms, .. }) => *not_after_ms,
+            _ => 0,
+        };
         let arrival = convert::arrival(hello, signed, peer.as_ref().and_then(Peer::address))?;
         let skew_ms = arrival.skew_ms.unwrap_or_default();
         let cancel = self.scope.token().child_token();
@@ -148,6 +174,7 @@ impl Node for NodeService {
         self.scope.spawn("session", async move {
             session::run(guard, inbound, cancel, heartbeat).await;
         });
+        self.end_with_certificate(node_id, not_after_ms, ends.cancel.clone());
         // What is queued is still sent after the session was ended: the reason is among it.
         let end = ends.cancel.cancelled_owned();
         let frames = ReceiverStream::new(ends.outbox).map(Ok);

@@ -20,6 +20,7 @@ use super::{authority, convert, exec, invites, rotation, workspaces};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
+use crate::authority::refused::RefusalLog;
 use crate::enroll::authorities::Authorities;
 use crate::node::registry::{NodeView, Registry};
 use crate::store::Store;
@@ -29,6 +30,8 @@ use crate::task::relay::Relay;
 
 /// See the module.
 pub struct OperatorService {
+    /// Where refusals are recorded.
+    pub refusals: Arc<RefusalLog>,
     /// The store.
     pub store: Arc<dyn Store>,
     /// Nodes.
@@ -252,9 +255,10 @@ impl Operator for OperatorService {
 
     async fn verify_audit(
         &self,
-        _: Request<v1::VerifyAuditRequest>,
+        request: Request<v1::VerifyAuditRequest>,
     ) -> Result<Response<v1::VerifyAuditResponse>, Status> {
-        authority::verify_audit(self).await.map(Response::new)
+        let operator = admitted(&request)?;
+        authority::verify_audit(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn ca_status(

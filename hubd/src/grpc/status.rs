@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use cortex_proto::{CODE_TRAILER, HINT_TRAILER, RETRY_AFTER_TRAILER};
+use cortex_shared::text::shorten;
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
@@ -12,11 +13,22 @@ use crate::authority::operators::OperatorRefusal;
 use crate::enroll::validator::EnrollError;
 use crate::node::registry::{ArrivalRefusal, ForgetRefusal, NodeLookup, NodeRefusal, SessionEnded};
 use crate::store::{
-    CloneSuspicion, DatabaseError, LabelRefusal, Machine, RedeemRefusal, RenewRefusal, StoreError,
+    CloneSuspicion, DatabaseError, LabelRefusal, Machine, RedeemRefusal, RenewRefusal, Scope,
+    StoreError,
 };
+
+/// Longest text and hint of a refusal. Both travel as headers, of which a connection takes 16 KiB with
+/// three bytes for one where it is not ASCII; what callers sent is repeated in them.
+const MAX_TEXT_BYTES: usize = 2048;
+const MAX_HINT_BYTES: usize = 512;
 
 /// A refusal with its stable word.
 pub fn refuse(code: Code, word: &'static str, text: impl Into<String>) -> Status {
+    let mut text = text.into();
+    if text.len() > MAX_TEXT_BYTES {
+        shorten(&mut text, MAX_TEXT_BYTES);
+        text.push('…');
+    }
     let mut status = Status::new(code, text);
     status.metadata_mut().insert(CODE_TRAILER, MetadataValue::from_static(word));
     status
@@ -26,7 +38,8 @@ pub fn refuse(code: Code, word: &'static str, text: impl Into<String>) -> Status
 pub fn with_hint(mut status: Status, hint: &str) -> Status {
     // A trailer holds ASCII only; what somebody asked for may hold anything.
     let printable = |c: char| c.is_ascii_graphic() || c == ' ';
-    let hint: String = hint.chars().map(|c| if printable(c) { c } else { '?' }).collect();
+    let hint = hint.chars().map(|c| if printable(c) { c } else { '?' });
+    let hint: String = hint.take(MAX_HINT_BYTES).collect();
     if let Ok(value) = MetadataValue::try_from(hint) {
         status.metadata_mut().insert(HINT_TRAILER, value);
     }
@@ -66,7 +79,26 @@ pub fn from_store(error: StoreError) -> Status {
             refuse(Code::AlreadyExists, "already_exists", error.to_string())
         }
         StoreError::NotFound { .. } => refuse(Code::NotFound, "not_found", error.to_string()),
+        StoreError::AuditAltered { .. } => {
+            tracing::error!(%error, "refused what the audit log would have to hold");
+            with_hint(
+                refuse(Code::FailedPrecondition, "audit_altered", error.to_string()),
+                "look at it: cortex-hubd audit verify; if that is explained: audit verify --accept REASON",
+            )
+        }
         StoreError::Database(error) => from_database(error),
+    }
+}
+
+/// How it looks to a caller with this scope that a name is taken: by what, or even that it is by
+/// something it does not see, is not for one that does not see everything.
+pub fn from_naming(error: StoreError, scope: &Scope) -> Status {
+    match error {
+        StoreError::Exists { .. } if !scope.is_everything() => with_hint(
+            refuse(Code::AlreadyExists, "already_exists", "this name cannot be used"),
+            "choose another name",
+        ),
+        error => from_store(error),
     }
 }
 
@@ -124,6 +156,7 @@ pub fn from_enroll(error: EnrollError) -> Status {
             // Spread over a second or two: everyone turned away at once must not return at once.
             Duration::from_millis(500 + u64::from(rand::random::<u16>() % 2000)),
         ),
+        EnrollError::TooOften { wait } => too_often(wait),
         EnrollError::Deadline => with_retry_after(
             refuse(Code::Unavailable, "store_slow", error.to_string()),
             Duration::from_secs(2),
@@ -279,5 +312,15 @@ mod tests {
     fn a_hint_is_never_lost_for_what_somebody_asked_for() {
         let status = with_hint(invalid("x"), "make it: create b\u{e4}r\n");
         assert_eq!(status.metadata().get(HINT_TRAILER).unwrap(), "make it: create b?r?");
+    }
+
+    #[test]
+    fn whatever_a_caller_sends_the_refusal_that_repeats_it_fits_into_headers() {
+        for sent in ["x".repeat(100_000), "ä".repeat(100_000)] {
+            let status = with_hint(invalid(format!("no {sent:?}")), &format!("make {sent}"));
+            assert!(status.message().len() <= MAX_TEXT_BYTES + 3, "{}", status.message().len());
+            assert!(status.message().ends_with('…'));
+            assert_eq!(status.metadata().get(HINT_TRAILER).unwrap().len(), MAX_HINT_BYTES);
+        }
     }
 }

@@ -12,24 +12,26 @@ use super::convert;
 use super::detached::run_to_end;
 use super::listing::watch;
 use super::operator::{BoxStream, OperatorService};
-use super::status::{from_store, internal, refuse, with_hint};
+use super::status::{from_naming, from_store, internal, refuse, with_hint};
+use crate::node::registry::Registry;
 use crate::store::Workspace;
 
-/// Whether a caller sees a workspace: one that has a member within its scope, or none at all yet.
-fn sees(service: &OperatorService, workspace: &Workspace, caller: &AdmittedOperator) -> bool {
+/// Whether a caller sees a workspace: one that has a member within its scope. One without members has
+/// content nevertheless, or will have some; it is for the scope it was made in.
+fn sees(registry: &Registry, workspace: &Workspace, caller: &AdmittedOperator) -> bool {
     caller.scope.is_everything()
-        || workspace.members.is_empty()
-        || workspace.members.iter().any(|node| sees_node(service, *node, caller))
+        || (workspace.members.is_empty() && workspace.scope == caller.scope)
+        || workspace.members.iter().any(|node| sees_node(registry, *node, caller))
 }
 
-fn sees_node(service: &OperatorService, node: NodeId, caller: &AdmittedOperator) -> bool {
-    service.registry.get(node).is_some_and(|view| caller.sees(&view.node))
+fn sees_node(registry: &Registry, node: NodeId, caller: &AdmittedOperator) -> bool {
+    registry.get(node).is_some_and(|view| caller.sees(&view.node))
 }
 
 /// The workspaces that a caller sees.
 pub(super) fn visible(service: &OperatorService, caller: &AdmittedOperator) -> Vec<Workspace> {
     let mut workspaces = service.members.membership.all();
-    workspaces.retain(|workspace| sees(service, workspace, caller));
+    workspaces.retain(|workspace| sees(&service.registry, workspace, caller));
     workspaces
 }
 
@@ -40,16 +42,17 @@ pub(super) fn find(
     caller: &AdmittedOperator,
 ) -> Result<Workspace, Status> {
     let found = service.members.membership.by_name(name);
-    found.filter(|workspace| sees(service, workspace, caller)).ok_or_else(|| {
-        with_hint(
-            refuse(
-                Code::NotFound,
-                "workspace_not_found",
-                format!("there is no workspace {name:?}"),
-            ),
-            &format!("make it: cortex-agent workspace create {name}"),
-        )
-    })
+    found
+        .filter(|workspace| sees(&service.registry, workspace, caller))
+        .ok_or_else(|| not_found(name))
+}
+
+fn not_found(name: &str) -> Status {
+    let text = format!("there is no workspace {name:?}");
+    with_hint(
+        refuse(Code::NotFound, "workspace_not_found", text),
+        &format!("make it: cortex-agent workspace create {name}"),
+    )
 }
 
 async fn describe(
@@ -67,8 +70,10 @@ pub(super) async fn create(
 ) -> Result<v1::WorkspaceInfo, Status> {
     let name = convert::name(request.name)?;
     let (members, by) = (Arc::clone(&service.members), operator.actor());
-    let create = async move { members.create(&name, &by).await };
-    let workspace = run_to_end(&service.scope, "workspace", create).await?.map_err(from_store)?;
+    let scope = operator.scope.clone();
+    let create = async move { members.create(&name, scope, &by).await };
+    let workspace = run_to_end(&service.scope, "workspace", create).await?;
+    let workspace = workspace.map_err(|error| from_naming(error, &operator.scope))?;
     describe(service, &workspace, operator).await
 }
 
@@ -92,9 +97,12 @@ pub(super) async fn attach(
     let node = service.node(&request.node, operator)?.node;
     // A workspace that reaches beyond the scope would be read through a node within it.
     if !operator.scope.is_everything()
-        && !workspace.members.iter().all(|node| sees_node(service, *node, operator))
+        && !workspace.members.iter().all(|node| sees_node(&service.registry, *node, operator))
     {
-        let text = format!("{:?} has members outside the scope of this operator", workspace.name);
+        let detail = serde_json::json!({ "reason": "scope_too_narrow", "node": node.name });
+        let actor = operator.actor();
+        service.refusals.record(&actor, "workspace.attach_refused", &workspace.name, detail);
+        let text = format!("this operator cannot attach nodes to {:?}", workspace.name);
         return Err(refuse(Code::PermissionDenied, "scope_too_narrow", text));
     }
     let (members, by) = (Arc::clone(&service.members), operator.actor());
@@ -131,15 +139,16 @@ pub(super) async fn status(
         return Ok(Box::pin(stream::once(async { Ok(response) })));
     }
     let changes = service.registry.changes();
-    let (members, id) = (Arc::clone(&service.members), workspace.id);
-    let scope = operator.scope.clone();
+    let (members, registry) = (Arc::clone(&service.members), Arc::clone(&service.registry));
+    let caller = operator.clone();
     let stream = watch(&service.scope, changes, move || {
-        let (members, scope) = (Arc::clone(&members), scope.clone());
+        // It may have left the caller's scope meanwhile.
+        let now = members.membership.get(workspace.id);
+        let now = now.filter(|workspace| sees(&registry, workspace, &caller));
+        let now = now.ok_or_else(|| not_found(&workspace.name));
+        let (members, scope) = (Arc::clone(&members), caller.scope.clone());
         async move {
-            let workspace = members.membership.get(id).ok_or_else(|| {
-                refuse(Code::NotFound, "workspace_not_found", "the workspace was deleted")
-            })?;
-            let info = members.describe(&workspace, &scope).await;
+            let info = members.describe(&now?, &scope).await;
             let info = info.map_err(|error| internal(&error))?;
             Ok(v1::WorkspaceStatusResponse { workspace: Some(info) })
         }

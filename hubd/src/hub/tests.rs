@@ -31,7 +31,7 @@ async fn the_databases_outlive_whatever_still_writes_at_shutdown() {
         node_name: "box".into(),
         actor: "ann".into(),
         role: Role::Operator,
-        command: "true".into(),
+        command: crate::store::fixtures::command(),
         workspace: String::new(),
         mode: Mode::Strict,
         accepted_at_ms: 1,

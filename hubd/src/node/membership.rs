@@ -8,7 +8,7 @@ use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, WorkspaceId};
 use serde_json::json;
 
-use crate::store::{Actor, NewAudit, Store, StoreError, Workspace};
+use crate::store::{Actor, NewAudit, Scope, Store, StoreError, Workspace};
 
 /// All workspaces and their members. Changes reach the store first, and memory after that.
 #[derive(Default)]
@@ -104,7 +104,7 @@ impl Membership {
         self.lock().get(&workspace).map(|w| w.members.clone()).unwrap_or_default()
     }
 
-    /// Makes a workspace of this name, durable when this returns.
+    /// Makes a workspace of this name that belongs to this scope, durable when this returns.
     ///
     /// # Errors
     /// Those of the store; [`StoreError::Exists`] if the name is taken.
@@ -112,15 +112,17 @@ impl Membership {
         &self,
         store: &dyn Store,
         name: &str,
+        scope: Scope,
         by: &Actor,
     ) -> Result<Workspace, StoreError> {
         let workspace = Workspace {
             id: WorkspaceId::new(),
             name: name.to_owned(),
             created_at_ms: unix_ms(),
+            scope,
             members: BTreeSet::new(),
         };
-        let detail = json!({ "workspace_id": workspace.id });
+        let detail = json!({ "workspace_id": workspace.id, "scope": workspace.scope });
         let audit = by.audit(workspace.created_at_ms, "workspace.created", name, detail);
         store.create_workspace(workspace.clone(), audit).await?;
         self.lock().insert(workspace.id, workspace.clone());

@@ -180,4 +180,5 @@ passed_on! {
     fn record_audit(audit: NewAudit) -> ();
     fn audit_page(after_seq: Option<u64>, limit: u32) -> Vec<AuditLine>;
     fn audit_head() -> AuditHead;
+    fn accept_audit(audit: NewAudit) -> ();
 }

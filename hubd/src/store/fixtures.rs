@@ -3,7 +3,7 @@
 use cortex_shared::ids::NodeId;
 use cortex_shared::policy::Mode;
 
-use super::{CertificateState, Facts, Machine, Node, NodePolicy};
+use super::{CertificateState, Facts, Machine, Node, NodePolicy, ShownCommand};
 
 /// A node that has joined and was never seen.
 pub(crate) fn node(name: &str) -> Node {
@@ -24,4 +24,9 @@ pub(crate) fn node(name: &str) -> Node {
         machine: Machine::default(),
         clone: None,
     }
+}
+
+/// A command that does nothing.
+pub(crate) fn command() -> ShownCommand {
+    ShownCommand { text: "true".into(), bytes: 4, hash: *blake3::hash(b"true").as_bytes() }
 }

@@ -31,7 +31,8 @@ pub use identity::{
 pub use records::{
     Actor, AuditHead, AuditLine, Caller, Facts, Invite, InviteKind, KeyHash, LabelChange,
     LabelRefusal, NewAudit, NewInvite, NewTask, Node, NodePolicy, NodeRedemption, Operator,
-    OperatorRecord, OperatorRedemption, RedeemRefusal, Scope, TaskEnd, TaskEndState, Workspace,
+    OperatorRecord, OperatorRedemption, RedeemRefusal, Scope, ShownCommand, TaskEnd, TaskEndState,
+    Workspace,
 };
 pub use source::{InvalidRange, SourceRange};
 
@@ -41,6 +42,16 @@ pub enum StoreError {
     /// The database.
     #[error(transparent)]
     Database(#[from] DatabaseError),
+    /// Somebody else has changed the end of the audit log: nothing is done that it would have to hold.
+    #[error(
+        "the audit log ends at line {found}, but line {written} was the last that this hub wrote"
+    )]
+    AuditAltered {
+        /// Number of the last line that is there.
+        found: u64,
+        /// Number of the last line of the hub.
+        written: u64,
+    },
     /// Something of that name exists.
     #[error("{what} {name:?} exists already")]
     Exists {
@@ -201,6 +212,9 @@ pub trait Store: Send + Sync + 'static {
         after_seq: Option<u64>,
         limit: u32,
     ) -> Result<Vec<AuditLine>, StoreError>;
-    /// Number and hash of the last line of the audit log.
+    /// The last line of the audit log that the hub wrote, by its own memory, whatever the log holds now;
+    /// after a start, the one that it found.
     async fn audit_head(&self) -> Result<AuditHead, StoreError>;
+    /// Takes the end of the audit log for its own as it is now, and writes this line after it.
+    async fn accept_audit(&self, audit: NewAudit) -> Result<(), StoreError>;
 }

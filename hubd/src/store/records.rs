@@ -253,13 +253,33 @@ pub struct NewTask {
     /// With which role.
     pub role: Role,
     /// The command as it is shown to people.
-    pub command: String,
+    pub command: ShownCommand,
     /// Workspace it runs in; empty for none.
     pub workspace: String,
     /// Mode it runs in.
     pub mode: Mode,
     /// When it was accepted.
     pub accepted_at_ms: i64,
+}
+
+/// A command for people, who may see its beginning only, and what tells it from all others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShownCommand {
+    /// Its arguments, quoted as for a shell, or its script; says so if it is cut.
+    pub text: String,
+    /// Length of the whole of it.
+    pub bytes: u64,
+    /// BLAKE3 of its script, or of its arguments, each with a NUL byte after it.
+    pub hash: [u8; 32],
+}
+
+impl ShownCommand {
+    /// Puts it into the particulars of a line of the audit log.
+    pub fn describe(&self, detail: &mut serde_json::Value) {
+        detail["command"] = self.text.as_str().into();
+        detail["command_bytes"] = self.bytes.into();
+        detail["command_hash"] = blake3::Hash::from_bytes(self.hash).to_string().into();
+    }
 }
 
 /// How a task ended.
@@ -319,6 +339,8 @@ pub struct Workspace {
     pub name: String,
     /// When it was made.
     pub created_at_ms: i64,
+    /// The scope of whoever made it: whose it is while it has no members.
+    pub scope: Scope,
     /// The nodes that hold a copy.
     pub members: BTreeSet<NodeId>,
 }

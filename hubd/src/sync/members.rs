@@ -45,12 +45,17 @@ impl Members {
         Self { membership, registry, store, content }
     }
 
-    /// Makes a workspace; durable when this returns.
+    /// Makes a workspace that belongs to this scope; durable when this returns.
     ///
     /// # Errors
     /// [`StoreError::Exists`] if the name is taken; those of the store.
-    pub async fn create(&self, name: &str, by: &Actor) -> Result<Workspace, StoreError> {
-        let workspace = self.membership.create(&*self.store, name, by).await?;
+    pub async fn create(
+        &self,
+        name: &str,
+        scope: Scope,
+        by: &Actor,
+    ) -> Result<Workspace, StoreError> {
+        let workspace = self.membership.create(&*self.store, name, scope, by).await?;
         self.registry.notify();
         Ok(workspace)
     }

@@ -4,19 +4,28 @@
 //! knows which generation is the newest. Renewals have places of their own, so that a crowd at the door
 //! strands nobody who is in; recoveries, whose caller has proved nothing but a key, share those of joins.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::NodeId;
 
+use tokio::time::Instant;
+
 use super::super::ca::{CertificateRequest, Issued, millis};
+use super::super::limits::{Bucket, JoinRate};
 use super::{EnrollError, Validator};
 use crate::store::{Machine, Node, RenewRefusal, Renewal, RenewalProof};
 
 /// How long after the end of its last certificate a node can get another by its key alone.
 pub const RECOVERY_WINDOW: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// Renewals of one node: some at once, since answers get lost, and one a minute.
+const RENEWALS: JoinRate = JoinRate { burst: 8, per_second: 1.0 / 60.0 };
+/// So many nodes are remembered before those that are at rest are forgotten; no more than are admitted.
+const SWEEP_AT: usize = 4096;
 
 /// A request for the next certificate of a node, checked for form.
 pub struct RenewalRequest {
@@ -30,6 +39,24 @@ pub struct RenewalRequest {
     pub machine: Machine,
     /// Where it is.
     pub address: Option<SocketAddr>,
+}
+
+/// What each node has left of [`RENEWALS`]. A node renews twice in a certificate's life; each time is a
+/// line of the audit log, and one that renews in a loop must not fill it.
+#[derive(Default)]
+pub(super) struct Renewed(Mutex<HashMap<NodeId, Bucket>>);
+
+impl Renewed {
+    /// Counts a renewal of a node that is admitted.
+    pub(super) fn check(&self, node: NodeId, now: Instant) -> Result<(), EnrollError> {
+        let mut nodes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if nodes.len() >= SWEEP_AT && !nodes.contains_key(&node) {
+            // Of those that have all of it left nothing need be remembered.
+            nodes.retain(|_, bucket| !bucket.is_full(RENEWALS, now));
+        }
+        let bucket = nodes.entry(node).or_insert_with(|| Bucket::full(RENEWALS, now));
+        bucket.take(RENEWALS, now).map_err(|wait| EnrollError::TooOften { wait })
+    }
 }
 
 impl Validator {
@@ -80,9 +107,12 @@ impl Validator {
             proof,
             now_ms,
         };
-        let places = match proof {
-            RenewalProof::Certificate => &self.renewals,
-            RenewalProof::Key { .. } => &self.places,
+        let (places, access) = match proof {
+            RenewalProof::Certificate => {
+                self.renewed.check(request.node, Instant::now())?;
+                (&self.renewals, &self.renewals_in_store)
+            }
+            RenewalProof::Key { .. } => (&self.places, &self.access),
         };
         let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.admitted.registry));
         let work = async move {
@@ -101,10 +131,30 @@ impl Validator {
             registry.renewed(&node);
             Ok::<_, EnrollError>(node)
         };
-        let node = self.detached_in(places, work).await?;
+        let node = self.detached_in(places, access, work).await?;
         let generation = node.certificate.generation;
         let issued = authority.issue_to_node(node.id, generation, &request.certificate, now_ms)?;
         tracing::info!(node = %node.name, id = %node.id, generation, ?proof, "certificate renewed");
         Ok((node, issued))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_renews_a_few_times_at_once_and_then_once_a_minute() {
+        let (renewed, now) = (Renewed::default(), Instant::now());
+        let (node, other) = (NodeId::new(), NodeId::new());
+        for _ in 0..RENEWALS.burst {
+            renewed.check(node, now).unwrap();
+        }
+        let refused = renewed.check(node, now).unwrap_err();
+        assert!(matches!(refused, EnrollError::TooOften { wait } if wait.as_secs() >= 59));
+        renewed.check(other, now).unwrap();
+        let later = now + Duration::from_secs(61);
+        renewed.check(node, later).unwrap();
+        assert!(renewed.check(node, later).is_err());
     }
 }

@@ -6,24 +6,47 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use http::{HeaderMap, Response};
 use http_body::{Body as HttpBody, Frame};
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body};
 
-/// Lets a call and the stream of its answer go on until `until` is cancelled; its caller is told
-/// `refusal` then, and whatever the handler held for it is dropped.
-pub(super) fn guard<F>(call: F, until: CancellationToken, refusal: fn() -> Status) -> Guarded<F> {
-    let until = Box::pin(until.cancelled_owned());
-    Guarded { call: Box::pin(call), until: Some(until), refusal }
+use super::{CLOCK_LOOK, expired, life_left};
+
+/// Lets a call and the stream of its answer go on until `until` is cancelled, or the certificate's life
+/// is over; its caller is told why then, and whatever the handler held for it is dropped.
+pub(super) fn guard<F>(call: F, until: CancellationToken, ends: Ends) -> Guarded<F> {
+    let until: Until = Box::pin(async move {
+        tokio::select! {
+            () = until.cancelled() => ends.refusal,
+            () = certificate_end(ends.not_after_ms) => expired,
+        }
+    });
+    Guarded { call: Box::pin(call), until: Some(until) }
 }
 
-type Until = Pin<Box<WaitForCancellationFutureOwned>>;
+/// What ends a call besides its caller's revocation.
+pub(super) struct Ends {
+    /// What the caller is told if it was revoked.
+    pub(super) refusal: fn() -> Status,
+    /// End of its certificate's life, if it has one.
+    pub(super) not_after_ms: Option<i64>,
+}
+
+/// Waits for the end of a certificate's life, by the clock as it is set then.
+async fn certificate_end(not_after_ms: Option<i64>) {
+    let Some(not_after_ms) = not_after_ms else { return std::future::pending().await };
+    while let Some(left) = life_left(not_after_ms) {
+        tokio::time::sleep(left.min(CLOCK_LOOK)).await;
+    }
+}
+
+/// It says the refusal.
+type Until = Pin<Box<dyn Future<Output = fn() -> Status> + Send>>;
 
 /// See [`guard`].
 pub struct Guarded<F> {
     call: Pin<Box<F>>,
     /// There until the answer begins; its body watches from then on.
     until: Option<Until>,
-    refusal: fn() -> Status,
 }
 
 impl<F, E> Future for Guarded<F>
@@ -33,15 +56,16 @@ where
     type Output = F::Output;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
-        let refusal = self.refusal;
-        if self.until.as_mut().is_some_and(|until| until.as_mut().poll(context).is_ready()) {
+        if let Some(until) = &mut self.until
+            && let Poll::Ready(refusal) = until.as_mut().poll(context)
+        {
             return Poll::Ready(Ok(refusal().into_http()));
         }
         let response = ready!(self.call.as_mut().poll(context))?;
         let until = self.until.take();
         Poll::Ready(Ok(response.map(|body| match until {
             Some(until) if !body.is_end_stream() => {
-                Body::new(GuardedBody { body: Some(body), until, refusal })
+                Body::new(GuardedBody { body: Some(body), until })
             }
             _ => body,
         })))
@@ -53,7 +77,6 @@ struct GuardedBody {
     /// Gone once it was cut off.
     body: Option<Body>,
     until: Until,
-    refusal: fn() -> Status,
 }
 
 impl HttpBody for GuardedBody {
@@ -66,10 +89,10 @@ impl HttpBody for GuardedBody {
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = &mut *self;
         let Some(body) = &mut this.body else { return Poll::Ready(None) };
-        if this.until.as_mut().poll(context).is_ready() {
+        if let Poll::Ready(refusal) = this.until.as_mut().poll(context) {
             this.body = None;
             let mut trailers = HeaderMap::new();
-            let written = (this.refusal)().add_header(&mut trailers);
+            let written = refusal().add_header(&mut trailers);
             return Poll::Ready(Some(written.map(|()| Frame::trailers(trailers))));
         }
         Pin::new(body).poll_frame(context)

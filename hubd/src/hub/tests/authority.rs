@@ -420,14 +420,137 @@ async fn the_audit_log_tells_the_story_and_a_deletion_in_the_database_is_found()
     assert_eq!(read(list(2, 2, &[])).await, all[2..4]);
     assert_eq!(read(list(0, 0, &["task.ended"])).await.len(), 1);
 
-    let verify = hub.local().await.verify_audit(v1::VerifyAuditRequest {}).await.unwrap();
+    let verify = hub.local().await.verify_audit(v1::VerifyAuditRequest::default()).await.unwrap();
     let verify = verify.into_inner();
     assert!(verify.intact && verify.entries == all.len() as u64, "{verify:?}");
     let database = rusqlite::Connection::open(hub.hub.data.layout.database()).unwrap();
     database.execute("DELETE FROM audit WHERE seq = 3", []).unwrap();
-    let verify = hub.local().await.verify_audit(v1::VerifyAuditRequest {}).await.unwrap();
+    let verify = hub.local().await.verify_audit(v1::VerifyAuditRequest::default()).await.unwrap();
     let verify = verify.into_inner();
     assert!(!verify.intact && verify.first_bad_seq == 3, "{verify:?}");
     assert!(verify.problem.contains("line 3 is missing"), "{verify:?}");
+    hub.hub.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_workspace_without_members_is_for_the_scope_it_was_made_in() {
+    let hub = TestHub::start().await;
+    let a = hub.join("a", &[("team", "a")]).await;
+    let b = hub.join("b", &[("team", "b")]).await;
+    let (_a, session) = (a.connect(&hub).await.unwrap(), b.connect(&hub).await.unwrap());
+    let ann = hub.login_scoped("ann", "operator", &[("team", "a")]).await;
+    let bob = hub.login_scoped("bob", "admin", &[("team", "b")]).await;
+    let mut admin = hub.local().await;
+    let create = |name: &str| v1::CreateWorkspaceRequest { name: name.into() };
+    let attach = |workspace: &str, node: &str| v1::AttachWorkspaceRequest {
+        workspace: workspace.into(),
+        node: node.into(),
+    };
+    hub.operator(&bob).await.create_workspace(create("plans")).await.unwrap();
+    admin.create_workspace(create("everyones")).await.unwrap();
+    let hidden = async |hub: &TestHub, what: &str| {
+        let mut ann = hub.operator(&ann).await;
+        for workspace in ["plans", "everyones"] {
+            let refused = ann.attach_workspace(attach(workspace, "a")).await.unwrap_err();
+            assert_eq!(word(&refused), "workspace_not_found", "{workspace} {what}");
+            let status =
+                v1::WorkspaceStatusRequest { workspace: workspace.into(), ..Default::default() };
+            let refused = ann.workspace_status(status).await.unwrap_err();
+            assert_eq!(word(&refused), "workspace_not_found", "{workspace} {what}");
+        }
+        let list = ann.list_workspaces(v1::ListWorkspacesRequest {}).await.unwrap().into_inner();
+        assert_eq!(list.workspaces, [], "{what}");
+    };
+    hidden(&hub, "while they are new").await;
+    let mut bob = hub.operator(&bob).await;
+    bob.attach_workspace(attach("plans", "b")).await.unwrap();
+    hidden(&hub, "with a member of another team").await;
+    admin.revoke_node(revoke("b")).await.unwrap();
+    drop(session);
+    bob.forget_node(v1::ForgetNodeRequest { node: "b".into() }).await.unwrap();
+    hidden(&hub, "when the only member was forgotten").await;
+    let list = bob.list_workspaces(v1::ListWorkspacesRequest {}).await.unwrap().into_inner();
+    assert_eq!(list.workspaces.len(), 1, "it is still its team's");
+    let hub = hub.restart().await;
+    hidden(&hub, "after a restart").await;
+    let all = hub.local().await.list_workspaces(v1::ListWorkspacesRequest {}).await.unwrap();
+    assert_eq!(all.into_inner().workspaces.len(), 2, "whoever has no scope sees all");
+    hub.hub.shutdown().await;
+}
+
+#[tokio::test]
+async fn refusals_for_want_of_authority_stand_in_the_audit_log_and_a_loop_of_them_does_not_fill_it()
+{
+    let hub = TestHub::start().await;
+    let node = hub.join("box", &[]).await;
+    let _session = node.connect(&hub).await.unwrap();
+    let mut viewer = hub.operator(&hub.login("eve", "viewer").await).await;
+    for _ in 0..60 {
+        assert_eq!(word(&viewer.revoke_node(revoke("box")).await.unwrap_err()), "role_too_low");
+    }
+    let ann = hub.login("ann", "operator").await;
+    let mut ann = hub.operator(&ann).await;
+    let elsewhere = v1::TaskSpec { workspace: "w".into(), ..script() };
+    assert_eq!(word(&hub.exec(&mut ann, "box", elsewhere).await.err().unwrap()), "not_a_member");
+    let mut admin = hub.local().await;
+    let cordon = v1::CordonNodeRequest { node: "box".into(), cordoned: true };
+    admin.cordon_node(cordon).await.unwrap();
+    assert_eq!(word(&hub.exec(&mut ann, "box", script()).await.err().unwrap()), "node_cordoned");
+    let by_ann = v1::RevokeOperatorRequest { name: "ann".into() };
+    admin.revoke_operator(by_ann).await.unwrap();
+    assert!(ann.who_am_i(v1::WhoAmIRequest {}).await.is_err());
+    let hub = hub.restart().await;
+    let (short, lines) = audit(&hub).await;
+    let count = |line: (String, String, String)| short.iter().filter(|l| **l == line).count();
+    assert_eq!(count(line("eve", "call.refused", "RevokeNode")), 20);
+    assert_eq!(count(line("ann", "task.refused", "box")), 2);
+    assert_eq!(count(line("ann", "call.refused", "WhoAmI")), 1);
+    let rest = lines.iter().find(|line| line.action == "refusals.untold").unwrap();
+    assert_eq!((rest.actor.as_str(), rest.detail.as_str()), ("eve", r#"{"count":40}"#));
+    hub.hub.shutdown().await;
+}
+
+#[tokio::test]
+async fn what_is_outside_a_scope_shows_in_no_name_and_no_watch() {
+    let hub = TestHub::start().await;
+    hub.join("secret", &[("team", "b")]).await;
+    hub.join("mine", &[("team", "a")]).await;
+    let mut admin = hub.local().await;
+    for name in ["plans", "own"] {
+        admin.create_workspace(v1::CreateWorkspaceRequest { name: name.into() }).await.unwrap();
+    }
+    let attach = v1::AttachWorkspaceRequest { workspace: "own".into(), node: "mine".into() };
+    admin.attach_workspace(attach).await.unwrap();
+    let ann = hub.login_scoped("ann", "operator", &[("team", "a")]).await;
+    let mut ann = hub.operator(&ann).await;
+    let rename = v1::RenameNodeRequest { node: "mine".into(), name: "secret".into() };
+    let create = v1::CreateWorkspaceRequest { name: "plans".into() };
+    for refused in [
+        ann.rename_node(rename.clone()).await.unwrap_err(),
+        ann.create_workspace(create).await.unwrap_err(),
+    ] {
+        assert_eq!(refused.message(), "this name cannot be used");
+    }
+    let all = admin.rename_node(rename).await.unwrap_err();
+    assert!(all.message().contains("secret"), "{all}");
+    let long = v1::WorkspaceStatusRequest { workspace: "x".repeat(100_000), watch: false };
+    assert_eq!(word(&ann.workspace_status(long).await.unwrap_err()), "workspace_not_found");
+
+    let watch = v1::WorkspaceStatusRequest { workspace: "own".into(), watch: true };
+    let mut watch = ann.workspace_status(watch).await.unwrap().into_inner();
+    watch.message().await.unwrap().unwrap();
+    let label = v1::LabelNodeRequest {
+        node: "mine".into(),
+        set: [("team".to_owned(), "b".to_owned())].into(),
+        remove: vec![],
+    };
+    admin.label_node(label).await.unwrap();
+    let end = loop {
+        // What was under way comes first.
+        if let Err(status) = watch.message().await {
+            break status;
+        }
+    };
+    assert_eq!(word(&end), "workspace_not_found");
     hub.hub.shutdown().await;
 }

@@ -176,3 +176,57 @@ async fn a_store_that_fails_or_is_slow_says_so_and_recovers() {
     assert_eq!(uses(&hub).await, [1]);
     hub.hub.shutdown().await;
 }
+
+#[tokio::test]
+async fn what_is_withdrawn_from_a_node_is_in_force_while_the_store_stalls() {
+    let (hub, faults) = hub(|_| {}).await;
+    let node = hub.join("box", &[]).await;
+    let mut session = node.connect(&hub).await.unwrap();
+    let mut admin = hub.local().await;
+    let policy = |mode: v1::Mode| v1::SetNodePolicyRequest {
+        node: "box".into(),
+        mode: mode.into(),
+        reason: "x".into(),
+        for_ms: 0,
+    };
+    let cordon = |cordoned| v1::CordonNodeRequest { node: "box".into(), cordoned };
+    admin.set_node_policy(policy(v1::Mode::Permissive)).await.unwrap();
+    assert_eq!(session.policy().await.policy(), v1::Mode::Permissive);
+    faults.set(Fault::Stall);
+    // A decision that gives something waits, and others behind it.
+    let calls = TaskScope::new();
+    let call = |method: &'static str, request: v1::SetNodePolicyRequest| {
+        let mut admin = admin.clone();
+        calls.spawn(method, async move { drop(admin.set_node_policy(request).await.unwrap()) });
+    };
+    call("permissive", policy(v1::Mode::Permissive));
+    faults.until_held("set_node_policy", 1).await;
+    call("strict", policy(v1::Mode::Strict));
+    let told = timeout(HANG, session.policy()).await.expect("the node hears of it at once");
+    assert_eq!(told.policy(), v1::Mode::Strict);
+    let mut changes = hub.hub.registry.changes();
+    changes.mark_unchanged();
+    let mut again = admin.clone();
+    calls.spawn("cordon", async move { drop(again.cordon_node(cordon(true)).await.unwrap()) });
+    let view = || hub.hub.registry.get(node.id).unwrap().node;
+    while !view().cordoned {
+        timeout(HANG, changes.changed()).await.expect("it is in force at once").unwrap();
+    }
+    faults.set(Fault::None);
+    calls.finish().await;
+    assert_eq!(view().policy.mode, cortex_shared::policy::Mode::Strict);
+    let stored = hub.hub.store.nodes().await.unwrap().remove(0);
+    assert_eq!((stored.policy.mode, stored.cordoned), (view().policy.mode, true));
+    // The one that was decided before was not told after it.
+    let beat = v1::node_frame::Frame::Heartbeat(v1::Heartbeat {});
+    session.up.send(v1::NodeFrame { frame: Some(beat) }).await.unwrap();
+    let next = session.until(|frame| match frame {
+        hub_frame::Frame::Policy(_) => Some("policy"),
+        hub_frame::Frame::Heartbeat(_) => Some("heartbeat"),
+        _ => None,
+    });
+    assert_eq!(next.await, Some("heartbeat"));
+    admin.cordon_node(cordon(false)).await.unwrap();
+    assert!(!view().cordoned);
+    hub.hub.shutdown().await;
+}

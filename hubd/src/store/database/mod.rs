@@ -134,6 +134,8 @@ fn connect(path: &Path, cache_kib: u32) -> Result<Connection, DatabaseError> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
+    // What a connection keeps for itself is nobody else's, on disk neither.
+    connection.pragma_update(None, "temp_store", "MEMORY")?;
     // Negative: KiB rather than pages.
     connection.pragma_update(None, "cache_size", -i64::from(cache_kib))?;
     Ok(connection)

@@ -322,6 +322,15 @@ pub(super) fn redeem_operator(
     };
     let InviteKind::Operator(role) = invite.kind else { return Ok(Err(RedeemRefusal::Unknown)) };
     let name = invite.name_pattern;
+    // A key that was revoked stays so: with it the certificate of that time would count again.
+    let revoked: bool = t
+        .prepare_cached(
+            "SELECT 1 FROM operators WHERE name = ? AND key = ? AND revoked_at IS NOT NULL",
+        )?
+        .exists(params![name, key.as_slice()])?;
+    if revoked {
+        return Ok(Err(RedeemRefusal::Revoked));
+    }
     record_use(t, id, key, name.as_bytes(), *now_ms)?;
     // A new login of a known operator replaces its key and role: the invite says who it is for.
     t.execute(

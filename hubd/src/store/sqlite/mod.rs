@@ -30,6 +30,7 @@ const SETTINGS: Settings = Settings {
     migrations: &[
         include_str!("migrations/0001_first.sql"),
         include_str!("migrations/0002_authority.sql"),
+        include_str!("migrations/0003_workspace_scope.sql"),
     ],
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,
@@ -48,7 +49,10 @@ impl SqliteStore {
     /// # Errors
     /// If the file cannot be opened, is damaged, or is of a newer version.
     pub async fn open(path: PathBuf, scope: &TaskScope) -> Result<Self, StoreError> {
-        Ok(Self { database: Database::open(path, SETTINGS, scope).await? })
+        let database = Database::open(path, SETTINGS, scope).await?;
+        // From here on, what others do to the end of the audit log shows.
+        database.write(audit::remembered).await?;
+        Ok(Self { database })
     }
 }
 
@@ -254,7 +258,11 @@ impl Store for SqliteStore {
     }
 
     async fn audit_head(&self) -> Result<AuditHead, StoreError> {
-        self.database.read(audit::head).await
+        self.database.write(audit::remembered).await
+    }
+
+    async fn accept_audit(&self, audit: NewAudit) -> Result<(), StoreError> {
+        self.database.write(move |t| audit::accept(t, &audit)).await
     }
 }
 

@@ -17,19 +17,19 @@ pub(super) fn accept(t: &Connection, task: &NewTask) -> Result<(), StoreError> {
         task.id.as_bytes().as_slice(),
         task.node.as_bytes().as_slice(),
         task.actor.name,
-        task.command,
+        task.command.text,
         task.workspace,
         task.mode.to_string(),
         task.accepted_at_ms,
     ])?;
-    let detail = json!({
+    let mut detail = json!({
         "node": task.node_name,
         "node_id": task.node.to_string(),
-        "command": task.command,
         "workspace": task.workspace,
         "mode": task.mode.to_string(),
         "role": task.role.to_string(),
     });
+    task.command.describe(&mut detail);
     let line = task.actor.audit(task.accepted_at_ms, "task.accepted", task.id.to_string(), detail);
     audit::append(t, &line)
 }

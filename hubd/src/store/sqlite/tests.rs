@@ -66,6 +66,7 @@ async fn everything_is_there_after_reopening() {
         id: WorkspaceId::new(),
         name: "code".into(),
         created_at_ms: 1,
+        scope: crate::store::Scope([("env".to_owned(), "dev".to_owned())].into()),
         members: BTreeSet::new(),
     };
     store.create_workspace(workspace.clone(), audit(1)).await.unwrap();
@@ -101,7 +102,7 @@ async fn the_first_verdict_of_a_task_stands() {
         node_name: "box".into(),
         actor: "ann".into(),
         role: Role::Operator,
-        command: "true".into(),
+        command: crate::store::fixtures::command(),
         workspace: String::new(),
         mode: cortex_shared::policy::Mode::Strict,
         accepted_at_ms: 1,

@@ -6,7 +6,7 @@ use cortex_shared::ids::{NodeId, WorkspaceId};
 use rusqlite::{Connection, params};
 
 use super::super::{StoreError, Workspace};
-use super::{is_duplicate, node_id, workspace_id};
+use super::{from_json, is_duplicate, node_id, to_json, workspace_id};
 
 pub(super) fn list(connection: &Connection) -> Result<Vec<Workspace>, StoreError> {
     let mut members: BTreeMap<WorkspaceId, BTreeSet<NodeId>> = BTreeMap::new();
@@ -17,13 +17,14 @@ pub(super) fn list(connection: &Connection) -> Result<Vec<Workspace>, StoreError
         members.entry(workspace).or_default().insert(node_id(&row.get::<_, Vec<u8>>(1)?)?);
     }
     let mut statement =
-        connection.prepare("SELECT id, name, created_at FROM workspaces ORDER BY name")?;
+        connection.prepare("SELECT id, name, created_at, scope FROM workspaces ORDER BY name")?;
     let workspaces = statement.query_and_then([], |row| {
         let id = workspace_id(&row.get::<_, Vec<u8>>(0)?)?;
         Ok(Workspace {
             id,
             name: row.get(1)?,
             created_at_ms: row.get(2)?,
+            scope: from_json(&row.get::<_, String>(3)?, "scope")?,
             members: members.remove(&id).unwrap_or_default(),
         })
     })?;
@@ -44,8 +45,13 @@ pub(super) fn of_node(
 
 pub(super) fn create(t: &Connection, workspace: &Workspace) -> Result<(), StoreError> {
     t.execute(
-        "INSERT INTO workspaces VALUES (?,?,?)",
-        params![workspace.id.as_bytes().as_slice(), workspace.name, workspace.created_at_ms],
+        "INSERT INTO workspaces (id, name, created_at, scope) VALUES (?,?,?,?)",
+        params![
+            workspace.id.as_bytes().as_slice(),
+            workspace.name,
+            workspace.created_at_ms,
+            to_json(&workspace.scope)?
+        ],
     )
     .map_err(|error| {
         if is_duplicate(&error) {

@@ -38,7 +38,7 @@ impl Fixture {
             node_name: "box".into(),
             actor: actor.into(),
             role,
-            command: "true".into(),
+            command: crate::store::fixtures::command(),
             workspace: String::new(),
             mode: Mode::Strict,
             accepted_at_ms: 1,

@@ -200,6 +200,7 @@ async fn what_rides_on_an_invite_is_kept_and_given() {
         id: WorkspaceId::new(),
         name: name.into(),
         created_at_ms: 1,
+        scope: crate::store::Scope::default(),
         members: BTreeSet::new(),
     };
     let (given, other) = (workspace("given"), workspace("other"));
