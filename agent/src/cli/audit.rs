@@ -165,7 +165,7 @@ async fn list(
 async fn verify(global: &Global, output: Output) -> Result<(), CliError> {
     let mut client = hub::operator(global).await?;
     // No time limit of a question: the whole log is read.
-    let answer = client.verify_audit(v1::VerifyAuditRequest {}).await?.into_inner();
+    let answer = client.verify_audit(v1::VerifyAuditRequest::default()).await?.into_inner();
     let verdict = Verdict {
         intact: answer.intact,
         entries: answer.entries,

@@ -196,7 +196,9 @@ pub(super) async fn confirm_deletes(
         .members
         .iter()
         .copied()
-        .filter(|node| only.is_none_or(|only| *node == only) && sees_node(service, *node, operator))
+        .filter(|node| {
+            only.is_none_or(|only| *node == only) && sees_node(&service.registry, *node, operator)
+        })
         .filter(|node| service.members.holds_deletions(workspace.id, *node))
         .collect();
     let (members, by, nodes) = (Arc::clone(&service.members), operator.actor(), holding.clone());
