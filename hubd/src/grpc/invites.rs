@@ -178,7 +178,7 @@ fn sources(texts: &[String]) -> Result<BTreeSet<SourceRange>, Status> {
 }
 
 fn owner(text: String) -> Result<String, Status> {
-    if text.len() > MAX_OWNER_BYTES || text.chars().any(char::is_control) {
+    if text.len() > MAX_OWNER_BYTES || text.chars().any(cortex_shared::text::is_invisible) {
         return Err(invalid(format!(
             "an owner is at most {MAX_OWNER_BYTES} bytes long and holds no control characters"
         )));
