@@ -32,7 +32,7 @@ mod tests {
 
     #[test]
     fn what_changes_how_other_characters_look_is_not_printable() {
-        for c in ['a', ' ', 'ä', '中', '🙂', '\u{301}'] {
+        for c in ['a', ' ', 'ä', '中', 'א', '…', '🙂', '\u{301}'] {
             assert!(is_printable(c), "{c:?}");
         }
         for c in "\u{0}\n\u{1b}\u{7f}\u{9b}\u{ad}\u{200b}\u{200f}\u{2028}\u{202e}\u{2066}\u{feff}\u{e0041}"

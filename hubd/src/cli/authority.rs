@@ -246,6 +246,9 @@ pub(super) async fn policy(command: PolicyCommand) -> anyhow::Result<()> {
             if duration.is_some_and(|duration| duration.is_zero()) {
                 bail!("--for takes a time above zero");
             }
+            if mode == Mode::Strict && duration.is_some() {
+                bail!("strict has no end: leave --for out");
+            }
             let mode = match mode {
                 Mode::Strict => v1::Mode::Strict,
                 Mode::Permissive => v1::Mode::Permissive,

@@ -9,7 +9,7 @@ use cortex_shared::ids::{NodeId, WorkspaceId};
 use cortex_shared::labels::{self, Labels, SELF_LABEL_PREFIX};
 use cortex_shared::policy::Mode;
 use cortex_shared::secret::InviteToken;
-use cortex_shared::text::shorten;
+use cortex_shared::text::{is_printable, shorten};
 use tonic::{Code, Status};
 
 use super::status::{invalid, refuse};
@@ -114,7 +114,7 @@ fn own_labels(labels: std::collections::HashMap<String, String>) -> Result<Label
 /// # Errors
 /// If it is too long or holds control characters.
 pub fn reason(text: String) -> Result<String, Status> {
-    if text.len() > MAX_REASON_BYTES || text.chars().any(char::is_control) {
+    if text.len() > MAX_REASON_BYTES || !text.chars().all(is_printable) {
         return Err(invalid(format!(
             "a reason is at most {MAX_REASON_BYTES} bytes long and holds no control characters"
         )));
@@ -132,7 +132,7 @@ pub fn name(name: String) -> Result<String, Status> {
 }
 
 fn fact(text: String) -> Result<String, Status> {
-    if text.len() > MAX_FACT_BYTES || text.chars().any(char::is_control) {
+    if text.len() > MAX_FACT_BYTES || !text.chars().all(is_printable) {
         return Err(invalid("a text about the machine is too long or holds control characters"));
     }
     Ok(text)
@@ -147,7 +147,7 @@ pub fn sandbox_report(mut report: v1::SandboxReport) -> v1::SandboxReport {
     report.missing.truncate(MAX_PIECES);
     let texts = report.missing.iter_mut().flat_map(|p| [&mut p.what, &mut p.why, &mut p.remedy]);
     for text in texts.chain([&mut report.cgroup]) {
-        text.retain(|c| !c.is_control());
+        text.retain(is_printable);
         shorten(text, MAX_TEXT_BYTES);
     }
     report
@@ -434,6 +434,15 @@ mod tests {
         }
         assert!(set_labels(labels("env")).is_ok());
         assert!(set_labels(labels("self/env")).is_err());
+    }
+
+    #[test]
+    fn a_reason_shows_as_it_is() {
+        assert_eq!(reason(" debug ".into()).unwrap(), "debug");
+        for bad in ["a\u{202e}b", "a\u{1b}[2J", "a\u{200b}b"] {
+            assert!(reason(bad.into()).is_err(), "{bad:?}");
+            assert!(fact(bad.into()).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -90,6 +90,8 @@ pub(super) async fn begin(
     service.scope.spawn("exec", async move {
         tokio::select! {
             () = cancel.cancelled() => {}
+            // One that never ends its half does not keep this alive.
+            () = task.end() => {}
             () = pass_on(&task, inbound) => {}
         }
     });

@@ -8,6 +8,7 @@ use cortex_shared::clock::unix_ms;
 use cortex_shared::labels::Labels;
 use cortex_shared::policy::{Role, UnknownWord};
 use cortex_shared::secret::{InviteId, InviteToken};
+use cortex_shared::text::is_printable;
 use serde_json::json;
 use tonic::Status;
 
@@ -178,7 +179,7 @@ fn sources(texts: &[String]) -> Result<BTreeSet<SourceRange>, Status> {
 }
 
 fn owner(text: String) -> Result<String, Status> {
-    if text.len() > MAX_OWNER_BYTES || text.chars().any(char::is_control) {
+    if text.len() > MAX_OWNER_BYTES || !text.chars().all(is_printable) {
         return Err(invalid(format!(
             "an owner is at most {MAX_OWNER_BYTES} bytes long and holds no control characters"
         )));

@@ -3,3 +3,4 @@
 pub mod limits;
 pub mod mailbox;
 pub mod relay;
+mod verdicts;

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::limits::{Limits, Slot, Slots};
 use super::mailbox::{End, ToNode, ToReader};
+use super::verdicts::Unrecorded;
 use crate::node::registry::SessionHandle;
 use crate::store::{NewTask, Store, StoreError, TaskEnd, TaskEndState};
 
@@ -111,6 +112,11 @@ impl Task {
     pub fn has_ended(&self) -> bool {
         self.ended.is_cancelled()
     }
+
+    /// Waits until it has ended.
+    pub async fn end(&self) {
+        self.ended.cancelled().await;
+    }
 }
 
 /// A task in the table. Its place among its caller's commands is free once it is taken out.
@@ -126,6 +132,7 @@ pub struct Relay {
     store: Arc<dyn Store>,
     scope: TaskScope,
     start_deadline: Duration,
+    unrecorded: Arc<Unrecorded>,
 }
 
 impl Relay {
@@ -133,7 +140,8 @@ impl Relay {
     #[must_use]
     pub fn new(store: Arc<dyn Store>, scope: TaskScope, start_deadline: Duration) -> Arc<Self> {
         let (tasks, slots) = (Mutex::default(), Arc::default());
-        Arc::new(Self { tasks, slots, store, scope, start_deadline })
+        let unrecorded = Arc::new(Unrecorded::new(Arc::clone(&store), scope.clone()));
+        Arc::new(Self { tasks, slots, store, scope, start_deadline, unrecorded })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TaskId, Running>> {
@@ -340,12 +348,13 @@ impl Relay {
         task.ended.cancel();
         task.to_node.close();
         let end = journal_entry(&exit);
-        let store = Arc::clone(&self.store);
+        let (store, unrecorded) = (Arc::clone(&self.store), Arc::clone(&self.unrecorded));
         self.scope.spawn("task verdict", async move {
-            let end = match store.end_task(task.id, end).await {
+            let end = match store.end_task(task.id, end.clone()).await {
                 Ok(()) => End::Exit(exit),
                 Err(error) => {
                     tracing::error!(task = %task.id, %error, "verdict not journalled");
+                    unrecorded.keep(task.id, end);
                     End::NotRecorded
                 }
             };

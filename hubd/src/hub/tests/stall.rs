@@ -230,3 +230,28 @@ async fn what_is_withdrawn_from_a_node_is_in_force_while_the_store_stalls() {
     assert!(!view().cordoned);
     hub.hub.shutdown().await;
 }
+
+#[tokio::test]
+async fn a_verdict_that_the_store_did_not_take_is_recorded_when_it_works_again() {
+    let (hub, faults) = hub(|_| {}).await;
+    let node = hub.join("box", &[]).await;
+    let mut session = node.connect(&hub).await.unwrap();
+    let mut admin = hub.local().await;
+    let running = hub.exec(&mut admin, "box", script()).await.unwrap();
+    let task = session.attach_task().await;
+    faults.set(Fault::Fail);
+    task.exit().await;
+    assert_eq!(word(&running.end().await.unwrap_err()), "verdict_not_recorded");
+    faults.set(Fault::None);
+    let ended = async {
+        loop {
+            let lines = hub.hub.store.audit_page(None, 100).await.unwrap();
+            if let Some(line) = lines.into_iter().find(|line| line.action == "task.ended") {
+                return line;
+            }
+        }
+    };
+    let line = timeout(HANG, ended).await.expect("it is offered again");
+    assert!(line.detail.contains(r#""verdict":"exited""#), "{}", line.detail);
+    hub.hub.shutdown().await;
+}
