@@ -401,9 +401,10 @@ mod tests {
             let bench = JoinBench {
                 joins: 20,
                 connected: 3,
-                stall: Duration::from_millis(100),
+                stall: Duration::from_millis(1000),
                 trouble,
-                heartbeat: Duration::from_millis(50),
+                // A busy machine must not be taken for a lost session.
+                heartbeat: Duration::from_millis(500),
             };
             let report = bench.run().await.unwrap();
             assert!(report.is_complete() && report.joined == 20, "{trouble}: {}", report.text());

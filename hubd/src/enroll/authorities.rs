@@ -244,6 +244,12 @@ impl Authorities {
         })
     }
 
+    /// How long nodes' certificates live.
+    #[must_use]
+    pub fn node_life(&self) -> Duration {
+        self.node_life
+    }
+
     /// The mesh they sign for.
     #[must_use]
     pub fn mesh(&self) -> MeshId {

@@ -135,7 +135,7 @@ impl Validator {
             places: Arc::new(Semaphore::new(places)),
             renewals: Arc::new(Semaphore::new(places)),
             renewals_in_store: Arc::new(Semaphore::new(RENEWALS_IN_STORE)),
-            renewed: Renewed::default(),
+            renewed: Renewed::new(authorities.node_life()),
             access: Arc::new(Semaphore::new(IN_STORE)),
             deadline,
             store,

@@ -22,8 +22,10 @@ use crate::store::{Machine, Node, RenewRefusal, Renewal, RenewalProof};
 /// How long after the end of its last certificate a node can get another by its key alone.
 pub const RECOVERY_WINDOW: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// Renewals of one node: some at once, since answers get lost, and one a minute.
-const RENEWALS: JoinRate = JoinRate { burst: 8, per_second: 1.0 / 60.0 };
+/// Renewals of one node at once: some, since answers get lost.
+const BURST: u32 = 8;
+/// And then one in this time, or more where certificates live shorter than a quarter of an hour.
+const INTERVAL: Duration = Duration::from_secs(60);
 /// So many nodes are remembered before those that are at rest are forgotten; no more than are admitted.
 const SWEEP_AT: usize = 4096;
 
@@ -41,21 +43,30 @@ pub struct RenewalRequest {
     pub address: Option<SocketAddr>,
 }
 
-/// What each node has left of [`RENEWALS`]. A node renews twice in a certificate's life; each time is a
+/// What each node has left of its renewals. A node renews twice in a certificate's life; each time is a
 /// line of the audit log, and one that renews in a loop must not fill it.
-#[derive(Default)]
-pub(super) struct Renewed(Mutex<HashMap<NodeId, Bucket>>);
+pub(super) struct Renewed {
+    rate: JoinRate,
+    nodes: Mutex<HashMap<NodeId, Bucket>>,
+}
 
 impl Renewed {
+    /// For certificates that live this long.
+    pub(super) fn new(life: Duration) -> Self {
+        let interval = INTERVAL.min(life / 15).max(Duration::from_millis(1));
+        let rate = JoinRate { burst: BURST, per_second: 1.0 / interval.as_secs_f64() };
+        Self { rate, nodes: Mutex::new(HashMap::new()) }
+    }
+
     /// Counts a renewal of a node that is admitted.
     pub(super) fn check(&self, node: NodeId, now: Instant) -> Result<(), EnrollError> {
-        let mut nodes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         if nodes.len() >= SWEEP_AT && !nodes.contains_key(&node) {
             // Of those that have all of it left nothing need be remembered.
-            nodes.retain(|_, bucket| !bucket.is_full(RENEWALS, now));
+            nodes.retain(|_, bucket| !bucket.is_full(self.rate, now));
         }
-        let bucket = nodes.entry(node).or_insert_with(|| Bucket::full(RENEWALS, now));
-        bucket.take(RENEWALS, now).map_err(|wait| EnrollError::TooOften { wait })
+        let bucket = nodes.entry(node).or_insert_with(|| Bucket::full(self.rate, now));
+        bucket.take(self.rate, now).map_err(|wait| EnrollError::TooOften { wait })
     }
 }
 
@@ -145,9 +156,10 @@ mod tests {
 
     #[test]
     fn a_node_renews_a_few_times_at_once_and_then_once_a_minute() {
-        let (renewed, now) = (Renewed::default(), Instant::now());
+        let day = Duration::from_secs(24 * 3600);
+        let (renewed, now) = (Renewed::new(day), Instant::now());
         let (node, other) = (NodeId::new(), NodeId::new());
-        for _ in 0..RENEWALS.burst {
+        for _ in 0..BURST {
             renewed.check(node, now).unwrap();
         }
         let refused = renewed.check(node, now).unwrap_err();
@@ -156,5 +168,14 @@ mod tests {
         let later = now + Duration::from_secs(61);
         renewed.check(node, later).unwrap();
         assert!(renewed.check(node, later).is_err());
+    }
+
+    #[test]
+    fn certificates_of_a_short_life_are_renewed_as_often_as_that_takes() {
+        let (renewed, start) = (Renewed::new(Duration::from_secs(10)), Instant::now());
+        let node = NodeId::new();
+        for renewals in 0..100 {
+            renewed.check(node, start + Duration::from_secs(5) * renewals).unwrap();
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 /// Each method with those who may call it, in this order: `-` whoever has no certificate, `n` a node,
 /// `v` viewer, `t` agent-token, `o` operator, `s` admin with a scope, `a` admin.
-pub(crate) const EXPECTED: [(&str, &str); 43] = [
+pub(crate) const EXPECTED: [(&str, &str); 44] = [
     ("Enroll/JoinNode", "-nvtosa"),
     ("Enroll/LoginOperator", "-nvtosa"),
     ("Enroll/RecoverNode", "-nvtosa"),
@@ -33,6 +33,7 @@ pub(crate) const EXPECTED: [(&str, &str); 43] = [
     ("Operator/CreateWorkspace", "osa"),
     ("Operator/AttachWorkspace", "osa"),
     ("Operator/DetachWorkspace", "osa"),
+    ("Operator/ConfirmDeletes", "osa"),
     ("Operator/RevokeNode", "sa"),
     ("Operator/ForgetNode", "sa"),
     ("Operator/SetNodePolicy", "sa"),

@@ -194,7 +194,7 @@ async fn permissive_needs_a_reason_and_ends_by_itself() {
 
     // A short one falls back, and everyone hears of it.
     let mut session = node.connect(&hub).await.unwrap();
-    admin.set_node_policy(policy("box", Permissive, "debug", 50)).await.unwrap();
+    admin.set_node_policy(policy("box", Permissive, "debug", 1_500)).await.unwrap();
     assert_eq!(session.policy().await.policy(), Permissive);
     let told = session.policy().await;
     assert_eq!((told.policy(), told.until_ms), (Strict, 0));
