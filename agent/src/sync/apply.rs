@@ -87,6 +87,9 @@ enum Placed {
     Done,
     /// Not what the plan was made for.
     Surprise,
+    /// Its directory does not exist: it could not be made, which has been said, or somebody has just
+    /// removed it, which the kernel tells. Looking again at once would find nothing new.
+    Blocked,
 }
 
 /// Directories to be synced once, at the end of a batch.
@@ -141,6 +144,7 @@ impl Applier<'_> {
                     report.dirty.insert(staged.change.path.parent());
                     self.remove_staged(&staged);
                 }
+                Ok(Placed::Blocked) => self.remove_staged(&staged),
                 Err(error) => self.give_up(staged, &error, &mut report),
             }
         }
@@ -197,7 +201,7 @@ impl Applier<'_> {
         let directory = change.path.parent();
         let (parent, leaf) = match self.root.parent_of(&change.path) {
             Ok(found) => found,
-            Err(error) if vanished(&error) => return Ok(Placed::Surprise),
+            Err(error) if vanished(&error) => return Ok(Placed::Blocked),
             Err(error) => return Err(error.into()),
         };
         touched.add(directory.clone(), &parent);
@@ -221,7 +225,7 @@ impl Applier<'_> {
             (Some(Entry::Dir), Some(Entry::Dir)) => Ok(Placed::Done),
             (Some(_), Some(Entry::Dir)) => match self.displace(change, &parent, leaf, &current)? {
                 Placed::Done => self.make_directory(&parent, leaf),
-                Placed::Surprise => Ok(Placed::Surprise),
+                undone => Ok(undone),
             },
             (Some(Entry::File(_)), Some(Entry::File(to))) if staged.stage_name.is_none() => {
                 set_executable(&parent, leaf, &current, to)
@@ -232,7 +236,7 @@ impl Applier<'_> {
                     None => self.place_new(stage_name, &parent, leaf),
                     Some(Entry::Dir) => match remove_directory(&parent, leaf)? {
                         Placed::Done => self.place_new(stage_name, &parent, leaf),
-                        Placed::Surprise => Ok(Placed::Surprise),
+                        undone => Ok(undone),
                     },
                     Some(_) => self.replace(stage_name, change, &parent, leaf, &current),
                 }
@@ -335,7 +339,7 @@ impl Applier<'_> {
                 // No exchange on this file system: for an instant nothing stands there.
                 return match self.displace(change, parent, leaf, current)? {
                     Placed::Done => self.place_new(stage_name, parent, leaf),
-                    Placed::Surprise => Ok(Placed::Surprise),
+                    undone => Ok(undone),
                 };
             }
             Err(error) => return Err(error.into()),
