@@ -71,7 +71,11 @@ impl Launcher {
             match launched.stage.next_message().await {
                 Ok(StageMessage::Started) => outcome = Ok(()),
                 Ok(StageMessage::Refused(refusal)) => outcome = Err(refusal),
-                Ok(StageMessage::NotExecuted { .. } | StageMessage::Ended(_)) => {}
+                Ok(
+                    StageMessage::NotExecuted { .. }
+                    | StageMessage::Terminal(_)
+                    | StageMessage::Ended(_),
+                ) => {}
                 Ok(StageMessage::Over(_)) | Err(_) => return outcome,
             }
         }
@@ -96,6 +100,7 @@ fn empty_command() -> Command {
         },
         limits_asked_for: true,
         stdin: false,
+        terminal: None,
         read_only: Vec::new(),
         forbidden: Vec::new(),
     }

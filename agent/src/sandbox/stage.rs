@@ -54,6 +54,8 @@ pub(super) struct Job {
     pub(super) spec: Spec,
     pub(super) script: Option<OwnedFd>,
     pub(super) stdin: Option<OwnedFd>,
+    /// The command's side of its terminal, once that is open.
+    pub(super) terminal: Option<OwnedFd>,
     /// The control group to create the command in.
     pub(super) born_into: Option<OwnedFd>,
 }
@@ -109,7 +111,7 @@ fn receive(control: &OwnedFd) -> Result<Job, SetupError> {
             None
         }
     };
-    Ok(Job { spec, script, stdin, born_into })
+    Ok(Job { spec, script, stdin, terminal: None, born_into })
 }
 
 /// Reads a memory file that can no longer change.

@@ -12,6 +12,7 @@ mod input;
 mod output;
 mod refusals;
 mod support;
+mod terminal;
 
 use std::os::unix::process::CommandExt as _;
 
