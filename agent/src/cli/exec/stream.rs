@@ -19,13 +19,15 @@ use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 
 use super::stdin::Input;
-use super::writer::{OutputQueue, WriterEvent};
+use super::writer::{OutputTo, WriterEvent};
 use crate::cli::error::{CliError, Exit};
 
 /// Time between TERM and KILL for an interrupted command.
 const GRACE: Duration = Duration::from_secs(2);
 /// How long after a cancel the end is waited for.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(12);
+/// The same where somebody wants to get away.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(3);
 
 type Opened = Result<Response<Streaming<v1::ExecDown>>, Status>;
 
@@ -34,7 +36,7 @@ pub(super) struct TaskStream {
     opening: Option<Pin<Box<dyn Future<Output = Opened> + Send>>>,
     down: Option<Streaming<v1::ExecDown>>,
     up: mpsc::Sender<v1::ExecUp>,
-    queue: OutputQueue,
+    output: Box<dyn OutputTo>,
     granted: u64,
     writer_events: mpsc::Receiver<WriterEvent>,
     /// Absent if the command gets no input, or has got all of it.
@@ -46,23 +48,26 @@ pub(super) struct TaskStream {
     input_ends: bool,
     credit: u64,
     cancel: Option<v1::ExecCancel>,
+    resize: Option<v1::TerminalSize>,
     give_up_at: Option<Instant>,
     /// What the hub said when it took the command; empty before.
     pub(super) accepted: v1::ExecAccepted,
     /// The reader of our standard output went away.
     pub(super) reader_gone: bool,
+    /// It wrote more than is wanted.
+    pub(super) too_much: bool,
     /// Our standard output or error cannot be written.
     pub(super) unwritable: Option<std::io::Error>,
 }
 
 impl TaskStream {
-    /// A conversation that begins with `start`. Output goes to `queue`, whose writer tells
+    /// A conversation that begins with `start`. Output goes to `output`, whose writer tells
     /// `writer_events` what it has dealt with.
     pub(super) fn new(
         mut client: OperatorClient<Channel>,
         start: v1::ExecStart,
         stdin: Option<Input>,
-        queue: OutputQueue,
+        output: Box<dyn OutputTo>,
         writer_events: mpsc::Receiver<WriterEvent>,
     ) -> Self {
         let granted = start.initial_credit;
@@ -73,7 +78,7 @@ impl TaskStream {
             opening: Some(opening),
             down: None,
             up,
-            queue,
+            output,
             granted,
             writer_events,
             stdin,
@@ -82,9 +87,11 @@ impl TaskStream {
             input_ends: false,
             credit: 0,
             cancel: None,
+            resize: None,
             give_up_at: None,
             accepted: v1::ExecAccepted::default(),
             reader_gone: false,
+            too_much: false,
             unwritable: None,
         }
     }
@@ -144,19 +151,37 @@ impl TaskStream {
         self.give_up_at.get_or_insert(Instant::now() + CANCEL_TIMEOUT);
     }
 
+    /// The same, but its end is waited for a moment only.
+    pub(super) fn leave(&mut self) {
+        self.cancel();
+        self.give_up_at = Some(Instant::now() + LEAVE_TIMEOUT);
+    }
+
+    /// Tells the command of another size of its terminal.
+    pub(super) fn resize(&mut self, size: v1::TerminalSize) {
+        self.resize = Some(size);
+    }
+
     /// No more output comes: the writer ends once it has written what waits.
     pub(super) fn close_output(&self) {
-        self.queue.close();
+        self.output.close();
     }
 
     fn has_frame(&self) -> bool {
-        self.cancel.is_some() || self.credit > 0 || self.input_fits() || self.input_ends
+        self.cancel.is_some()
+            || self.resize.is_some()
+            || self.credit > 0
+            || self.input_fits()
+            || self.input_ends
     }
 
     /// The most urgent frame that waits.
     fn next_frame(&mut self) -> Option<exec_up::Frame> {
         if let Some(cancel) = self.cancel.take() {
             return Some(exec_up::Frame::Cancel(cancel));
+        }
+        if let Some(size) = self.resize.take() {
+            return Some(exec_up::Frame::Resize(size));
         }
         if self.credit > 0 {
             let bytes = std::mem::take(&mut self.credit);
@@ -184,7 +209,7 @@ impl TaskStream {
         match message.frame {
             Some(exec_down::Frame::Accepted(accepted)) => self.accepted = accepted,
             Some(exec_down::Frame::Output(output)) => {
-                if !self.queue.push(output, self.granted) {
+                if !self.output.push(output, self.granted) {
                     return Err(lost("more output came than was granted"));
                 }
             }
@@ -201,6 +226,10 @@ impl TaskStream {
     fn hear(&mut self, event: WriterEvent) {
         match event {
             WriterEvent::Written(bytes) => self.credit = self.credit.saturating_add(bytes),
+            WriterEvent::TooMuch => {
+                self.too_much = true;
+                self.cancel();
+            }
             WriterEvent::ReaderGone => {
                 self.reader_gone = true;
                 self.cancel();
