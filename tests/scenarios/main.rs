@@ -7,3 +7,5 @@ mod exec;
 mod join;
 mod sandbox;
 mod sync;
+mod targets;
+mod terminal;

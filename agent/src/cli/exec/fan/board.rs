@@ -42,6 +42,8 @@ pub(super) struct Turn {
     pub(super) pieces: Vec<Piece>,
     /// Nothing more comes in this lane.
     pub(super) ended: bool,
+    /// Its command never began: there is nothing to show, not even that there was no output.
+    pub(super) abandoned: bool,
 }
 
 #[derive(Default)]
@@ -50,6 +52,7 @@ struct Waiting {
     pieces: VecDeque<Piece>,
     bytes: u64,
     closed: bool,
+    abandoned: bool,
     /// It stands in the queue of turns.
     in_turn: bool,
 }
@@ -123,7 +126,7 @@ impl Board {
 }
 
 fn take_turn(state: &mut State, lane: usize) -> Turn {
-    let mut turn = Turn { lane, opened: None, pieces: Vec::new(), ended: true };
+    let mut turn = Turn { lane, opened: None, pieces: Vec::new(), ended: true, abandoned: true };
     let Some(waiting) = state.lanes.get_mut(&lane) else { return turn };
     waiting.in_turn = false;
     turn.opened = waiting.opened.take();
@@ -135,6 +138,7 @@ fn take_turn(state: &mut State, lane: usize) -> Turn {
         turn.pieces.push(piece);
     }
     turn.ended = waiting.closed && waiting.pieces.is_empty();
+    turn.abandoned = waiting.abandoned;
     if turn.ended {
         state.lanes.remove(&lane);
     } else if !waiting.pieces.is_empty() {
@@ -143,10 +147,24 @@ fn take_turn(state: &mut State, lane: usize) -> Turn {
     turn
 }
 
-/// The end of a lane that a command's conversation has. Dropping it closes the lane.
+/// The end of a lane that a command's conversation has. Dropping it unclosed abandons the lane.
 pub(super) struct LaneInput {
     board: Board,
     lane: usize,
+}
+
+impl LaneInput {
+    /// Without effect on a lane that is closed.
+    fn close_as(&self, abandoned: bool) {
+        let mut state = self.board.lock();
+        if let Some(waiting) = state.lanes.get_mut(&self.lane).filter(|lane| !lane.closed) {
+            waiting.closed = true;
+            waiting.abandoned = abandoned;
+            state.give_turn(self.lane);
+        }
+        drop(state);
+        self.board.shared.1.notify_one();
+    }
 }
 
 impl OutputTo for LaneInput {
@@ -169,19 +187,13 @@ impl OutputTo for LaneInput {
     }
 
     fn close(&self) {
-        let mut state = self.board.lock();
-        if let Some(waiting) = state.lanes.get_mut(&self.lane) {
-            waiting.closed = true;
-            state.give_turn(self.lane);
-        }
-        drop(state);
-        self.board.shared.1.notify_one();
+        self.close_as(false);
     }
 }
 
 impl Drop for LaneInput {
     fn drop(&mut self) {
-        self.close();
+        self.close_as(true);
     }
 }
 

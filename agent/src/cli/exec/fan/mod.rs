@@ -40,7 +40,7 @@ use crate::cli::error::{CliError, Exit};
 use crate::cli::printer::{ColorWhen, Format, Printer, complain, progress_is_visible};
 use crate::cli::units::parse_size;
 use crate::cli::{Global, Output, hub};
-use board::{Board, Lane};
+use board::{Board, Lane, LaneEnd};
 use output::Destination;
 use summary::{Course, Fate, Report};
 use targets::Target;
@@ -288,9 +288,13 @@ impl Fan {
                     }
                 }
             };
-            stream.close_output();
             // Without an answer the writer is gone, which ends the whole.
-            let end = stream.hear_until(written).await.unwrap_or_default();
+            let end = if stream.accepted.task_id.is_empty() {
+                LaneEnd::default()
+            } else {
+                stream.close_output();
+                stream.hear_until(written).await.unwrap_or_default()
+            };
             let known = exit.as_ref().ok().and_then(Option::as_ref);
             let incomplete = known.and_then(|exit| end.check.incomplete(exit));
             let course = Course {

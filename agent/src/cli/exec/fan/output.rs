@@ -27,8 +27,22 @@ pub(super) trait Destination: Send {
 struct Open {
     lane: Lane,
     end: LaneEnd,
-    /// Output that may still be written.
-    left: u64,
+    /// Output that may still be written; none once there was more.
+    left: Option<u64>,
+}
+
+impl Open {
+    /// How much of a piece is to be shown.
+    fn show(&mut self, length: usize) -> usize {
+        let Some(left) = self.left else { return 0 };
+        let bytes = u64::try_from(length).unwrap_or(u64::MAX);
+        self.left = left.checked_sub(bytes);
+        if self.left.is_none() {
+            self.lane.events.blocking_send(WriterEvent::TooMuch).ok();
+            return usize::try_from(left).unwrap_or(length);
+        }
+        length
+    }
 }
 
 /// Writes until the board is closed and empty. Blocks; for a thread of its own. The first error is
@@ -44,7 +58,7 @@ pub(super) fn write_all(
     let mut lanes: HashMap<usize, Open> = HashMap::new();
     while let Some(turn) = board.next() {
         if let Some(lane) = turn.opened {
-            lanes.insert(turn.lane, Open { lane, end: LaneEnd::default(), left: most_bytes });
+            lanes.insert(turn.lane, Open { lane, end: LaneEnd::default(), left: Some(most_bytes) });
         }
         let Some(open) = lanes.get_mut(&turn.lane) else { continue };
         let mut bytes = 0;
@@ -55,11 +69,7 @@ pub(super) fn write_all(
             };
             check.take(piece.offset, &piece.data);
             bytes += u64::try_from(piece.data.len()).unwrap_or(u64::MAX);
-            let shown = usize::try_from(open.left).unwrap_or(usize::MAX).min(piece.data.len());
-            if shown < piece.data.len() && open.left > 0 {
-                open.lane.events.blocking_send(WriterEvent::TooMuch).ok();
-            }
-            open.left -= u64::try_from(shown).unwrap_or(open.left);
+            let shown = open.show(piece.data.len());
             failure
                 .unless(|| destination.write(&open.lane.name, piece.stream, &piece.data[..shown]));
         }
@@ -71,10 +81,12 @@ pub(super) fn write_all(
         if turn.ended
             && let Some(Open { lane, mut end, .. }) = lanes.remove(&turn.lane)
         {
-            failure.unless(|| {
-                end.captured = destination.end(&lane.name)?;
-                destination.flush()
-            });
+            if !turn.abandoned {
+                failure.unless(|| {
+                    end.captured = destination.end(&lane.name)?;
+                    destination.flush()
+                });
+            }
             // Nobody waits for it any more: then nobody is told.
             lane.done.send(end).ok();
         }
@@ -93,6 +105,48 @@ impl Failure {
             && let Some(tell) = self.tell.take()
         {
             tell.send(error).ok();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use cortex_proto::v1::Output;
+    use tokio::sync::mpsc;
+
+    use super::super::captured::Documents;
+    use super::*;
+    use crate::cli::exec::writer::OutputTo as _;
+
+    #[test]
+    fn more_than_is_wanted_is_told_once_and_cut_wherever_pieces_end() {
+        let cases: [(&[usize], usize, usize); 4] =
+            [(&[4, 4], 8, 0), (&[4, 5], 8, 1), (&[8, 1, 1], 8, 1), (&[100], 8, 1)];
+        for (pieces, kept, told) in cases {
+            let board = Board::default();
+            let (events, mut heard) = mpsc::channel(16);
+            let (done, mut end) = oneshot::channel();
+            let input = board.open(Lane { name: "a".to_owned(), events, done });
+            let mut offset = 0;
+            for length in pieces {
+                let data = Bytes::from(vec![b'x'; *length]);
+                input.push(Output { stream: 0, offset, data }, u64::MAX);
+                offset += u64::try_from(*length).unwrap();
+            }
+            input.close();
+            board.close();
+            write_all(&board, Box::<Documents>::default(), 8, oneshot::channel().0);
+            assert_eq!(end.try_recv().unwrap().captured.stdout.len(), kept, "{pieces:?}");
+            let (mut too_much, mut written) = (0, 0);
+            while let Ok(event) = heard.try_recv() {
+                match event {
+                    WriterEvent::TooMuch => too_much += 1,
+                    WriterEvent::Written(bytes) => written += bytes,
+                    other => panic!("{other:?}"),
+                }
+            }
+            assert_eq!((too_much, written), (told, offset), "{pieces:?}");
         }
     }
 }
