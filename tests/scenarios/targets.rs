@@ -68,6 +68,12 @@ fn twelve_nodes_answer_in_whole_lines_and_the_summary_names_who_failed() {
     let expected = format!("== {} (11 nodes)\nsame\n", names.join(", "));
     assert_eq!(grouped.text(), expected, "{}", grouped.stderr);
 
+    // Output that nobody takes is not passed over in silence, however late it is written.
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut unwritable = operator.command(&["exec", "n00", "n01", "--group", "--", "echo", "x"]);
+    let ended = unwritable.stdout(full).stderr(Stdio::null()).status().unwrap();
+    assert_eq!(ended.code(), Some(125));
+
     // Documents, one for each node, reached or not.
     let lines = operator.agent(&["exec", "--all", "-o", "jsonl", "--", "echo", "hi"]);
     let documents: Vec<serde_json::Value> =

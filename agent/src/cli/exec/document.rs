@@ -8,7 +8,7 @@ use super::check::verdict_name;
 use super::writer::Captured;
 
 /// One command on one node.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub(super) struct Document {
     pub(super) task_id: String,
     pub(super) node: String,

@@ -21,6 +21,7 @@ mod output;
 mod summary;
 mod targets;
 
+use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
@@ -33,6 +34,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::transport::Channel;
 
+use super::document::Document;
 use super::one::of_the_mesh;
 use super::signals::Signals;
 use super::stream::TaskStream;
@@ -146,24 +148,42 @@ pub(super) async fn exec(
     let parallel = args.parallel.get().min(nodes.len());
     let share = MAX_OUTPUT_CREDIT / u64::try_from(parallel).unwrap_or(u64::MAX).max(1);
     let initial_credit = share.clamp(LEAST_CREDIT, DEFAULT_OUTPUT_CREDIT);
+    let (printing, printed) = mpsc::channel(1);
+    let printer = global.printer(output);
+    let printer = tokio::task::spawn_blocking(move || print(printer, printed));
     let fan = Fan {
         client,
         start: v1::ExecStart { initial_credit, ..start },
         board: board.clone(),
         parallel,
         max_fail: args.max_fail.map_or(usize::MAX, NonZeroUsize::get),
-        printer: global.printer(output),
+        documents_wanted: output.format != Format::Table,
+        documents: VecDeque::new(),
+        printing,
         signals: Signals::new().map_err(of_the_mesh)?,
         failure,
         cancel: watch::Sender::new(false),
         stop: Stop::No,
         reports: Vec::new(),
     };
-    let (reports, stop) = fan.run(nodes).await?;
+    let Finished { reports, mut stop, mut signals, mut failure } = fan.run(nodes).await?;
     board.close();
-    let finished = writer.await;
-    finished.map_err(|error| super::stream::lost("the output was not written").because(error))?;
+    // A slow reader may delay the last bytes.
+    let (written, printed) = tokio::select! {
+        done = async { (writer.await, printer.await) } => done,
+        () = signals.next() => {
+            let text = "interrupted before all output was written";
+            return Err(CliError::new(Exit::Code(130), text));
+        }
+    };
     complain(&summary::text(&reports), global.color);
+    let lost = || super::stream::lost("the output was not written");
+    written.map_err(|error| lost().because(error))?;
+    printed.map_err(|error| lost().because(error))??;
+    // Part of the output may be written only when all is over.
+    if let Ok(error) = failure.try_recv() {
+        stop = Stop::Unwritable(error);
+    }
     match stop {
         Stop::Unwritable(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(141),
         Stop::Unwritable(error) => {
@@ -176,6 +196,16 @@ pub(super) async fn exec(
             _ => summary::exit_code(&reports, stop.is_interrupted()),
         }),
     }
+}
+
+/// Prints documents on a thread that may block on a slow reader.
+fn print(mut printer: Printer, mut documents: mpsc::Receiver<Document>) -> Result<(), CliError> {
+    let mut count = 0;
+    while let Some(document) = documents.blocking_recv() {
+        printer.item(count, &document)?;
+        count += 1;
+    }
+    printer.end_items(count)
 }
 
 fn dry_run(printer: &mut Printer, nodes: &[Target]) -> Result<(), CliError> {
@@ -208,12 +238,22 @@ enum Stop {
     Failures,
     Interrupted,
     Unwritable(std::io::Error),
+    /// Documents are not taken any longer; the printer knows why.
+    Unprintable,
 }
 
 impl Stop {
     fn is_interrupted(&self) -> bool {
         matches!(self, Self::Interrupted)
     }
+}
+
+/// What is left when every command has ended.
+struct Finished {
+    reports: Vec<Report>,
+    stop: Stop,
+    signals: Signals,
+    failure: oneshot::Receiver<std::io::Error>,
 }
 
 /// The loop that owns everything but the writer.
@@ -223,7 +263,10 @@ struct Fan {
     board: Board,
     parallel: usize,
     max_fail: usize,
-    printer: Printer,
+    documents_wanted: bool,
+    /// Not printed yet. They count as if they were running, so that they are few.
+    documents: VecDeque<Document>,
+    printing: mpsc::Sender<Document>,
     signals: Signals,
     failure: oneshot::Receiver<std::io::Error>,
     /// Becomes true when everything is to end.
@@ -234,22 +277,34 @@ struct Fan {
 
 impl Fan {
     /// Until every command has ended. Reports are in the order of the nodes.
-    async fn run(mut self, nodes: Vec<Target>) -> Result<(Vec<Report>, Stop), CliError> {
+    async fn run(mut self, nodes: Vec<Target>) -> Result<Finished, CliError> {
         let order: Vec<_> = nodes.iter().map(|node| node.id).collect();
         let mut waiting = nodes.into_iter();
         let mut running = FuturesUnordered::new();
         let mut writable = true;
+        let printing = self.printing.clone();
         loop {
             while matches!(self.stop, Stop::No)
-                && running.len() < self.parallel
+                && running.len() + self.documents.len() < self.parallel
                 && let Some(node) = waiting.next()
             {
                 running.push(self.converse(node));
             }
+            if running.is_empty() && !matches!(self.stop, Stop::No) {
+                waiting.by_ref().for_each(|node| self.ended(Report::not_started(node)));
+            }
+            if running.is_empty() && self.documents.is_empty() {
+                break;
+            }
             tokio::select! {
-                report = running.next() => match report {
-                    Some(report) => self.ended(report)?,
-                    None => break,
+                Some(report) = running.next(), if !running.is_empty() => self.ended(report),
+                permit = printing.reserve(), if !self.documents.is_empty() => match permit {
+                    Ok(permit) => {
+                        if let Some(document) = self.documents.pop_front() {
+                            permit.send(document);
+                        }
+                    }
+                    Err(_) => self.unprintable(),
                 },
                 Ok(error) = &mut self.failure, if writable => {
                     writable = false;
@@ -259,12 +314,9 @@ impl Fan {
                 () = self.signals.next() => self.interrupt()?,
             }
         }
-        for node in waiting {
-            self.ended(Report::not_started(node))?;
-        }
-        self.printer.end_items(self.reports.len())?;
         self.reports.sort_by_key(|report| order.iter().position(|id| *id == report.target.id));
-        Ok((self.reports, self.stop))
+        let Self { reports, stop, signals, failure, .. } = self;
+        Ok(Finished { reports, stop, signals, failure })
     }
 
     /// The conversation about the command on one node.
@@ -309,17 +361,24 @@ impl Fan {
         }
     }
 
-    fn ended(&mut self, mut report: Report) -> Result<(), CliError> {
-        self.printer.item(self.reports.len(), &report.document)?;
-        // It is printed: what is left to say is short.
-        report.document.stdout = String::new();
-        report.document.stderr = String::new();
+    fn unprintable(&mut self) {
+        self.documents.clear();
+        if matches!(self.stop, Stop::No | Stop::Failures) {
+            self.stop = Stop::Unprintable;
+        }
+        self.cancel.send_replace(true);
+    }
+
+    fn ended(&mut self, mut report: Report) {
+        let document = std::mem::take(&mut report.document);
+        if self.documents_wanted && !matches!(self.stop, Stop::Unprintable) {
+            self.documents.push_back(document);
+        }
         self.reports.push(report);
         let failed = self.reports.iter().filter(|report| report.fate != Fate::Succeeded).count();
         if failed >= self.max_fail && matches!(self.stop, Stop::No) {
             self.stop = Stop::Failures;
         }
-        Ok(())
     }
 
     fn interrupt(&mut self) -> Result<(), CliError> {
