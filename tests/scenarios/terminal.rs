@@ -141,3 +141,76 @@ fn a_permissive_shell_has_a_terminal_of_the_host() {
     terminal.press_until("exit 4\r", "exit 4");
     assert_eq!(terminal.wait().code(), Some(4), "{}", terminal.shown());
 }
+
+/// A window of a tmux server of its own, ended on drop.
+struct Tmux {
+    socket: std::path::PathBuf,
+}
+
+impl Tmux {
+    fn run(&self, arguments: &[&str]) -> String {
+        let mut command = std::process::Command::new("tmux");
+        command.arg("-f/dev/null").arg("-S").arg(&self.socket).args(arguments);
+        let done = command.env_remove("TMUX").output().unwrap();
+        String::from_utf8_lossy(&done.stdout).into_owned()
+    }
+
+    fn until(&self, text: &str) {
+        cortex_tests::wait::until(text, || self.run(&["capture-pane", "-p"]).contains(text));
+    }
+}
+
+impl Drop for Tmux {
+    fn drop(&mut self) {
+        self.run(&["kill-server"]);
+    }
+}
+
+#[test]
+fn an_editor_works_in_a_real_terminal_program_and_the_terminal_is_sane_afterwards() {
+    for program in ["tmux", "vim"] {
+        if std::process::Command::new(program).arg("--version").output().is_err() {
+            eprintln!("skipped: {program} is not installed");
+            return;
+        }
+    }
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let _node = mesh.node("a", As::Me);
+    let tmux = Tmux { socket: mesh.path("tmux") };
+    let command = operator.command(&["shell", "a"]);
+    let variables = command.get_envs().filter_map(|(name, value)| Some((name, value?)));
+    let variables: String = variables
+        .map(|(name, value)| format!("{}='{}' ", name.display(), value.display()))
+        .collect();
+    let shell = command.get_program().display();
+    // Settings before and after are compared in the window itself.
+    let script = format!(
+        "before=$(stty -g); env {variables} {shell} shell a; echo code $?; \
+         test \"$before\" = \"$(stty -g)\" && echo sane; sleep 300"
+    );
+    tmux.run(&[
+        "new-session",
+        "-d",
+        "-x",
+        "100",
+        "-y",
+        "30",
+        &format!("bash -c '{}'", script.replace('\'', "'\\''")),
+    ]);
+    tmux.until("cortex@cortex:");
+    tmux.run(&["send-keys", "vim -u NONE file", "Enter"]);
+    tmux.until("~");
+    tmux.run(&["send-keys", "i", "typed in vim", "Escape", ":set columns? lines?", "Enter"]);
+    tmux.until("columns=100");
+    tmux.run(&["resize-window", "-x", "120", "-y", "40"]);
+    tmux.run(&["send-keys", "Enter", ":set columns? lines?", "Enter"]);
+    tmux.until("columns=120");
+    tmux.run(&["send-keys", "Enter", ":wq", "Enter"]);
+    // What is typed while vim gives the terminal back is lost: first the prompt again.
+    tmux.until("NONE file\ncortex@cortex:");
+    tmux.run(&["send-keys", "clear; cat fi''le; exit 9", "Enter"]);
+    tmux.until("typed in vim");
+    tmux.until("code 9");
+    tmux.until("sane");
+}
