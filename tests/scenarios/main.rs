@@ -9,3 +9,5 @@ mod join;
 mod sandbox;
 mod secrets;
 mod sync;
+mod targets;
+mod terminal;

@@ -5,6 +5,7 @@
 //! | `request` | what is asked for and what comes back |
 //! | `policy` | pure: limits, environment, and what a request may contain |
 //! | `output`, `stdin` | a pipe each: credit, frames, hash; a bounded queue |
+//! | `terminal` | what stands in for the pipes of a command with a terminal |
 //! | `run` | one command from start to exit |
 //!
 //! Invariants. [`CommandEvent::Exit`] is always sent, once, last. No more bytes are under way than
@@ -17,11 +18,12 @@ mod policy;
 mod request;
 mod run;
 mod stdin;
+mod terminal;
 
 pub use output::MAX_FRAME_BYTES;
 pub use policy::{MAX_ARGUMENT_BYTES, MAX_ARGUMENTS_BYTES, MAX_SCRIPT_BYTES, MAX_TIME_LIMIT};
 pub use request::{
     CommandControl, CommandEvent, CommandExit, CommandRequest, CommandVerdict, OutputStream,
-    RequestedLimits, WorkspaceView,
+    RequestedLimits, TerminalRequest, WorkspaceView,
 };
 pub use run::{Executor, run};

@@ -23,6 +23,8 @@ const GATHER_TIME: Duration = Duration::from_millis(2);
 #[derive(Debug)]
 pub(super) struct OutputPipe {
     pipe: pipe::Receiver,
+    /// It is a terminal's output, see [`super::terminal`].
+    terminal: bool,
     /// Read and not yet handed out.
     buffer: BytesMut,
     /// Bytes that may still be read; known once every process of the command has ended.
@@ -37,6 +39,7 @@ impl OutputPipe {
     pub(super) fn new(pipe: pipe::Receiver) -> Self {
         Self {
             pipe,
+            terminal: false,
             buffer: BytesMut::new(),
             remaining: None,
             ended: false,
@@ -44,6 +47,11 @@ impl OutputPipe {
             bytes: 0,
             hasher: blake3::Hasher::new(),
         }
+    }
+
+    /// With what a terminal shows as its only output.
+    pub(super) fn of_terminal(pipe: pipe::Receiver) -> Self {
+        Self { terminal: true, ..Self::new(pipe) }
     }
 
     /// Bytes handed out so far.
@@ -65,6 +73,11 @@ impl OutputPipe {
     /// End-of-file is not waited for: a process outside that was handed the pipe could hold it open
     /// for ever.
     pub(super) fn writers_are_gone(&mut self) {
+        if self.terminal {
+            // It cannot be asked for all: part of it may still be on its way through the kernel.
+            self.remaining = Some(super::terminal::MOST_UNREAD_BYTES);
+            return;
+        }
         // A pipe that cannot be asked is treated as empty; the frames before are unaffected.
         self.remaining = Some(rustix::io::ioctl_fionread(&self.pipe).unwrap_or(0));
     }
@@ -109,7 +122,7 @@ impl OutputPipe {
                 return;
             }
             self.buffer.reserve(room);
-            match self.pipe.try_read_buf(&mut (&mut self.buffer).limit(room)) {
+            match self.read(room) {
                 Ok(0) => self.ended = true,
                 Ok(count) => {
                     let count = u64::try_from(count).unwrap_or(u64::MAX);
@@ -124,6 +137,19 @@ impl OutputPipe {
                 Err(_) => self.ended = true,
             }
         }
+    }
+
+    /// Reads up to `room` bytes into the buffer, which has room for them.
+    fn read(&mut self, room: usize) -> io::Result<usize> {
+        if !self.terminal || self.remaining.is_none() {
+            return self.pipe.try_read_buf(&mut (&mut self.buffer).limit(room));
+        }
+        // The runtime may not have heard yet that there is something to read. The kernel waits for
+        // what is on its way to a terminal only if it is asked itself.
+        let mut piece = [0; 4096];
+        let count = rustix::io::read(&self.pipe, &mut piece[..room.min(4096)])?;
+        self.buffer.put_slice(&piece[..count]);
+        Ok(count)
     }
 
     fn hand_out(&mut self, most: usize) -> Bytes {

@@ -51,6 +51,8 @@ pub(super) enum RequestRefusal {
     VariableName { name: String },
     #[error("{cwd:?} is no relative path within the workspace")]
     WorkingDirectory { cwd: String },
+    #[error("{kind:?} is no kind of terminal")]
+    TerminalKind { kind: String },
     #[error("strict mode never lets a command see {path:?}")]
     ReadOnlyPath { path: std::path::PathBuf },
 }
@@ -64,7 +66,9 @@ pub(super) fn resolve(
     let time_limit = request.time_limit.map_or(MAX_TIME_LIMIT, |limit| limit.min(MAX_TIME_LIMIT));
     let limits = limits(request.limits, machine_memory_bytes);
     check_arguments(&request)?;
-    let env = environment(request.mode, &request.env, agent_env)?;
+    let terminal = request.terminal.as_ref();
+    let kind = terminal.map(|terminal| check_terminal_kind(&terminal.kind)).transpose()?;
+    let env = environment(request.mode, kind, &request.env, agent_env)?;
     let program = match (request.argv.is_empty(), request.script) {
         (false, None) => Program::Arguments(request.argv),
         (true, Some(script)) => Program::Script(check_script(script)?),
@@ -98,6 +102,7 @@ pub(super) fn resolve(
         limits,
         limits_asked_for: request.limits != RequestedLimits::default(),
         stdin: request.stdin,
+        terminal: request.terminal.map(|terminal| terminal.size),
         read_only: request.read_only_paths,
         forbidden: request.forbidden_paths,
         require_control_group: request.require_control_group,
@@ -179,10 +184,21 @@ fn check_directory(cwd: Vec<u8>) -> Result<Vec<u8>, RequestRefusal> {
     }
 }
 
+/// The value of `TERM` names a file to programs.
+fn check_terminal_kind(kind: &str) -> Result<&str, RequestRefusal> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'_' | b'.');
+    if (1..=64).contains(&kind.len()) && !kind.starts_with('.') && kind.bytes().all(plain) {
+        Ok(kind)
+    } else {
+        Err(RequestRefusal::TerminalKind { kind: kind.chars().take(64).collect() })
+    }
+}
+
 /// The whole environment of a command: a base that depends on the mode, then what was asked for.
 /// Nothing else of the agent's own environment, which may hold secrets.
 fn environment(
     mode: Mode,
+    terminal_kind: Option<&str>,
     requested: &[(Vec<u8>, Vec<u8>)],
     agent_env: impl Fn(&str) -> Option<Vec<u8>>,
 ) -> Result<Environment, RequestRefusal> {
@@ -193,7 +209,7 @@ fn environment(
         ("LOGNAME", "cortex"),
         ("SHELL", "/bin/bash"),
         ("LANG", "C.UTF-8"),
-        ("TERM", "dumb"),
+        ("TERM", terminal_kind.unwrap_or("dumb")),
         ("TMPDIR", "/tmp"),
     ]
     .into_iter()
@@ -288,6 +304,32 @@ mod tests {
         let (command, _) = resolve_on_a_machine(CommandRequest { env, ..echo() }).unwrap();
         let homes: Vec<_> = command.env.iter().filter(|(name, _)| name == b"HOME").collect();
         assert_eq!(homes, [&(b"HOME".to_vec(), b"/tmp".to_vec())]);
+    }
+
+    #[test]
+    fn kind_of_terminal_is_checked_and_told() {
+        let request = |kind: &str| {
+            let size = crate::sandbox::TerminalSize { rows: 24, columns: 80 };
+            let terminal = crate::exec::TerminalRequest { size, kind: kind.to_owned() };
+            CommandRequest { terminal: Some(terminal), ..echo() }
+        };
+        for (kind, good) in [
+            ("xterm-256color", true),
+            ("screen.xterm+x", true),
+            ("", false),
+            ("../../etc/passwd", false),
+            (".hidden", false),
+            ("a b", false),
+            ("x\u{1b}", false),
+            (&"x".repeat(65), false),
+        ] {
+            let found = resolve_on_a_machine(request(kind));
+            let term = found.map(|(command, _)| {
+                let term = command.env.iter().find(|(name, _)| name == b"TERM").unwrap();
+                term.1 == kind.as_bytes() && command.terminal.is_some()
+            });
+            assert_eq!(term.unwrap_or(false), good, "{kind:?}");
+        }
     }
 
     #[test]

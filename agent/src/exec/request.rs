@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use cortex_shared::policy::Mode;
 
-use crate::sandbox::Network;
+use crate::sandbox::{Network, TerminalSize};
 
 /// One command. What is out of bounds is refused by [`super::run()`], not here.
 #[derive(Debug, Clone, Default)]
@@ -29,12 +29,23 @@ pub struct CommandRequest {
     pub limits: RequestedLimits,
     /// Standard input will be sent; otherwise the command reads end-of-file.
     pub stdin: bool,
+    /// A terminal in place of pipes. Its output is all standard output, and its input is always sent.
+    pub terminal: Option<TerminalRequest>,
     /// Directories that the workspace must neither contain nor lie in: the agent's own state.
     pub forbidden_paths: Vec<PathBuf>,
     /// Directories of this machine that the command sees read-only, at the same path.
     pub read_only_paths: Vec<PathBuf>,
     /// The node's owner wants no command without a control group to limit it as a whole.
     pub require_control_group: bool,
+}
+
+/// A terminal for a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TerminalRequest {
+    /// Its size at first.
+    pub size: TerminalSize,
+    /// What kind it is: the value of `TERM`, of 1 to 64 letters, digits, `+`, `-`, `_` and `.`.
+    pub kind: String,
 }
 
 /// A workspace as a command sees it.
@@ -149,6 +160,8 @@ pub enum CommandControl {
     },
     /// Send this signal to the command's process group.
     Signal(i32),
+    /// Give its terminal another size. Without effect where it has none.
+    Resize(TerminalSize),
     /// Send `signal`, and end everything after `grace`.
     Cancel {
         /// 0 for SIGTERM.

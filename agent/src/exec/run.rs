@@ -4,6 +4,7 @@
 //! waits for the receiver of events alone, so a stalled reader cannot keep a cancel from working.
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -17,8 +18,9 @@ use super::request::{
     CommandControl, CommandEvent, CommandExit, CommandRequest, CommandVerdict, OutputStream,
 };
 use super::stdin::Stdin;
+use super::terminal::Terminal;
 use crate::sandbox::{
-    Absent, Ending, Group, LaunchError, Launched, Launcher, StageHandle, StageMessage,
+    Absent, Ending, Group, LaunchError, Launched, Launcher, StageHandle, StageMessage, TerminalSize,
 };
 
 /// The reason given where even the process that tells of the command's end was ended.
@@ -82,21 +84,24 @@ impl Executor {
     ) {
         let begun = Instant::now();
         let mode = request.mode;
+        let with_terminal = request.terminal.is_some();
         let mut exit = match self.start(request).await {
             Err(exit) => exit,
             Ok((mut launched, time_limit)) => {
                 let absent = std::mem::take(&mut launched.absent);
                 let group = std::mem::take(&mut launched.group);
-                let exit = Running::new(
+                let mut running = Running::new(
                     launched,
                     mode,
                     initial_credit,
                     time_limit,
                     control,
                     events.clone(),
-                )
-                .run()
-                .await;
+                );
+                if with_terminal {
+                    running.await_terminal();
+                }
+                let exit = Box::pin(running.run()).await;
                 look_back(exit, absent, group).await
             }
         };
@@ -231,12 +236,23 @@ enum Wake {
     Frame(OutputStream, Option<bytes::Bytes>),
 }
 
+/// The terminal of a command.
+#[derive(Debug)]
+enum TerminalState {
+    /// It has none.
+    None,
+    /// It is to have one, of this size if it has changed since it was asked for.
+    Awaited(Option<TerminalSize>),
+    Open(Terminal),
+}
+
 struct Running {
     stage: StageHandle,
     mode: Mode,
     stdout: OutputPipe,
     stderr: OutputPipe,
     stdin: Stdin,
+    terminal: TerminalState,
     credit: u64,
     control: mpsc::Receiver<CommandControl>,
     control_open: bool,
@@ -276,6 +292,7 @@ impl Running {
             stdout: OutputPipe::new(launched.stdout),
             stderr: OutputPipe::new(launched.stderr),
             stdin: Stdin::new(launched.stdin),
+            terminal: TerminalState::None,
             credit,
             control,
             control_open: true,
@@ -327,6 +344,31 @@ impl Running {
             }
         }
         self.exit()
+    }
+
+    /// The command has a terminal in place of pipes.
+    fn await_terminal(&mut self) {
+        self.terminal = TerminalState::Awaited(None);
+        self.stdin = Stdin::of_terminal();
+    }
+
+    fn open_terminal(&mut self, master: OwnedFd) -> std::io::Result<()> {
+        let (terminal, output, input) = Terminal::new(master)?;
+        if let TerminalState::Awaited(Some(size)) = self.terminal {
+            terminal.resize(size);
+        }
+        self.stdout = OutputPipe::of_terminal(output);
+        self.stdin.open(input);
+        self.terminal = TerminalState::Open(terminal);
+        Ok(())
+    }
+
+    fn resize(&mut self, size: TerminalSize) {
+        match &mut self.terminal {
+            TerminalState::None => {}
+            TerminalState::Awaited(awaited) => *awaited = Some(size),
+            TerminalState::Open(terminal) => terminal.resize(size),
+        }
     }
 
     fn is_finished(&self) -> bool {
@@ -383,7 +425,7 @@ impl Running {
         // signal.
         let grace = if self.started { grace.min(MAX_GRACE) } else { Duration::ZERO };
         if self.started {
-            self.stage.signal(signal);
+            self.signal(signal);
         }
         let kill_at = Instant::now() + grace;
         self.escalation = match self.escalation {
@@ -391,6 +433,18 @@ impl Running {
             Escalation::Asked(at) => Escalation::Asked(at.min(kill_at)),
             further => further,
         };
+    }
+
+    /// Asks the command to end, or whatever the signal says.
+    fn signal(&self, signal: i32) {
+        if signal == libc::SIGTERM && !matches!(self.terminal, TerminalState::None) {
+            // An interactive shell ignores the request to terminate. It ends, and tells its jobs,
+            // when its terminal hangs up; a job that is stopped hears of it once it continues.
+            self.stage.signal(libc::SIGHUP);
+            self.stage.signal(libc::SIGCONT);
+        } else {
+            self.stage.signal(signal);
+        }
     }
 
     fn abandon(&mut self, why: &'static str) {
@@ -412,6 +466,7 @@ impl Running {
                 }
             }
             Some(CommandControl::Signal(number)) => self.stage.signal(number),
+            Some(CommandControl::Resize(size)) => self.resize(size),
             Some(CommandControl::Cancel { .. }) if self.over => {
                 // Only undelivered output is left, and it is no longer wanted.
                 self.abandoned = true;
@@ -430,6 +485,12 @@ impl Running {
 
     fn take_message(&mut self, message: std::io::Result<StageMessage>) {
         match message {
+            Ok(StageMessage::Terminal(master)) => {
+                if let Err(error) = self.open_terminal(master) {
+                    let reason = format!("the terminal cannot be used: {error}");
+                    self.stop(Stop::Failed(reason), libc::SIGTERM, Duration::ZERO);
+                }
+            }
             Ok(StageMessage::Started) => {
                 self.started = true;
                 self.deadline = Some(Instant::now() + self.time_limit);

@@ -65,7 +65,6 @@ pub(crate) fn hints() -> Vec<String> {
         request::Refusal::NotRecorded,
         request::Refusal::NoSuchWorkspace { name: "w".to_owned() },
         request::Refusal::WorkspaceUnusable { reason: String::new() },
-        request::Refusal::NoTerminals,
     ];
     let mut hints: Vec<String> = refusals.iter().map(request::Refusal::hint).collect();
     hints.push(renewal::this_machine());

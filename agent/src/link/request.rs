@@ -11,8 +11,8 @@ use cortex_shared::ids::WorkspaceId;
 
 use super::authority::{Authority, Missing, mode_in_force};
 use super::mode_of;
-use crate::exec::{CommandRequest, RequestedLimits, WorkspaceView};
-use crate::sandbox::Network;
+use crate::exec::{CommandRequest, RequestedLimits, TerminalRequest, WorkspaceView};
+use crate::sandbox::{Network, TerminalSize};
 
 /// Why a command does not run. It has not run.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -25,8 +25,6 @@ pub(super) enum Refusal {
     NoSuchWorkspace { name: String },
     #[error("the workspace's files are not usable here: {reason}")]
     WorkspaceUnusable { reason: String },
-    #[error("this agent does not offer terminals")]
-    NoTerminals,
     #[error("the request is not valid: {0}")]
     Invalid(&'static str),
 }
@@ -47,7 +45,6 @@ impl Refusal {
             Self::WorkspaceUnusable { .. } => {
                 "`cortex-agent workspace status` on the node says more".to_owned()
             }
-            Self::NoTerminals => "leave out -t".to_owned(),
             Self::Invalid(_) => String::new(),
         }
     }
@@ -67,9 +64,6 @@ pub(super) fn command(
 ) -> Result<CommandRequest, Refusal> {
     let mode = mode_in_force(mode_of(spec.mode), authority)
         .map_err(|missing| Refusal::NotPermitted { missing })?;
-    if spec.terminal.is_some() {
-        return Err(Refusal::NoTerminals);
-    }
     let workspace = if spec.workspace.is_empty() && spec.workspace_id.is_empty() {
         if !spec.cwd.is_empty() {
             return Err(Refusal::Invalid("a working directory needs a workspace"));
@@ -100,10 +94,24 @@ pub(super) fn command(
             processes: (spec.max_processes > 0).then_some(spec.max_processes),
         },
         stdin: spec.stdin,
+        terminal: spec.terminal.map(|terminal| TerminalRequest {
+            size: terminal_size(&terminal),
+            kind: terminal.term,
+        }),
         forbidden_paths,
         read_only_paths: Vec::new(),
         require_control_group: false,
     })
+}
+
+/// A size as a terminal can have it. Nothing, which some callers send for "unknown", becomes what
+/// programs assume then; more than there can be is cut.
+pub(super) fn terminal_size(size: &v1::TerminalSize) -> TerminalSize {
+    let fit = |wanted: u32, unknown: u16| match wanted {
+        0 => unknown,
+        wanted => u16::try_from(wanted).unwrap_or(u16::MAX),
+    };
+    TerminalSize { rows: fit(size.rows, 24), columns: fit(size.columns, 80) }
 }
 
 #[cfg(test)]
@@ -153,13 +161,24 @@ mod tests {
     }
 
     #[test]
-    fn terminals_bad_ids_and_directories_without_a_workspace_are_refused() {
-        let terminal = v1::TaskSpec { terminal: Some(v1::TerminalSize::default()), ..spec() };
-        assert_eq!(check(terminal, open()).map(|_| ()), Err(Refusal::NoTerminals));
+    fn bad_ids_and_directories_without_a_workspace_are_refused() {
         let bad_id = v1::TaskSpec { workspace_id: Bytes::from_static(b"short"), ..spec() };
         assert!(matches!(check(bad_id, open()), Err(Refusal::Invalid(_))));
         let cwd = v1::TaskSpec { cwd: Bytes::from_static(b"d"), ..spec() };
         assert!(matches!(check(cwd, open()), Err(Refusal::Invalid(_))));
+    }
+
+    #[test]
+    fn a_terminal_has_a_size_that_a_terminal_can_have() {
+        for ((rows, columns), size) in
+            [((50, 132), (50, 132)), ((0, 0), (24, 80)), ((u32::MAX, 1), (u16::MAX, 1))]
+        {
+            let wanted = v1::TerminalSize { rows, columns, term: "xterm".into() };
+            let found = check(v1::TaskSpec { terminal: Some(wanted), ..spec() }, open()).unwrap();
+            let found = found.terminal.unwrap();
+            assert_eq!((found.size.rows, found.size.columns), size);
+            assert_eq!(found.kind, "xterm");
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
 use super::permit::Permit;
-use super::request::Refusal;
+use super::request::{Refusal, terminal_size};
 use super::session::Outbox;
 use crate::exec::{self, CommandControl, CommandEvent, CommandExit, CommandRequest};
 
@@ -219,8 +219,12 @@ impl DownPump {
                     self.queue.push_front(CommandControl::Signal(number));
                 }
             }
-            // Only tasks with a terminal are resized, and those are refused.
-            Some(task_io_down::Frame::Resize(_)) | None => {}
+            Some(task_io_down::Frame::Resize(size)) => {
+                // Only the latest counts, and it does not wait behind input either.
+                self.queue.retain(|waiting| !matches!(waiting, CommandControl::Resize(_)));
+                self.queue.push_front(CommandControl::Resize(terminal_size(&size)));
+            }
+            None => {}
         }
         self.queued_input <= MAX_QUEUED_INPUT_BYTES && self.queue.len() <= MAX_QUEUED_FRAMES
     }

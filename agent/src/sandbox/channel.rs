@@ -43,14 +43,50 @@ pub(super) fn receive<M: DeserializeOwned>(
     Ok(Some(serde_json::from_slice(&buffer[..length])?))
 }
 
+/// Sends one message with a descriptor beside it.
+pub(super) fn send_with_descriptor<M: Serialize>(
+    socket: impl AsFd,
+    message: &M,
+    fd: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let bytes = serde_json::to_vec(message)?;
+    send_beside(socket, &bytes, &[fd])
+}
+
+/// Receives one message and the descriptor beside it, if there is one; `None` at the end of the
+/// stream.
+pub(super) fn receive_with_descriptor<M: DeserializeOwned>(
+    socket: impl AsFd,
+) -> io::Result<Option<(M, Option<OwnedFd>)>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut buffer = vec![0; MAX_MESSAGE_BYTES];
+    let received = rustix::net::recvmsg(
+        socket,
+        &mut [IoSliceMut::new(&mut buffer)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+    )?;
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    let message = serde_json::from_slice(&buffer[..received.bytes])?;
+    let fd = descriptors(&mut control).next();
+    Ok(Some((message, fd)))
+}
+
 /// Sends descriptors beside a message of one byte.
 pub(super) fn send_descriptors(socket: impl AsFd, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    send_beside(socket, &[0], fds)
+}
+
+fn send_beside(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !control.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(io::Error::other("too many descriptors for one message"));
     }
-    rustix::net::sendmsg(socket, &[IoSlice::new(&[0])], &mut control, SendFlags::NOSIGNAL)?;
+    rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
     Ok(())
 }
 
@@ -65,12 +101,15 @@ pub(super) fn receive_descriptors(socket: impl AsFd) -> io::Result<Vec<OwnedFd>>
         &mut control,
         RecvFlags::CMSG_CLOEXEC,
     )?;
-    Ok(control
+    Ok(descriptors(&mut control).collect())
+}
+
+fn descriptors(control: &mut RecvAncillaryBuffer<'_>) -> impl Iterator<Item = OwnedFd> {
+    control
         .drain()
         .filter_map(|message| match message {
             RecvAncillaryMessage::ScmRights(fds) => Some(fds),
             _ => None,
         })
         .flatten()
-        .collect())
 }

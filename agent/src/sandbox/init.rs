@@ -17,7 +17,7 @@ use super::spec::{
 use super::stage::{self, Job};
 use super::syscalls::{self, Cloned};
 use super::workspace::Prepared;
-use super::{channel, filesystem, namespaces, payload, privileges, reaper};
+use super::{channel, filesystem, namespaces, payload, privileges, reaper, terminal};
 
 /// What pid 1 is given.
 pub(super) struct Sandbox<'a> {
@@ -47,7 +47,7 @@ pub(super) fn main(mut sandbox: Sandbox<'_>) -> ! {
 }
 
 fn run(sandbox: Sandbox<'_>) -> Result<(), SetupError> {
-    let Sandbox { job, strict, control, workspace, outer, .. } = sandbox;
+    let Sandbox { mut job, strict, control, workspace, outer, .. } = sandbox;
     take_identity(strict.identity)?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .step(Step::Process, "make pid 1 unreadable")?;
@@ -58,6 +58,10 @@ fn run(sandbox: Sandbox<'_>) -> Result<(), SetupError> {
     filesystem::build(strict, workspace, &job.spec)?;
     if strict.network == Network::None {
         syscalls::loopback_up().step(Step::Loopback, "bring up the private loopback")?;
+    }
+
+    if let Some(size) = job.spec.terminal {
+        job.terminal = Some(terminal::open(size, control)?);
     }
 
     let children = syscalls::signal_descriptor(Signal::CHILD)

@@ -14,7 +14,7 @@ use std::sync::{Arc, OnceLock};
 
 use cortex_shared::policy::Mode;
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use tokio::net::UnixDatagram;
 use tokio::net::unix::pipe;
 use tokio::process::Child;
@@ -29,6 +29,7 @@ use super::spec::{
     Action, Confinement, ControlGroup, Ending, Limits, MAX_SPEC_BYTES, Network, Order, ProbeFacts,
     Report, STAGE_NAME, Spec, StrictSpec,
 };
+use super::terminal::TerminalSize;
 use super::workspace::{self, WorkspaceRefusal};
 
 /// The oldest Landlock that makes a sandbox here.
@@ -75,6 +76,8 @@ pub struct Command {
     pub limits_asked_for: bool,
     /// Whether it is given standard input; otherwise it reads end-of-file.
     pub stdin: bool,
+    /// A terminal in place of pipes; its output is all standard output.
+    pub terminal: Option<TerminalSize>,
     /// Directories of this machine that it sees read-only, at the same path.
     pub read_only: Vec<PathBuf>,
     /// Directories that no workspace may contain or lie in.
@@ -159,7 +162,7 @@ impl Launcher {
     /// # Errors
     /// If the workspace is refused or the stage cannot be started; nothing runs then.
     pub async fn launch(&self, command: Command) -> Result<Launched, LaunchError> {
-        let stdin_wanted = command.stdin;
+        let stdin_wanted = command.stdin && command.terminal.is_none();
         let is_probe = matches!(command.program, Program::Probe { .. });
         if let Some(refusal) =
             self.broken.get().filter(|_| command.mode == Mode::Strict && !is_probe)
@@ -301,7 +304,8 @@ impl Files {
             cwd: OsString::from_vec(command.cwd).into(),
             workspace,
             limits: command.limits,
-            stdin: command.stdin,
+            stdin: command.stdin && command.terminal.is_none(),
+            terminal: command.terminal,
             control_group,
         };
         let spec = serde_json::to_vec(&spec).map_err(|error| LaunchError::Io {
@@ -359,6 +363,8 @@ pub struct StageHandle {
 /// failures and `Over`.
 #[derive(Debug)]
 pub enum StageMessage {
+    /// The agent's side of its terminal, where it was asked for one. Before `Started`.
+    Terminal(OwnedFd),
     /// The command runs.
     Started,
     /// The program was not found or cannot be executed; nothing has run.
@@ -392,14 +398,14 @@ impl StageHandle {
             tokio::select! {
                 biased;
                 report = receive(&self.control) => match report? {
-                    Some(report) => return Ok(report.into()),
+                    Some(message) => return Ok(message),
                     None => self.control_open = false,
                 },
                 status = self.monitor.wait() => {
                     let status = status?;
                     // What it said last may still lie in the socket.
-                    return match channel::receive::<Report>(&self.control, RecvFlags::DONTWAIT) {
-                        Ok(Some(report)) => Ok(report.into()),
+                    return match receive_now(&self.control) {
+                        Ok(Some(message)) => Ok(message),
                         Ok(None) | Err(_) => Ok(StageMessage::Over(status)),
                     };
                 }
@@ -431,10 +437,10 @@ impl StageHandle {
     }
 }
 
-async fn receive(control: &UnixDatagram) -> io::Result<Option<Report>> {
+async fn receive(control: &UnixDatagram) -> io::Result<Option<StageMessage>> {
     loop {
         control.readable().await?;
-        match channel::receive(control, RecvFlags::DONTWAIT) {
+        match receive_now(control) {
             // The readiness was of the past; try_io tells the runtime so.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 control.try_io(tokio::io::Interest::READABLE, || Err::<(), _>(error)).ok();
@@ -444,15 +450,17 @@ async fn receive(control: &UnixDatagram) -> io::Result<Option<Report>> {
     }
 }
 
-impl From<Report> for StageMessage {
-    fn from(report: Report) -> Self {
-        match report {
-            Report::Started => Self::Started,
-            Report::NotExecuted { errno, program } => {
-                Self::NotExecuted { program, source: io::Error::from_raw_os_error(errno) }
-            }
-            Report::Refused(error) => Self::Refused(Refusal::from(&error)),
-            Report::Ended(ending) => Self::Ended(ending),
+fn receive_now(control: &UnixDatagram) -> io::Result<Option<StageMessage>> {
+    let Some((report, fd)) = channel::receive_with_descriptor(control)? else { return Ok(None) };
+    Ok(Some(match report {
+        Report::Terminal => StageMessage::Terminal(
+            fd.ok_or_else(|| io::Error::other("the stage sent no terminal"))?,
+        ),
+        Report::Started => StageMessage::Started,
+        Report::NotExecuted { errno, program } => {
+            StageMessage::NotExecuted { program, source: io::Error::from_raw_os_error(errno) }
         }
-    }
+        Report::Refused(error) => StageMessage::Refused(Refusal::from(&error)),
+        Report::Ended(ending) => StageMessage::Ended(ending),
+    }))
 }

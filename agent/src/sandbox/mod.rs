@@ -41,6 +41,7 @@ mod spec;
 mod stage;
 #[allow(unsafe_code)]
 mod syscalls;
+mod terminal;
 mod workspace;
 
 pub use cgroup::Group;
@@ -53,4 +54,5 @@ pub use spec::{
     Ending, HOME_INSIDE, Identity, Limits, Network, SetupError, Step, WORKSPACE_INSIDE,
 };
 pub use stage::{stage_main, stage_requested};
+pub use terminal::TerminalSize;
 pub use workspace::WorkspaceRefusal;

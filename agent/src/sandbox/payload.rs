@@ -17,7 +17,7 @@ use super::spec::{
     WORKSPACE_INSIDE,
 };
 use super::stage::{self, Job};
-use super::{landlock, limits, namespaces, privileges, seccomp, self_test, syscalls};
+use super::{landlock, limits, namespaces, privileges, seccomp, self_test, syscalls, terminal};
 
 /// How the command's process is confined.
 pub(super) enum Confine<'a> {
@@ -42,8 +42,8 @@ pub(super) fn main(job: Job, confine: Confine<'_>, report_failure: OwnedFd) -> !
 }
 
 fn become_command(job: Job, confine: &Confine<'_>) -> Result<std::convert::Infallible, Report> {
-    let Job { spec, script, stdin, .. } = job;
-    detach(stdin).map_err(Report::Refused)?;
+    let Job { spec, script, stdin, terminal, .. } = job;
+    detach(stdin, terminal).map_err(Report::Refused)?;
     change_directory(&spec, confine).map_err(Report::Refused)?;
     let mut command = command_line(&spec, script.as_ref()).map_err(Report::Refused)?;
     limits::apply(&spec.limits, matches!(confine, Confine::Strict { .. }))
@@ -78,10 +78,12 @@ fn become_command(job: Job, confine: &Confine<'_>) -> Result<std::convert::Infal
 }
 
 /// A session of its own, its own standard input, and nothing odd inherited.
-fn detach(stdin: Option<OwnedFd>) -> Result<(), SetupError> {
+fn detach(stdin: Option<OwnedFd>, terminal: Option<OwnedFd>) -> Result<(), SetupError> {
     let step = Step::Process;
     rustix::process::setsid().step(step, "start a session")?;
-    if let Some(stdin) = stdin {
+    if let Some(terminal) = terminal {
+        terminal::take(&terminal)?;
+    } else if let Some(stdin) = stdin {
         rustix::stdio::dup2_stdin(stdin).step(step, "take standard input")?;
     }
     syscalls::reset_signals().step(step, "reset signals")?;

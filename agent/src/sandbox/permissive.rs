@@ -13,13 +13,16 @@ use rustix::process::{Pid, Signal, WaitOptions, wait};
 use super::spec::{Context as _, SetupError, Step};
 use super::stage::{self, Job};
 use super::syscalls::{self, Cloned};
-use super::{payload, reaper};
+use super::{payload, reaper, terminal};
 
 /// Runs the command to its end, and ends what it left behind.
 pub(super) fn run(mut job: Job, control: &OwnedFd) -> Result<(), SetupError> {
     let step = Step::Process;
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .step(step, "become the sub-reaper")?;
+    if let Some(size) = job.spec.terminal {
+        job.terminal = Some(terminal::open(size, control)?);
+    }
     let children =
         syscalls::signal_descriptor(Signal::CHILD).step(step, "watch for ending processes")?;
     let (executed, report_failure) =

@@ -91,7 +91,11 @@ impl Launcher {
             match launched.stage.next_message().await {
                 Ok(StageMessage::Started) => outcome = Ok(()),
                 Ok(StageMessage::Refused(refusal)) => outcome = Err(refusal),
-                Ok(StageMessage::NotExecuted { .. } | StageMessage::Ended(_)) => {}
+                Ok(
+                    StageMessage::NotExecuted { .. }
+                    | StageMessage::Terminal(_)
+                    | StageMessage::Ended(_),
+                ) => {}
                 Ok(StageMessage::Over(_)) | Err(_) => return outcome,
             }
         }
@@ -117,6 +121,7 @@ fn empty_command(abstract_socket: Vec<u8>, hidden: &[PathBuf]) -> Command {
         // A probe uses no memory worth counting, and entering a group of version 1 takes long.
         limits_asked_for: false,
         stdin: false,
+        terminal: None,
         read_only: Vec::new(),
         forbidden: hidden.to_vec(),
         require_control_group: false,

@@ -34,6 +34,7 @@ fn name(step: Step) -> &'static str {
         Step::Proc => "private /proc",
         Step::Loopback => "private network",
         Step::Process => "process of the command",
+        Step::Terminal => "terminal",
         Step::ControlGroup => "control group",
         Step::WorkingDirectory => "working directory",
         Step::Limits => "resource limits",
@@ -99,6 +100,9 @@ fn remedy(error: &SetupError) -> &'static str {
         (Step::WorkingDirectory, _) => "name a directory that exists in the workspace",
         (Step::ControlGroup, _) => {
             "delegate a control group to the agent (systemd: Delegate=yes in its unit)"
+        }
+        (Step::Terminal, Some(libc::ENOSPC)) => {
+            "close terminals on this machine, or raise sysctl kernel.pty.max"
         }
         (Step::Process, Some(libc::EAGAIN))
         | (Step::Namespaces, Some(libc::EAGAIN | libc::ENOMEM)) => {

@@ -9,6 +9,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::terminal::TerminalSize;
+
 /// `argv[0]` of the stage.
 pub(super) const STAGE_NAME: &str = "cortex-sandbox";
 /// `argv[0]` of the process that makes a user namespace for the agent.
@@ -38,6 +40,8 @@ pub(super) struct Spec {
     /// A pipe for standard input comes with the specification; otherwise the command reads
     /// end-of-file.
     pub(super) stdin: bool,
+    /// It has a terminal, and no pipes.
+    pub(super) terminal: Option<TerminalSize>,
     /// Descriptors of control groups that come with the specification.
     pub(super) control_group: ControlGroup,
 }
@@ -159,6 +163,8 @@ pub(super) enum Order {
 /// Stage to agent.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) enum Report {
+    /// The agent's side of the command's terminal comes beside this. Before `Started`.
+    Terminal,
     /// The command runs.
     Started,
     /// The program could not be executed; nothing has run.
@@ -201,6 +207,8 @@ pub enum Step {
     Loopback,
     /// The process that runs the command.
     Process,
+    /// The terminal.
+    Terminal,
     /// The control group.
     ControlGroup,
     /// The working directory.

@@ -59,6 +59,8 @@ pub(super) struct Job {
     pub(super) stdin: Option<OwnedFd>,
     /// The user namespace for the mount of the workspace.
     pub(super) mapping: Option<OwnedFd>,
+    /// The command's side of its terminal, once that is open.
+    pub(super) terminal: Option<OwnedFd>,
     /// The control group to create the command in.
     pub(super) born_into: Option<OwnedFd>,
 }
@@ -116,7 +118,7 @@ fn receive(control: &OwnedFd) -> Result<Job, SetupError> {
             None
         }
     };
-    Ok(Job { spec, script, stdin, mapping, born_into })
+    Ok(Job { spec, script, stdin, mapping, terminal: None, born_into })
 }
 
 /// Reads a memory file that can no longer change.

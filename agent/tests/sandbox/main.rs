@@ -15,6 +15,7 @@ mod refusals;
 mod start;
 mod support;
 mod systems;
+mod terminal;
 mod usability;
 
 use std::os::unix::process::CommandExt as _;

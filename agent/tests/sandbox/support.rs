@@ -77,7 +77,9 @@ impl Running {
 
     /// The next event; output is gathered and checked on the way.
     pub(crate) async fn next(&mut self) -> Option<CommandEvent> {
-        let event = tokio::time::timeout(PATIENCE, self.events.recv()).await.expect("it hangs");
+        let event = tokio::time::timeout(PATIENCE, self.events.recv())
+            .await
+            .unwrap_or_else(|_| panic!("it hangs after {}", String::from_utf8_lossy(&self.stdout)));
         match &event {
             Some(CommandEvent::Output { stream, offset, data }) => {
                 assert!(!data.is_empty() && data.len() <= MAX_FRAME_BYTES);

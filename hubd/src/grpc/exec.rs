@@ -270,7 +270,10 @@ async fn pass_on(task: &Task, mut inbound: Streaming<ExecUp>) {
                 }
             }
             Some(exec_up::Frame::Signal(signal)) => task.to_node.signal(signal.number),
-            Some(exec_up::Frame::Resize(size)) => task.to_node.resize(size),
+            // A terminal's kind is told once, at its start.
+            Some(exec_up::Frame::Resize(size)) => {
+                task.to_node.resize(v1::TerminalSize { term: String::new(), ..size });
+            }
             Some(exec_up::Frame::Cancel(cancel)) => {
                 let grace = match cancel.grace_ms {
                     0 => DEFAULT_CANCEL_GRACE,

@@ -1,0 +1,214 @@
+//! One command on one node: output and exit code become ours.
+
+use cortex_proto::v1;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use super::check::{self, OutputCheck};
+use super::document::Document;
+use super::keyboard::{self, KeyEvent, Keyboard};
+use super::signals::Signals;
+use super::stdin::read_stdin;
+use super::stream::{TaskStream, lost};
+use super::writer::{Captured, OutputQueue, Sink, write_output};
+use crate::cli::error::{CliError, Exit};
+use crate::cli::printer::{ColorWhen, Format, complain, progress_is_visible};
+use crate::cli::{Global, Output, hub};
+
+/// How it went.
+#[derive(Debug)]
+struct Outcome {
+    accepted: v1::ExecAccepted,
+    ended: Ended,
+    /// Why the output is not complete.
+    incomplete: Option<String>,
+    captured: Captured,
+    interrupted: bool,
+    reader_gone: bool,
+    unwritable: Option<std::io::Error>,
+}
+
+/// What is known of the end.
+#[derive(Debug)]
+enum Ended {
+    /// The node or the hub said how.
+    Exit(v1::TaskExit),
+    /// Interrupted here, and nothing was heard in time.
+    GaveUp,
+}
+
+/// What runs, and how it is attached to this process.
+pub(super) struct Attached {
+    pub(super) start: v1::ExecStart,
+    /// Standard input is sent. What is typed at a terminal always is.
+    pub(super) stdin: bool,
+    pub(super) output: Output,
+}
+
+/// Runs the command; the result is the exit code of this process.
+pub(super) async fn exec(global: &Global, attached: Attached) -> Result<u8, CliError> {
+    let Attached { start, stdin, output } = attached;
+    let sink = match output.format {
+        Format::Table => Sink::pass()?,
+        Format::Json | Format::Jsonl => Sink::capture(),
+    };
+    let with_keyboard =
+        start.spec.as_ref().is_some_and(|spec| spec.terminal.is_some()) && keyboard::is_there();
+    // From here on everything that fails is a failure of the mesh, told from the command's own.
+    let outcome = async {
+        let client = hub::operator(global).await?;
+        let signals = Signals::new()?;
+        let queue = OutputQueue::default();
+        let (events, writer_events) = mpsc::channel(64);
+        let writer_queue = queue.clone();
+        let writer =
+            tokio::task::spawn_blocking(move || write_output(&writer_queue, sink, &events));
+        let (keyboard, input) = if with_keyboard {
+            let (keyboard, input) = Keyboard::open()?;
+            (Some(keyboard), Some(input))
+        } else {
+            (None, stdin.then(read_stdin))
+        };
+        let stream = TaskStream::new(client, start, input, Box::new(queue), writer_events);
+        run(stream, signals, keyboard, writer).await
+    }
+    .await
+    .map_err(of_the_mesh)?;
+    let code = outcome.code();
+    if output.format != Format::Table {
+        global.printer(output).show(&outcome.document(code), &[])?;
+    }
+    if let Some(text) = outcome.complaint() {
+        complain(&text, global.color);
+    }
+    Ok(code)
+}
+
+/// Gives an error that is not the command's the exit code of a failure of the mesh.
+pub(super) fn of_the_mesh(error: CliError) -> CliError {
+    match error.exit() {
+        Exit::Code(_) | Exit::ReaderGone => error,
+        Exit::Forbidden => error.with_exit(Exit::Code(126)),
+        _ => error.with_exit(Exit::Code(125)),
+    }
+}
+
+/// Until the command has ended and its output is written. A signal ends the command, a second one
+/// leaves at once.
+async fn run(
+    mut stream: TaskStream,
+    mut signals: Signals,
+    mut keyboard: Option<Keyboard>,
+    mut writer: JoinHandle<(OutputCheck, Captured)>,
+) -> Result<Outcome, CliError> {
+    let mut interrupted = false;
+    let exit = loop {
+        tokio::select! {
+            exit = stream.until_exit() => break exit,
+            event = next_event(&mut keyboard) => match event {
+                KeyEvent::Resized(size) => stream.resize(size),
+                KeyEvent::Leave if interrupted => return Err(left()),
+                KeyEvent::Leave => {
+                    interrupted = true;
+                    stream.leave();
+                }
+            },
+            () = signals.next() => {
+                if interrupted {
+                    return Err(left());
+                }
+                interrupted = true;
+                let text = "ending the command; Ctrl-C again to leave at once";
+                match &keyboard {
+                    Some(keyboard) => keyboard.say("ending the command; ~. leaves at once"),
+                    None if progress_is_visible() => complain(text, ColorWhen::Auto),
+                    None => {}
+                }
+                stream.cancel();
+            }
+        }
+    };
+    stream.close_output();
+    let exit = exit?;
+    // A slow reader may delay the last bytes.
+    let (check, captured) = tokio::select! {
+        written = stream.hear_until(&mut writer) => {
+            written.map_err(|error| lost("the output was not written").because(error))?
+        }
+        () = signals.next() => {
+            let text = "interrupted before all output was written";
+            return Err(CliError::new(Exit::Code(130), text));
+        }
+    };
+    Ok(Outcome {
+        incomplete: exit.as_ref().and_then(|exit| check.incomplete(exit)),
+        accepted: stream.accepted,
+        ended: exit.map_or(Ended::GaveUp, Ended::Exit),
+        captured,
+        interrupted,
+        reader_gone: stream.reader_gone,
+        unwritable: stream.unwritable,
+    })
+}
+
+fn left() -> CliError {
+    CliError::new(Exit::Code(130), "left at once; the command may still be running")
+}
+
+async fn next_event(keyboard: &mut Option<Keyboard>) -> KeyEvent {
+    match keyboard {
+        Some(keyboard) => keyboard.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Outcome {
+    /// What this process ends with.
+    fn code(&self) -> u8 {
+        match &self.ended {
+            _ if self.interrupted => 130,
+            Ended::GaveUp => 130,
+            _ if self.unwritable.is_some() => 125,
+            // As a command whose own pipe broke.
+            _ if self.reader_gone => 141,
+            _ if self.incomplete.is_some() => 125,
+            Ended::Exit(exit) => check::exit_code(exit),
+        }
+    }
+
+    /// What to say on standard error.
+    fn complaint(&self) -> Option<String> {
+        if let Some(error) = &self.unwritable {
+            return Some(format!(
+                "error: cannot write the output; the command was ended\ncause: {error}\n"
+            ));
+        }
+        if self.reader_gone {
+            return None;
+        }
+        match &self.ended {
+            Ended::GaveUp => Some(
+                "error: interrupted, and the end of the command was not heard of in time\n"
+                    .to_owned(),
+            ),
+            Ended::Exit(_) if self.interrupted => None,
+            Ended::Exit(exit) => match &self.incomplete {
+                Some(problem) => Some(format!(
+                    "error: the output is incomplete\ncause: {problem}\nhint: the command itself ended ({}, exit code {}); run it again if it may run twice\n",
+                    check::verdict_name(exit.verdict),
+                    exit.exit_code
+                )),
+                None => check::complaint(exit),
+            },
+        }
+    }
+
+    fn document(&self, code: u8) -> Document {
+        let exit = match &self.ended {
+            Ended::Exit(exit) => Some(exit),
+            Ended::GaveUp => None,
+        };
+        let complete = self.incomplete.is_none() && exit.is_some();
+        Document::new(&self.accepted, exit, &self.captured, complete, code)
+    }
+}
