@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::enroll::limits::JoinRate;
+use crate::task::spool::SpoolLimits;
 
 /// Default port of the gRPC side.
 pub const DEFAULT_GRPC_PORT: u16 = 7443;
@@ -29,6 +30,11 @@ pub struct HubConfig {
     pub join_rate: JoinRate,
     /// How long a node has to open the output stream of a task it was given.
     pub task_start_deadline: Duration,
+    /// How long a node whose session was lost, or a caller whose stream broke, has to come back to its
+    /// commands. Zero ends them at once.
+    pub resume_grace: Duration,
+    /// How much of the output of commands is kept for those who read it later.
+    pub spool: SpoolLimits,
     /// How long shutdown waits for open calls.
     pub shutdown_grace: Duration,
 }
@@ -47,6 +53,10 @@ impl HubConfig {
             join_queue: 1024,
             join_rate: JoinRate::DEFAULT,
             task_start_deadline: Duration::from_secs(10),
+            // A restart of the hub, or a change of networks, takes some seconds; longer than that people
+            // do not want to wait to hear that a machine is gone.
+            resume_grace: Duration::from_secs(10),
+            spool: SpoolLimits::default(),
             shutdown_grace: Duration::from_secs(10),
         }
     }
@@ -109,6 +119,12 @@ impl DataLayout {
     #[must_use]
     pub fn lock(&self) -> PathBuf {
         self.0.join("lock")
+    }
+
+    /// The latest output of each task.
+    #[must_use]
+    pub fn tasks(&self) -> PathBuf {
+        self.0.join("tasks")
     }
 
     /// Workspace content.

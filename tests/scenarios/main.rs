@@ -7,3 +7,4 @@ mod exec;
 mod join;
 mod sandbox;
 mod sync;
+mod tasks;

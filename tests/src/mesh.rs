@@ -29,6 +29,8 @@ pub struct Mesh {
     scratch: TempDir,
     hub: Option<Daemon>,
     address: String,
+    /// Further arguments of the hub.
+    arguments: Vec<String>,
     operators: u32,
 }
 
@@ -39,13 +41,28 @@ impl Mesh {
     /// If it does not come up.
     #[must_use]
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts a hub with these further arguments.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    #[must_use]
+    pub fn start_with(arguments: &[&str]) -> Self {
         // Agents of another user live below it, too.
         let scratch = tempfile::Builder::new()
             .prefix("cortex-test-")
             .permissions(std::fs::Permissions::from_mode(0o755))
             .tempdir()
             .expect("there is room for scratch files");
-        let mut mesh = Self { scratch, hub: None, address: "127.0.0.1:0".to_owned(), operators: 0 };
+        let mut mesh = Self {
+            scratch,
+            hub: None,
+            address: "127.0.0.1:0".to_owned(),
+            arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
+            operators: 0,
+        };
         mesh.start_hub();
         mesh
     }
@@ -57,6 +74,7 @@ impl Mesh {
     pub fn start_hub(&mut self) {
         let mut command = Command::new(program("hubd-under-test"));
         command.args(["serve", "--grpc", &self.address, "--data"]).arg(self.path("hub"));
+        command.args(&self.arguments);
         let mut hub = Daemon::start("hub", &mut command, &self.path("hub.log"));
         self.address = hub
             .line("its address", |line| line.strip_prefix("grpc listening on ").map(str::to_owned));
@@ -145,11 +163,23 @@ impl Mesh {
         node
     }
 
+    /// A node that has joined, and dials the hub at this address: that of a proxy.
+    ///
+    /// # Panics
+    /// If it cannot join.
+    #[must_use]
+    pub fn node_through(&self, name: &str, address: &str) -> Node {
+        let mut node = self.new_node(name, As::Me);
+        let _joined: Outcome = join_at(&node, address, &self.invite(&[]), &self.pin()).ok();
+        node.run();
+        self.wait_online(name);
+        node
+    }
+
     /// Joins a node with this token and pin.
     #[must_use]
     pub fn join(&self, node: &Node, token: &str, pin: &str) -> Outcome {
-        let arguments = ["join", &self.address, "--ca", pin, "--token-stdin", "--name", &node.name];
-        run(&mut node.command(&arguments), token.as_bytes())
+        join_at(node, &self.address, token, pin)
     }
 
     /// Waits until the hub knows a node as connected.
@@ -225,6 +255,11 @@ impl Mesh {
         }
         copy
     }
+}
+
+fn join_at(node: &Node, address: &str, token: &str, pin: &str) -> Outcome {
+    let arguments = ["join", address, "--ca", pin, "--token-stdin", "--name", &node.name];
+    run(&mut node.command(&arguments), token.as_bytes())
 }
 
 /// A machine, as far as the mesh can tell: state, workspaces and agent of its own.

@@ -21,6 +21,7 @@ mod policy;
 pub mod printer;
 mod run;
 mod status;
+mod task;
 mod token;
 mod units;
 mod version;
@@ -112,6 +113,7 @@ enum Verb {
     Context(context::ContextArgs),
     Node(node::NodeArgs),
     Exec(Box<exec::ExecArgs>),
+    Task(task::TaskArgs),
     Workspace(workspace::WorkspaceArgs),
     Invite(invite::InviteArgs),
     Policy(policy::PolicyArgs),
@@ -167,6 +169,7 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Context(args) => done(context::context(&global, args)),
             Verb::Node(args) => done(Box::pin(node::node(&global, args)).await),
             Verb::Exec(args) => Box::pin(exec::exec(&global, *args)).await,
+            Verb::Task(args) => Box::pin(task::task(&global, args)).await,
             Verb::Workspace(args) => done(Box::pin(workspace::workspace(&global, args)).await),
             Verb::Invite(args) => done(Box::pin(invite::invite(&global, args)).await),
             Verb::Policy(args) => done(Box::pin(policy::policy(&global, args)).await),
@@ -294,6 +297,14 @@ mod tests {
             "exec n1 -- ls -l --color",
             "exec n1 -s ls",
             "exec n1 -i --workspace w --cwd d --env K=V --mode permissive --net full --memory 1G --pids 10 --time-limit 10s -- cat",
+            "exec n1 --detach --on-disconnect kill --idempotency-key k -o json -- true",
+            "task list --node n --status running --status failed --mine --limit 5 -o jsonl",
+            "task show 01234567",
+            "task logs 01234567 -f",
+            "task attach 01234567",
+            "task wait 01234567 89abcdef",
+            "task cancel 01234567 --signal INT --grace 5s",
+            "task retry 01234567 --detach",
             "workspace create w",
             "workspace list",
             "workspace attach w --node n",

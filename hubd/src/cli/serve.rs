@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
@@ -24,9 +25,24 @@ pub(super) struct ServeArgs {
     /// Host name or address that invites tell nodes to dial, if another than --grpc
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
+    /// How long a node or a caller that was cut off has to come back to its commands, such as 10s; 0s
+    /// ends them at once [default: 10s]
+    #[arg(long, value_name = "DURATION", value_parser = parse_grace)]
+    resume_grace: Option<Duration>,
+    /// Output kept of one command, in bytes [default: 16 MiB]
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(65_536..))]
+    task_output: Option<u64>,
+    /// Output kept of all commands together, in bytes [default: 1 GiB]
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1_048_576..))]
+    all_output: Option<u64>,
     /// Log as one JSON object a line
     #[arg(long)]
     log_json: bool,
+}
+
+/// A duration, of which zero is one.
+fn parse_grace(text: &str) -> Result<Duration, String> {
+    if matches!(text, "0" | "0s") { Ok(Duration::ZERO) } else { super::parse_duration(text) }
 }
 
 pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
@@ -38,6 +54,9 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         config.grpc = address;
     }
     config.advertise = args.advertise;
+    config.resume_grace = args.resume_grace.unwrap_or(config.resume_grace);
+    config.spool.task_bytes = args.task_output.unwrap_or(config.spool.task_bytes);
+    config.spool.total_bytes = args.all_output.unwrap_or(config.spool.total_bytes);
     // Before anything is promised to anybody: a signal from here on leads to an orderly stop.
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;

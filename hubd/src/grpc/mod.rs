@@ -13,4 +13,5 @@ pub mod node;
 pub mod operator;
 pub mod status;
 pub mod sync;
+mod tasks;
 mod workspaces;

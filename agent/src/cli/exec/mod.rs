@@ -9,8 +9,8 @@
 //! | `check` | pure: completeness, exit codes, what to say |
 //! | `stdin`, `signals` | what comes from this side |
 
-mod check;
-mod one;
+pub(super) mod check;
+pub(super) mod one;
 mod request;
 mod signals;
 mod stdin;
@@ -22,6 +22,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use cortex_proto::v1;
 use cortex_shared::policy::Mode;
 
 use super::error::CliError;
@@ -38,7 +39,8 @@ written, stdout on stdout and stderr on stderr.
 Exit code: the command's own; 124 time limit, 125 failure of the mesh (node or hub not reachable,
 session lost, output incomplete), 126 refused by policy, 127 command not found, 128+n ended by
 signal n, 130 interrupted here. Ctrl-C ends the command (TERM, then KILL after 2 s) and waits for
-its end; a second one leaves at once.
+its end; a second one leaves at once. Where the node or the hub goes away for a moment, the command
+goes on, and so does its output, at the exact byte.
 
 Examples:
   cortex-agent exec build-1 -- make -j8
@@ -83,8 +85,34 @@ pub(crate) struct ExecArgs {
     /// Time the command may take, such as 90s or 1h
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     time_limit: Option<Duration>,
+    /// Say the task's id and leave; `task logs`, `task wait` and `task attach` lead to it
+    #[arg(long, conflicts_with = "stdin")]
+    detach: bool,
+    /// What happens to the command when the node loses the hub: it goes on and is taken up again, or is
+    /// ended at once
+    #[arg(long, value_enum, default_value_t, value_name = "resume|kill")]
+    on_disconnect: OnDisconnect,
+    /// Your own name for this task: the same key leads to the same task, however often it is used
+    #[arg(long, value_name = "KEY")]
+    idempotency_key: Option<String>,
     #[command(flatten)]
     output: Output,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum OnDisconnect {
+    #[default]
+    Resume,
+    Kill,
+}
+
+impl From<OnDisconnect> for v1::OnDisconnect {
+    fn from(wanted: OnDisconnect) -> Self {
+        match wanted {
+            OnDisconnect::Resume => Self::Resume,
+            OnDisconnect::Kill => Self::Kill,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]

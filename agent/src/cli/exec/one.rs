@@ -14,7 +14,7 @@ use super::writer::{Captured, OutputQueue, Sink, write_output};
 use super::{ExecArgs, request};
 use crate::cli::error::{CliError, Exit};
 use crate::cli::printer::{ColorWhen, Format, complain, progress_is_visible};
-use crate::cli::{Global, hub};
+use crate::cli::{Global, Output, hub};
 
 /// How it went.
 #[derive(Debug)]
@@ -59,9 +59,21 @@ struct Document {
 
 /// Runs the command; the result is the exit code of this process.
 pub(super) async fn exec(global: &Global, args: ExecArgs) -> Result<u8, CliError> {
-    let format = args.output.format;
-    let stdin = args.stdin;
     let start = request::start(&args)?;
+    run_start(global, args.output, start, args.stdin).await
+}
+
+/// Asks for what `start` says; the result is the exit code of this process.
+pub(in crate::cli) async fn run_start(
+    global: &Global,
+    output: Output,
+    start: v1::ExecStart,
+    stdin: bool,
+) -> Result<u8, CliError> {
+    let format = output.format;
+    if start.detach {
+        return detach(global, output, start).await.map_err(of_the_mesh);
+    }
     let sink = match format {
         Format::Table => Sink::pass()?,
         Format::Json | Format::Jsonl => Sink::capture(),
@@ -83,12 +95,46 @@ pub(super) async fn exec(global: &Global, args: ExecArgs) -> Result<u8, CliError
     .map_err(of_the_mesh)?;
     let code = outcome.code();
     if format != Format::Table {
-        global.printer(args.output).show(&outcome.document(code), &[])?;
+        global.printer(output).show(&outcome.document(code), &[])?;
     }
     if let Some(text) = outcome.complaint() {
         complain(&text, global.color);
     }
     Ok(code)
+}
+
+#[derive(Serialize)]
+struct Detached {
+    task_id: String,
+    node: String,
+    node_id: String,
+    /// The idempotency key led to a task that was there.
+    known: bool,
+}
+
+/// Begins a command and leaves it to itself.
+async fn detach(global: &Global, output: Output, start: v1::ExecStart) -> Result<u8, CliError> {
+    let mut client = hub::operator(global).await?;
+    let first = v1::ExecUp { frame: Some(v1::exec_up::Frame::Start(start)) };
+    let mut down = client.exec(tokio_stream::once(first)).await?.into_inner();
+    let answer = down.message().await?.and_then(|message| message.frame);
+    let Some(v1::exec_down::Frame::Accepted(accepted)) = answer else {
+        return Err(lost("the hub did not say that it accepted the command"));
+    };
+    let detached = Detached {
+        task_id: id_text(&accepted.task_id),
+        node: accepted.node_name,
+        node_id: id_text(&accepted.node_id),
+        known: accepted.known,
+    };
+    let lines = [("task", detached.task_id.clone())];
+    global.printer(output).show(&detached, &lines)?;
+    Ok(0)
+}
+
+/// An id of the wire as text; ids of all kinds look alike.
+pub(in crate::cli) fn id_text(bytes: &[u8]) -> String {
+    TaskId::from_slice(bytes).map(|id| id.to_string()).unwrap_or_default()
 }
 
 /// Gives an error that is not the command's the exit code of a failure of the mesh.

@@ -56,12 +56,16 @@ pub(super) fn start(args: &ExecArgs) -> Result<v1::ExecStart, CliError> {
         memory_bytes: args.memory.unwrap_or(0),
         max_processes: args.pids.unwrap_or(0),
         stdin: args.stdin,
+        on_disconnect: v1::OnDisconnect::from(args.on_disconnect).into(),
         ..Default::default()
     };
     Ok(v1::ExecStart {
         node: args.node.clone(),
         spec: Some(spec),
         initial_credit: DEFAULT_OUTPUT_CREDIT,
+        idempotency_key: args.idempotency_key.clone().unwrap_or_default(),
+        detach: args.detach,
+        retry_of: String::new(),
     })
 }
 
