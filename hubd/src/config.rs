@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::enroll::limits::JoinRate;
+use crate::store::history::HistoryLimits;
 use crate::task::spool::SpoolLimits;
 
 /// Default port of the gRPC side.
@@ -35,6 +36,8 @@ pub struct HubConfig {
     pub resume_grace: Duration,
     /// How much of the output of commands is kept for those who read it later.
     pub spool: SpoolLimits,
+    /// How much of the output of each node is kept.
+    pub history: HistoryLimits,
     /// How long shutdown waits for open calls.
     pub shutdown_grace: Duration,
 }
@@ -57,6 +60,7 @@ impl HubConfig {
             // do not want to wait to hear that a machine is gone.
             resume_grace: Duration::from_secs(10),
             spool: SpoolLimits::default(),
+            history: HistoryLimits::default(),
             shutdown_grace: Duration::from_secs(10),
         }
     }
@@ -125,6 +129,12 @@ impl DataLayout {
     #[must_use]
     pub fn tasks(&self) -> PathBuf {
         self.0.join("tasks")
+    }
+
+    /// The history of nodes.
+    #[must_use]
+    pub fn history(&self) -> PathBuf {
+        self.0.join("history.db")
     }
 
     /// Workspace content.

@@ -39,10 +39,12 @@ use crate::grpc::operator::{HubAddress, OperatorService};
 use crate::grpc::sync::SyncService;
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
+use crate::store::history::HistoryStore;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
 use crate::sync::members::Members;
 use crate::sync::{ContentLimits, SyncError, Workspaces};
+use crate::task::history::History;
 use crate::task::relay::{Deadlines, Relay};
 use crate::task::spool::Spool;
 
@@ -187,7 +189,9 @@ impl Hub {
             .map_err(|source| StartError::Data { path: tasks.display().to_string(), source })?;
         let deadlines =
             Deadlines { start: config.task_start_deadline, resume: config.resume_grace };
-        let relay = Relay::new(Arc::clone(&store), spool, scope.clone(), deadlines);
+        let history = HistoryStore::open(data.layout.history(), &data.databases).await?;
+        let history = History::start(history, config.history, &scope);
+        let relay = Relay::new(Arc::clone(&store), spool, history, scope.clone(), deadlines);
         relay.recover().await?;
         let operators = Operators::load(Arc::clone(&store), Arc::clone(&relay)).await?;
         let decisions = NodeDecisions::new(

@@ -291,3 +291,28 @@ fn tasks_are_seen_within_a_scope_and_cancelled_by_those_who_may() {
     assert_eq!(two.agent(&["task", "cancel", id, "--signal", "INT"]).code, 0);
     assert_eq!(one.agent(&["task", "wait", id]).code, 130);
 }
+
+#[test]
+fn a_nodes_history_outlives_restarts_and_is_told_without_escape_sequences_unless_raw() {
+    let mut mesh = Mesh::start();
+    let (operator, token) = (mesh.operator("operator"), mesh.operator("agent-token"));
+    let mut node = mesh.node("a", As::Me);
+    let red = r"printf 'one\n\033[31mtwo\033[0m\n'; sleep 0.5; echo three >&2";
+    assert_eq!(operator.agent(&["exec", "a", "-s", red]).code, 0);
+    let read = |arguments: &[&str]| -> String {
+        operator.agent(&[&["history", "a"], arguments].concat()).ok().text()
+    };
+    assert_eq!(read(&[]), "one\ntwo\nthree\n");
+    mesh.kill_hub();
+    node.kill();
+    mesh.start_hub();
+    node.run();
+    mesh.wait_online("a");
+    assert_eq!(read(&["--raw", "--lines", "2"]), "\u{1b}[31mtwo\u{1b}[0m\nthree\n");
+    assert_eq!(token.agent(&["history", "a"]).code, 5);
+    let mut command = operator.command(&["history", "a", "--lines", "1", "-f"]);
+    let mut follower = Daemon::start("follower", &mut command, &mesh.path("follower.log"));
+    follower.line("the last line", |line| (line == "three").then_some(()));
+    assert_eq!(operator.agent(&["exec", "a", "--", "echo", "four"]).code, 0);
+    follower.line("what comes", |line| (line == "four").then_some(()));
+}

@@ -9,6 +9,7 @@ mod context;
 mod doctor;
 pub mod error;
 mod exec;
+mod history;
 mod hub;
 mod identity;
 mod invite;
@@ -114,6 +115,7 @@ enum Verb {
     Node(node::NodeArgs),
     Exec(Box<exec::ExecArgs>),
     Task(task::TaskArgs),
+    History(history::HistoryArgs),
     Workspace(workspace::WorkspaceArgs),
     Invite(invite::InviteArgs),
     Policy(policy::PolicyArgs),
@@ -170,6 +172,7 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Node(args) => done(Box::pin(node::node(&global, args)).await),
             Verb::Exec(args) => Box::pin(exec::exec(&global, *args)).await,
             Verb::Task(args) => Box::pin(task::task(&global, args)).await,
+            Verb::History(args) => done(Box::pin(history::history(&global, args)).await),
             Verb::Workspace(args) => done(Box::pin(workspace::workspace(&global, args)).await),
             Verb::Invite(args) => done(Box::pin(invite::invite(&global, args)).await),
             Verb::Policy(args) => done(Box::pin(policy::policy(&global, args)).await),
@@ -305,6 +308,7 @@ mod tests {
             "task wait 01234567 89abcdef",
             "task cancel 01234567 --signal INT --grace 5s",
             "task retry 01234567 --detach",
+            "history n1 --lines 100 -f --raw",
             "workspace create w",
             "workspace list",
             "workspace attach w --node n",

@@ -35,6 +35,12 @@ pub(super) struct ServeArgs {
     /// Output kept of all commands together, in bytes [default: 1 GiB]
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1_048_576..))]
     all_output: Option<u64>,
+    /// Output kept of each node in its history, in bytes [default: 4 MiB]
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(65_536..))]
+    history_bytes: Option<u64>,
+    /// Pieces of output kept of each node in its history [default: 10000]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(100..))]
+    history_pieces: Option<u64>,
     /// Log as one JSON object a line
     #[arg(long)]
     log_json: bool,
@@ -57,6 +63,8 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     config.resume_grace = args.resume_grace.unwrap_or(config.resume_grace);
     config.spool.task_bytes = args.task_output.unwrap_or(config.spool.task_bytes);
     config.spool.total_bytes = args.all_output.unwrap_or(config.spool.total_bytes);
+    config.history.bytes = args.history_bytes.unwrap_or(config.history.bytes);
+    config.history.segments = args.history_pieces.unwrap_or(config.history.segments);
     // Before anything is promised to anybody: a signal from here on leads to an orderly stop.
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;

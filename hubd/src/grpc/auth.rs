@@ -146,6 +146,7 @@ pub const TABLE: &[(&str, Level)] = &[
     ("/cortex.v1.Operator/WaitTask", Level::Look),
     ("/cortex.v1.Operator/ReadTask", Level::Look),
     ("/cortex.v1.Operator/CancelTask", Level::Command),
+    ("/cortex.v1.Operator/ReadHistory", Level::Look),
     ("/cortex.v1.Operator/LabelNode", Level::Manage),
     ("/cortex.v1.Operator/RenameNode", Level::Manage),
     ("/cortex.v1.Operator/CordonNode", Level::Manage),

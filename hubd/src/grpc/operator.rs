@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::auth::{AdmittedOperator, admitted};
 use super::listing::{Selector, list_nodes, watch};
 use super::status::from_lookup;
-use super::{authority, convert, exec, invites, tasks, workspaces};
+use super::{authority, convert, exec, history, invites, tasks, workspaces};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
@@ -98,6 +98,7 @@ impl OperatorService {
 #[tonic::async_trait]
 impl Operator for OperatorService {
     type ExecStream = BoxStream<v1::ExecDown>;
+    type ReadHistoryStream = BoxStream<v1::ReadHistoryResponse>;
     type ReadTaskStream = BoxStream<v1::ReadTaskResponse>;
     type ListAuditStream = BoxStream<v1::AuditEntry>;
     type WatchNodesStream = BoxStream<v1::ListNodesResponse>;
@@ -213,6 +214,14 @@ impl Operator for OperatorService {
     ) -> Result<Response<v1::TaskInfo>, Status> {
         let operator = admitted(&request)?;
         tasks::cancel(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn read_history(
+        &self,
+        request: Request<v1::ReadHistoryRequest>,
+    ) -> Result<Response<Self::ReadHistoryStream>, Status> {
+        let operator = admitted(&request)?;
+        history::read(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn label_node(

@@ -9,6 +9,7 @@
 pub mod database;
 #[cfg(test)]
 pub(crate) mod fixtures;
+pub mod history;
 pub mod identity;
 pub mod records;
 pub mod source;

@@ -7,8 +7,10 @@
 //! | [`to_reader`], [`to_node`] | the mailboxes |
 //! | [`spool`] | the latest output of each task, in files |
 //! | [`verdict`] | ends, between the wire and the journal |
+//! | [`history`] | the latest output of each node, in the store |
 //! | [`limits`] | what a role may have at once |
 
+pub mod history;
 pub mod limits;
 pub mod relay;
 pub mod running;

@@ -23,6 +23,7 @@ use cortex_shared::tasks::TaskScope;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::history::History;
 use super::limits::{Limits, Slot, Slots};
 pub use super::running::{DEFAULT_CANCEL_GRACE, Task};
 use super::spool::Spool;
@@ -96,6 +97,7 @@ pub struct Relay {
     slots: Arc<Slots>,
     store: Arc<dyn Store>,
     spool: Arc<Spool>,
+    history: Arc<History>,
     scope: TaskScope,
     deadlines: Deadlines,
     late: mpsc::Sender<LateReport>,
@@ -107,13 +109,14 @@ impl Relay {
     pub fn new(
         store: Arc<dyn Store>,
         spool: Arc<Spool>,
+        history: Arc<History>,
         scope: TaskScope,
         deadlines: Deadlines,
     ) -> Arc<Self> {
         let (late, reports) = mpsc::channel(LATE_REPORTS);
         scope.spawn("late outcomes", record_late(Arc::clone(&store), reports, scope.clone()));
         let (tasks, slots) = (Mutex::default(), Arc::default());
-        Arc::new(Self { tasks, slots, store, spool, scope, deadlines, late })
+        Arc::new(Self { tasks, slots, store, spool, history, scope, deadlines, late })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TaskId, Running>> {
@@ -130,6 +133,12 @@ impl Relay {
     #[must_use]
     pub fn spool(&self) -> &Arc<Spool> {
         &self.spool
+    }
+
+    /// The latest output of each node.
+    #[must_use]
+    pub fn history(&self) -> &Arc<History> {
+        &self.history
     }
 
     /// How many tasks have no verdict yet.
@@ -299,6 +308,7 @@ impl Relay {
             let (task, bytes) = (Arc::clone(task), piece.data.len() as u64);
             Box::new(move || task.spooled(bytes)) as Box<dyn FnOnce() + Send>
         });
+        self.history.append(task.record.node, task.id(), piece.clone());
         self.spool.append(task.id(), piece, done);
     }
 

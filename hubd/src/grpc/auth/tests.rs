@@ -4,7 +4,9 @@ use prost::Message as _;
 
 use super::*;
 use crate::store::OperatorRecord;
+use crate::store::history::{HistoryLimits, HistoryStore};
 use crate::store::sqlite::SqliteStore;
+use crate::task::history::History;
 use crate::task::relay::{Deadlines, Relay};
 use crate::task::spool::{Spool, SpoolLimits};
 
@@ -23,7 +25,9 @@ async fn layer(nodes: Vec<Node>, records: Vec<OperatorRecord>) -> (tempfile::Tem
     let spool = Spool::open(folder.path().join("tasks"), SpoolLimits::default(), &scope).unwrap();
     let second = std::time::Duration::from_secs(1);
     let deadlines = Deadlines { start: second, resume: second };
-    let relay = Relay::new(Arc::clone(&store), spool, scope, deadlines);
+    let history = HistoryStore::open(folder.path().join("history.db"), &scope).await.unwrap();
+    let history = History::start(history, HistoryLimits::default(), &scope);
+    let relay = Relay::new(Arc::clone(&store), spool, history, scope, deadlines);
     let operators = Operators::load(store, relay).await.unwrap();
     operators.apply(records);
     (folder, AuthLayer { registry: Arc::new(Registry::new(nodes)), operators })

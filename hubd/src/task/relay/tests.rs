@@ -5,6 +5,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::node::registry::{Registry, SessionEnds};
+use crate::store::history::{HistoryLimits, HistoryStore};
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Facts, IdempotencyKey, Verdict, fixtures};
 use crate::task::limits::{AGENT_TOKEN_COMMANDS, AGENT_TOKEN_OUTPUT_BYTES};
@@ -24,6 +25,11 @@ struct Fixture {
     node: NodeId,
 }
 
+async fn history(folder: &tempfile::TempDir, scope: &TaskScope) -> Arc<History> {
+    let store = HistoryStore::open(folder.path().join("history.db"), scope).await.unwrap();
+    History::start(store, HistoryLimits::default(), scope)
+}
+
 async fn fixture() -> Fixture {
     fixture_with(Duration::ZERO).await
 }
@@ -40,7 +46,8 @@ async fn fixture_with(resume: Duration) -> Fixture {
     let begun = registry.begin_session(id, Facts::default(), Mode::Strict, None, cancel);
     let spool = Spool::open(folder.path().join("tasks"), SpoolLimits::default(), &scope).unwrap();
     let deadlines = Deadlines { start: Duration::from_secs(60), resume };
-    let relay = Relay::new(Arc::clone(&store), spool, scope, deadlines);
+    let relay =
+        Relay::new(Arc::clone(&store), spool, history(&folder, &scope).await, scope, deadlines);
     Fixture { folder, relay, store, session: begun.unwrap().0, registry, node: id }
 }
 
@@ -330,7 +337,8 @@ async fn the_next_hub_takes_up_what_the_last_one_left_open() {
     let scope = TaskScope::new();
     let spool = Spool::open(fixture.folder.path().join("tasks"), SpoolLimits::default(), &scope);
     let deadlines = Deadlines { start: Duration::ZERO, resume: SHORT };
-    let next = Relay::new(Arc::clone(&fixture.store), spool.unwrap(), scope, deadlines);
+    let history = Arc::clone(fixture.relay.history());
+    let next = Relay::new(Arc::clone(&fixture.store), spool.unwrap(), history, scope, deadlines);
     next.recover().await.unwrap();
     assert_eq!(next.running(), 2);
     fixture.relay = next;
