@@ -76,7 +76,7 @@ fn interrupting_the_client_ends_the_command_on_the_node() {
 }
 
 /// Whether a process of this name exists anywhere on the machine.
-fn runs(mark: &str) -> bool {
+pub(super) fn runs(mark: &str) -> bool {
     let folders = std::fs::read_dir("/proc").unwrap().map_while(Result::ok);
     folders.filter_map(|folder| std::fs::read(folder.path().join("cmdline")).ok()).any(|line| {
         line.windows(mark.len()).any(|window| window == mark.as_bytes())

@@ -7,4 +7,6 @@ mod exec;
 mod join;
 mod sandbox;
 mod sync;
+mod targets;
 mod tasks;
+mod terminal;

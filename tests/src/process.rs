@@ -119,7 +119,7 @@ fn lines(output: impl std::io::Read + Send + 'static) -> Receiver<String> {
 }
 
 /// Waits for a child's end with the deadline of tests.
-fn wait(child: &mut Child, name: &str) -> ExitStatus {
+pub(crate) fn wait(child: &mut Child, name: &str) -> ExitStatus {
     let until = Instant::now() + DEADLINE;
     loop {
         match child.try_wait().expect("a child can be waited for") {

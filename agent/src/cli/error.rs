@@ -99,6 +99,18 @@ impl CliError {
         self
     }
 
+    /// What went wrong, in a line, without its causes.
+    #[must_use]
+    pub fn message(&self) -> String {
+        printable(&self.message)
+    }
+
+    /// The command that helps.
+    #[must_use]
+    pub fn help(&self) -> Option<String> {
+        self.hint.as_deref().map(printable)
+    }
+
     /// What the process ends with.
     #[must_use]
     pub fn exit(&self) -> Exit {

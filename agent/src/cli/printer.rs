@@ -109,6 +109,34 @@ impl Printer {
         Ok(self.out.flush()?)
     }
 
+    /// Writes one of a list that is not complete yet, of which so many came before. To be closed by
+    /// [`Printer::end_items`]; tables have no such lists.
+    ///
+    /// # Errors
+    /// If writing fails.
+    pub fn item<T: Serialize>(&mut self, before: usize, value: &T) -> Result<(), CliError> {
+        match self.format {
+            Format::Table => {}
+            Format::Json => {
+                self.out.write_all(if before == 0 { b"[\n" } else { b",\n" })?;
+                serde_json::to_writer_pretty(&mut self.out, value).map_err(io::Error::from)?;
+            }
+            Format::Jsonl => write_line(&mut self.out, value)?,
+        }
+        Ok(self.out.flush()?)
+    }
+
+    /// Ends a list of so many [`Printer::item`]s.
+    ///
+    /// # Errors
+    /// If writing fails.
+    pub fn end_items(&mut self, count: usize) -> Result<(), CliError> {
+        if self.format == Format::Json {
+            self.out.write_all(if count == 0 { b"[]\n" } else { b"\n]\n" })?;
+        }
+        Ok(self.out.flush()?)
+    }
+
     /// Writes a sentence for people, or a document for programs.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use cortex_proto::{DEFAULT_OUTPUT_CREDIT, v1};
 
 use super::error::{CliError, Exit};
 use super::exec::check;
-use super::exec::one::{id_text, run_start};
+use super::exec::one::{Attached, exec, id_text};
 use super::printer::complain;
 use super::units::{millis, parse_duration};
 use super::{Global, Output, hub};
@@ -196,7 +196,7 @@ pub(crate) async fn task(global: &Global, args: TaskArgs) -> Result<u8, CliError
                 initial_credit: DEFAULT_OUTPUT_CREDIT,
                 ..v1::ExecStart::default()
             };
-            run_start(global, output, start, false).await
+            exec(global, Attached { start, stdin: false, output }).await
         }
     }
 }

@@ -26,6 +26,8 @@ const MAX_ARGUMENT_BYTES: usize = 64 * 1024;
 const MAX_ARGUMENTS_BYTES: usize = 1024 * 1024;
 /// Longest script.
 const MAX_SCRIPT_BYTES: usize = 4 * 1024 * 1024;
+/// Longest kind of terminal.
+const MAX_TERM_BYTES: usize = 64;
 /// Longest command line in the journal.
 const MAX_SHOWN_COMMAND_BYTES: usize = 1024;
 
@@ -301,6 +303,9 @@ pub fn check_task_spec(spec: &v1::TaskSpec) -> Result<(), Status> {
         return Err(invalid(format!(
             "arguments and variables are larger than {MAX_ARGUMENTS_BYTES} bytes together"
         )));
+    }
+    if spec.terminal.as_ref().is_some_and(|terminal| terminal.term.len() > MAX_TERM_BYTES) {
+        return Err(invalid(format!("the kind of terminal is longer than {MAX_TERM_BYTES} bytes")));
     }
     if spec.env.iter().any(|v| v.name.is_empty() || v.name.contains(&b'=')) {
         return Err(invalid("a variable's name is empty or holds '='"));

@@ -412,7 +412,10 @@ async fn pass_on(task: &Task, reader: u64, mut inbound: Streaming<ExecUp>) {
                 }
             }
             Some(exec_up::Frame::Signal(signal)) => task.to_node.signal(signal.number),
-            Some(exec_up::Frame::Resize(size)) => task.to_node.resize(size),
+            // A terminal's kind is told once, at its start.
+            Some(exec_up::Frame::Resize(size)) => {
+                task.to_node.resize(v1::TerminalSize { term: String::new(), ..size });
+            }
             Some(exec_up::Frame::Cancel(cancel)) => {
                 task.cancel(cancel.signal, cancel_grace(cancel.grace_ms));
             }

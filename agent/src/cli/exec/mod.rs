@@ -1,17 +1,24 @@
-//! `exec`: a command on a node, its output here.
+//! `exec` and `shell`: commands on nodes, their output here.
 //!
 //! | module | subject |
 //! |---|---|
 //! | `request` | from arguments to the request |
-//! | `one` | one command on one node |
+//! | `one` | one command on one node, attached to this process |
+//! | `fan` | one command on several nodes |
 //! | `stream` | one command's frames to and from the hub; never blocks |
 //! | `writer` | puts output where it belongs, on a thread that may block |
 //! | `check` | pure: completeness, exit codes, what to say |
-//! | `stdin`, `signals` | what comes from this side |
+//! | `document` | the end of a command for programs |
+//! | `keyboard` | the terminal on this side: raw mode, keys, escapes |
+//! | `stdin`, `signals` | what else comes from this side |
 
 pub(super) mod check;
+mod document;
+mod fan;
+mod keyboard;
 pub(super) mod one;
 mod request;
+mod shell;
 mod signals;
 mod stdin;
 mod stream;
@@ -28,6 +35,7 @@ use cortex_shared::policy::Mode;
 use super::error::CliError;
 use super::units::{parse_duration, parse_size};
 use super::{Global, Output};
+pub(crate) use shell::{ShellArgs, shell};
 
 /// Run a command on a node
 #[derive(Debug, Args)]
@@ -42,13 +50,26 @@ signal n, 130 interrupted here. Ctrl-C ends the command (TERM, then KILL after 2
 its end; a second one leaves at once. Where the node or the hub goes away for a moment, the command
 goes on, and so does its output, at the exact byte.
 
+Several targets (more than one, a selector, or --all): the command runs on each, on at most
+--parallel at a time. Lines of output begin with the node's name. A summary on standard error names
+every node where the command failed and every node that was not reached. Exit code: 0 all
+succeeded, 1 it failed somewhere, 125 a node was not reached or its end is not known.
+
+With -t the command has a terminal (see also `cortex-agent shell --help`).
+
 Examples:
   cortex-agent exec build-1 -- make -j8
   cortex-agent exec build-1 --workspace app -s 'cargo test 2>&1 | tail'
-  tar c src | cortex-agent exec build-1 -i --workspace app -- tar x")]
+  tar c src | cortex-agent exec build-1 -i --workspace app -- tar x
+  cortex-agent exec @env=prod --group -- uname -r
+  cortex-agent exec --all --output-dir logs --max-fail 3 -f check.sh")]
 pub(crate) struct ExecArgs {
-    /// Name of the node, or a unique prefix of its id
-    node: String,
+    /// Where: names, unique prefixes of ids, or @label=value,… for all nodes with these labels
+    #[arg(value_name = "TARGET", required_unless_present = "all")]
+    targets: Vec<String>,
+    /// On every node
+    #[arg(long, conflicts_with = "targets")]
+    all: bool,
     /// A line for bash, instead of a command
     #[arg(short = 's', long = "shell", value_name = "LINE", group = "what")]
     script: Option<OsString>,
@@ -61,6 +82,9 @@ pub(crate) struct ExecArgs {
     /// Send standard input to the command; otherwise it reads end of file
     #[arg(short = 'i', long = "stdin")]
     stdin: bool,
+    /// Give the command a terminal; keys typed at ours go to it. `~.` at the beginning of a line leaves
+    #[arg(short = 't', long = "tty", conflicts_with = "format")]
+    terminal: bool,
     /// The workspace whose files the command sees, at /workspace
     #[arg(long, value_name = "W")]
     workspace: Option<String>,
@@ -86,7 +110,7 @@ pub(crate) struct ExecArgs {
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     time_limit: Option<Duration>,
     /// Say the task's id and leave; `task logs`, `task wait` and `task attach` lead to it
-    #[arg(long, conflicts_with = "stdin")]
+    #[arg(long, conflicts_with_all = ["stdin", "terminal"])]
     detach: bool,
     /// What happens to the command when the node loses the hub: it goes on and is taken up again, or is
     /// ended at once
@@ -95,6 +119,8 @@ pub(crate) struct ExecArgs {
     /// Your own name for this task: the same key leads to the same task, however often it is used
     #[arg(long, value_name = "KEY")]
     idempotency_key: Option<String>,
+    #[command(flatten)]
+    several: fan::FanArgs,
     #[command(flatten)]
     output: Output,
 }
@@ -124,7 +150,34 @@ enum Net {
     Full,
 }
 
+impl From<Net> for v1::Network {
+    fn from(net: Net) -> Self {
+        match net {
+            Net::None => Self::None,
+            Net::Full => Self::Full,
+        }
+    }
+}
+
 /// Runs the command; the result is the exit code of this process.
 pub(crate) async fn exec(global: &Global, args: ExecArgs) -> Result<u8, CliError> {
-    one::exec(global, args).await
+    let start = request::start(&args)?;
+    let targets = fan::Targets::new(args.targets, args.all);
+    let single = targets.single().filter(|_| !args.several.is_asked_for());
+    if let Some(node) = single {
+        let start = v1::ExecStart { node: node.to_owned(), ..start };
+        let attached = one::Attached { start, stdin: args.stdin, output: args.output };
+        return one::exec(global, attached).await;
+    }
+    if args.detach {
+        return Err(
+            CliError::usage("--detach goes with a single target").hint("run it once for each node")
+        );
+    }
+    if args.stdin || args.terminal {
+        let flag = if args.terminal { "-t" } else { "-i" };
+        return Err(CliError::usage(format!("{flag} goes with a single target"))
+            .hint("-f - reads a script from standard input, for any number of targets"));
+    }
+    fan::exec(global, start, targets, args.several, args.output).await
 }

@@ -1,17 +1,18 @@
 //! One command on one node: output and exit code become ours.
 
 use cortex_proto::v1;
-use cortex_shared::ids::{NodeId, TaskId};
+use cortex_shared::ids::TaskId;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::check::{self, OutputCheck};
+use super::document::Document;
+use super::keyboard::{self, KeyEvent, Keyboard};
 use super::signals::Signals;
 use super::stdin::read_stdin;
 use super::stream::{TaskStream, lost};
 use super::writer::{Captured, OutputQueue, Sink, write_output};
-use super::{ExecArgs, request};
 use crate::cli::error::{CliError, Exit};
 use crate::cli::printer::{ColorWhen, Format, complain, progress_is_visible};
 use crate::cli::{Global, Output, hub};
@@ -38,46 +39,26 @@ enum Ended {
     GaveUp,
 }
 
-#[derive(Serialize)]
-struct Document {
-    task_id: String,
-    node: String,
-    node_id: String,
-    verdict: &'static str,
-    /// What this process ends with.
-    code: u8,
-    exit_code: u32,
-    signal: u32,
-    complete: bool,
-    truncated: bool,
-    duration_ms: u64,
-    reason: String,
-    hint: String,
-    stdout: String,
-    stderr: String,
+/// What runs, and how it is attached to this process.
+pub(in crate::cli) struct Attached {
+    pub(in crate::cli) start: v1::ExecStart,
+    /// Standard input is sent. What is typed at a terminal always is.
+    pub(in crate::cli) stdin: bool,
+    pub(in crate::cli) output: Output,
 }
 
 /// Runs the command; the result is the exit code of this process.
-pub(super) async fn exec(global: &Global, args: ExecArgs) -> Result<u8, CliError> {
-    let start = request::start(&args)?;
-    run_start(global, args.output, start, args.stdin).await
-}
-
-/// Asks for what `start` says; the result is the exit code of this process.
-pub(in crate::cli) async fn run_start(
-    global: &Global,
-    output: Output,
-    start: v1::ExecStart,
-    stdin: bool,
-) -> Result<u8, CliError> {
-    let format = output.format;
+pub(in crate::cli) async fn exec(global: &Global, attached: Attached) -> Result<u8, CliError> {
+    let Attached { start, stdin, output } = attached;
     if start.detach {
         return detach(global, output, start).await.map_err(of_the_mesh);
     }
-    let sink = match format {
+    let sink = match output.format {
         Format::Table => Sink::pass()?,
         Format::Json | Format::Jsonl => Sink::capture(),
     };
+    let with_keyboard =
+        start.spec.as_ref().is_some_and(|spec| spec.terminal.is_some()) && keyboard::is_there();
     // From here on everything that fails is a failure of the mesh, told from the command's own.
     let outcome = async {
         let client = hub::operator(global).await?;
@@ -87,14 +68,19 @@ pub(in crate::cli) async fn run_start(
         let writer_queue = queue.clone();
         let writer =
             tokio::task::spawn_blocking(move || write_output(&writer_queue, sink, &events));
-        let input = stdin.then(read_stdin);
-        let stream = TaskStream::new(client, start, input, queue, writer_events);
-        run(stream, signals, writer).await
+        let (keyboard, input) = if with_keyboard {
+            let (keyboard, input) = Keyboard::open()?;
+            (Some(keyboard), Some(input))
+        } else {
+            (None, stdin.then(read_stdin))
+        };
+        let stream = TaskStream::new(client, start, input, Box::new(queue), writer_events);
+        run(stream, signals, keyboard, writer).await
     }
     .await
     .map_err(of_the_mesh)?;
     let code = outcome.code();
-    if format != Format::Table {
+    if output.format != Format::Table {
         global.printer(output).show(&outcome.document(code), &[])?;
     }
     if let Some(text) = outcome.complaint() {
@@ -151,21 +137,31 @@ pub(super) fn of_the_mesh(error: CliError) -> CliError {
 async fn run(
     mut stream: TaskStream,
     mut signals: Signals,
+    mut keyboard: Option<Keyboard>,
     mut writer: JoinHandle<(OutputCheck, Captured)>,
 ) -> Result<Outcome, CliError> {
     let mut interrupted = false;
     let exit = loop {
         tokio::select! {
             exit = stream.until_exit() => break exit,
+            event = next_event(&mut keyboard) => match event {
+                KeyEvent::Resized(size) => stream.resize(size),
+                KeyEvent::Leave if interrupted => return Err(left()),
+                KeyEvent::Leave => {
+                    interrupted = true;
+                    stream.leave();
+                }
+            },
             () = signals.next() => {
                 if interrupted {
-                    let text = "left at once; the command may still be running";
-                    return Err(CliError::new(Exit::Code(130), text));
+                    return Err(left());
                 }
                 interrupted = true;
-                if progress_is_visible() {
-                    let text = "ending the command; Ctrl-C again to leave at once";
-                    complain(text, ColorWhen::Auto);
+                let text = "ending the command; Ctrl-C again to leave at once";
+                match &keyboard {
+                    Some(keyboard) => keyboard.say("ending the command; ~. leaves at once"),
+                    None if progress_is_visible() => complain(text, ColorWhen::Auto),
+                    None => {}
                 }
                 stream.cancel();
             }
@@ -192,6 +188,17 @@ async fn run(
         reader_gone: stream.reader_gone,
         unwritable: stream.unwritable,
     })
+}
+
+fn left() -> CliError {
+    CliError::new(Exit::Code(130), "left at once; the command may still be running")
+}
+
+async fn next_event(keyboard: &mut Option<Keyboard>) -> KeyEvent {
+    match keyboard {
+        Some(keyboard) => keyboard.next().await,
+        None => std::future::pending().await,
+    }
 }
 
 impl Outcome {
@@ -236,30 +243,11 @@ impl Outcome {
     }
 
     fn document(&self, code: u8) -> Document {
-        let (verdict, exit) = match &self.ended {
-            Ended::Exit(exit) => (check::verdict_name(exit.verdict), exit.clone()),
-            Ended::GaveUp => ("unknown", v1::TaskExit::default()),
+        let exit = match &self.ended {
+            Ended::Exit(exit) => Some(exit),
+            Ended::GaveUp => None,
         };
-        let accepted = &self.accepted;
-        Document {
-            task_id: TaskId::from_slice(&accepted.task_id)
-                .map(|id| id.to_string())
-                .unwrap_or_default(),
-            node: accepted.node_name.clone(),
-            node_id: NodeId::from_slice(&accepted.node_id)
-                .map(|id| id.to_string())
-                .unwrap_or_default(),
-            verdict,
-            code,
-            exit_code: exit.exit_code,
-            signal: exit.signal,
-            complete: self.incomplete.is_none() && matches!(self.ended, Ended::Exit(_)),
-            truncated: self.captured.truncated,
-            duration_ms: exit.duration_ms,
-            reason: exit.reason,
-            hint: exit.hint,
-            stdout: String::from_utf8_lossy(&self.captured.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&self.captured.stderr).into_owned(),
-        }
+        let complete = self.incomplete.is_none() && exit.is_some();
+        Document::new(&self.accepted, exit, &self.captured, complete, code)
     }
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use cortex_proto::{DEFAULT_OUTPUT_CREDIT, v1};
 
-use super::{ExecArgs, Net};
+use super::{ExecArgs, keyboard};
 use crate::cli::error::{CliError, Exit};
 use crate::cli::units::millis;
 use crate::link::proto_mode;
@@ -15,7 +15,7 @@ use crate::link::proto_mode;
 /// Largest script that is sent.
 const MAX_SCRIPT_BYTES: u64 = 4 * 1024 * 1024;
 
-/// The request that the arguments mean.
+/// The request that the arguments mean, for a node that is still to be named.
 pub(super) fn start(args: &ExecArgs) -> Result<v1::ExecStart, CliError> {
     let bytes = |text: &OsString| bytes::Bytes::from(text.clone().into_vec());
     let script = match (&args.script, &args.file) {
@@ -40,10 +40,6 @@ pub(super) fn start(args: &ExecArgs) -> Result<v1::ExecStart, CliError> {
             })
         })
         .collect::<Result<_, CliError>>()?;
-    let network = match args.net {
-        Net::None => v1::Network::None,
-        Net::Full => v1::Network::Full,
-    };
     let spec = v1::TaskSpec {
         argv: args.command.iter().map(bytes).collect(),
         script,
@@ -51,21 +47,21 @@ pub(super) fn start(args: &ExecArgs) -> Result<v1::ExecStart, CliError> {
         cwd: args.cwd.as_ref().map(bytes).unwrap_or_default(),
         env,
         mode: proto_mode(args.mode).into(),
-        network: network.into(),
+        network: v1::Network::from(args.net).into(),
         time_limit_ms: args.time_limit.map_or(0, millis),
         memory_bytes: args.memory.unwrap_or(0),
         max_processes: args.pids.unwrap_or(0),
         stdin: args.stdin,
         on_disconnect: v1::OnDisconnect::from(args.on_disconnect).into(),
+        terminal: args.terminal.then(keyboard::size_and_kind),
         ..Default::default()
     };
     Ok(v1::ExecStart {
-        node: args.node.clone(),
         spec: Some(spec),
         initial_credit: DEFAULT_OUTPUT_CREDIT,
         idempotency_key: args.idempotency_key.clone().unwrap_or_default(),
         detach: args.detach,
-        retry_of: String::new(),
+        ..Default::default()
     })
 }
 

@@ -24,7 +24,7 @@ use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 
 use super::stdin::Input;
-use super::writer::{OutputQueue, WriterEvent};
+use super::writer::{OutputTo, WriterEvent};
 use crate::cli::error::{CliError, Exit, printable};
 use crate::cli::printer::{ColorWhen, complain};
 
@@ -36,6 +36,8 @@ const RECONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 const RECONNECT_DELAYS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// How long after a cancel the end is waited for.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(12);
+/// The same where somebody wants to get away.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(3);
 
 type Opened = Result<Response<Streaming<v1::ExecDown>>, Status>;
 
@@ -45,7 +47,7 @@ pub(super) struct TaskStream {
     opening: Option<Pin<Box<dyn Future<Output = Opened> + Send>>>,
     down: Option<Streaming<v1::ExecDown>>,
     up: mpsc::Sender<v1::ExecUp>,
-    queue: OutputQueue,
+    output: Box<dyn OutputTo>,
     granted: u64,
     /// Bytes of each stream that have come.
     received: [u64; 2],
@@ -69,7 +71,12 @@ pub(super) struct TaskStream {
     cancel: Option<v1::ExecCancel>,
     /// What was asked for before the stream broke, and may be lost.
     cancelled: Option<v1::ExecCancel>,
+    resize: Option<v1::TerminalSize>,
+    /// The last size that was told, and may be lost.
+    resized: Option<v1::TerminalSize>,
     give_up_at: Option<Instant>,
+    /// The command has a terminal, and so perhaps ours is in raw mode.
+    on_terminal: bool,
     /// Since when the hub is away, and when it is tried next.
     lost_at: Option<Instant>,
     retry: Option<(Instant, Duration)>,
@@ -77,28 +84,31 @@ pub(super) struct TaskStream {
     pub(super) accepted: v1::ExecAccepted,
     /// The reader of our standard output went away.
     pub(super) reader_gone: bool,
+    /// It wrote more than is wanted.
+    pub(super) too_much: bool,
     /// Our standard output or error cannot be written.
     pub(super) unwritable: Option<std::io::Error>,
 }
 
 impl TaskStream {
-    /// A conversation that begins with `start`. Output goes to `queue`, whose writer tells
+    /// A conversation that begins with `start`. Output goes to `output`, whose writer tells
     /// `writer_events` what it has dealt with.
     pub(super) fn new(
         client: OperatorClient<Channel>,
         start: v1::ExecStart,
         stdin: Option<Input>,
-        queue: OutputQueue,
+        output: Box<dyn OutputTo>,
         writer_events: mpsc::Receiver<WriterEvent>,
     ) -> Self {
         let granted = start.initial_credit;
+        let on_terminal = start.spec.as_ref().is_some_and(|spec| spec.terminal.is_some());
         let (up, opening) = call(&client, exec_up::Frame::Start(start));
         Self {
             client,
             opening: Some(opening),
             down: None,
             up,
-            queue,
+            output,
             granted,
             received: [0; 2],
             unwritten: 0,
@@ -114,11 +124,15 @@ impl TaskStream {
             credit: 0,
             cancel: None,
             cancelled: None,
+            resize: None,
+            resized: None,
+            on_terminal,
             give_up_at: None,
             lost_at: None,
             retry: None,
             accepted: v1::ExecAccepted::default(),
             reader_gone: false,
+            too_much: false,
             unwritable: None,
         }
     }
@@ -209,13 +223,16 @@ impl TaskStream {
         self.credit = 0;
         self.input_waits = true;
         self.cancel = self.cancel.take().or(self.cancelled);
+        self.resize = self.resize.take().or_else(|| self.resized.clone());
         let (up, opening) = call(&self.client, exec_up::Frame::Attach(attach));
         (self.up, self.opening) = (up, Some(opening));
     }
 
     fn note(&self, what: &str) {
         let node = &self.accepted.node_name;
-        complain(&format!("note: {node}: {what}\n"), ColorWhen::Auto);
+        // In raw mode a line does not begin at the left by itself.
+        let edge = if self.on_terminal { "\r" } else { "" };
+        complain(&format!("{edge}note: {node}: {what}{edge}"), ColorWhen::Auto);
     }
 
     /// Hears the writer until `done`, which waits for it to write the last bytes.
@@ -241,13 +258,28 @@ impl TaskStream {
         self.give_up_at.get_or_insert(Instant::now() + CANCEL_TIMEOUT);
     }
 
+    /// The same, but its end is waited for a moment only.
+    pub(super) fn leave(&mut self) {
+        self.cancel();
+        self.give_up_at = Some(Instant::now() + LEAVE_TIMEOUT);
+    }
+
+    /// Tells the command of another size of its terminal.
+    pub(super) fn resize(&mut self, size: v1::TerminalSize) {
+        self.resize = Some(size);
+    }
+
     /// No more output comes: the writer ends once it has written what waits.
     pub(super) fn close_output(&self) {
-        self.queue.close();
+        self.output.close();
     }
 
     fn has_frame(&self) -> bool {
-        self.cancel.is_some() || self.credit > 0 || self.input_fits() || self.input_end_is_due()
+        self.cancel.is_some()
+            || self.resize.is_some()
+            || self.credit > 0
+            || self.input_fits()
+            || self.input_end_is_due()
     }
 
     /// The most urgent frame that waits.
@@ -255,6 +287,10 @@ impl TaskStream {
         if let Some(cancel) = self.cancel.take() {
             self.cancelled = Some(cancel);
             return Some(exec_up::Frame::Cancel(cancel));
+        }
+        if let Some(size) = self.resize.take() {
+            self.resized = Some(size.clone());
+            return Some(exec_up::Frame::Resize(size));
         }
         if self.credit > 0 {
             let bytes = std::mem::take(&mut self.credit);
@@ -304,7 +340,7 @@ impl TaskStream {
                 let stream = usize::from(output.stream() == v1::OutputStream::Stderr);
                 self.received[stream] = output.offset.saturating_add(length);
                 self.unwritten = self.unwritten.saturating_add(length);
-                if !self.queue.push(output, self.granted) {
+                if !self.output.push(output, self.granted) {
                     return Err(lost("more output came than was granted"));
                 }
             }
@@ -337,6 +373,10 @@ impl TaskStream {
             WriterEvent::Written(bytes) => {
                 self.credit = self.credit.saturating_add(bytes);
                 self.unwritten = self.unwritten.saturating_sub(bytes);
+            }
+            WriterEvent::TooMuch => {
+                self.too_much = true;
+                self.cancel();
             }
             WriterEvent::ReaderGone => {
                 self.reader_gone = true;

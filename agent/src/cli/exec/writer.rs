@@ -24,6 +24,8 @@ const MAX_CAPTURED_BYTES: usize = 16 * 1024 * 1024;
 pub(super) enum WriterEvent {
     /// So many bytes have been dealt with: the command may write as many more.
     Written(u64),
+    /// The command wrote more than is wanted.
+    TooMuch,
     /// The reader of standard output went away.
     ReaderGone,
     /// Standard output or error cannot be written.
@@ -47,14 +49,42 @@ pub(super) struct Captured {
     pub(super) truncated: bool,
 }
 
+impl Captured {
+    /// Keeps what there is room for.
+    pub(super) fn take(&mut self, stream: OutputStream, data: &[u8], most: usize) {
+        let room = most.saturating_sub(self.stdout.len() + self.stderr.len());
+        let kept = &data[..data.len().min(room)];
+        self.truncated |= kept.len() < data.len();
+        match stream {
+            OutputStream::Stdout => self.stdout.extend_from_slice(kept),
+            OutputStream::Stderr => self.stderr.extend_from_slice(kept),
+        }
+    }
+}
+
+/// Our own standard output and error, byte for byte: descriptors of their own, because the standard
+/// library's buffer lines where bytes must pass.
+pub(super) fn pass() -> io::Result<(File, File)> {
+    Ok((
+        File::from(io::stdout().as_fd().try_clone_to_owned()?),
+        File::from(io::stderr().as_fd().try_clone_to_owned()?),
+    ))
+}
+
+/// Where a command's conversation puts its output. Never waits.
+pub(super) trait OutputTo: Send {
+    /// Takes a piece; `false` if more waits than `limit` bytes, which credit does not allow.
+    fn push(&self, output: Output, limit: u64) -> bool;
+
+    /// No more will come; the writer ends once it has written all.
+    fn close(&self);
+}
+
 impl Sink {
     /// To our own standard output and error.
     pub(super) fn pass() -> io::Result<Self> {
-        // Own descriptors, because the standard library's buffer lines where bytes must pass.
-        Ok(Self::Pass {
-            stdout: File::from(io::stdout().as_fd().try_clone_to_owned()?),
-            stderr: File::from(io::stderr().as_fd().try_clone_to_owned()?),
-        })
+        let (stdout, stderr) = pass()?;
+        Ok(Self::Pass { stdout, stderr })
     }
 
     /// Into memory.
@@ -71,13 +101,7 @@ impl Sink {
                 result => result,
             },
             (Self::Capture(captured), stream) => {
-                let room = MAX_CAPTURED_BYTES - captured.stdout.len() - captured.stderr.len();
-                let kept = &data[..data.len().min(room)];
-                captured.truncated |= kept.len() < data.len();
-                match stream {
-                    OutputStream::Stdout => captured.stdout.extend_from_slice(kept),
-                    OutputStream::Stderr => captured.stderr.extend_from_slice(kept),
-                }
+                captured.take(stream, data, MAX_CAPTURED_BYTES);
                 Ok(())
             }
         }
@@ -85,7 +109,7 @@ impl Sink {
 }
 
 /// Writes all, also where somebody else made the terminal or pipe non-blocking.
-fn write_all(file: &mut File, mut data: &[u8]) -> io::Result<()> {
+pub(super) fn write_all(file: &mut File, mut data: &[u8]) -> io::Result<()> {
     while !data.is_empty() {
         match file.write(data) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -104,10 +128,11 @@ fn write_all(file: &mut File, mut data: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-struct Piece {
-    stream: OutputStream,
-    offset: u64,
-    data: Bytes,
+/// A piece of output.
+pub(super) struct Piece {
+    pub(super) stream: OutputStream,
+    pub(super) offset: u64,
+    pub(super) data: Bytes,
 }
 
 #[derive(Default)]
@@ -128,26 +153,6 @@ impl OutputQueue {
         self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues a piece; `false` if more waits than `limit` bytes, which credit does not allow.
-    pub(super) fn push(&self, output: Output, limit: u64) -> bool {
-        let length = u64::try_from(output.data.len()).unwrap_or(u64::MAX);
-        let mut waiting = self.lock();
-        waiting.bytes = waiting.bytes.saturating_add(length);
-        // An unknown stream is standard output: better shown than lost.
-        let stream = OutputStream::try_from(output.stream).unwrap_or(OutputStream::Stdout);
-        if length > 0 {
-            waiting.pieces.push_back(Piece { stream, offset: output.offset, data: output.data });
-        }
-        self.shared.1.notify_one();
-        waiting.bytes <= limit
-    }
-
-    /// No more will come; the writer ends once it has written all.
-    pub(super) fn close(&self) {
-        self.lock().closed = true;
-        self.shared.1.notify_one();
-    }
-
     /// Everything that waits; `None` at the end.
     fn take(&self) -> Option<VecDeque<Piece>> {
         let mut waiting = self.lock();
@@ -164,6 +169,26 @@ impl OutputQueue {
 
     fn done(&self, bytes: u64) {
         self.lock().bytes -= bytes;
+    }
+}
+
+impl OutputTo for OutputQueue {
+    fn push(&self, output: Output, limit: u64) -> bool {
+        let length = u64::try_from(output.data.len()).unwrap_or(u64::MAX);
+        let mut waiting = self.lock();
+        waiting.bytes = waiting.bytes.saturating_add(length);
+        // An unknown stream is standard output: better shown than lost.
+        let stream = OutputStream::try_from(output.stream).unwrap_or(OutputStream::Stdout);
+        if length > 0 {
+            waiting.pieces.push_back(Piece { stream, offset: output.offset, data: output.data });
+        }
+        self.shared.1.notify_one();
+        waiting.bytes <= limit
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.shared.1.notify_one();
     }
 }
 

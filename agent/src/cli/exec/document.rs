@@ -1,0 +1,62 @@
+//! The end of a command as a document for programs.
+
+use cortex_proto::v1;
+use cortex_shared::ids::{NodeId, TaskId};
+use serde::Serialize;
+
+use super::check::verdict_name;
+use super::writer::Captured;
+
+/// One command on one node.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Document {
+    pub(super) task_id: String,
+    pub(super) node: String,
+    pub(super) node_id: String,
+    /// How it ended; `not_reached` and `not_started` where it did not begin.
+    pub(super) verdict: &'static str,
+    /// What `exec` ends with if this is its only target.
+    pub(super) code: u8,
+    pub(super) exit_code: u32,
+    pub(super) signal: u32,
+    /// All output has arrived.
+    pub(super) complete: bool,
+    /// Not all of it is in this document.
+    pub(super) truncated: bool,
+    pub(super) duration_ms: u64,
+    pub(super) reason: String,
+    pub(super) hint: String,
+    pub(super) stdout: String,
+    pub(super) stderr: String,
+}
+
+impl Document {
+    /// Of a command that the hub accepted. Its exit is absent where it is not known.
+    pub(super) fn new(
+        accepted: &v1::ExecAccepted,
+        exit: Option<&v1::TaskExit>,
+        captured: &Captured,
+        complete: bool,
+        code: u8,
+    ) -> Self {
+        let id = |text: Option<String>| text.unwrap_or_default();
+        let unknown = v1::TaskExit::default();
+        let exit = exit.unwrap_or(&unknown);
+        Self {
+            task_id: id(TaskId::from_slice(&accepted.task_id).ok().map(|id| id.to_string())),
+            node: accepted.node_name.clone(),
+            node_id: id(NodeId::from_slice(&accepted.node_id).ok().map(|id| id.to_string())),
+            verdict: verdict_name(exit.verdict),
+            code,
+            exit_code: exit.exit_code,
+            signal: exit.signal,
+            complete,
+            truncated: captured.truncated,
+            duration_ms: exit.duration_ms,
+            reason: exit.reason.clone(),
+            hint: exit.hint.clone(),
+            stdout: String::from_utf8_lossy(&captured.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&captured.stderr).into_owned(),
+        }
+    }
+}
