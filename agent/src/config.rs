@@ -33,8 +33,7 @@ use crate::client::HubAddress;
 const MAX_FILE_BYTES: u64 = 256 * 1024;
 
 /// Files of a state that go when a node leaves for good.
-const PURGED_FILES: [&str; 4] =
-    ["agent.json", "agent.json.lock", "started-tasks", "memberships.json"];
+const PURGED_FILES: [&str; 4] = ["agent.json", "agent.json.lock", "tasks", "memberships.json"];
 
 /// Why state or settings cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -101,6 +101,7 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     let known = identity.snapshot();
     tracing::info!(node = known.name, id = %known.node_id, hub = %settings.hub, "agent starts");
     let session_scope = scope.child();
+    let commands = dispatcher.clone();
     scope.spawn("session", keep_session(identity, greeting, dispatcher, link_state, session_scope));
     scope.spawn("readiness", announce_ready(link, scope.token().clone()));
 
@@ -110,7 +111,10 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     }
     notify(&[sd_notify::NotifyState::Stopping]);
     scope.cancel();
-    let finishing = scope.finish();
+    let finishing = async {
+        // Without a session there is nobody to report them to; the journal keeps how they ended.
+        tokio::join!(commands.stop_commands(), scope.finish());
+    };
     tokio::select! {
         () = finishing => tracing::info!("stopped"),
         () = tokio::time::sleep(STOP_TIMEOUT) => {

@@ -371,19 +371,11 @@ async fn command_runs_once_streams_its_output_and_tells_its_end() {
     assert_eq!((exit.verdict, exit.exit_code), (v1::TaskVerdict::Exited.into(), 3));
     assert_eq!(exit.stdout_hash, blake3::hash(b"out\n").as_bytes().as_slice());
 
-    // While the first run is being put away, a repeated order is passed over in silence (a refusal
-    // would tell the hub that the running task failed); afterwards it is refused. It never runs.
-    let refused = within(async {
-        loop {
-            session.start(id.as_bytes(), spec.clone(), 1024).await;
-            let answer = tokio::time::timeout(Duration::from_millis(100), session.next()).await;
-            if let Ok(node_frame::Frame::TaskRefused(refused)) = answer {
-                break refused;
-            }
-        }
-    })
-    .await;
+    // A repeated order is answered with how it ended. It never runs twice.
+    session.start(id.as_bytes(), spec, 1024).await;
+    let node_frame::Frame::TaskRefused(refused) = session.next().await else { panic!() };
     assert_eq!(refused.task_id, id.as_bytes().as_slice());
+    assert_eq!(refused.exit.unwrap(), exit);
     assert_eq!(std::fs::read(marker).unwrap(), b"ran\n");
 }
 
@@ -433,7 +425,7 @@ async fn input_reaches_the_command_and_its_taking_is_told() {
 }
 
 #[tokio::test]
-async fn cancel_ends_a_command_and_a_lost_stream_or_session_does_too() {
+async fn cancel_ends_a_command_and_a_lost_session_does_where_that_was_asked_for() {
     let (mut hub, agent, session) = connected(v1::Mode::Permissive, "permissive", CALM).await;
     let waiting = |name: &str| v1::TaskSpec {
         mode: v1::Mode::Permissive.into(),
@@ -466,17 +458,95 @@ async fn cancel_ends_a_command_and_a_lost_stream_or_session_does_too() {
     assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Cancelled));
     gone("cancelled").await;
 
-    session.start(TaskId::new().as_bytes(), waiting("stream-lost"), 1024).await;
-    let mut task = hub.task().await;
-    ready(&mut task).await;
-    drop(task);
-    gone("stream-lost").await;
-
-    session.start(TaskId::new().as_bytes(), waiting("session-lost"), 1024).await;
+    let killed =
+        v1::TaskSpec { on_disconnect: v1::OnDisconnect::Kill.into(), ..waiting("session-lost") };
+    session.start(TaskId::new().as_bytes(), killed, 1024).await;
     let mut task = hub.task().await;
     ready(&mut task).await;
     drop(session);
     gone("session-lost").await;
+}
+
+/// A command that counts up to 100 in lines of its own pace, driven by a file it waits for.
+#[tokio::test]
+async fn a_command_outlives_its_stream_and_its_session_and_goes_on_at_the_exact_byte() {
+    let (mut hub, agent, session) = connected(v1::Mode::Permissive, "permissive", CALM).await;
+    let (go, id) = (agent.path("go"), TaskId::new());
+    let spec = v1::TaskSpec {
+        mode: v1::Mode::Permissive.into(),
+        stdin: true,
+        ..shell(&format!(
+            "echo abcdef; read x; echo got $x; while [ ! -e {} ]; do sleep 0.02; done; echo end; exit 3",
+            go.display()
+        ))
+    };
+    session.start(id.as_bytes(), spec, 1024).await;
+    let mut task = hub.task().await;
+    while !matches!(task.next().await, task_io_up::Frame::Output(_)) {}
+    drop(task);
+
+    // Its stream alone broke: another one in the same session, from the third byte on.
+    let mut task = hub.task().await;
+    assert!(task.hello.resume && task.task_id == id.as_bytes());
+    task.resume(3, 1021).await;
+    let stdin = v1::Stdin { data: "in\n".into(), end: false };
+    task.send(task_io_down::Frame::Stdin(stdin)).await;
+    let mut text = Vec::new();
+    while !text.ends_with(b"got in\n") {
+        if let task_io_up::Frame::Output(output) = task.next().await {
+            assert_eq!(output.offset, 3 + text.len() as u64);
+            text.extend_from_slice(&output.data);
+        }
+    }
+    assert_eq!(text, b"def\ngot in\n");
+
+    // The session is lost, and the command ends meanwhile.
+    drop((session, task));
+    std::fs::write(&go, "").unwrap();
+    let mut session = hub.session().await;
+    assert_eq!(session.hello.held_tasks, [id.as_bytes().to_vec()]);
+    let task = hub.task().await;
+    assert_eq!((task.hello.stdin_received, task.hello.stdin_taken), (3, 3));
+    task.resume(14, 1024).await;
+    let (text, exit) = task.read_to_exit().await;
+    assert_eq!((text.as_slice(), exit.exit_code, exit.stdout_bytes), (&b"end\n"[..], 3, 18));
+
+    // Not acknowledged: it is told again, by whatever process, until it is.
+    let mut agent = agent;
+    agent.kill();
+    drop(session);
+    agent.run();
+    session = hub.session().await;
+    let node_frame::Frame::TaskOutcome(outcome) = session.next().await else { panic!() };
+    assert_eq!(outcome.exit.unwrap(), exit);
+    let task_id = || id.as_bytes().to_vec().into();
+    session.send(hub_frame::Frame::TaskAck(v1::TaskAck { task_id: task_id() })).await;
+    // Once an order after it is answered, it has been read.
+    session.start(id.as_bytes(), shell("true"), 1024).await;
+    let node_frame::Frame::TaskRefused(refused) = session.next().await else { panic!() };
+    assert!(refused.exit.unwrap().reason.contains("run before"));
+    drop(session);
+    let session = hub.session().await;
+    assert!(session.hello.held_tasks.is_empty());
+}
+
+#[tokio::test]
+async fn what_the_hub_gave_up_runs_to_its_end_and_is_reported() {
+    let (mut hub, agent, session) = connected(v1::Mode::Permissive, "permissive", CALM).await;
+    let done = agent.path("done");
+    let spec = v1::TaskSpec {
+        mode: v1::Mode::Permissive.into(),
+        ..shell(&format!("echo ready; head -c 300000 /dev/zero; touch {}; exit 4", done.display()))
+    };
+    session.start(TaskId::new().as_bytes(), spec, 1024).await;
+    let mut task = hub.task().await;
+    while !matches!(task.next().await, task_io_up::Frame::Output(_)) {}
+    hub.set(|script| script.refuse_tasks = true);
+    drop((task, session));
+    let mut session = hub.session().await;
+    let node_frame::Frame::TaskOutcome(outcome) = session.next().await else { panic!() };
+    assert_eq!(outcome.exit.unwrap().exit_code, 4);
+    assert!(done.exists(), "nobody took its output, and it ended all the same");
 }
 
 #[tokio::test]

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use crate::enroll::ca::NODE_CERTIFICATE_LIFE;
 use crate::enroll::limits::JoinRate;
+use crate::store::history::HistoryLimits;
+use crate::task::spool::SpoolLimits;
 
 /// Default port of the gRPC side.
 pub const DEFAULT_GRPC_PORT: u16 = 7443;
@@ -34,6 +36,13 @@ pub struct HubConfig {
     pub accept_deadline: Duration,
     /// How long a node has to open the output stream of a task it was given.
     pub task_start_deadline: Duration,
+    /// How long a node whose session was lost, or a caller whose stream broke, has to come back to its
+    /// commands. Zero ends them at once.
+    pub resume_grace: Duration,
+    /// How much of the output of commands is kept for those who read it later.
+    pub spool: SpoolLimits,
+    /// How much of the output of each node is kept.
+    pub history: HistoryLimits,
     /// How long shutdown waits for open calls.
     pub shutdown_grace: Duration,
 }
@@ -55,6 +64,11 @@ impl HubConfig {
             // Longer than a slow disk takes, shorter than people wait.
             accept_deadline: Duration::from_secs(15),
             task_start_deadline: Duration::from_secs(10),
+            // A restart of the hub, or a change of networks, takes some seconds; longer than that people
+            // do not want to wait to hear that a machine is gone.
+            resume_grace: Duration::from_secs(10),
+            spool: SpoolLimits::default(),
+            history: HistoryLimits::default(),
             shutdown_grace: Duration::from_secs(10),
         }
     }
@@ -117,6 +131,18 @@ impl DataLayout {
     #[must_use]
     pub fn lock(&self) -> PathBuf {
         self.0.join("lock")
+    }
+
+    /// The latest output of each task.
+    #[must_use]
+    pub fn tasks(&self) -> PathBuf {
+        self.0.join("tasks")
+    }
+
+    /// The history of nodes.
+    #[must_use]
+    pub fn history(&self) -> PathBuf {
+        self.0.join("history.db")
     }
 
     /// Workspace content.

@@ -42,11 +42,14 @@ use crate::grpc::operator::{HubAddress, OperatorService};
 use crate::grpc::sync::SyncService;
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
+use crate::store::history::HistoryStore;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
 use crate::sync::members::Members;
 use crate::sync::{ContentLimits, SyncError, Workspaces};
-use crate::task::relay::Relay;
+use crate::task::history::History;
+use crate::task::relay::{Deadlines, Relay};
+use crate::task::spool::Spool;
 
 /// Streams one connection may have open: a node's running tasks, or an operator's commands.
 const STREAMS_PER_CONNECTION: u32 = 4096;
@@ -183,12 +186,6 @@ impl Hub {
         let store = prepare(Arc::clone(&data.store) as _);
         let authorities = Arc::clone(&data.authorities);
         let started_at_ms = unix_ms();
-        let ended = store
-            .end_open_tasks("the hub was restarted while the command ran".into(), started_at_ms)
-            .await?;
-        if ended > 0 {
-            tracing::warn!(tasks = ended, "tasks were open when the last hub ended");
-        }
         let scope = TaskScope::new();
         let registry = Arc::new(Registry::new(store.nodes().await?));
         let membership = Arc::new(Membership::default());
@@ -205,7 +202,15 @@ impl Hub {
             Arc::clone(&store),
             Arc::clone(&content),
         ));
-        let relay = Relay::new(Arc::clone(&store), scope.clone(), config.task_start_deadline);
+        let tasks = data.layout.tasks();
+        let spool = Spool::open(tasks.clone(), config.spool, &data.databases)
+            .map_err(|source| StartError::Data { path: tasks.display().to_string(), source })?;
+        let deadlines =
+            Deadlines { start: config.task_start_deadline, resume: config.resume_grace };
+        let history = HistoryStore::open(data.layout.history(), &data.databases).await?;
+        let history = History::start(history, config.history, &scope);
+        let relay = Relay::new(Arc::clone(&store), spool, history, scope.clone(), deadlines);
+        relay.recover().await?;
         let operators = Operators::load(Arc::clone(&store), Arc::clone(&relay)).await?;
         let decisions = NodeDecisions::new(
             Arc::clone(&registry),
@@ -318,8 +323,9 @@ impl Hub {
         self.pin
     }
 
-    /// Stops in order: nodes are told when to come back, sessions end (and with them their tasks,
-    /// each with a verdict), calls finish, the databases are closed. The work before that and the
+    /// Stops in order: nodes are told when to come back, sessions end, calls finish, the databases are
+    /// closed. Tasks that run keep running on their nodes, for the next hub to take up; without a resume
+    /// grace each gets its verdict here. The work before that and the
     /// closing take no longer than the grace time each; what did not finish in it is said.
     pub async fn shutdown(self) {
         let sessions = self.registry.sessions();

@@ -30,7 +30,7 @@ pub const DEFAULT_OUTPUT_CREDIT: u64 = 1024 * 1024;
 
 /// Most output that may be under way for one command, whatever the reader grants: what the hub is
 /// prepared to hold for it.
-pub const MAX_OUTPUT_CREDIT: u64 = 16 * 1024 * 1024;
+pub const MAX_OUTPUT_CREDIT: u64 = 8 * 1024 * 1024;
 
 /// Standard input a caller may have under way before the command has taken any of it.
 pub const STDIN_WINDOW_BYTES: u64 = 256 * 1024;

@@ -8,6 +8,7 @@
 //! | [`secret`], [`peer`] | invite tokens; identities in certificates |
 //! | [`wire_path`], [`entry`] | names, paths, entries and tree digests of a workspace |
 //! | [`chunk`], [`pack`] | how content is cut, and the unit in which it travels and rests |
+//! | [`replay`] | output under way, which can be sent again |
 //! | [`durable`] | files that survive a crash |
 //! | [`backoff`], [`patience`], [`tasks`], [`clock`], [`text`], [`telemetry`] | retrying, supervised tasks, the time, text, logs |
 //!
@@ -28,6 +29,7 @@ pub mod pack;
 pub mod patience;
 pub mod peer;
 pub mod policy;
+pub mod replay;
 pub mod secret;
 pub mod tasks;
 pub mod telemetry;

@@ -10,4 +10,5 @@ mod sandbox;
 mod secrets;
 mod sync;
 mod targets;
+mod tasks;
 mod terminal;

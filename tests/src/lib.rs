@@ -6,6 +6,7 @@
 
 pub mod mesh;
 pub mod process;
+pub mod proxy;
 pub mod terminal;
 pub mod tree;
 pub mod wait;

@@ -206,11 +206,23 @@ impl Mesh {
         copy
     }
 
+    /// A node that has joined, and dials the hub at this address: that of a proxy.
+    ///
+    /// # Panics
+    /// If it cannot join.
+    #[must_use]
+    pub fn node_through(&self, name: &str, address: &str) -> Node {
+        let mut node = self.new_node(name, As::Me);
+        let _joined: Outcome = join_at(&node, address, &self.invite(&[]), &self.pin()).ok();
+        node.run();
+        self.wait_online(name);
+        node
+    }
+
     /// Joins a node with this token and pin.
     #[must_use]
     pub fn join(&self, node: &Node, token: &str, pin: &str) -> Outcome {
-        let arguments = ["join", &self.address, "--ca", pin, "--token-stdin", "--name", &node.name];
-        run(&mut node.command(&arguments), token.as_bytes())
+        join_at(node, &self.address, token, pin)
     }
 
     /// Waits until the hub knows a node as connected.
@@ -304,6 +316,11 @@ fn copy_files(from: &Path, to: &Path) {
             std::fs::copy(entry.path(), target).expect("there is room for a copy");
         }
     }
+}
+
+fn join_at(node: &Node, address: &str, token: &str, pin: &str) -> Outcome {
+    let arguments = ["join", address, "--ca", pin, "--token-stdin", "--name", &node.name];
+    run(&mut node.command(&arguments), token.as_bytes())
 }
 
 /// A machine, as far as the mesh can tell: state, workspaces and agent of its own.

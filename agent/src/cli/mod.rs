@@ -9,6 +9,7 @@ mod context;
 mod doctor;
 pub mod error;
 mod exec;
+mod history;
 mod hub;
 mod identity;
 mod invite;
@@ -21,6 +22,7 @@ mod policy;
 pub mod printer;
 mod run;
 mod status;
+mod task;
 mod token;
 mod units;
 mod version;
@@ -112,6 +114,8 @@ enum Verb {
     Context(context::ContextArgs),
     Node(node::NodeArgs),
     Exec(Box<exec::ExecArgs>),
+    Task(task::TaskArgs),
+    History(history::HistoryArgs),
     Shell(exec::ShellArgs),
     Workspace(workspace::WorkspaceArgs),
     Invite(invite::InviteArgs),
@@ -168,6 +172,8 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Context(args) => done(context::context(&global, args)),
             Verb::Node(args) => done(Box::pin(node::node(&global, args)).await),
             Verb::Exec(args) => Box::pin(exec::exec(&global, *args)).await,
+            Verb::Task(args) => Box::pin(task::task(&global, args)).await,
+            Verb::History(args) => done(Box::pin(history::history(&global, args)).await),
             Verb::Shell(args) => Box::pin(exec::shell(&global, args)).await,
             Verb::Workspace(args) => done(Box::pin(workspace::workspace(&global, args)).await),
             Verb::Invite(args) => done(Box::pin(invite::invite(&global, args)).await),
@@ -301,6 +307,15 @@ mod tests {
             "exec n1 -t -- vi",
             "shell n1 --workspace w --cwd d --mode permissive --net full",
             "exec n1 -i --workspace w --cwd d --env K=V --mode permissive --net full --memory 1G --pids 10 --time-limit 10s -- cat",
+            "exec n1 --detach --on-disconnect kill --idempotency-key k -o json -- true",
+            "task list --node n --status running --status failed --mine --limit 5 -o jsonl",
+            "task show 01234567",
+            "task logs 01234567 -f",
+            "task attach 01234567",
+            "task wait 01234567 89abcdef",
+            "task cancel 01234567 --signal INT --grace 5s",
+            "task retry 01234567 --detach",
+            "history n1 --lines 100 -f --raw",
             "workspace create w",
             "workspace list",
             "workspace attach w --node n",

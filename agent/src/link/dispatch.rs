@@ -2,12 +2,12 @@
 //!
 //! Called by the session's task for each frame and never makes it wait: a task is started in a task
 //! of its own, everything else is handed over. State: which tasks run, the policy in force (strict
-//! until a hub says otherwise), and the record of started tasks, which is on disk. What runs outside
-//! the sandbox is decided a second time, and written down, directly before it runs: see
-//! `permit`. Policies are written down by `policy_log`.
+//! until a hub says otherwise), and the journal of tasks, which is on disk. Tasks outlive the session
+//! that ordered them; when the daemon stops, they are ended. What runs outside the sandbox is decided a
+//! second time, and written down, directly before it runs: see `permit`. Policies are written down by
+//! `policy_log`.
 
-use std::collections::HashMap;
-use std::path::Path;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,16 +16,17 @@ use cortex_proto::v1::{self, hub_frame, node_frame};
 use cortex_shared::ids::{TaskId, WorkspaceId};
 use cortex_shared::policy::{Mode, Role};
 use cortex_shared::tasks::TaskScope;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
 use super::authority::{Authority, Clocks, HubPolicy, mode_in_force};
+use super::journal::Journal;
 use super::permit::Permit;
 use super::policy_log::PolicyLog;
 use super::request::{self, Refusal};
 use super::session::Outbox;
-use super::started::StartedTasks;
-use super::task::{self, TaskContext};
+use super::task::{self, OnDisconnect, TaskContext};
 use super::workspaces::{Membership, Reports, Workspaces};
 use super::{mode_of, proto_mode};
 use crate::audit::{Audit, CommandLine, cut};
@@ -39,6 +40,9 @@ const MAX_RUNNING: usize = 256;
 const CANCELS: usize = 4;
 /// Longest time between the first signal of a cancel and KILL.
 const MAX_GRACE: Duration = Duration::from_secs(60);
+
+/// Ends of earlier tasks that are told at once in a new session; then one for each that is acknowledged.
+const REPORTS_AT_ONCE: usize = 64;
 
 /// What a session lends to what it makes the node do.
 #[derive(Clone)]
@@ -60,12 +64,22 @@ pub struct Dispatcher {
 struct Inner {
     state: StateDir,
     workspaces: Workspaces,
-    started: Mutex<StartedTasks>,
-    session: Mutex<Option<SessionContext>>,
+    journal: Arc<Mutex<Journal>>,
+    session: watch::Sender<Option<SessionContext>>,
+    /// Owns the commands, which outlive their sessions; cancelled when the daemon stops.
+    commands: TaskScope,
     identity: LiveIdentity,
     policy: Mutex<HubPolicy>,
     policy_log: PolicyLog,
-    running: Mutex<HashMap<TaskId, mpsc::Sender<CommandControl>>>,
+    running: Mutex<HashMap<TaskId, Handle>>,
+    /// Ends of earlier tasks that this session has yet to hear of.
+    to_report: Mutex<VecDeque<TaskId>>,
+}
+
+/// A task that runs.
+struct Handle {
+    cancels: mpsc::Sender<CommandControl>,
+    acknowledged: CancellationToken,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -84,9 +98,8 @@ impl Dispatcher {
         workspaces: Workspaces,
         identity: LiveIdentity,
     ) -> Result<Self, ConfigError> {
-        let path = state.path().join("started-tasks");
-        let started = StartedTasks::open(Path::new(&path))
-            .map_err(|source| ConfigError::Write { path, source })?;
+        let path = state.path().join("tasks");
+        let journal = Journal::open(&path).map_err(|source| ConfigError::Write { path, source })?;
         let ceiling_of = state.clone();
         let policy_log =
             PolicyLog::new(identity.audit().clone(), Arc::new(move || read_ceiling(&ceiling_of)));
@@ -94,12 +107,14 @@ impl Dispatcher {
             inner: Arc::new(Inner {
                 state,
                 workspaces,
-                started: Mutex::new(started),
-                session: Mutex::new(None),
+                journal: Arc::new(Mutex::new(journal)),
+                session: watch::Sender::new(None),
+                commands: TaskScope::new(),
                 identity,
                 policy: Mutex::new(HubPolicy::UNTOLD),
                 policy_log,
                 running: Mutex::new(HashMap::new()),
+                to_report: Mutex::new(VecDeque::new()),
             }),
         })
     }
@@ -156,20 +171,52 @@ impl Dispatcher {
     /// Tells the hub what the owner's bound is now; `false` if there is no session.
     pub async fn report_ceiling(&self) -> bool {
         let changed = v1::CeilingChanged { ceiling: proto_mode(self.ceiling().await).into() };
-        lock(&self.inner.session)
+        let session = self.inner.session.borrow();
+        session
             .as_ref()
             .is_some_and(|session| session.outbox.send(node_frame::Frame::CeilingChanged(changed)))
     }
 
+    /// The tasks that run, and those whose end the hub has not acknowledged.
+    pub(super) fn held_tasks(&self) -> Vec<TaskId> {
+        let mut held: Vec<TaskId> = lock(&self.inner.running).keys().copied().collect();
+        let ended = lock(&self.inner.journal).unacknowledged();
+        held.extend(ended.into_iter().filter(|id| !held.contains(id)).collect::<Vec<_>>());
+        held
+    }
+
     pub(super) fn begin_session(&self, context: SessionContext, policy: HubPolicy) {
         self.set_policy(&context, policy);
-        *lock(&self.inner.session) = Some(context);
+        let running: HashSet<TaskId> = lock(&self.inner.running).keys().copied().collect();
+        let mut ended = lock(&self.inner.journal).unacknowledged();
+        ended.retain(|id| !running.contains(id));
+        *lock(&self.inner.to_report) = ended.into();
+        for _ in 0..REPORTS_AT_ONCE {
+            self.report_next(&context);
+        }
+        self.inner.session.send_replace(Some(context));
         self.inner.workspaces.set_online(true);
     }
 
     pub(super) fn end_session(&self) {
-        *lock(&self.inner.session) = None;
+        self.inner.session.send_replace(None);
         self.inner.workspaces.set_online(false);
+    }
+
+    /// Tells the hub how the next of the earlier tasks ended.
+    fn report_next(&self, session: &SessionContext) {
+        let Some(id) = lock(&self.inner.to_report).pop_front() else { return };
+        if let Some(exit) = lock(&self.inner.journal).outcome(id) {
+            let task_id = id.as_bytes().to_vec().into();
+            let outcome = v1::TaskOutcome { task_id, exit: Some(exit) };
+            session.outbox.send(node_frame::Frame::TaskOutcome(outcome));
+        }
+    }
+
+    /// Ends all commands, and waits until each is reported, or nobody is there to hear it.
+    pub async fn stop_commands(&self) {
+        self.inner.commands.cancel();
+        self.inner.commands.finish().await;
     }
 
     /// Reports on workspaces, at the pace they may be sent.
@@ -182,6 +229,7 @@ impl Dispatcher {
         match frame {
             hub_frame::Frame::StartTask(start) => self.start(start),
             hub_frame::Frame::CancelTask(cancel) => self.cancel(&cancel),
+            hub_frame::Frame::TaskAck(ack) => self.acknowledged(&ack),
             hub_frame::Frame::HeadMoved(moved) => {
                 if let Ok(id) = WorkspaceId::from_slice(&moved.workspace_id) {
                     self.inner.workspaces.head_moved(id, moved.seq);
@@ -200,7 +248,7 @@ impl Dispatcher {
             hub_frame::Frame::Policy(update) => {
                 let now = clocks(&self.inner.identity);
                 let policy = HubPolicy::told(mode_of(update.policy), update.until_ms, now);
-                let session = lock(&self.inner.session).clone();
+                let session = self.inner.session.borrow().clone();
                 if let Some(session) = session {
                     self.set_policy(&session, policy);
                 }
@@ -225,17 +273,23 @@ impl Dispatcher {
     }
 
     fn start(&self, start: v1::StartTask) {
-        let Some(session) = lock(&self.inner.session).clone() else { return };
+        let Some(session) = self.inner.session.borrow().clone() else { return };
         let Ok(id) = TaskId::from_slice(&start.task_id) else {
             tracing::warn!("the hub sent a task without a valid id");
             return;
         };
         let (cancel, cancels) = mpsc::channel(CANCELS);
+        let acknowledged = CancellationToken::new();
+        let sessions = self.inner.session.subscribe();
         {
             let mut running = lock(&self.inner.running);
             if running.contains_key(&id) {
-                // Not refused: the hub would take that for the end of the task that runs.
-                tracing::warn!(task = %id, "the hub ordered a task that runs; it is not started again");
+                drop(running);
+                tracing::warn!(task = %id, "the hub ordered a task that is here; it is not started again");
+                // Not refused while it runs: the hub would take that for its end.
+                if let Some(exit) = lock(&self.inner.journal).outcome(id) {
+                    answer(&session, id, exit);
+                }
                 return;
             }
             if running.len() >= MAX_RUNNING {
@@ -243,39 +297,53 @@ impl Dispatcher {
                 refuse(&session, id, "too many commands run on this node");
                 return;
             }
-            running.insert(id, cancel);
+            running.insert(id, Handle { cancels: cancel, acknowledged: acknowledged.clone() });
         }
         let guard = Running { dispatcher: self.clone(), id };
         let dispatcher = self.clone();
-        session.tasks.clone().spawn("task", async move {
-            dispatcher.run(session, id, start, cancels).await;
+        let on_disconnect = match start.spec.as_ref().map(v1::TaskSpec::on_disconnect) {
+            Some(v1::OnDisconnect::Kill) => OnDisconnect::Kill,
+            Some(v1::OnDisconnect::Resume) | None => OnDisconnect::Resume,
+        };
+        let journal = Arc::clone(&self.inner.journal);
+        let context = TaskContext {
+            id,
+            session,
+            sessions,
+            scope: self.inner.commands.clone(),
+            on_disconnect,
+            cancels,
+            acknowledged,
+            record_end: Arc::new(move |id, exit| record_end(&journal, id, exit)),
+        };
+        self.inner.commands.spawn("task", async move {
+            dispatcher.run(context, start).await;
             drop(guard);
         });
     }
 
-    async fn run(
-        &self,
-        session: SessionContext,
-        id: TaskId,
-        start: v1::StartTask,
-        cancels: mpsc::Receiver<CommandControl>,
-    ) {
+    async fn run(&self, context: TaskContext, start: v1::StartTask) {
+        let id = context.id;
         // Written as a quoted string: it comes from elsewhere.
         let actor = start.actor;
         let recording = {
             let inner = Arc::clone(&self.inner);
-            tokio::task::spawn_blocking(move || lock(&inner.started).begin(id)).await
+            tokio::task::spawn_blocking(move || lock(&inner.journal).begin(id)).await
         };
         match recording {
             Ok(Ok(true)) => {}
             Ok(Ok(false)) => {
                 tracing::warn!(task = %id, "the hub ordered a task a second time; it does not run");
-                refuse(&session, id, "this task has been run before");
+                // What is known of the first time is the answer.
+                match lock(&self.inner.journal).outcome(id) {
+                    Some(exit) => answer(&context.session, id, exit),
+                    None => refuse(&context.session, id, "this task has been run before"),
+                }
                 return;
             }
             Ok(Err(error)) => {
                 tracing::error!(%error, "a task cannot be recorded, so it does not run");
-                refuse(&session, id, "the node cannot record that the task starts");
+                refuse(&context.session, id, "the node cannot record that the task starts");
                 return;
             }
             Err(_) => return,
@@ -303,9 +371,7 @@ impl Dispatcher {
         } else {
             tracing::info!(task = %id, ?actor, "command starts");
         }
-        let context =
-            TaskContext { client: session.client, outbox: session.outbox, scope: session.tasks };
-        task::run_task(context, id, command, permit, start.initial_credit, cancels).await;
+        task::run_task(context, command, permit, start.initial_credit).await;
     }
 
     /// Whether a command may run, by what is known now; a refusal for want of permission is
@@ -332,9 +398,22 @@ impl Dispatcher {
         let signal = i32::try_from(cancel.signal).ok().filter(|n| (1..=64).contains(n));
         let signal = signal.unwrap_or(15);
         let grace = Duration::from_millis(cancel.grace_ms).min(MAX_GRACE);
-        if let Some(sender) = lock(&self.inner.running).get(&id) {
+        if let Some(handle) = lock(&self.inner.running).get(&id) {
             // Full: as many cancels wait already, and one is enough.
-            sender.try_send(CommandControl::Cancel { signal, grace }).ok();
+            handle.cancels.try_send(CommandControl::Cancel { signal, grace }).ok();
+        }
+    }
+
+    /// The hub has a task's end, and the next one can be told.
+    fn acknowledged(&self, ack: &v1::TaskAck) {
+        let Ok(id) = TaskId::from_slice(&ack.task_id) else { return };
+        lock(&self.inner.journal).acknowledged(id);
+        if let Some(handle) = lock(&self.inner.running).get(&id) {
+            handle.acknowledged.cancel();
+        }
+        let session = self.inner.session.borrow().clone();
+        if let Some(session) = session {
+            self.report_next(&session);
         }
     }
 }
@@ -387,12 +466,31 @@ fn shown_command(spec: &v1::TaskSpec) -> String {
     cut(&String::from_utf8_lossy(&shown))
 }
 
+/// Writes an end down; that it survives a loss of power is made sure of beside.
+fn record_end(journal: &Mutex<Journal>, id: TaskId, exit: &v1::TaskExit) {
+    match lock(journal).end(id, exit) {
+        Ok(file) => {
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = file.sync_data() {
+                    tracing::warn!(task = %id, %error, "the end of a task is perhaps not on disk");
+                }
+            });
+        }
+        Err(error) => tracing::error!(task = %id, %error, "the end of a task is not on disk"),
+    }
+}
+
 fn refuse(session: &SessionContext, id: TaskId, reason: &str) {
     let exit = v1::TaskExit {
         verdict: v1::TaskVerdict::Failed.into(),
         reason: reason.to_owned(),
         ..Default::default()
     };
+    answer(session, id, exit);
+}
+
+/// Answers an order without a stream.
+fn answer(session: &SessionContext, id: TaskId, exit: v1::TaskExit) {
     session.outbox.send(v1::node_frame::Frame::TaskRefused(v1::TaskRefused {
         task_id: id.as_bytes().to_vec().into(),
         exit: Some(exit),

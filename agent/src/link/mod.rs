@@ -7,23 +7,26 @@
 //! | [`renewal`] | the certificate: renewed in time, recovered when that was missed |
 //! | [`dispatch`] | what each frame of the hub means here |
 //! | [`authority`] | how much a command may do, whatever the hub says |
-//! | `task`, `request` | one command: its stream, its credit, its end; whether it may run at all |
-//! | `started` | which task ids have been seen, so that none runs twice |
+//! | `task`, `carrier` | one command through any number of streams: who runs it, and the books |
+//! | `request` | whether a command may run at all |
+//! | `journal` | which tasks have been begun, so that none runs twice, and how they ended |
 //! | [`workspaces`], `report` | the sync engine of each workspace this node is a member of, and its state |
 //!
-//! Nothing of a session outlives the process but the ids of started tasks and the last list of
-//! memberships, which are on disk before they count. When a session ends, its tasks are cancelled.
+//! Nothing of a session outlives the process but the journal of tasks and the last list of
+//! memberships, which are on disk before they count. Tasks outlive their session: the next one takes
+//! them up. A stop of the process ends them.
 
 pub mod authority;
+mod carrier;
 pub mod dispatch;
 mod end;
+mod journal;
 mod permit;
 mod policy_log;
 pub mod renewal;
 mod report;
 mod request;
 pub mod session;
-mod started;
 mod task;
 pub mod workspaces;
 

@@ -13,6 +13,7 @@ use cortex_proto::MAX_MESSAGE_BYTES;
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::{self, hub_frame, node_frame};
 use cortex_shared::backoff::Backoff;
+use cortex_shared::ids::TaskId;
 use cortex_shared::policy::Mode;
 use cortex_shared::tasks::TaskScope;
 use rand::RngExt as _;
@@ -45,6 +46,11 @@ const STABLE: Duration = Duration::from_secs(60);
 const CLONE_PATIENCE: Duration = Duration::from_secs(15 * 60);
 /// A difference between the clocks that is worth a word.
 pub const MAX_SKEW_MS: u64 = 30_000;
+/// How long after the loss of a session with running commands the hub is tried often: some restarts of a
+/// hub take longer than the grace that it gives from then on.
+const HURRY: Duration = Duration::from_secs(120);
+/// Longest wait between two attempts then.
+const HURRIED_DELAY: Duration = Duration::from_secs(1);
 /// How long ending tasks may take to report their end before the session closes.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -82,7 +88,7 @@ pub struct Greeting {
 }
 
 impl Greeting {
-    fn hello(&self, ceiling: Mode, generation: u64) -> v1::Hello {
+    fn hello(&self, ceiling: Mode, generation: u64, held: &[TaskId]) -> v1::Hello {
         let MachineFacts { machine_id, boot_id, hostname } = MachineFacts::of_this_machine();
         v1::Hello {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -96,6 +102,7 @@ impl Greeting {
             machine_id,
             node_time_ms: now_ms(),
             generation,
+            held_tasks: held.iter().map(|id| id.as_bytes().to_vec().into()).collect(),
         }
     }
 }
@@ -151,6 +158,7 @@ impl Keeper {
         let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
         let mut patience = Backoff::new(Duration::from_secs(30), Duration::from_secs(300));
         let mut said = String::new();
+        let mut lost_at = Instant::now();
         let stop = self.scope.token().clone();
         while !stop.is_cancelled() {
             let begun = Instant::now();
@@ -174,6 +182,9 @@ impl Keeper {
                 backoff.reset();
                 patience.reset();
             }
+            if had_session {
+                lost_at = Instant::now();
+            }
             let (problem, delay) = match end {
                 End::Stopped => return,
                 End::Drained(delay) => ("the hub is restarting".to_owned(), delay),
@@ -188,6 +199,7 @@ impl Keeper {
                     (problem, CLONE_PATIENCE.mul_f64(1.0 + rand::rng().random_range(0.0..1.0)))
                 }
             };
+            let delay = self.hurry(delay, lost_at);
             if problem != said {
                 tracing::warn!(
                     hub = %self.identity.client().address(),
@@ -209,6 +221,14 @@ impl Keeper {
                 () = self.identity.retry_asked() => {}
             }
         }
+    }
+
+    /// As long as commands can be taken up again, there is no time to be patient.
+    fn hurry(&self, delay: Duration, lost_at: Instant) -> Duration {
+        if self.dispatcher.running_tasks() == 0 || lost_at.elapsed() > HURRY {
+            return delay;
+        }
+        delay.min(HURRIED_DELAY.mul_f64(rand::rng().random_range(0.5..1.0)))
     }
 
     /// Opens a session. If the hub does not accept the newest certificate, that is tried with the
@@ -271,7 +291,11 @@ impl Keeper {
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let (frames, queue) = mpsc::channel(OUTBOX_FRAMES);
         let outbox = Outbox::new(frames);
-        let hello = self.greeting.hello(self.dispatcher.ceiling().await, presented.generation);
+        let hello = self.greeting.hello(
+            self.dispatcher.ceiling().await,
+            presented.generation,
+            &self.dispatcher.held_tasks(),
+        );
         let greeted_ms = hello.node_time_ms;
         outbox.send(node_frame::Frame::Hello(hello));
         let mut link = client.clone();
@@ -369,8 +393,7 @@ impl Drop for Session<'_> {
 
 impl Session<'_> {
     async fn run(mut self, dispatcher: &Dispatcher, scope: &TaskScope) -> End {
-        // Tasks get a scope that this session ends: not the daemon's own, so that on a stop they
-        // can still report how they ended.
+        // What belongs to this session alone. Commands are the dispatcher's, and outlive it.
         let tasks = TaskScope::new();
         let context = SessionContext {
             client: self.client.clone(),
@@ -388,17 +411,13 @@ impl Session<'_> {
         );
         dispatcher.begin_session(context, self.policy);
         let end = self.exchange(dispatcher, scope).await;
+        if matches!(end, End::Stopped) {
+            // Commands end and are reported while there is a session to report them in.
+            tokio::time::timeout(LEAVE_TIMEOUT, dispatcher.stop_commands()).await.ok();
+        }
         dispatcher.end_session();
         tasks.cancel();
-        match end {
-            End::Stopped => {
-                tokio::time::timeout(LEAVE_TIMEOUT, tasks.finish()).await.ok();
-            }
-            // They end on their own; the next session must not wait for them. The daemon does.
-            _ => {
-                scope.spawn("ending tasks", async move { tasks.finish().await });
-            }
-        }
+        scope.spawn("ending session", async move { tasks.finish().await });
         end
     }
 

@@ -1,265 +1,389 @@
-//! One command of the hub: its `TaskIo` stream, its credit, its end.
+//! One command of the hub, from its first stream to the hub's word that its end is recorded.
 //!
-//! Owned by the session that ordered it. The stream from the hub is read in a loop that never waits
-//! for the command: what the command has not taken yet waits in a queue bounded in bytes. Output
-//! goes the other way, and is bounded by the reader's credit, which [`crate::exec`] keeps to. The
-//! command's end is the last frame, and the stream stays open until the hub has taken it.
+//! It outlives its session. The command belongs to this task, which holds the output that the hub has
+//! not acknowledged: bounded by the reader's credit, so a command whose reader is away waits as for any
+//! slow reader. In the next session the stream is opened anew, and both directions go on at the exact
+//! byte ([`super::carrier`] keeps the books). A hub that does not know the task any more has given it
+//! its verdict: the command then runs to its end without a reader, and its end is reported through the
+//! journal.
+//!
+//! The stream from the hub is read in a loop that never waits for the command: what the command has
+//! not taken yet waits in a queue bounded in bytes.
 
-use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use cortex_proto::CODE_TRAILER;
 use cortex_proto::v1::node_client::NodeClient;
-use cortex_proto::v1::{self, task_io_down, task_io_up};
+use cortex_proto::v1::{self, task_io_up};
 use cortex_shared::ids::TaskId;
 use cortex_shared::tasks::TaskScope;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
+use super::carrier::{Carrier, command_exit};
+use super::dispatch::SessionContext;
 use super::permit::Permit;
-use super::request::{Refusal, terminal_size};
-use super::session::Outbox;
-use crate::exec::{self, CommandControl, CommandEvent, CommandExit, CommandRequest};
+use super::request::Refusal;
+use crate::exec::{CommandControl, CommandEvent, CommandRequest};
 
-/// Standard input that may lie here untaken: the callers' window and room for a late credit.
-const MAX_QUEUED_INPUT_BYTES: usize = 1024 * 1024;
-/// Signals and pieces of input that may lie here; more is not a reader but an attack.
-const MAX_QUEUED_FRAMES: usize = 16 * 1024;
-/// How long a command that lost its stream or session has between TERM and KILL.
+/// How long a command that its owner does not want any more has between TERM and KILL.
 const GRACE: Duration = Duration::from_secs(2);
 /// How long the hub may take to take a task's stream. What allowed the command is not kept for longer.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long the hub may take to close the stream after the command's end.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the hub may take to acknowledge an end that it was sent. After that the next session does.
+const ACK_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long after the end of its grace a cancelled command's output is waited for: a reader that stands
+/// still must not keep the end from being known.
+const DRAIN: Duration = Duration::from_secs(3);
+/// How long after its stream broke a task tries another one in the same session.
+const REOPEN_AFTER: Duration = Duration::from_millis(500);
 /// Frames between the command and HTTP/2; their bytes are bounded by the credit.
 const FRAMES: usize = 16;
 
-/// What one task needs of its session.
+/// What becomes of the command while the hub is away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OnDisconnect {
+    /// It goes on, and is taken up again.
+    Resume,
+    /// It is ended.
+    Kill,
+}
+
+/// Writes ends down, and says where they are.
+pub(super) type RecordEnd = Arc<dyn Fn(TaskId, &v1::TaskExit) + Send + Sync>;
+
+/// What one task needs of the daemon.
 pub(super) struct TaskContext {
-    pub(super) client: NodeClient<Channel>,
-    pub(super) outbox: Outbox,
+    pub(super) id: TaskId,
+    /// The session that ordered it.
+    pub(super) session: SessionContext,
+    /// The sessions to come.
+    pub(super) sessions: watch::Receiver<Option<SessionContext>>,
+    /// Owns what runs; cancelled when the daemon stops.
     pub(super) scope: TaskScope,
+    pub(super) on_disconnect: OnDisconnect,
+    pub(super) cancels: mpsc::Receiver<CommandControl>,
+    /// Cancelled when the hub has acknowledged the end.
+    pub(super) acknowledged: CancellationToken,
+    pub(super) record_end: RecordEnd,
+}
+
+type Opened = Result<(mpsc::Sender<v1::TaskIoUp>, Streaming<v1::TaskIoDown>), Status>;
+
+/// A stream to the hub.
+struct Stream {
+    up: mpsc::Sender<v1::TaskIoUp>,
+    down: Streaming<v1::TaskIoDown>,
 }
 
 /// Runs a command, or reports why it does not run.
 pub(super) async fn run_task(
     context: TaskContext,
-    id: TaskId,
     command: Result<CommandRequest, Refusal>,
     permit: Permit,
     initial_credit: u64,
-    cancels: mpsc::Receiver<CommandControl>,
 ) {
-    let (up, up_frames) = mpsc::channel(FRAMES);
-    let hello = v1::TaskIoHello { task_id: id.as_bytes().to_vec().into() };
-    up.try_send(frame(task_io_up::Frame::Hello(hello))).expect("a new channel has room");
-    let TaskContext { mut client, outbox, scope } = context;
-    let opening = async move {
-        let opening = client.task_io(ReceiverStream::new(up_frames));
-        tokio::time::timeout(OPEN_TIMEOUT, opening)
-            .await
-            .unwrap_or_else(|_| Err(Status::deadline_exceeded("the hub did not take it in time")))
+    let mut running = Running {
+        carrier: Carrier::new(initial_credit),
+        session: Some(context.session.clone()),
+        context,
+        control: None,
+        events: None,
+        opening: None,
+        stream: None,
+        reopen_at: None,
+        ack_by: None,
+        abandon_at: None,
+        orphan: false,
+        stopping: false,
     };
-    let command = match command {
-        Ok(command) => command,
-        Err(refusal) => {
-            let exit = refused(&refusal);
-            up.try_send(frame(task_io_up::Frame::Exit(exit.clone())))
-                .expect("a new channel has room for two");
-            drop(up);
-            match opening.await {
-                Ok(stream) => wait_for_close(stream.into_inner()).await,
-                Err(status) => report_unopened(&outbox, id, &status, Some(exit)),
-            }
-            return;
-        }
-    };
-
+    running.context.sessions.mark_unchanged();
+    running.open(false);
     // The command starts only once the hub has taken its stream: a hub that has given the task up in
     // the meantime (and has said so to whoever asked for it) must not find it run all the same.
-    let opened = tokio::select! {
-        opened = opening => opened,
-        () = scope.token().cancelled() => return,
-    };
-    let opened = match opened {
-        Ok(opened) => opened,
-        Err(status) => return report_unopened(&outbox, id, &status, None),
-    };
-    let (control, control_frames) = mpsc::channel(FRAMES);
-    let (events_out, events) = mpsc::channel(FRAMES);
-    scope.spawn("command", permit.run(command, initial_credit, control_frames, events_out));
-    let (stream_gone, gone) = mpsc::channel(1);
-    let down = DownPump { control, cancels, queue: VecDeque::new(), queued_input: 0 };
-    let pumping = down.run(std::future::ready(Ok(opened)), scope.token().clone(), gone);
-    let upward = pump_up(events, up, stream_gone);
-    let (result, ()) = tokio::join!(pumping, upward);
-    if let Err(status) = result {
-        report_unopened(&outbox, id, &status, None);
-    }
-}
-
-fn frame(frame: task_io_up::Frame) -> v1::TaskIoUp {
-    v1::TaskIoUp { frame: Some(frame) }
-}
-
-/// Passes the command's events to the hub until its end. If the stream is gone the events are
-/// dropped, so that the command can end.
-async fn pump_up(
-    mut events: mpsc::Receiver<CommandEvent>,
-    up: mpsc::Sender<v1::TaskIoUp>,
-    stream_gone: mpsc::Sender<()>,
-) {
-    while let Some(event) = events.recv().await {
-        if up.send(frame(up_frame(event))).await.is_err() {
-            // Full means that it has been said already.
-            stream_gone.try_send(()).ok();
+    match command {
+        Err(refusal) => running.end(refused(&refusal)),
+        Ok(command) => {
+            let opened = tokio::select! {
+                opened = opened(&mut running.opening) => opened,
+                () = running.context.scope.token().cancelled() => Err(Status::cancelled("the agent stops")),
+                // The session ended before it could be said.
+                _ = running.context.sessions.changed() => {
+                    Err(Status::cancelled("the session was lost before the command started"))
+                }
+            };
+            running.opening = None;
+            match opened {
+                Ok((up, down)) => {
+                    running.stream = Some(Stream { up, down });
+                    running.carrier.opened();
+                    let (control, orders) = mpsc::channel(FRAMES);
+                    let (events_out, events) = mpsc::channel(FRAMES);
+                    let scope = &running.context.scope;
+                    scope.spawn("command", permit.run(command, initial_credit, orders, events_out));
+                    (running.control, running.events) = (Some(control), Some(events));
+                }
+                Err(status) => {
+                    running.orphan = true;
+                    running.end(v1::TaskExit {
+                        verdict: v1::TaskVerdict::Failed.into(),
+                        reason: format!(
+                            "the task's stream could not be opened, and the command did not run: {}",
+                            status.message()
+                        ),
+                        ..Default::default()
+                    });
+                }
+            }
         }
     }
+    running.carry().await;
 }
 
-/// Everything that goes to the command: credit, input, signals from the stream; cancels from the
-/// link; the end of the session.
-struct DownPump {
-    control: mpsc::Sender<CommandControl>,
-    cancels: mpsc::Receiver<CommandControl>,
-    queue: VecDeque<CommandControl>,
-    queued_input: usize,
+struct Running {
+    context: TaskContext,
+    carrier: Carrier,
+    session: Option<SessionContext>,
+    /// To the command; none before it starts and after its end.
+    control: Option<mpsc::Sender<CommandControl>>,
+    events: Option<mpsc::Receiver<CommandEvent>>,
+    opening: Option<Pin<Box<dyn Future<Output = Opened> + Send>>>,
+    stream: Option<Stream>,
+    reopen_at: Option<Instant>,
+    ack_by: Option<Instant>,
+    /// When a cancelled command's output is given up.
+    abandon_at: Option<Instant>,
+    /// The hub does not know the task any more.
+    orphan: bool,
+    stopping: bool,
 }
 
-impl DownPump {
-    /// Ends when the stream has ended and the command with it. The error is the stream's, if it
-    /// could not even be opened.
-    async fn run(
-        mut self,
-        opening: impl Future<Output = Result<tonic::Response<Streaming<v1::TaskIoDown>>, Status>>,
-        session_ended: tokio_util::sync::CancellationToken,
-        mut stream_gone: mpsc::Receiver<()>,
-    ) -> Result<(), Status> {
-        let mut opening = std::pin::pin!(opening);
-        let mut stream: Option<Streaming<v1::TaskIoDown>> = None;
-        let mut unopened = None;
-        let mut reading = true;
-        let mut cancelled = false;
-        let control = self.control.clone();
-        loop {
+impl Running {
+    async fn carry(mut self) {
+        let stop = self.context.scope.token().clone();
+        let acknowledged = self.context.acknowledged.clone();
+        while !self.is_over() {
+            let up = self.stream.as_ref().map(|stream| stream.up.clone());
+            let sendable = up.is_some() && self.carrier.has_frame();
+            let control = self.control.clone();
+            let has_order = control.is_some() && self.carrier.has_order();
             tokio::select! {
-                // The command has ended: it takes nothing more.
-                () = control.closed() => break,
-                () = session_ended.cancelled(), if !cancelled => {
-                    cancelled = true;
-                    self.cancel();
+                () = acknowledged.cancelled(), if self.carrier.exit().is_some() => return,
+                () = stop.cancelled(), if !self.stopping => {
+                    self.stopping = true;
+                    self.carrier.cancel(GRACE);
                 }
-                Some(control) = self.cancels.recv() => self.queue.push_front(control),
-                Some(()) = stream_gone.recv() => {
-                    reading = false;
-                    self.cancel();
-                }
-                opened = &mut opening, if stream.is_none() && unopened.is_none() => match opened {
-                    Ok(response) => stream = Some(response.into_inner()),
-                    Err(status) => {
-                        unopened = Some(status);
-                        self.cancel();
+                changed = self.context.sessions.changed() => {
+                    if changed.is_ok() {
+                        self.change_session();
+                    } else {
+                        self.stopping = true;
                     }
-                },
-                message = read(&mut stream), if reading => match message {
-                    Ok(Some(message)) => {
-                        if !self.accept(message) {
-                            tracing::warn!("a task's stream broke its bounds; the task is cancelled");
-                            reading = false;
-                            self.cancel();
+                }
+                opened = opened(&mut self.opening) => self.opened(opened),
+                message = read(&mut self.stream) => self.hear(message),
+                permit = reserve(up), if sendable => match permit {
+                    Ok(permit) => {
+                        if let Some(frame) = self.carrier.next_frame() {
+                            if matches!(frame, task_io_up::Frame::Exit(_)) {
+                                self.ack_by = Some(Instant::now() + ACK_TIMEOUT);
+                            }
+                            permit.send(v1::TaskIoUp { frame: Some(frame) });
                         }
                     }
-                    Ok(None) | Err(_) => {
-                        reading = false;
-                        self.cancel();
-                    }
+                    Err(_) => self.lose_stream(),
                 },
-                permit = control.reserve(), if !self.queue.is_empty() => {
-                    if let (Ok(permit), Some(next)) = (permit, self.queue.pop_front()) {
-                        if let CommandControl::Stdin { data, .. } = &next {
-                            self.queued_input -= data.len();
+                event = next_event(&mut self.events) => self.take_event(event),
+                Some(cancel) = self.context.cancels.recv() => self.carrier.urgent(cancel),
+                permit = reserve(control), if has_order => match permit {
+                    Ok(permit) => if let Some(order) = self.carrier.next_order() {
+                        if let CommandControl::Cancel { grace, .. } = &order {
+                            self.abandon_at.get_or_insert(Instant::now() + *grace + DRAIN);
                         }
-                        permit.send(next);
+                        permit.send(order);
+                    },
+                    Err(_) => self.control = None,
+                },
+                () = sleep_until(self.reopen_at) => {
+                    self.reopen_at = None;
+                    self.open(true);
+                }
+                () = sleep_until(self.abandon_at) => {
+                    // While nobody is there, there is somebody to come back to it.
+                    self.abandon_at = None;
+                    if self.stream.is_some() {
+                        self.carrier.abandon();
+                    } else if self.carrier.exit().is_none() {
+                        self.abandon_at = Some(Instant::now() + DRAIN);
                     }
                 }
+                () = sleep_until(self.ack_by) => return,
             }
         }
-        match (stream, unopened) {
-            (_, Some(status)) => return Err(status),
-            (Some(stream), None) => wait_for_close(stream).await,
-            // A command that was quicker than the stream: its frames wait in the stream's queue.
-            (None, None) => wait_for_close(opening.await?.into_inner()).await,
+        // Whoever has the session now is told; later ones hear it from the journal.
+        if self.orphan
+            && let (Some(session), Some(exit)) = (&self.session, self.carrier.exit())
+        {
+            let task_id = self.context.id.as_bytes().to_vec().into();
+            let outcome = v1::TaskOutcome { task_id, exit: Some(exit.clone()) };
+            session.outbox.send(v1::node_frame::Frame::TaskOutcome(outcome));
         }
-        Ok(())
     }
 
-    fn cancel(&mut self) {
-        self.queue.push_front(CommandControl::Cancel { signal: 15, grace: GRACE });
+    /// Whether nothing is left to do here.
+    fn is_over(&self) -> bool {
+        let told =
+            self.orphan || (self.stopping && self.stream.is_none() && self.opening.is_none());
+        self.carrier.exit().is_some() && told
     }
 
-    /// Takes one frame in; `false` if the peer exceeded what may lie here.
-    fn accept(&mut self, message: v1::TaskIoDown) -> bool {
-        match message.frame {
-            Some(task_io_down::Frame::Credit(credit)) => {
-                if let Some(CommandControl::Credit(waiting)) = self.queue.back_mut() {
-                    *waiting = waiting.saturating_add(credit.bytes);
-                } else {
-                    self.queue.push_back(CommandControl::Credit(credit.bytes));
+    fn open(&mut self, resume: bool) {
+        let Some(session) = &self.session else { return };
+        let mut client: NodeClient<Channel> = session.client.clone();
+        let (up, up_frames) = mpsc::channel(FRAMES);
+        let hello = self.carrier.hello(self.context.id, resume);
+        let hello = v1::TaskIoUp { frame: Some(task_io_up::Frame::Hello(hello)) };
+        up.try_send(hello).expect("a new channel has room");
+        self.opening = Some(Box::pin(async move {
+            let opening = client.task_io(ReceiverStream::new(up_frames));
+            let stream =
+                tokio::time::timeout(OPEN_TIMEOUT, opening).await.unwrap_or_else(|_| {
+                    Err(Status::deadline_exceeded("the hub did not take it in time"))
+                })?;
+            Ok((up, stream.into_inner()))
+        }));
+    }
+
+    fn opened(&mut self, opened: Opened) {
+        self.opening = None;
+        match opened {
+            Ok((up, down)) => {
+                self.stream = Some(Stream { up, down });
+                if !self.carrier.is_resuming() {
+                    self.carrier.opened();
                 }
             }
-            Some(task_io_down::Frame::Stdin(v1::Stdin { data, end })) => {
-                self.queued_input += data.len();
-                self.queue.push_back(CommandControl::Stdin { data, end });
+            // The hub's own word: it has given the task its verdict.
+            Err(status) if status.metadata().contains_key(CODE_TRAILER) && is_unknown(&status) => {
+                tracing::info!(task = %self.context.id, "the hub does not wait for this task any more");
+                self.orphan = true;
+                self.carrier.abandon();
             }
-            Some(task_io_down::Frame::Signal(signal)) => {
-                // Signals do not wait behind input that the command does not read.
-                if let Ok(number @ 1..=64) = i32::try_from(signal.number) {
-                    self.queue.push_front(CommandControl::Signal(number));
-                }
+            Err(status) => {
+                tracing::debug!(task = %self.context.id, %status, "a task's stream did not open");
+                self.reopen_at = Some(Instant::now() + REOPEN_AFTER);
             }
-            Some(task_io_down::Frame::Resize(size)) => {
-                // Only the latest counts, and it does not wait behind input either.
-                self.queue.retain(|waiting| !matches!(waiting, CommandControl::Resize(_)));
-                self.queue.push_front(CommandControl::Resize(terminal_size(&size)));
-            }
-            None => {}
         }
-        self.queued_input <= MAX_QUEUED_INPUT_BYTES && self.queue.len() <= MAX_QUEUED_FRAMES
+    }
+
+    fn hear(&mut self, message: Result<Option<v1::TaskIoDown>, Status>) {
+        match message {
+            Ok(Some(message)) => {
+                if let Some(frame) = message.frame
+                    && !self.carrier.accept(frame)
+                {
+                    tracing::warn!("a task's stream broke its bounds; the task is cancelled");
+                    self.lose_stream();
+                    self.reopen_at = None;
+                    self.carrier.cancel(GRACE);
+                }
+            }
+            Ok(None) | Err(_) => self.lose_stream(),
+        }
+    }
+
+    /// The stream is gone. Unless the end was sent, which the hub acknowledges by the session, another
+    /// is tried.
+    fn lose_stream(&mut self) {
+        self.stream = None;
+        if !self.carrier.exit_sent() && self.session.is_some() && !self.orphan {
+            self.reopen_at = Some(Instant::now() + REOPEN_AFTER);
+        }
+    }
+
+    fn change_session(&mut self) {
+        self.session = self.context.sessions.borrow_and_update().clone();
+        (self.stream, self.opening) = (None, None);
+        (self.reopen_at, self.ack_by) = (None, None);
+        if self.session.is_none() && self.context.on_disconnect == OnDisconnect::Kill {
+            self.carrier.cancel(GRACE);
+        }
+        if self.session.is_some() && !self.orphan {
+            self.open(true);
+        }
+    }
+
+    fn take_event(&mut self, event: Option<CommandEvent>) {
+        match event {
+            Some(CommandEvent::Exit(exit)) => self.end(command_exit(exit)),
+            Some(event) => self.carrier.event(event),
+            None => {
+                self.events = None;
+                // It always ends with an exit, unless it panicked.
+                if self.carrier.exit().is_none() {
+                    self.end(v1::TaskExit {
+                        verdict: v1::TaskVerdict::Failed.into(),
+                        reason: "the agent failed while it ran the command".to_owned(),
+                        ..Default::default()
+                    });
+                }
+            }
+        }
+    }
+
+    fn end(&mut self, exit: v1::TaskExit) {
+        (self.context.record_end)(self.context.id, &exit);
+        (self.control, self.events) = (None, None);
+        self.carrier.end(exit);
     }
 }
 
-/// The next message, once there is a stream.
-async fn read(
-    stream: &mut Option<Streaming<v1::TaskIoDown>>,
-) -> Result<Option<v1::TaskIoDown>, Status> {
-    match stream {
-        Some(stream) => stream.message().await,
+fn is_unknown(status: &Status) -> bool {
+    status.metadata().get(CODE_TRAILER).is_some_and(|code| code == "task_unknown")
+}
+
+async fn opened(opening: &mut Option<Pin<Box<dyn Future<Output = Opened> + Send>>>) -> Opened {
+    match opening {
+        Some(opening) => opening.await,
         None => std::future::pending().await,
     }
 }
 
-/// Leaves the stream open until the hub has read the end and closes it: to drop it earlier could
-/// take the last frames along.
-async fn wait_for_close(mut stream: Streaming<v1::TaskIoDown>) {
-    let drained = async { while let Ok(Some(_)) = stream.message().await {} };
-    if tokio::time::timeout(CLOSE_TIMEOUT, drained).await.is_err() {
-        tracing::warn!("the hub did not close the stream of an ended task");
+/// The next message, once there is a stream.
+async fn read(stream: &mut Option<Stream>) -> Result<Option<v1::TaskIoDown>, Status> {
+    match stream {
+        Some(stream) => stream.down.message().await,
+        None => std::future::pending().await,
     }
 }
 
-fn report_unopened(outbox: &Outbox, id: TaskId, status: &Status, exit: Option<v1::TaskExit>) {
-    let exit = exit.unwrap_or_else(|| v1::TaskExit {
-        verdict: v1::TaskVerdict::Failed.into(),
-        reason: format!("the task's stream could not be opened: {}", status.message()),
-        ..Default::default()
-    });
-    // If even the session is gone, the hub knows of the failure by that.
-    outbox.send(v1::node_frame::Frame::TaskRefused(v1::TaskRefused {
-        task_id: id.as_bytes().to_vec().into(),
-        exit: Some(exit),
-    }));
+async fn reserve<T>(
+    sender: Option<mpsc::Sender<T>>,
+) -> Result<mpsc::OwnedPermit<T>, mpsc::error::SendError<()>> {
+    match sender {
+        Some(sender) => sender.reserve_owned().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn next_event(events: &mut Option<mpsc::Receiver<CommandEvent>>) -> Option<CommandEvent> {
+    match events {
+        Some(events) => events.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// The end of a command that did not run.
@@ -272,47 +396,5 @@ pub(super) fn refused(refusal: &Refusal) -> v1::TaskExit {
         stdout_hash: nothing.clone().into(),
         stderr_hash: nothing.into(),
         ..Default::default()
-    }
-}
-
-fn up_frame(event: CommandEvent) -> task_io_up::Frame {
-    match event {
-        CommandEvent::Started { process_id, mode } => task_io_up::Frame::Started(v1::TaskStarted {
-            mode: super::proto_mode(mode).into(),
-            process_id,
-        }),
-        CommandEvent::Output { stream, offset, data } => {
-            let stream = match stream {
-                exec::OutputStream::Stdout => v1::OutputStream::Stdout,
-                exec::OutputStream::Stderr => v1::OutputStream::Stderr,
-            };
-            task_io_up::Frame::Output(v1::Output { stream: stream.into(), offset, data })
-        }
-        CommandEvent::StdinTaken(bytes) => task_io_up::Frame::StdinCredit(v1::Credit { bytes }),
-        CommandEvent::Exit(exit) => task_io_up::Frame::Exit(proto_exit(exit)),
-    }
-}
-
-fn proto_exit(exit: CommandExit) -> v1::TaskExit {
-    let verdict = match exit.verdict {
-        exec::CommandVerdict::Exited => v1::TaskVerdict::Exited,
-        exec::CommandVerdict::Signalled => v1::TaskVerdict::Signalled,
-        exec::CommandVerdict::TimeLimit => v1::TaskVerdict::TimeLimit,
-        exec::CommandVerdict::Cancelled => v1::TaskVerdict::Cancelled,
-        exec::CommandVerdict::Refused => v1::TaskVerdict::Refused,
-        exec::CommandVerdict::NotFound => v1::TaskVerdict::NotFound,
-        exec::CommandVerdict::Failed => v1::TaskVerdict::Failed,
-    };
-    v1::TaskExit {
-        verdict: verdict.into(),
-        exit_code: exit.exit_code.into(),
-        signal: exit.signal.and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
-        stdout_bytes: exit.stdout_bytes,
-        stdout_hash: Bytes::copy_from_slice(&exit.stdout_hash),
-        stderr_bytes: exit.stderr_bytes,
-        stderr_hash: Bytes::copy_from_slice(&exit.stderr_hash),
-        reason: exit.reason.unwrap_or_default(),
-        hint: exit.hint.unwrap_or_default(),
-        duration_ms: u64::try_from(exit.duration.as_millis()).unwrap_or(u64::MAX),
     }
 }

@@ -36,6 +36,8 @@ pub struct Script {
     pub refuse_recovery: Option<Status>,
     pub refuse_leaving: Option<Status>,
     pub refuse_session: Option<Status>,
+    /// No task is known.
+    pub refuse_tasks: bool,
     /// What a welcome says.
     pub renew_now: bool,
     pub trusted: Vec<bytes::Bytes>,
@@ -65,6 +67,7 @@ impl Default for Script {
             refuse_recovery: None,
             refuse_leaving: None,
             refuse_session: None,
+            refuse_tasks: false,
             renew_now: false,
             trusted: Vec::new(),
             policy_for_ms: 3_600_000,
@@ -154,6 +157,7 @@ impl Session {
 /// The hub's end of one task.
 pub struct TaskIo {
     pub task_id: Vec<u8>,
+    pub hello: v1::TaskIoHello,
     pub up: Streaming<v1::TaskIoUp>,
     down: mpsc::Sender<Result<v1::TaskIoDown, Status>>,
 }
@@ -165,6 +169,12 @@ impl TaskIo {
 
     pub async fn next(&mut self) -> v1::task_io_up::Frame {
         within(self.up.message()).await.unwrap().unwrap().frame.unwrap()
+    }
+
+    /// Says where the output of a task that comes back goes on.
+    pub async fn resume(&self, stdout_offset: u64, credit: u64) {
+        let resume = v1::TaskIoResume { stdout_offset, stderr_offset: 0, credit };
+        self.send(v1::task_io_down::Frame::Resume(resume)).await;
     }
 
     /// Reads to the end, granting credit for everything; closes the stream as a hub does.
@@ -419,8 +429,11 @@ impl Node for Service {
         while held && self.script.lock().unwrap().hold_tasks {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
+        if self.script.lock().unwrap().refuse_tasks {
+            return Err(refusal("task_unknown", "no such task"));
+        }
         let (down, queue) = mpsc::channel(16);
-        self.tasks.send(TaskIo { task_id: hello.task_id.to_vec(), up, down }).await.ok();
+        self.tasks.send(TaskIo { task_id: hello.task_id.to_vec(), hello, up, down }).await.ok();
         Ok(Response::new(ReceiverStream::new(queue)))
     }
 

@@ -269,8 +269,12 @@ mod tests {
 
     use super::*;
     use crate::store::fault::{Fault, FaultStore, Faults};
+    use crate::store::history::{HistoryLimits, HistoryStore};
     use crate::store::sqlite::SqliteStore;
     use crate::store::{Caller, InviteKind, NewInvite, OperatorRedemption};
+    use crate::task::history::History;
+    use crate::task::relay::Deadlines;
+    use crate::task::spool::{Spool, SpoolLimits};
 
     /// Operators on a store that does as it is told.
     struct Fixture {
@@ -287,7 +291,12 @@ mod tests {
         let store = SqliteStore::open(folder.path().join("hub.db"), &scope).await.unwrap();
         let (store, faults) = (Arc::new(store), Faults::default());
         let faulty = Arc::new(FaultStore::new(Arc::clone(&store) as _, faults.clone()));
-        let relay = Relay::new(Arc::clone(&faulty) as _, scope.clone(), Duration::from_secs(9));
+        let spool = Spool::open(folder.path().join("tasks"), SpoolLimits::default(), &scope);
+        let history = HistoryStore::open(folder.path().join("history.db"), &scope).await.unwrap();
+        let history = History::start(history, HistoryLimits::default(), &scope);
+        let deadlines = Deadlines { start: Duration::from_secs(9), resume: Duration::from_secs(9) };
+        let store_of_relay = Arc::clone(&faulty) as _;
+        let relay = Relay::new(store_of_relay, spool.unwrap(), history, scope.clone(), deadlines);
         let operators = Operators::load(faulty, relay).await.unwrap();
         Fixture { _folder: folder, store, faults, operators, scope }
     }

@@ -34,6 +34,22 @@ pub(super) struct ServeArgs {
     /// limit
     #[arg(long, value_name = "N", default_value_t = 5)]
     join_rate: u32,
+    /// How long a node or a caller that was cut off has to come back to its commands, such as 10s; 0s
+    /// ends them at once [default: 10s]
+    #[arg(long, value_name = "DURATION", value_parser = parse_grace)]
+    resume_grace: Option<Duration>,
+    /// Output kept of one command, in bytes [default: 16 MiB]
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(65_536..))]
+    task_output: Option<u64>,
+    /// Output kept of all commands together, in bytes [default: 1 GiB]
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1_048_576..))]
+    all_output: Option<u64>,
+    /// Output kept of each node in its history, in bytes [default: 4 MiB]
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(65_536..))]
+    history_bytes: Option<u64>,
+    /// Pieces of output kept of each node in its history [default: 10000]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(100..))]
+    history_pieces: Option<u64>,
     /// Log as one JSON object a line
     #[arg(long)]
     log_json: bool,
@@ -42,6 +58,11 @@ pub(super) struct ServeArgs {
 fn parse_certificate_life(text: &str) -> Result<Duration, String> {
     let life = parse_duration(text)?;
     NODE_CERTIFICATE_LIVES.contains(&life).then_some(life).ok_or("expected 10s to 30d".to_owned())
+}
+
+/// A duration, of which zero is one.
+fn parse_grace(text: &str) -> Result<Duration, String> {
+    if matches!(text, "0" | "0s") { Ok(Duration::ZERO) } else { super::parse_duration(text) }
 }
 
 pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
@@ -58,6 +79,11 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         config.node_certificate_life = life;
     }
     config.join_rate = JoinRate::per_second(args.join_rate);
+    config.resume_grace = args.resume_grace.unwrap_or(config.resume_grace);
+    config.spool.task_bytes = args.task_output.unwrap_or(config.spool.task_bytes);
+    config.spool.total_bytes = args.all_output.unwrap_or(config.spool.total_bytes);
+    config.history.bytes = args.history_bytes.unwrap_or(config.history.bytes);
+    config.history.segments = args.history_pieces.unwrap_or(config.history.segments);
     // Before anything is promised to anybody: a signal from here on leads to an orderly stop.
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;

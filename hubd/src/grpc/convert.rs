@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use cortex_proto::v1;
 use cortex_shared::clock::unix_ms;
-use cortex_shared::ids::{NodeId, WorkspaceId};
+use cortex_shared::ids::{NodeId, TaskId, WorkspaceId};
 use cortex_shared::labels::{self, Labels, SELF_LABEL_PREFIX};
 use cortex_shared::policy::Mode;
 use cortex_shared::secret::InviteToken;
@@ -183,6 +183,27 @@ fn sync_status(mut status: v1::SyncStatus) -> v1::SyncStatus {
         shorten(text, MAX_TEXT_BYTES);
     }
     status
+}
+
+/// The tasks a node says it holds; what is no id is none of ours.
+#[must_use]
+pub fn held_tasks(ids: &[bytes::Bytes]) -> Vec<TaskId> {
+    const MAX_HELD_TASKS: usize = 8192;
+    ids.iter().take(MAX_HELD_TASKS).filter_map(|id| TaskId::from_slice(id).ok()).collect()
+}
+
+/// A caller's idempotency key; `None` for an empty one.
+///
+/// # Errors
+/// If it is too long, or not printable.
+pub fn idempotency_key(key: String) -> Result<Option<String>, Status> {
+    const MAX_KEY_BYTES: usize = 128;
+    if key.len() > MAX_KEY_BYTES || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(invalid(format!(
+            "an idempotency key has at most {MAX_KEY_BYTES} printable ASCII characters"
+        )));
+    }
+    Ok((!key.is_empty()).then_some(key))
 }
 
 /// What a node says of itself.

@@ -1,5 +1,7 @@
 //! Running a command for an operator: from the request to the stream of its output.
 
+mod reader;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,45 +10,109 @@ use cortex_proto::v1::{ExecDown, ExecUp, exec_down, exec_up};
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{TaskId, WorkspaceId};
 use cortex_shared::policy::{Mode, Role};
-use futures_util::{Stream, stream};
+use prost::Message as _;
 use serde_json::json;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 
+pub(super) use self::reader::hub_stops;
+use self::reader::{Missed, Reader};
 use super::auth::AdmittedOperator;
-use super::convert;
 use super::detached::run_to_end;
-use super::operator::OperatorService;
+use super::operator::{BoxStream, OperatorService};
 use super::status::{from_store, invalid, offline, refuse, with_hint, with_retry_after};
-use crate::store::{NewTask, Node};
-use crate::task::mailbox::{End, ReaderFrame};
-use crate::task::relay::{Claim, DEFAULT_CANCEL_GRACE, StartRefusal, Task};
+use super::{convert, tasks};
+use crate::node::registry::NodeView;
+use crate::store::{IdempotencyKey, NewTask, Node, TaskRecord};
+use crate::task::relay::{Begun, Claim, DEFAULT_CANCEL_GRACE, StartRefusal, Task};
+use crate::task::to_reader::{End, ToReader};
+use crate::task::verdict::wire_exit;
 
 /// Longest time a cancelled command may be given before it is killed.
 const MAX_CANCEL_GRACE: Duration = Duration::from_secs(60);
 /// Time the caller has to send its first frame.
 const FIRST_FRAME: Duration = Duration::from_secs(10);
 
-/// Accepts a command, journals it, sends it to its node, and returns what its reader gets.
+/// Most of a specification that is kept to repeat it.
+const MAX_KEPT_SPEC_BYTES: usize = 64 * 1024;
+
+type Frames = BoxStream<ExecDown>;
+
+/// Begins a command, or goes on with one whose stream broke; returns what its reader gets.
 pub(super) async fn begin(
     service: &OperatorService,
     operator: AdmittedOperator,
     mut inbound: Streaming<ExecUp>,
-) -> Result<impl Stream<Item = Result<ExecDown, Status>> + Send + use<>, Status> {
+) -> Result<Frames, Status> {
     let first = tokio::time::timeout(FIRST_FRAME, inbound.message())
         .await
         .map_err(|_| refuse(Code::DeadlineExceeded, "no_first_frame", "no command in time"))??;
-    let Some(ExecUp { frame: Some(exec_up::Frame::Start(start)) }) = first else {
-        return Err(invalid("the first frame of a command is its start"));
-    };
-    let mut spec = start.spec.ok_or_else(|| invalid("there is no command"))?;
+    match first.and_then(|first| first.frame) {
+        Some(exec_up::Frame::Start(start)) => start_task(service, operator, start, inbound).await,
+        Some(exec_up::Frame::Attach(attach)) => {
+            let id = TaskId::from_slice(&attach.task_id).map_err(|e| invalid(e.to_string()))?;
+            let place = Place {
+                has: [attach.stdout_offset, attach.stderr_offset],
+                credit: attach.credit,
+                unacknowledged: attach.unacknowledged,
+                known: false,
+            };
+            go_on(service, &operator, id, place, inbound).await
+        }
+        _ => Err(invalid("the first frame of a command is its start, or what it goes on with")),
+    }
+}
+
+/// What is asked for: a new command, or an old one once more.
+async fn wanted(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    start: &mut v1::ExecStart,
+) -> Result<(NodeView, v1::TaskSpec, Option<TaskId>), Status> {
+    if start.retry_of.is_empty() {
+        let spec = start.spec.take().ok_or_else(|| invalid("there is no command"))?;
+        return Ok((service.node(&start.node, operator)?, spec, None));
+    }
+    let record = tasks::find(service, operator, &start.retry_of).await?;
+    let spec = service.store.task_spec(record.id).await.map_err(from_store)?;
+    let spec =
+        spec.and_then(|spec| v1::TaskSpec::decode(spec.as_slice()).ok()).ok_or_else(|| {
+            let why = "its specification was not kept: it had input, or was too long";
+            let text = format!("task {} cannot be repeated: {why}", record.id);
+            refuse(Code::FailedPrecondition, "not_repeatable", text)
+        })?;
+    let view = service.node(&record.node.to_string(), operator)?;
+    Ok((view, spec, Some(record.id)))
+}
+
+/// Accepts a command, journals it, sends it to its node.
+async fn start_task(
+    service: &OperatorService,
+    operator: AdmittedOperator,
+    mut start: v1::ExecStart,
+    inbound: Streaming<ExecUp>,
+) -> Result<Frames, Status> {
+    let (view, mut spec, retry_of) = wanted(service, &operator, &mut start).await?;
     convert::check_task_spec(&spec)?;
-    let view = service.node(&start.node, &operator)?;
+    if start.detach && (spec.stdin || spec.terminal.is_some()) {
+        return Err(invalid("a detached command has neither input nor a terminal"));
+    }
+    let key = convert::idempotency_key(std::mem::take(&mut start.idempotency_key))?;
     let node = view.node;
+    // What is asked for, before anything is filled in.
+    let key = key.map(|key| {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(node.id.as_bytes());
+        hasher.update(&spec.encode_to_vec());
+        IdempotencyKey { key, request_hash: *hasher.finalize().as_bytes() }
+    });
     let mode = convert::mode(spec.mode);
     let workspace = allowed(service, &operator, &node, &spec)
         .inspect_err(|refusal| record_refusal(service, &operator, &node, &spec, refusal))?;
     spec.workspace_id = workspace.map(|id| id.as_bytes().to_vec().into()).unwrap_or_default();
     let session = view.session.ok_or_else(|| offline(&node.name))?;
+    let kept = !spec.stdin && spec.terminal.is_none();
+    let kept = kept.then(|| spec.encode_to_vec()).filter(|spec| spec.len() <= MAX_KEPT_SPEC_BYTES);
     let new = NewTask {
         id: TaskId::new(),
         node: node.id,
@@ -56,46 +122,181 @@ pub(super) async fn begin(
         command: convert::shown_command(&spec),
         workspace: spec.workspace.clone(),
         mode,
+        detached: start.detach,
+        spec: kept,
+        retry_of,
+        key,
         accepted_at_ms: unix_ms(),
     };
     // To its end, even if the caller is gone or is revoked meanwhile: what is in the journal has to end
     // there. The reader ends the command when it is dropped.
     let (relay, claim) = (Arc::clone(&service.relay), Claim::default());
     let waiting = Waiting(claim.clone());
+    let credit = start.initial_credit;
+    let gone = CancellationToken::new();
+    let listening = gone.clone();
     let starting = async move {
-        let task = relay.start(new, spec, start.initial_credit, session, &claim).await;
-        task.map(|task| Reader { task })
+        let begun = relay.start(new, spec, credit, session, &claim).await?;
+        Ok::<_, StartRefusal>(match begun {
+            Begun::Known(id) => Err(id),
+            Begun::New(task) => Ok(Reader {
+                to_reader: Arc::clone(&task.to_reader),
+                number: 1,
+                running: Some((task, relay)),
+                _gone: gone.drop_guard(),
+            }),
+        })
     };
     let mut starting = std::pin::pin!(run_to_end(&service.scope, "exec start", starting));
-    let reader = match tokio::time::timeout(service.accept_deadline, &mut starting).await {
-        Ok(reader) => reader,
+    let begun = match tokio::time::timeout(service.accept_deadline, &mut starting).await {
+        Ok(begun) => begun,
         Err(_) if waiting.0.take() => return Err(not_journalled()),
         // It begins at this very moment.
         Err(_) => starting.await,
     };
-    let reader = reader?.map_err(|refusal| {
+    let begun = begun?.map_err(|refusal| {
         if let StartRefusal::TooMany { .. } = &refusal {
             let detail = json!({ "reason": refusal.to_string(), "node_id": node.id.to_string() });
             service.refusals.record(&operator.actor(), "task.refused", &node.name, detail);
         }
         from_start(refusal)
     })?;
-    let task = Arc::clone(&reader.task);
-    let accepted = v1::ExecAccepted {
-        task_id: task.id.as_bytes().to_vec().into(),
-        node_id: node.id.as_bytes().to_vec().into(),
-        node_name: node.name,
+    let reader = match begun {
+        Ok(reader) => reader,
+        Err(id) if start.detach => {
+            let record = tasks::get(service, &operator, id).await?;
+            return Ok(only(accepted(service, &record, true)));
+        }
+        Err(id) => {
+            let place = Place { has: [0; 2], credit, unacknowledged: 0, known: true };
+            return go_on(service, &operator, id, place, inbound).await;
+        }
     };
-    let cancel = service.scope.token().clone();
+    let Some((task, _)) = reader.running.clone() else { return Err(offline(&node.name)) };
+    let accepted = accepted(service, &task.record, false);
+    if start.detach {
+        return Ok(only(accepted));
+    }
+    listen(service, &task, reader.number, inbound, listening);
+    Ok(Box::pin(reader::frames(reader, accepted, None, service.scope.token().clone())))
+}
+
+/// Where a reader goes on.
+struct Place {
+    has: [u64; 2],
+    credit: u64,
+    unacknowledged: u64,
+    /// It did not ask for this task, but its idempotency key led to it.
+    known: bool,
+}
+
+/// Goes on with a task of the caller's own.
+async fn go_on(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    id: TaskId,
+    place: Place,
+    inbound: Streaming<ExecUp>,
+) -> Result<Frames, Status> {
+    let Place { has, credit, unacknowledged, known } = place;
+    let record = tasks::get(service, operator, id).await?;
+    if record.actor != operator.name {
+        tasks::note_refusal(service, operator, "task.attach_refused", &record);
+        let text = format!("task {id} belongs to {:?}", record.actor);
+        let status = refuse(Code::PermissionDenied, "not_your_task", text);
+        return Err(with_hint(status, &format!("look at it: cortex-agent task attach {id}")));
+    }
+    let spool = service.relay.spool();
+    let running = service.relay.get(id);
+    let gone = CancellationToken::new();
+    let (reader, attached) = match running {
+        Some(task) => {
+            let attached = task.attach(has, credit, unacknowledged).ok_or_else(|| {
+                let text = format!("task {id} runs without a reader");
+                let status = refuse(Code::FailedPrecondition, "detached", text);
+                with_hint(status, &format!("look at it: cortex-agent task attach {id}"))
+            })?;
+            listen(service, &task, attached.reader, inbound, gone.clone());
+            let to_reader = Arc::clone(&task.to_reader);
+            let running = Some((task, Arc::clone(&service.relay)));
+            (
+                Reader { to_reader, number: attached.reader, running, _gone: gone.drop_guard() },
+                attached,
+            )
+        }
+        None => {
+            // Asked again: it may have ended since.
+            let record = tasks::get(service, operator, id).await?;
+            let end = record.end.as_ref().ok_or_else(|| {
+                let status = refuse(Code::Unavailable, "task_ending", "the task is just ending");
+                with_retry_after(status, Duration::from_millis(100))
+            })?;
+            let mailbox = ToReader::recovered([end.stdout_bytes, end.stderr_bytes], false);
+            let attached = mailbox.attach(has, credit, unacknowledged);
+            let attached = attached.ok_or_else(|| invalid("the task has no reader"))?;
+            mailbox.end(End::Exit(wire_exit(end)));
+            let to_reader = Arc::new(mailbox);
+            let (granting, stop) = (Arc::clone(&to_reader), service.scope.token().clone());
+            let listening = gone.clone();
+            service.scope.spawn("exec", async move {
+                let credit = async {
+                    let mut inbound = inbound;
+                    while let Ok(Some(up)) = inbound.message().await {
+                        if let Some(exec_up::Frame::Credit(credit)) = up.frame {
+                            granting.grant(credit.bytes);
+                        }
+                    }
+                };
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = listening.cancelled() => {}
+                    () = credit => {}
+                }
+            });
+            let gone = gone.drop_guard();
+            (Reader { to_reader, number: attached.reader, running: None, _gone: gone }, attached)
+        }
+    };
+    spool.flush().await;
+    let missed = Missed::new(spool.reader(id), has, attached);
+    let accepted = accepted(service, &record, known);
+    let stop = service.scope.token().clone();
+    Ok(Box::pin(reader::frames(reader, accepted, Some(missed), stop)))
+}
+
+fn accepted(service: &OperatorService, record: &TaskRecord, known: bool) -> v1::ExecAccepted {
+    v1::ExecAccepted {
+        task_id: record.id.as_bytes().to_vec().into(),
+        node_id: record.node.as_bytes().to_vec().into(),
+        node_name: record.node_name.clone(),
+        resume_grace_ms: u64::try_from(service.relay.resume_grace().as_millis())
+            .unwrap_or(u64::MAX),
+        known,
+    }
+}
+
+/// An answer that says no more than that the task is accepted.
+fn only(accepted: v1::ExecAccepted) -> Frames {
+    let frame = ExecDown { frame: Some(exec_down::Frame::Accepted(accepted)) };
+    Box::pin(futures_util::stream::iter([Ok(frame)]))
+}
+
+/// Takes the caller's frames, until it ends them, is gone, or another reader takes over.
+fn listen(
+    service: &OperatorService,
+    task: &Arc<Task>,
+    reader: u64,
+    inbound: Streaming<ExecUp>,
+    gone: CancellationToken,
+) {
+    let (task, stop) = (Arc::clone(task), service.scope.token().clone());
     service.scope.spawn("exec", async move {
         tokio::select! {
-            () = cancel.cancelled() => {}
-            // One that never ends its half does not keep this alive.
-            () = task.end() => {}
-            () = pass_on(&task, inbound) => {}
+            () = stop.cancelled() => {}
+            () = gone.cancelled() => {}
+            () = pass_on(&task, reader, inbound) => {}
         }
     });
-    Ok(output(reader, accepted))
 }
 
 /// A caller that waits for its command to begin. Once it is gone, for whatever reason, a command that
@@ -175,6 +376,10 @@ fn from_start(refusal: StartRefusal) -> Status {
         StartRefusal::TooMany { .. } => with_hint(
             refuse(Code::ResourceExhausted, "too_many_commands", refusal.to_string()),
             "wait until one of them has ended, or cancel it",
+        ),
+        StartRefusal::KeyReused { .. } => with_hint(
+            refuse(Code::AlreadyExists, "idempotency_key_reused", refusal.to_string()),
+            "choose another key, or repeat exactly the same command",
         ),
         StartRefusal::Store(error) => from_store(error),
         // Nobody is there to hear of it.
@@ -256,12 +461,13 @@ fn not_a_member(workspace: &str, node: &str) -> Status {
 }
 
 /// Passes the caller's frames on to the task until the caller ends them.
-async fn pass_on(task: &Task, mut inbound: Streaming<ExecUp>) {
+async fn pass_on(task: &Task, reader: u64, mut inbound: Streaming<ExecUp>) {
     while let Ok(Some(frame)) = inbound.message().await {
+        if !task.to_reader.is_read_by(reader) {
+            return;
+        }
         match frame.frame {
-            Some(exec_up::Frame::Credit(credit)) => {
-                task.to_node.credit(task.to_reader.grant(credit.bytes));
-            }
+            Some(exec_up::Frame::Credit(credit)) => task.grant(credit.bytes),
             Some(exec_up::Frame::Stdin(stdin)) => {
                 if task.to_node.stdin(stdin.data, stdin.end).is_err() {
                     // It sends more than it may: its own command is the only one that suffers.
@@ -275,58 +481,19 @@ async fn pass_on(task: &Task, mut inbound: Streaming<ExecUp>) {
                 task.to_node.resize(v1::TerminalSize { term: String::new(), ..size });
             }
             Some(exec_up::Frame::Cancel(cancel)) => {
-                let grace = match cancel.grace_ms {
-                    0 => DEFAULT_CANCEL_GRACE,
-                    ms => Duration::from_millis(ms).min(MAX_CANCEL_GRACE),
-                };
-                task.cancel(cancel.signal, grace);
+                task.cancel(cancel.signal, cancel_grace(cancel.grace_ms));
             }
-            Some(exec_up::Frame::Start(_)) | None => {}
+            Some(exec_up::Frame::Start(_) | exec_up::Frame::Attach(_)) | None => {}
         }
     }
 }
 
-/// The reader of a task. When it goes away, nobody wants the command any longer.
-struct Reader {
-    task: Arc<Task>,
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        if !self.task.has_ended() {
-            self.task.cancel(0, DEFAULT_CANCEL_GRACE);
-            // What is still under way has no reader: let it flow, so that the command can end.
-            self.task.to_node.credit(self.task.to_reader.grant(u64::MAX));
-        }
+/// The time between the first signal of a cancel and KILL.
+pub(super) fn cancel_grace(grace_ms: u64) -> Duration {
+    match grace_ms {
+        0 => DEFAULT_CANCEL_GRACE,
+        ms => Duration::from_millis(ms).min(MAX_CANCEL_GRACE),
     }
-}
-
-fn output(
-    reader: Reader,
-    accepted: v1::ExecAccepted,
-) -> impl Stream<Item = Result<ExecDown, Status>> + Send {
-    stream::unfold((reader, Some(accepted)), |(reader, accepted)| async move {
-        let frame = match accepted {
-            Some(accepted) => exec_down::Frame::Accepted(accepted),
-            None => match reader.task.to_reader.next().await? {
-                ReaderFrame::Started(started) => exec_down::Frame::Started(started),
-                ReaderFrame::Output(output) => exec_down::Frame::Output(output),
-                ReaderFrame::StdinCredit(bytes) => {
-                    exec_down::Frame::StdinCredit(v1::Credit { bytes })
-                }
-                ReaderFrame::End(End::Exit(exit)) => exec_down::Frame::Exit(exit),
-                ReaderFrame::End(End::NotRecorded) => {
-                    let status = refuse(
-                        Code::Internal,
-                        "verdict_not_recorded",
-                        "the command ended, but the hub could not record how",
-                    );
-                    return Some((Err(status), (reader, None)));
-                }
-            },
-        };
-        Some((Ok(ExecDown { frame: Some(frame) }), (reader, None)))
-    })
 }
 
 #[cfg(test)]

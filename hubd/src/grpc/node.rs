@@ -11,7 +11,7 @@ use cortex_proto::v1::{
     hub_frame, node_frame, task_io_down, task_io_up,
 };
 use cortex_shared::clock::unix_ms;
-use cortex_shared::ids::{NodeId, TaskId};
+use cortex_shared::ids::NodeId;
 use cortex_shared::tasks::TaskScope;
 use futures_util::{Stream, StreamExt as _, stream};
 use tokio_stream::wrappers::ReceiverStream;
@@ -31,8 +31,8 @@ use crate::node::registry::{ArrivalRefusal, NodeRefusal, Registry, policy_update
 use crate::node::session::{self, SessionGuard};
 use crate::store::{Actor, Presented, Store};
 use crate::sync::members::Members;
-use crate::task::mailbox;
 use crate::task::relay::{Relay, Task};
+use crate::task::to_node;
 
 /// Time a node has to send its first frame on a stream.
 const FIRST_FRAME: Duration = Duration::from_secs(10);
@@ -124,6 +124,7 @@ impl Node for NodeService {
         let Some(node_frame::Frame::Hello(hello)) = first_frame(&mut inbound).await?.frame else {
             return Err(invalid("the first frame of a session is Hello"));
         };
+        let held = convert::held_tasks(&hello.held_tasks);
         let signed = peer.as_ref().and_then(Peer::generation);
         let not_after_ms = match &peer {
             Some(Peer::Certified { not_after_ms, .. }) => *not_after_ms,
@@ -154,6 +155,8 @@ impl Node for NodeService {
             hub_time_ms: unix_ms(),
             policy: policy.policy,
             policy_until_ms: policy.until_ms,
+            resume_grace_ms: u64::try_from(self.relay.resume_grace().as_millis())
+                .unwrap_or(u64::MAX),
             hub_version: env!("CARGO_PKG_VERSION").to_owned(),
             trusted_cas_der: ring.trusted_der(),
             // Also who missed an answer: what it has may be of an authority that is to be retired.
@@ -161,6 +164,7 @@ impl Node for NodeService {
         });
         // The queue is empty: these two fit.
         ends.handle.send(welcome).ok();
+        self.relay.session_began(&ends.handle, &held);
         self.registry.correct_policy(node_id, &node.policy);
         // Beside the session, which must not wait for the workspaces' databases.
         let members = Arc::clone(&self.members);
@@ -191,34 +195,36 @@ impl Node for NodeService {
         let Some(task_io_up::Frame::Hello(hello)) = first_frame(&mut inbound).await?.frame else {
             return Err(invalid("the first frame of a task is TaskIoHello"));
         };
-        let id = TaskId::from_slice(&hello.task_id).map_err(|e| invalid(e.to_string()))?;
-        let task = self.relay.attach(node_id, id).ok_or_else(|| {
+        let (task, number) = self.relay.open_stream(node_id, &hello).ok_or_else(|| {
             refuse(Code::NotFound, "task_unknown", "no such task waits for this node")
         })?;
-        let (relay, reading) = (Arc::clone(&self.relay), Arc::clone(&task));
+        let (relay, reading, stop) =
+            (Arc::clone(&self.relay), Arc::clone(&task), self.scope.token().clone());
         self.scope.spawn("task output", async move {
             // Never waits for the reader: the mailbox takes everything that credit allows.
-            while let Some(Ok(frame)) = inbound.next().await {
-                let more = frame.frame.is_none_or(|frame| relay.node_frame(&reading, frame));
+            while let Some(Some(Ok(frame))) = stop.run_until_cancelled(inbound.next()).await {
+                let more = frame.frame.is_none_or(|f| relay.node_frame(&reading, number, f));
                 if !more {
                     return;
                 }
             }
-            relay.stream_ended(&reading);
+            relay.stream_ended(&reading, number);
         });
-        let outbound = stream::unfold(task, |task: Arc<Task>| async move {
-            let frame = match task.to_node.next().await? {
-                mailbox::NodeFrame::Signal(number) => {
+        let outbound = stream::unfold(task, move |task: Arc<Task>| async move {
+            let frame = match task.to_node.next(number).await? {
+                to_node::NodeFrame::Resume(resume) => task_io_down::Frame::Resume(resume),
+                to_node::NodeFrame::Signal(number) => {
                     task_io_down::Frame::Signal(Signal { number })
                 }
-                mailbox::NodeFrame::Resize(size) => task_io_down::Frame::Resize(size),
-                mailbox::NodeFrame::Credit(bytes) => task_io_down::Frame::Credit(Credit { bytes }),
-                mailbox::NodeFrame::Stdin(data, end) => {
+                to_node::NodeFrame::Resize(size) => task_io_down::Frame::Resize(size),
+                to_node::NodeFrame::Credit(bytes) => task_io_down::Frame::Credit(Credit { bytes }),
+                to_node::NodeFrame::Stdin(data, end) => {
                     task_io_down::Frame::Stdin(Stdin { data, end })
                 }
             };
             Some((Ok(TaskIoDown { frame: Some(frame) }), task))
         });
+        let outbound = outbound.take_until(self.scope.token().clone().cancelled_owned());
         Ok(Response::new(Box::pin(outbound)))
     }
 

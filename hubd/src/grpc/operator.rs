@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
 use super::status::{from_lookup, internal};
-use super::{authority, convert, exec, invites, rotation, workspaces};
+use super::{authority, convert, exec, history, invites, rotation, tasks, workspaces};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
@@ -28,7 +28,8 @@ use crate::sync::Workspaces;
 use crate::sync::members::Members;
 use crate::task::relay::Relay;
 
-/// See the module.
+/// See the module. Clones share everything.
+#[derive(Clone)]
 pub struct OperatorService {
     /// Where refusals are recorded.
     pub refusals: Arc<RefusalLog>,
@@ -103,6 +104,8 @@ impl OperatorService {
 #[tonic::async_trait]
 impl Operator for OperatorService {
     type ExecStream = BoxStream<v1::ExecDown>;
+    type ReadHistoryStream = BoxStream<v1::ReadHistoryResponse>;
+    type ReadTaskStream = BoxStream<v1::ReadTaskResponse>;
     type ListAuditStream = BoxStream<v1::AuditEntry>;
     type WatchNodesStream = BoxStream<v1::ListNodesResponse>;
     type WorkspaceStatusStream = BoxStream<v1::WorkspaceStatusResponse>;
@@ -186,8 +189,55 @@ impl Operator for OperatorService {
         request: Request<Streaming<v1::ExecUp>>,
     ) -> Result<Response<Self::ExecStream>, Status> {
         let operator: AdmittedOperator = admitted(&request)?;
-        let stream = exec::begin(self, operator, request.into_inner()).await?;
-        Ok(Response::new(Box::pin(stream)))
+        exec::begin(self, operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_tasks(
+        &self,
+        request: Request<v1::ListTasksRequest>,
+    ) -> Result<Response<v1::ListTasksResponse>, Status> {
+        let operator = admitted(&request)?;
+        tasks::list(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn get_task(
+        &self,
+        request: Request<v1::GetTaskRequest>,
+    ) -> Result<Response<v1::TaskInfo>, Status> {
+        let operator = admitted(&request)?;
+        tasks::show(self, &operator, &request.into_inner().task).await.map(Response::new)
+    }
+
+    async fn wait_task(
+        &self,
+        request: Request<v1::GetTaskRequest>,
+    ) -> Result<Response<v1::TaskInfo>, Status> {
+        let operator = admitted(&request)?;
+        tasks::wait(self, &operator, &request.into_inner().task).await.map(Response::new)
+    }
+
+    async fn read_task(
+        &self,
+        request: Request<v1::ReadTaskRequest>,
+    ) -> Result<Response<Self::ReadTaskStream>, Status> {
+        let operator = admitted(&request)?;
+        tasks::read(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn cancel_task(
+        &self,
+        request: Request<v1::CancelTaskRequest>,
+    ) -> Result<Response<v1::TaskInfo>, Status> {
+        let operator = admitted(&request)?;
+        tasks::cancel(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn read_history(
+        &self,
+        request: Request<v1::ReadHistoryRequest>,
+    ) -> Result<Response<Self::ReadHistoryStream>, Status> {
+        let operator = admitted(&request)?;
+        history::read(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn label_node(

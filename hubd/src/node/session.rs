@@ -96,7 +96,12 @@ fn handle(guard: &SessionGuard, frame: NodeFrame) -> Result<(), super::registry:
         }
         Some(node_frame::Frame::TaskRefused(refused)) => {
             if let (Ok(task), Some(exit)) = (TaskId::from_slice(&refused.task_id), refused.exit) {
-                guard.relay.finish(task, guard.handle.id, exit);
+                guard.relay.outcome(task, &guard.handle, exit);
+            }
+        }
+        Some(node_frame::Frame::TaskOutcome(outcome)) => {
+            if let (Ok(task), Some(exit)) = (TaskId::from_slice(&outcome.task_id), outcome.exit) {
+                guard.relay.outcome(task, &guard.handle, exit);
             }
         }
         Some(node_frame::Frame::SyncReport(report)) => {

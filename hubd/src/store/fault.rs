@@ -161,9 +161,14 @@ passed_on! {
     fn touch_nodes(nodes: Vec<Node>) -> ();
     fn renew_node(renewal: Renewal) -> RenewOutcome;
     fn suspect_clone(node: NodeId, suspicion: CloneSuspicion) -> ();
-    fn accept_task(task: NewTask) -> ();
+    fn accept_task(task: NewTask) -> Acceptance;
     fn end_task(id: TaskId, end: TaskEnd) -> ();
-    fn end_open_tasks(reason: String, now_ms: i64) -> u64;
+    fn add_late_outcome(id: TaskId, node: NodeId, outcome: TaskEnd) -> bool;
+    fn open_tasks() -> Vec<TaskRecord>;
+    fn task(id: TaskId) -> Option<TaskRecord>;
+    fn tasks_ending_in(ending: Vec<u8>) -> Vec<TaskRecord>;
+    fn tasks(query: TaskQuery) -> Vec<TaskRecord>;
+    fn task_spec(id: TaskId) -> Option<Vec<u8>>;
     fn workspaces() -> Vec<Workspace>;
     fn memberships(node: NodeId) -> BTreeSet<WorkspaceId>;
     fn create_workspace(workspace: Workspace, audit: NewAudit) -> ();

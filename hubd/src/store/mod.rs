@@ -10,6 +10,7 @@ pub mod database;
 pub mod fault;
 #[cfg(test)]
 pub(crate) mod fixtures;
+pub mod history;
 pub mod identity;
 pub mod records;
 pub mod source;
@@ -29,10 +30,10 @@ pub use identity::{
     RenewOutcome, RenewRefusal, Renewal, RenewalProof,
 };
 pub use records::{
-    Actor, AuditHead, AuditLine, Caller, Facts, Invite, InviteKind, KeyHash, LabelChange,
-    LabelRefusal, NewAudit, NewInvite, NewTask, Node, NodePolicy, NodeRedemption, Operator,
-    OperatorRecord, OperatorRedemption, RedeemRefusal, Scope, ShownCommand, TaskEnd, TaskEndState,
-    Workspace,
+    Acceptance, Actor, AuditHead, AuditLine, Caller, Facts, IdempotencyKey, Invite, InviteKind,
+    KeyHash, LabelChange, LabelRefusal, LateOutcome, NewAudit, NewInvite, NewTask, Node,
+    NodePolicy, NodeRedemption, Operator, OperatorRecord, OperatorRedemption, RedeemRefusal, Scope,
+    ShownCommand, TaskEnd, TaskEndState, TaskQuery, TaskRecord, Verdict, Workspace,
 };
 pub use source::{InvalidRange, SourceRange};
 
@@ -125,12 +126,30 @@ pub trait Store: Send + Sync + 'static {
         suspicion: CloneSuspicion,
     ) -> Result<(), StoreError>;
 
-    /// Journals a task as accepted, before anyone else hears of it.
-    async fn accept_task(&self, task: NewTask) -> Result<(), StoreError>;
+    /// Journals a task as accepted, before anyone else hears of it; or finds the task that the same
+    /// actor's idempotency key has led to before, and journals nothing.
+    async fn accept_task(&self, task: NewTask) -> Result<Acceptance, StoreError>;
     /// Journals how a task ended. The first verdict stands; a later one changes nothing.
     async fn end_task(&self, id: TaskId, end: TaskEnd) -> Result<(), StoreError>;
-    /// Ends every task that an earlier run of the hub left open, with this reason; returns how many.
-    async fn end_open_tasks(&self, reason: String, now_ms: i64) -> Result<u64, StoreError>;
+    /// Adds what a node reports of a task that has a verdict without it. Changes nothing if this is known
+    /// already, if the verdict was the node's own, or if it is not a task of this node; returns whether
+    /// it was added.
+    async fn add_late_outcome(
+        &self,
+        id: TaskId,
+        node: NodeId,
+        outcome: TaskEnd,
+    ) -> Result<bool, StoreError>;
+    /// Every task without a verdict.
+    async fn open_tasks(&self) -> Result<Vec<TaskRecord>, StoreError>;
+    /// One task.
+    async fn task(&self, id: TaskId) -> Result<Option<TaskRecord>, StoreError>;
+    /// At most two tasks whose ids end in these bytes, of which there are at least four.
+    async fn tasks_ending_in(&self, ending: Vec<u8>) -> Result<Vec<TaskRecord>, StoreError>;
+    /// Tasks, newest first.
+    async fn tasks(&self, query: TaskQuery) -> Result<Vec<TaskRecord>, StoreError>;
+    /// What was kept of a task's specification to repeat it; `None` if it was not kept.
+    async fn task_spec(&self, id: TaskId) -> Result<Option<Vec<u8>>, StoreError>;
 
     /// All workspaces with their members.
     async fn workspaces(&self) -> Result<Vec<Workspace>, StoreError>;

@@ -1,11 +1,12 @@
 //! The records of the store.
 
 mod authority;
+mod tasks;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use cortex_shared::ids::{NodeId, TaskId, WorkspaceId};
+use cortex_shared::ids::{NodeId, WorkspaceId};
 use cortex_shared::labels::Labels;
 use cortex_shared::policy::{Mode, Role};
 use cortex_shared::secret::{InviteId, SecretHash};
@@ -13,6 +14,10 @@ use cortex_shared::secret::{InviteId, SecretHash};
 use super::identity::{CertificateState, CloneSuspicion, Machine, NewCertificate};
 use super::source::SourceRange;
 pub use authority::{Actor, LabelChange, LabelRefusal, NodePolicy, OperatorRecord, Scope};
+pub use tasks::{
+    Acceptance, IdempotencyKey, LateOutcome, NewTask, ShownCommand, TaskEnd, TaskEndState,
+    TaskQuery, TaskRecord, Verdict,
+};
 
 /// SHA-256 of a public key (its SubjectPublicKeyInfo).
 pub type KeyHash = [u8; 32];
@@ -235,97 +240,6 @@ impl RedeemRefusal {
             Self::SourceNotAllowed { .. } => "source_not_allowed",
             Self::NameNotAllowed { .. } => "name_not_allowed",
             Self::NameTaken { .. } => "name_taken",
-        }
-    }
-}
-
-/// A task to be journalled.
-#[derive(Clone, Debug)]
-pub struct NewTask {
-    /// Its id.
-    pub id: TaskId,
-    /// Where it is to run.
-    pub node: NodeId,
-    /// Its name then, for the audit log.
-    pub node_name: String,
-    /// Who asked.
-    pub actor: Actor,
-    /// With which role.
-    pub role: Role,
-    /// The command as it is shown to people.
-    pub command: ShownCommand,
-    /// Workspace it runs in; empty for none.
-    pub workspace: String,
-    /// Mode it runs in.
-    pub mode: Mode,
-    /// When it was accepted.
-    pub accepted_at_ms: i64,
-}
-
-/// A command for people, who may see its beginning only, and what tells it from all others.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ShownCommand {
-    /// Its arguments, quoted as for a shell, or its script; says so if it is cut.
-    pub text: String,
-    /// Length of the whole of it.
-    pub bytes: u64,
-    /// BLAKE3 of its script, or of its arguments, each with a NUL byte after it.
-    pub hash: [u8; 32],
-}
-
-impl ShownCommand {
-    /// Puts it into the particulars of a line of the audit log.
-    pub fn describe(&self, detail: &mut serde_json::Value) {
-        detail["command"] = self.text.as_str().into();
-        detail["command_bytes"] = self.bytes.into();
-        detail["command_hash"] = blake3::Hash::from_bytes(self.hash).to_string().into();
-    }
-}
-
-/// How a task ended.
-#[derive(Clone, Debug)]
-pub struct TaskEnd {
-    /// finished, failed or cancelled.
-    pub state: TaskEndState,
-    /// The verdict's stable word, such as `exited` or `stream_lost`.
-    pub verdict: &'static str,
-    /// Exit code of the command, where it has one.
-    pub exit_code: Option<u32>,
-    /// Signal that ended the command, where one did.
-    pub signal: Option<u32>,
-    /// Why, for people.
-    pub reason: String,
-    /// Bytes of output.
-    pub stdout_bytes: u64,
-    /// Bytes of error output.
-    pub stderr_bytes: u64,
-    /// BLAKE3 of the output, as the node reports it; none if the end is not known.
-    pub stdout_hash: Option<[u8; 32]>,
-    /// The same of the error output.
-    pub stderr_hash: Option<[u8; 32]>,
-    /// When.
-    pub ended_at_ms: i64,
-}
-
-/// The state a task ends in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TaskEndState {
-    /// The command ran to its own end.
-    Finished,
-    /// The mesh could not run it, or lost it.
-    Failed,
-    /// Somebody cancelled it.
-    Cancelled,
-}
-
-impl TaskEndState {
-    /// The word in the store and in listings.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Finished => "finished",
-            Self::Failed => "failed",
-            Self::Cancelled => "cancelled",
         }
     }
 }

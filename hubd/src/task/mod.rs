@@ -1,6 +1,21 @@
 //! Commands: journalled, relayed, never interpreted.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`relay`] | every task without a verdict: between its reader and its node, through lost streams |
+//! | [`running`] | one of them: its two mailboxes and its place |
+//! | [`to_reader`], [`to_node`] | the mailboxes |
+//! | [`spool`] | the latest output of each task, in files |
+//! | [`verdict`] | ends, between the wire and the journal |
+//! | [`history`] | the latest output of each node, in the store |
+//! | [`limits`] | what a role may have at once |
 
+pub mod history;
 pub mod limits;
-pub mod mailbox;
 pub mod relay;
+pub mod running;
+pub mod spool;
+pub mod to_node;
+pub mod to_reader;
+pub mod verdict;
 mod verdicts;

@@ -4,36 +4,42 @@
 //! reader hears of it. Whoever takes a task out of the table gives it its verdict, so it gets
 //! exactly one: the node's exit, or the loss of the session, or a deadline.
 //!
-//! In memory only: a restart of the hub fails what was running, from the journal.
+//! When a session or a stream ends, the tasks it carried are interrupted, their readers are told at
+//! once, and for the resume grace the node can take them up again. The same holds for a reader whose
+//! stream broke. Both outlive a restart of the hub: the journal says what was open, the spool how far
+//! its output had come, and node and reader each come back with what they have. So nothing here that
+//! a restart loses has to be kept.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cortex_proto::v1::{
-    CancelTask, StartTask, TaskExit, TaskSpec, TaskVerdict, hub_frame, task_io_up,
+    StartTask, TaskAck, TaskExit, TaskIoHello, TaskSpec, TaskVerdict, hub_frame, task_io_up,
 };
-use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, SessionId, TaskId};
 use cortex_shared::tasks::TaskScope;
-use cortex_shared::text::shorten;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
+use super::history::History;
 use super::limits::{Limits, Slot, Slots};
-use super::mailbox::{End, ToNode, ToReader};
+pub use super::running::{DEFAULT_CANCEL_GRACE, Task};
+use super::spool::Spool;
+use super::to_reader::End;
+use super::verdict::{journal_entry, tidy};
 use super::verdicts::Unrecorded;
 use crate::node::registry::SessionHandle;
-use crate::store::{NewTask, Store, StoreError, TaskEnd, TaskEndState};
+use crate::store::{Acceptance, NewTask, Store, StoreError, TaskRecord};
 
-/// Longest reason or hint of a node that is kept.
-const MAX_TEXT_BYTES: usize = 1024;
+/// Late reports of nodes that may wait for the journal. What does not fit is repeated by its node.
+const LATE_REPORTS: usize = 256;
 
-/// Time a cancelled command has before it is killed, if the caller names none.
-pub const DEFAULT_CANCEL_GRACE: Duration = Duration::from_secs(2);
-/// Longest reason that is kept of what a node says.
-const MAX_REASON_BYTES: usize = 1024;
+/// Why a task is interrupted. Its stream often breaks before the session does, and for the same reason.
+const CONNECTION_LOST: &str =
+    "the connection to the node was lost; the command may still be running there";
 
 /// Why a task was not begun.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +51,12 @@ pub enum StartRefusal {
         actor: String,
         /// How many it may have.
         limit: usize,
+    },
+    /// The caller's key has led to another command.
+    #[error("this idempotency key belongs to another command, task {task}")]
+    KeyReused {
+        /// The task it led to.
+        task: TaskId,
     },
     /// The task could not be journalled.
     #[error(transparent)]
@@ -67,62 +79,34 @@ impl Claim {
     }
 }
 
-/// A task that is accepted and has not ended.
-pub struct Task {
-    /// Its id.
-    pub id: TaskId,
-    /// Where it runs.
-    pub node: NodeId,
-    /// Who asked for it.
-    actor: String,
-    session: SessionHandle,
-    /// Output it may still write.
-    output_left: AtomicU64,
-    /// Frames to its reader.
-    pub to_reader: ToReader,
-    /// Frames to its node.
-    pub to_node: ToNode,
-    attached: AtomicBool,
-    last_frame: Mutex<Instant>,
-    /// Cancelled when the task has its verdict.
-    ended: CancellationToken,
-}
-
-impl Task {
-    /// Asks the node to end the command.
-    pub fn cancel(&self, signal: u32, grace: Duration) {
-        let frame = hub_frame::Frame::CancelTask(CancelTask {
-            task_id: self.id.as_bytes().to_vec().into(),
-            signal,
-            grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
-        });
-        // A node that is gone has nothing to cancel: the loss of its session ends the task.
-        self.session.send(frame).ok();
-    }
-
-    /// Takes output off what the task may write; whether there was enough left.
-    fn may_write(&self, bytes: usize) -> bool {
-        let bytes = bytes as u64;
-        let take = |left: u64| left.checked_sub(bytes);
-        self.output_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
-    }
-
-    /// Whether the task has its verdict.
-    #[must_use]
-    pub fn has_ended(&self) -> bool {
-        self.ended.is_cancelled()
-    }
-
-    /// Waits until it has ended.
-    pub async fn end(&self) {
-        self.ended.cancelled().await;
-    }
+/// A task that was asked for.
+pub enum Begun {
+    /// It is accepted and on its way.
+    New(Arc<Task>),
+    /// The caller's key has led to this one before.
+    Known(TaskId),
 }
 
 /// A task in the table. Its place among its caller's commands is free once it is taken out.
 struct Running {
     task: Arc<Task>,
-    _slot: Slot,
+    _slot: Option<Slot>,
+}
+
+/// A node's word on a task that may have its verdict already.
+struct LateReport {
+    task: TaskId,
+    session: SessionHandle,
+    exit: TaskExit,
+}
+
+/// How long things may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadlines {
+    /// For a node to open the stream of a task.
+    pub start: Duration,
+    /// For a node or a reader to come back.
+    pub resume: Duration,
 }
 
 /// See the module.
@@ -130,22 +114,51 @@ pub struct Relay {
     tasks: Mutex<HashMap<TaskId, Running>>,
     slots: Arc<Slots>,
     store: Arc<dyn Store>,
+    spool: Arc<Spool>,
+    history: Arc<History>,
     scope: TaskScope,
-    start_deadline: Duration,
+    deadlines: Deadlines,
+    late: mpsc::Sender<LateReport>,
     unrecorded: Arc<Unrecorded>,
 }
 
 impl Relay {
-    /// A relay without tasks. A node has `start_deadline` to open the stream of a task.
+    /// A relay without tasks.
     #[must_use]
-    pub fn new(store: Arc<dyn Store>, scope: TaskScope, start_deadline: Duration) -> Arc<Self> {
+    pub fn new(
+        store: Arc<dyn Store>,
+        spool: Arc<Spool>,
+        history: Arc<History>,
+        scope: TaskScope,
+        deadlines: Deadlines,
+    ) -> Arc<Self> {
+        let (late, reports) = mpsc::channel(LATE_REPORTS);
+        scope.spawn("late outcomes", record_late(Arc::clone(&store), reports, scope.clone()));
         let (tasks, slots) = (Mutex::default(), Arc::default());
         let unrecorded = Arc::new(Unrecorded::new(Arc::clone(&store), scope.clone()));
-        Arc::new(Self { tasks, slots, store, scope, start_deadline, unrecorded })
+        Arc::new(Self { tasks, slots, store, spool, history, scope, deadlines, late, unrecorded })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TaskId, Running>> {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long a lost stream can be resumed.
+    #[must_use]
+    pub fn resume_grace(&self) -> Duration {
+        self.deadlines.resume
+    }
+
+    /// The latest output of each task.
+    #[must_use]
+    pub fn spool(&self) -> &Arc<Spool> {
+        &self.spool
+    }
+
+    /// The latest output of each node.
+    #[must_use]
+    pub fn history(&self) -> &Arc<History> {
+        &self.history
     }
 
     /// How many tasks have no verdict yet.
@@ -157,7 +170,47 @@ impl Relay {
     /// How many of them are on this node.
     #[must_use]
     pub fn running_on(&self, node: NodeId) -> usize {
-        self.lock().values().filter(|running| running.task.node == node).count()
+        self.lock().values().filter(|running| running.task.record.node == node).count()
+    }
+
+    /// A task without a verdict.
+    #[must_use]
+    pub fn get(&self, id: TaskId) -> Option<Arc<Task>> {
+        self.lock().get(&id).map(|running| Arc::clone(&running.task))
+    }
+
+    /// Takes up what an earlier run of the hub left open: nodes and readers have the resume grace to come
+    /// back.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn recover(self: &Arc<Self>) -> Result<(), StoreError> {
+        const REASON: &str = "the hub was restarted while the command ran";
+        let open = self.store.open_tasks().await?;
+        if !open.is_empty() {
+            tracing::info!(tasks = open.len(), "tasks were open when the last hub ended");
+        }
+        for record in open {
+            let received = self.spooled(record.id).await.unwrap_or_else(|error| {
+                tracing::warn!(task = %record.id, %error, "the output of a task cannot be read");
+                [0; 2]
+            });
+            let limits = Limits::of(record.role);
+            let left = limits.output_bytes.saturating_sub(received[0].saturating_add(received[1]));
+            // Whatever the limit is: it runs.
+            let slot = self.slots.take(&record.actor, usize::MAX);
+            let task = Task::recovered(record, REASON, received, left);
+            self.lock().insert(task.id(), Running { task: Arc::clone(&task), _slot: slot });
+            self.await_node(&task, 1, REASON);
+            self.reader_lost(&task, 1);
+        }
+        Ok(())
+    }
+
+    async fn spooled(&self, id: TaskId) -> io::Result<[u64; 2]> {
+        let spool = Arc::clone(&self.spool);
+        let read = tokio::task::spawn_blocking(move || spool.reopen(id)).await;
+        read.map_err(io::Error::other)?
     }
 
     /// Journals a task, then sends it to its node, unless `claim` was taken meanwhile. The task is
@@ -173,33 +226,26 @@ impl Relay {
         initial_credit: u64,
         session: SessionHandle,
         claim: &Claim,
-    ) -> Result<Arc<Task>, StartRefusal> {
+    ) -> Result<Begun, StartRefusal> {
         let limits = Limits::of(new.role);
         let slot = self.slots.take(&new.actor.name, limits.commands).ok_or_else(|| {
             StartRefusal::TooMany { actor: new.actor.name.clone(), limit: limits.commands }
         })?;
-        let to_reader = ToReader::new(0);
-        let initial_credit = to_reader.grant(initial_credit);
-        let task = Arc::new(Task {
-            id: new.id,
-            node: new.node,
-            actor: new.actor.name.clone(),
-            session,
-            output_left: AtomicU64::new(limits.output_bytes),
-            to_reader,
-            to_node: ToNode::default(),
-            attached: AtomicBool::new(false),
-            last_frame: Mutex::new(Instant::now()),
-            ended: CancellationToken::new(),
-        });
+        let window = (!new.detached).then_some(initial_credit);
+        let task = Task::new(record_of(&new), window, session.clone(), limits.output_bytes);
+        let id = task.id();
         let frame = hub_frame::Frame::StartTask(StartTask {
-            task_id: task.id.as_bytes().to_vec().into(),
+            task_id: id.as_bytes().to_vec().into(),
             spec: Some(spec),
             actor: new.actor.name.clone(),
-            initial_credit,
+            initial_credit: task.to_reader.first_credit(),
             role: new.role.to_string(),
         });
-        self.store.accept_task(new).await?;
+        match self.store.accept_task(new).await? {
+            Acceptance::New => {}
+            Acceptance::Known(id) => return Ok(Begun::Known(id)),
+            Acceptance::KeyReused(task) => return Err(StartRefusal::KeyReused { task }),
+        }
         if !claim.take() {
             let exit = TaskExit {
                 verdict: TaskVerdict::Cancelled.into(),
@@ -209,58 +255,77 @@ impl Relay {
             self.conclude(task, exit);
             return Err(StartRefusal::GivenUp);
         }
+        self.spool.begin(id);
         // First into the table, then to the node: if the session ends in between, either the table
         // is searched after this, or the send fails.
-        self.lock().insert(task.id, Running { task: Arc::clone(&task), _slot: slot });
-        if task.session.send(frame).is_err() {
-            self.fail(task.id, TaskVerdict::StreamLost, "the node is not connected");
+        self.lock().insert(id, Running { task: Arc::clone(&task), _slot: Some(slot) });
+        if session.send(frame).is_err() {
+            self.fail(id, TaskVerdict::StreamLost, "the node is not connected");
         }
-        let (relay, id, ended) = (Arc::clone(self), task.id, task.ended.clone());
-        let deadline = self.start_deadline;
-        let waiting = Arc::clone(&task);
-        self.scope.spawn("task start deadline", async move {
-            let late = tokio::time::timeout(deadline, ended.cancelled()).await.is_err();
+        let (relay, deadline, waiting) =
+            (Arc::clone(self), self.deadlines.start, Arc::clone(&task));
+        self.after(&task, deadline, move || {
             // Taking the stream's place: a node that comes for it later is refused, and runs nothing.
-            if late && !waiting.attached.swap(true, Ordering::AcqRel) {
+            if waiting.take_opening() {
                 waiting.cancel(0, Duration::ZERO);
                 relay.fail(id, TaskVerdict::Failed, "the node did not start the command in time");
             }
         });
-        Ok(task)
+        Ok(Begun::New(task))
     }
 
-    /// The node opened the task's stream; `None` if this is not its task, or not the first time.
+    /// Does something later, unless the task ends first or the hub stops.
+    fn after(&self, task: &Arc<Task>, delay: Duration, act: impl FnOnce() + Send + 'static) {
+        let (task, stop) = (Arc::clone(task), self.scope.token().clone());
+        self.scope.spawn("task deadline", async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = task.ended() => {}
+                () = tokio::time::sleep(delay) => act(),
+            }
+        });
+    }
+
+    /// The node opened a stream for a task: its first, or, after an interruption, another. Returns the
+    /// stream's number; `None` if no such task waits for this node.
     #[must_use]
-    pub fn attach(&self, node: NodeId, id: TaskId) -> Option<Arc<Task>> {
-        let tasks = self.lock();
-        let task = Arc::clone(&tasks.get(&id).filter(|running| running.task.node == node)?.task);
-        (!task.attached.swap(true, Ordering::AcqRel)).then_some(task)
+    pub fn open_stream(&self, node: NodeId, hello: &TaskIoHello) -> Option<(Arc<Task>, u64)> {
+        let id = TaskId::from_slice(&hello.task_id).ok()?;
+        let task = self.get(id).filter(|task| task.record.node == node)?;
+        let stream = if hello.resume { task.resume(hello)? } else { task.open()? };
+        task.heard();
+        Some((task, stream))
     }
 
-    /// Takes a frame from the node; returns whether more may follow.
-    pub fn node_frame(&self, task: &Task, frame: task_io_up::Frame) -> bool {
-        *task.last_frame.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    /// Takes a frame from the node's stream; returns whether more may follow.
+    pub fn node_frame(&self, task: &Arc<Task>, stream: u64, frame: task_io_up::Frame) -> bool {
+        if task.to_node.stream() != stream {
+            return false;
+        }
+        task.heard();
         match frame {
-            task_io_up::Frame::Started(started) => task.to_reader.started(started),
+            task_io_up::Frame::Started(started) => task.start(started),
             task_io_up::Frame::Output(output) => {
-                if !task.may_write(output.data.len()) {
+                let violation = match task.output(output) {
+                    Ok(None) => None,
+                    Ok(Some(piece)) if task.may_write(piece.data.len()) => {
+                        self.keep(task, piece);
+                        None
+                    }
+                    Ok(Some(_)) => {
+                        Some("the command wrote more output than its caller's role may have")
+                    }
+                    Err(_) => Some("the node sent more than was granted"),
+                };
+                if let Some(reason) = violation {
                     task.cancel(0, Duration::ZERO);
-                    let reason = "the command wrote more output than its caller's role may have";
-                    self.fail(task.id, TaskVerdict::Failed, reason);
-                    return false;
-                }
-                if task.to_reader.output(output).is_err() {
-                    task.cancel(0, Duration::ZERO);
-                    self.fail(task.id, TaskVerdict::Failed, "the node sent more than was granted");
+                    self.fail(task.id(), TaskVerdict::Failed, reason);
                     return false;
                 }
             }
-            task_io_up::Frame::StdinCredit(credit) => {
-                task.to_node.stdin_taken(credit.bytes);
-                task.to_reader.stdin_credit(credit.bytes);
-            }
+            task_io_up::Frame::StdinCredit(credit) => task.stdin_taken(credit.bytes),
             task_io_up::Frame::Exit(exit) => {
-                self.finish(task.id, task.session.id, exit);
+                self.finish(task.id(), task.record.node, exit);
                 return false;
             }
             task_io_up::Frame::Hello(_) => {}
@@ -268,36 +333,98 @@ impl Relay {
         true
     }
 
-    /// The node's stream of this task ended; without an exit before, its end is not known.
-    pub fn stream_ended(&self, task: &Task) {
-        self.fail(task.id, TaskVerdict::StreamLost, "the node closed the stream of the command");
+    /// Keeps a piece of output for those who read it later.
+    fn keep(&self, task: &Arc<Task>, piece: cortex_shared::replay::Piece) {
+        let done = task.record.detached.then(|| {
+            let (task, bytes) = (Arc::clone(task), piece.data.len() as u64);
+            Box::new(move || task.spooled(bytes)) as Box<dyn FnOnce() + Send>
+        });
+        self.history.append(task.record.node, task.id(), piece.clone());
+        self.spool.append(task.id(), piece, done);
     }
 
-    /// The session ended: nobody waits any longer for its tasks.
-    pub fn session_lost(&self, session: SessionId) {
-        for task in self.those(|task| task.session.id == session) {
-            self.fail(
-                task.id,
-                TaskVerdict::StreamLost,
-                "the connection to the node was lost; the command may still be running there",
-            );
+    /// A stream of the node ended. Unless it has opened another one, the task is interrupted.
+    pub fn stream_ended(self: &Arc<Self>, task: &Arc<Task>, stream: u64) {
+        if task.to_node.stream() == stream && !task.has_ended() {
+            self.interrupt(task, None, CONNECTION_LOST);
+        }
+    }
+
+    /// The session ended: its tasks are interrupted, and everybody who waits for one hears it.
+    pub fn session_lost(self: &Arc<Self>, session: SessionId) {
+        for task in self.those(|task| task.is_of(session)) {
+            self.interrupt(&task, Some(session), CONNECTION_LOST);
+        }
+    }
+
+    /// A node begins a session and says what it holds. What it does not hold ends now; what it does, it
+    /// can take up.
+    pub fn session_began(self: &Arc<Self>, session: &SessionHandle, held: &[TaskId]) {
+        for task in self.those(|task| task.record.node == session.node) {
+            if held.contains(&task.id()) {
+                // Its stream was one of another session, whose end may not have been noticed yet.
+                self.interrupt(&task, None, "the node has connected anew");
+                task.rebind(session);
+            } else if !task.is_of(session.id) {
+                let reason = "the node does not run the command any more; its end is not known";
+                self.fail(task.id(), TaskVerdict::StreamLost, reason);
+            }
+        }
+    }
+
+    fn interrupt(self: &Arc<Self>, task: &Arc<Task>, session: Option<SessionId>, reason: &str) {
+        if let Some(number) = task.interrupt(session, reason, self.deadlines.resume) {
+            self.await_node(task, number, reason);
+        }
+    }
+
+    /// Gives the node the grace to come back.
+    fn await_node(self: &Arc<Self>, task: &Arc<Task>, interruption: u64, reason: &str) {
+        if self.deadlines.resume.is_zero() {
+            return self.fail(task.id(), TaskVerdict::StreamLost, reason);
+        }
+        let (relay, waiting, reason) = (Arc::clone(self), Arc::clone(task), reason.to_owned());
+        self.after(task, self.deadlines.resume, move || {
+            if waiting.is_interrupted(interruption) {
+                relay.fail(waiting.id(), TaskVerdict::StreamLost, &reason);
+            }
+        });
+    }
+
+    /// A reader is gone. Unless it comes back in time, nobody wants the command any longer.
+    pub fn reader_lost(self: &Arc<Self>, task: &Arc<Task>, reader: u64) {
+        if task.has_ended() || !task.to_reader.is_read_by(reader) {
+            return;
+        }
+        let waiting = Arc::clone(task);
+        let give_up = move || {
+            if waiting.to_reader.is_read_by(reader) && !waiting.has_ended() {
+                waiting.cancel(0, DEFAULT_CANCEL_GRACE);
+                // What is still under way has no reader: let it flow, so that the command can end.
+                waiting.discard();
+            }
+        };
+        if self.deadlines.resume.is_zero() {
+            give_up();
+        } else {
+            self.after(task, self.deadlines.resume, give_up);
         }
     }
 
     /// Ends everything that runs on a node, at once: it has lost its place in the mesh.
     pub fn end_on_node(&self, node: NodeId, reason: &str) {
-        self.end_all(|task| task.node == node, reason);
+        self.end_all(|task| task.record.node == node, reason);
     }
 
     /// Ends everything that runs for a caller, at once.
     pub fn end_of_actor(&self, actor: &str, reason: &str) {
-        self.end_all(|task| task.actor == actor, reason);
+        self.end_all(|task| task.record.actor == actor, reason);
     }
 
     fn end_all(&self, wanted: impl Fn(&Task) -> bool, reason: &str) {
         for task in self.those(wanted) {
             task.cancel(0, Duration::ZERO);
-            self.fail(task.id, TaskVerdict::Cancelled, reason);
+            self.fail(task.id(), TaskVerdict::Cancelled, reason);
         }
     }
 
@@ -312,8 +439,7 @@ impl Relay {
     pub fn last_frame(&self, session: SessionId) -> Option<Instant> {
         let tasks = self.lock();
         let of_session = tasks.values().map(|running| &running.task);
-        let of_session = of_session.filter(|task| task.session.id == session);
-        of_session.map(|task| *task.last_frame.lock().unwrap_or_else(PoisonError::into_inner)).max()
+        of_session.filter(|task| task.is_of(session)).map(|task| task.last_frame()).max()
     }
 
     fn fail(&self, id: TaskId, verdict: TaskVerdict, reason: &str) {
@@ -327,10 +453,17 @@ impl Relay {
         }
     }
 
-    /// Gives a task the verdict its node reports.
-    pub fn finish(&self, id: TaskId, session: SessionId, exit: TaskExit) {
-        if let Some(task) = self.take(id, |task| task.session.id == session) {
-            self.conclude(task, exit);
+    /// Gives a task the verdict its node reports; whether it had none.
+    pub fn finish(&self, id: TaskId, node: NodeId, exit: TaskExit) -> bool {
+        let task = self.take(id, |task| task.record.node == node);
+        task.map(|task| self.conclude(task, exit)).is_some()
+    }
+
+    /// A node reports how a task ended whose stream is gone.
+    pub fn outcome(&self, id: TaskId, session: &SessionHandle, exit: TaskExit) {
+        if !self.finish(id, session.node, exit.clone()) {
+            // Full: the node repeats what is not acknowledged.
+            self.late.try_send(LateReport { task: id, session: session.clone(), exit }).ok();
         }
     }
 
@@ -339,62 +472,82 @@ impl Relay {
         if wanted(&tasks.get(&id)?.task) { Some(tasks.remove(&id)?.task) } else { None }
     }
 
-    /// Journals the verdict, and only then tells the reader.
+    /// Journals the verdict, and only then tells the reader and the node.
     fn conclude(&self, task: Arc<Task>, mut exit: TaskExit) {
-        // A node's words are kept for ever and shown to people: they are short.
-        shorten(&mut exit.reason, MAX_TEXT_BYTES);
-        shorten(&mut exit.hint, MAX_TEXT_BYTES);
-        exit.exit_code = exit.exit_code.min(255);
+        tidy(&mut exit);
         task.ended.cancel();
         task.to_node.close();
-        let end = journal_entry(&exit);
-        let (store, unrecorded) = (Arc::clone(&self.store), Arc::clone(&self.unrecorded));
+        let end = journal_entry(&exit, task.started_at_ms());
+        let (store, spool) = (Arc::clone(&self.store), Arc::clone(&self.spool));
+        let unrecorded = Arc::clone(&self.unrecorded);
         self.scope.spawn("task verdict", async move {
-            let end = match store.end_task(task.id, end.clone()).await {
-                Ok(()) => End::Exit(exit),
+            // A reader that comes back finds the rest of the output there.
+            if exit.stdout_bytes + exit.stderr_bytes > 0 {
+                spool.flush().await;
+            }
+            let end = match store.end_task(task.id(), end.clone()).await {
+                Ok(()) => {
+                    if let Some(session) = task.session() {
+                        acknowledge(&session, task.id());
+                    }
+                    End::Exit(exit)
+                }
                 Err(error) => {
-                    tracing::error!(task = %task.id, %error, "verdict not journalled");
-                    unrecorded.keep(task.id, end);
+                    tracing::error!(task = %task.id(), %error, "verdict not journalled");
+                    unrecorded.keep(task.id(), task.session(), end);
                     End::NotRecorded
                 }
             };
             task.to_reader.end(end);
+            spool.end(task.id()).await;
         });
     }
 }
 
-fn journal_entry(exit: &TaskExit) -> TaskEnd {
-    let (state, verdict) = match exit.verdict() {
-        TaskVerdict::Exited => (TaskEndState::Finished, "exited"),
-        TaskVerdict::Signalled => (TaskEndState::Finished, "signalled"),
-        TaskVerdict::TimeLimit => (TaskEndState::Failed, "time_limit"),
-        TaskVerdict::Cancelled => (TaskEndState::Cancelled, "cancelled"),
-        TaskVerdict::Refused => (TaskEndState::Failed, "refused"),
-        TaskVerdict::NotFound => (TaskEndState::Failed, "not_found"),
-        TaskVerdict::Failed | TaskVerdict::Unspecified => (TaskEndState::Failed, "failed"),
-        TaskVerdict::StreamLost => (TaskEndState::Failed, "stream_lost"),
-    };
-    TaskEnd {
-        state,
-        verdict,
-        exit_code: (exit.verdict() == TaskVerdict::Exited).then_some(exit.exit_code),
-        signal: (exit.signal != 0).then_some(exit.signal),
-        reason: shortened(&exit.reason),
-        stdout_bytes: exit.stdout_bytes,
-        stderr_bytes: exit.stderr_bytes,
-        stdout_hash: exit.stdout_hash.as_ref().try_into().ok(),
-        stderr_hash: exit.stderr_hash.as_ref().try_into().ok(),
-        ended_at_ms: unix_ms(),
+/// The node need not keep the task's end any longer. One that is gone hears it in its next session.
+pub(super) fn acknowledge(session: &SessionHandle, id: TaskId) {
+    let task_id = id.as_bytes().to_vec().into();
+    session.send(hub_frame::Frame::TaskAck(TaskAck { task_id })).ok();
+}
+
+/// Adds what nodes report late to the journal, one after the other.
+async fn record_late(
+    store: Arc<dyn Store>,
+    mut reports: mpsc::Receiver<LateReport>,
+    scope: TaskScope,
+) {
+    while let Some(Some(report)) = scope.token().run_until_cancelled(reports.recv()).await {
+        let LateReport { task, session, mut exit } = report;
+        tidy(&mut exit);
+        match store.add_late_outcome(task, session.node, journal_entry(&exit, None)).await {
+            Ok(added) => {
+                if added {
+                    tracing::info!(%task, node = %session.node, "a lost task's end became known");
+                }
+                acknowledge(&session, task);
+            }
+            Err(error) => tracing::warn!(%task, %error, "a late outcome was not journalled"),
+        }
     }
 }
 
-/// What is kept of a text that a node wrote.
-fn shortened(text: &str) -> String {
-    let mut end = text.len().min(MAX_REASON_BYTES);
-    while !text.is_char_boundary(end) {
-        end -= 1;
+fn record_of(new: &NewTask) -> TaskRecord {
+    TaskRecord {
+        id: new.id,
+        node: new.node,
+        node_name: new.node_name.clone(),
+        actor: new.actor.name.clone(),
+        role: new.role,
+        command: new.command.text.clone(),
+        workspace: new.workspace.clone(),
+        mode: new.mode,
+        detached: new.detached,
+        retry_of: new.retry_of,
+        idempotency_key: new.key.as_ref().map(|key| key.key.clone()).unwrap_or_default(),
+        accepted_at_ms: new.accepted_at_ms,
+        end: None,
+        late: None,
     }
-    text[..end].to_owned()
 }
 
 #[cfg(test)]

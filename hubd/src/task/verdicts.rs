@@ -11,6 +11,8 @@ use cortex_shared::ids::TaskId;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::Semaphore;
 
+use super::relay::acknowledge;
+use crate::node::registry::SessionHandle;
 use crate::store::{Store, TaskEnd};
 
 /// Verdicts that are offered again at the same time; beyond them, one is lost, and that is said.
@@ -31,8 +33,9 @@ impl Unrecorded {
         Self { store, scope, places: Arc::new(Semaphore::new(MAX_UNRECORDED)) }
     }
 
-    /// Offers a verdict again until the store has it or the hub ends.
-    pub(super) fn keep(&self, task: TaskId, end: TaskEnd) {
+    /// Offers a verdict again until the store has it or the hub ends. The node need not keep it once the
+    /// store has it.
+    pub(super) fn keep(&self, task: TaskId, session: Option<SessionHandle>, end: TaskEnd) {
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
             tracing::error!(%task, "too many verdicts are not journalled: this one is lost");
             return;
@@ -48,6 +51,9 @@ impl Unrecorded {
                 match store.end_task(task, end.clone()).await {
                     Ok(()) => {
                         tracing::info!(%task, "a verdict was journalled late");
+                        if let Some(session) = &session {
+                            acknowledge(session, task);
+                        }
                         break;
                     }
                     Err(error) => tracing::warn!(%task, %error, "a verdict is not journalled yet"),

@@ -4,7 +4,7 @@ use cortex_proto::v1::{TaskExit, TaskVerdict};
 
 /// What was received of one stream: counted, hashed, and whether a piece was missing.
 #[derive(Debug, Default)]
-pub(super) struct StreamCheck {
+pub(in crate::cli) struct StreamCheck {
     bytes: u64,
     hasher: blake3::Hasher,
     gap: Option<Gap>,
@@ -19,7 +19,7 @@ struct Gap {
 
 impl StreamCheck {
     /// Takes the next piece.
-    pub(super) fn take(&mut self, offset: u64, data: &[u8]) {
+    pub(in crate::cli) fn take(&mut self, offset: u64, data: &[u8]) {
         if offset != self.bytes && self.gap.is_none() {
             self.gap = Some(Gap { expected: self.bytes, got: offset });
         }
@@ -45,14 +45,14 @@ impl StreamCheck {
 
 /// Both streams of one command.
 #[derive(Debug, Default)]
-pub(super) struct OutputCheck {
-    pub(super) stdout: StreamCheck,
-    pub(super) stderr: StreamCheck,
+pub(in crate::cli) struct OutputCheck {
+    pub(in crate::cli) stdout: StreamCheck,
+    pub(in crate::cli) stderr: StreamCheck,
 }
 
 impl OutputCheck {
     /// Why the output is not complete; `None` if it is.
-    pub(super) fn incomplete(&self, exit: &TaskExit) -> Option<String> {
+    pub(in crate::cli) fn incomplete(&self, exit: &TaskExit) -> Option<String> {
         // Where the mesh itself does not know the end, it does not know the counts either; nor where the
         // hub ended the command and did not wait for what the node has to say, as in a revocation.
         let nothing_counted = exit.stdout_bytes == 0
@@ -82,7 +82,7 @@ fn verdict(value: i32) -> TaskVerdict {
 }
 
 /// The exit code of this process for an end that is complete and was not interrupted here.
-pub(super) fn exit_code(exit: &TaskExit) -> u8 {
+pub(in crate::cli) fn exit_code(exit: &TaskExit) -> u8 {
     let of_signal = |signal: u32| u8::try_from(128 + signal.min(127)).unwrap_or(255);
     match verdict(exit.verdict) {
         TaskVerdict::Exited => u8::try_from(exit.exit_code).unwrap_or(255),
@@ -98,7 +98,7 @@ pub(super) fn exit_code(exit: &TaskExit) -> u8 {
 }
 
 /// The verdict in JSON.
-pub(super) fn verdict_name(value: i32) -> &'static str {
+pub(in crate::cli) fn verdict_name(value: i32) -> &'static str {
     match verdict(value) {
         TaskVerdict::Exited => "exited",
         TaskVerdict::Signalled => "signalled",
@@ -113,7 +113,7 @@ pub(super) fn verdict_name(value: i32) -> &'static str {
 }
 
 /// What to say about an end, beside its exit code; `None` where the code says it all.
-pub(super) fn complaint(exit: &TaskExit) -> Option<String> {
+pub(in crate::cli) fn complaint(exit: &TaskExit) -> Option<String> {
     let what = match verdict(exit.verdict) {
         TaskVerdict::Exited | TaskVerdict::Signalled => return None,
         TaskVerdict::TimeLimit => "the command ran into its time limit",

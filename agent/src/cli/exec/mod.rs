@@ -12,11 +12,11 @@
 //! | `keyboard` | the terminal on this side: raw mode, keys, escapes |
 //! | `stdin`, `signals` | what else comes from this side |
 
-mod check;
+pub(super) mod check;
 mod document;
 mod fan;
 mod keyboard;
-mod one;
+pub(super) mod one;
 mod request;
 mod shell;
 mod signals;
@@ -47,7 +47,8 @@ written, stdout on stdout and stderr on stderr.
 Exit code: the command's own; 124 time limit, 125 failure of the mesh (node or hub not reachable,
 session lost, output incomplete), 126 refused by policy, 127 command not found, 128+n ended by
 signal n, 130 interrupted here. Ctrl-C ends the command (TERM, then KILL after 2 s) and waits for
-its end; a second one leaves at once.
+its end; a second one leaves at once. Where the node or the hub goes away for a moment, the command
+goes on, and so does its output, at the exact byte.
 
 Several targets (more than one, a selector, or --all): the command runs on each, on at most
 --parallel at a time. Lines of output begin with the node's name. A summary on standard error names
@@ -108,10 +109,36 @@ pub(crate) struct ExecArgs {
     /// Time the command may take, such as 90s or 1h
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     time_limit: Option<Duration>,
+    /// Say the task's id and leave; `task logs`, `task wait` and `task attach` lead to it
+    #[arg(long, conflicts_with_all = ["stdin", "terminal"])]
+    detach: bool,
+    /// What happens to the command when the node loses the hub: it goes on and is taken up again, or is
+    /// ended at once
+    #[arg(long, value_enum, default_value_t, value_name = "resume|kill")]
+    on_disconnect: OnDisconnect,
+    /// Your own name for this task: the same key leads to the same task, however often it is used
+    #[arg(long, value_name = "KEY")]
+    idempotency_key: Option<String>,
     #[command(flatten)]
     several: fan::FanArgs,
     #[command(flatten)]
     output: Output,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum OnDisconnect {
+    #[default]
+    Resume,
+    Kill,
+}
+
+impl From<OnDisconnect> for v1::OnDisconnect {
+    fn from(wanted: OnDisconnect) -> Self {
+        match wanted {
+            OnDisconnect::Resume => Self::Resume,
+            OnDisconnect::Kill => Self::Kill,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -141,6 +168,11 @@ pub(crate) async fn exec(global: &Global, args: ExecArgs) -> Result<u8, CliError
         let start = v1::ExecStart { node: node.to_owned(), ..start };
         let attached = one::Attached { start, stdin: args.stdin, output: args.output };
         return one::exec(global, attached).await;
+    }
+    if args.detach {
+        return Err(
+            CliError::usage("--detach goes with a single target").hint("run it once for each node")
+        );
     }
     if args.stdin || args.terminal {
         let flag = if args.terminal { "-t" } else { "-i" };

@@ -1,6 +1,8 @@
 //! One command on one node: output and exit code become ours.
 
 use cortex_proto::v1;
+use cortex_shared::ids::TaskId;
+use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -38,16 +40,19 @@ enum Ended {
 }
 
 /// What runs, and how it is attached to this process.
-pub(super) struct Attached {
-    pub(super) start: v1::ExecStart,
+pub(in crate::cli) struct Attached {
+    pub(in crate::cli) start: v1::ExecStart,
     /// Standard input is sent. What is typed at a terminal always is.
-    pub(super) stdin: bool,
-    pub(super) output: Output,
+    pub(in crate::cli) stdin: bool,
+    pub(in crate::cli) output: Output,
 }
 
 /// Runs the command; the result is the exit code of this process.
-pub(super) async fn exec(global: &Global, attached: Attached) -> Result<u8, CliError> {
+pub(in crate::cli) async fn exec(global: &Global, attached: Attached) -> Result<u8, CliError> {
     let Attached { start, stdin, output } = attached;
+    if start.detach {
+        return detach(global, output, start).await.map_err(of_the_mesh);
+    }
     let sink = match output.format {
         Format::Table => Sink::pass()?,
         Format::Json | Format::Jsonl => Sink::capture(),
@@ -82,6 +87,40 @@ pub(super) async fn exec(global: &Global, attached: Attached) -> Result<u8, CliE
         complain(&text, global.color);
     }
     Ok(code)
+}
+
+#[derive(Serialize)]
+struct Detached {
+    task_id: String,
+    node: String,
+    node_id: String,
+    /// The idempotency key led to a task that was there.
+    known: bool,
+}
+
+/// Begins a command and leaves it to itself.
+async fn detach(global: &Global, output: Output, start: v1::ExecStart) -> Result<u8, CliError> {
+    let mut client = hub::operator(global).await?;
+    let first = v1::ExecUp { frame: Some(v1::exec_up::Frame::Start(start)) };
+    let mut down = client.exec(tokio_stream::once(first)).await?.into_inner();
+    let answer = down.message().await?.and_then(|message| message.frame);
+    let Some(v1::exec_down::Frame::Accepted(accepted)) = answer else {
+        return Err(lost("the hub did not say that it accepted the command"));
+    };
+    let detached = Detached {
+        task_id: id_text(&accepted.task_id),
+        node: accepted.node_name,
+        node_id: id_text(&accepted.node_id),
+        known: accepted.known,
+    };
+    let lines = [("task", detached.task_id.clone())];
+    global.printer(output).show(&detached, &lines)?;
+    Ok(0)
+}
+
+/// An id of the wire as text; ids of all kinds look alike.
+pub(in crate::cli) fn id_text(bytes: &[u8]) -> String {
+    TaskId::from_slice(bytes).map(|id| id.to_string()).unwrap_or_default()
 }
 
 /// Gives an error that is not the command's the exit code of a failure of the mesh.

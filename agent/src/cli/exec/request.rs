@@ -52,12 +52,15 @@ pub(super) fn start(args: &ExecArgs) -> Result<v1::ExecStart, CliError> {
         memory_bytes: args.memory.unwrap_or(0),
         max_processes: args.pids.unwrap_or(0),
         stdin: args.stdin,
+        on_disconnect: v1::OnDisconnect::from(args.on_disconnect).into(),
         terminal: args.terminal.then(keyboard::size_and_kind),
         ..Default::default()
     };
     Ok(v1::ExecStart {
         spec: Some(spec),
         initial_credit: DEFAULT_OUTPUT_CREDIT,
+        idempotency_key: args.idempotency_key.clone().unwrap_or_default(),
+        detach: args.detach,
         ..Default::default()
     })
 }

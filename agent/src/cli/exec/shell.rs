@@ -65,8 +65,12 @@ pub(crate) async fn shell(global: &Global, args: ShellArgs) -> Result<u8, CliErr
         terminal: Some(keyboard::size_and_kind()),
         ..Default::default()
     };
-    let start =
-        v1::ExecStart { node: args.node, spec: Some(spec), initial_credit: DEFAULT_OUTPUT_CREDIT };
+    let start = v1::ExecStart {
+        node: args.node,
+        spec: Some(spec),
+        initial_credit: DEFAULT_OUTPUT_CREDIT,
+        ..Default::default()
+    };
     let output = Output { format: Format::Table };
     one::exec(global, one::Attached { start, stdin: true, output }).await
 }

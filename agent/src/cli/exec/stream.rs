@@ -4,6 +4,9 @@
 //! waits (cancel before resize before credit before input) when there is room; hears what the
 //! writer has dealt with. Nothing in it blocks. Who drives it decides about signals and terminals:
 //! [`TaskStream::until_exit`] may be dropped and called again at any time without losing anything.
+//!
+//! Where the connection to the hub breaks, or the hub is restarted, it comes back by itself: output goes
+//! on at the byte it has, and input at the byte the node has.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -12,6 +15,8 @@ use bytes::Bytes;
 use cortex_proto::STDIN_WINDOW_BYTES;
 use cortex_proto::v1::operator_client::OperatorClient;
 use cortex_proto::v1::{self, exec_down, exec_up};
+use cortex_shared::replay::{Piece, Replay};
+use rand::RngExt as _;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,11 +25,15 @@ use tonic::{Response, Status, Streaming};
 
 use super::stdin::Input;
 use super::writer::{OutputTo, WriterEvent};
-use crate::cli::error::{CliError, Exit};
+use crate::cli::error::{CliError, Exit, printable};
 use crate::cli::printer::{ColorWhen, complain};
 
 /// Time between TERM and KILL for an interrupted command.
 const GRACE: Duration = Duration::from_secs(2);
+/// How long a hub that went away is tried again: longer than a restart takes.
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Between two attempts, at first and at most.
+const RECONNECT_DELAYS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// How long after a cancel the end is waited for.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(12);
 /// The same where somebody wants to get away.
@@ -34,23 +43,43 @@ type Opened = Result<Response<Streaming<v1::ExecDown>>, Status>;
 
 /// See the module.
 pub(super) struct TaskStream {
+    client: OperatorClient<Channel>,
     opening: Option<Pin<Box<dyn Future<Output = Opened> + Send>>>,
     down: Option<Streaming<v1::ExecDown>>,
     up: mpsc::Sender<v1::ExecUp>,
     output: Box<dyn OutputTo>,
     granted: u64,
+    /// Bytes of each stream that have come.
+    received: [u64; 2],
+    /// Bytes that came and that the writer has not dealt with.
+    unwritten: u64,
     writer_events: mpsc::Receiver<WriterEvent>,
     /// Absent if the command gets no input, or has got all of it.
     stdin: Option<Input>,
+    /// Input that was read and that the command has not taken.
+    input: Replay,
+    input_read: u64,
+    /// Input that the node has, and the command has not taken, from before the stream broke.
+    input_behind: u64,
     stdin_window: u64,
-    /// Input that was read and waits for the window.
-    input: Bytes,
-    /// The end of input is to be sent.
+    /// Where input goes on is not known after the stream broke.
+    input_waits: bool,
+    /// All input was read; its end is to be sent.
     input_ends: bool,
+    input_end_sent: bool,
     credit: u64,
     cancel: Option<v1::ExecCancel>,
+    /// What was asked for before the stream broke, and may be lost.
+    cancelled: Option<v1::ExecCancel>,
     resize: Option<v1::TerminalSize>,
+    /// The last size that was told, and may be lost.
+    resized: Option<v1::TerminalSize>,
     give_up_at: Option<Instant>,
+    /// The command has a terminal, and so perhaps ours is in raw mode.
+    on_terminal: bool,
+    /// Since when the hub is away, and when it is tried next.
+    lost_at: Option<Instant>,
+    retry: Option<(Instant, Duration)>,
     /// What the hub said when it took the command; empty before.
     pub(super) accepted: v1::ExecAccepted,
     /// The reader of our standard output went away.
@@ -65,31 +94,42 @@ impl TaskStream {
     /// A conversation that begins with `start`. Output goes to `output`, whose writer tells
     /// `writer_events` what it has dealt with.
     pub(super) fn new(
-        mut client: OperatorClient<Channel>,
+        client: OperatorClient<Channel>,
         start: v1::ExecStart,
         stdin: Option<Input>,
         output: Box<dyn OutputTo>,
         writer_events: mpsc::Receiver<WriterEvent>,
     ) -> Self {
         let granted = start.initial_credit;
-        let (up, up_frames) = mpsc::channel(16);
-        up.try_send(frame(exec_up::Frame::Start(start))).expect("a new channel has room");
-        let opening = Box::pin(async move { client.exec(ReceiverStream::new(up_frames)).await });
+        let on_terminal = start.spec.as_ref().is_some_and(|spec| spec.terminal.is_some());
+        let (up, opening) = call(&client, exec_up::Frame::Start(start));
         Self {
+            client,
             opening: Some(opening),
             down: None,
             up,
             output,
             granted,
+            received: [0; 2],
+            unwritten: 0,
             writer_events,
             stdin,
+            input: Replay::default(),
+            input_read: 0,
+            input_behind: 0,
             stdin_window: STDIN_WINDOW_BYTES,
-            input: Bytes::new(),
+            input_waits: false,
             input_ends: false,
+            input_end_sent: false,
             credit: 0,
             cancel: None,
+            cancelled: None,
             resize: None,
+            resized: None,
+            on_terminal,
             give_up_at: None,
+            lost_at: None,
+            retry: None,
             accepted: v1::ExecAccepted::default(),
             reader_gone: false,
             too_much: false,
@@ -102,20 +142,27 @@ impl TaskStream {
     /// # Errors
     /// If the hub refuses the command, or the conversation breaks before the end.
     pub(super) async fn until_exit(&mut self) -> Result<Option<v1::TaskExit>, CliError> {
-        let up = self.up.clone();
         loop {
             let sendable = self.has_frame();
-            let wants_input = self.input.is_empty();
+            let up = self.up.clone();
+            let wants_input = !self.input.has_next();
             tokio::select! {
                 opened = open(&mut self.opening) => {
                     self.opening = None;
-                    self.down = Some(opened?.into_inner());
+                    match opened {
+                        Ok(response) => self.down = Some(response.into_inner()),
+                        Err(status) => self.broke(status)?,
+                    }
                 }
-                message = read(&mut self.down) => match message? {
-                    Some(message) => if let Some(exit) = self.accept(message)? {
+                message = read(&mut self.down) => match message {
+                    Ok(Some(message)) => if let Some(exit) = self.accept(message)? {
                         return Ok(Some(exit));
                     },
-                    None => return Err(lost("the hub closed the stream before the command's end")),
+                    Ok(None) => {
+                        let text = "the hub closed the stream before the command's end";
+                        self.broke(Status::unavailable(text))?;
+                    }
+                    Err(status) => self.broke(status)?,
                 },
                 Ok(permit) = up.reserve(), if sendable => {
                     if let Some(next) = self.next_frame() {
@@ -124,9 +171,68 @@ impl TaskStream {
                 }
                 Some(event) = self.writer_events.recv() => self.hear(event),
                 piece = next_piece(&mut self.stdin), if wants_input => self.take_input(piece),
+                () = sleep_until(self.retry.map(|(at, _)| at)) => self.reconnect(),
                 () = sleep_until(self.give_up_at) => return Ok(None),
             }
         }
+    }
+
+    /// The stream broke. What is gone for good is an error; otherwise another one is opened soon.
+    fn broke(&mut self, status: Status) -> Result<(), CliError> {
+        self.down = None;
+        let code = status.metadata().get(cortex_proto::CODE_TRAILER);
+        let passing = code.is_none_or(|code| code == "shutting_down" || code == "task_ending");
+        let known = !self.accepted.task_id.is_empty() && self.accepted.resume_grace_ms > 0;
+        let lost_at = *self.lost_at.get_or_insert_with(Instant::now);
+        if code.is_some() && !passing {
+            return Err(status.into());
+        }
+        if !known || lost_at.elapsed() > RECONNECT_TIMEOUT {
+            tracing::debug!(%status, "the stream broke");
+            let text = "the connection to the hub was lost; how the command ended is not known";
+            return Err(match code {
+                Some(_) => status.into(),
+                // What was never accepted may not even have arrived.
+                None if self.accepted.task_id.is_empty() => status.into(),
+                None => lost(text),
+            });
+        }
+        let delay = match self.retry {
+            Some((_, delay)) => (delay * 2).min(RECONNECT_DELAYS.1),
+            None => {
+                self.note("the connection to the hub was lost; reconnecting");
+                RECONNECT_DELAYS.0
+            }
+        };
+        let jitter = rand::rng().random_range(0.5..1.0);
+        self.retry = Some((Instant::now() + delay.mul_f64(jitter), delay));
+        Ok(())
+    }
+
+    /// Opens the stream anew, where this one stopped.
+    fn reconnect(&mut self) {
+        // In an hour, as far as the wait is concerned: the answer comes first.
+        self.retry = self.retry.map(|(at, delay)| (at + Duration::from_secs(3600), delay));
+        let attach = v1::ExecAttach {
+            task_id: self.accepted.task_id.clone(),
+            stdout_offset: self.received[0],
+            stderr_offset: self.received[1],
+            credit: self.granted.saturating_sub(self.unwritten),
+            unacknowledged: self.unwritten,
+        };
+        self.credit = 0;
+        self.input_waits = true;
+        self.cancel = self.cancel.take().or(self.cancelled);
+        self.resize = self.resize.take().or_else(|| self.resized.clone());
+        let (up, opening) = call(&self.client, exec_up::Frame::Attach(attach));
+        (self.up, self.opening) = (up, Some(opening));
+    }
+
+    fn note(&self, what: &str) {
+        let node = &self.accepted.node_name;
+        // In raw mode a line does not begin at the left by itself.
+        let edge = if self.on_terminal { "\r" } else { "" };
+        complain(&format!("{edge}note: {node}: {what}{edge}"), ColorWhen::Auto);
     }
 
     /// Hears the writer until `done`, which waits for it to write the last bytes.
@@ -173,15 +279,17 @@ impl TaskStream {
             || self.resize.is_some()
             || self.credit > 0
             || self.input_fits()
-            || self.input_ends
+            || self.input_end_is_due()
     }
 
     /// The most urgent frame that waits.
     fn next_frame(&mut self) -> Option<exec_up::Frame> {
         if let Some(cancel) = self.cancel.take() {
+            self.cancelled = Some(cancel);
             return Some(exec_up::Frame::Cancel(cancel));
         }
         if let Some(size) = self.resize.take() {
+            self.resized = Some(size.clone());
             return Some(exec_up::Frame::Resize(size));
         }
         if self.credit > 0 {
@@ -189,33 +297,69 @@ impl TaskStream {
             return Some(exec_up::Frame::Credit(v1::Credit { bytes }));
         }
         if self.input_fits() {
-            let room = usize::try_from(self.stdin_window).unwrap_or(usize::MAX);
-            let data = self.input.split_to(self.input.len().min(room));
+            let Piece { data, .. } = self.input.next(self.stdin_window)?;
             self.stdin_window -= u64::try_from(data.len()).unwrap_or(u64::MAX);
             return Some(exec_up::Frame::Stdin(v1::Stdin { data, end: false }));
         }
-        // The end comes after the last piece of it.
-        if self.input_ends {
-            self.input_ends = false;
+        if self.input_end_is_due() {
+            self.input_end_sent = true;
             return Some(exec_up::Frame::Stdin(v1::Stdin { data: Bytes::new(), end: true }));
         }
         None
     }
 
     fn input_fits(&self) -> bool {
-        !self.input.is_empty() && self.stdin_window > 0
+        !self.input_waits && self.input.has_next() && self.stdin_window > 0
+    }
+
+    /// The end comes after the last piece of it.
+    fn input_end_is_due(&self) -> bool {
+        !self.input_waits && self.input_ends && !self.input_end_sent && !self.input.has_next()
+    }
+
+    /// The node has this much of the input; the rest is sent again.
+    fn resume_input(&mut self, resume: v1::StdinResume) {
+        self.input_waits = false;
+        self.input.rewind([resume.received, 0]);
+        self.input_behind = resume.received.saturating_sub(resume.taken);
+        self.stdin_window = STDIN_WINDOW_BYTES.saturating_sub(self.input_behind);
+        self.input_end_sent = resume.ended;
     }
 
     fn accept(&mut self, message: v1::ExecDown) -> Result<Option<v1::TaskExit>, CliError> {
         match message.frame {
-            Some(exec_down::Frame::Accepted(accepted)) => self.accepted = accepted,
+            Some(exec_down::Frame::Accepted(accepted)) => {
+                if self.lost_at.take().is_some() {
+                    self.retry = None;
+                    self.note("connected to the hub again; the output goes on");
+                }
+                self.accepted = accepted;
+            }
             Some(exec_down::Frame::Output(output)) => {
+                let length = u64::try_from(output.data.len()).unwrap_or(u64::MAX);
+                let stream = usize::from(output.stream() == v1::OutputStream::Stderr);
+                self.received[stream] = output.offset.saturating_add(length);
+                self.unwritten = self.unwritten.saturating_add(length);
                 if !self.output.push(output, self.granted) {
                     return Err(lost("more output came than was granted"));
                 }
             }
             Some(exec_down::Frame::StdinCredit(credit)) => {
                 self.stdin_window = self.stdin_window.saturating_add(credit.bytes);
+                let before = credit.bytes.min(self.input_behind);
+                self.input_behind -= before;
+                self.input.acknowledge(credit.bytes - before);
+            }
+            Some(exec_down::Frame::StdinResume(resume)) => self.resume_input(resume),
+            Some(exec_down::Frame::Interrupted(interrupted)) => {
+                let wait = Duration::from_millis(interrupted.resume_within_ms);
+                self.note(&format!(
+                    "{}; waiting up to {wait:?} for it to come back",
+                    printable(&interrupted.reason)
+                ));
+            }
+            Some(exec_down::Frame::Resumed(_)) => {
+                self.note("the node is back; the output goes on");
             }
             Some(exec_down::Frame::Exit(exit)) => return Ok(Some(exit)),
             Some(exec_down::Frame::Started(started)) => self.warn_if_unconfined(&started),
@@ -242,7 +386,10 @@ impl TaskStream {
 
     fn hear(&mut self, event: WriterEvent) {
         match event {
-            WriterEvent::Written(bytes) => self.credit = self.credit.saturating_add(bytes),
+            WriterEvent::Written(bytes) => {
+                self.credit = self.credit.saturating_add(bytes);
+                self.unwritten = self.unwritten.saturating_sub(bytes);
+            }
             WriterEvent::TooMuch => {
                 self.too_much = true;
                 self.cancel();
@@ -260,7 +407,11 @@ impl TaskStream {
 
     fn take_input(&mut self, piece: Option<Bytes>) {
         match piece {
-            Some(data) => self.input = data,
+            Some(data) => {
+                let offset = self.input_read;
+                self.input_read += data.len() as u64;
+                self.input.push(Piece { stream: 0, offset, data });
+            }
             None => {
                 self.stdin = None;
                 self.input_ends = true;
@@ -287,18 +438,20 @@ async fn open(opening: &mut Option<Pin<Box<dyn Future<Output = Opened> + Send>>>
 
 async fn read(down: &mut Option<Streaming<v1::ExecDown>>) -> Result<Option<v1::ExecDown>, Status> {
     match down {
-        Some(down) => down.message().await.map_err(|status| {
-            // What the hub says carries a code; anything else is the connection's end.
-            if status.metadata().contains_key(cortex_proto::CODE_TRAILER) {
-                return status;
-            }
-            tracing::debug!(%status, "the stream broke");
-            Status::unavailable(
-                "the connection to the hub was lost; how the command ended is not known",
-            )
-        }),
+        Some(down) => down.message().await,
         None => std::future::pending().await,
     }
+}
+
+/// Opens a stream with this first frame.
+fn call(
+    client: &OperatorClient<Channel>,
+    first: exec_up::Frame,
+) -> (mpsc::Sender<v1::ExecUp>, Pin<Box<dyn Future<Output = Opened> + Send>>) {
+    let mut client = client.clone();
+    let (up, up_frames) = mpsc::channel(16);
+    up.try_send(frame(first)).expect("a new channel has room");
+    (up, Box::pin(async move { client.exec(ReceiverStream::new(up_frames)).await }))
 }
 
 async fn next_piece(stdin: &mut Option<Input>) -> Option<Bytes> {

@@ -2,7 +2,7 @@
 
 /// Each method with those who may call it, in this order: `-` whoever has no certificate, `n` a node,
 /// `v` viewer, `t` agent-token, `o` operator, `s` admin with a scope, `a` admin.
-pub(crate) const EXPECTED: [(&str, &str); 44] = [
+pub(crate) const EXPECTED: [(&str, &str); 50] = [
     ("Enroll/JoinNode", "-nvtosa"),
     ("Enroll/LoginOperator", "-nvtosa"),
     ("Enroll/RecoverNode", "-nvtosa"),
@@ -26,7 +26,13 @@ pub(crate) const EXPECTED: [(&str, &str); 44] = [
     ("Operator/ListWorkspaces", "vtosa"),
     ("Operator/WorkspaceStatus", "vtosa"),
     ("Operator/ListConflicts", "vtosa"),
+    ("Operator/ListTasks", "vtosa"),
+    ("Operator/GetTask", "vtosa"),
+    ("Operator/WaitTask", "vtosa"),
+    ("Operator/ReadTask", "vtosa"),
+    ("Operator/ReadHistory", "vtosa"),
     ("Operator/Exec", "tosa"),
+    ("Operator/CancelTask", "tosa"),
     ("Operator/LabelNode", "osa"),
     ("Operator/RenameNode", "osa"),
     ("Operator/CordonNode", "osa"),

@@ -4,8 +4,11 @@ use prost::Message as _;
 
 use super::*;
 use crate::store::OperatorRecord;
+use crate::store::history::{HistoryLimits, HistoryStore};
 use crate::store::sqlite::SqliteStore;
-use crate::task::relay::Relay;
+use crate::task::history::History;
+use crate::task::relay::{Deadlines, Relay};
+use crate::task::spool::{Spool, SpoolLimits};
 
 /// Services that the hub serves; every method of theirs needs a level.
 const HUB: [&str; 4] = ["Enroll", "Node", "Sync", "Operator"];
@@ -19,7 +22,12 @@ async fn layer(nodes: Vec<Node>, records: Vec<OperatorRecord>) -> (tempfile::Tem
     let scope = TaskScope::new();
     let store = SqliteStore::open(folder.path().join("hub.db"), &scope).await.unwrap();
     let store: Arc<dyn crate::store::Store> = Arc::new(store);
-    let relay = Relay::new(Arc::clone(&store), scope, std::time::Duration::from_secs(1));
+    let spool = Spool::open(folder.path().join("tasks"), SpoolLimits::default(), &scope).unwrap();
+    let second = std::time::Duration::from_secs(1);
+    let deadlines = Deadlines { start: second, resume: second };
+    let history = HistoryStore::open(folder.path().join("history.db"), &scope).await.unwrap();
+    let history = History::start(history, HistoryLimits::default(), &scope);
+    let relay = Relay::new(Arc::clone(&store), spool, history, scope, deadlines);
     let refusals = RefusalLog::new(Arc::clone(&store), TaskScope::new());
     let operators = Operators::load(store, relay).await.unwrap();
     operators.apply(records);

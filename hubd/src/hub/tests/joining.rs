@@ -105,7 +105,7 @@ impl TestSession {
     pub(super) async fn attach_task(&mut self) -> TestTask {
         let task_id = self.start_task().await.task_id;
         let (up, receiver) = mpsc::channel(8);
-        let hello = task_io_up::Frame::Hello(v1::TaskIoHello { task_id });
+        let hello = task_io_up::Frame::Hello(v1::TaskIoHello { task_id, ..Default::default() });
         up.send(v1::TaskIoUp { frame: Some(hello) }).await.unwrap();
         let down = self.client.task_io(ReceiverStream::new(receiver)).await.unwrap().into_inner();
         TestTask { up, _down: down }

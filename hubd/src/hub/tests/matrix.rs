@@ -114,7 +114,8 @@ async fn a_node_that_lies_in_the_body_gets_nothing() {
     }
 
     // Another node's task: neither its stream nor its end.
-    let hello = v1::TaskIoHello { task_id: running.task_id.clone().into() };
+    let hello =
+        v1::TaskIoHello { task_id: running.task_id.clone().into(), ..v1::TaskIoHello::default() };
     let hello = v1::TaskIoUp { frame: Some(v1::task_io_up::Frame::Hello(hello)) };
     let refused = session.client.task_io(tokio_stream::once(hello.clone())).await.unwrap_err();
     assert_eq!(word(&refused), "task_unknown");

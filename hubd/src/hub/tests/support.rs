@@ -196,7 +196,12 @@ impl TestHub {
         node: &str,
         spec: v1::TaskSpec,
     ) -> Result<Running, Status> {
-        let start = v1::ExecStart { node: node.into(), spec: Some(spec), initial_credit: 1 << 20 };
+        let start = v1::ExecStart {
+            node: node.into(),
+            spec: Some(spec),
+            initial_credit: 1 << 20,
+            ..v1::ExecStart::default()
+        };
         let (frames, receiver) = mpsc::channel(8);
         let frame = v1::ExecUp { frame: Some(v1::exec_up::Frame::Start(start)) };
         frames.send(frame).await.unwrap();

@@ -20,10 +20,10 @@ use rusqlite::{Connection, OptionalExtension as _};
 
 use super::database::{Database, DatabaseError, Settings};
 use super::{
-    AuditHead, AuditLine, CaState, CloneSuspicion, Invite, LabelChange, LabelRefusal, NewAudit,
-    NewInvite, NewTask, Node, NodePolicy, NodeRedemption, Operator, OperatorRecord,
+    Acceptance, AuditHead, AuditLine, CaState, CloneSuspicion, Invite, LabelChange, LabelRefusal,
+    NewAudit, NewInvite, NewTask, Node, NodePolicy, NodeRedemption, Operator, OperatorRecord,
     OperatorRedemption, RedeemRefusal, RenewOutcome, Renewal, Store, StoreError, TaskEnd,
-    Workspace,
+    TaskQuery, TaskRecord, Workspace,
 };
 
 const SETTINGS: Settings = Settings {
@@ -31,6 +31,7 @@ const SETTINGS: Settings = Settings {
         include_str!("migrations/0001_first.sql"),
         include_str!("migrations/0002_authority.sql"),
         include_str!("migrations/0003_workspace_scope.sql"),
+        include_str!("migrations/0004_tasks.sql"),
     ],
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,
@@ -125,7 +126,7 @@ impl Store for SqliteStore {
         self.database.write(move |t| identity::suspect_clone(t, node, &suspicion)).await
     }
 
-    async fn accept_task(&self, task: NewTask) -> Result<(), StoreError> {
+    async fn accept_task(&self, task: NewTask) -> Result<Acceptance, StoreError> {
         self.database.write(move |t| tasks::accept(t, &task)).await
     }
 
@@ -133,8 +134,33 @@ impl Store for SqliteStore {
         self.database.write(move |t| tasks::end(t, id, &end)).await
     }
 
-    async fn end_open_tasks(&self, reason: String, now_ms: i64) -> Result<u64, StoreError> {
-        self.database.write(move |t| tasks::end_open(t, &reason, now_ms)).await
+    async fn add_late_outcome(
+        &self,
+        id: TaskId,
+        node: NodeId,
+        outcome: TaskEnd,
+    ) -> Result<bool, StoreError> {
+        self.database.write(move |t| tasks::add_late_outcome(t, id, node, &outcome)).await
+    }
+
+    async fn open_tasks(&self) -> Result<Vec<TaskRecord>, StoreError> {
+        self.database.read(tasks::open).await
+    }
+
+    async fn task(&self, id: TaskId) -> Result<Option<TaskRecord>, StoreError> {
+        self.database.read(move |c| tasks::one(c, id)).await
+    }
+
+    async fn tasks_ending_in(&self, ending: Vec<u8>) -> Result<Vec<TaskRecord>, StoreError> {
+        self.database.read(move |c| tasks::ending_in(c, &ending)).await
+    }
+
+    async fn tasks(&self, query: TaskQuery) -> Result<Vec<TaskRecord>, StoreError> {
+        self.database.read(move |c| tasks::list(c, &query)).await
+    }
+
+    async fn task_spec(&self, id: TaskId) -> Result<Option<Vec<u8>>, StoreError> {
+        self.database.read(move |c| tasks::spec(c, id)).await
     }
 
     async fn workspaces(&self) -> Result<Vec<Workspace>, StoreError> {

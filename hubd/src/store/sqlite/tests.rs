@@ -5,7 +5,9 @@ mod invites;
 use cortex_shared::policy::Role;
 use cortex_shared::secret::InviteToken;
 
-use super::super::{Actor, Caller, Facts, InviteKind, Machine, NewCertificate, TaskEndState};
+use super::super::{
+    Actor, Caller, Facts, InviteKind, Machine, NewCertificate, TaskEndState, Verdict,
+};
 use super::*;
 
 async fn store() -> (tempfile::TempDir, SqliteStore) {
@@ -92,49 +94,104 @@ async fn everything_is_there_after_reopening() {
     assert!(store.workspaces().await.unwrap()[0].members.is_empty());
 }
 
-#[tokio::test]
-async fn the_first_verdict_of_a_task_stands() {
-    let (_folder, store) = store().await;
-    let id = TaskId::new();
-    let task = NewTask {
-        id,
-        node: NodeId::new(),
+fn task(actor: &str, node: NodeId) -> NewTask {
+    NewTask {
+        id: TaskId::new(),
+        node,
         node_name: "box".into(),
-        actor: "ann".into(),
+        actor: actor.into(),
         role: Role::Operator,
         command: crate::store::fixtures::command(),
         workspace: String::new(),
         mode: cortex_shared::policy::Mode::Strict,
+        detached: false,
+        spec: Some(vec![1, 2]),
+        retry_of: None,
+        key: None,
         accepted_at_ms: 1,
-    };
-    store.accept_task(task.clone()).await.unwrap();
-    store.accept_task(NewTask { id: TaskId::new(), ..task }).await.unwrap();
-    let end = TaskEnd {
-        state: TaskEndState::Finished,
-        verdict: "exited",
-        exit_code: Some(7),
+    }
+}
+
+fn end(verdict: Verdict, code: u32) -> TaskEnd {
+    TaskEnd {
+        verdict,
+        exit_code: Some(code),
         signal: None,
         reason: String::new(),
+        hint: "h".into(),
         stdout_bytes: 1,
         stderr_bytes: 2,
-        stdout_hash: Some([3; 32]),
+        stdout_hash: (verdict == Verdict::Exited).then_some([3; 32]),
         stderr_hash: None,
+        duration_ms: 4,
+        started_at_ms: Some(2),
         ended_at_ms: 3,
-    };
-    store.end_task(id, end).await.unwrap();
-    assert_eq!(store.end_open_tasks("hub restarted".into(), 9).await.unwrap(), 1);
-    let verdict: (String, Option<u32>) = store
-        .database
-        .read(move |c| {
-            Ok::<_, StoreError>(c.query_row(
-                "SELECT verdict, exit_code FROM tasks WHERE id = ?",
-                [id.as_bytes().as_slice()],
-                |row| Ok((row.get(0)?, row.get(1)?)),
-            )?)
-        })
-        .await
-        .unwrap();
-    assert_eq!(verdict, ("exited".to_owned(), Some(7)));
+    }
+}
+
+#[tokio::test]
+async fn the_first_verdict_of_a_task_stands_and_a_late_outcome_is_added_once() {
+    let (_folder, store) = store().await;
+    let node = NodeId::new();
+    let (known, lost) = (task("ann", node), task("ann", node));
+    for task in [&known, &lost] {
+        store.accept_task(task.clone()).await.unwrap();
+    }
+    let exited = end(Verdict::Exited, 7);
+    store.end_task(known.id, exited.clone()).await.unwrap();
+    store.end_task(known.id, end(Verdict::StreamLost, 0)).await.unwrap();
+    store.end_task(lost.id, end(Verdict::StreamLost, 0)).await.unwrap();
+    assert!(store.open_tasks().await.unwrap().is_empty());
+    let late = end(Verdict::Exited, 5);
+    let add = async |id, node| store.add_late_outcome(id, node, late.clone()).await.unwrap();
+    assert!(!add(known.id, node).await, "the node's own verdict needs none");
+    assert!(!add(lost.id, NodeId::new()).await, "another node's task");
+    assert!(add(lost.id, node).await);
+    assert!(!add(lost.id, node).await);
+    assert!(!add(TaskId::new(), node).await);
+    let record = store.task(known.id).await.unwrap().unwrap();
+    assert_eq!((record.end, record.late), (Some(exited), None));
+    let record = store.task(lost.id).await.unwrap().unwrap();
+    assert_eq!((record.end.unwrap().verdict, record.late), (Verdict::StreamLost, Some(late)));
+    assert_eq!(store.task_spec(lost.id).await.unwrap(), Some(vec![1, 2]));
+}
+
+#[tokio::test]
+async fn tasks_are_listed_in_pages_by_node_actor_and_state_and_found_by_the_end_of_their_id() {
+    let (_folder, store) = store().await;
+    let (one, two) = (NodeId::new(), NodeId::new());
+    let mut ids = Vec::new();
+    for n in 0..6 {
+        let task = task(if n % 2 == 0 { "ann" } else { "bob" }, if n < 3 { one } else { two });
+        ids.push(task.id);
+        store.accept_task(task).await.unwrap();
+    }
+    store.end_task(ids[0], end(Verdict::Exited, 0)).await.unwrap();
+    store.end_task(ids[1], end(Verdict::Cancelled, 0)).await.unwrap();
+    let all = TaskQuery { limit: 100, ..TaskQuery::default() };
+    let open = Some((true, Vec::new()));
+    let finished = Some((false, vec![TaskEndState::Finished]));
+    for (query, wanted) in [
+        (all.clone(), vec![5, 4, 3, 2, 1, 0]),
+        (TaskQuery { limit: 2, ..all.clone() }, vec![5, 4]),
+        (TaskQuery { limit: 2, before: Some(ids[4]), ..all.clone() }, vec![3, 2]),
+        (TaskQuery { nodes: Some(vec![one]), ..all.clone() }, vec![2, 1, 0]),
+        (TaskQuery { nodes: Some(vec![]), ..all.clone() }, vec![]),
+        (TaskQuery { actor: Some("bob".into()), ..all.clone() }, vec![5, 3, 1]),
+        (TaskQuery { states: open, ..all.clone() }, vec![5, 4, 3, 2]),
+        (TaskQuery { states: finished, ..all.clone() }, vec![0]),
+    ] {
+        let found = store.tasks(query.clone()).await.unwrap();
+        let found: Vec<_> = found.iter().map(|task| task.id).collect();
+        let wanted: Vec<_> = wanted.iter().map(|n: &usize| ids[*n]).collect();
+        assert_eq!(found, wanted, "{query:?}");
+    }
+    for length in [4, 5, 16] {
+        let ending = ids[3].as_bytes()[16 - length..].to_vec();
+        let found = store.tasks_ending_in(ending).await.unwrap();
+        assert_eq!(found.iter().map(|task| task.id).collect::<Vec<_>>(), [ids[3]]);
+    }
+    assert!(store.tasks_ending_in(vec![0; 4]).await.unwrap().is_empty());
 }
 
 #[tokio::test]

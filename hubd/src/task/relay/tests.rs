@@ -1,21 +1,40 @@
 use cortex_proto::v1::{Output, StartTask};
 use cortex_shared::policy::{Mode, Role};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::node::registry::{Arrival, Registry, SessionEnds};
-use crate::store::fixtures;
+use crate::store::history::{HistoryLimits, HistoryStore};
 use crate::store::sqlite::SqliteStore;
+use crate::store::{IdempotencyKey, Verdict, fixtures};
 use crate::task::limits::{AGENT_TOKEN_COMMANDS, AGENT_TOKEN_OUTPUT_BYTES};
+use crate::task::spool::SpoolLimits;
+use crate::task::to_reader::ReaderFrame;
+use crate::task::verdict::MAX_TEXT_BYTES;
+
+/// A resume grace that tests wait for.
+const SHORT: Duration = Duration::from_millis(300);
 
 struct Fixture {
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
     relay: Arc<Relay>,
     store: Arc<dyn Store>,
     session: SessionEnds,
+    registry: Registry,
+    node: NodeId,
+}
+
+async fn history(folder: &tempfile::TempDir, scope: &TaskScope) -> Arc<History> {
+    let store = HistoryStore::open(folder.path().join("history.db"), scope).await.unwrap();
+    History::start(store, HistoryLimits::default(), scope)
 }
 
 async fn fixture() -> Fixture {
+    fixture_with(Duration::ZERO).await
+}
+
+async fn fixture_with(resume: Duration) -> Fixture {
     let folder = tempfile::tempdir().unwrap();
     let scope = TaskScope::new();
     let store = SqliteStore::open(folder.path().join("hub.db"), &scope).await.unwrap();
@@ -26,13 +45,25 @@ async fn fixture() -> Fixture {
     let cancel = CancellationToken::new();
     let arrival = Arrival { generation: 1, ..Arrival::default() };
     let begun = registry.begin_session(id, arrival, cancel);
-    let relay = Relay::new(Arc::clone(&store), scope, Duration::from_secs(60));
-    Fixture { _folder: folder, relay, store, session: begun.unwrap().0 }
+    let spool = Spool::open(folder.path().join("tasks"), SpoolLimits::default(), &scope).unwrap();
+    let deadlines = Deadlines { start: Duration::from_secs(60), resume };
+    let relay =
+        Relay::new(Arc::clone(&store), spool, history(&folder, &scope).await, scope, deadlines);
+    Fixture { folder, relay, store, session: begun.unwrap().0, registry, node: id }
 }
 
 impl Fixture {
     async fn start(&self, actor: &str, role: Role) -> Result<Arc<Task>, StartRefusal> {
-        let new = NewTask {
+        let session = self.session.handle.clone();
+        let (new, claim) = (self.new_task(actor, role), Claim::default());
+        match self.relay.start(new, TaskSpec::default(), 1 << 20, session, &claim).await? {
+            Begun::New(task) => Ok(task),
+            Begun::Known(id) => panic!("{id} is known"),
+        }
+    }
+
+    fn new_task(&self, actor: &str, role: Role) -> NewTask {
+        NewTask {
             id: TaskId::new(),
             node: self.session.handle.node,
             node_name: "box".into(),
@@ -41,10 +72,55 @@ impl Fixture {
             command: crate::store::fixtures::command(),
             workspace: String::new(),
             mode: Mode::Strict,
+            detached: false,
+            spec: None,
+            retry_of: None,
+            key: None,
             accepted_at_ms: 1,
-        };
-        let session = self.session.handle.clone();
-        self.relay.start(new, TaskSpec::default(), 1 << 20, session, &Claim::default()).await
+        }
+    }
+
+    /// The node opens the task's first stream.
+    fn open(&self, task: &Task) -> u64 {
+        let hello = hello(task, false);
+        self.relay.open_stream(self.node, &hello).unwrap().1
+    }
+
+    /// The node begins another session, which holds these tasks.
+    fn reconnect(&mut self, held: &[TaskId]) {
+        let old = self.session.handle.id;
+        self.session = self
+            .registry
+            .begin_session(
+                self.node,
+                Arrival { generation: 1, ..Arrival::default() },
+                CancellationToken::new(),
+            )
+            .unwrap()
+            .0;
+        self.relay.session_began(&self.session.handle, held);
+        self.relay.session_lost(old);
+    }
+
+    async fn verdict(&self, id: TaskId) -> Option<Verdict> {
+        self.store.task(id).await.unwrap().unwrap().end.map(|end| end.verdict)
+    }
+}
+
+fn hello(task: &Task, resume: bool) -> TaskIoHello {
+    let task_id = task.id().as_bytes().to_vec().into();
+    TaskIoHello { task_id, resume, ..TaskIoHello::default() }
+}
+
+fn output(offset: u64, data: &'static str) -> task_io_up::Frame {
+    task_io_up::Frame::Output(Output { stream: 0, offset, data: data.into() })
+}
+
+fn exited() -> TaskExit {
+    TaskExit {
+        verdict: TaskVerdict::Exited.into(),
+        stdout_hash: vec![1; 32].into(),
+        ..TaskExit::default()
     }
 }
 
@@ -59,9 +135,7 @@ fn starts(outbox: &mut mpsc::Receiver<cortex_proto::v1::HubFrame>) -> Vec<StartT
 
 async fn end(task: &Task) -> TaskExit {
     loop {
-        if let Some(super::super::mailbox::ReaderFrame::End(End::Exit(exit))) =
-            task.to_reader.next().await
-        {
+        if let Some(ReaderFrame::End(End::Exit(exit))) = task.to_reader.next(1).await {
             return exit;
         }
     }
@@ -78,7 +152,7 @@ async fn an_agent_token_has_a_handful_of_commands_at_once_and_a_place_is_free_at
     assert!(matches!(refusal, StartRefusal::TooMany { limit: AGENT_TOKEN_COMMANDS, .. }));
     fixture.start("ann", Role::Operator).await.unwrap();
     let exit = TaskExit { verdict: TaskVerdict::Exited.into(), ..TaskExit::default() };
-    fixture.relay.finish(tasks[0].id, fixture.session.handle.id, exit);
+    fixture.relay.finish(tasks[0].id(), fixture.node, exit);
     fixture.start("bot", Role::AgentToken).await.unwrap();
     let roles: Vec<_> = starts(&mut fixture.session.outbox).into_iter().map(|s| s.role).collect();
     assert_eq!(roles.iter().filter(|role| *role == "agent-token").count(), 9);
@@ -89,16 +163,17 @@ async fn an_agent_token_has_a_handful_of_commands_at_once_and_a_place_is_free_at
 async fn an_agent_token_writes_so_much_and_no_more() {
     let fixture = fixture().await;
     let task = fixture.start("bot", Role::AgentToken).await.unwrap();
+    let stream = fixture.open(&task);
     let data = bytes::Bytes::from(vec![b'x'; 256 * 1024]);
     let frames = AGENT_TOKEN_OUTPUT_BYTES / data.len() as u64;
     for n in 0..=frames {
         let offset = n * data.len() as u64;
         let output = Output { stream: 0, offset, data: data.clone() };
-        let more = fixture.relay.node_frame(&task, task_io_up::Frame::Output(output));
+        let more = fixture.relay.node_frame(&task, stream, task_io_up::Frame::Output(output));
         assert_eq!(more, n < frames, "frame {n} of {frames}");
         if more {
-            task.to_reader.next().await.unwrap();
-            task.to_reader.grant(data.len() as u64);
+            task.to_reader.next(1).await.unwrap();
+            task.grant(data.len() as u64);
         }
     }
     let exit = end(&task).await;
@@ -121,7 +196,7 @@ async fn what_runs_for_a_revoked_caller_ends_at_once_and_nothing_else() {
             _ => None,
         })
         .collect();
-    assert_eq!(cancelled, [(bobs.id.as_bytes().to_vec().into(), 0)], "killed without grace");
+    assert_eq!(cancelled, [(bobs.id().as_bytes().to_vec().into(), 0)], "killed without grace");
 }
 
 #[tokio::test]
@@ -137,18 +212,181 @@ async fn acceptance_and_end_stand_in_the_audit_log_once() {
         reason: "ä".repeat(2000),
         ..TaskExit::default()
     };
-    fixture.relay.finish(task.id, fixture.session.handle.id, exit.clone());
+    fixture.relay.finish(task.id(), fixture.node, exit.clone());
     end(&task).await;
-    fixture.relay.finish(task.id, fixture.session.handle.id, exit);
+    fixture.relay.finish(task.id(), fixture.node, exit);
     let lines = fixture.store.audit_page(None, 10).await.unwrap();
     let actions: Vec<_> = lines.iter().map(|l| (l.actor.as_str(), l.action.as_str())).collect();
     assert_eq!(actions, [("ann", "task.accepted"), ("ann", "task.ended")]);
     let accepted: serde_json::Value = serde_json::from_str(&lines[0].detail).unwrap();
     let ended: serde_json::Value = serde_json::from_str(&lines[1].detail).unwrap();
-    assert_eq!(lines[1].target, task.id.to_string());
+    assert_eq!(lines[1].target, task.id().to_string());
     assert_eq!((&accepted["node"], &accepted["command"]), (&"box".into(), &"true".into()));
     assert_eq!((&ended["verdict"], &ended["exit_code"]), (&"exited".into(), &3.into()));
     assert_eq!(ended["stdout_hash"], "07".repeat(32));
     assert!(ended["stderr_hash"].is_null(), "what is no hash is none");
-    assert!(ended["reason"].as_str().unwrap().len() <= MAX_REASON_BYTES);
+    assert!(ended["reason"].as_str().unwrap().len() <= MAX_TEXT_BYTES);
+}
+
+#[tokio::test]
+async fn a_node_that_comes_back_in_time_takes_its_task_up_and_the_reader_hears_both() {
+    let mut fixture = fixture_with(SHORT).await;
+    let task = fixture.start("ann", Role::Operator).await.unwrap();
+    let other = fixture.start("ann", Role::Operator).await.unwrap();
+    fixture.open(&other);
+    let first = fixture.open(&task);
+    assert!(fixture.relay.node_frame(&task, first, output(0, "abc")));
+    fixture.reconnect(&[task.id(), other.id()]);
+    let interrupted = |frame| matches!(frame, Some(ReaderFrame::Interrupted(_)));
+    assert!(interrupted(task.to_reader.next(1).await), "at once");
+    let (_, second) = fixture.relay.open_stream(fixture.node, &hello(&task, true)).unwrap();
+    assert!(!fixture.relay.node_frame(&task, first, output(3, "old")), "the old stream is over");
+    fixture.relay.stream_ended(&task, first);
+    assert!(fixture.relay.node_frame(&task, second, output(3, "def")));
+    assert_eq!(task.to_reader.next(1).await, Some(ReaderFrame::Resumed));
+    let mut text = Vec::new();
+    while text.len() < 6 {
+        let Some(ReaderFrame::Output(output)) = task.to_reader.next(1).await else { panic!() };
+        text.extend_from_slice(&output.data);
+    }
+    assert_eq!(text, b"abcdef");
+    other.ended().await;
+    assert!(!task.has_ended(), "the deadline of an interruption that is over does nothing");
+    assert!(fixture.relay.finish(task.id(), fixture.node, exited()));
+    end(&task).await;
+    assert_eq!(fixture.verdict(task.id()).await, Some(Verdict::Exited));
+}
+
+#[tokio::test]
+async fn a_node_that_stays_away_loses_its_task_and_what_it_says_later_is_added_once() {
+    let mut fixture = fixture_with(SHORT).await;
+    let task = fixture.start("ann", Role::Operator).await.unwrap();
+    fixture.open(&task);
+    fixture.relay.session_lost(fixture.session.handle.id);
+    let exit = end_after_news(&task).await;
+    assert_eq!(exit.verdict(), TaskVerdict::StreamLost);
+    assert!(exit.reason.contains("may still be running"), "{}", exit.reason);
+    fixture.reconnect(&[task.id()]);
+    assert!(fixture.relay.open_stream(fixture.node, &hello(&task, true)).is_none(), "it is over");
+    for code in [3, 4] {
+        let exit = TaskExit { exit_code: code, ..exited() };
+        fixture.relay.outcome(task.id(), &fixture.session.handle, exit);
+        wait_for_ack(&mut fixture.session.outbox, task.id()).await;
+    }
+    let record = fixture.store.task(task.id()).await.unwrap().unwrap();
+    assert_eq!(record.end.unwrap().verdict, Verdict::StreamLost, "never rewritten");
+    assert_eq!(record.late.unwrap().exit_code, Some(3));
+}
+
+#[tokio::test]
+async fn what_a_node_does_not_hold_any_more_ends_when_it_says_so() {
+    let mut fixture = fixture_with(Duration::from_secs(600)).await;
+    let task = fixture.start("ann", Role::Operator).await.unwrap();
+    fixture.open(&task);
+    fixture.reconnect(&[]);
+    assert_eq!(end_after_news(&task).await.verdict(), TaskVerdict::StreamLost);
+}
+
+#[tokio::test]
+async fn a_reader_that_stays_away_ends_its_command_and_one_that_comes_back_does_not() {
+    let mut fixture = fixture_with(SHORT).await;
+    let (left, back) = (
+        fixture.start("ann", Role::Operator).await.unwrap(),
+        fixture.start("ann", Role::Operator).await.unwrap(),
+    );
+    fixture.relay.reader_lost(&back, 1);
+    fixture.relay.reader_lost(&left, 1);
+    assert_eq!(back.attach([0; 2], 1, 0).unwrap().reader, 2);
+    let cancelled = loop {
+        if let Some(hub_frame::Frame::CancelTask(cancel)) =
+            fixture.session.outbox.recv().await.unwrap().frame
+        {
+            break TaskId::from_slice(&cancel.task_id).unwrap();
+        }
+    };
+    assert_eq!(cancelled, left.id(), "and not the one whose deadline came first");
+    assert!(left.attach([0; 2], 1, 0).is_none());
+}
+
+#[tokio::test]
+async fn a_cancel_reaches_a_node_that_was_away() {
+    let mut fixture = fixture_with(Duration::from_secs(600)).await;
+    let task = fixture.start("ann", Role::Operator).await.unwrap();
+    fixture.open(&task);
+    fixture.relay.session_lost(fixture.session.handle.id);
+    task.cancel(2, Duration::from_secs(1));
+    fixture.reconnect(&[task.id()]);
+    let frame = fixture.session.outbox.try_recv().unwrap().frame;
+    let Some(hub_frame::Frame::CancelTask(cancel)) = frame else { panic!("{frame:?}") };
+    assert_eq!(cancel.signal, 2);
+}
+
+#[tokio::test]
+async fn the_next_hub_takes_up_what_the_last_one_left_open() {
+    let mut fixture = fixture_with(SHORT).await;
+    let (task, lost) = (
+        fixture.start("ann", Role::Operator).await.unwrap(),
+        fixture.start("ann", Role::Operator).await.unwrap(),
+    );
+    let stream = fixture.open(&task);
+    assert!(fixture.relay.node_frame(&task, stream, output(0, "before")));
+    fixture.relay.spool().flush().await;
+    // As a crash: nothing of the old relay is asked any more.
+    let scope = TaskScope::new();
+    let spool = Spool::open(fixture.folder.path().join("tasks"), SpoolLimits::default(), &scope);
+    let deadlines = Deadlines { start: Duration::ZERO, resume: SHORT };
+    let history = Arc::clone(fixture.relay.history());
+    let next = Relay::new(Arc::clone(&fixture.store), spool.unwrap(), history, scope, deadlines);
+    next.recover().await.unwrap();
+    assert_eq!(next.running(), 2);
+    fixture.relay = next;
+    fixture.reconnect(&[task.id(), lost.id()]);
+    let (task, stream) = fixture.relay.open_stream(fixture.node, &hello(&task, true)).unwrap();
+    assert_eq!(task.to_reader.resume().0, [6, 0], "the spool says how far it had come");
+    assert!(fixture.relay.node_frame(&task, stream, output(6, " after")));
+    let attached = task.attach([2, 0], 1 << 20, 0).unwrap();
+    assert_eq!(attached.live_from, [6, 0]);
+    // The other one does not come in time.
+    let other = fixture.relay.get(lost.id()).unwrap();
+    assert_eq!(end_after_news(&other).await.verdict(), TaskVerdict::StreamLost);
+    assert!(!task.has_ended());
+}
+
+#[tokio::test]
+async fn a_key_leads_to_one_task_of_its_actor_and_only_with_the_same_command() {
+    let fixture = fixture().await;
+    let key = |hash| Some(IdempotencyKey { key: "k".into(), request_hash: [hash; 32] });
+    let start = async |actor: &str, hash| {
+        let new = NewTask { key: key(hash), ..fixture.new_task(actor, Role::Operator) };
+        let session = fixture.session.handle.clone();
+        fixture.relay.start(new, TaskSpec::default(), 1, session, &Claim::default()).await
+    };
+    let Ok(Begun::New(first)) = start("ann", 1).await else { panic!() };
+    let Ok(Begun::Known(again)) = start("ann", 1).await else { panic!() };
+    assert_eq!(again, first.id());
+    assert!(
+        matches!(start("ann", 2).await, Err(StartRefusal::KeyReused { task }) if task == again)
+    );
+    assert!(matches!(start("bob", 1).await, Ok(Begun::New(_))));
+}
+
+/// The end, whatever is said of interruptions before it.
+async fn end_after_news(task: &Task) -> TaskExit {
+    loop {
+        let number = task.attach([0; 2], 1 << 20, 0).map_or(1, |attached| attached.reader);
+        while let Some(frame) = task.to_reader.next(number).await {
+            if let ReaderFrame::End(End::Exit(exit)) = frame {
+                return exit;
+            }
+        }
+    }
+}
+
+async fn wait_for_ack(outbox: &mut mpsc::Receiver<cortex_proto::v1::HubFrame>, id: TaskId) {
+    loop {
+        if let Some(hub_frame::Frame::TaskAck(ack)) = outbox.recv().await.unwrap().frame {
+            assert_eq!(ack.task_id, id.as_bytes().to_vec());
+            return;
+        }
+    }
 }

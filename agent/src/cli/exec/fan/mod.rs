@@ -324,7 +324,11 @@ impl Fan {
         let (events, writer_events) = mpsc::channel(64);
         let (done, written) = oneshot::channel();
         let output = self.board.open(Lane { name: node.name.clone(), events, done });
-        let start = v1::ExecStart { node: node.id.to_string(), ..self.start.clone() };
+        let mut start = v1::ExecStart { node: node.id.to_string(), ..self.start.clone() };
+        if !start.idempotency_key.is_empty() {
+            // One key for all of them would lead to the task of the first.
+            start.idempotency_key = format!("{}@{}", start.idempotency_key, node.id);
+        }
         let mut stream =
             TaskStream::new(self.client.clone(), start, None, Box::new(output), writer_events);
         let mut cancel = self.cancel.subscribe();

@@ -1,0 +1,107 @@
+//! The output of a task for somebody who did not start it.
+
+use std::time::Duration;
+
+use cortex_proto::v1::{self, OutputStream, read_task_response::Frame};
+use tokio::io::AsyncWriteExt as _;
+use tonic::Streaming;
+
+use super::no_task;
+use crate::cli::error::{CliError, Exit, printable};
+use crate::cli::exec::check;
+use crate::cli::printer::{ColorWhen, complain};
+use crate::cli::{Global, hub};
+
+/// What was written of each stream.
+#[derive(Default)]
+struct Written {
+    next: [u64; 2],
+    missing: u64,
+}
+
+/// Writes what is kept, and with `follow` what comes; returns the task as it is then.
+pub(super) async fn write(
+    global: &Global,
+    task: String,
+    follow: bool,
+) -> Result<v1::TaskInfo, CliError> {
+    let mut client = hub::operator(global).await?;
+    let request = v1::ReadTaskRequest { task, follow };
+    let frames = client.read_task(request).await?.into_inner();
+    let (info, written) = pass(frames).await?;
+    report(&info, &written);
+    Ok(info)
+}
+
+/// The same, to the end of the task; its exit code becomes ours.
+pub(super) async fn attach(global: &Global, task: String) -> Result<u8, CliError> {
+    let mut client = hub::operator(global).await?;
+    let request = v1::ReadTaskRequest { task, follow: true };
+    let frames = client.read_task(request).await?.into_inner();
+    let (info, written) = tokio::select! {
+        passed = pass(frames) => passed?,
+        interrupted = tokio::signal::ctrl_c() => {
+            interrupted?;
+            return Err(CliError::new(Exit::Code(130), "left; the task goes on")
+                .hint("cortex-agent task cancel ends it"));
+        }
+    };
+    let missing = report(&info, &written);
+    let exit = info.exit.as_ref().ok_or_else(no_task)?;
+    if let Some(text) = check::complaint(exit) {
+        complain(&text, global.color);
+    }
+    // Without all of the output it is no success.
+    Ok(if missing { 125 } else { check::exit_code(exit) })
+}
+
+async fn pass(
+    mut frames: Streaming<v1::ReadTaskResponse>,
+) -> Result<(v1::TaskInfo, Written), CliError> {
+    let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
+    let mut written = Written::default();
+    while let Some(response) = frames.message().await? {
+        match response.frame {
+            Some(Frame::Output(output)) => {
+                let stream = usize::from(output.stream() == OutputStream::Stderr);
+                let next = &mut written.next[stream];
+                written.missing += output.offset.saturating_sub(*next);
+                *next = output.offset.saturating_add(output.data.len() as u64);
+                if stream == 0 {
+                    stdout.write_all(&output.data).await?;
+                    stdout.flush().await?;
+                } else {
+                    stderr.write_all(&output.data).await?;
+                    stderr.flush().await?;
+                }
+            }
+            Some(Frame::Interrupted(news)) => {
+                let wait = Duration::from_millis(news.resume_within_ms);
+                let reason = printable(&news.reason);
+                let text = format!("note: {reason}; waiting up to {wait:?} for it to come back\n");
+                complain(&text, ColorWhen::Auto);
+            }
+            Some(Frame::Resumed(_)) => {
+                complain("note: the node is back; the output goes on\n", ColorWhen::Auto);
+            }
+            Some(Frame::Task(info)) => return Ok((info, written)),
+            None => {}
+        }
+    }
+    Err(no_task())
+}
+
+/// Says what is missing; whether something is.
+fn report(info: &v1::TaskInfo, written: &Written) -> bool {
+    let mut missing = written.missing;
+    // A verdict without the node's word counts nothing.
+    if let Some(exit) = info.exit.as_ref().filter(|exit| !exit.stdout_hash.is_empty()) {
+        missing += exit.stdout_bytes.saturating_sub(written.next[0]);
+        missing += exit.stderr_bytes.saturating_sub(written.next[1]);
+    }
+    if missing > 0 {
+        let text = format!("note: {missing} bytes were not kept, and are missing above\n");
+        complain(&text, ColorWhen::Auto);
+    }
+    missing > 0
+}

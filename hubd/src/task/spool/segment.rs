@@ -1,0 +1,200 @@
+//! The files of one task: segments of records, each with a check over all of it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, IoSlice, Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use cortex_proto::MAX_OUTPUT_FRAME_BYTES;
+use cortex_shared::durable;
+use cortex_shared::replay::Piece;
+
+/// Check (4 bytes), stream (1), nothing (3), length (4), offset (8).
+const HEADER_BYTES: usize = 20;
+/// Bytes that are read at once; the largest record fits.
+const READ_BYTES: usize = MAX_OUTPUT_FRAME_BYTES + HEADER_BYTES;
+
+/// The segments of a folder with their sizes, oldest first; none if there is no such folder.
+pub(super) fn segments(folder: &Path) -> io::Result<Vec<(u64, u64)>> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        match (number, entry.metadata()) {
+            (Some(number), Ok(metadata)) => found.push((number, metadata.len())),
+            // Removed meanwhile, or nothing of ours.
+            (_, Err(_)) | (None, _) => {}
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+fn path(folder: &Path, segment: u64) -> PathBuf {
+    folder.join(format!("{segment:08}"))
+}
+
+fn header(piece: &Piece) -> [u8; HEADER_BYTES] {
+    let mut header = [0; HEADER_BYTES];
+    header[4] = u8::from(piece.stream == 1);
+    // Frames are bounded far below 4 GiB where they come in.
+    let length = u32::try_from(piece.data.len()).unwrap_or(u32::MAX);
+    header[8..12].copy_from_slice(&length.to_be_bytes());
+    header[12..].copy_from_slice(&piece.offset.to_be_bytes());
+    let check = check(&header[4..], &piece.data);
+    header[..4].copy_from_slice(&check);
+    header
+}
+
+fn check(header: &[u8], data: &[u8]) -> [u8; 4] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(header);
+    hasher.update(data);
+    let hash = hasher.finalize();
+    let bytes = hash.as_bytes();
+    [bytes[0], bytes[1], bytes[2], bytes[3]]
+}
+
+/// Appends to the segments of one task.
+pub(super) struct SegmentWriter {
+    folder: PathBuf,
+    segment: u64,
+    file: File,
+    segment_bytes: u64,
+}
+
+impl SegmentWriter {
+    /// Begins a new segment behind those there are: the last of an earlier run may be torn.
+    pub(super) fn open(folder: PathBuf) -> io::Result<Self> {
+        durable::create_private_folder(&folder)?;
+        let segment = segments(&folder)?.last().map_or(0, |(last, _)| last + 1);
+        let file = create(&folder, segment)?;
+        Ok(Self { folder, segment, file, segment_bytes: 0 })
+    }
+
+    pub(super) fn segment_bytes(&self) -> u64 {
+        self.segment_bytes
+    }
+
+    /// Begins the next segment, and removes the oldest so that there are at most `most`. Returns how
+    /// many bytes that freed.
+    pub(super) fn next_segment(&mut self, most: u64) -> io::Result<u64> {
+        self.file = create(&self.folder, self.segment + 1)?;
+        self.segment += 1;
+        self.segment_bytes = 0;
+        let count = segments(&self.folder)?.len() as u64;
+        if count > most { self.drop_oldest() } else { Ok(0) }
+    }
+
+    /// Removes the oldest segment, unless it is the one that is written. Returns how many bytes that
+    /// freed.
+    pub(super) fn drop_oldest(&mut self) -> io::Result<u64> {
+        match segments(&self.folder)?.first() {
+            Some((oldest, bytes)) if *oldest < self.segment => {
+                fs::remove_file(path(&self.folder, *oldest))?;
+                Ok(*bytes)
+            }
+            _ => Ok(0),
+        }
+    }
+
+    /// Appends a record; returns its size.
+    pub(super) fn append(&mut self, piece: &Piece) -> io::Result<u64> {
+        let header = header(piece);
+        let mut parts = [IoSlice::new(&header), IoSlice::new(&piece.data)];
+        let mut parts = &mut parts[..];
+        while !parts.is_empty() {
+            match self.file.write_vectored(parts) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => IoSlice::advance_slices(&mut parts, written),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let bytes = (HEADER_BYTES + piece.data.len()) as u64;
+        self.segment_bytes += bytes;
+        Ok(bytes)
+    }
+}
+
+fn create(folder: &Path, segment: u64) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path(folder, segment))
+}
+
+/// Reads what is kept of one task, from its beginning on. Blocks.
+pub struct SpoolReader {
+    folder: PathBuf,
+    segment: u64,
+    position: u64,
+}
+
+impl SpoolReader {
+    pub(super) fn new(folder: PathBuf) -> Self {
+        Self { folder, segment: 0, position: 0 }
+    }
+
+    /// The next pieces; none if nothing more is there yet.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn read(&mut self) -> io::Result<Vec<Piece>> {
+        loop {
+            // Listed before it is read: if there is a later one by then, this one is complete.
+            let list = segments(&self.folder)?;
+            let Some((current, _)) = list.iter().find(|(number, _)| *number >= self.segment) else {
+                return Ok(Vec::new());
+            };
+            if *current != self.segment {
+                (self.segment, self.position) = (*current, 0);
+            }
+            let pieces = self.read_segment()?;
+            let is_last = list.last().is_some_and(|(last, _)| *last == self.segment);
+            if !pieces.is_empty() || is_last {
+                return Ok(pieces);
+            }
+            (self.segment, self.position) = (self.segment + 1, 0);
+        }
+    }
+
+    fn read_segment(&mut self) -> io::Result<Vec<Piece>> {
+        let mut file = match File::open(path(&self.folder, self.segment)) {
+            Ok(file) => file,
+            // It had to go in this very moment.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        file.seek(SeekFrom::Start(self.position))?;
+        let mut bytes = Vec::new();
+        file.take(READ_BYTES as u64).read_to_end(&mut bytes)?;
+        let bytes = Bytes::from(bytes);
+        let mut pieces = Vec::new();
+        let mut at = 0;
+        while let Some((piece, next)) = record(&bytes, at) {
+            pieces.push(piece);
+            at = next;
+        }
+        self.position += at as u64;
+        Ok(pieces)
+    }
+}
+
+/// The record that begins at `at`, and where the next one does; `None` if it is not complete.
+fn record(bytes: &Bytes, at: usize) -> Option<(Piece, usize)> {
+    let header = bytes.get(at..at + HEADER_BYTES)?;
+    let length = u32::from_be_bytes(header[8..12].try_into().ok()?);
+    let (start, length) = (at + HEADER_BYTES, usize::try_from(length).ok()?);
+    let end = start.checked_add(length)?;
+    let data = bytes.get(start..end)?;
+    if length == 0 || header[..4] != check(&header[4..], data) {
+        return None;
+    }
+    let offset = u64::from_be_bytes(header[12..].try_into().ok()?);
+    let stream = usize::from(header[4] == 1);
+    Some((Piece { stream, offset, data: bytes.slice(start..end) }, end))
+}
