@@ -40,6 +40,8 @@ const MAX_RUNNING: usize = 256;
 const CANCELS: usize = 4;
 /// Longest time between the first signal of a cancel and KILL.
 const MAX_GRACE: Duration = Duration::from_secs(60);
+/// Time between TERM and KILL for the commands of a node that was put out of the mesh.
+const EXPELLED_GRACE: Duration = Duration::from_secs(2);
 
 /// Ends of earlier tasks that are told at once in a new session; then one for each that is acknowledged.
 const REPORTS_AT_ONCE: usize = 64;
@@ -210,6 +212,15 @@ impl Dispatcher {
             let task_id = id.as_bytes().to_vec().into();
             let outcome = v1::TaskOutcome { task_id, exit: Some(exit) };
             session.outbox.send(node_frame::Frame::TaskOutcome(outcome));
+        }
+    }
+
+    /// Ends what runs, because the hub that asked for it has put this node out of its mesh.
+    pub(super) fn end_commands(&self) {
+        for handle in lock(&self.inner.running).values() {
+            let cancel = CommandControl::Cancel { signal: 15, grace: EXPELLED_GRACE };
+            // Full: as many cancels wait already, and one is enough.
+            handle.cancels.try_send(cancel).ok();
         }
     }
 

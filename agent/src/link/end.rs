@@ -32,6 +32,8 @@ pub(super) enum End {
     Refused(String),
     /// The hub takes this machine for a copy of another.
     Cloned(String),
+    /// This node has no place in the mesh any more: nothing goes on for it.
+    Expelled(String),
 }
 
 impl From<ConnectError> for End {
@@ -56,6 +58,9 @@ impl From<Status> for End {
         }
         if is_clone_refusal(&status) {
             return Self::Cloned(format!("{text}; {}", this_machine()));
+        }
+        if is_expulsion(&status) {
+            return Self::Expelled(text);
         }
         match status.code() {
             Code::Unauthenticated | Code::PermissionDenied | Code::FailedPrecondition => {
@@ -82,6 +87,12 @@ impl From<RenewError> for End {
 /// Whether the hub takes this machine for a copy of another.
 pub(super) fn is_clone_refusal(status: &Status) -> bool {
     status.metadata().get(CODE_TRAILER).is_some_and(|code| code == "identity_cloned")
+}
+
+/// Whether the hub has revoked this node, or does not know it.
+fn is_expulsion(status: &Status) -> bool {
+    let code = status.metadata().get(CODE_TRAILER);
+    code.is_some_and(|code| code == "node_revoked" || code == "node_unknown")
 }
 
 pub(super) fn text_of(status: &Status) -> String {
@@ -134,6 +145,9 @@ mod tests {
             let end = End::from(Status::new(code, "x"));
             assert_eq!(matches!(end, End::Refused(_)), permanent, "{code:?}");
         }
+        let mut revoked = Status::permission_denied("revoked");
+        revoked.metadata_mut().insert(CODE_TRAILER, "node_revoked".parse().unwrap());
+        assert!(matches!(End::from(revoked), End::Expelled(_)));
         let mut busy = Status::resource_exhausted("busy");
         busy.metadata_mut().insert(RETRY_AFTER_TRAILER, "2500".parse().unwrap());
         assert!(matches!(End::from(busy), End::Busy(_, d) if d == Duration::from_millis(2500)));

@@ -193,6 +193,10 @@ impl Keeper {
                 }
                 End::Busy(problem, delay) => (problem, delay + backoff.next_delay()),
                 End::Refused(problem) => (problem, patience.next_delay()),
+                End::Expelled(problem) => {
+                    self.dispatcher.end_commands();
+                    (problem, patience.next_delay())
+                }
                 End::Certificate(problem) => (self.with_clocks(&problem), patience.next_delay()),
                 End::Cloned(problem) => {
                     renewal::note_clone(&self.identity, problem.clone()).await;

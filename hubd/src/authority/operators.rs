@@ -22,10 +22,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::nodes::DecisionError;
 use crate::store::{Actor, KeyHash, NewAudit, OperatorRecord, Scope, Store, StoreError};
+use crate::task::relay::Relay;
 
 /// First and longest bound of the wait before revocations are offered to the store again.
 const RECORD_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-use crate::task::relay::Relay;
+/// Why a command of a revoked operator ends.
+const REVOKED: &str = "the operator who asked for it was revoked";
 
 /// An operator that may call.
 #[derive(Clone, Debug)]
@@ -97,6 +99,10 @@ impl Operators {
             order: tokio::sync::Mutex::default(),
             record_again: Notify::new(),
         };
+        for record in records.iter().filter(|record| record.revoked_at_ms.is_some()) {
+            // A command that an earlier run of the hub left open, if that one was cut off.
+            operators.relay.end_of_actor(&record.name, REVOKED);
+        }
         operators.apply(records);
         Ok(Arc::new(operators))
     }
@@ -120,6 +126,16 @@ impl Operators {
             return Err(OperatorRefusal::Replaced);
         }
         Ok(Admission { role: record.role, scope: record.scope.clone(), calls: calls.clone() })
+    }
+
+    /// Ends the commands of an operator that is revoked: what began while it was being revoked may not
+    /// have been seen then.
+    pub fn end_if_revoked(&self, name: &str) {
+        let revoked = |known: &Known| known.record.revoked_at_ms.is_some();
+        let revoked = self.lock().known.get(name).is_some_and(revoked);
+        if revoked {
+            self.relay.end_of_actor(name, REVOKED);
+        }
     }
 
     /// Takes over what the store has of this operator, after its login.
@@ -176,7 +192,7 @@ impl Operators {
         record.revoked_at_ms.get_or_insert(at_ms);
         calls.cancel();
         drop(memory);
-        self.relay.end_of_actor(name, "the operator who asked for it was revoked");
+        self.relay.end_of_actor(name, REVOKED);
     }
 
     /// Records the revocation of an operator, if there is one that is not recorded.

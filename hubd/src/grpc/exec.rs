@@ -133,10 +133,12 @@ async fn start_task(
     let (relay, claim) = (Arc::clone(&service.relay), Claim::default());
     let waiting = Waiting(claim.clone());
     let credit = start.initial_credit;
+    let (operators, name) = (Arc::clone(&service.operators), operator.name.clone());
     let gone = CancellationToken::new();
     let listening = gone.clone();
     let starting = async move {
         let begun = relay.start(new, spec, credit, session, &claim).await?;
+        operators.end_if_revoked(&name);
         Ok::<_, StartRefusal>(match begun {
             Begun::Known(id) => Err(id),
             Begun::New(task) => Ok(Reader {
