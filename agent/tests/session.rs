@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use cortex_proto::v1::{self, hub_frame, node_frame, task_io_down, task_io_up};
 use cortex_shared::ids::TaskId;
-use support::{Agent, Hub, run, shell, within};
+use support::{Agent, Hub, refusal, run, shell, within};
 
 /// Heartbeats so frequent that this hub, which answers none, is left after 0.6 seconds.
 const QUICK: Duration = Duration::from_millis(200);
@@ -189,10 +189,10 @@ async fn task_whose_stream_the_hub_never_takes_is_given_up() {
     let (hub, _agent, mut session) = connected(v1::Mode::Strict, "strict", CALM).await;
     hub.set(|script| script.hold_tasks = true);
     session.start(TaskId::new().as_bytes(), shell("true"), 1024).await;
-    let node_frame::Frame::TaskRefused(refused) = session.next().await else {
+    let node_frame::Frame::TaskOutcome(outcome) = session.next().await else {
         panic!("it is not given up")
     };
-    let exit = refused.exit.unwrap();
+    let exit = outcome.exit.unwrap();
     assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Failed));
     assert!(exit.reason.contains("did not take it in time"), "{}", exit.reason);
 }
@@ -547,6 +547,21 @@ async fn what_the_hub_gave_up_runs_to_its_end_and_is_reported() {
     let node_frame::Frame::TaskOutcome(outcome) = session.next().await else { panic!() };
     assert_eq!(outcome.exit.unwrap().exit_code, 4);
     assert!(done.exists(), "nobody took its output, and it ended all the same");
+}
+
+#[tokio::test]
+async fn a_node_that_hears_that_it_was_revoked_ends_what_it_runs() {
+    let (mut hub, agent, session) = connected(v1::Mode::Permissive, "permissive", CALM).await;
+    let ended = agent.path("ended");
+    let script =
+        format!("trap 'touch {}; exit' TERM; echo ready; sleep 600 & wait", ended.display());
+    let spec = v1::TaskSpec { mode: v1::Mode::Permissive.into(), ..shell(&script) };
+    session.start(TaskId::new().as_bytes(), spec, 1024).await;
+    let mut task = hub.task().await;
+    while !matches!(task.next().await, task_io_up::Frame::Output(_)) {}
+    hub.set(|script| script.refuse_session = Some(refusal("node_revoked", "revoked")));
+    drop((task, session));
+    support::until(|| ended.exists()).await;
 }
 
 #[tokio::test]

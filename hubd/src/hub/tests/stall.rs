@@ -140,7 +140,12 @@ async fn a_join_whose_caller_hung_up_is_finished() {
 #[tokio::test]
 async fn a_command_that_is_not_journalled_in_time_is_refused_and_never_begun() {
     let deadline = Duration::from_millis(200);
-    let (hub, faults) = hub(|config| config.accept_deadline = deadline).await;
+    let (hub, faults) = hub(|config| {
+        config.accept_deadline = deadline;
+        // What runs ends with the hub.
+        config.resume_grace = Duration::ZERO;
+    })
+    .await;
     let node = hub.join("box", &[]).await;
     let mut session = node.connect(&hub).await.unwrap();
     let mut admin = hub.local().await;
