@@ -136,6 +136,8 @@ async fn permissive_policy_ends_by_itself_and_a_command_under_it_is_written_down
     let (stdout, _) = hub.task().await.read_to_exit().await;
     assert_eq!(stdout, b"ran\n");
     assert_eq!(agent.audit("command.permissive").len(), 1);
+    // What is told while a line is being written replaces what waits for it.
+    support::until(|| agent.audit("policy.received").len() == 1).await;
     let status = agent.json(&["status"]).await;
     assert_eq!(status["policy"], "permissive");
     assert!(status["policy_until_ms"].as_i64().unwrap() > support::now_ms());
@@ -170,6 +172,7 @@ async fn permission_that_ends_while_the_hub_holds_a_stream_back_is_gone() {
             set.args(["ceiling", "set", "strict"]);
             assert!(run(set).await.status.success());
         } else {
+            support::until(|| agent.audit("policy.received").len() == 1).await;
             let policy = v1::PolicyUpdate { policy: v1::Mode::Strict.into(), until_ms: 0 };
             session.send(hub_frame::Frame::Policy(policy)).await;
             support::until(|| agent.audit("policy.received").len() == 2).await;
