@@ -10,13 +10,16 @@
 //!
 //! Without either, resource limits of each process are what there is, and the node's report says
 //! so. The agent owns the groups it creates: one a command, removed with it. What a crash of the
-//! agent leaves is empty, and removed by the next start.
+//! agent leaves is empty, and removed by the next start that finds no other agent at work there:
+//! each holds a shared lock on the directory that its groups are in.
 
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{FlockOperation, flock};
 
 use super::remedy::Refusal;
 use super::spec::Limits;
@@ -26,9 +29,17 @@ const PREFIX: &str = "cortex-command-";
 /// may hold no processes of its own.
 const AGENT_GROUP: &str = "cortex-agent";
 
+/// The groups of an agent's commands.
+#[derive(Debug, Default)]
+pub(super) struct ControlGroups {
+    place: Place,
+    /// Locked for as long as this agent may have groups there.
+    _in_use: Vec<OwnedFd>,
+}
+
 /// Where the agent may create groups.
 #[derive(Debug, Default)]
-pub(super) enum ControlGroups {
+enum Place {
     /// Nowhere.
     #[default]
     None,
@@ -41,23 +52,26 @@ pub(super) enum ControlGroups {
 impl ControlGroups {
     /// Finds out by trying. Moves the agent to a group of its own where that is necessary.
     pub(super) fn prepare() -> Self {
-        let found = Places::of_this_process()
-            .map(|places| places.v2().or_else(|| places.v1()).unwrap_or_default());
-        match found {
-            Ok(groups) => {
-                groups.remove_leftovers();
-                groups
-            }
+        match OwnGroups::of_this_process() {
+            Ok(own) => Self::at(own.v2().or_else(|| own.v1()).unwrap_or_default()),
             Err(error) => {
                 tracing::debug!(%error, "no control groups");
-                Self::None
+                Self::default()
             }
         }
     }
 
+    fn at(place: Place) -> Self {
+        let in_use = place.parents().into_iter().filter_map(|parent| {
+            let lock = lock_and_clean(parent);
+            lock.inspect_err(|error| tracing::debug!(?parent, %error, "leftovers stay")).ok()
+        });
+        Self { _in_use: in_use.collect(), place }
+    }
+
     /// What [`ControlGroups::prepare`] would probably find, without changing anything.
     pub(super) fn likely_version() -> &'static str {
-        match Places::of_this_process() {
+        match OwnGroups::of_this_process() {
             Ok(places) if places.v2_delegated().is_some() => "v2",
             Ok(places) if places.v1().is_some() => "v1",
             Ok(_) | Err(_) => "none",
@@ -79,11 +93,16 @@ impl ControlGroups {
 
     /// "v2", "v1" or "none".
     pub(super) fn version(&self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::V2(_) => "v2",
-            Self::V1 { .. } => "v1",
+        match self.place {
+            Place::None => "none",
+            Place::V2(_) => "v2",
+            Place::V1 { .. } => "v1",
         }
+    }
+
+    /// Whether a command's first process is created in its group.
+    pub(super) fn are_born_into(&self) -> bool {
+        matches!(self.place, Place::V2(_))
     }
 
     /// A group for one command; none if there can be none, or if it would cost more than it is
@@ -97,8 +116,8 @@ impl ControlGroups {
         let memory = limits.memory_bytes.to_string();
         // The monitor and pid 1 are not the command's.
         let processes = (limits.processes + 2).to_string();
-        match self {
-            Self::V2(parent) => {
+        match &self.place {
+            Place::V2(parent) => {
                 let mut group = Group { directories: Vec::new(), entrance: Vec::new() };
                 let directory = group.create(parent.join(name()))?;
                 write(&directory.join("memory.max"), &memory)?;
@@ -114,7 +133,7 @@ impl ControlGroups {
                 group.entrance.push(File::open(&directory)?.into());
                 Ok(Some(group))
             }
-            Self::V1 { memory: memory_parent, processes: processes_parent } if asked_for => {
+            Place::V1 { memory: memory_parent, processes: processes_parent } if asked_for => {
                 let mut group = Group { directories: Vec::new(), entrance: Vec::new() };
                 let name = name();
                 let directory = group.create(memory_parent.join(&name))?;
@@ -129,25 +148,39 @@ impl ControlGroups {
                 write(&directory.join("pids.max"), &processes)?;
                 Ok(Some(group))
             }
-            Self::None | Self::V1 { .. } => Ok(None),
+            Place::None | Place::V1 { .. } => Ok(None),
         }
     }
+}
 
-    fn remove_leftovers(&self) {
-        let parents: Vec<&Path> = match self {
+impl Place {
+    fn parents(&self) -> Vec<&Path> {
+        match self {
             Self::None => Vec::new(),
             Self::V2(parent) => vec![parent],
+            Self::V1 { memory, processes } if memory == processes => vec![memory],
             Self::V1 { memory, processes } => vec![memory, processes],
-        };
-        for entry in parents.into_iter().filter_map(|parent| std::fs::read_dir(parent).ok()) {
-            for entry in entry.flatten() {
-                if entry.file_name().to_string_lossy().starts_with(PREFIX) {
-                    // Fails for one in use by another agent, as it should.
-                    std::fs::remove_dir(entry.path()).ok();
-                }
+        }
+    }
+}
+
+/// Takes this agent's share of the lock on `parent`, and removes what crashed agents left there if
+/// it is the only one.
+///
+/// A group is empty for a moment between its creation and its first process: only the lock tells
+/// another agent's new group from one that was left behind. Nothing waits, as anybody may lock a
+/// directory that he can read.
+fn lock_and_clean(parent: &Path) -> io::Result<OwnedFd> {
+    let directory: OwnedFd = File::open(parent)?.into();
+    if flock(&directory, FlockOperation::NonBlockingLockExclusive).is_ok() {
+        for entry in std::fs::read_dir(parent)?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+                std::fs::remove_dir(entry.path()).ok();
             }
         }
     }
+    flock(&directory, FlockOperation::NonBlockingLockShared)?;
+    Ok(directory)
 }
 
 fn entrance(directory: &Path) -> io::Result<OwnedFd> {
@@ -208,19 +241,19 @@ impl Drop for Group {
 }
 
 /// The groups that this process is in, as directories.
-struct Places {
-    v2: Option<Place>,
-    memory: Option<Place>,
-    processes: Option<Place>,
+struct OwnGroups {
+    v2: Option<OwnGroup>,
+    memory: Option<OwnGroup>,
+    processes: Option<OwnGroup>,
 }
 
-struct Place {
+struct OwnGroup {
     directory: PathBuf,
     /// It is the root of the hierarchy, as far as this process can see.
     is_root: bool,
 }
 
-impl Places {
+impl OwnGroups {
     fn of_this_process() -> io::Result<Self> {
         let groups = std::fs::read_to_string("/proc/self/cgroup")?;
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
@@ -253,7 +286,7 @@ impl Places {
             let path = path_of(controller)?;
             let below = path.strip_prefix(root.trim_end_matches('/')).unwrap_or("");
             let below = below.trim_start_matches('/');
-            Some(Place { directory: Path::new(point).join(below), is_root: below.is_empty() })
+            Some(OwnGroup { directory: Path::new(point).join(below), is_root: below.is_empty() })
         };
         Self {
             v2: place("cgroup2", ""),
@@ -263,7 +296,7 @@ impl Places {
     }
 
     /// The version 2 group that this process may divide, with the controllers it has.
-    fn v2_delegated(&self) -> Option<(&Place, String)> {
+    fn v2_delegated(&self) -> Option<(&OwnGroup, String)> {
         let place = self.v2.as_ref()?;
         let controllers =
             std::fs::read_to_string(place.directory.join("cgroup.controllers")).ok()?;
@@ -272,7 +305,7 @@ impl Places {
         (has("memory") && has("pids") && ours).then_some((place, controllers))
     }
 
-    fn v2(&self) -> Option<ControlGroups> {
+    fn v2(&self) -> Option<Place> {
         let (place, controllers) = self.v2_delegated()?;
         if controllers.split_whitespace().any(|controller| controller == "cpu") {
             // A weight is a courtesy: without it the limits still hold. It fails like the others
@@ -295,15 +328,15 @@ impl Places {
             }
             write(&place.directory.join("cgroup.subtree_control"), "+cpu").ok();
         }
-        Some(ControlGroups::V2(place.directory.clone()))
+        Some(Place::V2(place.directory.clone()))
     }
 
-    fn v1(&self) -> Option<ControlGroups> {
+    fn v1(&self) -> Option<Place> {
         let (memory, processes) = (self.memory.as_ref()?, self.processes.as_ref()?);
-        let writable = |place: &Place| {
+        let writable = |place: &OwnGroup| {
             rustix::fs::access(&place.directory, rustix::fs::Access::WRITE_OK).is_ok()
         };
-        (writable(memory) && writable(processes)).then(|| ControlGroups::V1 {
+        (writable(memory) && writable(processes)).then(|| Place::V1 {
             memory: memory.directory.clone(),
             processes: processes.directory.clone(),
         })
@@ -332,21 +365,41 @@ mod tests {
 32 25 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
 ";
         let groups = "8:pids:/\n4:memory:/a/b\n0::/system.slice/x.service\n";
-        let places = Places::from_tables(groups, mounts);
-        let found = |place: Option<Place>| place.map(|place| (place.directory, place.is_root));
+        let places = OwnGroups::from_tables(groups, mounts);
+        let found = |place: Option<OwnGroup>| place.map(|place| (place.directory, place.is_root));
         assert_eq!(found(places.memory), Some(("/sys/fs/cgroup/memory/a/b".into(), false)));
         assert_eq!(found(places.processes), Some(("/sys/fs/cgroup/pids/".into(), true)));
         assert_eq!(
             found(places.v2),
             Some(("/sys/fs/cgroup/unified/system.slice/x.service".into(), false))
         );
-        assert!(found(Places::from_tables("", "").v2).is_none());
+        assert!(found(OwnGroups::from_tables("", "").v2).is_none());
+    }
+
+    #[test]
+    fn leftovers_are_removed_by_an_agent_that_is_alone_and_by_no_other() {
+        let parent = tempfile::tempdir().unwrap();
+        let at = || ControlGroups::at(Place::V2(parent.path().to_owned()));
+        let new_group = || {
+            let group = parent.path().join(format!("{PREFIX}1-1"));
+            std::fs::create_dir(&group).unwrap();
+            group
+        };
+        let left_behind = new_group();
+        let (first, second) = (at(), at());
+        assert!(!left_behind.exists(), "nobody was there to use it");
+        let in_use = new_group();
+        drop((first, at()));
+        assert!(in_use.exists(), "the group of an agent at work was removed");
+        drop(second);
+        drop(at());
+        assert!(!in_use.exists());
     }
 
     #[test]
     fn the_part_above_a_containers_own_root_is_cut_off() {
         let mounts = "1 2 0:1 /docker/abc /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
-        let places = Places::from_tables("0::/docker/abc/sub\n", mounts);
+        let places = OwnGroups::from_tables("0::/docker/abc/sub\n", mounts);
         assert_eq!(places.v2.unwrap().directory, Path::new("/sys/fs/cgroup/sub"));
     }
 }

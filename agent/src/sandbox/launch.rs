@@ -292,10 +292,10 @@ impl Files {
         if command.require_control_group && group.entrance().is_empty() {
             return Err(LaunchError::Refused(ControlGroups::required_and_missing()));
         }
-        let control_group = match (group.entrance().len(), groups) {
-            (0, _) => ControlGroup::None,
-            (_, ControlGroups::V2(_)) => ControlGroup::BornInto,
-            (count, _) => ControlGroup::Joined(count),
+        let control_group = match group.entrance().len() {
+            0 => ControlGroup::None,
+            _ if groups.are_born_into() => ControlGroup::BornInto,
+            count => ControlGroup::Joined(count),
         };
         let spec = Spec {
             confinement,
