@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::enroll::ca::NODE_CERTIFICATE_LIFE;
-use crate::enroll::limits::JoinRate;
+use crate::enroll::limits::DEFAULT_JOIN_RATE;
+use crate::rate::Rate;
 use crate::store::history::HistoryLimits;
 use crate::task::spool::SpoolLimits;
 
@@ -29,7 +30,7 @@ pub struct HubConfig {
     /// Joins that wait for the store at the same time; more are told to come back.
     pub join_queue: usize,
     /// How often one address may try to join or log in; without one, as often as it likes.
-    pub join_rate: Option<JoinRate>,
+    pub join_rate: Option<Rate>,
     /// How long a node's certificate lives; it is renewed at half of that.
     pub node_certificate_life: Duration,
     /// How long a command waits to be journalled before it is given up.
@@ -59,7 +60,7 @@ impl HubConfig {
             heartbeat: Duration::from_secs(15),
             join_deadline: Duration::from_secs(15),
             join_queue: 1024,
-            join_rate: Some(JoinRate::DEFAULT),
+            join_rate: Some(DEFAULT_JOIN_RATE),
             node_certificate_life: NODE_CERTIFICATE_LIFE,
             // Longer than a slow disk takes, shorter than people wait.
             accept_deadline: Duration::from_secs(15),

@@ -43,6 +43,7 @@ pub mod enroll;
 pub mod grpc;
 pub mod hub;
 pub mod node;
+pub mod rate;
 pub mod store;
 pub mod sync;
 pub mod task;

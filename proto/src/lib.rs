@@ -55,3 +55,10 @@ pub const CODE_TRAILER: &str = "cortex-code";
 pub const HINT_TRAILER: &str = "cortex-hint";
 /// Trailer with the milliseconds after which a repetition may succeed.
 pub const RETRY_AFTER_TRAILER: &str = "cortex-retry-after-ms";
+
+/// How long a refused caller is asked to wait, if it is asked to.
+#[must_use]
+pub fn retry_after(trailers: &tonic::metadata::MetadataMap) -> Option<std::time::Duration> {
+    let value = trailers.get(RETRY_AFTER_TRAILER)?;
+    value.to_str().ok()?.parse().ok().map(std::time::Duration::from_millis)
+}

@@ -6,6 +6,7 @@
 //! differ are compared by descending only where digests differ.
 
 use crate::chunk::{ChunkRef, InvalidRecipe, Recipe};
+use crate::text::hex;
 
 /// Longest link target, the kernel's `PATH_MAX`.
 pub const MAX_LINK_TARGET_BYTES: usize = 4096;
@@ -45,7 +46,7 @@ impl Digest {
     /// The first `bytes` bytes as lower-case hexadecimal.
     #[must_use]
     pub fn short_hex(&self, bytes: usize) -> String {
-        self.0.iter().take(bytes).map(|b| format!("{b:02x}")).collect()
+        hex(&self.0[..bytes.min(self.0.len())])
     }
 }
 

@@ -9,6 +9,12 @@ pub fn shorten(text: &mut String, max_bytes: usize) {
     text.truncate(end);
 }
 
+/// Bytes as lower-case hexadecimal.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Whether a character shows as itself: neither a control character nor one that only changes how
 /// others are shown (direction, joining, tags) or is not shown at all. With those, text from
 /// elsewhere can look like something it is not.

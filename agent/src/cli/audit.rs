@@ -2,6 +2,7 @@
 
 use clap::{Args, Subcommand};
 use cortex_proto::v1;
+use cortex_shared::text::hex;
 use serde::Serialize;
 
 use super::error::{CliError, Exit};
@@ -188,8 +189,4 @@ async fn verify(global: &Global, output: Output) -> Result<(), CliError> {
     );
     Err(CliError::new(Exit::Failed, text)
         .hint("compare with a backup of the hub's database; what follows cannot be trusted"))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

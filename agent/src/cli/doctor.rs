@@ -94,7 +94,7 @@ pub(crate) async fn doctor(global: &Global, args: DoctorArgs) -> Result<u8, CliE
                 Level::Ok,
                 format!("{} ({})", identity.name, identity.node_id),
             ));
-            findings.push(certificate(&identity, crate::link::now_ms()));
+            findings.push(certificate(&identity, cortex_shared::clock::unix_ms()));
             match settings {
                 Ok(settings) => {
                     findings.extend(hub_findings(&identity, &settings).await);

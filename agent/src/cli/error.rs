@@ -4,7 +4,7 @@
 use std::error::Error as StdError;
 use std::fmt::Write as _;
 
-use cortex_proto::{CODE_TRAILER, HINT_TRAILER, RETRY_AFTER_TRAILER};
+use cortex_proto::{CODE_TRAILER, HINT_TRAILER};
 use cortex_shared::text::is_printable;
 use tonic::{Code, Status};
 
@@ -269,8 +269,9 @@ impl From<Status> for CliError {
                 (Exit::Unreachable, Some("`cortex-agent doctor` looks closer".to_owned()))
             }
             Code::ResourceExhausted => {
-                let wait = trailer(RETRY_AFTER_TRAILER).and_then(|ms| ms.parse::<u64>().ok());
-                let hint = wait.map(|ms| format!("try again in {} s", ms.div_ceil(1000)));
+                let wait = cortex_proto::retry_after(status.metadata());
+                let hint =
+                    wait.map(|wait| format!("try again in {} s", wait.as_millis().div_ceil(1000)));
                 (Exit::Unreachable, hint)
             }
             Code::AlreadyExists | Code::FailedPrecondition | Code::Aborted => {

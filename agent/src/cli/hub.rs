@@ -99,7 +99,9 @@ where
             Err(status) => status,
         };
         let busy = matches!(status.code(), Code::ResourceExhausted | Code::Unavailable);
-        let delay = busy.then(|| patience.next_delay(retry_after(&status), Instant::now()));
+        let delay = busy.then(|| {
+            patience.next_delay(cortex_proto::retry_after(status.metadata()), Instant::now())
+        });
         let Some(delay) = delay.flatten() else { return Err(status.into()) };
         // Nobody should have to guess why nothing happens. Ctrl-C ends the wait as it ends everything.
         let seconds = delay.as_secs_f64();
@@ -107,12 +109,6 @@ where
         printer::complain(&printable(&waiting), printer::ColorWhen::Auto);
         tokio::time::sleep(delay).await;
     }
-}
-
-/// What the hub asks for.
-fn retry_after(status: &Status) -> Option<Duration> {
-    let value = status.metadata().get(cortex_proto::RETRY_AFTER_TRAILER)?;
-    value.to_str().ok()?.parse().ok().map(Duration::from_millis)
 }
 
 /// Reads `sha256:HEX[,sha256:HEX…]`.

@@ -101,7 +101,7 @@ impl Row for InviteRow {
     fn cells(&self) -> Vec<String> {
         let state = if self.revoked {
             "revoked"
-        } else if self.expires_at_ms < crate::link::now_ms() {
+        } else if self.expires_at_ms < cortex_shared::clock::unix_ms() {
             "expired"
         } else if self.uses >= self.max_uses {
             "used up"

@@ -6,6 +6,7 @@
 //! | `policy` | pure: limits, environment, and what a request may contain |
 //! | `output`, `stdin` | a pipe each: credit, frames, hash; a bounded queue |
 //! | `terminal` | what stands in for the pipes of a command with a terminal |
+//! | `executor` | from the request to a running command |
 //! | `run` | one command from start to exit |
 //!
 //! Invariants. [`CommandEvent::Exit`] is always sent, once, last. No more bytes are under way than
@@ -13,6 +14,7 @@
 //! bounded drain after the end. The future owns the command; dropping it ends everything the
 //! command started. Nothing is persisted: the journal belongs to the caller.
 
+mod executor;
 mod output;
 mod policy;
 mod request;
@@ -20,10 +22,10 @@ mod run;
 mod stdin;
 mod terminal;
 
+pub use executor::{Executor, run};
 pub use output::MAX_FRAME_BYTES;
 pub use policy::{MAX_ARGUMENT_BYTES, MAX_ARGUMENTS_BYTES, MAX_SCRIPT_BYTES, MAX_TIME_LIMIT};
 pub use request::{
     CommandControl, CommandEvent, CommandExit, CommandRequest, CommandVerdict, OutputStream,
     RequestedLimits, TerminalRequest, WorkspaceView,
 };
-pub use run::{Executor, run};

@@ -127,6 +127,33 @@ pub struct CommandExit {
     pub duration: Duration,
 }
 
+impl CommandExit {
+    /// An end with this verdict and its exit code, of a command that wrote nothing; an empty reason is
+    /// none.
+    pub(crate) fn new(verdict: CommandVerdict, reason: String, hint: Option<String>) -> Self {
+        let nothing = *blake3::hash(b"").as_bytes();
+        let exit_code = match verdict {
+            CommandVerdict::TimeLimit => 124,
+            CommandVerdict::Refused => 126,
+            CommandVerdict::NotFound => 127,
+            CommandVerdict::Exited => 0,
+            CommandVerdict::Signalled | CommandVerdict::Cancelled | CommandVerdict::Failed => 125,
+        };
+        Self {
+            verdict,
+            exit_code,
+            signal: None,
+            stdout_bytes: 0,
+            stdout_hash: nothing,
+            stderr_bytes: 0,
+            stderr_hash: nothing,
+            reason: (!reason.is_empty()).then_some(reason),
+            hint,
+            duration: Duration::ZERO,
+        }
+    }
+}
+
 /// In what way a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CommandVerdict {

@@ -1,11 +1,10 @@
-//! One command from request to exit.
+//! One command from start to exit.
 //!
 //! One loop owns everything: the stage, both pipes, standard input, credit and deadlines. It never
 //! waits for the receiver of events alone, so a stalled reader cannot keep a cancel from working.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use cortex_shared::policy::Mode;
@@ -13,18 +12,13 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::output::OutputPipe;
-use super::policy;
-use super::request::{
-    CommandControl, CommandEvent, CommandExit, CommandRequest, CommandVerdict, OutputStream,
-};
+use super::request::{CommandControl, CommandEvent, CommandExit, CommandVerdict, OutputStream};
 use super::stdin::Stdin;
 use super::terminal::Terminal;
-use crate::sandbox::{
-    Absent, Ending, Group, LaunchError, Launched, Launcher, StageHandle, StageMessage, TerminalSize,
-};
+use crate::sandbox::{Ending, Launched, StageHandle, StageMessage, TerminalSize};
 
 /// The reason given where even the process that tells of the command's end was ended.
-const UNTOLD: &str = "the sandbox ended without telling how the command did";
+pub(super) const UNTOLD: &str = "the sandbox ended without telling how the command did";
 /// Longest time from starting the stage to the command being executed.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between the polite signal and the final one, where nobody chose.
@@ -33,166 +27,6 @@ const DEFAULT_GRACE: Duration = Duration::from_secs(2);
 const MAX_GRACE: Duration = Duration::from_secs(10 * 60);
 /// How long the kernel may take to end everything before the next harder means is tried.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
-
-/// Runs commands.
-#[derive(Debug, Clone)]
-pub struct Executor {
-    launcher: Launcher,
-}
-
-/// Runs one command with the executor of this process, which is prepared by the first call. See
-/// [`Executor::run`].
-pub async fn run(
-    request: CommandRequest,
-    initial_credit: u64,
-    control: mpsc::Receiver<CommandControl>,
-    events: mpsc::Sender<CommandEvent>,
-) {
-    Executor::of_this_process().run(request, initial_credit, control, events).await;
-}
-
-impl Executor {
-    /// The one executor of this process, with the running program as the sandbox stage and with
-    /// control groups where they are to be had. The first call prepares it, which may move this
-    /// process to another control group.
-    pub fn of_this_process() -> &'static Self {
-        static SHARED: OnceLock<Executor> = OnceLock::new();
-        SHARED.get_or_init(|| Self::new(Launcher::default().with_control_groups()))
-    }
-
-    /// What starts its commands.
-    #[must_use]
-    pub fn launcher(&self) -> &Launcher {
-        &self.launcher
-    }
-
-    /// With a launcher of its own.
-    #[must_use]
-    pub fn new(launcher: Launcher) -> Self {
-        Self { launcher }
-    }
-
-    /// Runs one command to its end. [`CommandEvent::Exit`] is the last event, whatever happens,
-    /// unless the receiver is gone. If `control` is closed the command is cancelled; if this future
-    /// is dropped it is killed.
-    pub async fn run(
-        &self,
-        request: CommandRequest,
-        initial_credit: u64,
-        control: mpsc::Receiver<CommandControl>,
-        events: mpsc::Sender<CommandEvent>,
-    ) {
-        let begun = Instant::now();
-        let mode = request.mode;
-        let with_terminal = request.terminal.is_some();
-        let mut exit = match self.start(request).await {
-            Err(exit) => exit,
-            Ok((mut launched, time_limit)) => {
-                let absent = std::mem::take(&mut launched.absent);
-                let group = std::mem::take(&mut launched.group);
-                let mut running = Running::new(
-                    launched,
-                    mode,
-                    initial_credit,
-                    time_limit,
-                    control,
-                    events.clone(),
-                );
-                if with_terminal {
-                    running.await_terminal();
-                }
-                let exit = Box::pin(running.run()).await;
-                look_back(exit, absent, group).await
-            }
-        };
-        exit.duration = begun.elapsed();
-        // Nobody listens any more: then nobody is told.
-        events.send(CommandEvent::Exit(exit)).await.ok();
-    }
-
-    async fn start(&self, request: CommandRequest) -> Result<(Launched, Duration), CommandExit> {
-        let memory = rustix::system::sysinfo();
-        let memory = u64::from(memory.mem_unit).saturating_mul(memory.totalram);
-        let agent_env = |name: &str| {
-            use std::os::unix::ffi::OsStringExt as _;
-            std::env::var_os(name).map(|value| value.into_vec())
-        };
-        let (command, time_limit) = policy::resolve(request, memory, agent_env)
-            .map_err(|refusal| verdict(CommandVerdict::Refused, refusal.to_string(), None))?;
-        match self.launcher.launch(command).await {
-            Ok(launched) => Ok((launched, time_limit)),
-            Err(LaunchError::Workspace(refusal)) => {
-                let hint = refusal.hint().to_owned();
-                Err(verdict(CommandVerdict::Refused, refusal.to_string(), Some(hint)))
-            }
-            Err(LaunchError::Identity(error)) => {
-                let hint = error.hint().to_owned();
-                Err(verdict(CommandVerdict::Refused, error.to_string(), Some(hint)))
-            }
-            Err(LaunchError::Refused(refusal)) => {
-                let reason = format!("{}: {}", refusal.what, refusal.why);
-                Err(verdict(CommandVerdict::Refused, reason, Some(refusal.remedy)))
-            }
-            Err(error @ LaunchError::TooLong) => {
-                Err(verdict(CommandVerdict::Refused, error.to_string(), None))
-            }
-            Err(LaunchError::Io { attempt, source }) => {
-                let reason = format!("{attempt}: {source}");
-                Err(verdict(CommandVerdict::Failed, reason, None))
-            }
-        }
-    }
-}
-
-/// Says what only shows afterwards: why it was killed, and what it left in its workspace that
-/// programs outside the sandbox would obey.
-async fn look_back(mut exit: CommandExit, absent: Absent, group: Group) -> CommandExit {
-    let look = tokio::task::spawn_blocking(move || (absent.present(), group.ran_out_of_memory()));
-    // A panic there would be a mistake of ours, and no reason to hide how the command ended.
-    let (appeared, out_of_memory) = look.await.unwrap_or_default();
-    if out_of_memory {
-        if exit.reason.as_deref() == Some(UNTOLD) {
-            // The kernel ended the process that would have told, with all others.
-            exit.verdict = CommandVerdict::Signalled;
-            exit.exit_code = signal_code(libc::SIGKILL);
-            exit.signal = Some(libc::SIGKILL);
-            (exit.reason, exit.hint) = (None, None);
-        }
-        exit.hint.get_or_insert_with(|| "it ran out of memory: allow it more".to_owned());
-    }
-    if exit.hint.is_none() && !appeared.is_empty() {
-        let names: Vec<_> = appeared.iter().map(|name| name.display().to_string()).collect();
-        exit.hint = Some(format!(
-            "it created {}, which programs outside the sandbox obey: look at it before using git, \
-             a shell or an editor in this workspace",
-            names.join(", ")
-        ));
-    }
-    exit
-}
-
-fn verdict(verdict: CommandVerdict, reason: String, hint: Option<String>) -> CommandExit {
-    let nothing = *blake3::hash(b"").as_bytes();
-    let exit_code = match verdict {
-        CommandVerdict::TimeLimit => 124,
-        CommandVerdict::Refused => 126,
-        CommandVerdict::NotFound => 127,
-        CommandVerdict::Exited => 0,
-        CommandVerdict::Signalled | CommandVerdict::Cancelled | CommandVerdict::Failed => 125,
-    };
-    CommandExit {
-        verdict,
-        exit_code,
-        signal: None,
-        stdout_bytes: 0,
-        stdout_hash: nothing,
-        stderr_bytes: 0,
-        stderr_hash: nothing,
-        reason: (!reason.is_empty()).then_some(reason),
-        hint,
-        duration: Duration::ZERO,
-    }
-}
 
 /// Why a command is being ended from here.
 #[derive(Debug)]
@@ -246,7 +80,7 @@ enum TerminalState {
     Open(Terminal),
 }
 
-struct Running {
+pub(super) struct Running {
     stage: StageHandle,
     mode: Mode,
     stdout: OutputPipe,
@@ -278,7 +112,7 @@ struct Running {
 }
 
 impl Running {
-    fn new(
+    pub(super) fn new(
         launched: Launched,
         mode: Mode,
         credit: u64,
@@ -311,7 +145,7 @@ impl Running {
         }
     }
 
-    async fn run(mut self) -> CommandExit {
+    pub(super) async fn run(mut self) -> CommandExit {
         while !self.is_finished() {
             let may_read = self.started && self.credit > 0 && self.pending.is_empty();
             let has_event = !self.pending.is_empty() || self.stdin.has_taken();
@@ -347,7 +181,7 @@ impl Running {
     }
 
     /// The command has a terminal in place of pipes.
-    fn await_terminal(&mut self) {
+    pub(super) fn await_terminal(&mut self) {
         self.terminal = TerminalState::Awaited(None);
         self.stdin = Stdin::of_terminal();
     }
@@ -513,11 +347,12 @@ impl Running {
                 );
                 let kind = if missing { CommandVerdict::NotFound } else { CommandVerdict::Failed };
                 let reason = format!("cannot execute {program}: {source}");
-                self.not_run = Some(verdict(kind, reason, None));
+                self.not_run = Some(CommandExit::new(kind, reason, None));
             }
             Ok(StageMessage::Refused(refusal)) => {
                 let reason = format!("{}: {}", refusal.what, refusal.why);
-                self.not_run = Some(verdict(CommandVerdict::Refused, reason, Some(refusal.remedy)));
+                self.not_run =
+                    Some(CommandExit::new(CommandVerdict::Refused, reason, Some(refusal.remedy)));
             }
             Ok(StageMessage::Ended(ending)) => self.ending = Some(ending),
             Ok(StageMessage::Over(status)) => {
@@ -573,30 +408,30 @@ impl Running {
             _ if matches!(self.escalation, Escalation::GivenUp) => {
                 let reason = "the kernel does not end the command's processes".to_owned();
                 let hint = "look for a hung file system or device on this node".to_owned();
-                return verdict(CommandVerdict::Failed, reason, Some(hint));
+                return CommandExit::new(CommandVerdict::Failed, reason, Some(hint));
             }
             Some(Stop::TimeLimit) => {
                 let reason = format!("it ran longer than its limit of {:?}", self.time_limit);
-                verdict(CommandVerdict::TimeLimit, reason, None)
+                CommandExit::new(CommandVerdict::TimeLimit, reason, None)
             }
             Some(Stop::Cancelled(why)) => {
-                let mut exit = verdict(CommandVerdict::Cancelled, why.to_owned(), None);
+                let mut exit = CommandExit::new(CommandVerdict::Cancelled, why.to_owned(), None);
                 exit.exit_code = code;
                 exit
             }
-            Some(Stop::Failed(reason)) => verdict(CommandVerdict::Failed, reason, None),
+            Some(Stop::Failed(reason)) => CommandExit::new(CommandVerdict::Failed, reason, None),
             None => match self.ending {
                 Some(Ending::Exited(_)) => {
-                    let mut exit = verdict(CommandVerdict::Exited, String::new(), None);
+                    let mut exit = CommandExit::new(CommandVerdict::Exited, String::new(), None);
                     exit.exit_code = code;
                     exit
                 }
                 Some(Ending::Signalled(_)) => {
-                    let mut exit = verdict(CommandVerdict::Signalled, String::new(), None);
+                    let mut exit = CommandExit::new(CommandVerdict::Signalled, String::new(), None);
                     exit.exit_code = code;
                     exit
                 }
-                None => verdict(
+                None => CommandExit::new(
                     CommandVerdict::Failed,
                     UNTOLD.to_owned(),
                     Some("was this node out of memory? see the kernel's log".to_owned()),
@@ -609,6 +444,6 @@ impl Running {
 }
 
 /// What a shell says of a command that a signal ended.
-fn signal_code(signal: i32) -> u8 {
+pub(super) fn signal_code(signal: i32) -> u8 {
     u8::try_from(signal).map_or(u8::MAX, |signal| signal.saturating_add(128))
 }

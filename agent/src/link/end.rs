@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cortex_proto::{CODE_TRAILER, RETRY_AFTER_TRAILER};
+use cortex_proto::CODE_TRAILER;
 use tonic::{Code, Status};
 
 use super::renewal::{RenewError, this_machine};
@@ -104,12 +104,7 @@ pub(super) fn text_of(status: &Status) -> String {
 
 /// The patience a busy hub asks for, at most [`MAX_DRAIN`].
 pub(super) fn retry_after(status: &Status) -> Duration {
-    status
-        .metadata()
-        .get(RETRY_AFTER_TRAILER)
-        .and_then(|value| value.to_str().ok()?.parse().ok())
-        .map_or(Duration::ZERO, Duration::from_millis)
-        .min(MAX_DRAIN)
+    cortex_proto::retry_after(status.metadata()).unwrap_or_default().min(MAX_DRAIN)
 }
 
 /// An error with its causes, each once.
@@ -129,6 +124,8 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use cortex_proto::RETRY_AFTER_TRAILER;
+
     use super::*;
 
     #[test]

@@ -51,12 +51,6 @@ pub fn mode_of(value: i32) -> Mode {
     }
 }
 
-/// Milliseconds since the epoch on this machine's clock.
-#[must_use]
-pub fn now_ms() -> i64 {
-    jiff::Timestamp::now().as_millisecond()
-}
-
 /// Every hint that this room gives, for the test that they name commands that exist.
 #[cfg(test)]
 pub(crate) fn hints() -> Vec<String> {

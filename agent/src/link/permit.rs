@@ -49,7 +49,9 @@ impl Permit {
         if let Err(refusal) = confirmed.unwrap_or(Err(Refusal::NotRecorded)) {
             tracing::info!(task = %self.line.task_id, %refusal, "command refused");
             // Nobody listens any more: then nobody is told.
-            events.send(CommandEvent::Exit(refused(&refusal))).await.ok();
+            let (reason, hint) = (refusal.to_string(), Some(refusal.hint()));
+            let exit = CommandExit::new(CommandVerdict::Refused, reason, hint);
+            events.send(CommandEvent::Exit(exit)).await.ok();
             return;
         }
         let (seen, watched) = mpsc::channel(EVENTS);
@@ -109,20 +111,4 @@ async fn pass_on(
         }
     }
     None
-}
-
-fn refused(refusal: &Refusal) -> CommandExit {
-    let nothing = *blake3::hash(b"").as_bytes();
-    CommandExit {
-        verdict: CommandVerdict::Refused,
-        exit_code: 126,
-        signal: None,
-        stdout_bytes: 0,
-        stdout_hash: nothing,
-        stderr_bytes: 0,
-        stderr_hash: nothing,
-        reason: Some(refusal.to_string()),
-        hint: Some(refusal.hint()),
-        duration: std::time::Duration::ZERO,
-    }
 }

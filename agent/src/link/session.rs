@@ -13,6 +13,7 @@ use cortex_proto::MAX_MESSAGE_BYTES;
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::{self, hub_frame, node_frame};
 use cortex_shared::backoff::Backoff;
+use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::TaskId;
 use cortex_shared::policy::Mode;
 use cortex_shared::tasks::TaskScope;
@@ -27,7 +28,7 @@ use super::authority::HubPolicy;
 use super::dispatch::{Dispatcher, SessionContext, clocks};
 use super::end::{End, MAX_DRAIN};
 use super::renewal::{self, RenewError, Welcomed};
-use super::{mode_of, now_ms, proto_mode};
+use super::{mode_of, proto_mode};
 use crate::client::{Purpose, say_skew};
 use crate::identity::MachineFacts;
 use crate::identity::live::LiveIdentity;
@@ -100,7 +101,7 @@ impl Greeting {
             ceiling: proto_mode(ceiling).into(),
             sandbox: Some(self.sandbox.clone()),
             machine_id,
-            node_time_ms: now_ms(),
+            node_time_ms: unix_ms(),
             generation,
             held_tasks: held.iter().map(|id| id.as_bytes().to_vec().into()).collect(),
         }
@@ -217,7 +218,7 @@ impl Keeper {
             self.state.send_replace(LinkState {
                 session: None,
                 problem: Some(problem),
-                next_attempt_ms: now_ms().saturating_add(wait_ms),
+                next_attempt_ms: unix_ms().saturating_add(wait_ms),
             });
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -281,7 +282,7 @@ impl Keeper {
         format!(
             "{problem} (it ends at {}, this machine's clock says {}{skew})",
             timestamp(not_after),
-            timestamp(now_ms()),
+            timestamp(unix_ms()),
         )
     }
 
@@ -320,7 +321,7 @@ impl Keeper {
         let info = SessionInfo {
             epoch: welcome.epoch,
             name: welcome.name,
-            since_ms: now_ms(),
+            since_ms: unix_ms(),
             client: client.clone(),
         };
         tracing::info!(
@@ -352,7 +353,7 @@ impl Keeper {
         if hub_time_ms == 0 {
             return;
         }
-        let waited_ms = now_ms().saturating_sub(greeted_ms);
+        let waited_ms = unix_ms().saturating_sub(greeted_ms);
         let skew_ms = hub_time_ms.saturating_sub(greeted_ms.saturating_add(waited_ms / 2));
         self.identity.set_skew_ms(skew_ms);
         if let Some(skew) = describe_skew(skew_ms) {

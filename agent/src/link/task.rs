@@ -74,7 +74,7 @@ pub(super) struct TaskContext {
     pub(super) record_end: RecordEnd,
 }
 
-type Opened = Result<(mpsc::Sender<v1::TaskIoUp>, Streaming<v1::TaskIoDown>), Status>;
+type Opened = Result<Stream, Status>;
 
 /// A stream to the hub.
 struct Stream {
@@ -120,8 +120,8 @@ pub(super) async fn run_task(
             };
             running.opening = None;
             match opened {
-                Ok((up, down)) => {
-                    running.stream = Some(Stream { up, down });
+                Ok(stream) => {
+                    running.stream = Some(stream);
                     running.carrier.opened();
                     let (control, orders) = mpsc::channel(FRAMES);
                     let (events_out, events) = mpsc::channel(FRAMES);
@@ -252,19 +252,19 @@ impl Running {
         up.try_send(hello).expect("a new channel has room");
         self.opening = Some(Box::pin(async move {
             let opening = client.task_io(ReceiverStream::new(up_frames));
-            let stream =
+            let opened =
                 tokio::time::timeout(OPEN_TIMEOUT, opening).await.unwrap_or_else(|_| {
                     Err(Status::deadline_exceeded("the hub did not take it in time"))
                 })?;
-            Ok((up, stream.into_inner()))
+            Ok(Stream { up, down: opened.into_inner() })
         }));
     }
 
     fn opened(&mut self, opened: Opened) {
         self.opening = None;
         match opened {
-            Ok((up, down)) => {
-                self.stream = Some(Stream { up, down });
+            Ok(stream) => {
+                self.stream = Some(stream);
                 if !self.carrier.is_resuming() {
                     self.carrier.opened();
                 }

@@ -1,8 +1,8 @@
 //! What stands in the way of a single path, told to people; gone once it is cured.
 
 use std::collections::BTreeMap;
-use std::time::{SystemTime, UNIX_EPOCH};
 
+use cortex_shared::clock::unix_ms;
 use cortex_shared::wire_path::WirePath;
 
 /// Most problems that are remembered; more of them say nothing new.
@@ -78,7 +78,7 @@ impl Problems {
             if self.0.len() >= MAX_PROBLEMS {
                 break;
             }
-            let first_seen_ms = old.get(&path).copied().unwrap_or_else(now_ms);
+            let first_seen_ms = old.get(&path).copied().unwrap_or_else(unix_ms);
             let problem = Problem { path: path.clone(), code, message, first_seen_ms };
             self.0.insert((stage, path), problem);
         }
@@ -91,11 +91,6 @@ impl Problems {
         problems.sort_by_key(|problem| problem.path.is_some());
         problems
     }
-}
-
-fn now_ms() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

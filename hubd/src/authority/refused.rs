@@ -13,12 +13,14 @@ use cortex_shared::tasks::TaskScope;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use crate::rate::{Bucket, Rate};
 use crate::store::{Actor, Store};
 
 /// Lines of one caller at once.
 const BURST: u32 = 20;
 /// Time in which one more may be written.
 const PER_LINE: Duration = Duration::from_secs(60);
+const LINES: Rate = Rate { burst: BURST, per_second: 1.0 / PER_LINE.as_secs() as f64 };
 /// Callers remembered. Beyond them, all that are not known share one allowance.
 const MAX_ACTORS: usize = 1024;
 /// Key of those who share it; no caller has this name.
@@ -26,8 +28,7 @@ const OTHERS: &str = "";
 
 /// What a caller may still write.
 struct Allowance {
-    lines: u32,
-    since: Instant,
+    lines: Bucket,
     /// Refusals without a line.
     untold: u64,
 }
@@ -75,21 +76,15 @@ impl RefusalLog {
         let mut key = actor;
         if !actors.contains_key(actor) && actors.len() >= MAX_ACTORS {
             actors.retain(|_, allowance| {
-                allowance.refill(now);
-                allowance.lines < BURST || allowance.untold > 0
+                !allowance.lines.is_full(LINES, now) || allowance.untold > 0
             });
             if actors.len() >= MAX_ACTORS {
                 key = OTHERS;
             }
         }
-        let allowance = actors.entry(key.to_owned()).or_insert_with(|| Allowance {
-            lines: BURST,
-            since: now,
-            untold: 0,
-        });
-        allowance.refill(now);
-        if allowance.lines > 0 {
-            allowance.lines -= 1;
+        let fresh = || Allowance { lines: Bucket::full(LINES, now), untold: 0 };
+        let allowance = actors.entry(key.to_owned()).or_insert_with(fresh);
+        if allowance.lines.take(LINES, now).is_ok() {
             return Taken::Line { untold: std::mem::take(&mut allowance.untold) };
         }
         allowance.untold += 1;
@@ -132,17 +127,6 @@ enum Taken {
     Line { untold: u64 },
     /// No line; whether it is the first without.
     Counted { first: bool },
-}
-
-impl Allowance {
-    fn refill(&mut self, now: Instant) {
-        let passed = now.saturating_duration_since(self.since);
-        let more = u32::try_from(passed.as_secs() / PER_LINE.as_secs()).unwrap_or(u32::MAX);
-        if more > 0 {
-            self.lines = self.lines.saturating_add(more).min(BURST);
-            self.since += PER_LINE * more;
-        }
-    }
 }
 
 #[cfg(test)]

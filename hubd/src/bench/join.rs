@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use cortex_proto::CODE_TRAILER;
 use cortex_proto::v1;
-use cortex_proto::{CODE_TRAILER, RETRY_AFTER_TRAILER};
 use cortex_shared::patience::Patience;
 use cortex_shared::tasks::TaskScope;
 use serde_json::{Value, json};
@@ -285,8 +285,7 @@ async fn join(
                 if !again {
                     return Err(error);
                 }
-                let after = status.metadata().get(RETRY_AFTER_TRAILER);
-                after.and_then(|ms| ms.to_str().ok()?.parse().ok()).map(Duration::from_millis)
+                cortex_proto::retry_after(status.metadata())
             }
             // Cut off on the way: the hub recognises the key.
             BenchError::Connect(_) => None,

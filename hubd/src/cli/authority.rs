@@ -6,6 +6,7 @@ use anyhow::bail;
 use clap::Subcommand;
 use cortex_proto::v1;
 use cortex_shared::policy::Mode;
+use cortex_shared::text::hex;
 use serde_json::{Value, json};
 
 use super::admin::{connect, connect_for_long, node_json, time};
@@ -340,10 +341,6 @@ fn audit_json(line: v1::AuditEntry) -> Value {
         "prev_hash": hex(&line.prev_hash),
         "hash": hex(&line.hash),
     })
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use super::{DataArg, HubConfig, parse_duration};
 use crate::config::DataLayout;
 use crate::enroll::authorities::read_pins;
 use crate::enroll::ca::NODE_CERTIFICATE_LIVES;
-use crate::enroll::limits::JoinRate;
+use crate::enroll::limits::join_rate;
 use crate::hub::{Hub, HubData};
 
 #[derive(Args)]
@@ -78,7 +78,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     if let Some(life) = args.node_certificate_life {
         config.node_certificate_life = life;
     }
-    config.join_rate = JoinRate::per_second(args.join_rate);
+    config.join_rate = join_rate(args.join_rate);
     config.resume_grace = args.resume_grace.unwrap_or(config.resume_grace);
     config.spool.task_bytes = args.task_output.unwrap_or(config.spool.task_bytes);
     config.spool.total_bytes = args.all_output.unwrap_or(config.spool.total_bytes);

@@ -11,6 +11,8 @@ use std::time::Duration;
 use cortex_shared::secret::InviteId;
 use tokio::time::Instant;
 
+use crate::rate::{Bucket, Rate};
+
 /// Addresses remembered. Beyond them, all that are not known share one allowance.
 const MAX_ADDRESSES: usize = 8192;
 /// Invites remembered for wrong secrets.
@@ -20,64 +22,19 @@ const MAX_WRONG_SECRETS: u32 = 10;
 /// See [`MAX_WRONG_SECRETS`].
 const FREEZE: Duration = Duration::from_secs(600);
 /// Refusals written to the audit log: as many as people make, and too few to fill a disk.
-const RECORDED_REFUSALS: JoinRate = JoinRate { burst: 30, per_second: 0.1 };
+const RECORDED_REFUSALS: Rate = Rate { burst: 30, per_second: 0.1 };
 /// A full table is searched for entries that can go this often at most.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How often one address may try to join or log in.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct JoinRate {
-    /// So many at once.
-    pub burst: u32,
-    /// And so many a second after that.
-    pub per_second: f64,
-}
+/// How often one address may try to join or log in: a rack that boots behind one address gets in within
+/// seconds; a guesser gets nowhere.
+pub const DEFAULT_JOIN_RATE: Rate = Rate { burst: 20, per_second: 5.0 };
 
-impl JoinRate {
-    /// A rack that boots behind one address gets in within seconds; a guesser gets nowhere.
-    pub const DEFAULT: Self = Self { burst: 20, per_second: 5.0 };
-
-    /// So many a second, and four times as many at once; no limit for 0.
-    #[must_use]
-    pub fn per_second(number: u32) -> Option<Self> {
-        let rate = Self { burst: number.saturating_mul(4), per_second: f64::from(number) };
-        (number > 0).then_some(rate)
-    }
-}
-
-/// Tokens that come back with time.
-pub(super) struct Bucket {
-    tokens: f64,
-    at: Instant,
-}
-
-impl Bucket {
-    pub(super) fn full(rate: JoinRate, now: Instant) -> Self {
-        Self { tokens: f64::from(rate.burst), at: now }
-    }
-
-    fn refill(&mut self, rate: JoinRate, now: Instant) {
-        let passed = now.saturating_duration_since(self.at).as_secs_f64();
-        self.tokens = (self.tokens + passed * rate.per_second).min(f64::from(rate.burst));
-        self.at = now;
-    }
-
-    /// Whether all tokens are there.
-    pub(super) fn is_full(&mut self, rate: JoinRate, now: Instant) -> bool {
-        self.refill(rate, now);
-        self.tokens >= f64::from(rate.burst)
-    }
-
-    /// Takes a token, or says when there will be one.
-    pub(super) fn take(&mut self, rate: JoinRate, now: Instant) -> Result<(), Duration> {
-        self.refill(rate, now);
-        if self.tokens >= 1.0 {
-            self.tokens -= 1.0;
-            return Ok(());
-        }
-        let seconds = (1.0 - self.tokens) / rate.per_second.max(f64::MIN_POSITIVE);
-        Err(Duration::try_from_secs_f64(seconds).unwrap_or(FREEZE).min(FREEZE))
-    }
+/// So many a second, and four times as many at once; no limit for 0.
+#[must_use]
+pub fn join_rate(per_second: u32) -> Option<Rate> {
+    let rate = Rate { burst: per_second.saturating_mul(4), per_second: f64::from(per_second) };
+    (per_second > 0).then_some(rate)
 }
 
 /// Wrong secrets given for one invite.
@@ -102,17 +59,17 @@ struct Tables {
 
 /// See the module.
 pub struct JoinLimits {
-    rate: Option<JoinRate>,
+    rate: Option<Rate>,
     tables: Mutex<Tables>,
 }
 
 impl JoinLimits {
     /// Limits with nobody known. Without a rate, addresses are not limited; invites always are.
     #[must_use]
-    pub fn new(rate: Option<JoinRate>, now: Instant) -> Self {
+    pub fn new(rate: Option<Rate>, now: Instant) -> Self {
         let tables = Tables {
             addresses: HashMap::new(),
-            strangers: Bucket::full(rate.unwrap_or(JoinRate::DEFAULT), now),
+            strangers: Bucket::full(rate.unwrap_or(DEFAULT_JOIN_RATE), now),
             swept: None,
             invites: HashMap::new(),
             refusals: Bucket::full(RECORDED_REFUSALS, now),
@@ -193,15 +150,12 @@ impl JoinLimits {
 
 impl Tables {
     /// Forgets the addresses that have their full allowance again; returns whether there is room now.
-    fn sweep(&mut self, rate: JoinRate, now: Instant) -> bool {
+    fn sweep(&mut self, rate: Rate, now: Instant) -> bool {
         if self.swept.is_some_and(|at| now.saturating_duration_since(at) < SWEEP_INTERVAL) {
             return false;
         }
         self.swept = Some(now);
-        self.addresses.retain(|_, bucket| {
-            bucket.refill(rate, now);
-            bucket.tokens < f64::from(rate.burst)
-        });
+        self.addresses.retain(|_, bucket| !bucket.is_full(rate, now));
         self.addresses.len() < MAX_ADDRESSES
     }
 }
@@ -220,7 +174,7 @@ mod tests {
 
     use super::*;
 
-    const RATE: JoinRate = JoinRate::DEFAULT;
+    const RATE: Rate = DEFAULT_JOIN_RATE;
 
     fn address(number: u32) -> IpAddr {
         IpAddr::V4(number.into())
@@ -243,7 +197,7 @@ mod tests {
     #[test]
     fn an_ipv6_network_is_one_address_and_a_mapped_one_is_ipv4() {
         let start = Instant::now();
-        let limits = JoinLimits::new(Some(JoinRate { burst: 1, per_second: 1.0 }), start);
+        let limits = JoinLimits::new(Some(Rate { burst: 1, per_second: 1.0 }), start);
         assert!(limits.check_address("2001:db8::1".parse().unwrap(), start).is_ok());
         assert!(limits.check_address("2001:db8::ffff:1".parse().unwrap(), start).is_err());
         assert!(limits.check_address("2001:db8:0:1::1".parse().unwrap(), start).is_ok());
@@ -300,8 +254,8 @@ mod tests {
     #[test]
     fn a_rate_of_nothing_is_no_limit() {
         let start = Instant::now();
-        assert_eq!(JoinRate::per_second(5), Some(RATE));
-        let limits = JoinLimits::new(JoinRate::per_second(0), start);
+        assert_eq!(join_rate(5), Some(RATE));
+        let limits = JoinLimits::new(join_rate(0), start);
         assert!((0..10_000).all(|_| limits.check_address(address(1), start).is_ok()));
     }
 

@@ -111,8 +111,8 @@ async fn start_task(
         .inspect_err(|refusal| record_refusal(service, &operator, &node, &spec, refusal))?;
     spec.workspace_id = workspace.map(|id| id.as_bytes().to_vec().into()).unwrap_or_default();
     let session = view.session.ok_or_else(|| offline(&node.name))?;
-    let kept = !spec.stdin && spec.terminal.is_none();
-    let kept = kept.then(|| spec.encode_to_vec()).filter(|spec| spec.len() <= MAX_KEPT_SPEC_BYTES);
+    let kept = !spec.stdin && spec.terminal.is_none() && spec.encoded_len() <= MAX_KEPT_SPEC_BYTES;
+    let kept = kept.then(|| spec.encode_to_vec());
     let new = NewTask {
         id: TaskId::new(),
         node: node.id,

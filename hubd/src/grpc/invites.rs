@@ -146,7 +146,7 @@ async fn record(
     caller: &AdmittedOperator,
     invite: NewInvite,
 ) -> Result<(), Status> {
-    let (id, kind) = (invite.id.to_string(), kind_word(invite.kind));
+    let (id, kind) = (invite.id.to_string(), invite.kind.to_string());
     let detail = json!({
         "kind": kind,
         "uses": invite.max_uses,
@@ -187,19 +187,12 @@ fn owner(text: String) -> Result<String, Status> {
     Ok(text.trim().to_owned())
 }
 
-fn kind_word(kind: InviteKind) -> String {
-    match kind {
-        InviteKind::Node => "node".to_owned(),
-        InviteKind::Operator(role) => role.to_string(),
-    }
-}
-
 fn info(service: &OperatorService, invite: Invite) -> v1::InviteInfo {
     let Invite { invite, uses, revoked_at_ms } = invite;
     let names = service.members.membership.all();
     v1::InviteInfo {
         id: invite.id.to_string(),
-        kind: kind_word(invite.kind),
+        kind: invite.kind.to_string(),
         uses,
         max_uses: invite.max_uses,
         expires_at_ms: invite.expires_at_ms,

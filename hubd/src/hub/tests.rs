@@ -9,7 +9,7 @@ mod stall;
 mod support;
 
 use cortex_shared::ids::{NodeId, TaskId};
-use cortex_shared::policy::{Mode, Role};
+use cortex_shared::policy::Mode;
 
 use super::*;
 use crate::store::{NewTask, TaskEnd, Verdict};
@@ -29,21 +29,7 @@ async fn the_databases_outlive_whatever_still_writes_at_shutdown() {
     let hub = Hub::start(config(folder.path())).await.unwrap();
     let database = hub.data.layout.database();
     let id = TaskId::new();
-    let task = NewTask {
-        id,
-        node: NodeId::new(),
-        node_name: "box".into(),
-        actor: "ann".into(),
-        role: Role::Operator,
-        command: crate::store::fixtures::command(),
-        workspace: String::new(),
-        mode: Mode::Strict,
-        detached: false,
-        spec: None,
-        retry_of: None,
-        key: None,
-        accepted_at_ms: 1,
-    };
+    let task = NewTask { id, ..crate::store::fixtures::task("ann", NodeId::new()) };
     hub.store.accept_task(task).await.unwrap();
     let (store, stop) = (Arc::clone(&hub.store), hub.scope.token().clone());
     hub.scope.spawn("verdict", async move {

@@ -275,10 +275,7 @@ impl Registry {
     /// Ends a session, if it is still the node's current one; returns whether it was.
     pub fn end_session(&self, node: NodeId, session: SessionId) -> bool {
         let mut nodes = self.lock();
-        let Some(known) = nodes.get_mut(&node) else { return false };
-        if known.session.as_ref().is_none_or(|current| current.id != session) {
-            return false;
-        }
+        let Some(known) = of_session(&mut nodes, node, session) else { return false };
         known.session = None;
         known.seen();
         drop(nodes);
@@ -289,10 +286,7 @@ impl Registry {
     /// Keeps a node's new ceiling, if it is told in its current session.
     pub fn set_ceiling(&self, node: NodeId, session: SessionId, ceiling: Mode) {
         let mut nodes = self.lock();
-        let Some(known) = nodes.get_mut(&node) else { return };
-        if known.session.as_ref().is_none_or(|current| current.id != session) {
-            return;
-        }
+        let Some(known) = of_session(&mut nodes, node, session) else { return };
         known.node.ceiling = ceiling;
         known.seen();
         drop(nodes);
@@ -302,10 +296,7 @@ impl Registry {
     /// Keeps what a node reports of its workspaces, if the report is of its current session.
     pub fn report_sync(&self, node: NodeId, session: SessionId, reports: Vec<SyncStatus>) {
         let mut nodes = self.lock();
-        let Some(known) = nodes.get_mut(&node) else { return };
-        if known.session.as_ref().is_none_or(|current| current.id != session) {
-            return;
-        }
+        let Some(known) = of_session(&mut nodes, node, session) else { return };
         known.sync = reports
             .into_iter()
             .filter_map(|r| Some((WorkspaceId::from_slice(&r.workspace_id).ok()?, r)))
@@ -335,6 +326,16 @@ impl Registry {
     pub fn sessions(&self) -> Vec<SessionHandle> {
         self.lock().values().filter_map(|known| known.session.clone()).collect()
     }
+}
+
+/// A node, if this is its current session: an older one has nothing to say any more.
+fn of_session(
+    nodes: &mut HashMap<NodeId, Known>,
+    node: NodeId,
+    session: SessionId,
+) -> Option<&mut Known> {
+    let current = |known: &&mut Known| known.session.as_ref().is_some_and(|s| s.id == session);
+    nodes.get_mut(&node).filter(current)
 }
 
 impl Known {

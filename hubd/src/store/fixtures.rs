@@ -1,9 +1,9 @@
 //! Records for tests.
 
-use cortex_shared::ids::NodeId;
-use cortex_shared::policy::Mode;
+use cortex_shared::ids::{NodeId, TaskId};
+use cortex_shared::policy::{Mode, Role};
 
-use super::{CertificateState, Facts, Machine, Node, NodePolicy, ShownCommand};
+use super::{CertificateState, Facts, Machine, NewTask, Node, NodePolicy, ShownCommand};
 
 /// A node that has joined and was never seen.
 pub(crate) fn node(name: &str) -> Node {
@@ -23,6 +23,25 @@ pub(crate) fn node(name: &str) -> Node {
         certificate: CertificateState { generation: 1, ..CertificateState::default() },
         machine: Machine::default(),
         clone: None,
+    }
+}
+
+/// A task of an operator, about to be journalled.
+pub(crate) fn task(actor: &str, node: NodeId) -> NewTask {
+    NewTask {
+        id: TaskId::new(),
+        node,
+        node_name: "box".into(),
+        actor: actor.into(),
+        role: Role::Operator,
+        command: command(),
+        workspace: String::new(),
+        mode: Mode::Strict,
+        detached: false,
+        spec: None,
+        retry_of: None,
+        key: None,
+        accepted_at_ms: 1,
     }
 }
 

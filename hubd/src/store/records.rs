@@ -4,6 +4,7 @@ mod authority;
 mod tasks;
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::net::IpAddr;
 
 use cortex_shared::ids::{NodeId, WorkspaceId};
@@ -29,6 +30,16 @@ pub enum InviteKind {
     Node,
     /// One operator, with this role.
     Operator(Role),
+}
+
+impl fmt::Display for InviteKind {
+    /// `node`, or the operator's role: as it is stored and shown.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Node => f.write_str("node"),
+            Self::Operator(role) => role.fmt(f),
+        }
+    }
 }
 
 /// An invite to be recorded.

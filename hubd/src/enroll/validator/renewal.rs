@@ -15,8 +15,8 @@ use cortex_shared::ids::NodeId;
 use tokio::time::Instant;
 
 use super::super::ca::{CertificateRequest, Issued, millis};
-use super::super::limits::{Bucket, JoinRate};
 use super::{EnrollError, Validator};
+use crate::rate::{Bucket, Rate};
 use crate::store::{Machine, Node, RenewRefusal, Renewal, RenewalProof};
 
 /// How long after the end of its last certificate a node can get another by its key alone.
@@ -46,7 +46,7 @@ pub struct RenewalRequest {
 /// What each node has left of its renewals. A node renews twice in a certificate's life; each time is a
 /// line of the audit log, and one that renews in a loop must not fill it.
 pub(super) struct Renewed {
-    rate: JoinRate,
+    rate: Rate,
     nodes: Mutex<HashMap<NodeId, Bucket>>,
 }
 
@@ -54,7 +54,7 @@ impl Renewed {
     /// For certificates that live this long.
     pub(super) fn new(life: Duration) -> Self {
         let interval = INTERVAL.min(life / 15).max(Duration::from_millis(1));
-        let rate = JoinRate { burst: BURST, per_second: 1.0 / interval.as_secs_f64() };
+        let rate = Rate { burst: BURST, per_second: 1.0 / interval.as_secs_f64() };
         Self { rate, nodes: Mutex::new(HashMap::new()) }
     }
 

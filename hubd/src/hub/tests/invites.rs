@@ -11,11 +11,11 @@ use tonic::Code;
 use super::joining::retry_after_ms;
 use super::support::{TestHub, request, word};
 use super::*;
-use crate::enroll::limits::JoinRate;
+use crate::rate::Rate;
 use crate::store::AuditLine;
 use crate::store::fault::{FaultStore, Faults};
 
-async fn hub(join_rate: Option<JoinRate>) -> (TestHub, Faults) {
+async fn hub(join_rate: Option<Rate>) -> (TestHub, Faults) {
     let folder = tempfile::tempdir().unwrap();
     let config = HubConfig { join_rate, ..config(folder.path()) };
     let faults = Faults::default();
@@ -68,7 +68,7 @@ async fn of_a_crowd_that_joins_at_once_exactly_as_many_get_in_as_the_invite_says
 
 #[tokio::test]
 async fn an_address_that_tries_too_often_is_turned_away_before_any_work() {
-    let rate = JoinRate { burst: 3, per_second: 0.01 };
+    let rate = Rate { burst: 3, per_second: 0.01 };
     let (hub, faults) = hub(Some(rate)).await;
     let token = hub.invite(v1::CreateInviteRequest { uses: 9, ..Default::default() }).await;
     // Not even a certificate request that is none is looked at any more.

@@ -18,13 +18,6 @@ use super::{audit, damaged, from_json, nodes, to_json, workspaces};
 const COLUMNS: &str = "id, secret_hash, kind, uses, max_uses, expires_at, created_at, created_by, \
                        labels, name_pattern, workspaces, revoked_at, source_cidrs, owner, scope";
 
-fn kind_word(kind: InviteKind) -> String {
-    match kind {
-        InviteKind::Node => "node".to_owned(),
-        InviteKind::Operator(role) => role.to_string(),
-    }
-}
-
 fn read(row: &Row<'_>) -> Result<Invite, StoreError> {
     let kind = row.get::<_, String>(2)?;
     let kind = match kind.as_str() {
@@ -62,7 +55,7 @@ pub(super) fn create(t: &Connection, invite: &NewInvite, new: &NewAudit) -> Resu
         params![
             invite.id.as_str(),
             invite.secret_hash.as_bytes().as_slice(),
-            kind_word(invite.kind),
+            invite.kind.to_string(),
             invite.max_uses,
             invite.expires_at_ms,
             invite.created_at_ms,

@@ -95,21 +95,7 @@ async fn everything_is_there_after_reopening() {
 }
 
 fn task(actor: &str, node: NodeId) -> NewTask {
-    NewTask {
-        id: TaskId::new(),
-        node,
-        node_name: "box".into(),
-        actor: actor.into(),
-        role: Role::Operator,
-        command: crate::store::fixtures::command(),
-        workspace: String::new(),
-        mode: cortex_shared::policy::Mode::Strict,
-        detached: false,
-        spec: Some(vec![1, 2]),
-        retry_of: None,
-        key: None,
-        accepted_at_ms: 1,
-    }
+    NewTask { spec: Some(vec![1, 2]), ..crate::store::fixtures::task(actor, node) }
 }
 
 fn end(verdict: Verdict, code: u32) -> TaskEnd {

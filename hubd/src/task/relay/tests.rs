@@ -1,5 +1,5 @@
 use cortex_proto::v1::{Output, StartTask};
-use cortex_shared::policy::{Mode, Role};
+use cortex_shared::policy::Role;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -63,21 +63,7 @@ impl Fixture {
     }
 
     fn new_task(&self, actor: &str, role: Role) -> NewTask {
-        NewTask {
-            id: TaskId::new(),
-            node: self.session.handle.node,
-            node_name: "box".into(),
-            actor: actor.into(),
-            role,
-            command: crate::store::fixtures::command(),
-            workspace: String::new(),
-            mode: Mode::Strict,
-            detached: false,
-            spec: None,
-            retry_of: None,
-            key: None,
-            accepted_at_ms: 1,
-        }
+        NewTask { role, ..fixtures::task(actor, self.session.handle.node) }
     }
 
     /// The node opens the task's first stream.
