@@ -171,7 +171,7 @@ impl Hub {
     /// # Errors
     /// See [`StartError`]. Nothing is listened on then.
     pub async fn start(config: HubConfig) -> Result<Self, StartError> {
-        Self::start_on(config, |store| store).await
+        Self::start_with(config, None, |store| store).await
     }
 
     /// The same, on whatever `prepare` makes of the store: for tests and benchmarks, which let it fail.
@@ -180,6 +180,19 @@ impl Hub {
     /// As [`Hub::start`].
     pub async fn start_on(
         config: HubConfig,
+        prepare: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>,
+    ) -> Result<Self, StartError> {
+        Self::start_with(config, None, prepare).await
+    }
+
+    /// The same, on a socket that listens already, if there is one: the address of the configuration is
+    /// not used then.
+    ///
+    /// # Errors
+    /// As [`Hub::start`].
+    pub async fn start_with(
+        config: HubConfig,
+        inherited: Option<std::net::TcpListener>,
         prepare: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>,
     ) -> Result<Self, StartError> {
         let data = HubData::open(&config).await?;
@@ -236,7 +249,11 @@ impl Hub {
         ));
 
         let listen_error = |source| StartError::Listen { address: config.grpc, source };
-        let listener = TcpListener::bind(config.grpc).await.map_err(listen_error)?;
+        let listener = match inherited {
+            Some(listener) => TcpListener::from_std(listener),
+            None => TcpListener::bind(config.grpc).await,
+        }
+        .map_err(listen_error)?;
         let address = listener.local_addr().map_err(listen_error)?;
         let socket = data.layout.socket();
         let local = accept::bind_local(&socket)

@@ -46,7 +46,7 @@ pub(super) struct JoinArgs {
 
 pub(super) async fn bench(command: BenchCommand) -> anyhow::Result<ExitCode> {
     let BenchCommand::Join(args) = command;
-    start_logging("error", LogFormat::Text);
+    start_logging("error", LogFormat::Text)?;
     raise_open_files();
     let bench = JoinBench {
         joins: args.joins,

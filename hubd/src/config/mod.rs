@@ -1,8 +1,12 @@
 //! The hub's configuration: what was asked for, and what that comes to.
 
+pub mod settings;
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use cortex_shared::telemetry::LogFormat;
 
 use crate::enroll::ca::NODE_CERTIFICATE_LIFE;
 use crate::enroll::limits::DEFAULT_JOIN_RATE;
@@ -46,6 +50,17 @@ pub struct HubConfig {
     pub history: HistoryLimits,
     /// How long shutdown waits for open calls.
     pub shutdown_grace: Duration,
+    /// What is logged, and how it looks.
+    pub log: LogSettings,
+}
+
+/// What is logged, and how it looks.
+#[derive(Clone, Debug)]
+pub struct LogSettings {
+    /// In the syntax of `tracing_subscriber::EnvFilter`.
+    pub filter: String,
+    /// See there.
+    pub format: LogFormat,
 }
 
 impl HubConfig {
@@ -71,6 +86,7 @@ impl HubConfig {
             spool: SpoolLimits::default(),
             history: HistoryLimits::default(),
             shutdown_grace: Duration::from_secs(10),
+            log: LogSettings { filter: "info".to_owned(), format: LogFormat::Text },
         }
     }
 
