@@ -14,6 +14,7 @@ use cortex_proto::v1;
 use cortex_shared::tasks::TaskScope;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{ConfigError, Settings, StateDir};
@@ -105,6 +106,7 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     scope.spawn("session", keep_session(identity, greeting, dispatcher, link_state, session_scope));
     scope.spawn("readiness", announce_ready(link, scope.token().clone()));
 
+    scope.spawn("watchdog", keep_alive(scope.token().clone()));
     tokio::select! {
         signal = stop.next() => tracing::info!(signal, "stopping"),
         () = left.cancelled() => tracing::info!("this node leaves its mesh: stopping"),
@@ -131,6 +133,18 @@ async fn announce_ready(mut link: watch::Receiver<LinkState>, stop: Cancellation
     let up = stop.run_until_cancelled(link.wait_for(|state| state.session.is_some()));
     if matches!(up.await, Some(Ok(_))) {
         notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status("connected")]);
+    }
+}
+
+/// Signs of life at half the time within which the service manager wants one, if it wants any.
+async fn keep_alive(stop: CancellationToken) {
+    let Some(within) = sd_notify::watchdog_enabled().filter(|within| !within.is_zero()) else {
+        return;
+    };
+    let mut signs = tokio::time::interval(within / 2);
+    signs.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(signs.tick()).await.is_some() {
+        notify(&[sd_notify::NotifyState::Watchdog]);
     }
 }
 

@@ -10,10 +10,11 @@
 //! | [`chunk`], [`pack`] | how content is cut, and the unit in which it travels and rests |
 //! | [`replay`] | output under way, which can be sent again |
 //! | [`durable`] | files that survive a crash |
+//! | [`systemd`] | installing a program as a service |
 //! | [`backoff`], [`patience`], [`tasks`], [`clock`], [`text`], [`telemetry`] | retrying, supervised tasks, the time, text, logs |
 //!
-//! Invariants: nothing here opens a socket, spawns a process or knows the generated protocol;
-//! everything that parses is bounded and refuses rather than guesses.
+//! Invariants: nothing here opens a socket or knows the generated protocol, and only [`systemd`] starts
+//! a process; everything that parses is bounded and refuses rather than guesses.
 
 #![warn(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -31,6 +32,7 @@ pub mod peer;
 pub mod policy;
 pub mod replay;
 pub mod secret;
+pub mod systemd;
 pub mod tasks;
 pub mod telemetry;
 pub mod text;

@@ -21,6 +21,7 @@ mod node;
 mod policy;
 pub mod printer;
 mod run;
+mod service;
 mod status;
 mod task;
 mod token;
@@ -104,6 +105,7 @@ enum Verb {
     Join(join::JoinArgs),
     Run(run::RunArgs),
     Leave(leave::LeaveArgs),
+    Service(service::ServiceArgs),
     Identity(identity::IdentityArgs),
     Ceiling(ceiling::CeilingArgs),
     Status(status::StatusArgs),
@@ -162,6 +164,7 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Join(args) => done(Box::pin(join::join(&global, args)).await),
             Verb::Run(args) => done(Box::pin(run::run(&global, args)).await),
             Verb::Leave(args) => done(Box::pin(leave::leave(&global, args)).await),
+            Verb::Service(args) => done(service::service(&global, &args)),
             Verb::Identity(args) => done(Box::pin(identity::identity(&global, args)).await),
             Verb::Ceiling(args) => done(Box::pin(ceiling::ceiling(&global, args)).await),
             Verb::Status(args) => done(Box::pin(status::status(&global, args)).await),

@@ -7,6 +7,7 @@ mod ca;
 mod configuration;
 mod output;
 mod serve;
+mod service;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -104,6 +105,11 @@ a file (--config). A flag goes before a variable, and a variable before the file
     Audit {
         #[command(subcommand)]
         command: AuditCommand,
+    },
+    /// Run the hub as a systemd service
+    Service {
+        #[command(subcommand)]
+        command: service::ServiceCommand,
     },
     /// Measure a hub of its own with emulated nodes
     Bench {
@@ -255,6 +261,7 @@ pub(crate) fn run() -> ExitCode {
                 configuration::print_default();
                 Ok(())
             }
+            Command::Service { command } => service::service(command),
             Command::Init(data) => serve::init(&data.config()).await,
             Command::Status { data, format } => admin::status(&data.config(), format).await,
             Command::Ca { command } => ca::ca(command).await,
