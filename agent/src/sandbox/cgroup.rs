@@ -105,37 +105,33 @@ impl ControlGroups {
         matches!(self.place, Place::V2(_))
     }
 
+    /// A group for a command that is not known yet, which will say by [`Group::limit`] what it may
+    /// use; none where a command has one only for limits that it asks for.
+    pub(super) fn group_beforehand(&self) -> io::Result<Option<Group>> {
+        let Place::V2(parent) = &self.place else { return Ok(None) };
+        let mut group = Group::default();
+        group.born_into = true;
+        let directory = group.create(parent.join(new_name()))?;
+        group.entrance.push(File::open(&directory)?.into());
+        Ok(Some(group))
+    }
+
     /// A group for one command; none if there can be none, or if it would cost more than it is
     /// worth for limits that nobody asked for.
     pub(super) fn group_for(&self, limits: &Limits, asked_for: bool) -> io::Result<Option<Group>> {
-        let name = || {
-            static NEXT: AtomicU64 = AtomicU64::new(0);
-            let number = NEXT.fetch_add(1, Ordering::Relaxed);
-            format!("{PREFIX}{}-{number}", std::process::id())
-        };
         let memory = limits.memory_bytes.to_string();
-        // The monitor and pid 1 are not the command's.
-        let processes = (limits.processes + 2).to_string();
+        let processes = processes(limits);
         match &self.place {
-            Place::V2(parent) => {
-                let mut group = Group { directories: Vec::new(), entrance: Vec::new() };
-                let directory = group.create(parent.join(name()))?;
-                write(&directory.join("memory.max"), &memory)?;
-                write(&directory.join("pids.max"), &processes)?;
-                // Not there on a kernel without swap accounting.
-                write(&directory.join("memory.swap.max"), "0").ok();
-                // A command that lost one process for want of memory is not worth continuing, and
-                // what is left of it could go on eating.
-                write(&directory.join("memory.oom.group"), "1")?;
-                // The agent's own group has the usual 100: it stays responsive beside a command
-                // that takes every processor. Not there without the cpu controller.
-                write(&directory.join("cpu.weight"), "50").ok();
-                group.entrance.push(File::open(&directory)?.into());
-                Ok(Some(group))
+            Place::V2(_) => {
+                let group = self.group_beforehand()?;
+                if let Some(group) = &group {
+                    group.limit(limits)?;
+                }
+                Ok(group)
             }
             Place::V1 { memory: memory_parent, processes: processes_parent } if asked_for => {
-                let mut group = Group { directories: Vec::new(), entrance: Vec::new() };
-                let name = name();
+                let mut group = Group::default();
+                let name = new_name();
                 let directory = group.create(memory_parent.join(&name))?;
                 write(&directory.join("memory.limit_in_bytes"), &memory)?;
                 write(&directory.join("memory.memsw.limit_in_bytes"), &memory).ok();
@@ -183,6 +179,17 @@ fn lock_and_clean(parent: &Path) -> io::Result<OwnedFd> {
     Ok(directory)
 }
 
+fn new_name() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("{PREFIX}{}-{number}", std::process::id())
+}
+
+/// The monitor and pid 1 are not the command's.
+fn processes(limits: &Limits) -> String {
+    (limits.processes + 2).to_string()
+}
+
 fn entrance(directory: &Path) -> io::Result<OwnedFd> {
     File::options().write(true).open(directory.join("cgroup.procs")).map(OwnedFd::from)
 }
@@ -197,6 +204,8 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
 pub struct Group {
     directories: Vec<PathBuf>,
     entrance: Vec<OwnedFd>,
+    /// Of version 2: the command's first process is created in it.
+    born_into: bool,
 }
 
 impl Group {
@@ -204,6 +213,29 @@ impl Group {
         std::fs::create_dir(&directory)?;
         self.directories.push(directory.clone());
         Ok(directory)
+    }
+
+    /// Whether a command's first process is created in it.
+    pub(super) fn is_born_into(&self) -> bool {
+        self.born_into
+    }
+
+    /// Sets the limits of a group of [`ControlGroups::group_beforehand`].
+    pub(super) fn limit(&self, limits: &Limits) -> io::Result<()> {
+        let Some(directory) = self.directories.first().filter(|_| self.born_into) else {
+            return Ok(());
+        };
+        write(&directory.join("memory.max"), &limits.memory_bytes.to_string())?;
+        write(&directory.join("pids.max"), &processes(limits))?;
+        // Not there on a kernel without swap accounting.
+        write(&directory.join("memory.swap.max"), "0").ok();
+        // A command that lost one process for want of memory is not worth continuing, and what is
+        // left of it could go on eating.
+        write(&directory.join("memory.oom.group"), "1")?;
+        // The agent's own group has the usual 100: it stays responsive beside a command that takes
+        // every processor. Not there without the cpu controller.
+        write(&directory.join("cpu.weight"), "50").ok();
+        Ok(())
     }
 
     /// What the stage enters it by: a directory for version 2, files to write to for version 1.

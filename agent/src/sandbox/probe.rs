@@ -11,9 +11,10 @@ use std::path::PathBuf;
 use cortex_proto::v1;
 use cortex_shared::policy::Mode;
 
-use super::launch::{Command, LaunchError, Launcher, Program, StageMessage};
+use super::launch::{Command, LaunchError, Launcher, Program};
 use super::remedy::{Refusal, SELF_TEST};
 use super::spec::{Limits, Network};
+use super::stage_handle::StageMessage;
 use super::syscalls;
 
 /// What this machine can enforce.
