@@ -57,7 +57,7 @@ fn run(sandbox: &Sandbox<'_>) -> Result<(), SetupError> {
     if strict.network == Network::None {
         syscalls::loopback_up().step(Step::Loopback, "bring up the private loopback")?;
     }
-    let filters = seccomp::compile()?;
+    let filters = seccomp::compile();
     let children = syscalls::signal_descriptor(Signal::CHILD)
         .step(Step::Process, "watch for ending processes")?;
     let (executed, report_failure) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)

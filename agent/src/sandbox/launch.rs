@@ -244,10 +244,10 @@ impl Launcher {
         })
     }
 
-    /// Ends the sandbox that was made beforehand for the next command. To be called before the agent
-    /// ends, which otherwise leaves an empty control group behind.
+    /// Ends the sandbox that was made beforehand for the next command, and makes none any more. To be
+    /// called before the agent ends, which otherwise leaves an empty control group behind.
     pub async fn close(&self) {
-        self.spares.clear().await;
+        self.spares.close().await;
     }
 }
 

@@ -16,6 +16,7 @@
 //! in `syscalls` only. Deliberately absent: a setuid helper, acting twice on one path, any way to
 //! weaken strict mode from within a request.
 
+mod bpf;
 mod cgroup;
 mod channel;
 mod filesystem;

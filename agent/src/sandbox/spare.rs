@@ -18,6 +18,7 @@ use std::time::Duration;
 use cortex_shared::tasks::TaskScope;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use super::cgroup::ControlGroups;
 use super::spec::Confinement;
@@ -68,8 +69,14 @@ impl Spares {
         None
     }
 
-    /// Ends the spare sandbox, and waits until nothing is left of it.
-    pub(super) async fn clear(&self) {
+    /// Ends the spare sandbox, and waits until nothing is left of it. None is made afterwards.
+    pub(super) async fn close(&self) {
+        self.tasks.cancel();
+        self.clear().await;
+        self.tasks.finish().await;
+    }
+
+    async fn clear(&self) {
         let spare = self.slot().spare.take();
         if let Some(spare) = spare {
             spare.stage.end().await;
@@ -100,17 +107,21 @@ impl NextSpare {
         let Some(spares) = self.spares.upgrade() else { return };
         {
             let mut slot = spares.slot();
-            if slot.making || slot.spare.is_some() {
+            if slot.making || slot.spare.is_some() || spares.tasks.token().is_cancelled() {
                 return;
             }
             slot.making = true;
         }
         let making = Making(self.spares.clone());
-        spares.tasks.spawn("spare sandbox", self.make_and_keep(making));
+        let stop = spares.tasks.token().clone();
+        spares.tasks.spawn("spare sandbox", self.make_and_keep(making, stop));
     }
 
-    async fn make_and_keep(self, making: Making) {
-        tokio::time::sleep(MADE_AFTER).await;
+    async fn make_and_keep(self, making: Making, stop: CancellationToken) {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(MADE_AFTER) => {}
+        }
         let (keeper, mut gone) = oneshot::channel();
         match self.start(keeper) {
             Ok(spare) => {
@@ -125,6 +136,7 @@ impl NextSpare {
         drop(making);
         tokio::select! {
             _ = &mut gone => return,
+            () = stop.cancelled() => {}
             () = tokio::time::sleep(KEPT_FOR) => {}
         }
         // Another may have come in its place at this moment; its age matters as little.

@@ -1,8 +1,14 @@
 //! What the start of a command costs does not grow with the agent.
 
+use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::support::{PLENTY, Running, apart, program};
+use cortex_agent::exec::CommandRequest;
+use cortex_agent::sandbox::Launcher;
+use tempfile::TempDir;
+
+use crate::support::{PLENTY, Running, apart, in_workspace, launcher, program, run, view};
 
 const SMALL_MIB: usize = 64;
 const LARGE_MIB: usize = 512;
@@ -42,6 +48,92 @@ async fn apart_by_memory() {
     let (small, large) = (small.own_time_of_one(), large.own_time_of_one());
     let limit = small * 2 + Duration::from_millis(2);
     assert!(large < limit, "{small:?} of processor time with little memory, {large:?} with much");
+}
+
+/// Measures what a sandbox adds to the start and the end of a command, beside bubblewrap and beside
+/// no sandbox, taking turns. Prints the figures in microseconds, for `scripts/bench`.
+///
+/// Seen by whoever wants the command: from the wish to the first byte of its output, and until
+/// everything of it has ended. Between two, there is a pause as between commands of a person or a
+/// program that thinks; the sandbox of the next command is made in it. So there is a second figure
+/// for a command that finds none.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "run by scripts/bench"]
+#[allow(clippy::print_stdout)]
+async fn apart_beside_bubblewrap() {
+    let rounds = std::env::var("ROUNDS").map_or(20, |rounds| rounds.parse().unwrap());
+    let workspace = TempDir::new().unwrap();
+    // As everybody else, so that the figures do not have the making of a map of it.
+    run(in_workspace("true", workspace.path())).await;
+    let wish = || {
+        let request = program(&["/bin/echo", "x"]);
+        CommandRequest { workspace: view(workspace.path(), ""), ..request }
+    };
+    for _ in 0..rounds {
+        pause().await;
+        print_times("cortex mesh, STRICT", times_of(Running::start(wish(), PLENTY)).await);
+        pause().await;
+        let fresh = Launcher::with_stage(env!("CARGO_BIN_EXE_cortex-agent"));
+        let running = Running::with(fresh, wish(), PLENTY);
+        print_times("cortex mesh, STRICT, none made beforehand", times_of(running).await);
+        pause().await;
+        let wrapped = bubblewrap(workspace.path(), &["/bin/echo", "x"]);
+        print_times("bubblewrap", times_outside(wrapped).await);
+        pause().await;
+        let mut bash = tokio::process::Command::new("bash");
+        bash.args(["-c", "exec /bin/echo x"]);
+        print_times("no sandbox (bash -c)", times_outside(bash).await);
+    }
+    launcher().close().await;
+}
+
+async fn pause() {
+    tokio::time::sleep(Duration::from_millis(25)).await;
+}
+
+#[allow(clippy::print_stdout)]
+fn print_times(who: &str, (to_output, to_end): (Duration, Duration)) {
+    println!("{who}\t{}\t{}", to_output.as_micros(), to_end.as_micros());
+}
+
+async fn times_of(mut running: Running) -> (Duration, Duration) {
+    let begun = running.begun;
+    running.until_output("x").await;
+    let to_output = begun.elapsed();
+    assert!(running.finish().await.succeeded());
+    (to_output, begun.elapsed())
+}
+
+async fn times_outside(mut command: tokio::process::Command) -> (Duration, Duration) {
+    use tokio::io::AsyncReadExt as _;
+    let begun = Instant::now();
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("is it installed?");
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_u8().await.unwrap();
+    let to_output = begun.elapsed();
+    stdout.read_to_end(&mut Vec::new()).await.unwrap();
+    assert!(child.wait().await.unwrap().success());
+    (to_output, begun.elapsed())
+}
+
+/// A command in bubblewrap, with as much of the agent's sandbox as it has.
+fn bubblewrap(workspace: &Path, arguments: &[&str]) -> tokio::process::Command {
+    let mut command = tokio::process::Command::new("bwrap");
+    command.args(["--unshare-all", "--unshare-user", "--die-with-parent", "--new-session"]);
+    command.args(["--cap-drop", "ALL", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox"]);
+    command.args(["--ro-bind", "/usr", "/usr"]);
+    for name in ["/bin", "/sbin", "/lib", "/lib64"] {
+        match std::fs::read_link(name) {
+            Ok(target) => command.arg("--symlink").arg(target).arg(name),
+            Err(_) => command.args(["--ro-bind-try", name, name]),
+        };
+    }
+    command.args(["--ro-bind", "/etc", "/etc", "--proc", "/proc", "--dev", "/dev"]);
+    command.args(["--tmpfs", "/tmp", "--tmpfs", "/run", "--bind"]).arg(workspace);
+    command.args(["/workspace", "--chdir", "/workspace", "--clearenv"]);
+    command.args(["--setenv", "PATH", "/usr/bin:/bin", "--"]).args(arguments);
+    command
 }
 
 /// That much memory, every page of it written to.
