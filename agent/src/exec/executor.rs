@@ -11,6 +11,10 @@ use super::request::{CommandControl, CommandEvent, CommandExit, CommandRequest, 
 use super::run::{Running, UNTOLD, signal_code};
 use crate::sandbox::{Absent, Group, LaunchError, Launched, Launcher};
 
+/// What a limit of memory means where the agent may create no control groups.
+const BY_PROCESS: &str = "this node limits the memory of each process, not of the command as a whole, \
+                          nor shared memory: it may create no control groups (see cortex-agent doctor)";
+
 /// Runs commands.
 #[derive(Debug, Clone)]
 pub struct Executor {
@@ -62,11 +66,13 @@ impl Executor {
         let begun = Instant::now();
         let mode = request.mode;
         let with_terminal = request.terminal.is_some();
+        let memory_asked = request.limits.memory_bytes.is_some();
         let mut exit = match self.start(request).await {
             Err(exit) => exit,
             Ok((mut launched, time_limit)) => {
                 let absent = std::mem::take(&mut launched.absent);
                 let group = std::mem::take(&mut launched.group);
+                let memory_by_process = memory_asked && !group.exists();
                 let mut running = Running::new(
                     launched,
                     mode,
@@ -79,7 +85,11 @@ impl Executor {
                     running.await_terminal();
                 }
                 let exit = Box::pin(running.run()).await;
-                look_back(exit, absent, group).await
+                let mut exit = look_back(exit, absent, group).await;
+                if memory_by_process {
+                    exit.hint.get_or_insert_with(|| BY_PROCESS.to_owned());
+                }
+                exit
             }
         };
         exit.duration = begun.elapsed();

@@ -87,9 +87,7 @@ fn ranges(rules: &Rules) -> Vec<Range<'_>> {
     let mut ranges: Vec<Range<'_>> = Vec::new();
     for (&number, rules) in rules {
         match ranges.last_mut() {
-            Some(last)
-                if last.rules.is_empty() && rules.is_empty() && last.last + 1 == number =>
-            {
+            Some(last) if last.rules.is_empty() && rules.is_empty() && last.last + 1 == number => {
                 last.last = number;
             }
             _ => ranges.push(Range { first: number, last: number, rules }),
@@ -108,10 +106,9 @@ fn halves(ranges: &[Range<'_>], errno: i32) -> BpfProgram {
             let mut code = match u8::try_from(below.len()) {
                 Ok(over) => vec![jump(JUMP_IF_AT_LEAST, pivot.first, over, 0)],
                 // The short jumps do not reach that far.
-                Err(_) => vec![
-                    jump(JUMP_IF_AT_LEAST, pivot.first, 0, 1),
-                    statement(JUMP, length(&below)),
-                ],
+                Err(_) => {
+                    vec![jump(JUMP_IF_AT_LEAST, pivot.first, 0, 1), statement(JUMP, length(&below))]
+                }
             };
             code.extend(below.into_iter().chain(above));
             code

@@ -62,12 +62,19 @@ pub(super) fn receive_with_descriptor<M: DeserializeOwned>(
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut buffer = vec![0; MAX_MESSAGE_BYTES];
-    let received = rustix::net::recvmsg(
-        socket,
-        &mut [IoSliceMut::new(&mut buffer)],
-        &mut control,
-        RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
-    )?;
+    let received = loop {
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        match rustix::net::recvmsg(
+            &socket,
+            &mut [IoSliceMut::new(&mut buffer)],
+            &mut control,
+            flags,
+        ) {
+            // The other side left without reading all. Said once; what it wrote itself comes next.
+            Err(rustix::io::Errno::CONNRESET | rustix::io::Errno::INTR) => {}
+            result => break result?,
+        }
+    };
     if received.bytes == 0 {
         return Ok(None);
     }
@@ -103,7 +110,8 @@ impl Document {
         match self {
             Self::Short(bytes) => send_beside(socket, bytes, fds),
             Self::Long(file) => {
-                let fds: Vec<_> = std::iter::once(file.as_fd()).chain(fds.iter().copied()).collect();
+                let fds: Vec<_> =
+                    std::iter::once(file.as_fd()).chain(fds.iter().copied()).collect();
                 send_beside(socket, IN_A_FILE, &fds)
             }
         }
@@ -122,8 +130,12 @@ pub(super) fn receive_document<M: DeserializeOwned>(
     let mut buffer = vec![0; MAX_MESSAGE_BYTES];
     let received = loop {
         let flags = RecvFlags::CMSG_CLOEXEC;
-        match rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut buffer)], &mut control, flags)
-        {
+        match rustix::net::recvmsg(
+            &socket,
+            &mut [IoSliceMut::new(&mut buffer)],
+            &mut control,
+            flags,
+        ) {
             Err(rustix::io::Errno::INTR) => {}
             result => break result?,
         }

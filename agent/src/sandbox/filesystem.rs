@@ -139,11 +139,7 @@ pub(super) fn prepare(strict: &StrictSpec) -> Result<Root, SetupError> {
 impl Root {
     /// Adds the workspace and makes this the root of the caller's mount namespace. `mounted` is the
     /// workspace where the agent has mounted it; otherwise it is found by its path.
-    pub(super) fn complete(
-        &self,
-        mounted: Option<OwnedFd>,
-        spec: &Spec,
-    ) -> Result<(), SetupError> {
+    pub(super) fn complete(&self, mounted: Option<OwnedFd>, spec: &Spec) -> Result<(), SetupError> {
         let workspace = match (mounted, &spec.workspace) {
             (Some(tree), _) => Detached::from_descriptor(tree)?,
             (None, Some(workspace)) => {

@@ -27,6 +27,8 @@ pub(super) struct Sandbox<'a> {
     pub(super) mapped: File,
     /// The namespaces of the host.
     pub(super) outer: namespaces::Inodes,
+    /// What the command may take of what is the agent's user's, too.
+    pub(super) quotas: namespaces::Quotas,
 }
 
 /// Runs pid 1. Never returns into the code of the process it is a copy of.
@@ -45,7 +47,7 @@ pub(super) fn main(mut sandbox: Sandbox<'_>) -> ! {
 }
 
 fn run(sandbox: &Sandbox<'_>) -> Result<(), SetupError> {
-    let Sandbox { strict, control, outer, .. } = sandbox;
+    let Sandbox { strict, control, outer, quotas, .. } = sandbox;
     take_identity(strict.identity)?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .step(Step::Process, "make pid 1 unreadable")?;
@@ -53,6 +55,7 @@ fn run(sandbox: &Sandbox<'_>) -> Result<(), SetupError> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .step(Step::Process, "tie pid 1 to its monitor")?;
     syscalls::set_host_name(c"cortex").step(Step::Namespaces, "set the host name")?;
+    quotas.apply();
     let root = filesystem::prepare(strict)?;
     if strict.network == Network::None {
         syscalls::loopback_up().step(Step::Loopback, "bring up the private loopback")?;

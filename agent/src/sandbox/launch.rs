@@ -20,9 +20,7 @@ use super::memory_file;
 use super::planted::Absent;
 use super::remedy::Refusal;
 use super::spare::{NextSpare, Spares};
-use super::spec::{
-    Action, Confinement, Identity, Limits, Network, ProbeFacts, Spec, StrictSpec,
-};
+use super::spec::{Action, Confinement, Identity, Limits, Network, ProbeFacts, Spec, StrictSpec};
 use super::stage_handle::{Stage, StageHandle};
 use super::terminal::TerminalSize;
 use super::workspace::{self, WorkspaceRefusal};
@@ -70,8 +68,6 @@ pub struct Command {
     pub network: Network,
     /// Its limits.
     pub limits: Limits,
-    /// Somebody asked for limits other than the node's own.
-    pub limits_asked_for: bool,
     /// Whether it is given standard input; otherwise it reads end-of-file.
     pub stdin: bool,
     /// A terminal in place of pipes; its output is all standard output.
@@ -140,10 +136,12 @@ impl Launcher {
         }
     }
 
-    /// With control groups, where this machine lets this process have them. To be called once in a
-    /// process, before it runs commands: it may move the process to another group.
+    /// With control groups, where this machine lets this process have them, and as many descriptors
+    /// as this process may have. To be called once in a process, before it runs commands: it may move
+    /// the process to another group.
     #[must_use]
     pub fn with_control_groups(self) -> Self {
+        raise_own_limit();
         Self { groups: Some(Arc::new(ControlGroups::prepare())), ..self }
     }
 
@@ -176,8 +174,10 @@ impl Launcher {
         // Looking at the workspace touches the disk, which may be slow or a dead network mount.
         let limits = command.limits;
         let (mappings, program) = (Arc::clone(&self.mappings), self.stage.clone());
-        let (limits_wanted, group_required) =
-            (command.limits_asked_for, command.require_control_group);
+        let groups = self.groups.clone().unwrap_or_default();
+        if command.require_control_group && groups.version() == "none" {
+            return Err(LaunchError::Refused(ControlGroups::required_and_missing()));
+        }
         let write = move || Files::write(command, &mappings, &program);
         let files = tokio::task::spawn_blocking(write).await.map_err(|error| {
             LaunchError::Io { attempt: "prepare the command", source: io::Error::other(error) }
@@ -199,34 +199,25 @@ impl Launcher {
         fds.extend(files.script.as_ref().map(OwnedFd::as_fd));
         fds.extend(files.tree.as_ref().map(OwnedFd::as_fd));
 
-        let groups = self.groups.clone().unwrap_or_default();
-        let wanted = limits_wanted || group_required;
-        // A group of version 1 has to be entered before a sandbox is made.
-        let may_be_spare = !is_probe && (!wanted || groups.are_born_into());
-        let spare = if may_be_spare { self.spares.take(&files.confinement) } else { None };
+        let spare = if is_probe { None } else { self.spares.take(&files.confinement) };
         let mut given = None;
         if let Some(spare) = spare {
-            let limited = spare.group().limit(&limits);
-            limited.map_err(io_error("limit the control group"))?;
+            spare.group().limit(&limits).map_err(io_error("limit the control group"))?;
             given = give(spare, &files.spec, &fds).await?;
         }
         let (mut handle, group) = match given {
             Some(given) => given,
             None => {
-                let group = groups
-                    .group_for(&limits, wanted)
-                    .map_err(io_error("create a control group"))?
-                    .unwrap_or_default();
-                if group_required && group.entrance().is_empty() {
-                    return Err(LaunchError::Refused(ControlGroups::required_and_missing()));
-                }
+                let group = groups.new_group().map_err(io_error("create a control group"))?;
+                let group = group.unwrap_or_default();
+                group.limit(&limits).map_err(io_error("limit the control group"))?;
                 Stage::start(&self.stage, files.confinement.clone(), group)
                     .map_err(io_error("start the sandbox stage"))?
                     .give(&files.spec, &fds)
                     .map_err(io_error("instruct the sandbox stage"))?
             }
         };
-        if may_be_spare && is_worth_a_spare(&files.confinement) {
+        if !is_probe && is_worth_a_spare(&files.confinement) {
             handle.then(NextSpare {
                 spares: Arc::downgrade(&self.spares),
                 program: self.stage.clone(),
@@ -251,20 +242,30 @@ impl Launcher {
     }
 }
 
+/// Descriptors that commands of the same user have on their way through sockets count against this
+/// process's limit, too; theirs is set to at most half of what this process may have.
+fn raise_own_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!(%error, "the limit of open files stays");
+    }
+}
+
 /// Gives a command to a sandbox made beforehand; `None` if that has died without taking it.
 async fn give(
     spare: Stage,
     job: &Document,
     fds: &[BorrowedFd<'_>],
 ) -> Result<Option<(StageHandle, Group)>, LaunchError> {
-    let Ok((mut handle, group)) = spare.give(job, fds) else { return Ok(None) };
+    let (mut handle, group) =
+        spare.give(job, fds).map_err(io_error("instruct the sandbox stage"))?;
     // Without its word, a command given to another sandbox could run twice.
     match tokio::time::timeout(TAKEN_WITHIN, handle.has_taken()).await {
         Ok(true) => Ok(Some((handle, group))),
         Ok(false) => Ok(None),
-        Err(_) => {
-            Err(io_error("hand the command to its sandbox")(io::ErrorKind::TimedOut.into()))
-        }
+        Err(_) => Err(io_error("hand the command to its sandbox")(io::ErrorKind::TimedOut.into())),
     }
 }
 
@@ -313,9 +314,8 @@ impl Files {
             (Some(workspace), Mode::Strict) => Absent::in_workspace(&workspace.path),
             _ => Absent::default(),
         };
-        let sealed = |bytes: &[u8]| {
-            memory_file::sealed(bytes).map_err(io_error("write a memory file"))
-        };
+        let sealed =
+            |bytes: &[u8]| memory_file::sealed(bytes).map_err(io_error("write a memory file"));
         let (action, script) = match command.program {
             Program::Arguments(arguments) => (Action::Program(arguments), None),
             Program::Script(text) => (Action::Script, Some(sealed(&text)?)),
@@ -383,4 +383,3 @@ pub struct Launched {
     /// Its life.
     pub stage: StageHandle,
 }
-

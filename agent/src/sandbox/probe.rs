@@ -119,8 +119,6 @@ fn empty_command(abstract_socket: Vec<u8>, hidden: &[PathBuf]) -> Command {
             file_bytes: MEBIBYTE,
             temporary_bytes: MEBIBYTE,
         },
-        // A probe uses no memory worth counting, and entering a group of version 1 takes long.
-        limits_asked_for: false,
         stdin: false,
         terminal: None,
         read_only: Vec::new(),

@@ -148,7 +148,7 @@ impl NextSpare {
     fn start(&self, keeper: oneshot::Sender<()>) -> std::io::Result<Spare> {
         // What is mounted from here on shows as a change.
         let mounts = MountTable::open()?;
-        let group = self.groups.group_beforehand()?.unwrap_or_default();
+        let group = self.groups.new_group()?.unwrap_or_default();
         let stage = Stage::start(&self.program, self.confinement.clone(), group)?;
         let runtime = tokio::runtime::Handle::current().id();
         let confinement = self.confinement.clone();

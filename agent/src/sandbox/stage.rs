@@ -69,8 +69,8 @@ impl Job {
     /// more.
     pub(super) fn receive(control: &OwnedFd) -> Result<Option<Self>, SetupError> {
         let step = Step::Specification;
-        let Some((spec, fds)) = channel::receive_document::<Spec>(control)
-            .step(step, "receive the specification")?
+        let Some((spec, fds)) =
+            channel::receive_document::<Spec>(control).step(step, "receive the specification")?
         else {
             return Ok(None);
         };
@@ -165,6 +165,7 @@ fn run_strict(
         return Err(SetupError::new(Step::Identity, "a command never runs as user 0"));
     }
     let outer = namespaces::Inodes::of_this_process(strict.network)?;
+    let quotas = namespaces::Quotas::of_this_user();
     let (mapped, mut tell_mapped) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
         .map(|(read, write)| (File::from(read), File::from(write)))
         .step(Step::Namespaces, "create a pipe")?;
@@ -175,7 +176,7 @@ fn run_strict(
     {
         Cloned::Child => {
             drop((tell_mapped, group));
-            init::main(init::Sandbox { strict, control, mapped, outer })
+            init::main(init::Sandbox { strict, control, mapped, outer, quotas })
         }
         Cloned::Parent(pid) => {
             drop((mapped, group));

@@ -29,7 +29,11 @@ pub(super) struct Stage {
 impl Stage {
     /// Starts the program as a stage, which begins to prepare the sandbox. To be called within a
     /// runtime.
-    pub(super) fn start(program: &Path, confinement: Confinement, group: Group) -> io::Result<Self> {
+    pub(super) fn start(
+        program: &Path,
+        confinement: Confinement,
+        group: Group,
+    ) -> io::Result<Self> {
         let control_group = match group.entrance().len() {
             0 => ControlGroup::None,
             _ if group.is_born_into() => ControlGroup::BornInto,
@@ -69,7 +73,15 @@ impl Stage {
         job: &Document,
         fds: &[BorrowedFd<'_>],
     ) -> io::Result<(StageHandle, Group)> {
-        job.send(&self.handle.control, fds)?;
+        match job.send(&self.handle.control, fds) {
+            // It is gone already. What it said before, or else its end, tells why.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                ) => {}
+            sent => sent?,
+        }
         Ok((self.handle, self.group))
     }
 

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 mod abuse;
+mod calls;
 mod denials;
 mod endings;
 mod input;
