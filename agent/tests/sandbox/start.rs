@@ -177,8 +177,14 @@ fn children_of(process: u32) -> Vec<u32> {
 async fn apart_beside_bubblewrap() {
     let rounds = std::env::var("ROUNDS").map_or(20, |rounds| rounds.parse().unwrap());
     let workspace = TempDir::new().unwrap();
-    // As everybody else, so that the figures do not have the making of a map of it.
-    run(in_workspace("true", workspace.path())).await;
+    // One makes a sandbox for the command that follows, the other never does. Both know the workspace,
+    // so that the figures do not have the making of a map of it.
+    let alone = Launcher::with_stage(env!("CARGO_BIN_EXE_cortex-agent"));
+    for launcher in [launcher(), alone.clone()] {
+        let first = in_workspace("true", workspace.path());
+        assert!(Running::with(launcher, first, PLENTY).finish().await.succeeded());
+    }
+    alone.close().await;
     let wish = || {
         let request = program(&["/bin/echo", "x"]);
         CommandRequest { workspace: view(workspace.path(), ""), ..request }
@@ -187,8 +193,7 @@ async fn apart_beside_bubblewrap() {
         pause().await;
         print_times("cortex mesh, STRICT", times_of(Running::start(wish(), PLENTY)).await);
         pause().await;
-        let fresh = Launcher::with_stage(env!("CARGO_BIN_EXE_cortex-agent"));
-        let running = Running::with(fresh, wish(), PLENTY);
+        let running = Running::with(alone.clone(), wish(), PLENTY);
         print_times("cortex mesh, STRICT, none made beforehand", times_of(running).await);
         pause().await;
         let wrapped = bubblewrap(workspace.path(), &["/bin/echo", "x"]);
