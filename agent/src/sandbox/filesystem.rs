@@ -16,7 +16,7 @@
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags};
@@ -102,12 +102,13 @@ const PROC_COVERED: [&str; 15] = [
 /// Largest file of `/etc` that is copied; a larger one is mounted.
 const MAX_COPIED_BYTES: u64 = 128 * 1024;
 
-/// Builds the file system and makes it the root of the caller's mount namespace.
+/// Builds the file system and makes it the root of the caller's mount namespace. Gives what is
+/// pinned in the workspace.
 pub(super) fn build(
     strict: &StrictSpec,
     workspace: Prepared,
     spec: &Spec,
-) -> Result<(), SetupError> {
+) -> Result<Vec<PathBuf>, SetupError> {
     let step = Step::FileSystem;
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .step(step, "make all mounts private")?;
@@ -142,14 +143,16 @@ pub(super) fn build(
     make_directories(&root, "var")?;
     link(&root, "../tmp", "var/tmp")?;
     workspace.attach(&root, inside(WORKSPACE_INSIDE))?;
-    protect::pin(&root)?;
+    let pins = spec.workspace.as_ref().map_or(&[][..], |workspace| &workspace.pins);
+    let pinned = protect::pin(&root, pins)?;
 
     syscalls::mount_set_attributes(
         root.as_fd(),
         MountAttributes { set: READ_ONLY, this_mount_only: true, ..MountAttributes::default() },
     )
     .step(step, "make the root read-only")?;
-    enter(&root)
+    enter(&root)?;
+    Ok(pinned)
 }
 
 /// Makes `root` the root, and lets go of the old one.

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 
 use rustix::process::{DumpableBehavior, Signal};
 
+use super::protect::Watch;
 use super::spec::{
     Confinement, Context as _, Identity, Network, Report, SetupError, Step, StrictSpec,
 };
@@ -55,7 +56,8 @@ fn run(sandbox: Sandbox<'_>) -> Result<(), SetupError> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .step(Step::Process, "tie pid 1 to its monitor")?;
     syscalls::set_host_name(c"cortex").step(Step::Namespaces, "set the host name")?;
-    filesystem::build(strict, workspace, &job.spec)?;
+    let pinned = filesystem::build(strict, workspace, &job.spec)?;
+    let watch = Watch::begin(pinned)?;
     if strict.network == Network::None {
         syscalls::loopback_up().step(Step::Loopback, "bring up the private loopback")?;
     }
@@ -70,16 +72,22 @@ fn run(sandbox: Sandbox<'_>) -> Result<(), SetupError> {
         .step(Step::Process, "create a pipe")?;
     match syscalls::fork_process().step(Step::Process, "start the command's process")? {
         Cloned::Child => {
-            drop((executed, children));
+            drop((executed, children, watch));
             let confined = matches!(job.spec.confinement, Confinement::Strict(_));
             debug_assert!(confined, "pid 1 exists in strict mode only");
             payload::main(job, payload::Confine::Strict { strict, outer: &outer }, report_failure)
         }
         Cloned::Parent(pid) => {
             drop((job, report_failure));
-            stage::release_output()?;
-            privileges::drop_all()?;
-            reaper::supervise(control, &children, executed.as_fd(), pid)
+            let result =
+                stage::release_output().and_then(|()| privileges::drop_all()).and_then(|()| {
+                    reaper::supervise(control, &children, executed.as_fd(), pid, watch.as_ref())
+                });
+            // From here on the command may have run.
+            if let Err(error) = result {
+                channel::send(control, &Report::Failed(error)).ok();
+            }
+            Ok(())
         }
     }
 }

@@ -23,7 +23,8 @@ use super::cgroup::{ControlGroups, Group};
 use super::channel;
 use super::identity::{self, NoIdentity};
 use super::mapping::Mappings;
-use super::planted::Absent;
+use super::planted::Before;
+use super::protect;
 use super::remedy::Refusal;
 use super::spec::{
     Action, Confinement, ControlGroup, Ending, Limits, MAX_SPEC_BYTES, Network, Order, ProbeFacts,
@@ -215,7 +216,7 @@ impl Launcher {
             stdout,
             stderr,
             stdin: stdin.map(|(sender, _)| sender),
-            absent: files.absent,
+            before: files.before,
             group: files.group,
             stage: StageHandle {
                 control: UnixDatagram::from_std(ours.into())
@@ -237,7 +238,7 @@ struct Files {
     spec: OwnedFd,
     script: Option<OwnedFd>,
     mapping: Option<OwnedFd>,
-    absent: Absent,
+    before: Option<Before>,
     group: Group,
 }
 
@@ -253,9 +254,13 @@ impl Files {
             .as_deref()
             .map(|root| workspace::check(root, &command.forbidden))
             .transpose()?;
-        let absent = match (&workspace, command.mode) {
-            (Some(workspace), Mode::Strict) => Absent::in_workspace(&workspace.path),
-            _ => Absent::default(),
+        let before = match (&mut workspace, command.mode) {
+            (Some(workspace), Mode::Strict) => {
+                let before = Before::of(&workspace.path);
+                workspace.pins = protect::pins(before.survey());
+                Some(before)
+            }
+            _ => None,
         };
         let (action, script) = match command.program {
             Program::Arguments(arguments) => (Action::Program(arguments), None),
@@ -315,7 +320,7 @@ impl Files {
         if u64::try_from(spec.len()).map_or(true, |length| length > MAX_SPEC_BYTES) {
             return Err(LaunchError::TooLong);
         }
-        Ok(Self { spec: sealed(&spec)?, script, mapping, absent, group })
+        Ok(Self { spec: sealed(&spec)?, script, mapping, before, group })
     }
 }
 
@@ -342,8 +347,8 @@ pub struct Launched {
     pub stderr: pipe::Receiver,
     /// Its standard input, where it was asked for.
     pub stdin: Option<pipe::Sender>,
-    /// Names that its workspace did not have before; empty in permissive mode.
-    pub absent: Absent,
+    /// What stood in its workspace before; `None` without one and in permissive mode.
+    pub before: Option<Before>,
     /// Its control group, to be dropped when it is over.
     pub group: Group,
     /// Its life.
@@ -376,6 +381,8 @@ pub enum StageMessage {
     },
     /// The sandbox could not be set up; nothing has run.
     Refused(Refusal),
+    /// The command has run, or may have, and is ended because it cannot be looked after any more.
+    Failed(Refusal),
     /// The command itself ended.
     Ended(Ending),
     /// Every process of the command has ended, and nothing more will come.
@@ -461,6 +468,7 @@ fn receive_now(control: &UnixDatagram) -> io::Result<Option<StageMessage>> {
             StageMessage::NotExecuted { program, source: io::Error::from_raw_os_error(errno) }
         }
         Report::Refused(error) => StageMessage::Refused(Refusal::from(&error)),
+        Report::Failed(error) => StageMessage::Failed(Refusal::from(&error)),
         Report::Ended(ending) => StageMessage::Ended(ending),
     }))
 }

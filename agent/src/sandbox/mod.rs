@@ -19,6 +19,7 @@
 mod cgroup;
 mod channel;
 mod filesystem;
+mod git_files;
 mod identity;
 mod init;
 mod landlock;
@@ -39,6 +40,7 @@ mod seccomp;
 mod self_test;
 mod spec;
 mod stage;
+mod survey;
 #[allow(unsafe_code)]
 mod syscalls;
 mod terminal;
@@ -47,12 +49,13 @@ mod workspace;
 pub use cgroup::Group;
 pub use identity::NoIdentity;
 pub use launch::{Command, LaunchError, Launched, Launcher, Program, StageHandle, StageMessage};
-pub use planted::Absent;
+pub use planted::Before;
 pub use probe::Capabilities;
 pub use remedy::Refusal;
 pub use spec::{
     Ending, HOME_INSIDE, Identity, Limits, Network, SetupError, Step, WORKSPACE_INSIDE,
 };
 pub use stage::{stage_main, stage_requested};
+pub use survey::is_obeyed_at_top;
 pub use terminal::TerminalSize;
 pub use workspace::WorkspaceRefusal;

@@ -121,6 +121,7 @@ pub(super) fn check(root: &Path, forbidden: &[PathBuf]) -> Result<WorkspaceSpec,
         owner_uid: metadata.uid(),
         owner_gid: metadata.gid(),
         mapped: false,
+        pins: Vec::new(),
     })
 }
 

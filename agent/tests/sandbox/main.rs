@@ -11,6 +11,7 @@ mod denials;
 mod endings;
 mod input;
 mod output;
+mod protected;
 mod refusals;
 mod start;
 mod support;
