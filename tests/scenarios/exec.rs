@@ -65,7 +65,8 @@ fn interrupting_the_client_ends_the_command_on_the_node() {
     let operator = mesh.operator("operator");
     let _node = mesh.node("a", As::Me);
     let mark = format!("cortex-mark-{}", rand::random::<u64>());
-    let script = format!("exec -a {mark} sleep 300 & echo started; wait");
+    // Told by the marked process itself: before its exec it has no mark.
+    let script = format!("exec -a {mark} bash -c 'echo started; sleep 300; true' & wait");
     let mut command = operator.command(&["exec", "a", "-s", &script]);
     let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
     client.line("that it started", |line| (line == "started").then_some(()));

@@ -16,7 +16,7 @@
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags};
@@ -138,8 +138,13 @@ pub(super) fn prepare(strict: &StrictSpec) -> Result<Root, SetupError> {
 
 impl Root {
     /// Adds the workspace and makes this the root of the caller's mount namespace. `mounted` is the
-    /// workspace where the agent has mounted it; otherwise it is found by its path.
-    pub(super) fn complete(&self, mounted: Option<OwnedFd>, spec: &Spec) -> Result<(), SetupError> {
+    /// workspace where the agent has mounted it; otherwise it is found by its path. Gives what is
+    /// pinned in it.
+    pub(super) fn complete(
+        &self,
+        mounted: Option<OwnedFd>,
+        spec: &Spec,
+    ) -> Result<Vec<PathBuf>, SetupError> {
         let workspace = match (mounted, &spec.workspace) {
             (Some(tree), _) => Detached::from_descriptor(tree)?,
             (None, Some(workspace)) => {
@@ -150,13 +155,15 @@ impl Root {
             }
         };
         workspace.attach(&self.root, inside(WORKSPACE_INSIDE))?;
-        protect::pin(&self.root)?;
+        let pins = spec.workspace.as_ref().map_or(&[][..], |workspace| &workspace.pins);
+        let pinned = protect::pin(&self.root, pins)?;
         syscalls::mount_set_attributes(
             self.root.as_fd(),
             MountAttributes { set: READ_ONLY, this_mount_only: true, ..MountAttributes::default() },
         )
         .step(Step::FileSystem, "make the root read-only")?;
-        self.enter()
+        self.enter()?;
+        Ok(pinned)
     }
 
     /// Makes it the root, and lets go of the old one.

@@ -14,6 +14,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 
 use rustix::process::{DumpableBehavior, Signal};
 
+use super::protect::Watch;
 use super::spec::{Context as _, Identity, Network, Report, SetupError, Step, StrictSpec};
 use super::stage::Job;
 use super::syscalls::{self, Cloned};
@@ -67,21 +68,28 @@ fn run(sandbox: &Sandbox<'_>) -> Result<(), SetupError> {
         .step(Step::Process, "create a pipe")?;
 
     let Some(mut job) = Job::receive(control)? else { return Ok(()) };
-    root.complete(job.workspace.take(), &job.spec)?;
+    let pinned = root.complete(job.workspace.take(), &job.spec)?;
+    let watch = Watch::begin(pinned)?;
     if let Some(size) = job.spec.terminal {
         job.terminal = Some(terminal::open(size, control)?);
     }
     match syscalls::fork_process().step(Step::Process, "start the command's process")? {
         Cloned::Child => {
-            drop((executed, children));
+            drop((executed, children, watch));
             let confine = payload::Confine::Strict { strict, outer, filters: &filters };
             payload::main(job, confine, report_failure)
         }
         Cloned::Parent(pid) => {
             // End-of-file on the command's output must not have to wait for us.
             drop((job, report_failure));
-            privileges::drop_all()?;
-            reaper::supervise(control, &children, executed.as_fd(), pid)
+            let result = privileges::drop_all().and_then(|()| {
+                reaper::supervise(control, &children, executed.as_fd(), pid, watch.as_ref())
+            });
+            // From here on the command may have run.
+            if let Err(error) = result {
+                channel::send(control, &Report::Failed(error)).ok();
+            }
+            Ok(())
         }
     }
 }

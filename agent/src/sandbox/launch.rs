@@ -17,7 +17,8 @@ use super::channel::Document;
 use super::identity::{self, NoIdentity};
 use super::mapping::Mappings;
 use super::memory_file;
-use super::planted::Absent;
+use super::planted::Before;
+use super::protect;
 use super::remedy::Refusal;
 use super::spare::{NextSpare, Spares};
 use super::spec::{Action, Confinement, Identity, Limits, Network, ProbeFacts, Spec, StrictSpec};
@@ -229,7 +230,7 @@ impl Launcher {
             stdout,
             stderr,
             stdin: stdin.map(|(sender, _)| sender),
-            absent: files.absent,
+            before: files.before,
             group,
             stage: handle,
         })
@@ -300,7 +301,7 @@ struct Files {
     script: Option<OwnedFd>,
     /// The workspace, where this process can mount it.
     tree: Option<OwnedFd>,
-    absent: Absent,
+    before: Option<Before>,
 }
 
 impl Files {
@@ -310,9 +311,13 @@ impl Files {
             .as_deref()
             .map(|root| workspace::check(root, &command.forbidden))
             .transpose()?;
-        let absent = match (&workspace, command.mode) {
-            (Some(workspace), Mode::Strict) => Absent::in_workspace(&workspace.path),
-            _ => Absent::default(),
+        let before = match (&mut workspace, command.mode) {
+            (Some(workspace), Mode::Strict) => {
+                let before = Before::of(&workspace.path);
+                workspace.pins = protect::pins(before.survey());
+                Some(before)
+            }
+            _ => None,
         };
         let sealed =
             |bytes: &[u8]| memory_file::sealed(bytes).map_err(io_error("write a memory file"));
@@ -363,7 +368,7 @@ impl Files {
         let spec = Document::new(&spec)
             .map_err(io_error("write the specification"))?
             .ok_or(LaunchError::TooLong)?;
-        Ok(Self { confinement, spec, script, tree, absent })
+        Ok(Self { confinement, spec, script, tree, before })
     }
 }
 
@@ -376,8 +381,8 @@ pub struct Launched {
     pub stderr: pipe::Receiver,
     /// Its standard input, where it was asked for.
     pub stdin: Option<pipe::Sender>,
-    /// Names that its workspace did not have before; empty in permissive mode.
-    pub absent: Absent,
+    /// What stood in its workspace before; `None` without one and in permissive mode.
+    pub before: Option<Before>,
     /// Its control group, to be dropped when it is over.
     pub group: Group,
     /// Its life.

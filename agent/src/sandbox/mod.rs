@@ -20,6 +20,7 @@ mod bpf;
 mod cgroup;
 mod channel;
 mod filesystem;
+mod git_files;
 mod identity;
 mod init;
 mod landlock;
@@ -43,6 +44,7 @@ mod spare;
 mod spec;
 mod stage;
 mod stage_handle;
+mod survey;
 #[allow(unsafe_code)]
 mod syscalls;
 mod terminal;
@@ -51,7 +53,7 @@ mod workspace;
 pub use cgroup::Group;
 pub use identity::NoIdentity;
 pub use launch::{Command, LaunchError, Launched, Launcher, Program};
-pub use planted::Absent;
+pub use planted::Before;
 pub use probe::Capabilities;
 pub use remedy::Refusal;
 pub use spec::{
@@ -59,5 +61,6 @@ pub use spec::{
 };
 pub use stage::{stage_main, stage_requested};
 pub use stage_handle::{StageHandle, StageMessage};
+pub use survey::is_obeyed_at_top;
 pub use terminal::TerminalSize;
 pub use workspace::WorkspaceRefusal;

@@ -10,10 +10,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, WaitOptions, wait};
 
-use super::spec::{Context as _, SetupError, Step};
+use super::spec::{Context as _, Report, SetupError, Step};
 use super::stage::Job;
 use super::syscalls::{self, Cloned};
-use super::{payload, reaper, terminal};
+use super::{channel, payload, reaper, terminal};
 
 /// Runs the command to its end, and ends what it left behind.
 pub(super) fn run(
@@ -41,12 +41,16 @@ pub(super) fn run(
         Cloned::Parent(pid) => {
             // End-of-file on the command's output must not have to wait for us.
             drop((job, report_failure));
-            let result = reaper::supervise(control, &children, executed.as_fd(), pid);
+            let result = reaper::supervise(control, &children, executed.as_fd(), pid, None);
+            // From here on the command may have run.
+            if let Err(error) = result {
+                channel::send(control, &Report::Failed(error)).ok();
+            }
             if let Some(group) = group {
                 end_group(&group);
             }
             end_descendants();
-            result
+            Ok(())
         }
     }
 }

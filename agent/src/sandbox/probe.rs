@@ -91,7 +91,9 @@ impl Launcher {
         loop {
             match launched.stage.next_message().await {
                 Ok(StageMessage::Started) => outcome = Ok(()),
-                Ok(StageMessage::Refused(refusal)) => outcome = Err(refusal),
+                Ok(StageMessage::Refused(refusal) | StageMessage::Failed(refusal)) => {
+                    outcome = Err(refusal);
+                }
                 Ok(
                     StageMessage::NotExecuted { .. }
                     | StageMessage::Terminal(_)

@@ -119,6 +119,17 @@ pub(super) struct WorkspaceSpec {
     pub(super) owner_gid: u32,
     /// It comes with the specification as a detached mount, mapped to the command's user.
     pub(super) mounted: bool,
+    /// What in it is kept from the command, in the order of the names. Empty in permissive mode.
+    pub(super) pins: Vec<Pin>,
+}
+
+/// A name in a workspace that is kept from the command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Pin {
+    /// Relative to the workspace; without links on the way.
+    pub(super) name: Vec<u8>,
+    /// Nothing in it can be changed; otherwise it can only not be moved.
+    pub(super) read_only: bool,
 }
 
 /// What to run.
@@ -183,6 +194,8 @@ pub(super) enum Report {
     NotExecuted { errno: i32, program: String },
     /// Something could not be set up; nothing has run.
     Refused(SetupError),
+    /// The command's process was started, and could not be looked after any more. Everything ends.
+    Failed(SetupError),
     /// The command ended. Everything it left behind is ended with it.
     Ended(Ending),
 }
@@ -203,6 +216,8 @@ pub enum Step {
     Specification,
     /// Finding the workspace as it was when it was checked.
     Workspace,
+    /// Keeping names from the command that programs outside obey.
+    ProtectedNames,
     /// Mapping the owner of the workspace to the identity of the command.
     MappedWorkspace,
     /// Creating the namespaces.

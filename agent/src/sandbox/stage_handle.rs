@@ -123,6 +123,8 @@ pub enum StageMessage {
     },
     /// The sandbox could not be set up; nothing has run.
     Refused(Refusal),
+    /// The command has run, or may have, and is ended because it cannot be looked after any more.
+    Failed(Refusal),
     /// The command itself ended.
     Ended(Ending),
     /// Every process of the command has ended, and nothing more will come.
@@ -236,6 +238,7 @@ fn receive_now(control: &UnixDatagram) -> io::Result<Option<Told>> {
             StageMessage::NotExecuted { program, source: io::Error::from_raw_os_error(errno) }
         }
         Report::Refused(error) => StageMessage::Refused(Refusal::from(&error)),
+        Report::Failed(error) => StageMessage::Failed(Refusal::from(&error)),
         Report::Ended(ending) => StageMessage::Ended(ending),
     })))
 }

@@ -120,6 +120,7 @@ pub(super) fn check(root: &Path, forbidden: &[PathBuf]) -> Result<WorkspaceSpec,
         owner_uid: metadata.uid(),
         owner_gid: metadata.gid(),
         mounted: false,
+        pins: Vec::new(),
     })
 }
 

@@ -12,6 +12,7 @@ mod denials;
 mod endings;
 mod input;
 mod output;
+mod protected;
 mod refusals;
 mod start;
 mod support;
