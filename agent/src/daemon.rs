@@ -116,6 +116,7 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     let finishing = async {
         // Without a session there is nobody to report them to; the journal keeps how they ended.
         tokio::join!(commands.stop_commands(), scope.finish());
+        launcher.close().await;
     };
     tokio::select! {
         () = finishing => tracing::info!("stopped"),

@@ -15,7 +15,7 @@ use super::output::OutputPipe;
 use super::request::{CommandControl, CommandEvent, CommandExit, CommandVerdict, OutputStream};
 use super::stdin::Stdin;
 use super::terminal::Terminal;
-use crate::sandbox::{Ending, Launched, StageHandle, StageMessage, TerminalSize};
+use crate::sandbox::{Ending, Launched, Refusal, StageHandle, StageMessage, TerminalSize};
 
 /// The reason given where even the process that tells of the command's end was ended.
 pub(super) const UNTOLD: &str = "the sandbox ended without telling how the command did";
@@ -33,7 +33,7 @@ const KILL_PATIENCE: Duration = Duration::from_secs(5);
 enum Stop {
     TimeLimit,
     Cancelled(&'static str),
-    Failed(String),
+    Failed(String, Option<String>),
 }
 
 /// How far ending it has come. Each step has a time after which the next is taken.
@@ -233,7 +233,7 @@ impl Running {
             }
             Escalation::None => {
                 let reason = "the sandbox could not be set up in time".to_owned();
-                self.stop(Stop::Failed(reason), libc::SIGTERM, Duration::ZERO);
+                self.stop(Stop::Failed(reason, None), libc::SIGTERM, Duration::ZERO);
             }
             Escalation::Asked(_) => {
                 self.stage.kill();
@@ -296,7 +296,7 @@ impl Running {
             Some(CommandControl::Credit(bytes)) => self.credit = self.credit.saturating_add(bytes),
             Some(CommandControl::Stdin { data, end }) => {
                 if let Err(error) = self.stdin.push(data, end) {
-                    self.stop(Stop::Failed(error.to_string()), libc::SIGTERM, DEFAULT_GRACE);
+                    self.stop(Stop::Failed(error.to_string(), None), libc::SIGTERM, DEFAULT_GRACE);
                 }
             }
             Some(CommandControl::Signal(number)) => self.stage.signal(number),
@@ -322,7 +322,7 @@ impl Running {
             Ok(StageMessage::Terminal(master)) => {
                 if let Err(error) = self.open_terminal(master) {
                     let reason = format!("the terminal cannot be used: {error}");
-                    self.stop(Stop::Failed(reason), libc::SIGTERM, Duration::ZERO);
+                    self.stop(Stop::Failed(reason, None), libc::SIGTERM, Duration::ZERO);
                 }
             }
             Ok(StageMessage::Started) => {
@@ -349,6 +349,10 @@ impl Running {
                 let reason = format!("cannot execute {program}: {source}");
                 self.not_run = Some(CommandExit::new(kind, reason, None));
             }
+            // Whoever reads "refused" may run it again: never said of what has run, whatever the
+            // stage makes of it.
+            Ok(StageMessage::Refused(refusal)) if self.started => self.lost(refusal),
+            Ok(StageMessage::Failed(refusal)) => self.lost(refusal),
             Ok(StageMessage::Refused(refusal)) => {
                 let reason = format!("{}: {}", refusal.what, refusal.why);
                 self.not_run =
@@ -360,14 +364,17 @@ impl Running {
                 self.finish();
             }
             Err(error) => {
-                self.stop(
-                    Stop::Failed(format!("the sandbox stage cannot be understood: {error}")),
-                    libc::SIGTERM,
-                    Duration::ZERO,
-                );
+                let reason = format!("the sandbox stage cannot be understood: {error}");
+                self.stop(Stop::Failed(reason, None), libc::SIGTERM, Duration::ZERO);
                 self.stage.kill_monitor();
             }
         }
+    }
+
+    /// The command has run, or may have, and its stage ends it.
+    fn lost(&mut self, why: Refusal) {
+        let reason = format!("{}: {}, so the command was ended", why.what, why.why);
+        self.stop(Stop::Failed(reason, Some(why.remedy)), libc::SIGTERM, Duration::ZERO);
     }
 
     fn finish(&mut self) {
@@ -419,7 +426,9 @@ impl Running {
                 exit.exit_code = code;
                 exit
             }
-            Some(Stop::Failed(reason)) => CommandExit::new(CommandVerdict::Failed, reason, None),
+            Some(Stop::Failed(reason, hint)) => {
+                CommandExit::new(CommandVerdict::Failed, reason, hint)
+            }
             None => match self.ending {
                 Some(Ending::Exited(_)) => {
                     let mut exit = CommandExit::new(CommandVerdict::Exited, String::new(), None);

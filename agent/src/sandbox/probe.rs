@@ -11,9 +11,10 @@ use std::path::PathBuf;
 use cortex_proto::v1;
 use cortex_shared::policy::Mode;
 
-use super::launch::{Command, LaunchError, Launcher, Program, StageMessage};
+use super::launch::{Command, LaunchError, Launcher, Program};
 use super::remedy::{Refusal, SELF_TEST};
 use super::spec::{Limits, Network};
+use super::stage_handle::StageMessage;
 use super::syscalls;
 
 /// What this machine can enforce.
@@ -90,7 +91,9 @@ impl Launcher {
         loop {
             match launched.stage.next_message().await {
                 Ok(StageMessage::Started) => outcome = Ok(()),
-                Ok(StageMessage::Refused(refusal)) => outcome = Err(refusal),
+                Ok(StageMessage::Refused(refusal) | StageMessage::Failed(refusal)) => {
+                    outcome = Err(refusal);
+                }
                 Ok(
                     StageMessage::NotExecuted { .. }
                     | StageMessage::Terminal(_)
@@ -118,8 +121,6 @@ fn empty_command(abstract_socket: Vec<u8>, hidden: &[PathBuf]) -> Command {
             file_bytes: MEBIBYTE,
             temporary_bytes: MEBIBYTE,
         },
-        // A probe uses no memory worth counting, and entering a group of version 1 takes long.
-        limits_asked_for: false,
         stdin: false,
         terminal: None,
         read_only: Vec::new(),

@@ -1,21 +1,15 @@
-//! The system call filter: two filters, because one can answer with one error number only.
+//! The system call filter: two filters, because one would have to answer with one error number.
 //!
 //! It denies a list and allows the rest: the command is arbitrary bash, so an allow list would be
 //! a guess at all programs of the world. The list is what reaches kernel code that a command has
-//! no business in: namespaces and mounts, other processes' memory, keys, tracing, modules, exotic
-//! sockets, terminals' input queues, set-user-id bits. Another architecture's system calls end the
-//! process, since the numbers would mean other calls.
+//! no business in: namespaces and mounts, other processes' memory and limits, keys, tracing,
+//! modules, exotic sockets, terminals' input queues, set-user-id bits. Another architecture's
+//! system calls end the process, since the numbers would mean other calls.
 
-use std::collections::BTreeMap;
+use seccompiler::BpfProgram;
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch, sock_filter,
-};
-
+use super::bpf::{self, Condition, Rule, Rules, Test};
 use super::spec::{SetupError, Step};
-
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// Answered with ENOSYS, so that programs fall back to an older call: those whose arguments are
 /// behind a pointer, where a filter cannot look, and io_uring, which does everything at once.
@@ -97,7 +91,7 @@ const DENIED_HERE: &[i64] = &[
     libc::SYS_sysfs,
     libc::SYS__sysctl,
 ];
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
 const DENIED_HERE: &[i64] = &[];
 
 // Newer than the constants of the C library, or absent there on one architecture. Numbers from 424
@@ -109,125 +103,110 @@ const KEXEC_FILE_LOAD: i64 = 320;
 #[cfg(target_arch = "aarch64")]
 const KEXEC_FILE_LOAD: i64 = 294;
 
-const SET_ID_BITS: [u64; 2] = [0o4000, 0o2000];
-const NAMESPACE_FLAGS: [i32; 7] = [
-    libc::CLONE_NEWNS,
-    libc::CLONE_NEWCGROUP,
-    libc::CLONE_NEWUTS,
-    libc::CLONE_NEWIPC,
-    libc::CLONE_NEWUSER,
-    libc::CLONE_NEWPID,
-    libc::CLONE_NEWNET,
-];
-const CLONE_NEWTIME: u64 = 0x80;
+const SET_ID_BITS: u32 = 0o6000;
+const NAMESPACE_FLAGS: i32 = libc::CLONE_NEWNS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET;
+/// For `unshare` only: for `clone` these bits are a signal.
+const CLONE_NEWTIME: u32 = 0x80;
 /// Terminal requests that put words into somebody's mouth: input queue, selection, console; and
 /// line disciplines, each a driver of its own.
-const TERMINAL_REQUESTS: [u64; 4] = [0x5412, 0x541C, 0x541D, 0x5423];
+const TERMINAL_REQUESTS: [u32; 4] = [0x5412, 0x541C, 0x541D, 0x5423];
+
+/// Whom `setpriority` and `ioprio_set` may concern: one process, or all of a user.
+const PRIORITY_OF_PROCESS: u32 = 0;
+const PRIORITY_OF_USER: u32 = 2;
+const IO_PRIORITY_OF_PROCESS: u32 = 1;
+const IO_PRIORITY_OF_USER: u32 = 3;
+/// The first process of the sandbox, on which the end of the command depends.
+const INIT: u32 = 1;
 
 /// The filters, ready to be installed.
-pub(super) fn compile() -> Result<Vec<BpfProgram>, SetupError> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH)
-        .map_err(|_| failed(format_args!("no filter for {}", std::env::consts::ARCH)))?;
-    let denied = program(denied_rules()?, libc::EPERM, arch)?;
-    let absent = NOT_THERE.iter().map(|number| (*number, Vec::new())).collect();
-    let mut absent = program(absent, libc::ENOSYS, arch)?;
-    if arch == TargetArch::x86_64 {
-        absent = refuse_x32().into_iter().chain(absent).collect();
-    }
-    Ok(vec![absent, denied])
+pub(super) fn compile() -> Vec<BpfProgram> {
+    let absent = NOT_THERE.iter().map(|call| (number(*call), Vec::new())).collect();
+    vec![bpf::program(&absent, libc::ENOSYS), bpf::program(&denied(), libc::EPERM)]
 }
 
 /// Installs the filters. Afterwards, this process can do no more than the command.
 pub(super) fn install(filters: &[BpfProgram]) -> Result<(), SetupError> {
-    filters.iter().try_for_each(|filter| seccompiler::apply_filter(filter).map_err(failed))
+    filters.iter().try_for_each(|filter| {
+        seccompiler::apply_filter(filter).map_err(|error| {
+            SetupError::new(Step::Seccomp, format!("set up the system call filter: {error}"))
+        })
+    })
 }
 
-fn failed(error: impl std::fmt::Display) -> SetupError {
-    SetupError::new(Step::Seccomp, format!("set up the system call filter: {error}"))
+/// No architecture has negative numbers, nor any beyond 32 bits.
+fn number(call: i64) -> u32 {
+    u32::try_from(call).unwrap_or(u32::MAX)
 }
 
-fn program(rules: Rules, errno: i32, arch: TargetArch) -> Result<BpfProgram, SetupError> {
-    let action = SeccompAction::Errno(errno.cast_unsigned());
-    SeccompFilter::new(rules, SeccompAction::Allow, action, arch)
-        .and_then(BpfProgram::try_from)
-        .map_err(failed)
-}
-
-/// The second interface of x86-64 has the same architecture value and other numbers, marked by
-/// one bit; a list of the ordinary numbers would not see it.
-fn refuse_x32() -> [sock_filter; 3] {
-    const LOAD_WORD: u16 = 0x20;
-    const JUMP_IF_AT_LEAST: u16 = 0x35;
-    const RETURN: u16 = 0x06;
-    const X32_BIT: u32 = 0x4000_0000;
-    let errno = libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned();
-    [
-        sock_filter { code: LOAD_WORD, jt: 0, jf: 0, k: 0 },
-        sock_filter { code: JUMP_IF_AT_LEAST, jt: 0, jf: 1, k: X32_BIT },
-        sock_filter { code: RETURN, jt: 0, jf: 0, k: errno },
-    ]
-}
-
-fn denied_rules() -> Result<Rules, SetupError> {
+fn denied() -> Rules {
     let mut rules: Rules =
-        DENIED.iter().chain(DENIED_HERE).map(|number| (*number, Vec::new())).collect();
-    let mut deny = |number: i64, conditions: &[SeccompCondition]| {
-        let rule = SeccompRule::new(conditions.to_vec()).map_err(failed)?;
-        rules.entry(number).or_default().push(rule);
-        Ok::<(), SetupError>(())
-    };
+        DENIED.iter().chain(DENIED_HERE).map(|call| (number(*call), Vec::new())).collect();
+    let mut deny = |call: i64, rule: Rule| rules.entry(number(call)).or_default().push(rule);
 
-    for flag in NAMESPACE_FLAGS.map(|flag| u64::from(flag.cast_unsigned())) {
-        deny(libc::SYS_clone, &[has_bits(0, flag)?])?;
-        deny(libc::SYS_unshare, &[has_bits(0, flag)?])?;
-    }
-    deny(libc::SYS_unshare, &[has_bits(0, CLONE_NEWTIME)?])?;
+    let namespaces = NAMESPACE_FLAGS.cast_unsigned();
+    deny(libc::SYS_clone, vec![any(0, namespaces)]);
+    deny(libc::SYS_unshare, vec![any(0, namespaces | CLONE_NEWTIME)]);
 
     for request in TERMINAL_REQUESTS {
-        // The kernel looks at 32 bits only, and so must the filter.
-        deny(libc::SYS_ioctl, &[is(1, request)?])?;
+        deny(libc::SYS_ioctl, vec![is(1, request)]);
     }
 
     // Only the default personality, asking for it, and switching address randomisation off.
-    deny(
-        libc::SYS_personality,
-        &[is_not(0, 0)?, is_not(0, 0xffff_ffff)?, is_not(0, 0x0004_0000)?],
-    )?;
+    deny(libc::SYS_personality, vec![is_not(0, 0), is_not(0, 0xffff_ffff), is_not(0, 0x0004_0000)]);
 
-    let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK]
-        .map(|family| is_not(0, u64::from(family.cast_unsigned())));
-    let families = families.into_iter().collect::<Result<Vec<_>, _>>()?;
-    deny(libc::SYS_socket, &families)?;
-    let netlink = u64::from(libc::AF_NETLINK.cast_unsigned());
-    deny(libc::SYS_socket, &[is(0, netlink)?, is_not(2, 0)?])?;
-    for family in [libc::AF_INET, libc::AF_INET6] {
+    let [unix, inet, inet6, netlink] =
+        [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK].map(i32::cast_unsigned);
+    deny(libc::SYS_socket, [unix, inet, inet6, netlink].map(|family| is_not(0, family)).to_vec());
+    // Of netlink only what concerns routes: how programs ask for their own addresses.
+    deny(libc::SYS_socket, vec![is(0, netlink), is_not(2, 0)]);
+    for family in [inet, inet6] {
         // The default, ICMP (for ping), TCP, UDP and ICMPv6; others load rarely used drivers.
-        let mut conditions = vec![is(0, u64::from(family.cast_unsigned()))?];
-        for protocol in [0, 1, 6, 17, 58] {
-            conditions.push(is_not(2, protocol)?);
-        }
-        deny(libc::SYS_socket, &conditions)?;
+        let usual = [0, 1, 6, 17, 58].map(|protocol| is_not(2, protocol));
+        deny(libc::SYS_socket, std::iter::once(is(0, family)).chain(usual).collect());
     }
-    deny(libc::SYS_socketpair, &[is_not(0, u64::from(libc::AF_UNIX.cast_unsigned()))?])?;
+    deny(libc::SYS_socketpair, vec![is_not(0, unix)]);
 
-    for bit in SET_ID_BITS {
-        for (number, mode) in set_id_calls() {
-            deny(number, &[has_bits(mode, bit)?])?;
-        }
-        for (number, flags) in open_calls() {
-            for creating in [libc::O_CREAT, libc::O_TMPFILE] {
-                let creating = u64::from(creating.cast_unsigned());
-                deny(number, &[has_bits(flags, creating)?, has_bits(flags + 1, bit)?])?;
-            }
+    for (call, mode) in set_id_calls() {
+        deny(call, vec![any(mode, SET_ID_BITS)]);
+    }
+    for (call, flags) in open_calls() {
+        for creating in [libc::O_CREAT, libc::O_TMPFILE].map(i32::cast_unsigned) {
+            deny(call, vec![masked(flags, creating, creating), any(flags + 1, SET_ID_BITS)]);
         }
     }
-    for kind in [libc::S_IFCHR, libc::S_IFBLK] {
-        for (number, mode) in mknod_calls() {
-            let mask = SeccompCmpOp::MaskedEq(u64::from(libc::S_IFMT));
-            deny(number, &[condition(mode, mask, u64::from(kind))?])?;
+    for (call, mode) in mknod_calls() {
+        for kind in [libc::S_IFCHR, libc::S_IFBLK] {
+            deny(call, vec![masked(mode, libc::S_IFMT, kind)]);
         }
     }
-    Ok(rules)
+
+    // Limits of others: with no descriptors left, pid 1 could not tell how the command ended. The
+    // C library asks for the caller's own as those of process 0.
+    deny(libc::SYS_prlimit64, vec![is_not(0, 0)]);
+    // Threads are given processors and priorities by number, pid 1 never.
+    for call in [
+        libc::SYS_sched_setscheduler,
+        libc::SYS_sched_setparam,
+        libc::SYS_sched_setattr,
+        libc::SYS_sched_setaffinity,
+    ] {
+        deny(call, vec![is(0, INIT)]);
+    }
+    for (call, of_process, of_user) in [
+        (libc::SYS_setpriority, PRIORITY_OF_PROCESS, PRIORITY_OF_USER),
+        (libc::SYS_ioprio_set, IO_PRIORITY_OF_PROCESS, IO_PRIORITY_OF_USER),
+    ] {
+        deny(call, vec![is(0, of_process), is(1, INIT)]);
+        deny(call, vec![is(0, of_user)]);
+    }
+    rules
 }
 
 /// Calls that set a mode, with the argument it is in.
@@ -256,37 +235,18 @@ fn mknod_calls() -> Vec<(i64, u8)> {
     calls
 }
 
-fn has_bits(argument: u8, bits: u64) -> Result<SeccompCondition, SetupError> {
-    condition(argument, SeccompCmpOp::MaskedEq(bits), bits)
+fn any(argument: u8, bits: u32) -> Condition {
+    Condition { argument, test: Test::Any(bits) }
 }
 
-fn is(argument: u8, value: u64) -> Result<SeccompCondition, SetupError> {
-    condition(argument, SeccompCmpOp::Eq, value)
+fn masked(argument: u8, mask: u32, value: u32) -> Condition {
+    Condition { argument, test: Test::Masked { mask, value } }
 }
 
-fn is_not(argument: u8, value: u64) -> Result<SeccompCondition, SetupError> {
-    condition(argument, SeccompCmpOp::Ne, value)
+fn is(argument: u8, value: u32) -> Condition {
+    Condition { argument, test: Test::Is(value) }
 }
 
-/// All arguments looked at here are 32 bits wide for the kernel.
-fn condition(
-    argument: u8,
-    operator: SeccompCmpOp,
-    value: u64,
-) -> Result<SeccompCondition, SetupError> {
-    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value).map_err(failed)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn filters_fit_the_kernel_and_differ_in_their_answer() {
-        let filters = compile().unwrap();
-        assert_eq!(filters.len(), 2);
-        for filter in &filters {
-            assert!(filter.len() < 4096, "{}", filter.len());
-        }
-    }
+fn is_not(argument: u8, value: u32) -> Condition {
+    Condition { argument, test: Test::IsNot(value) }
 }

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use cortex_agent::exec::{CommandRequest, CommandVerdict};
+use cortex_agent::exec::{CommandEvent, CommandRequest, CommandVerdict, Executor};
+use cortex_agent::sandbox::Launcher;
+use cortex_shared::policy::Mode;
 use tempfile::TempDir;
 
 use crate::support::{apart, in_workspace, launcher, run, script, succeeds_outside, view};
@@ -105,4 +107,32 @@ async fn the_probe_agrees_with_what_commands_experience() {
     if !found.strict_available() {
         eprintln!("skipped: strict mode is not available here: {:?}", found.missing);
     }
+}
+
+#[tokio::test]
+async fn what_has_started_is_never_called_refused() {
+    // A stage that says that it refuses what it has started before.
+    let folder = TempDir::new().unwrap();
+    let stage = folder.path().join("stage");
+    let refusal = r#"{"Refused":{"step":"Internal","errno":22,"detail":"wait for events"}}"#;
+    let text = format!(
+        "#!/usr/bin/perl\nopen(my $s, '+<&=0'); recv($s, my $spec, 65536, 0);\n\
+         foreach (q(\"Started\"), q({refusal})) {{ send($s, $_, 0) }}\n"
+    );
+    std::fs::write(&stage, text).unwrap();
+    std::fs::set_permissions(&stage, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let executor = Executor::new(Launcher::with_stage(&stage));
+    let (_control, orders) = tokio::sync::mpsc::channel(1);
+    let (sender, mut events) = tokio::sync::mpsc::channel(4);
+    let request = CommandRequest { mode: Mode::Permissive, ..script("true") };
+    executor.run(request, 1, orders, sender).await;
+    let mut seen = Vec::new();
+    while let Some(event) = events.recv().await {
+        seen.push(event);
+    }
+    let [CommandEvent::Started { .. }, CommandEvent::Exit(exit)] = &seen[..] else {
+        panic!("{seen:?}")
+    };
+    assert_eq!((exit.verdict, exit.exit_code), (CommandVerdict::Failed, 125), "{exit:?}");
+    assert!(exit.reason.as_ref().unwrap().contains("wait for events"), "{exit:?}");
 }

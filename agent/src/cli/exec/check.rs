@@ -115,7 +115,10 @@ pub(in crate::cli) fn verdict_name(value: i32) -> &'static str {
 /// What to say about an end, beside its exit code; `None` where the code says it all.
 pub(in crate::cli) fn complaint(exit: &TaskExit) -> Option<String> {
     let what = match verdict(exit.verdict) {
-        TaskVerdict::Exited | TaskVerdict::Signalled => return None,
+        // The command's own end; what it left behind is still worth a word.
+        TaskVerdict::Exited | TaskVerdict::Signalled => {
+            return (!exit.hint.is_empty()).then(|| hint(exit));
+        }
         TaskVerdict::TimeLimit => "the command ran into its time limit",
         TaskVerdict::Cancelled => "the command was cancelled",
         TaskVerdict::Refused => "the node refused the command; it has not run",
@@ -129,9 +132,13 @@ pub(in crate::cli) fn complaint(exit: &TaskExit) -> Option<String> {
         text.push_str(&format!("cause: {}\n", super::super::error::printable(&exit.reason)));
     }
     if !exit.hint.is_empty() {
-        text.push_str(&format!("hint: {}\n", super::super::error::printable(&exit.hint)));
+        text.push_str(&hint(exit));
     }
     Some(text)
+}
+
+fn hint(exit: &TaskExit) -> String {
+    format!("hint: {}\n", super::super::error::printable(&exit.hint))
 }
 
 #[cfg(test)]

@@ -21,8 +21,10 @@ pub(super) struct Document {
     pub(super) signal: u32,
     /// All output has arrived.
     pub(super) complete: bool,
-    /// Not all of it is in this document.
+    /// Not all of it is in this document; the counts are of all.
     pub(super) truncated: bool,
+    pub(super) stdout_bytes: u64,
+    pub(super) stderr_bytes: u64,
     pub(super) duration_ms: u64,
     pub(super) reason: String,
     pub(super) hint: String,
@@ -52,6 +54,8 @@ impl Document {
             signal: exit.signal,
             complete,
             truncated: captured.truncated,
+            stdout_bytes: exit.stdout_bytes,
+            stderr_bytes: exit.stderr_bytes,
             duration_ms: exit.duration_ms,
             reason: exit.reason.clone(),
             hint: exit.hint.clone(),

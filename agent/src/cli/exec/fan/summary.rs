@@ -107,7 +107,9 @@ impl Course {
         };
         match exit.verdict() {
             _ if self.too_much => {
-                Fate::Failed(code.max(1), "it wrote more than --max-output allows".to_owned())
+                let bytes = exit.stdout_bytes.saturating_add(exit.stderr_bytes);
+                let text = format!("it wrote more than --max-output allows: {bytes} bytes in all");
+                Fate::Failed(code.max(1), text)
             }
             v1::TaskVerdict::Cancelled if self.interrupted => Fate::Interrupted,
             v1::TaskVerdict::Failed
@@ -269,6 +271,17 @@ mod tests {
             }
             assert!(!text(&reports).contains(": good"));
         }
+    }
+
+    #[test]
+    fn output_past_the_most_is_counted() {
+        let verdict = v1::TaskVerdict::Cancelled.into();
+        let exit = v1::TaskExit { verdict, stdout_bytes: 7, stderr_bytes: 5, ..Default::default() };
+        let course = Course { too_much: true, ..course(Ok(Some(exit))) };
+        let report = Report::new(target("a"), course);
+        assert!(report.fate.why().unwrap().contains("12 bytes"), "{:?}", report.fate);
+        let document = &report.document;
+        assert!(document.truncated && document.stdout_bytes == 7 && document.stderr_bytes == 5);
     }
 
     #[test]
