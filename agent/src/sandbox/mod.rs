@@ -49,10 +49,11 @@ pub use identity::NoIdentity;
 pub use launch::{Command, LaunchError, Launched, Launcher, Program, StageHandle, StageMessage};
 pub use planted::Absent;
 pub use probe::Capabilities;
+pub(crate) use protect::OBEYED;
 pub use remedy::Refusal;
 pub use spec::{
     Ending, HOME_INSIDE, Identity, Limits, Network, SetupError, Step, WORKSPACE_INSIDE,
 };
 pub use stage::{stage_main, stage_requested};
 pub use terminal::TerminalSize;
-pub use workspace::WorkspaceRefusal;
+pub use workspace::{CheckedWorkspace, WorkspaceRefusal, check_workspace};

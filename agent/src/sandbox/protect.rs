@@ -19,7 +19,7 @@ use super::syscalls::READ_ONLY;
 pub(super) const GIT_ACTIVE: [&str; 4] = ["hooks", "config", "config.worktree", "commondir"];
 
 /// Other names at the top of a workspace that programs outside obey.
-pub(super) const OBEYED: [&str; 15] = [
+pub(crate) const OBEYED: [&str; 15] = [
     ".vscode",
     ".idea",
     ".claude",
