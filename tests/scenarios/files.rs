@@ -301,11 +301,14 @@ fn a_reader_who_stalls_holds_up_nobody_else() {
     let stalled: Vec<_> = (0..8)
         .map(|_| {
             let mut reading = operator.command(&["cat", "a:app/large"]);
-            reading.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap()
+            let mut reading = reading.stdout(Stdio::piped()).spawn().unwrap();
+            // It is under way; no more is read.
+            std::io::Read::read_exact(reading.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+            reading
         })
         .collect();
-    // They are under way when the next one of the same caller is too many.
-    until("all are under way", || operator.agent(&["ls", "a:app"]).code == 6);
+    let ninth = operator.agent(&["ls", "a:app"]);
+    assert!(ninth.code == 6 && ninth.stderr.contains("8 operations"), "{}", ninth.stderr);
     let other = mesh.operator("operator");
     assert_eq!(other.agent(&["ls", "a:app", "-o", "json"]).ok().json()[0]["name"], "large");
     let _small = write(&other, &["a:app/small"], b"x").ok();

@@ -117,9 +117,10 @@ impl FileError {
             (io::ErrorKind::NotFound, _) => Self::NotFound { name },
             (io::ErrorKind::AlreadyExists, _) => Self::Exists { name },
             (_, Some(Errno::LOOP)) => Self::WrongKind { name, why: IS_LINK },
-            (_, Some(Errno::NOTDIR)) => {
-                Self::WrongKind { name, why: "it, or what is above it, is not a directory" }
-            }
+            (_, Some(Errno::NOTDIR)) => Self::WrongKind {
+                name,
+                why: "it, or what is above it, is not a directory, and symbolic links are not followed",
+            },
             (_, Some(Errno::ISDIR)) => Self::IsDirectory { name },
             (_, Some(Errno::NXIO)) => Self::WrongKind { name, why: IS_SPECIAL },
             _ => Self::Io { name, source },

@@ -37,6 +37,9 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longest text of a node that is passed on.
 const MAX_TEXT_BYTES: usize = 1024;
 
+/// The outcome of a change of which the node said nothing.
+const UNKNOWN: &str = "unknown";
+
 type Frames = BoxStream<v1::FileDown>;
 
 /// What a method is for.
@@ -371,13 +374,17 @@ impl Record {
         };
         written.map_err(|_| slow())??.map_err(from_store)?;
         detail["action"] = action.into();
-        detail["outcome"] = "given_up".into();
+        detail["outcome"] = UNKNOWN.into();
+        detail["reason"] = "the caller went away".into();
         let scope = service.scope.clone();
         Ok(Self { store, scope, actor, node: node.name.clone(), detail })
     }
 
     fn done(&mut self, done: &v1::FileDone) {
         self.detail["outcome"] = "done".into();
+        if let Some(detail) = self.detail.as_object_mut() {
+            detail.remove("reason");
+        }
         if !done.hash.is_empty() {
             self.detail["bytes"] = done.bytes.into();
             self.detail["hash"] = hex(&done.hash[..done.hash.len().min(32)]).into();
@@ -394,8 +401,7 @@ impl Record {
 
     /// Unless something better is known.
     fn lost(&mut self, reason: &str) {
-        if self.detail["outcome"] == "given_up" {
-            self.detail["outcome"] = "unknown".into();
+        if self.detail["outcome"] == UNKNOWN {
             self.detail["reason"] = reason.into();
         }
     }

@@ -23,8 +23,8 @@ pub const CALLS_OF_ONE: usize = 8;
 const CALLS: usize = 256;
 /// Frames of a node that may wait for its caller: far more than a window of honest ones.
 const FRAMES_TO_CALLER: usize = 256;
-/// Frames of a caller that may wait for the node.
-const FRAMES_TO_NODE: usize = 8;
+/// Frames of a caller that may wait for the node; only one that sends very small ones ever waits.
+const FRAMES_TO_NODE: usize = 1024;
 
 /// Bytes under way in one direction.
 #[derive(Debug, Default)]
