@@ -205,16 +205,18 @@ impl DirHandle {
     /// # Errors
     /// Those of the file system, and if the directory was read only in part.
     pub fn names(&self) -> io::Result<Vec<Vec<u8>>> {
-        let mut names = Vec::new();
-        for entry in rustix::fs::Dir::read_from(&self.0)? {
-            let entry = entry?;
-            let name = entry.file_name().to_bytes();
-            if name != b"." && name != b".." {
-                names.push(name.to_vec());
-            }
-        }
+        let mut names = self.iter()?.collect::<io::Result<Vec<_>>>()?;
         names.sort_unstable();
         Ok(names)
+    }
+
+    /// The names in this directory in the order of the file system, without `.` and `..`, as they are
+    /// read: for directories of any size.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn iter(&self) -> io::Result<Names> {
+        Ok(Names(rustix::fs::Dir::read_from(&self.0)?))
     }
 
     /// Opens a directory in this one.
@@ -351,6 +353,28 @@ impl DirHandle {
     /// Those of the file system.
     pub fn sync_file_system(&self) -> io::Result<()> {
         Ok(rustix::fs::syncfs(&self.0)?)
+    }
+}
+
+/// See [`DirHandle::iter`]. An item is an error if the directory could be read only in part.
+#[derive(Debug)]
+pub struct Names(rustix::fs::Dir);
+
+impl Iterator for Names {
+    type Item = io::Result<Vec<u8>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            match self.0.read()? {
+                Ok(entry) => {
+                    let name = entry.file_name().to_bytes();
+                    if name != b"." && name != b".." {
+                        return Some(Ok(name.to_vec()));
+                    }
+                }
+                Err(errno) => return Some(Err(errno.into())),
+            }
+        }
     }
 }
 

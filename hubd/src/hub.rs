@@ -40,6 +40,7 @@ use crate::grpc::enroll::EnrollService;
 use crate::grpc::node::NodeService;
 use crate::grpc::operator::{HubAddress, OperatorService};
 use crate::grpc::sync::SyncService;
+use crate::node::files::FileExchange;
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::history::HistoryStore;
@@ -262,7 +263,9 @@ impl Hub {
         let tls = accept::TlsSettings::new(Arc::clone(&authorities), certificate)?;
 
         let refusals = RefusalLog::new(Arc::clone(&store), scope.clone());
+        let files = Arc::new(FileExchange::default());
         let operator = OperatorService {
+            files: Arc::clone(&files),
             refusals: Arc::clone(&refusals),
             store: Arc::clone(&store),
             registry: Arc::clone(&registry),
@@ -279,6 +282,7 @@ impl Hub {
             started_at_ms,
         };
         let node = NodeService {
+            files,
             registry: Arc::clone(&registry),
             relay,
             members: Arc::clone(&members),

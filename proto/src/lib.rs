@@ -35,6 +35,10 @@ pub const MAX_OUTPUT_CREDIT: u64 = 8 * 1024 * 1024;
 /// Standard input a caller may have under way before the command has taken any of it.
 pub const STDIN_WINDOW_BYTES: u64 = 256 * 1024;
 
+/// Content of a file, or entries of a directory, that may be under way before the receiver has given
+/// credit for what it has dealt with.
+pub const FILE_WINDOW_BYTES: u64 = 1024 * 1024;
+
 /// HTTP/2 windows of connections that carry control and output. The connection window has a floor
 /// of 8 MiB: since h2 0.4.16 a connection on which many small frames lie unread is closed once
 /// half the connection window is "spent" on them.

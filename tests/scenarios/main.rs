@@ -4,6 +4,7 @@
 
 mod authority;
 mod exec;
+mod files;
 mod identity;
 mod join;
 mod sandbox;

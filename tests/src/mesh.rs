@@ -263,14 +263,30 @@ impl Mesh {
         self.log_in(&name, &[&["--role", role], arguments].concat(), folder)
     }
 
+    /// The same, that dials the hub at this address: that of a proxy.
+    ///
+    /// # Panics
+    /// If it cannot.
+    #[must_use]
+    pub fn operator_through(&mut self, role: &str, address: &str) -> Operator {
+        self.operators += 1;
+        let name = format!("{role}-{}", self.operators);
+        let folder = self.path(&name);
+        self.log_in_at(address, &name, &["--role", role], folder)
+    }
+
     fn log_in(&self, name: &str, arguments: &[&str], config: PathBuf) -> Operator {
+        self.log_in_at(&self.address, name, arguments, config)
+    }
+
+    fn log_in_at(&self, at: &str, name: &str, arguments: &[&str], config: PathBuf) -> Operator {
         let create = [&["operator", "create", name, "-o", "json"], arguments].concat();
         let created = self.hubd(&create).ok();
         let created: Value = created.json();
         let text = |field: &str| created[field].as_str().expect("a text").to_owned();
         let operator = Operator { config };
         let mut command =
-            operator.command(&["login", &self.address, "--ca", &text("ca_pin"), "--token-stdin"]);
+            operator.command(&["login", at, "--ca", &text("ca_pin"), "--token-stdin"]);
         let _logged_in: Outcome = run(&mut command, text("token").as_bytes()).ok();
         operator
     }

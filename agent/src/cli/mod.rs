@@ -9,6 +9,7 @@ mod context;
 mod doctor;
 pub mod error;
 mod exec;
+mod files;
 mod history;
 mod hub;
 mod identity;
@@ -119,6 +120,12 @@ enum Verb {
     Task(task::TaskArgs),
     History(history::HistoryArgs),
     Shell(exec::ShellArgs),
+    Ls(files::LsArgs),
+    Cat(files::CatArgs),
+    Stat(files::StatArgs),
+    Write(files::WriteArgs),
+    Rm(files::RmArgs),
+    Mkdir(files::MkdirArgs),
     Workspace(workspace::WorkspaceArgs),
     Invite(invite::InviteArgs),
     Policy(policy::PolicyArgs),
@@ -178,6 +185,12 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Task(args) => Box::pin(task::task(&global, args)).await,
             Verb::History(args) => done(Box::pin(history::history(&global, args)).await),
             Verb::Shell(args) => Box::pin(exec::shell(&global, args)).await,
+            Verb::Ls(args) => done(Box::pin(files::ls(&global, args)).await),
+            Verb::Cat(args) => done(Box::pin(files::cat(&global, args)).await),
+            Verb::Stat(args) => done(Box::pin(files::stat(&global, args)).await),
+            Verb::Write(args) => done(Box::pin(files::write(&global, args)).await),
+            Verb::Rm(args) => done(Box::pin(files::rm(&global, args)).await),
+            Verb::Mkdir(args) => done(Box::pin(files::mkdir(&global, args)).await),
             Verb::Workspace(args) => done(Box::pin(workspace::workspace(&global, args)).await),
             Verb::Invite(args) => done(Box::pin(invite::invite(&global, args)).await),
             Verb::Policy(args) => done(Box::pin(policy::policy(&global, args)).await),
@@ -319,6 +332,13 @@ mod tests {
             "task cancel 01234567 --signal INT --grace 5s",
             "task retry 01234567 --detach",
             "history n1 --lines 100 -f --raw",
+            "ls n1:w/dir --limit 10 --after x -o jsonl",
+            "cat n1:w/f --offset 10 --length 1K",
+            "stat n1:w/f --hash -o json",
+            "write n1:w/f --from - --mode 640 --if-hash 0000000000000000000000000000000000000000000000000000000000000000",
+            "write n1:w/f --from f --if-absent -o json",
+            "rm n1:w/f -r",
+            "mkdir n1:w/d -p",
             "workspace create w",
             "workspace list",
             "workspace attach w --node n",

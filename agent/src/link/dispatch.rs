@@ -16,11 +16,12 @@ use cortex_proto::v1::{self, hub_frame, node_frame};
 use cortex_shared::ids::{TaskId, WorkspaceId};
 use cortex_shared::policy::{Mode, Role};
 use cortex_shared::tasks::TaskScope;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
 use super::authority::{Authority, Clocks, HubPolicy, mode_in_force};
+use super::files::{FileWork, MAX_FILE_WORK};
 use super::journal::Journal;
 use super::permit::Permit;
 use super::policy_log::PolicyLog;
@@ -76,6 +77,8 @@ struct Inner {
     running: Mutex<HashMap<TaskId, Handle>>,
     /// Ends of earlier tasks that this session has yet to hear of.
     to_report: Mutex<VecDeque<TaskId>>,
+    /// Bounds the operations on files.
+    file_slots: Arc<Semaphore>,
 }
 
 /// A task that runs.
@@ -117,6 +120,7 @@ impl Dispatcher {
                 policy_log,
                 running: Mutex::new(HashMap::new()),
                 to_report: Mutex::new(VecDeque::new()),
+                file_slots: Arc::new(Semaphore::new(MAX_FILE_WORK)),
             }),
         })
     }
@@ -241,6 +245,7 @@ impl Dispatcher {
             hub_frame::Frame::StartTask(start) => self.start(start),
             hub_frame::Frame::CancelTask(cancel) => self.cancel(&cancel),
             hub_frame::Frame::TaskAck(ack) => self.acknowledged(&ack),
+            hub_frame::Frame::OpenFileIo(open) => self.open_file_io(open),
             hub_frame::Frame::HeadMoved(moved) => {
                 if let Ok(id) = WorkspaceId::from_slice(&moved.workspace_id) {
                     self.inner.workspaces.head_moved(id, moved.seq);
@@ -402,6 +407,20 @@ impl Dispatcher {
         }
         let require_control_group = requires_control_group(&self.inner.state);
         command.map(|command| crate::exec::CommandRequest { require_control_group, ..command })
+    }
+
+    /// Begins what an operator wants of files here; it ends with the session.
+    fn open_file_io(&self, open: v1::OpenFileIo) {
+        let Some(session) = self.inner.session.borrow().clone() else { return };
+        let work = FileWork {
+            slot: Arc::clone(&self.inner.file_slots).try_acquire_owned().ok(),
+            workspaces: self.inner.workspaces.clone(),
+            forbidden: vec![self.inner.state.path().to_owned()],
+        };
+        let stop = session.tasks.token().clone();
+        session.tasks.spawn("files", async move {
+            stop.run_until_cancelled(work.run(session.client, open.request_id)).await;
+        });
     }
 
     fn cancel(&self, cancel: &v1::CancelTask) {

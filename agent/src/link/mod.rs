@@ -8,6 +8,7 @@
 //! | [`dispatch`] | what each frame of the hub means here |
 //! | [`authority`] | how much a command may do, whatever the hub says |
 //! | `task`, `carrier` | one command through any number of streams: who runs it, and the books |
+//! | `files` | an operation on files, through its stream |
 //! | `request` | whether a command may run at all |
 //! | `journal` | which tasks have been begun, so that none runs twice, and how they ended |
 //! | [`workspaces`], `report` | the sync engine of each workspace this node is a member of, and its state |
@@ -20,6 +21,7 @@ pub mod authority;
 mod carrier;
 pub mod dispatch;
 mod end;
+mod files;
 mod journal;
 mod permit;
 mod policy_log;

@@ -21,6 +21,7 @@ use super::report;
 use super::request::Refusal;
 use crate::client::{HubClient, Purpose};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
+use crate::sync::status::SyncState;
 use crate::sync::tonic_hub::TonicHub;
 use crate::sync::{self, FlushError, WorkspaceConfig, WorkspaceHandle};
 
@@ -143,6 +144,25 @@ impl Workspaces {
             return Err(Refusal::WorkspaceUnusable { reason });
         }
         Ok(engine.root.clone())
+    }
+
+    /// What is known of a workspace whose files somebody wants to look at or to change; a workspace that
+    /// has halted, since it is perhaps not the directory that it was, is not changed.
+    pub(super) fn files_of(
+        &self,
+        id: WorkspaceId,
+        name: &str,
+        change: bool,
+    ) -> Result<WorkspaceConfig, Refusal> {
+        let engines = lock(&self.inner.engines);
+        let engine =
+            engines.get(&id).ok_or_else(|| Refusal::NoSuchWorkspace { name: name.to_owned() })?;
+        let status = engine.handle.status();
+        let status = status.borrow();
+        if change && status.state == SyncState::Halted {
+            return Err(Refusal::WorkspaceUnusable { reason: status.halted_reason.clone() });
+        }
+        Ok(engine.config.clone())
     }
 
     /// The state of each workspace, by name.

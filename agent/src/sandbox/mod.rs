@@ -63,4 +63,4 @@ pub use stage::{stage_main, stage_requested};
 pub use stage_handle::{StageHandle, StageMessage};
 pub use survey::is_obeyed_at_top;
 pub use terminal::TerminalSize;
-pub use workspace::WorkspaceRefusal;
+pub use workspace::{CheckedWorkspace, WorkspaceRefusal, check_workspace};

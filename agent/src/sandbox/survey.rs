@@ -59,10 +59,11 @@ const LAST: [&[u8]; 3] = [b"node_modules", b"target", b".venv"];
 /// Longest file that is read: a configuration, or what names another place.
 const MAX_FILE_BYTES: u64 = 64 * 1024;
 
-/// Whether a name at the top of a workspace, by itself, is one that programs outside obey.
+/// Whether a name at the top of a workspace, by itself, is one that programs outside obey. Some file
+/// systems take a name for another one that differs in case.
 #[must_use]
 pub fn is_obeyed_at_top(name: &[u8]) -> bool {
-    OBEYED.iter().any(|obeyed| obeyed.as_bytes() == name)
+    OBEYED.iter().any(|obeyed| name.eq_ignore_ascii_case(obeyed.as_bytes()))
 }
 
 /// How a name is kept from the command.

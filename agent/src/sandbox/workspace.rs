@@ -124,6 +124,29 @@ pub(super) fn check(root: &Path, forbidden: &[PathBuf]) -> Result<WorkspaceSpec,
     })
 }
 
+/// A directory that may be a workspace: where it is and which one it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckedWorkspace {
+    /// Its path, without links.
+    pub path: PathBuf,
+    /// Its file system.
+    pub device: u64,
+    /// Its number there.
+    pub inode: u64,
+}
+
+/// Decides on a workspace as it is decided for a command that is to see it.
+///
+/// # Errors
+/// As for a command.
+pub fn check_workspace(
+    root: &Path,
+    forbidden: &[PathBuf],
+) -> Result<CheckedWorkspace, WorkspaceRefusal> {
+    let WorkspaceSpec { path, device, inode, .. } = check(root, forbidden)?;
+    Ok(CheckedWorkspace { path, device, inode })
+}
+
 /// The home of root and of every user in the passwd file, as far as they are real directories.
 fn home_directories() -> Vec<PathBuf> {
     let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();

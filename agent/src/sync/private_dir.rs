@@ -5,6 +5,8 @@
 //! for, in this order: in the agent's state directory, as a hidden sibling of the root, as `.cortex`
 //! in the root. The last is last because tools that clean a working tree would empty it.
 //!
+//! Files that operators write from afar are put together in a part of their own: see [`Incoming`].
+//!
 //! After a crash, what lies in the stage may be a user's file that was being displaced: it is moved
 //! to the trash, never deleted.
 
@@ -18,6 +20,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use cortex_shared::ids::WorkspaceId;
 
+mod incoming;
+
+pub use self::incoming::{Draft, Incoming};
 use super::scan::Clock;
 use crate::root_dir::{DirHandle, file_meta};
 
@@ -26,6 +31,7 @@ const TRASH_AGE: Duration = Duration::from_secs(24 * 3600);
 /// How much of them is kept: the oldest go first.
 const TRASH_BYTES: u64 = 1 << 30;
 const PROBE: &[u8] = b"probe";
+const TRASH: &[u8] = b"trash";
 
 /// An open private directory. Owned by the engine of its workspace.
 #[derive(Debug)]
@@ -49,44 +55,13 @@ impl PrivateDir {
         root_path: &Path,
         root: &DirHandle,
     ) -> io::Result<Self> {
-        let mount = root.mount()?;
-        let mut candidates = vec![state_folder.join("files")];
-        if let (Some(parent), Some(name)) = (root_path.parent(), root_path.file_name()) {
-            let name =
-                String::from_utf8_lossy(name.as_bytes()).chars().take(64).collect::<String>();
-            candidates.push(parent.join(format!(".{name}.cortex-{workspace}")));
-        }
-        candidates.push(root_path.join(".cortex"));
-        let mut last_error = io::Error::from(io::ErrorKind::NotFound);
-        for path in candidates {
-            match Self::open_at(&path, mount) {
-                Ok(Some(private)) => return Ok(private),
-                Ok(None) => {}
-                Err(error) => last_error = error,
-            }
-        }
-        Err(last_error)
+        in_candidates(workspace, state_folder, root_path, root, |path, top| {
+            Self::open_in(path, top)
+        })
     }
 
-    fn open_at(path: &Path, mount: (u64, u64)) -> io::Result<Option<Self>> {
-        let made = match std::fs::DirBuilder::new().mode(0o700).create(path) {
-            Ok(()) => true,
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
-            Err(error) => return Err(error),
-        };
-        let top = DirHandle::open_ambient(path)?;
-        if top.mount()? != mount {
-            if made {
-                std::fs::remove_dir(path)?;
-            }
-            return Ok(None);
-        }
-        for name in [&b"stage"[..], b"trash"] {
-            match top.make_dir(name, 0o700) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => {}
-            }
-        }
+    fn open_in(path: &Path, top: &DirHandle) -> io::Result<Self> {
+        make_parts(top, &[b"stage", TRASH])?;
         let probe = match top.create_new(PROBE, 0o600) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 top.open_for_writing(PROBE)?
@@ -96,7 +71,7 @@ impl PrivateDir {
         let private = Self {
             path: path.to_owned(),
             stage: top.open_dir(b"stage")?,
-            trash: top.open_dir(b"trash")?,
+            trash: top.open_dir(TRASH)?,
             tick_ns: tick_ns(&probe)?,
             probe,
             next_name: AtomicU64::new(0),
@@ -105,7 +80,7 @@ impl PrivateDir {
             private.discard(&name)?;
         }
         private.empty_trash()?;
-        Ok(Some(private))
+        Ok(private)
     }
 
     /// Where it is.
@@ -133,9 +108,7 @@ impl PrivateDir {
 
     /// A name that is not in use in the trash; tells when it was made.
     pub fn trash_name(&self) -> Vec<u8> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let number = self.next_name.fetch_add(1, Ordering::Relaxed);
-        format!("{:015}-{}-{number}", now.as_millis(), std::process::id()).into_bytes()
+        trash_name(self.next_name.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Moves something from the stage to the trash; returns its name there.
@@ -182,6 +155,66 @@ impl PrivateDir {
         }
         Ok(())
     }
+}
+
+/// A name for the trash that tells when it was made.
+fn trash_name(number: impl std::fmt::Display) -> Vec<u8> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    format!("{:015}-{}-{number}", now.as_millis(), std::process::id()).into_bytes()
+}
+
+/// Opens the private directory at the first place that is on the root's file system, and takes what
+/// `open` makes of it.
+fn in_candidates<T>(
+    workspace: WorkspaceId,
+    state_folder: &Path,
+    root_path: &Path,
+    root: &DirHandle,
+    open: impl Fn(&Path, &DirHandle) -> io::Result<T>,
+) -> io::Result<T> {
+    let mount = root.mount()?;
+    let mut candidates = vec![state_folder.join("files")];
+    if let (Some(parent), Some(name)) = (root_path.parent(), root_path.file_name()) {
+        let name = String::from_utf8_lossy(name.as_bytes()).chars().take(64).collect::<String>();
+        candidates.push(parent.join(format!(".{name}.cortex-{workspace}")));
+    }
+    candidates.push(root_path.join(".cortex"));
+    let mut last_error = io::Error::from(io::ErrorKind::NotFound);
+    for path in candidates {
+        match open_top(&path, mount).and_then(|top| top.map(|top| open(&path, &top)).transpose()) {
+            Ok(Some(opened)) => return Ok(opened),
+            Ok(None) => {}
+            Err(error) => last_error = error,
+        }
+    }
+    Err(last_error)
+}
+
+/// Finds or makes a private directory; `None` if it would be on another mount.
+fn open_top(path: &Path, mount: (u64, u64)) -> io::Result<Option<DirHandle>> {
+    let made = match std::fs::DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+        Err(error) => return Err(error),
+    };
+    let top = DirHandle::open_ambient(path)?;
+    if top.mount()? != mount {
+        if made {
+            std::fs::remove_dir(path)?;
+        }
+        return Ok(None);
+    }
+    Ok(Some(top))
+}
+
+fn make_parts(top: &DirHandle, names: &[&[u8]]) -> io::Result<()> {
+    for name in names {
+        match top.make_dir(name, 0o700) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// How far apart two changes of a file have to be to surely get different times.

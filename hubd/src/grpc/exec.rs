@@ -362,7 +362,7 @@ fn record_refusal(
     service.refusals.record(&operator.actor(), "task.refused", &node.name, detail);
 }
 
-fn cordoned(node: &str) -> Status {
+pub(super) fn cordoned(node: &str) -> Status {
     with_hint(
         refuse(
             Code::FailedPrecondition,

@@ -7,6 +7,7 @@ pub mod convert;
 mod detached;
 pub mod enroll;
 mod exec;
+mod files;
 mod history;
 mod invites;
 mod listing;

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use cortex_proto::v1::node_server::Node;
 use cortex_proto::v1::{
-    Credit, HubFrame, LeaveRequest, LeaveResponse, NodeFrame, RenewRequest, RenewResponse,
-    RequestAttachRequest, RequestAttachResponse, Signal, Stdin, TaskIoDown, TaskIoUp, Welcome,
-    hub_frame, node_frame, task_io_down, task_io_up,
+    Credit, FileIoDown, FileIoUp, HubFrame, LeaveRequest, LeaveResponse, NodeFrame, RenewRequest,
+    RenewResponse, RequestAttachRequest, RequestAttachResponse, Signal, Stdin, TaskIoDown,
+    TaskIoUp, Welcome, file_io_up, hub_frame, node_frame, task_io_down, task_io_up,
 };
 use cortex_shared::clock::unix_ms;
-use cortex_shared::ids::NodeId;
+use cortex_shared::ids::{NodeId, RequestId};
 use cortex_shared::tasks::TaskScope;
 use futures_util::{Stream, StreamExt as _, stream};
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,14 +19,15 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedNode, Peer, admitted, life_left};
-use super::convert;
 use super::detached::run_to_end;
 use super::status::{
     from_arrival, from_decision, from_enroll, from_node, from_store, invalid, refuse, with_hint,
 };
+use super::{convert, files};
 use crate::authority::nodes::NodeDecisions;
 use crate::enroll::authorities::Authorities;
 use crate::enroll::validator::Validator;
+use crate::node::files::FileExchange;
 use crate::node::registry::{ArrivalRefusal, NodeRefusal, Registry, policy_update};
 use crate::node::session::{self, SessionGuard};
 use crate::store::{Actor, Presented, Store};
@@ -47,6 +48,8 @@ pub struct NodeService {
     pub registry: Arc<Registry>,
     /// Running tasks.
     pub relay: Arc<Relay>,
+    /// Operations on files.
+    pub files: Arc<FileExchange>,
     /// Workspaces and their members.
     pub members: Arc<Members>,
     /// Where certificates are renewed.
@@ -113,6 +116,7 @@ async fn first_frame<T>(inbound: &mut Streaming<T>) -> Result<T, Status> {
 impl Node for NodeService {
     type LinkStream = BoxStream<HubFrame>;
     type TaskIoStream = BoxStream<TaskIoDown>;
+    type FileIoStream = BoxStream<FileIoDown>;
 
     async fn link(
         &self,
@@ -226,6 +230,20 @@ impl Node for NodeService {
         });
         let outbound = outbound.take_until(self.scope.token().clone().cancelled_owned());
         Ok(Response::new(Box::pin(outbound)))
+    }
+
+    async fn file_io(
+        &self,
+        request: Request<Streaming<FileIoUp>>,
+    ) -> Result<Response<Self::FileIoStream>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let mut inbound = request.into_inner();
+        let Some(file_io_up::Frame::Hello(hello)) = first_frame(&mut inbound).await?.frame else {
+            return Err(invalid("the first frame of an operation on files is FileIoHello"));
+        };
+        let id = RequestId::from_slice(&hello.request_id).map_err(|e| invalid(e.to_string()))?;
+        let stream = files::node_stream(&self.files, node_id, id, inbound, &self.scope)?;
+        Ok(Response::new(stream))
     }
 
     async fn renew(

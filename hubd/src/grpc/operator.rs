@@ -16,12 +16,13 @@ use tonic::{Request, Response, Status, Streaming};
 use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
 use super::status::{from_lookup, internal};
-use super::{authority, convert, exec, history, invites, rotation, tasks, workspaces};
+use super::{authority, convert, exec, files, history, invites, rotation, tasks, workspaces};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
 use crate::authority::refused::RefusalLog;
 use crate::enroll::authorities::Authorities;
+use crate::node::files::FileExchange;
 use crate::node::registry::{NodeView, Registry};
 use crate::store::Store;
 use crate::sync::Workspaces;
@@ -39,6 +40,8 @@ pub struct OperatorService {
     pub registry: Arc<Registry>,
     /// Commands.
     pub relay: Arc<Relay>,
+    /// Operations on files.
+    pub files: Arc<FileExchange>,
     /// Workspaces and their members.
     pub members: Arc<Members>,
     /// Workspace content.
@@ -104,6 +107,8 @@ impl OperatorService {
 #[tonic::async_trait]
 impl Operator for OperatorService {
     type ExecStream = BoxStream<v1::ExecDown>;
+    type ReadFilesStream = BoxStream<v1::FileDown>;
+    type ChangeFilesStream = BoxStream<v1::FileDown>;
     type ReadHistoryStream = BoxStream<v1::ReadHistoryResponse>;
     type ReadTaskStream = BoxStream<v1::ReadTaskResponse>;
     type ListAuditStream = BoxStream<v1::AuditEntry>;
@@ -238,6 +243,24 @@ impl Operator for OperatorService {
     ) -> Result<Response<Self::ReadHistoryStream>, Status> {
         let operator = admitted(&request)?;
         history::read(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn read_files(
+        &self,
+        request: Request<Streaming<v1::FileUp>>,
+    ) -> Result<Response<Self::ReadFilesStream>, Status> {
+        let operator = admitted(&request)?;
+        let purpose = files::Purpose::Look;
+        files::begin(self, operator, request.into_inner(), purpose).await.map(Response::new)
+    }
+
+    async fn change_files(
+        &self,
+        request: Request<Streaming<v1::FileUp>>,
+    ) -> Result<Response<Self::ChangeFilesStream>, Status> {
+        let operator = admitted(&request)?;
+        let purpose = files::Purpose::Change;
+        files::begin(self, operator, request.into_inner(), purpose).await.map(Response::new)
     }
 
     async fn label_node(

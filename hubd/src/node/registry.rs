@@ -67,6 +67,11 @@ impl SessionHandle {
     pub fn close(&self) {
         self.cancel.cancel();
     }
+
+    /// Waits for its end.
+    pub async fn ended(&self) {
+        self.cancel.cancelled().await;
+    }
 }
 
 /// The session is over.

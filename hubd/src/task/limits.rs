@@ -40,17 +40,17 @@ impl Limits {
 
 /// How many commands each caller has running.
 #[derive(Default)]
-pub(super) struct Slots(Mutex<HashMap<String, usize>>);
+pub(crate) struct Slots(Mutex<HashMap<String, usize>>);
 
 /// A place among a caller's commands, given back when dropped.
-pub(super) struct Slot {
+pub(crate) struct Slot {
     slots: Arc<Slots>,
     actor: String,
 }
 
 impl Slots {
     /// Takes a place; `None` if the caller has `limit` of them already.
-    pub(super) fn take(self: &Arc<Self>, actor: &str, limit: usize) -> Option<Slot> {
+    pub(crate) fn take(self: &Arc<Self>, actor: &str, limit: usize) -> Option<Slot> {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(actor.to_owned()).or_default();
         if *count >= limit {
@@ -58,6 +58,11 @@ impl Slots {
         }
         *count += 1;
         Some(Slot { slots: Arc::clone(self), actor: actor.to_owned() })
+    }
+
+    /// How many places are taken, of all callers.
+    pub(crate) fn total(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
     }
 }
 

@@ -8,6 +8,7 @@
 //! Where the connection to the hub breaks, or the hub is restarted, it comes back by itself: output goes
 //! on at the byte it has, and input at the byte the node has.
 
+use std::io::Write as _;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -230,9 +231,18 @@ impl TaskStream {
 
     fn note(&self, what: &str) {
         let node = &self.accepted.node_name;
-        // In raw mode a line does not begin at the left by itself.
-        let edge = if self.on_terminal { "\r" } else { "" };
-        complain(&format!("{edge}note: {node}: {what}{edge}"), ColorWhen::Auto);
+        self.say(&format!("note: {node}: {what}"));
+    }
+
+    /// Says something to whoever sits here.
+    fn say(&self, text: &str) {
+        if self.on_terminal {
+            // In raw mode a line neither begins at the left nor ends there by itself.
+            let line = format!("\r{}\r\n", printable(text));
+            std::io::stderr().write_all(line.as_bytes()).ok();
+        } else {
+            complain(text, ColorWhen::Auto);
+        }
     }
 
     /// Hears the writer until `done`, which waits for it to write the last bytes.
@@ -380,7 +390,7 @@ impl TaskStream {
                 "warning: PERMISSIVE: this runs on {node} outside the sandbox, with all rights of \
                  the agent's user"
             );
-            complain(&text, ColorWhen::Auto);
+            self.say(&text);
         }
     }
 

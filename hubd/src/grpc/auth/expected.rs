@@ -2,7 +2,7 @@
 
 /// Each method with those who may call it, in this order: `-` whoever has no certificate, `n` a node,
 /// `v` viewer, `t` agent-token, `o` operator, `s` admin with a scope, `a` admin.
-pub(crate) const EXPECTED: [(&str, &str); 50] = [
+pub(crate) const EXPECTED: [(&str, &str); 53] = [
     ("Enroll/JoinNode", "-nvtosa"),
     ("Enroll/LoginOperator", "-nvtosa"),
     ("Enroll/RecoverNode", "-nvtosa"),
@@ -10,6 +10,7 @@ pub(crate) const EXPECTED: [(&str, &str); 50] = [
     ("Node/Leave", "n"),
     ("Node/Link", "n"),
     ("Node/TaskIo", "n"),
+    ("Node/FileIo", "n"),
     ("Node/RequestAttach", "n"),
     ("Node/RequestDetach", "n"),
     ("Sync/Head", "n"),
@@ -33,6 +34,8 @@ pub(crate) const EXPECTED: [(&str, &str); 50] = [
     ("Operator/ReadHistory", "vtosa"),
     ("Operator/Exec", "tosa"),
     ("Operator/CancelTask", "tosa"),
+    ("Operator/ReadFiles", "vtosa"),
+    ("Operator/ChangeFiles", "tosa"),
     ("Operator/LabelNode", "osa"),
     ("Operator/RenameNode", "osa"),
     ("Operator/CordonNode", "osa"),
