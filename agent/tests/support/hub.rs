@@ -370,6 +370,15 @@ impl Enroll for Service {
 impl Node for Service {
     type LinkStream = ReceiverStream<Result<v1::HubFrame, Status>>;
     type TaskIoStream = ReceiverStream<Result<v1::TaskIoDown, Status>>;
+    type FileIoStream = ReceiverStream<Result<v1::FileIoDown, Status>>;
+
+    /// This hub asks for no files.
+    async fn file_io(
+        &self,
+        _: Request<Streaming<v1::FileIoUp>>,
+    ) -> Result<Response<Self::FileIoStream>, Status> {
+        Err(Status::not_found("no such request waits for this node"))
+    }
 
     async fn link(
         &self,

@@ -259,25 +259,24 @@ impl Answers {
     /// The next frame, and whether more come.
     async fn next(&mut self) -> Result<(v1::FileDown, bool), Status> {
         let over = self.call.over();
-        let frame = loop {
-            tokio::select! {
-                biased;
-                frame = self.call.from_node.recv() => {
-                    break frame.ok_or_else(|| lost(&self.name))?;
-                }
-                () = over.cancelled() => {
-                    let text = "more was under way than may be";
-                    return Err(refuse(Code::Aborted, "flow_violation", text));
-                }
-                () = self.session.ended() => return Err(lost(&self.name)),
-                () = self.stop.cancelled() => return Err(hub_stops()),
-                () = tokio::time::sleep_until(self.open_by), if self.call.waits() => {
-                    let text = format!("node {:?} does not answer; its agent may be too old", self.name);
-                    return Err(with_hint(
-                        refuse(Code::Unavailable, "node_silent", text),
-                        &format!("see its version: cortex-agent node show {}", self.name),
-                    ));
-                }
+        let frame = tokio::select! {
+            biased;
+            frame = self.call.from_node.recv() => {
+                frame.ok_or_else(|| lost(&self.name))?
+            }
+            () = over.cancelled() => {
+                let text = "more was under way than may be";
+                return Err(refuse(Code::Aborted, "flow_violation", text));
+            }
+            () = self.session.ended() => return Err(lost(&self.name)),
+            () = self.stop.cancelled() => return Err(hub_stops()),
+            () = tokio::time::sleep_until(self.open_by), if self.call.waits() => {
+                let text =
+                    format!("node {:?} does not answer; its agent may be too old", self.name);
+                return Err(with_hint(
+                    refuse(Code::Unavailable, "node_silent", text),
+                    &format!("see its version: cortex-agent node show {}", self.name),
+                ));
             }
         };
         let frame = match frame {

@@ -193,7 +193,7 @@ impl Keyboard {
                 },
                 _ = self.resized.recv() => return KeyEvent::Resized(size()),
                 _ = self.stopped.recv() => return self.suspend(),
-                () = any(&mut self.ending) => return KeyEvent::Leave,
+                () = next_of(&mut self.ending) => return KeyEvent::Leave,
             }
         }
     }
@@ -212,7 +212,7 @@ impl Keyboard {
 }
 
 /// The next of several signals.
-async fn any(signals: &mut [Signal]) {
+async fn next_of(signals: &mut [Signal]) {
     std::future::poll_fn(|context| {
         let heard = signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready());
         if heard { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
