@@ -5,6 +5,7 @@ mod reader;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cortex_proto::DEFAULT_OUTPUT_CREDIT;
 use cortex_proto::v1;
 use cortex_proto::v1::{ExecDown, ExecUp, exec_down, exec_up};
 use cortex_shared::clock::unix_ms;
@@ -233,7 +234,11 @@ async fn go_on(
                 let status = refuse(Code::Unavailable, "task_ending", "the task is just ending");
                 with_retry_after(status, Duration::from_millis(100))
             })?;
-            let mailbox = ToReader::recovered([end.stdout_bytes, end.stderr_bytes], false);
+            let mailbox = ToReader::recovered(
+                [end.stdout_bytes, end.stderr_bytes],
+                false,
+                DEFAULT_OUTPUT_CREDIT,
+            );
             let attached = mailbox.attach(has, credit, unacknowledged);
             let attached = attached.ok_or_else(|| invalid("the task has no reader"))?;
             mailbox.end(End::Exit(wire_exit(end)));

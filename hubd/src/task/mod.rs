@@ -8,8 +8,10 @@
 //! | [`spool`] | the latest output of each task, in files |
 //! | [`verdict`] | ends, between the wire and the journal |
 //! | [`history`] | the latest output of each node, in the store |
+//! | [`budget`] | how much output waits here for readers, in all |
 //! | [`limits`] | what a role may have at once |
 
+pub mod budget;
 pub mod history;
 pub mod limits;
 pub mod relay;

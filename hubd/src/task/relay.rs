@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use cortex_proto::DEFAULT_OUTPUT_CREDIT;
 use cortex_proto::v1::{
     StartTask, TaskAck, TaskExit, TaskIoHello, TaskSpec, TaskVerdict, hub_frame, task_io_up,
 };
@@ -24,6 +25,7 @@ use cortex_shared::tasks::TaskScope;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::budget::Budget;
 use super::history::History;
 use super::limits::{Limits, Slot, Slots};
 pub use super::running::{DEFAULT_CANCEL_GRACE, Task};
@@ -113,6 +115,7 @@ pub struct Deadlines {
 pub struct Relay {
     tasks: Mutex<HashMap<TaskId, Running>>,
     slots: Arc<Slots>,
+    budget: Arc<Budget>,
     store: Arc<dyn Store>,
     spool: Arc<Spool>,
     history: Arc<History>,
@@ -134,9 +137,20 @@ impl Relay {
     ) -> Arc<Self> {
         let (late, reports) = mpsc::channel(LATE_REPORTS);
         scope.spawn("late outcomes", record_late(Arc::clone(&store), reports, scope.clone()));
-        let (tasks, slots) = (Mutex::default(), Arc::default());
+        let (tasks, slots, budget) = (Mutex::default(), Arc::default(), Arc::default());
         let unrecorded = Arc::new(Unrecorded::new(Arc::clone(&store), scope.clone()));
-        Arc::new(Self { tasks, slots, store, spool, history, scope, deadlines, late, unrecorded })
+        Arc::new(Self {
+            tasks,
+            slots,
+            budget,
+            store,
+            spool,
+            history,
+            scope,
+            deadlines,
+            late,
+            unrecorded,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TaskId, Running>> {
@@ -199,7 +213,8 @@ impl Relay {
             let left = limits.output_bytes.saturating_sub(received[0].saturating_add(received[1]));
             // Whatever the limit is: it runs.
             let slot = self.slots.take(&record.actor, usize::MAX);
-            let task = Task::recovered(record, REASON, received, left);
+            let share = self.budget.take(record.node, DEFAULT_OUTPUT_CREDIT);
+            let task = Task::recovered(record, REASON, received, left, share);
             self.lock().insert(task.id(), Running { task: Arc::clone(&task), _slot: slot });
             self.await_node(&task, 1, REASON);
             self.reader_lost(&task, 1);
@@ -232,7 +247,8 @@ impl Relay {
             StartRefusal::TooMany { actor: new.actor.name.clone(), limit: limits.commands }
         })?;
         let window = (!new.detached).then_some(initial_credit);
-        let task = Task::new(record_of(&new), window, session.clone(), limits.output_bytes);
+        let share = self.budget.take(new.node, window.unwrap_or(DEFAULT_OUTPUT_CREDIT));
+        let task = Task::new(record_of(&new), window, session.clone(), limits.output_bytes, share);
         let id = task.id();
         let frame = hub_frame::Frame::StartTask(StartTask {
             task_id: id.as_bytes().to_vec().into(),

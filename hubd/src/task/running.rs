@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::budget::Share;
 use super::to_node::ToNode;
 use super::to_reader::{Attached, FlowViolation, ToReader};
 use crate::node::registry::SessionHandle;
@@ -62,6 +63,8 @@ pub struct Task {
     phases: watch::Sender<u64>,
     /// Cancelled when the task has its verdict.
     pub(super) ended: CancellationToken,
+    /// Room for what its reader does not take.
+    _share: Share,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -75,8 +78,9 @@ impl Task {
         window: Option<u64>,
         session: SessionHandle,
         output_left: u64,
+        share: Share,
     ) -> Arc<Self> {
-        let to_reader = ToReader::new(window);
+        let to_reader = ToReader::new(window, share.bytes());
         let place = Place {
             session: Some(session),
             phase: Phase::Accepted,
@@ -85,7 +89,7 @@ impl Task {
             started_at_ms: None,
             cancel: None,
         };
-        Self::with(record, place, to_reader, ToNode::new(false), output_left)
+        Self::with(record, place, to_reader, ToNode::new(false), output_left, share)
     }
 
     /// A task that an earlier run of the hub left open; `received` bytes of it are in the spool.
@@ -94,8 +98,9 @@ impl Task {
         reason: &str,
         received: [u64; 2],
         output_left: u64,
+        share: Share,
     ) -> Arc<Self> {
-        let to_reader = ToReader::recovered(received, record.detached);
+        let to_reader = ToReader::recovered(received, record.detached, share.bytes());
         let place = Place {
             session: None,
             phase: Phase::Interrupted { reason: reason.to_owned() },
@@ -104,7 +109,7 @@ impl Task {
             started_at_ms: None,
             cancel: None,
         };
-        Self::with(record, place, to_reader, ToNode::new(true), output_left)
+        Self::with(record, place, to_reader, ToNode::new(true), output_left, share)
     }
 
     fn with(
@@ -113,6 +118,7 @@ impl Task {
         to_reader: ToReader,
         to_node: ToNode,
         output_left: u64,
+        share: Share,
     ) -> Arc<Self> {
         Arc::new(Self {
             record,
@@ -124,6 +130,7 @@ impl Task {
             last_frame: Mutex::new(Instant::now()),
             phases: watch::Sender::new(0),
             ended: CancellationToken::new(),
+            _share: share,
         })
     }
 
