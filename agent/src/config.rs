@@ -33,7 +33,9 @@ use crate::client::HubAddress;
 const MAX_FILE_BYTES: u64 = 256 * 1024;
 
 /// Files of a state that go when a node leaves for good.
-const PURGED_FILES: [&str; 4] = ["agent.json", "agent.json.lock", "tasks", "memberships.json"];
+/// `started-tasks` is the journal of earlier versions.
+const PURGED_FILES: [&str; 5] =
+    ["agent.json", "agent.json.lock", "tasks", "started-tasks", "memberships.json"];
 
 /// Why state or settings cannot be used.
 #[derive(Debug, thiserror::Error)]

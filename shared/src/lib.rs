@@ -10,6 +10,7 @@
 //! | [`chunk`], [`pack`] | how content is cut, and the unit in which it travels and rests |
 //! | [`replay`] | output under way, which can be sent again |
 //! | [`durable`] | files that survive a crash |
+//! | [`dead_line`] | connections whose other end is gone |
 //! | [`backoff`], [`patience`], [`tasks`], [`clock`], [`text`], [`telemetry`] | retrying, supervised tasks, the time, text, logs |
 //!
 //! Invariants: nothing here opens a socket, spawns a process or knows the generated protocol;
@@ -21,6 +22,7 @@
 pub mod backoff;
 pub mod chunk;
 pub mod clock;
+pub mod dead_line;
 pub mod durable;
 pub mod entry;
 pub mod ids;

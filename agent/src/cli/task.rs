@@ -3,6 +3,7 @@
 mod show;
 mod view;
 
+use std::ffi::OsString;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -10,6 +11,7 @@ use cortex_proto::{DEFAULT_OUTPUT_CREDIT, v1};
 
 use super::error::{CliError, Exit};
 use super::exec::check;
+use super::exec::request::variables;
 use super::exec::one::{Attached, exec, id_text};
 use super::printer::complain;
 use super::units::{millis, parse_duration};
@@ -102,6 +104,9 @@ enum TaskVerb {
         /// Say the new task's id and leave
         #[arg(long)]
         detach: bool,
+        /// A variable of the command once more: the hub does not keep their values. May be repeated
+        #[arg(long = "env", value_name = "NAME=VALUE")]
+        env: Vec<OsString>,
         #[command(flatten)]
         output: Output,
     },
@@ -154,6 +159,7 @@ fn parse_signal(text: &str) -> Result<u32, String> {
 pub(crate) async fn task(global: &Global, args: TaskArgs) -> Result<u8, CliError> {
     match args.verb {
         TaskVerb::List { node, status, mine, limit, output } => {
+            refuse_state(global)?;
             let states =
                 status.into_iter().map(|state| v1::TaskState::from(state).into()).collect();
             let request = v1::ListTasksRequest {
@@ -189,15 +195,27 @@ pub(crate) async fn task(global: &Global, args: TaskArgs) -> Result<u8, CliError
             global.printer(output).say(&sentence, &row)?;
             Ok(0)
         }
-        TaskVerb::Retry { task, detach, output } => {
+        TaskVerb::Retry { task, detach, env, output } => {
+            let env = variables(&env)?;
             let start = v1::ExecStart {
                 retry_of: task,
                 detach,
+                spec: (!env.is_empty()).then(|| v1::TaskSpec { env, ..Default::default() }),
                 initial_credit: DEFAULT_OUTPUT_CREDIT,
                 ..v1::ExecStart::default()
             };
             exec(global, Attached { start, stdin: false, output }).await
         }
+    }
+}
+
+/// `--state` is the global flag that names a directory, which would be taken without a word.
+fn refuse_state(global: &Global) -> Result<(), CliError> {
+    let meant = global.state.as_ref().and_then(|state| state.to_str());
+    match meant.filter(|text| State::from_str(text, true).is_ok()) {
+        None => Ok(()),
+        Some(state) => Err(CliError::usage("--state names a node's directory")
+            .hint(format!("tasks in a state: cortex-agent task list --status {state}"))),
     }
 }
 

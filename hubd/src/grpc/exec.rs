@@ -82,8 +82,55 @@ async fn wanted(
             let text = format!("task {} cannot be repeated: {why}", record.id);
             refuse(Code::FailedPrecondition, "not_repeatable", text)
         })?;
+    let mut spec = spec;
+    give_variables(&mut spec, start.spec.take().unwrap_or_default(), record.id)?;
     let view = service.node(&record.node.to_string(), operator)?;
     Ok((view, spec, Some(record.id)))
+}
+
+/// The specification as it is kept to repeat it. Values of variables are often secrets: they pass
+/// through, and are not kept.
+fn kept_spec(spec: &v1::TaskSpec) -> Option<Vec<u8>> {
+    if spec.stdin || spec.terminal.is_some() {
+        return None;
+    }
+    let mut kept = spec.clone();
+    for variable in &mut kept.env {
+        variable.value.clear();
+    }
+    (kept.encoded_len() <= MAX_KEPT_SPEC_BYTES).then(|| kept.encode_to_vec())
+}
+
+/// Gives the variables of a repeated command their values again.
+fn give_variables(
+    spec: &mut v1::TaskSpec,
+    given: v1::TaskSpec,
+    task: TaskId,
+) -> Result<(), Status> {
+    let shown = |name: &[u8]| String::from_utf8_lossy(name).chars().take(64).collect::<String>();
+    let known = |name: &[u8]| spec.env.iter().any(|variable| variable.name == name);
+    if let Some(other) = given.env.iter().find(|variable| !known(&variable.name)) {
+        return Err(invalid(format!("task {task} had no variable {:?}", shown(&other.name))));
+    }
+    let mut missing = Vec::new();
+    for variable in &mut spec.env {
+        // As when it was given first: the last one counts.
+        match given.env.iter().rfind(|given| given.name == variable.name) {
+            Some(given) => variable.value = given.value.clone(),
+            None => missing.push(shown(&variable.name)),
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    missing.truncate(16);
+    let text = format!(
+        "task {task} had variables, whose values are not kept: {}",
+        missing.join(", ")
+    );
+    let flags: Vec<String> = missing.iter().map(|name| format!("--env {name}=…")).collect();
+    let hint = format!("give them again: cortex-agent task retry {task} {}", flags.join(" "));
+    Err(with_hint(refuse(Code::FailedPrecondition, "variables_needed", text), &hint))
 }
 
 /// Accepts a command, journals it, sends it to its node.
@@ -112,8 +159,6 @@ async fn start_task(
         .inspect_err(|refusal| record_refusal(service, &operator, &node, &spec, refusal))?;
     spec.workspace_id = workspace.map(|id| id.as_bytes().to_vec().into()).unwrap_or_default();
     let session = view.session.ok_or_else(|| offline(&node.name))?;
-    let kept = !spec.stdin && spec.terminal.is_none() && spec.encoded_len() <= MAX_KEPT_SPEC_BYTES;
-    let kept = kept.then(|| spec.encode_to_vec());
     let new = NewTask {
         id: TaskId::new(),
         node: node.id,
@@ -124,7 +169,7 @@ async fn start_task(
         workspace: spec.workspace.clone(),
         mode,
         detached: start.detach,
-        spec: kept,
+        spec: kept_spec(&spec),
         retry_of,
         key,
         accepted_at_ms: unix_ms(),
@@ -506,6 +551,27 @@ pub(super) fn cancel_grace(grace_ms: u64) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn variable(name: &str, value: &str) -> v1::EnvVar {
+        v1::EnvVar { name: name.to_owned().into(), value: value.to_owned().into() }
+    }
+
+    #[test]
+    fn values_of_variables_are_not_kept_and_have_to_be_given_again() {
+        let env = vec![variable("TOKEN", "secret"), variable("LEVEL", "3")];
+        let spec = v1::TaskSpec { env: env.clone(), ..v1::TaskSpec::default() };
+        let kept = kept_spec(&spec).unwrap();
+        assert!(!kept.windows(6).any(|part| part == b"secret"));
+        let mut repeated = v1::TaskSpec::decode(kept.as_slice()).unwrap();
+        let give = |spec: &mut v1::TaskSpec, env: Vec<v1::EnvVar>| {
+            give_variables(spec, v1::TaskSpec { env, ..v1::TaskSpec::default() }, TaskId::new())
+        };
+        let refused = give(&mut repeated, vec![variable("TOKEN", "x")]).unwrap_err();
+        assert!(refused.message().contains("LEVEL") && !refused.message().contains("TOKEN"));
+        assert!(give(&mut repeated, vec![variable("OTHER", "x")]).is_err());
+        give(&mut repeated, env).unwrap();
+        assert_eq!(repeated, spec);
+    }
 
     #[test]
     fn permissive_needs_everyone_and_the_refusal_names_who_is_missing() {

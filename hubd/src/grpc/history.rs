@@ -11,8 +11,10 @@ use tokio::sync::watch;
 use tonic::{Code, Status};
 
 use super::auth::AdmittedOperator;
+use super::in_scope::while_seen;
 use super::operator::{BoxStream, OperatorService};
-use super::status::{from_store, refuse};
+use super::status::{from_lookup, from_store, refuse};
+use crate::node::registry::NodeLookup;
 use crate::store::StoreError;
 use crate::store::history::Segment;
 use crate::task::history::History;
@@ -67,7 +69,9 @@ pub(super) async fn read(
             }
         }
     });
-    Ok(Box::pin(frames))
+    let wanted = NodeLookup::Unknown { wanted: request.node, similar: None };
+    let gone = from_lookup(wanted);
+    Ok(while_seen(Box::pin(frames), &service.registry, caller, node, gone))
 }
 
 /// Where the last lines begin: after which segment, and how many bytes into the next.

@@ -8,6 +8,7 @@ mod detached;
 pub mod enroll;
 mod exec;
 mod history;
+mod in_scope;
 mod invites;
 mod listing;
 pub mod node;

@@ -20,6 +20,7 @@ use tonic::{Code, Status};
 use super::auth::AdmittedOperator;
 use super::convert;
 use super::exec::cancel_grace;
+use super::in_scope::while_seen;
 use super::operator::{BoxStream, OperatorService};
 use super::status::{from_lookup, from_store, invalid, offline, refuse, with_hint};
 use crate::store::{TaskEndState, TaskQuery, TaskRecord, Verdict};
@@ -309,6 +310,7 @@ pub(super) async fn read(
     request: v1::ReadTaskRequest,
 ) -> Result<BoxStream<v1::ReadTaskResponse>, Status> {
     let record = find(service, caller, &request.task).await?;
+    let (node, gone) = (record.node, unknown(&record.id.to_string()));
     let running = service.relay.get(record.id).filter(|_| request.follow);
     let spool = service.relay.spool();
     let changes = spool.changes(record.id);
@@ -347,7 +349,7 @@ pub(super) async fn read(
         view.over |= frame.is_err();
         Some((frame.map(|frame| v1::ReadTaskResponse { frame: Some(frame) }), view))
     });
-    Ok(Box::pin(frames))
+    Ok(while_seen(Box::pin(frames), &service.registry, caller, node, gone))
 }
 
 async fn next_of(view: &mut View) -> Result<read_task_response::Frame, Status> {

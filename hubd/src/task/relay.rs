@@ -95,6 +95,14 @@ struct Running {
     _slot: Option<Slot>,
 }
 
+/// What is known of a command at its verdict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Known {
+    PerhapsBegun,
+    /// It was not begun, and cannot be any more: asking again with the same key is not asking twice.
+    NeverBegun,
+}
+
 /// A node's word on a task that may have its verdict already.
 struct LateReport {
     task: TaskId,
@@ -268,7 +276,7 @@ impl Relay {
                 reason: StartRefusal::GivenUp.to_string(),
                 ..TaskExit::default()
             };
-            self.conclude(task, exit);
+            self.conclude(task, exit, Known::NeverBegun);
             return Err(StartRefusal::GivenUp);
         }
         self.spool.begin(id);
@@ -276,7 +284,7 @@ impl Relay {
         // is searched after this, or the send fails.
         self.lock().insert(id, Running { task: Arc::clone(&task), _slot: Some(slot) });
         if session.send(frame).is_err() {
-            self.fail(id, TaskVerdict::StreamLost, "the node is not connected");
+            self.fail_unbegun(id, TaskVerdict::StreamLost, "the node is not connected");
         }
         let (relay, deadline, waiting) =
             (Arc::clone(self), self.deadlines.start, Arc::clone(&task));
@@ -284,7 +292,8 @@ impl Relay {
             // Taking the stream's place: a node that comes for it later is refused, and runs nothing.
             if waiting.take_opening() {
                 waiting.cancel(0, Duration::ZERO);
-                relay.fail(id, TaskVerdict::Failed, "the node did not start the command in time");
+                let reason = "the node did not start the command in time";
+                relay.fail_unbegun(id, TaskVerdict::Failed, reason);
             }
         });
         Ok(Begun::New(task))
@@ -459,20 +468,29 @@ impl Relay {
     }
 
     fn fail(&self, id: TaskId, verdict: TaskVerdict, reason: &str) {
+        self.fail_as(id, verdict, reason, Known::PerhapsBegun);
+    }
+
+    /// The same for one that its node cannot begin any more, and has not begun.
+    fn fail_unbegun(&self, id: TaskId, verdict: TaskVerdict, reason: &str) {
+        self.fail_as(id, verdict, reason, Known::NeverBegun);
+    }
+
+    fn fail_as(&self, id: TaskId, verdict: TaskVerdict, reason: &str, known: Known) {
         if let Some(task) = self.take(id, |_| true) {
             let exit = TaskExit {
                 verdict: verdict.into(),
                 reason: reason.to_owned(),
                 ..TaskExit::default()
             };
-            self.conclude(task, exit);
+            self.conclude(task, exit, known);
         }
     }
 
     /// Gives a task the verdict its node reports; whether it had none.
     pub fn finish(&self, id: TaskId, node: NodeId, exit: TaskExit) -> bool {
         let task = self.take(id, |task| task.record.node == node);
-        task.map(|task| self.conclude(task, exit)).is_some()
+        task.map(|task| self.conclude(task, exit, Known::PerhapsBegun)).is_some()
     }
 
     /// A node reports how a task ended whose stream is gone.
@@ -489,11 +507,12 @@ impl Relay {
     }
 
     /// Journals the verdict, and only then tells the reader and the node.
-    fn conclude(&self, task: Arc<Task>, mut exit: TaskExit) {
+    fn conclude(&self, task: Arc<Task>, mut exit: TaskExit, known: Known) {
         tidy(&mut exit);
         task.ended.cancel();
         task.to_node.close();
-        let end = journal_entry(&exit, task.started_at_ms());
+        let mut end = journal_entry(&exit, task.started_at_ms());
+        end.never_begun = known == Known::NeverBegun;
         let (store, spool) = (Arc::clone(&self.store), Arc::clone(&self.spool));
         let unrecorded = Arc::clone(&self.unrecorded);
         self.scope.spawn("task verdict", async move {

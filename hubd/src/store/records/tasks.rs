@@ -172,6 +172,9 @@ pub struct TaskEnd {
     pub started_at_ms: Option<i64>,
     /// When.
     pub ended_at_ms: i64,
+    /// It was not begun, and never will be: its caller's key is free again.
+    #[serde(default)]
+    pub never_begun: bool,
 }
 
 /// How a task ended on its node, learnt after its verdict.

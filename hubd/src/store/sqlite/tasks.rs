@@ -74,7 +74,9 @@ pub(super) fn end(t: &Connection, id: TaskId, end: &TaskEnd) -> Result<(), Store
     let mut statement = t.prepare_cached(
         "UPDATE tasks SET state = ?2, verdict = ?3, exit_code = ?4, signal = ?5, reason = ?6, \
          stdout_bytes = ?7, stderr_bytes = ?8, ended_at = ?9, hint = ?10, stdout_hash = ?11, \
-         stderr_hash = ?12, duration_ms = ?13, started_at = ?14 WHERE id = ?1 AND ended_at IS NULL \
+         stderr_hash = ?12, duration_ms = ?13, started_at = ?14, \
+         idempotency_key = CASE WHEN ?15 THEN NULL ELSE idempotency_key END \
+         WHERE id = ?1 AND ended_at IS NULL \
          RETURNING actor, node",
     )?;
     let mut rows = statement.query(params![
@@ -92,6 +94,7 @@ pub(super) fn end(t: &Connection, id: TaskId, end: &TaskEnd) -> Result<(), Store
         end.stderr_hash,
         signed(end.duration_ms),
         end.started_at_ms,
+        end.never_begun,
     ])?;
     let Some(row) = rows.next()? else { return Ok(()) };
     let (actor, node) = (row.get::<_, String>(0)?, node_id(&row.get::<_, Vec<u8>>(1)?)?);
@@ -187,6 +190,7 @@ fn record(row: &Row<'_>) -> Result<TaskRecord, StoreError> {
             duration_ms: row.get::<_, Option<i64>>("duration_ms")?.unwrap_or(0).cast_unsigned(),
             started_at_ms: row.get("started_at")?,
             ended_at_ms: row.get::<_, Option<i64>>("ended_at")?.unwrap_or(0),
+            never_begun: false,
         }),
     };
     let late: Option<String> = row.get("late_outcome")?;
