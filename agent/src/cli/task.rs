@@ -11,8 +11,9 @@ use cortex_proto::{DEFAULT_OUTPUT_CREDIT, v1};
 
 use super::error::{CliError, Exit};
 use super::exec::check;
-use super::exec::request::variables;
 use super::exec::one::{Attached, exec, id_text};
+use super::exec::request::variables;
+use super::persist::Persistence;
 use super::printer::complain;
 use super::units::{millis, parse_duration};
 use super::{Global, Output, hub};
@@ -188,8 +189,17 @@ pub(crate) async fn task(global: &Global, args: TaskArgs) -> Result<u8, CliError
             let request = hub::question(v1::CancelTaskRequest { task, signal, grace_ms });
             let info = hub::operator(global).await?.cancel_task(request).await?.into_inner();
             let row = TaskRow::from(&info);
+            let (node, id) = (&info.node_name, &row.task_id);
             let sentence = match &info.exit {
-                None => format!("asked {} to end {}", info.node_name, row.task_id),
+                None if info.state() == v1::TaskState::Interrupted => {
+                    format!("{node} is away; it is asked to end {id} when it is back")
+                }
+                None => format!("asked {node} to end {id}"),
+                Some(_) if info.cancel_pending => format!(
+                    "{id} has its verdict ({}), but {node} has not said that it has ended there: asked \
+                     it to end it, now or when it is back",
+                    row.state
+                ),
                 Some(_) => format!("{} has ended already: {}", row.task_id, row.state),
             };
             global.printer(output).say(&sentence, &row)?;
@@ -243,10 +253,30 @@ async fn list(
 
 async fn wait(global: &Global, tasks: Vec<String>, output: Output) -> Result<u8, CliError> {
     let mut client = hub::operator(global).await?;
-    let (mut rows, mut code) = (Vec::new(), 0);
-    // One after the other takes as long as the longest of them.
+    // One that is misspelt is said before the others are waited for.
+    let mut ids = Vec::new();
     for task in tasks {
-        let info = client.wait_task(v1::GetTaskRequest { task }).await?.into_inner();
+        let info = client.get_task(hub::question(v1::GetTaskRequest { task })).await?.into_inner();
+        ids.push(id_text(&info.task_id));
+    }
+    let (mut rows, mut code) = (Vec::new(), 0);
+    let mut persistence = Persistence::default();
+    persistence.arrived();
+    // One after the other takes as long as the longest of them.
+    for task in ids {
+        let info = loop {
+            match client.wait_task(v1::GetTaskRequest { task: task.clone() }).await {
+                Ok(info) => break info.into_inner(),
+                Err(status) => {
+                    if let Err(error) = persistence.pause(status).await {
+                        // What is known of the others is said all the same.
+                        global.printer(output).list(&rows)?;
+                        return Err(error);
+                    }
+                }
+            }
+        };
+        persistence.arrived();
         let exit = info.exit.clone().unwrap_or_default();
         if code == 0 {
             code = check::exit_code(&exit);

@@ -30,6 +30,7 @@ use super::end::{End, MAX_DRAIN};
 use super::renewal::{self, RenewError, Welcomed};
 use super::{mode_of, proto_mode};
 use crate::client::{Purpose, Traffic, say_skew};
+use crate::exec::CancelCause;
 use crate::identity::MachineFacts;
 use crate::identity::live::LiveIdentity;
 
@@ -195,7 +196,7 @@ impl Keeper {
                 End::Busy(problem, delay) => (problem, delay + backoff.next_delay()),
                 End::Refused(problem) => (problem, patience.next_delay()),
                 End::Expelled(problem) => {
-                    self.dispatcher.end_commands();
+                    self.dispatcher.end_commands(CancelCause::Expelled);
                     (problem, patience.next_delay())
                 }
                 End::Certificate(problem) => (self.with_clocks(&problem), patience.next_delay()),
@@ -290,8 +291,7 @@ impl Keeper {
     async fn open(&self) -> Result<Session<'_>, End> {
         let presented = self.identity.presented();
         let hub = self.identity.client();
-        let (channel, traffic) =
-            hub.connect_counted(Purpose::Control).await.map_err(End::from)?;
+        let (channel, traffic) = hub.connect_counted(Purpose::Control).await.map_err(End::from)?;
         let client = NodeClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -333,6 +333,7 @@ impl Keeper {
             inbound,
             outbox,
             client,
+            resume_grace: Duration::from_millis(welcome.resume_grace_ms),
             traffic,
             interval,
             policy: HubPolicy::told(
@@ -384,6 +385,7 @@ struct Session<'a> {
     inbound: Streaming<v1::HubFrame>,
     outbox: Outbox,
     client: NodeClient<Channel>,
+    resume_grace: Duration,
     traffic: Arc<Traffic>,
     interval: Duration,
     policy: HubPolicy,
@@ -407,6 +409,7 @@ impl Session<'_> {
             client: self.client.clone(),
             outbox: self.outbox.clone(),
             tasks: tasks.clone(),
+            resume_grace: self.resume_grace,
         };
         tasks.spawn(
             "renewal",

@@ -25,7 +25,7 @@ use super::status::{from_store, invalid, offline, refuse, with_hint, with_retry_
 use super::{convert, tasks};
 use crate::node::registry::NodeView;
 use crate::store::{IdempotencyKey, NewTask, Node, TaskRecord};
-use crate::task::relay::{Begun, Claim, DEFAULT_CANCEL_GRACE, StartRefusal, Task};
+use crate::task::relay::{Begun, Claim, DEFAULT_CANCEL_GRACE, Relay, StartRefusal, Task};
 use crate::task::to_reader::{End, ToReader};
 use crate::task::verdict::wire_exit;
 
@@ -124,10 +124,8 @@ fn give_variables(
         return Ok(());
     }
     missing.truncate(16);
-    let text = format!(
-        "task {task} had variables, whose values are not kept: {}",
-        missing.join(", ")
-    );
+    let text =
+        format!("task {task} had variables, whose values are not kept: {}", missing.join(", "));
     let flags: Vec<String> = missing.iter().map(|name| format!("--env {name}=…")).collect();
     let hint = format!("give them again: cortex-agent task retry {task} {}", flags.join(" "));
     Err(with_hint(refuse(Code::FailedPrecondition, "variables_needed", text), &hint))
@@ -203,7 +201,7 @@ async fn start_task(
         Err(_) => starting.await,
     };
     let begun = begun?.map_err(|refusal| {
-        if let StartRefusal::TooMany { .. } = &refusal {
+        if let StartRefusal::TooMany { .. } | StartRefusal::Full { .. } = &refusal {
             let detail = json!({ "reason": refusal.to_string(), "node_id": node.id.to_string() });
             service.refusals.record(&operator.actor(), "task.refused", &node.name, detail);
         }
@@ -342,11 +340,12 @@ fn listen(
     gone: CancellationToken,
 ) {
     let (task, stop) = (Arc::clone(task), service.scope.token().clone());
+    let relay = Arc::clone(&service.relay);
     service.scope.spawn("exec", async move {
         tokio::select! {
             () = stop.cancelled() => {}
             () = gone.cancelled() => {}
-            () = pass_on(&task, reader, inbound) => {}
+            () = pass_on(&relay, &task, reader, inbound) => {}
         }
     });
 }
@@ -425,7 +424,7 @@ fn cordoned(node: &str) -> Status {
 
 fn from_start(refusal: StartRefusal) -> Status {
     match refusal {
-        StartRefusal::TooMany { .. } => with_hint(
+        StartRefusal::TooMany { .. } | StartRefusal::Full { .. } => with_hint(
             refuse(Code::ResourceExhausted, "too_many_commands", refusal.to_string()),
             "wait until one of them has ended, or cancel it",
         ),
@@ -513,7 +512,7 @@ fn not_a_member(workspace: &str, node: &str) -> Status {
 }
 
 /// Passes the caller's frames on to the task until the caller ends them.
-async fn pass_on(task: &Task, reader: u64, mut inbound: Streaming<ExecUp>) {
+async fn pass_on(relay: &Relay, task: &Arc<Task>, reader: u64, mut inbound: Streaming<ExecUp>) {
     while let Ok(Some(frame)) = inbound.message().await {
         if !task.to_reader.is_read_by(reader) {
             return;
@@ -523,7 +522,7 @@ async fn pass_on(task: &Task, reader: u64, mut inbound: Streaming<ExecUp>) {
             Some(exec_up::Frame::Stdin(stdin)) => {
                 if task.to_node.stdin(stdin.data, stdin.end).is_err() {
                     // It sends more than it may: its own command is the only one that suffers.
-                    task.cancel(0, Duration::ZERO);
+                    relay.cancel(task, 0, Duration::ZERO);
                     return;
                 }
             }
@@ -533,7 +532,7 @@ async fn pass_on(task: &Task, reader: u64, mut inbound: Streaming<ExecUp>) {
                 task.to_node.resize(v1::TerminalSize { term: String::new(), ..size });
             }
             Some(exec_up::Frame::Cancel(cancel)) => {
-                task.cancel(cancel.signal, cancel_grace(cancel.grace_ms));
+                relay.cancel(task, cancel.signal, cancel_grace(cancel.grace_ms));
             }
             Some(exec_up::Frame::Start(_) | exec_up::Frame::Attach(_)) | None => {}
         }

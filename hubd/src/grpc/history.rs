@@ -52,7 +52,10 @@ pub(super) async fn read(
     let history = Arc::clone(service.relay.history());
     let changes = history.changes();
     history.flush().await;
-    let (seq, skip) = start(&history, node, request.lines).await.map_err(from_store)?;
+    let (seq, skip) = match request.after_seq {
+        0 => start(&history, node, request.lines).await.map_err(from_store)?,
+        seq => (seq, 0),
+    };
     let follow = request.follow;
     let segments = VecDeque::new();
     let reading = Reading { history, node, seq, skip, segments, changes, follow };
@@ -116,6 +119,7 @@ async fn next(reading: &mut Reading) -> Result<Option<v1::ReadHistoryResponse>, 
                 stream: i32::from(segment.stream),
                 data: segment.data.into(),
                 skipped_bytes: segment.skipped,
+                seq,
             }));
         }
         reading.changes.mark_unchanged();

@@ -52,6 +52,7 @@ async fn the_databases_outlive_whatever_still_writes_at_shutdown() {
             started_at_ms: None,
             ended_at_ms: 2,
             never_begun: false,
+            cancel_wanted: false,
         };
         store.end_task(id, end).await.unwrap();
     });

@@ -10,7 +10,7 @@
 //! its output had come, and node and reader each come back with what they have. So nothing here that
 //! a restart loses has to be kept.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,7 +27,8 @@ use tokio::time::Instant;
 
 use super::budget::Budget;
 use super::history::History;
-use super::limits::{Limits, Slot, Slots};
+use super::limits::{HUB_COMMANDS, Limits, NODE_COMMANDS, Slot, Slots};
+use super::running::cancel_frame;
 pub use super::running::{DEFAULT_CANCEL_GRACE, Task};
 use super::spool::Spool;
 use super::to_reader::End;
@@ -59,6 +60,14 @@ pub enum StartRefusal {
     KeyReused {
         /// The task it led to.
         task: TaskId,
+    },
+    /// So much runs already.
+    #[error("{whose} has {limit} commands running, and takes no more for now")]
+    Full {
+        /// The node, or the hub.
+        whose: String,
+        /// How many it takes.
+        limit: usize,
     },
     /// The task could not be journalled.
     #[error(transparent)]
@@ -131,7 +140,13 @@ pub struct Relay {
     deadlines: Deadlines,
     late: mpsc::Sender<LateReport>,
     unrecorded: Arc<Unrecorded>,
+    /// Tasks that have got a verdict which is not in the journal yet, and are to end at their nodes.
+    /// Filled while the table is locked: a task is in one of them, or the journal has it.
+    to_end: ToEnd,
 }
+
+/// Shared with those who write verdicts.
+pub(super) type ToEnd = Arc<Mutex<HashSet<TaskId>>>;
 
 impl Relay {
     /// A relay without tasks.
@@ -146,7 +161,9 @@ impl Relay {
         let (late, reports) = mpsc::channel(LATE_REPORTS);
         scope.spawn("late outcomes", record_late(Arc::clone(&store), reports, scope.clone()));
         let (tasks, slots, budget) = (Mutex::default(), Arc::default(), Arc::default());
-        let unrecorded = Arc::new(Unrecorded::new(Arc::clone(&store), scope.clone()));
+        let to_end = ToEnd::default();
+        let unrecorded = Unrecorded::new(Arc::clone(&store), scope.clone(), Arc::clone(&to_end));
+        let unrecorded = Arc::new(unrecorded);
         Arc::new(Self {
             tasks,
             slots,
@@ -158,6 +175,7 @@ impl Relay {
             deadlines,
             late,
             unrecorded,
+            to_end,
         })
     }
 
@@ -254,6 +272,13 @@ impl Relay {
         let slot = self.slots.take(&new.actor.name, limits.commands).ok_or_else(|| {
             StartRefusal::TooMany { actor: new.actor.name.clone(), limit: limits.commands }
         })?;
+        if self.running() >= HUB_COMMANDS {
+            return Err(StartRefusal::Full { whose: "this hub".into(), limit: HUB_COMMANDS });
+        }
+        if self.running_on(new.node) >= NODE_COMMANDS {
+            let whose = format!("node {:?}", new.node_name);
+            return Err(StartRefusal::Full { whose, limit: NODE_COMMANDS });
+        }
         let window = (!new.detached).then_some(initial_credit);
         let share = self.budget.take(new.node, window.unwrap_or(DEFAULT_OUTPUT_CREDIT));
         let task = Task::new(record_of(&new), window, session.clone(), limits.output_bytes, share);
@@ -385,6 +410,7 @@ impl Relay {
     /// A node begins a session and says what it holds. What it does not hold ends now; what it does, it
     /// can take up.
     pub fn session_began(self: &Arc<Self>, session: &SessionHandle, held: &[TaskId]) {
+        self.end_held(session, held);
         for task in self.those(|task| task.record.node == session.node) {
             if held.contains(&task.id()) {
                 // Its stream was one of another session, whose end may not have been noticed yet.
@@ -394,6 +420,57 @@ impl Relay {
                 let reason = "the node does not run the command any more; its end is not known";
                 self.fail(task.id(), TaskVerdict::StreamLost, reason);
             }
+        }
+    }
+
+    /// Ends what the node still has and nobody wants any more: its verdict was given while the node was
+    /// away.
+    fn end_held(self: &Arc<Self>, session: &SessionHandle, held: &[TaskId]) {
+        let mut asked: Vec<TaskId> = {
+            let tasks = self.lock();
+            held.iter().copied().filter(|id| !tasks.contains_key(id)).collect()
+        };
+        let end = |session: &SessionHandle, id| {
+            // A session that has ended is followed by another.
+            session.send(cancel_frame(id, 0, DEFAULT_CANCEL_GRACE)).ok();
+        };
+        {
+            let to_end = self.to_end.lock().unwrap_or_else(PoisonError::into_inner);
+            asked.retain(|id| {
+                let now = to_end.contains(id);
+                if now {
+                    end(session, *id);
+                }
+                !now
+            });
+        }
+        if asked.is_empty() {
+            return;
+        }
+        // Beside the session, which waits for no store.
+        let (store, session) = (Arc::clone(&self.store), session.clone());
+        self.scope.spawn("unwanted tasks", async move {
+            match store.tasks_to_cancel(session.node, asked).await {
+                Ok(unwanted) => unwanted.into_iter().for_each(|id| end(&session, id)),
+                Err(error) => {
+                    tracing::error!(node = %session.node, %error, "unwanted tasks may go on");
+                }
+            }
+        });
+    }
+
+    /// Asks a task's node to end it, and goes on asking in each session of the node until it has said how
+    /// the command ended, also after a restart of the hub.
+    pub fn cancel(&self, task: &Arc<Task>, signal: u32, grace: Duration) {
+        let news = !task.is_cancelled();
+        task.cancel(signal, grace);
+        if news {
+            let (store, task) = (Arc::clone(&self.store), Arc::clone(task));
+            self.scope.spawn("cancel", async move {
+                if let Err(error) = store.want_cancel(task.id()).await {
+                    tracing::warn!(task = %task.id(), %error, "a cancel was not journalled");
+                }
+            });
         }
     }
 
@@ -421,10 +498,10 @@ impl Relay {
         if task.has_ended() || !task.to_reader.is_read_by(reader) {
             return;
         }
-        let waiting = Arc::clone(task);
+        let (relay, waiting) = (Arc::clone(self), Arc::clone(task));
         let give_up = move || {
             if waiting.to_reader.is_read_by(reader) && !waiting.has_ended() {
-                waiting.cancel(0, DEFAULT_CANCEL_GRACE);
+                relay.cancel(&waiting, 0, DEFAULT_CANCEL_GRACE);
                 // What is still under way has no reader: let it flow, so that the command can end.
                 waiting.discard();
             }
@@ -478,9 +555,13 @@ impl Relay {
 
     fn fail_as(&self, id: TaskId, verdict: TaskVerdict, reason: &str, known: Known) {
         if let Some(task) = self.take(id, |_| true) {
+            // What came is known, though nobody says whether it is all.
+            let [stdout_bytes, stderr_bytes] = task.to_reader.received();
             let exit = TaskExit {
                 verdict: verdict.into(),
                 reason: reason.to_owned(),
+                stdout_bytes,
+                stderr_bytes,
                 ..TaskExit::default()
             };
             self.conclude(task, exit, known);
@@ -503,7 +584,14 @@ impl Relay {
 
     fn take(&self, id: TaskId, wanted: impl FnOnce(&Task) -> bool) -> Option<Arc<Task>> {
         let mut tasks = self.lock();
-        if wanted(&tasks.get(&id)?.task) { Some(tasks.remove(&id)?.task) } else { None }
+        if !wanted(&tasks.get(&id)?.task) {
+            return None;
+        }
+        let task = tasks.remove(&id)?.task;
+        if task.is_cancelled() {
+            self.to_end.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
+        }
+        Some(task)
     }
 
     /// Journals the verdict, and only then tells the reader and the node.
@@ -513,6 +601,8 @@ impl Relay {
         task.to_node.close();
         let mut end = journal_entry(&exit, task.started_at_ms());
         end.never_begun = known == Known::NeverBegun;
+        end.cancel_wanted = task.is_cancelled() && !end.is_nodes_word();
+        let to_end = Arc::clone(&self.to_end);
         let (store, spool) = (Arc::clone(&self.store), Arc::clone(&self.spool));
         let unrecorded = Arc::clone(&self.unrecorded);
         self.scope.spawn("task verdict", async move {
@@ -522,6 +612,8 @@ impl Relay {
             }
             let end = match store.end_task(task.id(), end.clone()).await {
                 Ok(()) => {
+                    // The journal has it from here on.
+                    to_end.lock().unwrap_or_else(PoisonError::into_inner).remove(&task.id());
                     if let Some(session) = task.session() {
                         acknowledge(&session, task.id());
                     }
@@ -582,6 +674,7 @@ fn record_of(new: &NewTask) -> TaskRecord {
         accepted_at_ms: new.accepted_at_ms,
         end: None,
         late: None,
+        cancel_wanted: false,
     }
 }
 

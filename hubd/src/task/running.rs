@@ -41,7 +41,8 @@ struct Place {
     /// The node has opened its stream once, or may not any more.
     opened: bool,
     started_at_ms: Option<i64>,
-    /// A cancel that could not be sent yet.
+    /// The latest cancel. It is said again in each session: that one was sent does not mean that it
+    /// arrived.
     cancel: Option<(u32, Duration)>,
 }
 
@@ -100,6 +101,7 @@ impl Task {
         output_left: u64,
         share: Share,
     ) -> Arc<Self> {
+        let cancel = record.cancel_wanted.then_some((0, DEFAULT_CANCEL_GRACE));
         let to_reader = ToReader::recovered(received, record.detached, share.bytes());
         let place = Place {
             session: None,
@@ -107,7 +109,7 @@ impl Task {
             interruptions: 1,
             opened: true,
             started_at_ms: None,
-            cancel: None,
+            cancel,
         };
         Self::with(record, place, to_reader, ToNode::new(true), output_left, share)
     }
@@ -173,13 +175,20 @@ impl Task {
         lock(&self.place).started_at_ms
     }
 
-    /// Asks the node to end the command; if the node is away, as soon as it is back.
-    pub fn cancel(&self, signal: u32, grace: Duration) {
+    /// Asks the node to end the command; if the node is away, as soon as it is back. See
+    /// [`super::relay::Relay::cancel`]: of this alone, a restart of the hub knows nothing.
+    pub(super) fn cancel(&self, signal: u32, grace: Duration) {
         let mut place = lock(&self.place);
-        let sent = place.session.as_ref().map(|s| s.send(cancel_frame(self.id(), signal, grace)));
-        if !matches!(sent, Some(Ok(()))) {
-            place.cancel = Some((signal, grace));
+        place.cancel = Some((signal, grace));
+        if let Some(session) = &place.session {
+            // If it has ended, the next one hears it.
+            session.send(cancel_frame(self.id(), signal, grace)).ok();
         }
+    }
+
+    /// Whether somebody wants it to end.
+    pub(super) fn is_cancelled(&self) -> bool {
+        lock(&self.place).cancel.is_some()
     }
 
     /// Whether it is reached through this session.
@@ -195,7 +204,7 @@ impl Task {
     /// The node is back and has the task: it is reached through this session from now on.
     pub(super) fn rebind(&self, session: &SessionHandle) {
         let mut place = lock(&self.place);
-        if let Some((signal, grace)) = place.cancel.take() {
+        if let Some((signal, grace)) = place.cancel {
             // If this session is gone, too, its end is the next interruption.
             session.send(cancel_frame(self.id(), signal, grace)).ok();
         }

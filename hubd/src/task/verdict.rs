@@ -42,6 +42,7 @@ pub(super) fn journal_entry(exit: &TaskExit, started_at_ms: Option<i64>) -> Task
         started_at_ms,
         ended_at_ms: unix_ms(),
         never_begun: false,
+        cancel_wanted: false,
     }
 }
 

@@ -113,6 +113,7 @@ fn end(verdict: Verdict, code: u32) -> TaskEnd {
         started_at_ms: Some(2),
         ended_at_ms: 3,
         never_begun: false,
+        cancel_wanted: false,
     }
 }
 

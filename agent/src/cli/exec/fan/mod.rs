@@ -45,10 +45,10 @@ use crate::cli::printer::{ColorWhen, Format, Printer, complain, progress_is_visi
 use crate::cli::units::parse_size;
 use crate::cli::{Global, Output, hub};
 use board::{Board, Lane, LaneEnd};
+pub(super) use detached::detach;
 use output::Destination;
 use summary::{Course, Fate, Report};
 use targets::Target;
-pub(super) use detached::detach;
 pub(super) use targets::Targets;
 
 /// Least output that each command may have under way, however many run.
