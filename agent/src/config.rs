@@ -266,6 +266,16 @@ pub struct SandboxSettings {
     pub require_cgroup: bool,
 }
 
+/// What the node's owner decided about commands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CommandSettings {
+    /// Seconds that commands may go on while the node is without a hub; none for as long as its certificate
+    /// is good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut_off_limit_s: Option<u64>,
+}
+
 /// What the node's owner decided.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -280,6 +290,8 @@ pub struct Settings {
     pub workspace_paths: BTreeMap<String, PathBuf>,
     /// About the sandbox.
     pub sandbox: SandboxSettings,
+    /// About commands.
+    pub commands: CommandSettings,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -293,6 +305,8 @@ struct RawSettings {
     workspace_paths: BTreeMap<String, PathBuf>,
     #[serde(default)]
     sandbox: SandboxSettings,
+    #[serde(default)]
+    commands: CommandSettings,
 }
 
 impl Settings {
@@ -311,6 +325,7 @@ impl Settings {
             ceiling: raw.ceiling,
             workspace_paths: raw.workspace_paths,
             sandbox: raw.sandbox,
+            commands: raw.commands,
         };
         let roots = settings.workspace_paths.values().chain([&settings.workspace_root]);
         for root in roots {
@@ -332,6 +347,7 @@ impl Settings {
             ceiling: self.ceiling,
             workspace_paths: self.workspace_paths.clone(),
             sandbox: self.sandbox,
+            commands: self.commands,
         };
         write_json(&state.settings(), &raw)
     }
@@ -424,6 +440,7 @@ mod tests {
             ceiling: Mode::Strict,
             workspace_paths: BTreeMap::from([("app".to_owned(), PathBuf::from("/home/ann/app"))]),
             sandbox: SandboxSettings { require_cgroup: true },
+            commands: CommandSettings { cut_off_limit_s: Some(3600) },
         }
     }
 
