@@ -307,7 +307,7 @@ async fn go_on(
             (Reader { to_reader, number: attached.reader, running: None, _gone: gone }, attached)
         }
     };
-    spool.flush().await;
+    spool.flush(id).await;
     let missed = Missed::new(spool.reader(id), has, attached);
     let accepted = accepted(service, &record, known);
     let stop = service.scope.token().clone();

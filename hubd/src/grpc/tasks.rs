@@ -319,7 +319,7 @@ pub(super) async fn read(
     let running = service.relay.get(record.id).filter(|_| request.follow);
     let spool = service.relay.spool();
     let changes = spool.changes(record.id);
-    spool.flush().await;
+    spool.flush(record.id).await;
     let (this, operator, id) = (service.clone(), caller.clone(), record.id);
     // Also one that has just left the relay, and whose verdict is being written.
     let settle = request.follow && record.end.is_none();
@@ -369,8 +369,8 @@ async fn next_of(view: &mut View) -> Result<read_task_response::Frame, Status> {
         view.changes.mark_unchanged();
         view.phases.mark_unchanged();
         let ended = view.running.as_ref().is_none_or(|task| task.has_ended());
-        if ended && view.running.is_some() {
-            view.relay.spool().flush().await;
+        if let Some(task) = view.running.as_ref().filter(|_| ended) {
+            view.relay.spool().flush(task.id()).await;
         }
         let mut spool = view.spool.take();
         let read = tokio::task::spawn_blocking(move || {

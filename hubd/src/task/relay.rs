@@ -40,6 +40,10 @@ use crate::store::{Acceptance, NewTask, Store, StoreError, TaskRecord};
 /// Late reports of nodes that may wait for the journal. What does not fit is repeated by its node.
 const LATE_REPORTS: usize = 256;
 
+/// How long a verdict waits for the output before it to be in the spool. A disk that takes longer delays
+/// no verdict; only who comes back after a crash in this very moment may then lack something.
+const SPOOL_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Why a task is interrupted. Its stream often breaks before the session does, and for the same reason.
 const CONNECTION_LOST: &str =
     "the connection to the node was lost; the command may still be running there";
@@ -608,7 +612,7 @@ impl Relay {
         self.scope.spawn("task verdict", async move {
             // A reader that comes back finds the rest of the output there.
             if exit.stdout_bytes + exit.stderr_bytes > 0 {
-                spool.flush().await;
+                tokio::time::timeout(SPOOL_PATIENCE, spool.flush(task.id())).await.ok();
             }
             let end = match store.end_task(task.id(), end.clone()).await {
                 Ok(()) => {
@@ -626,7 +630,7 @@ impl Relay {
                 }
             };
             task.to_reader.end(end);
-            spool.end(task.id()).await;
+            spool.end(task.id());
         });
     }
 }

@@ -412,7 +412,7 @@ async fn the_next_hub_takes_up_what_the_last_one_left_open() {
     );
     let stream = fixture.open(&task);
     assert!(fixture.relay.node_frame(&task, stream, output(0, "before")));
-    fixture.relay.spool().flush().await;
+    fixture.relay.spool().flush(task.id()).await;
     // As a crash: nothing of the old relay is asked any more.
     let scope = TaskScope::new();
     let spool = Spool::open(fixture.folder.path().join("tasks"), SpoolLimits::default(), &scope);
