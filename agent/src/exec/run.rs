@@ -29,7 +29,7 @@ const DEFAULT_GRACE: Duration = Duration::from_secs(2);
 const MAX_GRACE: Duration = Duration::from_secs(10 * 60);
 /// How long the output of a cancelled command, all of whose processes have ended, may stand still before
 /// the rest of it is given up.
-const DRAIN: Duration = Duration::from_secs(1);
+const DRAIN: Duration = Duration::from_secs(2);
 /// How long the kernel may take to end everything before the next harder means is tried.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 

@@ -3,6 +3,8 @@
 //! | module | subject |
 //! |---|---|
 //! | [`relay`] | every task without a verdict: between its reader and its node, through lost streams |
+//! | [`start`] | how one begins, or why it does not |
+//! | `unwanted` | those that are to end on a node that was away |
 //! | [`running`] | one of them: its two mailboxes and its place |
 //! | [`to_reader`], [`to_node`] | the mailboxes |
 //! | [`spool`] | the latest output of each task, in files |
@@ -17,7 +19,9 @@ pub mod limits;
 pub mod relay;
 pub mod running;
 pub mod spool;
+pub mod start;
 pub mod to_node;
 pub mod to_reader;
+mod unwanted;
 pub mod verdict;
 mod verdicts;

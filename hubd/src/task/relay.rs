@@ -10,9 +10,8 @@
 //! its output had come, and node and reader each come back with what they have. So nothing here that
 //! a restart loses has to be kept.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -28,10 +27,11 @@ use tokio::time::Instant;
 use super::budget::Budget;
 use super::history::History;
 use super::limits::{HUB_COMMANDS, Limits, NODE_COMMANDS, Slot, Slots};
-use super::running::cancel_frame;
 pub use super::running::{DEFAULT_CANCEL_GRACE, Task};
 use super::spool::Spool;
+pub use super::start::{Begun, Claim, StartRefusal};
 use super::to_reader::End;
+use super::unwanted::Unwanted;
 use super::verdict::{journal_entry, tidy};
 use super::verdicts::Unrecorded;
 use crate::node::registry::SessionHandle;
@@ -47,60 +47,6 @@ const SPOOL_PATIENCE: Duration = Duration::from_secs(2);
 /// Why a task is interrupted. Its stream often breaks before the session does, and for the same reason.
 const CONNECTION_LOST: &str =
     "the connection to the node was lost; the command may still be running there";
-
-/// Why a task was not begun.
-#[derive(Debug, thiserror::Error)]
-pub enum StartRefusal {
-    /// The caller has as many running as it may.
-    #[error("{actor:?} has {limit} commands running, which is as many as its role may")]
-    TooMany {
-        /// The caller.
-        actor: String,
-        /// How many it may have.
-        limit: usize,
-    },
-    /// The caller's key has led to another command.
-    #[error("this idempotency key belongs to another command, task {task}")]
-    KeyReused {
-        /// The task it led to.
-        task: TaskId,
-    },
-    /// So much runs already.
-    #[error("{whose} has {limit} commands running, and takes no more for now")]
-    Full {
-        /// The node, or the hub.
-        whose: String,
-        /// How many it takes.
-        limit: usize,
-    },
-    /// The task could not be journalled.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// It was journalled only after its caller had stopped waiting; it ends there.
-    #[error("the command was not begun, because its caller no longer waited for it")]
-    GivenUp,
-}
-
-/// Decides between a task that is about to begin and a caller that stops waiting for it: whoever comes
-/// first has it.
-#[derive(Clone, Debug, Default)]
-pub struct Claim(Arc<AtomicBool>);
-
-impl Claim {
-    /// Whether the other side has not come first.
-    #[must_use]
-    pub fn take(&self) -> bool {
-        !self.0.swap(true, Ordering::AcqRel)
-    }
-}
-
-/// A task that was asked for.
-pub enum Begun {
-    /// It is accepted and on its way.
-    New(Arc<Task>),
-    /// The caller's key has led to this one before.
-    Known(TaskId),
-}
 
 /// A task in the table. Its place among its caller's commands is free once it is taken out.
 struct Running {
@@ -144,13 +90,8 @@ pub struct Relay {
     deadlines: Deadlines,
     late: mpsc::Sender<LateReport>,
     unrecorded: Arc<Unrecorded>,
-    /// Tasks that have got a verdict which is not in the journal yet, and are to end at their nodes.
-    /// Filled while the table is locked: a task is in one of them, or the journal has it.
-    to_end: ToEnd,
+    unwanted: Arc<Unwanted>,
 }
-
-/// Shared with those who write verdicts.
-pub(super) type ToEnd = Arc<Mutex<HashSet<TaskId>>>;
 
 impl Relay {
     /// A relay without tasks.
@@ -165,8 +106,8 @@ impl Relay {
         let (late, reports) = mpsc::channel(LATE_REPORTS);
         scope.spawn("late outcomes", record_late(Arc::clone(&store), reports, scope.clone()));
         let (tasks, slots, budget) = (Mutex::default(), Arc::default(), Arc::default());
-        let to_end = ToEnd::default();
-        let unrecorded = Unrecorded::new(Arc::clone(&store), scope.clone(), Arc::clone(&to_end));
+        let unwanted = Unwanted::new(Arc::clone(&store), scope.clone());
+        let unrecorded = Unrecorded::new(Arc::clone(&store), scope.clone(), Arc::clone(&unwanted));
         let unrecorded = Arc::new(unrecorded);
         Arc::new(Self {
             tasks,
@@ -179,7 +120,7 @@ impl Relay {
             deadlines,
             late,
             unrecorded,
-            to_end,
+            unwanted,
         })
     }
 
@@ -414,7 +355,11 @@ impl Relay {
     /// A node begins a session and says what it holds. What it does not hold ends now; what it does, it
     /// can take up.
     pub fn session_began(self: &Arc<Self>, session: &SessionHandle, held: &[TaskId]) {
-        self.end_held(session, held);
+        let ended = {
+            let tasks = self.lock();
+            held.iter().copied().filter(|id| !tasks.contains_key(id)).collect()
+        };
+        self.unwanted.end(session, ended);
         for task in self.those(|task| task.record.node == session.node) {
             if held.contains(&task.id()) {
                 // Its stream was one of another session, whose end may not have been noticed yet.
@@ -427,54 +372,13 @@ impl Relay {
         }
     }
 
-    /// Ends what the node still has and nobody wants any more: its verdict was given while the node was
-    /// away.
-    fn end_held(self: &Arc<Self>, session: &SessionHandle, held: &[TaskId]) {
-        let mut asked: Vec<TaskId> = {
-            let tasks = self.lock();
-            held.iter().copied().filter(|id| !tasks.contains_key(id)).collect()
-        };
-        let end = |session: &SessionHandle, id| {
-            // A session that has ended is followed by another.
-            session.send(cancel_frame(id, 0, DEFAULT_CANCEL_GRACE)).ok();
-        };
-        {
-            let to_end = self.to_end.lock().unwrap_or_else(PoisonError::into_inner);
-            asked.retain(|id| {
-                let now = to_end.contains(id);
-                if now {
-                    end(session, *id);
-                }
-                !now
-            });
-        }
-        if asked.is_empty() {
-            return;
-        }
-        // Beside the session, which waits for no store.
-        let (store, session) = (Arc::clone(&self.store), session.clone());
-        self.scope.spawn("unwanted tasks", async move {
-            match store.tasks_to_cancel(session.node, asked).await {
-                Ok(unwanted) => unwanted.into_iter().for_each(|id| end(&session, id)),
-                Err(error) => {
-                    tracing::error!(node = %session.node, %error, "unwanted tasks may go on");
-                }
-            }
-        });
-    }
-
     /// Asks a task's node to end it, and goes on asking in each session of the node until it has said how
     /// the command ended, also after a restart of the hub.
     pub fn cancel(&self, task: &Arc<Task>, signal: u32, grace: Duration) {
         let news = !task.is_cancelled();
         task.cancel(signal, grace);
         if news {
-            let (store, task) = (Arc::clone(&self.store), Arc::clone(task));
-            self.scope.spawn("cancel", async move {
-                if let Err(error) = store.want_cancel(task.id()).await {
-                    tracing::warn!(task = %task.id(), %error, "a cancel was not journalled");
-                }
-            });
+            self.unwanted.remember(task.id());
         }
     }
 
@@ -592,9 +496,7 @@ impl Relay {
             return None;
         }
         let task = tasks.remove(&id)?.task;
-        if task.is_cancelled() {
-            self.to_end.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
-        }
+        self.unwanted.concluded(&task);
         Some(task)
     }
 
@@ -606,7 +508,7 @@ impl Relay {
         let mut end = journal_entry(&exit, task.started_at_ms());
         end.never_begun = known == Known::NeverBegun;
         end.cancel_wanted = task.is_cancelled() && !end.is_nodes_word();
-        let to_end = Arc::clone(&self.to_end);
+        let unwanted = Arc::clone(&self.unwanted);
         let (store, spool) = (Arc::clone(&self.store), Arc::clone(&self.spool));
         let unrecorded = Arc::clone(&self.unrecorded);
         self.scope.spawn("task verdict", async move {
@@ -616,8 +518,7 @@ impl Relay {
             }
             let end = match store.end_task(task.id(), end.clone()).await {
                 Ok(()) => {
-                    // The journal has it from here on.
-                    to_end.lock().unwrap_or_else(PoisonError::into_inner).remove(&task.id());
+                    unwanted.journalled(task.id());
                     if let Some(session) = task.session() {
                         acknowledge(&session, task.id());
                     }

@@ -3,7 +3,7 @@
 //! Without one, the next start of the hub would call the command `stream_lost`, whatever its node said.
 //! So it is offered again until the journal takes it. A hub that ends before that loses it.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use cortex_shared::backoff::Backoff;
@@ -11,7 +11,8 @@ use cortex_shared::ids::TaskId;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::Semaphore;
 
-use super::relay::{ToEnd, acknowledge};
+use super::relay::acknowledge;
+use super::unwanted::Unwanted;
 use crate::node::registry::SessionHandle;
 use crate::store::{Store, TaskEnd};
 
@@ -25,14 +26,13 @@ pub(super) struct Unrecorded {
     store: Arc<dyn Store>,
     scope: TaskScope,
     places: Arc<Semaphore>,
-    /// See [`super::relay::Relay`].
-    to_end: ToEnd,
+    unwanted: Arc<Unwanted>,
 }
 
 impl Unrecorded {
     /// Verdicts for this store, offered by tasks of this scope.
-    pub(super) fn new(store: Arc<dyn Store>, scope: TaskScope, to_end: ToEnd) -> Self {
-        Self { store, scope, places: Arc::new(Semaphore::new(MAX_UNRECORDED)), to_end }
+    pub(super) fn new(store: Arc<dyn Store>, scope: TaskScope, unwanted: Arc<Unwanted>) -> Self {
+        Self { store, scope, places: Arc::new(Semaphore::new(MAX_UNRECORDED)), unwanted }
     }
 
     /// Offers a verdict again until the store has it or the hub ends. The node need not keep it once the
@@ -43,7 +43,7 @@ impl Unrecorded {
             return;
         };
         let (store, cancel) = (Arc::clone(&self.store), self.scope.token().clone());
-        let to_end = Arc::clone(&self.to_end);
+        let unwanted = Arc::clone(&self.unwanted);
         self.scope.spawn("verdict again", async move {
             let mut backoff = Backoff::new(AGAIN.0, AGAIN.1);
             loop {
@@ -54,7 +54,7 @@ impl Unrecorded {
                 match store.end_task(task, end.clone()).await {
                     Ok(()) => {
                         tracing::info!(%task, "a verdict was journalled late");
-                        to_end.lock().unwrap_or_else(PoisonError::into_inner).remove(&task);
+                        unwanted.journalled(task);
                         if let Some(session) = &session {
                             acknowledge(session, task);
                         }
