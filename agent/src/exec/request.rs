@@ -173,7 +173,7 @@ pub enum CommandVerdict {
     Failed,
 }
 
-/// What the caller may tell a running command. Closing the channel cancels the command.
+/// What the caller may tell a running command. Closing the channel ends the command, which has then failed.
 #[derive(Debug, Clone)]
 pub enum CommandControl {
     /// This many more bytes of output may be sent, over both streams.

@@ -159,7 +159,7 @@ async fn closing_the_control_channel_ends_the_command() {
     running.until_output("up").await;
     let (unused, _orders) = mpsc::channel(1);
     drop(std::mem::replace(&mut running.control, unused));
-    assert_eq!(running.finish().await.exit.verdict, CommandVerdict::Cancelled);
+    assert_eq!(running.finish().await.exit.verdict, CommandVerdict::Failed);
     assert_eq!(processes_named(&token), [] as [i32; 0]);
 }
 
