@@ -33,7 +33,9 @@ use crate::client::HubAddress;
 const MAX_FILE_BYTES: u64 = 256 * 1024;
 
 /// Files of a state that go when a node leaves for good.
-const PURGED_FILES: [&str; 4] = ["agent.json", "agent.json.lock", "tasks", "memberships.json"];
+/// `started-tasks` is the journal of earlier versions.
+const PURGED_FILES: [&str; 5] =
+    ["agent.json", "agent.json.lock", "tasks", "started-tasks", "memberships.json"];
 
 /// Why state or settings cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -264,6 +266,16 @@ pub struct SandboxSettings {
     pub require_cgroup: bool,
 }
 
+/// What the node's owner decided about commands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CommandSettings {
+    /// Seconds that commands may go on while the node is without a hub; none for as long as its certificate
+    /// is good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut_off_limit_s: Option<u64>,
+}
+
 /// What the node's owner decided.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -278,6 +290,8 @@ pub struct Settings {
     pub workspace_paths: BTreeMap<String, PathBuf>,
     /// About the sandbox.
     pub sandbox: SandboxSettings,
+    /// About commands.
+    pub commands: CommandSettings,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -291,6 +305,8 @@ struct RawSettings {
     workspace_paths: BTreeMap<String, PathBuf>,
     #[serde(default)]
     sandbox: SandboxSettings,
+    #[serde(default)]
+    commands: CommandSettings,
 }
 
 impl Settings {
@@ -309,6 +325,7 @@ impl Settings {
             ceiling: raw.ceiling,
             workspace_paths: raw.workspace_paths,
             sandbox: raw.sandbox,
+            commands: raw.commands,
         };
         let roots = settings.workspace_paths.values().chain([&settings.workspace_root]);
         for root in roots {
@@ -330,6 +347,7 @@ impl Settings {
             ceiling: self.ceiling,
             workspace_paths: self.workspace_paths.clone(),
             sandbox: self.sandbox,
+            commands: self.commands,
         };
         write_json(&state.settings(), &raw)
     }
@@ -422,6 +440,7 @@ mod tests {
             ceiling: Mode::Strict,
             workspace_paths: BTreeMap::from([("app".to_owned(), PathBuf::from("/home/ann/app"))]),
             sandbox: SandboxSettings { require_cgroup: true },
+            commands: CommandSettings { cut_off_limit_s: Some(3600) },
         }
     }
 

@@ -22,6 +22,7 @@ use crate::control::{self, ControlError, LocalControl};
 use crate::exec::Executor;
 use crate::identity::NodeIdentity;
 use crate::identity::live::{IdentityError, LiveIdentity};
+use crate::link::cut_off;
 use crate::link::dispatch::Dispatcher;
 use crate::link::session::{Greeting, LinkState, keep_session};
 use crate::link::workspaces::Workspaces;
@@ -103,6 +104,10 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     tracing::info!(node = known.name, id = %known.node_id, hub = %settings.hub, "agent starts");
     let session_scope = scope.child();
     let commands = dispatcher.clone();
+    let limit = settings.commands.cut_off_limit_s.map(Duration::from_secs);
+    let watching = (identity.clone(), dispatcher.clone(), link.clone(), scope.token().clone());
+    let watching = cut_off::watch(watching.0, watching.1, limit, watching.2, watching.3);
+    scope.spawn("cut off", watching);
     scope.spawn("session", keep_session(identity, greeting, dispatcher, link_state, session_scope));
     scope.spawn("readiness", announce_ready(link, scope.token().clone()));
 

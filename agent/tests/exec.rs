@@ -199,7 +199,8 @@ async fn hub_that_sends_more_than_was_granted_is_left() {
     let mut mesh = Mesh::new().await;
     let (child, exec) = mesh.exec().await;
     let piece = vec![b'x'; 1024 * 1024];
-    for n in 0..3 {
+    let granted = cortex_proto::DEFAULT_OUTPUT_CREDIT / piece.len() as u64;
+    for n in 0..granted + 2 {
         let data = v1::Output {
             stream: v1::OutputStream::Stdout.into(),
             offset: n * piece.len() as u64,

@@ -142,7 +142,9 @@ async fn permissive_policy_ends_by_itself_and_a_command_under_it_is_written_down
     assert_eq!(status["policy"], "permissive");
     assert!(status["policy_until_ms"].as_i64().unwrap() > support::now_ms());
 
-    for (until_ms, reason) in [(support::now_ms() - 1, "permissive until"), (0, "it is strict")] {
+    // The clocks are known to be equal to within half a round trip only.
+    for (until_ms, reason) in [(support::now_ms() - 1000, "permissive until"), (0, "it is strict")]
+    {
         told(until_ms).await;
         session.start(TaskId::new().as_bytes(), spec.clone(), 1024).await;
         let (_, exit) = hub.task().await.read_to_exit().await;
@@ -578,7 +580,8 @@ async fn sigterm_ends_running_commands_and_reports_them_before_leaving() {
     while !matches!(task.next().await, task_io_up::Frame::Output(_)) {}
     rustix::process::kill_process(agent.process_id(), rustix::process::Signal::TERM).unwrap();
     let (_, exit) = task.read_to_exit().await;
-    assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Cancelled));
+    assert_eq!(exit.verdict, i32::from(v1::TaskVerdict::Failed), "nobody cancelled it");
+    assert!(exit.reason.contains("stopped"), "{}", exit.reason);
     assert!(agent.end_of_daemon().await.success());
     assert!(!agent.path("state/agent.sock").exists());
 }

@@ -11,6 +11,7 @@
 //! | [`replay`] | output under way, which can be sent again |
 //! | [`durable`] | files that survive a crash |
 //! | [`systemd`] | installing a program as a service |
+//! | [`dead_line`] | connections whose other end is gone |
 //! | [`backoff`], [`patience`], [`tasks`], [`clock`], [`text`], [`telemetry`] | retrying, supervised tasks, the time, text, logs |
 //!
 //! Invariants: nothing here opens a socket or knows the generated protocol, and only [`systemd`] starts
@@ -22,6 +23,7 @@
 pub mod backoff;
 pub mod chunk;
 pub mod clock;
+pub mod dead_line;
 pub mod durable;
 pub mod entry;
 pub mod ids;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, clippy::cast_possible_truncation)]
 
 mod authority;
+mod endings;
 mod exec;
 mod files;
 mod identity;

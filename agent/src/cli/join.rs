@@ -19,7 +19,7 @@ use super::token::TokenArgs;
 use super::{Global, Output, hub};
 use crate::audit::{Audit, AuditEvent};
 use crate::client::{HubAddress, Trust, pin_of};
-use crate::config::{SandboxSettings, Settings, default_workspace_root};
+use crate::config::{CommandSettings, SandboxSettings, Settings, default_workspace_root};
 use crate::identity::{IdentityKey, MachineFacts, NodeIdentity, authorities_of, holder_of};
 use crate::link::proto_mode;
 
@@ -122,6 +122,7 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
         ceiling: args.ceiling,
         workspace_paths: BTreeMap::new(),
         sandbox: SandboxSettings::default(),
+        commands: CommandSettings::default(),
     };
     settings.save(&state)?;
     // Written down first: nobody joins a mesh without a trace.

@@ -19,6 +19,7 @@ mod leave;
 mod local;
 mod login;
 mod node;
+mod persist;
 mod policy;
 pub mod printer;
 mod run;

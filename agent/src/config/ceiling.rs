@@ -83,6 +83,7 @@ mod tests {
             hub: "hub:7443".parse().unwrap(),
             workspace_root: "/srv/cortex".into(),
             sandbox: Default::default(),
+            commands: Default::default(),
             ceiling: Mode::Permissive,
             workspace_paths: std::collections::BTreeMap::new(),
         };

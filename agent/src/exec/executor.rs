@@ -54,7 +54,7 @@ impl Executor {
     }
 
     /// Runs one command to its end. [`CommandEvent::Exit`] is the last event, whatever happens,
-    /// unless the receiver is gone. If `control` is closed the command is cancelled; if this future
+    /// unless the receiver is gone. If `control` is closed the command is ended; if this future
     /// is dropped it is killed.
     pub async fn run(
         &self,

@@ -32,7 +32,7 @@ use super::workspaces::{Membership, Reports, Workspaces};
 use super::{mode_of, proto_mode};
 use crate::audit::{Audit, CommandLine, cut};
 use crate::config::{Ceiling, ConfigError, Settings, StateDir};
-use crate::exec::CommandControl;
+use crate::exec::{CancelCause, CommandControl};
 use crate::identity::live::LiveIdentity;
 
 /// Commands that run at the same time; more is refused, so that a node cannot be buried.
@@ -56,6 +56,8 @@ pub struct SessionContext {
     pub outbox: Outbox,
     /// Tasks that end with the session.
     pub tasks: TaskScope,
+    /// How long after its loss commands can be taken up again; without that, they end with it.
+    pub resume_grace: Duration,
 }
 
 /// Turns frames into deeds. Clones share the same state.
@@ -67,7 +69,7 @@ pub struct Dispatcher {
 struct Inner {
     state: StateDir,
     workspaces: Workspaces,
-    journal: Arc<Mutex<Journal>>,
+    journal: Journal,
     session: watch::Sender<Option<SessionContext>>,
     /// Owns the commands, which outlive their sessions; cancelled when the daemon stops.
     commands: TaskScope,
@@ -112,7 +114,7 @@ impl Dispatcher {
             inner: Arc::new(Inner {
                 state,
                 workspaces,
-                journal: Arc::new(Mutex::new(journal)),
+                journal,
                 session: watch::Sender::new(None),
                 commands: TaskScope::new(),
                 identity,
@@ -186,7 +188,7 @@ impl Dispatcher {
     /// The tasks that run, and those whose end the hub has not acknowledged.
     pub(super) fn held_tasks(&self) -> Vec<TaskId> {
         let mut held: Vec<TaskId> = lock(&self.inner.running).keys().copied().collect();
-        let ended = lock(&self.inner.journal).unacknowledged();
+        let ended = self.inner.journal.unacknowledged();
         held.extend(ended.into_iter().filter(|id| !held.contains(id)).collect::<Vec<_>>());
         held
     }
@@ -194,7 +196,7 @@ impl Dispatcher {
     pub(super) fn begin_session(&self, context: SessionContext, policy: HubPolicy) {
         self.set_policy(&context, policy);
         let running: HashSet<TaskId> = lock(&self.inner.running).keys().copied().collect();
-        let mut ended = lock(&self.inner.journal).unacknowledged();
+        let mut ended = self.inner.journal.unacknowledged();
         ended.retain(|id| !running.contains(id));
         *lock(&self.inner.to_report) = ended.into();
         for _ in 0..REPORTS_AT_ONCE {
@@ -212,17 +214,17 @@ impl Dispatcher {
     /// Tells the hub how the next of the earlier tasks ended.
     fn report_next(&self, session: &SessionContext) {
         let Some(id) = lock(&self.inner.to_report).pop_front() else { return };
-        if let Some(exit) = lock(&self.inner.journal).outcome(id) {
+        if let Some(exit) = self.inner.journal.outcome(id) {
             let task_id = id.as_bytes().to_vec().into();
             let outcome = v1::TaskOutcome { task_id, exit: Some(exit) };
             session.outbox.send(node_frame::Frame::TaskOutcome(outcome));
         }
     }
 
-    /// Ends what runs, because the hub that asked for it has put this node out of its mesh.
-    pub(super) fn end_commands(&self) {
+    /// Ends what runs: nobody answers for it any more.
+    pub(super) fn end_commands(&self, cause: CancelCause) {
         for handle in lock(&self.inner.running).values() {
-            let cancel = CommandControl::Cancel { signal: 15, grace: EXPELLED_GRACE };
+            let cancel = CommandControl::Cancel { signal: 15, grace: EXPELLED_GRACE, cause };
             // Full: as many cancels wait already, and one is enough.
             handle.cancels.try_send(cancel).ok();
         }
@@ -303,7 +305,7 @@ impl Dispatcher {
                 drop(running);
                 tracing::warn!(task = %id, "the hub ordered a task that is here; it is not started again");
                 // Not refused while it runs: the hub would take that for its end.
-                if let Some(exit) = lock(&self.inner.journal).outcome(id) {
+                if let Some(exit) = self.inner.journal.outcome(id) {
                     answer(&session, id, exit);
                 }
                 return;
@@ -321,7 +323,6 @@ impl Dispatcher {
             Some(v1::OnDisconnect::Kill) => OnDisconnect::Kill,
             Some(v1::OnDisconnect::Resume) | None => OnDisconnect::Resume,
         };
-        let journal = Arc::clone(&self.inner.journal);
         let context = TaskContext {
             id,
             session,
@@ -330,7 +331,7 @@ impl Dispatcher {
             on_disconnect,
             cancels,
             acknowledged,
-            record_end: Arc::new(move |id, exit| record_end(&journal, id, exit)),
+            journal: self.inner.journal.clone(),
         };
         self.inner.commands.spawn("task", async move {
             dispatcher.run(context, start).await;
@@ -342,27 +343,22 @@ impl Dispatcher {
         let id = context.id;
         // Written as a quoted string: it comes from elsewhere.
         let actor = start.actor;
-        let recording = {
-            let inner = Arc::clone(&self.inner);
-            tokio::task::spawn_blocking(move || lock(&inner.journal).begin(id)).await
-        };
-        match recording {
-            Ok(Ok(true)) => {}
-            Ok(Ok(false)) => {
+        match self.inner.journal.begin(id).await {
+            Ok(true) => {}
+            Ok(false) => {
                 tracing::warn!(task = %id, "the hub ordered a task a second time; it does not run");
                 // What is known of the first time is the answer.
-                match lock(&self.inner.journal).outcome(id) {
+                match self.inner.journal.outcome(id) {
                     Some(exit) => answer(&context.session, id, exit),
                     None => refuse(&context.session, id, "this task has been run before"),
                 }
                 return;
             }
-            Ok(Err(error)) => {
+            Err(error) => {
                 tracing::error!(%error, "a task cannot be recorded, so it does not run");
                 refuse(&context.session, id, "the node cannot record that the task starts");
                 return;
             }
-            Err(_) => return,
         }
         let line = CommandLine {
             task_id: id.to_string(),
@@ -430,14 +426,15 @@ impl Dispatcher {
         let grace = Duration::from_millis(cancel.grace_ms).min(MAX_GRACE);
         if let Some(handle) = lock(&self.inner.running).get(&id) {
             // Full: as many cancels wait already, and one is enough.
-            handle.cancels.try_send(CommandControl::Cancel { signal, grace }).ok();
+            let cause = CancelCause::Requested;
+            handle.cancels.try_send(CommandControl::Cancel { signal, grace, cause }).ok();
         }
     }
 
     /// The hub has a task's end, and the next one can be told.
     fn acknowledged(&self, ack: &v1::TaskAck) {
         let Ok(id) = TaskId::from_slice(&ack.task_id) else { return };
-        lock(&self.inner.journal).acknowledged(id);
+        self.inner.journal.acknowledged(id);
         if let Some(handle) = lock(&self.inner.running).get(&id) {
             handle.acknowledged.cancel();
         }
@@ -494,20 +491,6 @@ fn shown_command(spec: &v1::TaskSpec) -> String {
         shown.extend(argument.iter().take(MOST));
     }
     cut(&String::from_utf8_lossy(&shown))
-}
-
-/// Writes an end down; that it survives a loss of power is made sure of beside.
-fn record_end(journal: &Mutex<Journal>, id: TaskId, exit: &v1::TaskExit) {
-    match lock(journal).end(id, exit) {
-        Ok(file) => {
-            tokio::task::spawn_blocking(move || {
-                if let Err(error) = file.sync_data() {
-                    tracing::warn!(task = %id, %error, "the end of a task is perhaps not on disk");
-                }
-            });
-        }
-        Err(error) => tracing::error!(task = %id, %error, "the end of a task is not on disk"),
-    }
 }
 
 fn refuse(session: &SessionContext, id: TaskId, reason: &str) {

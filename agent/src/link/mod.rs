@@ -5,6 +5,7 @@
 //! | [`session`] | owns the `Link` stream: hello, heartbeats, reconnecting |
 //! | `end` | why a session ended, and what that means for the next attempt |
 //! | [`renewal`] | the certificate: renewed in time, recovered when that was missed |
+//! | [`cut_off`] | how long commands go on without a hub |
 //! | [`dispatch`] | what each frame of the hub means here |
 //! | [`authority`] | how much a command may do, whatever the hub says |
 //! | `task`, `carrier` | one command through any number of streams: who runs it, and the books |
@@ -19,6 +20,7 @@
 
 pub mod authority;
 mod carrier;
+pub mod cut_off;
 pub mod dispatch;
 mod end;
 mod files;

@@ -29,7 +29,8 @@ use super::dispatch::{Dispatcher, SessionContext, clocks};
 use super::end::{End, MAX_DRAIN};
 use super::renewal::{self, RenewError, Welcomed};
 use super::{mode_of, proto_mode};
-use crate::client::{Purpose, say_skew};
+use crate::client::{Purpose, Traffic, say_skew};
+use crate::exec::CancelCause;
 use crate::identity::MachineFacts;
 use crate::identity::live::LiveIdentity;
 
@@ -195,7 +196,7 @@ impl Keeper {
                 End::Busy(problem, delay) => (problem, delay + backoff.next_delay()),
                 End::Refused(problem) => (problem, patience.next_delay()),
                 End::Expelled(problem) => {
-                    self.dispatcher.end_commands();
+                    self.dispatcher.end_commands(CancelCause::Expelled);
                     (problem, patience.next_delay())
                 }
                 End::Certificate(problem) => (self.with_clocks(&problem), patience.next_delay()),
@@ -290,7 +291,7 @@ impl Keeper {
     async fn open(&self) -> Result<Session<'_>, End> {
         let presented = self.identity.presented();
         let hub = self.identity.client();
-        let channel = hub.connect(Purpose::Control).await.map_err(End::from)?;
+        let (channel, traffic) = hub.connect_counted(Purpose::Control).await.map_err(End::from)?;
         let client = NodeClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -332,6 +333,8 @@ impl Keeper {
             inbound,
             outbox,
             client,
+            resume_grace: Duration::from_millis(welcome.resume_grace_ms),
+            traffic,
             interval,
             policy: HubPolicy::told(
                 mode_of(welcome.policy),
@@ -382,6 +385,8 @@ struct Session<'a> {
     inbound: Streaming<v1::HubFrame>,
     outbox: Outbox,
     client: NodeClient<Channel>,
+    resume_grace: Duration,
+    traffic: Arc<Traffic>,
     interval: Duration,
     policy: HubPolicy,
     welcomed: Welcomed,
@@ -404,6 +409,7 @@ impl Session<'_> {
             client: self.client.clone(),
             outbox: self.outbox.clone(),
             tasks: tasks.clone(),
+            resume_grace: self.resume_grace,
         };
         tasks.spawn(
             "renewal",
@@ -429,6 +435,10 @@ impl Session<'_> {
     async fn exchange(&mut self, dispatcher: &Dispatcher, scope: &TaskScope) -> End {
         let silence = self.interval * 3;
         let mut last_received = Instant::now();
+        // Frames of tasks are a sign of life, too, and on a slow line a heartbeat waits behind them.
+        let mut received = self.traffic.received();
+        let mut look = tokio::time::interval(self.interval);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut reports = dispatcher.reports();
         loop {
             tokio::select! {
@@ -461,6 +471,11 @@ impl Session<'_> {
                         },
                         Ok(None) => return End::Lost("the hub closed the session".to_owned()),
                         Err(status) => return End::from(status),
+                    }
+                }
+                _ = look.tick() => {
+                    if std::mem::replace(&mut received, self.traffic.received()) != received {
+                        last_received = Instant::now();
                     }
                 }
                 () = tokio::time::sleep_until(last_received + silence) => {

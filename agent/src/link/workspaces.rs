@@ -378,6 +378,7 @@ mod tests {
             ceiling: Mode::Strict,
             workspace_paths: BTreeMap::new(),
             sandbox: crate::config::SandboxSettings::default(),
+            commands: crate::config::CommandSettings::default(),
         };
         settings.save(&state).unwrap();
         let hub = HubClient::new(settings.hub.clone(), Trust::Pins(Vec::new()), None).unwrap();

@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use cortex_agent::exec::{CommandControl, CommandRequest, CommandVerdict};
+use cortex_agent::exec::{CancelCause, CommandControl, CommandRequest, CommandVerdict};
 use cortex_shared::policy::Mode;
 use tempfile::TempDir;
 use tokio::sync::mpsc;
@@ -66,7 +66,9 @@ async fn cancelling_is_polite_first_and_final_after_the_grace() {
         for mode in BOTH {
             let mut running = Running::start(CommandRequest { mode, ..script(text) }, PLENTY);
             running.until_output("up").await;
-            running.order(CommandControl::Cancel { signal: 0, grace }).await;
+            running
+                .order(CommandControl::Cancel { signal: 0, grace, cause: CancelCause::Requested })
+                .await;
             let ran = running.finish().await;
             assert_eq!(ran.exit.verdict, CommandVerdict::Cancelled, "{ran:?}");
             assert_eq!((ran.stdout.as_str(), ran.exit.exit_code), (output, code), "{mode}");
@@ -157,7 +159,7 @@ async fn closing_the_control_channel_ends_the_command() {
     running.until_output("up").await;
     let (unused, _orders) = mpsc::channel(1);
     drop(std::mem::replace(&mut running.control, unused));
-    assert_eq!(running.finish().await.exit.verdict, CommandVerdict::Cancelled);
+    assert_eq!(running.finish().await.exit.verdict, CommandVerdict::Failed);
     assert_eq!(processes_named(&token), [] as [i32; 0]);
 }
 

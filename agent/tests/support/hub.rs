@@ -414,6 +414,7 @@ impl Node for Service {
             hub_time_ms: now_ms() + clock_ahead_ms,
             trusted_cas_der: trusted,
             renew_now,
+            resume_grace_ms: 10_000,
             ..Default::default()
         };
         let session = Session { hello, certificate, frames, out };

@@ -9,6 +9,7 @@ pub mod enroll;
 mod exec;
 mod files;
 mod history;
+mod in_scope;
 mod invites;
 mod listing;
 pub mod node;

@@ -39,6 +39,8 @@ use crate::task::to_node;
 const FIRST_FRAME: Duration = Duration::from_secs(10);
 /// Longest wait for the end of a certificate before somebody looks again: it may have been renewed.
 const CERTIFICATE_LOOK: Duration = Duration::from_secs(3600);
+/// Heartbeats that all nodes together send in a second at most: some per cent of a processor.
+const HEARTBEATS_PER_SECOND: u32 = 500;
 /// A difference between a node's clock and the hub's that is worth a word.
 const WORTHY_SKEW_MS: u64 = 30_000;
 
@@ -149,13 +151,14 @@ impl Node for NodeService {
             Arc::clone(&self.registry),
             Arc::clone(&self.relay),
         );
+        let heartbeat = heartbeat_for(self.registry.online(), self.heartbeat);
         let policy = policy_update(&node.policy, unix_ms());
         let ring = self.authorities.ring();
         let welcome = hub_frame::Frame::Welcome(Welcome {
             session_id: ends.handle.id.as_bytes().to_vec().into(),
             epoch: ends.handle.epoch,
             name: node.name.clone(),
-            heartbeat_interval_ms: u64::try_from(self.heartbeat.as_millis()).unwrap_or(u64::MAX),
+            heartbeat_interval_ms: u64::try_from(heartbeat.as_millis()).unwrap_or(u64::MAX),
             hub_time_ms: unix_ms(),
             policy: policy.policy,
             policy_until_ms: policy.until_ms,
@@ -177,7 +180,7 @@ impl Node for NodeService {
         if skew_ms.unsigned_abs() > WORTHY_SKEW_MS {
             tracing::warn!(node = %node.name, skew_ms, "the node's clock and the hub's differ");
         }
-        let (cancel, heartbeat) = (ends.cancel.clone(), self.heartbeat);
+        let cancel = ends.cancel.clone();
         let inbound = inbound.map(|frame| frame.map(convert::node_frame));
         self.scope.spawn("session", async move {
             session::run(guard, inbound, cancel, heartbeat).await;
@@ -323,6 +326,12 @@ impl Node for NodeService {
     }
 }
 
+/// The interval for a session that begins while so many are connected.
+fn heartbeat_for(online: usize, least: Duration) -> Duration {
+    let online = u32::try_from(online).unwrap_or(u32::MAX);
+    least.max(Duration::from_secs(1) * online / HEARTBEATS_PER_SECOND)
+}
+
 /// Passes a stream on until `end`, and then only what is ready at once.
 fn stream_until<S: Stream + Unpin>(
     frames: S,
@@ -344,4 +353,17 @@ fn stream_until<S: Stream + Unpin>(
         };
         item.map(|item| (item, (frames, end, ended)))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heartbeats_are_bounded_in_all() {
+        let least = Duration::from_secs(4);
+        for (online, seconds) in [(0, 4), (2000, 4), (10_000, 20)] {
+            assert_eq!(heartbeat_for(online, least), Duration::from_secs(seconds), "{online}");
+        }
+    }
 }

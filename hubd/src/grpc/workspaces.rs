@@ -95,19 +95,24 @@ pub(super) async fn attach(
 ) -> Result<v1::AttachWorkspaceResponse, Status> {
     let workspace = find(service, &request.workspace, operator)?;
     let node = service.node(&request.node, operator)?.node;
-    // A workspace that reaches beyond the scope would be read through a node within it.
-    if !operator.scope.is_everything()
-        && !workspace.members.iter().all(|node| sees_node(&service.registry, *node, operator))
-    {
+    let (members, by) = (Arc::clone(&service.members), operator.actor());
+    let (id, node_id) = (workspace.id, node.id);
+    let (registry, caller) = (Arc::clone(&service.registry), operator.clone());
+    // A workspace that reaches beyond the scope would be read through a node within it. Looked at when it
+    // is this order's turn: others may come before it.
+    let allowed = move |workspace: &Workspace| {
+        caller.scope.is_everything()
+            || (sees_node(&registry, node_id, &caller)
+                && workspace.members.iter().all(|node| sees_node(&registry, *node, &caller)))
+    };
+    let attach = async move { members.attach(id, node_id, &by, allowed).await };
+    if !run_to_end(&service.scope, "workspace", attach).await?.map_err(from_store)? {
         let detail = serde_json::json!({ "reason": "scope_too_narrow", "node": node.name });
         let actor = operator.actor();
         service.refusals.record(&actor, "workspace.attach_refused", &workspace.name, detail);
         let text = format!("this operator cannot attach nodes to {:?}", workspace.name);
         return Err(refuse(Code::PermissionDenied, "scope_too_narrow", text));
     }
-    let (members, by) = (Arc::clone(&service.members), operator.actor());
-    let attach = async move { members.attach(workspace.id, node.id, &by).await };
-    run_to_end(&service.scope, "workspace", attach).await?.map_err(from_store)?;
     Ok(v1::AttachWorkspaceResponse {
         workspace_id: workspace.id.as_bytes().to_vec().into(),
         node_id: node.id.as_bytes().to_vec().into(),

@@ -129,7 +129,8 @@ impl Membership {
         Ok(workspace)
     }
 
-    /// Makes a node a member, durable when this returns.
+    /// Makes a node a member, durable when this returns, if `allowed` says so of the workspace as it is by
+    /// then: other memberships may have been decided since the caller looked. Whether it was.
     ///
     /// # Errors
     /// Those of the store.
@@ -139,14 +140,19 @@ impl Membership {
         workspace: WorkspaceId,
         node: NodeId,
         by: &Actor,
-    ) -> Result<(), StoreError> {
+        allowed: impl Fn(&Workspace) -> bool + Send,
+    ) -> Result<bool, StoreError> {
         let audit = self.audit(workspace, node, by, "workspace.attached");
         let _order = self.order.lock().await;
+        let now = self.get(workspace);
+        if !now.is_some_and(|now| allowed(&now)) {
+            return Ok(false);
+        }
         store.attach(workspace, node, audit).await?;
         if let Some(workspace) = self.lock().get_mut(&workspace) {
             workspace.members.insert(node);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Ends a membership, durable when this returns.

@@ -326,6 +326,12 @@ impl Registry {
             .collect()
     }
 
+    /// How many nodes are connected.
+    #[must_use]
+    pub fn online(&self) -> usize {
+        self.lock().values().filter(|known| known.session.is_some()).count()
+    }
+
     /// All live sessions.
     #[must_use]
     pub fn sessions(&self) -> Vec<SessionHandle> {

@@ -140,6 +140,15 @@ pub trait Store: Send + Sync + 'static {
         node: NodeId,
         outcome: TaskEnd,
     ) -> Result<bool, StoreError>;
+    /// Records that somebody wants a command to end, unless its node has said how it ended.
+    async fn want_cancel(&self, id: TaskId) -> Result<(), StoreError>;
+    /// Those of these tasks that have a verdict, are wanted to end, and of whose end their node has not
+    /// said anything yet.
+    async fn tasks_to_cancel(
+        &self,
+        node: NodeId,
+        held: Vec<TaskId>,
+    ) -> Result<Vec<TaskId>, StoreError>;
     /// Every task without a verdict.
     async fn open_tasks(&self) -> Result<Vec<TaskRecord>, StoreError>;
     /// One task.

@@ -69,11 +69,14 @@ impl Members {
         workspace: WorkspaceId,
         node: NodeId,
         by: &Actor,
-    ) -> Result<(), StoreError> {
-        self.membership.attach(&*self.store, workspace, node, by).await?;
+        allowed: impl Fn(&Workspace) -> bool + Send,
+    ) -> Result<bool, StoreError> {
+        if !self.membership.attach(&*self.store, workspace, node, by, allowed).await? {
+            return Ok(false);
+        }
         self.send_memberships(node).await;
         self.registry.notify();
-        Ok(())
+        Ok(true)
     }
 
     /// Ends a membership, and tells the node if it is connected.

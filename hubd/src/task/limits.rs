@@ -14,6 +14,12 @@ pub const AGENT_TOKEN_COMMANDS: usize = 8;
 /// that no program reads, and it fills disks and histories.
 pub const AGENT_TOKEN_OUTPUT_BYTES: u64 = 64 * 1024 * 1024;
 
+/// Commands that a node has at once, for all callers together: as many as its agent runs.
+pub const NODE_COMMANDS: usize = 256;
+/// Commands that a hub has at once: what its memory and descriptors bear, at some tens of kilobytes each
+/// without output ([`super::budget`] bounds the output).
+pub const HUB_COMMANDS: usize = 16 * 1024;
+
 /// The limits of one caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {

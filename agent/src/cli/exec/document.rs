@@ -4,7 +4,7 @@ use cortex_proto::v1;
 use cortex_shared::ids::{NodeId, TaskId};
 use serde::Serialize;
 
-use super::check::verdict_name;
+use super::check::{own_exit_code, verdict_name};
 use super::writer::Captured;
 
 /// One command on one node.
@@ -17,7 +17,8 @@ pub(super) struct Document {
     pub(super) verdict: &'static str,
     /// What `exec` ends with if this is its only target.
     pub(super) code: u8,
-    pub(super) exit_code: u32,
+    /// The command's own; null where it has none.
+    pub(super) exit_code: Option<u32>,
     pub(super) signal: u32,
     /// All output has arrived.
     pub(super) complete: bool,
@@ -50,7 +51,7 @@ impl Document {
             node_id: id(NodeId::from_slice(&accepted.node_id).ok().map(|id| id.to_string())),
             verdict: verdict_name(exit.verdict),
             code,
-            exit_code: exit.exit_code,
+            exit_code: own_exit_code(exit),
             signal: exit.signal,
             complete,
             truncated: captured.truncated,

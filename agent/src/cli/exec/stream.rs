@@ -17,24 +17,21 @@ use cortex_proto::STDIN_WINDOW_BYTES;
 use cortex_proto::v1::operator_client::OperatorClient;
 use cortex_proto::v1::{self, exec_down, exec_up};
 use cortex_shared::replay::{Piece, Replay};
-use rand::RngExt as _;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 
+use super::check;
 use super::stdin::Input;
 use super::writer::{OutputTo, WriterEvent};
-use crate::cli::error::{CliError, Exit, printable};
+use crate::cli::error::{CliError, Exit};
+use crate::cli::persist::{PATIENCE, is_passing, jittered, next_delay};
 use crate::cli::printer::{ColorWhen, complain};
 
 /// Time between TERM and KILL for an interrupted command.
 const GRACE: Duration = Duration::from_secs(2);
-/// How long a hub that went away is tried again: longer than a restart takes.
-const RECONNECT_TIMEOUT: Duration = Duration::from_secs(60);
-/// Between two attempts, at first and at most.
-const RECONNECT_DELAYS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// How long after a cancel the end is waited for.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(12);
 /// The same where somebody wants to get away.
@@ -182,13 +179,12 @@ impl TaskStream {
     fn broke(&mut self, status: Status) -> Result<(), CliError> {
         self.down = None;
         let code = status.metadata().get(cortex_proto::CODE_TRAILER);
-        let passing = code.is_none_or(|code| code == "shutting_down" || code == "task_ending");
         let known = !self.accepted.task_id.is_empty() && self.accepted.resume_grace_ms > 0;
         let lost_at = *self.lost_at.get_or_insert_with(Instant::now);
-        if code.is_some() && !passing {
+        if code.is_some() && !is_passing(&status) {
             return Err(status.into());
         }
-        if !known || lost_at.elapsed() > RECONNECT_TIMEOUT {
+        if !known || lost_at.elapsed() > PATIENCE {
             tracing::debug!(%status, "the stream broke");
             let text = "the connection to the hub was lost; how the command ended is not known";
             return Err(match code {
@@ -198,15 +194,11 @@ impl TaskStream {
                 None => lost(text),
             });
         }
-        let delay = match self.retry {
-            Some((_, delay)) => (delay * 2).min(RECONNECT_DELAYS.1),
-            None => {
-                self.note("the connection to the hub was lost; reconnecting");
-                RECONNECT_DELAYS.0
-            }
-        };
-        let jitter = rand::rng().random_range(0.5..1.0);
-        self.retry = Some((Instant::now() + delay.mul_f64(jitter), delay));
+        if self.retry.is_none() {
+            self.note("the connection to the hub was lost; reconnecting");
+        }
+        let delay = next_delay(&status, self.retry.map(|(_, delay)| delay));
+        self.retry = Some((Instant::now() + jittered(delay), delay));
         Ok(())
     }
 
@@ -362,11 +354,7 @@ impl TaskStream {
             }
             Some(exec_down::Frame::StdinResume(resume)) => self.resume_input(resume),
             Some(exec_down::Frame::Interrupted(interrupted)) => {
-                let wait = Duration::from_millis(interrupted.resume_within_ms);
-                self.note(&format!(
-                    "{}; waiting up to {wait:?} for it to come back",
-                    printable(&interrupted.reason)
-                ));
+                self.note(&check::interruption(&interrupted));
             }
             Some(exec_down::Frame::Resumed(_)) => {
                 self.note("the node is back; the output goes on");

@@ -32,6 +32,7 @@ const SETTINGS: Settings = Settings {
         include_str!("migrations/0002_authority.sql"),
         include_str!("migrations/0003_workspace_scope.sql"),
         include_str!("migrations/0004_tasks.sql"),
+        include_str!("migrations/0005_cancel_wanted.sql"),
     ],
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,
@@ -141,6 +142,18 @@ impl Store for SqliteStore {
         outcome: TaskEnd,
     ) -> Result<bool, StoreError> {
         self.database.write(move |t| tasks::add_late_outcome(t, id, node, &outcome)).await
+    }
+
+    async fn want_cancel(&self, id: TaskId) -> Result<(), StoreError> {
+        self.database.write(move |t| tasks::want_cancel(t, id)).await
+    }
+
+    async fn tasks_to_cancel(
+        &self,
+        node: NodeId,
+        held: Vec<TaskId>,
+    ) -> Result<Vec<TaskId>, StoreError> {
+        self.database.read(move |c| tasks::to_cancel(c, node, &held)).await
     }
 
     async fn open_tasks(&self) -> Result<Vec<TaskRecord>, StoreError> {

@@ -112,6 +112,8 @@ fn end(verdict: Verdict, code: u32) -> TaskEnd {
         duration_ms: 4,
         started_at_ms: Some(2),
         ended_at_ms: 3,
+        never_begun: false,
+        cancel_wanted: false,
     }
 }
 
