@@ -50,6 +50,10 @@ pub(super) struct ServeArgs {
     /// Pieces of output kept of each node in its history [default: 10000]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(100..))]
     history_pieces: Option<u64>,
+    /// What stays free on the disk: no content of workspaces is taken beyond it, in bytes [default: a
+    /// hundredth of the disk, 2 GiB at most]
+    #[arg(long, value_name = "BYTES")]
+    disk_reserve: Option<u64>,
     /// Log as one JSON object a line
     #[arg(long)]
     log_json: bool,
@@ -84,6 +88,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     config.spool.total_bytes = args.all_output.unwrap_or(config.spool.total_bytes);
     config.history.bytes = args.history_bytes.unwrap_or(config.history.bytes);
     config.history.segments = args.history_pieces.unwrap_or(config.history.segments);
+    config.content.reserve_bytes = args.disk_reserve;
     // Before anything is promised to anybody: a signal from here on leads to an orderly stop.
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;

@@ -120,6 +120,13 @@ pub fn disk_full(error: &(dyn std::error::Error + 'static)) -> Status {
     with_retry_after(status, Duration::from_secs(60))
 }
 
+/// How it looks to a member that its workspace may not store more: what makes room is somebody's choice.
+pub fn over_quota(error: &(dyn std::error::Error + 'static)) -> Status {
+    let status = refuse(Code::ResourceExhausted, "quota_exceeded", error.to_string());
+    let hint = "delete something and keep less of the past, or raise it: cortex-agent workspace set W --quota SIZE";
+    with_retry_after(with_hint(status, hint), Duration::from_secs(60))
+}
+
 /// How it looks to a caller that it tries too often.
 pub fn too_often(wait: Duration) -> Status {
     let text = format!("too many attempts; try again in {} s", wait.as_secs() + 1);

@@ -5,9 +5,12 @@
 
 mod conflicts;
 mod member;
+mod past;
 mod rows;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use cortex_proto::v1;
@@ -116,6 +119,81 @@ enum WorkspaceVerb {
         #[command(flatten)]
         output: Output,
     },
+    /// End a conflict: keep the version that has the name, the copy, or both
+    Resolve {
+        /// The workspace
+        name: String,
+        /// The path that was changed in two places, or the copy beside it
+        path: OsString,
+        /// `theirs` deletes the copy, `mine` puts it in the place of the other, `both` leaves two files
+        #[arg(long, value_name = "SIDE")]
+        keep: conflicts::Keep,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Show what changed, newest first, as far back as old versions are kept
+    Log {
+        /// The workspace
+        name: String,
+        /// Only this path and everything below it
+        path: Option<OsString>,
+        /// How many changes
+        #[arg(long, value_name = "N", default_value_t = 50)]
+        limit: usize,
+        /// Only changes before this version
+        #[arg(long, value_name = "VERSION")]
+        before: Option<u64>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Bring a path, and everything below it, back to what it was
+    ///
+    /// Nothing is deleted by it, and what it replaces can be brought back in turn. What is missing on
+    /// members comes to them like any other change.
+    Restore {
+        /// The workspace
+        name: String,
+        /// The path; `.` for the whole workspace, which needs --version
+        path: OsString,
+        /// The version whose state it is to have, of those that `log` shows [default: the one before its
+        /// last change, or before its deletion began]
+        #[arg(long, value_name = "VERSION")]
+        version: Option<u64>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Show a workspace: its members, what it takes on the hub, and what is kept of the past
+    Show {
+        /// The workspace
+        name: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Change how much a workspace may store, and how much of the past it keeps
+    #[command(group = clap::ArgGroup::new("settings").required(true).multiple(true))]
+    Set {
+        /// The workspace
+        name: String,
+        /// What it may take on the hub's disk with its past, such as 50G; `none` for no limit
+        #[arg(long, value_name = "SIZE", value_parser = past::parse_quota, group = "settings")]
+        quota: Option<u64>,
+        /// How long an old version is kept after it was replaced or deleted, such as 7d; 0 for not at all
+        #[arg(long, value_name = "DURATION", value_parser = past::parse_keep, group = "settings")]
+        keep_for: Option<Duration>,
+        /// How many old versions of a path are kept at most; 0 for none
+        #[arg(long, value_name = "N", group = "settings")]
+        keep_versions: Option<u32>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Remove a workspace with all its versions from the hub; members keep their files
+    Delete {
+        /// The workspace
+        name: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
 }
 
 /// Who is spoken for.
@@ -178,6 +256,21 @@ pub(crate) async fn workspace(global: &Global, args: WorkspaceArgs) -> Result<()
             member::confirm_deletes(global, name, node, local, output).await
         }
         WorkspaceVerb::Conflicts { name, output } => conflicts::list(global, name, output).await,
+        WorkspaceVerb::Resolve { name, path, keep, output } => {
+            conflicts::resolve(global, name, &path, keep, output).await
+        }
+        WorkspaceVerb::Log { name, path, limit, before, output } => {
+            past::log(global, name, path, limit, before, output).await
+        }
+        WorkspaceVerb::Restore { name, path, version, output } => {
+            past::restore(global, name, path, version, output).await
+        }
+        WorkspaceVerb::Show { name, output } => past::show(global, name, output).await,
+        WorkspaceVerb::Set { name, quota, keep_for, keep_versions, output } => {
+            let changed = past::Changed { quota_bytes: quota, keep_for, keep_versions };
+            past::set(global, name, changed, output).await
+        }
+        WorkspaceVerb::Delete { name, yes } => past::delete(global, name, yes).await,
     }
 }
 
