@@ -92,7 +92,10 @@ pub(super) async fn collect_regularly(opener: Arc<Opener>, closing: Cancellation
 }
 
 async fn collect_one(opener: &Opener, id: WorkspaceId, kept_ms: i64) {
-    let collected = async { opener.workspace(id).await?.collect(unix_ms() - kept_ms).await };
+    let collected = async {
+        let now_ms = unix_ms();
+        opener.workspace(id).await?.collect(now_ms, now_ms - kept_ms).await
+    };
     match collected.await {
         Ok(done) if done == Collected::default() => {}
         Ok(Collected { trimmed, dropped, rewritten }) => {
@@ -104,18 +107,22 @@ async fn collect_one(opener: &Opener, id: WorkspaceId, kept_ms: i64) {
 }
 
 impl WorkspaceHub {
-    /// Lets go of old versions whose time is over, and of content that neither an entry nor a kept
+    /// Lets go of old versions whose time is over at `now_ms`, and of content that neither an entry nor a kept
     /// version names and that nobody has touched since. Members go on meanwhile; only those that send
     /// packs wait, for a slice at a time.
     ///
     /// # Errors
     /// Those of store and disk. What was found by then has gone.
-    pub async fn collect(&self, untouched_since_ms: i64) -> Result<Collected, SyncError> {
+    pub async fn collect(
+        &self,
+        now_ms: i64,
+        untouched_since_ms: i64,
+    ) -> Result<Collected, SyncError> {
         let mut collected = Collected::default();
         let files = self.files.clone();
         blocking(move || Ok(files.sweep(WRITES_TAKE)?)).await?;
         loop {
-            match self.store.trim(unix_ms()).await? {
+            match self.store.trim(now_ms).await? {
                 0 => break,
                 trimmed => collected.trimmed += trimmed,
             }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Stdio};
 
 use bytes::Bytes;
@@ -265,9 +266,13 @@ async fn content_goes_when_nothing_names_it_and_nobody_touched_it_lately() {
     ])
     .await;
 
-    assert_eq!(hub.workspace.collect(long_ago).await.unwrap().dropped, 0, "all was touched lately");
+    assert_eq!(
+        hub.workspace.collect(unix_ms(), long_ago).await.unwrap().dropped,
+        0,
+        "all was touched lately"
+    );
     assert!(hub.have(b"unnamed").await);
-    assert_eq!(hub.workspace.collect(any_time).await.unwrap().dropped, 1);
+    assert_eq!(hub.workspace.collect(unix_ms(), any_time).await.unwrap().dropped, 1);
     assert!(!hub.have(b"unnamed").await);
     assert!(hub.have(b"named").await && hub.have(b"by").await && hub.have(b"part").await);
     let lost = hub.commit(vec![op("new", None, Some(file(b"unnamed")))]).await;
@@ -276,10 +281,14 @@ async fn content_goes_when_nothing_names_it_and_nobody_touched_it_lately() {
     assert_eq!(hub.commit(vec![op("new", None, Some(file(b"unnamed")))]).await.seqs, [3]);
 
     hub.commit(vec![op("small", Some(&small), None), op("large", Some(&large), None)]).await;
-    assert_eq!(hub.workspace.collect(any_time).await.unwrap(), Collected::default(), "the past");
+    assert_eq!(
+        hub.workspace.collect(unix_ms(), any_time).await.unwrap(),
+        Collected::default(),
+        "the past"
+    );
     let none = WorkspaceSettings { keep_versions: 0, ..WorkspaceSettings::default() };
     hub.workspace.set_settings(none).await.unwrap();
-    assert_eq!(hub.workspace.collect(any_time).await.unwrap().dropped, 2);
+    assert_eq!(hub.workspace.collect(unix_ms(), any_time).await.unwrap().dropped, 2);
     assert!(hub.have(b"unnamed").await && !hub.have(b"named").await && !hub.have(b"part").await);
     let files = PackFiles::open(&folder.path().join(id.to_string())).unwrap();
     assert_eq!(files.list().unwrap().len(), 1, "the files went as well");
@@ -305,14 +314,18 @@ async fn sparse_packs_are_put_together_and_keep_what_is_used() {
     }
     let before = hub.workspace.usage().await.unwrap();
     let any_time = unix_ms() + 1_000_000;
-    let collected = hub.workspace.collect(any_time).await.unwrap();
+    let collected = hub.workspace.collect(unix_ms(), any_time).await.unwrap();
     assert_eq!((collected.dropped, collected.rewritten), (0, 5));
     let after = hub.workspace.usage().await.unwrap();
     assert_eq!((before.packs, after.packs), (5, 1));
     assert!(after.pack_bytes < before.pack_bytes);
     let files = PackFiles::open(&folder.path().join(id.to_string())).unwrap();
     assert_eq!(files.list().unwrap().len(), 1);
-    assert_eq!(hub.workspace.collect(any_time).await.unwrap(), Collected::default(), "once");
+    assert_eq!(
+        hub.workspace.collect(unix_ms(), any_time).await.unwrap(),
+        Collected::default(),
+        "once"
+    );
     hub.close().await;
     let hub = Hub::open(folder.path(), id).await;
     for name in &names {
@@ -342,8 +355,8 @@ async fn t27_an_upload_that_is_never_committed_expires_and_may_come_again() {
     let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(7200);
     std::fs::File::open(tmp.join("old")).unwrap().set_modified(long_ago).unwrap();
 
-    assert_eq!(hub.workspace.collect(unix_ms() - 1_000_000).await.unwrap().dropped, 0);
-    assert_eq!(hub.workspace.collect(unix_ms() + 1_000_000).await.unwrap().dropped, 1);
+    assert_eq!(hub.workspace.collect(unix_ms(), unix_ms() - 1_000_000).await.unwrap().dropped, 0);
+    assert_eq!(hub.workspace.collect(unix_ms(), unix_ms() + 1_000_000).await.unwrap().dropped, 1);
     assert!(!tmp.join("old").exists() && tmp.join("new").exists());
     assert_eq!(hub.workspace.usage().await.unwrap().pack_bytes, 0, "the quota is free again");
     hub.put(&second).await;
@@ -508,6 +521,58 @@ async fn hub_that_works_until_it_is_killed() {
         .collect();
     for worker in workers {
         worker.await.unwrap();
+    }
+}
+
+/// A hub that collects, and is killed on the way.
+#[tokio::test]
+#[ignore = "the child process of a_collection_that_is_killed_at_any_point_loses_nothing_that_is_used"]
+async fn hub_that_collects_until_it_is_killed() {
+    let folder = std::env::var(CHILD_FOLDER).unwrap();
+    let id = std::env::var(CHILD_WORKSPACE).unwrap().parse().unwrap();
+    let hub = Hub::open(Path::new(&folder), id).await;
+    hub.workspace.collect(unix_ms(), unix_ms() + 1_000_000).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_collection_that_is_killed_at_any_point_loses_nothing_that_is_used() {
+    for point in [
+        "sync.collect.forgotten",
+        "sync.pack.durable",
+        "sync.rewrite.written",
+        "sync.rewrite.recorded",
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let id = WorkspaceId::new();
+        let hub = Hub::open(folder.path(), id).await;
+        for name in ["a", "b"] {
+            let unused = format!("much longer than what is used of it: {name}");
+            hub.put(&pack_of(&[name.as_bytes(), unused.as_bytes()])).await;
+            hub.commit(vec![op(name, None, Some(file(name.as_bytes())))]).await;
+        }
+        hub.put(&pack_of(&[b"useless"])).await;
+        hub.close().await;
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "sync::tests::hub_that_collects_until_it_is_killed", "--ignored"])
+            .env(CHILD_FOLDER, folder.path())
+            .env(CHILD_WORKSPACE, id.to_string())
+            .env(cortex_shared::crash::CRASH_AT, point)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .unwrap();
+        assert_eq!(status.signal(), Some(9), "it passes {point}");
+        let hub = Hub::open(folder.path(), id).await;
+        for name in ["a", "b"] {
+            assert!(hub.readable(name.as_bytes()).await, "{point}: {name}");
+        }
+        hub.workspace.collect(unix_ms(), unix_ms() + 1_000_000).await.unwrap();
+        for name in ["a", "b"] {
+            assert!(hub.readable(name.as_bytes()).await, "{point}: {name}");
+        }
+        assert!(hub.workspace.wanted().await.unwrap().is_empty(), "{point}");
+        assert!(hub.workspace.usage().await.unwrap().packs <= 2, "{point}");
+        hub.close().await;
     }
 }
 

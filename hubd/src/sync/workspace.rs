@@ -183,14 +183,12 @@ impl WorkspaceHub {
         scope.spawn("workspace heads", async move {
             loop {
                 let head = *heads.borrow_and_update();
-                if head.seq > 0 {
-                    crash_point("sync.head.announce");
-                }
                 board.announce(id, head);
                 tokio::select! {
                     moved = heads.changed() => if moved.is_err() { return },
                     () = token.cancelled() => return,
                 }
+                crash_point("sync.head.announce");
             }
         });
     }
