@@ -150,6 +150,7 @@ enum WorkspaceVerb {
     ///
     /// Nothing is deleted by it, and what it replaces can be brought back in turn. What is missing on
     /// members comes to them like any other change.
+    #[command(disable_version_flag = true)]
     Restore {
         /// The workspace
         name: String,
