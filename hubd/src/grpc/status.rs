@@ -116,6 +116,11 @@ pub fn from_database(error: &DatabaseError) -> Status {
 /// How a full disk looks to a caller: it need not give up.
 pub fn disk_full(error: &(dyn std::error::Error + 'static)) -> Status {
     tracing::error!(error, "the disk is full");
+    no_room()
+}
+
+/// The same where it is known and logged already that there is no room.
+pub fn no_room() -> Status {
     let status = refuse(Code::ResourceExhausted, "disk_full", "the hub's disk is full");
     with_retry_after(status, Duration::from_secs(60))
 }

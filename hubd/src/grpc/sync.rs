@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedNode, admitted};
-use super::status::{disk_full, from_database, internal, invalid, over_quota, refuse};
+use super::status::{disk_full, from_database, internal, invalid, no_room, over_quota, refuse};
 use crate::store::workspace::{Found, StoreError};
 use crate::sync::{SyncError, WorkspaceHub, Workspaces};
 
@@ -296,6 +296,9 @@ fn absent(chunks: &[Digest]) -> v1::Pack {
 
 /// How errors of a workspace look to a caller.
 pub(super) fn status(error: SyncError) -> Status {
+    if matches!(error, SyncError::Full) {
+        return no_room();
+    }
     if error.is_disk_full() {
         return disk_full(&error);
     }

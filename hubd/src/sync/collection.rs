@@ -31,12 +31,15 @@ const CONTENT_KEPT_MS: i64 = 73 * 3600 * 1000;
 /// How long it stays where there is no room: longer than a push takes from its question to its commit. A
 /// member that was told of content which went then is told so by the commit, and sends it again.
 const CONTENT_KEPT_WITHOUT_ROOM_MS: i64 = 10 * 60 * 1000;
-/// How soon another collection follows for want of room.
+/// How soon another collection follows for want of room, if the last one made some; otherwise twice as
+/// long each time, up to a quarter of the period.
 const NEXT_WITHOUT_ROOM: Duration = Duration::from_secs(60);
 /// A file that nobody has written to for this long was left by an interrupted write.
 const WRITES_TAKE: Duration = Duration::from_secs(3600);
 /// Packs that are let go in one transaction.
 const PACKS_DROPPED: usize = 64;
+/// Sparse packs that are read for one new one, while those who send packs wait: some tenths of a second.
+const PACKS_GATHERED: usize = 64;
 
 /// What a collection has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,39 +52,59 @@ pub struct Collected {
     pub rewritten: usize,
 }
 
-/// Asks for a collection soon.
+/// What makes a collection follow soon.
 #[derive(Debug, Default)]
-pub(super) struct Pressure(Notify);
+pub(super) struct Pressure {
+    turned_away: Notify,
+    asked: Notify,
+}
 
 impl Pressure {
     /// Content was turned away.
     pub(super) fn no_room(&self) {
-        self.0.notify_one();
+        self.turned_away.notify_one();
+    }
+
+    /// Somebody has said that less is to be kept.
+    pub(super) fn keep_less(&self) {
+        self.asked.notify_one();
     }
 }
 
 /// Collects in all workspaces until the hub closes.
 pub(super) async fn collect_regularly(opener: Arc<Opener>, closing: CancellationToken) {
     let mut kept_ms = CONTENT_KEPT_MS;
+    let mut pause = NEXT_WITHOUT_ROOM;
     loop {
+        let mut made_room = false;
         let all = async {
             let ballast = opener.space.clone();
             if let Err(error) = blocking(move || Ok(ballast.keep_ballast()?)).await {
                 tracing::warn!(%error, "there is no ballast on this disk");
             }
             for id in opener.on_disk().await {
-                collect_one(&opener, id, kept_ms).await;
+                made_room |= collect_one(&opener, id, kept_ms).await;
             }
         };
         tokio::select! {
             () = all => {}
             () = closing.cancelled() => return,
         }
+        // Where there is nothing to let go, looking again and again helps nobody.
+        pause = if made_room || kept_ms == CONTENT_KEPT_MS {
+            NEXT_WITHOUT_ROOM
+        } else {
+            (pause * 2).min(COLLECTION_PERIOD / 4)
+        };
+        let without_room = async {
+            tokio::time::sleep(pause).await;
+            opener.pressure.turned_away.notified().await;
+        };
         let wait = async {
-            tokio::time::sleep(NEXT_WITHOUT_ROOM).await;
             tokio::select! {
-                () = tokio::time::sleep(COLLECTION_PERIOD - NEXT_WITHOUT_ROOM) => CONTENT_KEPT_MS,
-                () = opener.pressure.0.notified() => CONTENT_KEPT_WITHOUT_ROOM_MS,
+                () = tokio::time::sleep(COLLECTION_PERIOD) => CONTENT_KEPT_MS,
+                () = without_room => CONTENT_KEPT_WITHOUT_ROOM_MS,
+                () = opener.pressure.asked.notified() => CONTENT_KEPT_WITHOUT_ROOM_MS,
             }
         };
         kept_ms = tokio::select! {
@@ -91,19 +114,22 @@ pub(super) async fn collect_regularly(opener: Arc<Opener>, closing: Cancellation
     }
 }
 
-async fn collect_one(opener: &Opener, id: WorkspaceId, kept_ms: i64) {
+/// Whether room was made.
+async fn collect_one(opener: &Opener, id: WorkspaceId, kept_ms: i64) -> bool {
     let collected = async {
         let now_ms = unix_ms();
         opener.workspace(id).await?.collect(now_ms, now_ms - kept_ms).await
     };
     match collected.await {
-        Ok(done) if done == Collected::default() => {}
+        Ok(done) if done == Collected::default() => return false,
         Ok(Collected { trimmed, dropped, rewritten }) => {
             tracing::info!(workspace = %id, trimmed, dropped, rewritten, "collected");
+            return dropped + rewritten > 0;
         }
         Err(SyncError::Deleted) => {}
         Err(error) => tracing::error!(workspace = %id, %error, "collection failed"),
     }
+    false
 }
 
 impl WorkspaceHub {
@@ -205,7 +231,8 @@ fn gather(
 ) -> Result<Option<(Arc<Pack>, Vec<Digest>)>, SyncError> {
     let mut builder = PackBuilder::new(3).map_err(|_| SyncError::Failed)?;
     let mut old = Vec::new();
-    while let Some(SparsePack { hash, used }) = sparse.peek() {
+    while let Some(SparsePack { hash, used }) = sparse.peek().filter(|_| old.len() < PACKS_GATHERED)
+    {
         let used: HashSet<Digest> = used.iter().copied().collect();
         let pack = read(hash)?.and_then(|bytes| Pack::parse(bytes).ok());
         if let Some(pack) = pack {

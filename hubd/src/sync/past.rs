@@ -97,7 +97,7 @@ impl WorkspaceHub {
     pub async fn set_settings(&self, settings: WorkspaceSettings) -> Result<(), SyncError> {
         self.store.set_settings(settings).await?;
         self.set_quota(settings.quota_bytes);
-        self.pressure.no_room();
+        self.pressure.keep_less();
         Ok(())
     }
 
