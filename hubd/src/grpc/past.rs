@@ -124,6 +124,9 @@ pub(super) async fn restore(
         content.restore(path, request.version, &name).await.map_err(|error| {
             let hint = format!("cortex-agent workspace log {} {shown}", workspace.name);
             match &error {
+                SyncError::Store(StoreError::BeyondHead { .. }) => {
+                    with_hint(refuse(Code::NotFound, "version_unknown", error.to_string()), &hint)
+                }
                 SyncError::Store(
                     StoreError::VersionForgotten { .. } | StoreError::NothingBefore { .. },
                 ) => with_hint(status(error), &format!("see what is kept: {hint}")),

@@ -317,7 +317,7 @@ pub(super) fn status(error: SyncError) -> Status {
                     refuse(Code::AlreadyExists, "commit_id_used", text)
                 }
                 StoreError::VersionForgotten { .. } => {
-                    refuse(Code::OutOfRange, "version_forgotten", text)
+                    refuse(Code::NotFound, "version_forgotten", text)
                 }
                 StoreError::NothingBefore { .. } => refuse(Code::NotFound, "nothing_before", text),
                 StoreError::TooMuch { .. } => refuse(Code::ResourceExhausted, "too_much", text),

@@ -223,12 +223,15 @@ impl WorkspaceHub {
     }
 }
 
+/// A new pack, and the packs of which it has what is used.
+type Gathered = (Arc<Pack>, Vec<Digest>);
+
 /// A new pack of what is used of the next of the sparse ones, and those. One that cannot be read is left
 /// out: whoever needs it finds that out, and the members are asked for its content.
 fn gather(
     read: impl Fn(&Digest) -> Result<Option<bytes::Bytes>, SyncError>,
     sparse: &mut std::iter::Peekable<std::vec::IntoIter<SparsePack>>,
-) -> Result<Option<(Arc<Pack>, Vec<Digest>)>, SyncError> {
+) -> Result<Option<Gathered>, SyncError> {
     let mut builder = PackBuilder::new(3).map_err(|_| SyncError::Failed)?;
     let mut old = Vec::new();
     while let Some(SparsePack { hash, used }) = sparse.peek().filter(|_| old.len() < PACKS_GATHERED)
