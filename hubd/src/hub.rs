@@ -47,7 +47,7 @@ use crate::store::history::HistoryStore;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
 use crate::sync::members::Members;
-use crate::sync::{ContentLimits, SyncError, Workspaces};
+use crate::sync::{SyncError, Workspaces};
 use crate::task::history::History;
 use crate::task::relay::{Deadlines, Relay};
 use crate::task::spool::Spool;
@@ -206,7 +206,7 @@ impl Hub {
         membership.reload(&*store).await?;
         let content = Arc::new(Workspaces::open(
             &data.layout.workspaces(),
-            ContentLimits::default(),
+            config.content,
             scope.clone(),
             data.databases.clone(),
         )?);
@@ -216,6 +216,7 @@ impl Hub {
             Arc::clone(&store),
             Arc::clone(&content),
         ));
+        members.finish_deletions().await?;
         let tasks = data.layout.tasks();
         let spool = Spool::open(tasks.clone(), config.spool, &data.databases)
             .map_err(|source| StartError::Data { path: tasks.display().to_string(), source })?;

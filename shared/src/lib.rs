@@ -9,7 +9,7 @@
 //! | [`wire_path`], [`entry`] | names, paths, entries and tree digests of a workspace |
 //! | [`chunk`], [`pack`] | how content is cut, and the unit in which it travels and rests |
 //! | [`replay`] | output under way, which can be sent again |
-//! | [`durable`] | files that survive a crash |
+//! | [`durable`], [`crash`] | files that survive a crash; crashing on purpose |
 //! | [`systemd`] | installing a program as a service |
 //! | [`dead_line`] | connections whose other end is gone |
 //! | [`backoff`], [`patience`], [`tasks`], [`clock`], [`text`], [`telemetry`] | retrying, supervised tasks, the time, text, logs |
@@ -23,6 +23,7 @@
 pub mod backoff;
 pub mod chunk;
 pub mod clock;
+pub mod crash;
 pub mod dead_line;
 pub mod durable;
 pub mod entry;

@@ -11,6 +11,7 @@ mod join;
 mod sandbox;
 mod secrets;
 mod sync;
+mod sync_hub;
 mod targets;
 mod tasks;
 mod terminal;

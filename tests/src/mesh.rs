@@ -81,9 +81,21 @@ impl Mesh {
     /// # Panics
     /// If it does not come up.
     pub fn start_hub(&mut self) {
+        self.start_hub_with(&[]);
+    }
+
+    /// Starts the hub again, to kill itself when it passes this point (`cortex_shared::crash`).
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn start_hub_that_crashes_at(&mut self, point: &str) {
+        self.start_hub_with(&[(cortex_shared::crash::CRASH_AT, point)]);
+    }
+
+    fn start_hub_with(&mut self, environment: &[(&str, &str)]) {
         let mut command = Command::new(program("hubd-under-test"));
         command.args(["serve", "--grpc", &self.address, "--data"]).arg(self.path("hub"));
-        command.args(&self.serve);
+        command.args(&self.serve).envs(environment.iter().copied());
         if let Some(filter) = &self.hub_log {
             command.env("CORTEX_LOG", filter);
         }

@@ -292,7 +292,7 @@ pub(super) fn changed(global: &Global, output: Output, info: v1::NodeInfo) -> Re
 }
 
 /// Asks before something that cannot be taken back: only a person at a terminal.
-fn confirm(deed: &str, yes: bool) -> Result<(), CliError> {
+pub(super) fn confirm(deed: &str, yes: bool) -> Result<(), CliError> {
     use std::io::{BufRead as _, IsTerminal as _};
     let stdin = std::io::stdin();
     if yes || !stdin.is_terminal() {

@@ -12,6 +12,7 @@ use crate::enroll::ca::NODE_CERTIFICATE_LIFE;
 use crate::enroll::limits::DEFAULT_JOIN_RATE;
 use crate::rate::Rate;
 use crate::store::history::HistoryLimits;
+use crate::sync::ContentLimits;
 use crate::task::spool::SpoolLimits;
 
 /// Default port of the gRPC side.
@@ -48,6 +49,8 @@ pub struct HubConfig {
     pub spool: SpoolLimits,
     /// How much of the output of each node is kept.
     pub history: HistoryLimits,
+    /// How much of workspaces' content may be in memory, and what stays free on the disk.
+    pub content: ContentLimits,
     /// How long shutdown waits for open calls.
     pub shutdown_grace: Duration,
     /// What is logged, and how it looks.
@@ -86,6 +89,7 @@ impl HubConfig {
             resume_grace: Duration::from_secs(10),
             spool: SpoolLimits::default(),
             history: HistoryLimits::default(),
+            content: ContentLimits::default(),
             shutdown_grace: Duration::from_secs(10),
             log: LogSettings { filter: "info".to_owned(), format: LogFormat::Text },
         }

@@ -126,6 +126,9 @@ settings! {
     history_bytes: "SIZE" in 65_536..=u64::MAX => history.bytes;
     /// Pieces of output kept of each node in its history.
     history_pieces: "N" in 100..=u64::MAX => history.segments;
+    /// What stays free on the disk: no content of workspaces is taken beyond it. Without a value a
+    /// hundredth of the disk, 2 GiB at most.
+    disk_reserve: "SIZE" => content.reserve_bytes;
     /// How long a stop waits for open calls, and again for the databases.
     shutdown_grace: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(600) => shutdown_grace;
     /// What is logged: error, warn, info, debug, trace, or a list such as info,cortex_hubd=debug. Read
@@ -318,6 +321,16 @@ impl Value for u64 {
             .iter()
             .find(|(shift, _)| whole(shift))
             .map_or_else(|| self.to_string(), |(shift, unit)| format!("{} {unit}", self >> shift))
+    }
+}
+
+impl Value for Option<u64> {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text.is_empty() { Ok(None) } else { u64::parse(text).map(Some) }
+    }
+
+    fn show(&self) -> String {
+        self.as_ref().map_or_else(String::new, Value::show)
     }
 }
 

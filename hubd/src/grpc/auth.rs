@@ -192,6 +192,12 @@ pub const TABLE: &[(&str, Level)] = &[
     ("/cortex.v1.Operator/WorkspaceStatus", Level::Look),
     ("/cortex.v1.Operator/ListConflicts", Level::Look),
     ("/cortex.v1.Operator/ConfirmDeletes", Level::Manage),
+    ("/cortex.v1.Operator/ResolveConflict", Level::Manage),
+    ("/cortex.v1.Operator/WorkspaceLog", Level::Look),
+    ("/cortex.v1.Operator/RestoreWorkspace", Level::Manage),
+    ("/cortex.v1.Operator/ShowWorkspace", Level::Look),
+    ("/cortex.v1.Operator/SetWorkspace", Level::Administer),
+    ("/cortex.v1.Operator/DeleteWorkspace", Level::Administer),
 ];
 
 /// What a caller has proved to be, and what ends its calls.

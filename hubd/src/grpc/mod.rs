@@ -14,6 +14,7 @@ mod invites;
 mod listing;
 pub mod node;
 pub mod operator;
+mod past;
 mod rotation;
 pub mod status;
 pub mod sync;

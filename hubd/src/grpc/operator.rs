@@ -16,7 +16,9 @@ use tonic::{Request, Response, Status, Streaming};
 use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
 use super::status::{from_lookup, internal};
-use super::{authority, convert, exec, files, history, invites, rotation, tasks, workspaces};
+use super::{
+    authority, convert, exec, files, history, invites, past, rotation, tasks, workspaces,
+};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
@@ -441,6 +443,54 @@ impl Operator for OperatorService {
     ) -> Result<Response<v1::ConfirmDeletesResponse>, Status> {
         let operator = admitted(&request)?;
         workspaces::confirm_deletes(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn resolve_conflict(
+        &self,
+        request: Request<v1::ResolveConflictRequest>,
+    ) -> Result<Response<v1::ResolveConflictResponse>, Status> {
+        let operator = admitted(&request)?;
+        past::resolve(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn workspace_log(
+        &self,
+        request: Request<v1::WorkspaceLogRequest>,
+    ) -> Result<Response<v1::WorkspaceLogResponse>, Status> {
+        let operator = admitted(&request)?;
+        past::log(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn restore_workspace(
+        &self,
+        request: Request<v1::RestoreWorkspaceRequest>,
+    ) -> Result<Response<v1::RestoreWorkspaceResponse>, Status> {
+        let operator = admitted(&request)?;
+        past::restore(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn show_workspace(
+        &self,
+        request: Request<v1::ShowWorkspaceRequest>,
+    ) -> Result<Response<v1::ShowWorkspaceResponse>, Status> {
+        let operator = admitted(&request)?;
+        past::show(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn set_workspace(
+        &self,
+        request: Request<v1::SetWorkspaceRequest>,
+    ) -> Result<Response<v1::WorkspaceSettings>, Status> {
+        let operator = admitted(&request)?;
+        past::set(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn delete_workspace(
+        &self,
+        request: Request<v1::DeleteWorkspaceRequest>,
+    ) -> Result<Response<v1::DeleteWorkspaceResponse>, Status> {
+        let operator = admitted(&request)?;
+        workspaces::delete(self, &operator, request.into_inner()).await.map(Response::new)
     }
 }
 

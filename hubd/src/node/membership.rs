@@ -175,6 +175,24 @@ impl Membership {
         Ok(())
     }
 
+    /// Removes a workspace, durable when this returns. Its content is for the caller to remove. Returns
+    /// who was a member.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn delete(
+        &self,
+        store: &dyn Store,
+        workspace: &Workspace,
+        by: &Actor,
+    ) -> Result<BTreeSet<NodeId>, StoreError> {
+        let detail = json!({ "workspace_id": workspace.id });
+        let audit = by.audit(unix_ms(), "workspace.deleted", workspace.name.clone(), detail);
+        let _order = self.order.lock().await;
+        store.delete_workspace(workspace.id, audit).await?;
+        Ok(self.lock().remove(&workspace.id).map(|gone| gone.members).unwrap_or_default())
+    }
+
     fn audit(
         &self,
         workspace: WorkspaceId,

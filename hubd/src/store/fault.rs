@@ -174,6 +174,9 @@ passed_on! {
     fn workspaces() -> Vec<Workspace>;
     fn memberships(node: NodeId) -> BTreeSet<WorkspaceId>;
     fn create_workspace(workspace: Workspace, audit: NewAudit) -> ();
+    fn delete_workspace(workspace: WorkspaceId, audit: NewAudit) -> ();
+    fn deleted_workspaces() -> Vec<WorkspaceId>;
+    fn workspace_removed(workspace: WorkspaceId) -> ();
     fn attach(workspace: WorkspaceId, node: NodeId, audit: NewAudit) -> ();
     fn detach(workspace: WorkspaceId, node: NodeId, audit: NewAudit) -> ();
     fn revoke_node(id: NodeId, now_ms: i64, audit: NewAudit) -> ();

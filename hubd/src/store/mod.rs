@@ -170,6 +170,17 @@ pub trait Store: Send + Sync + 'static {
         workspace: Workspace,
         audit: NewAudit,
     ) -> Result<(), StoreError>;
+    /// Forgets a workspace and its memberships; its name is free again. It is listed as deleted until its
+    /// content is removed. [`StoreError::NotFound`] if there is none.
+    async fn delete_workspace(
+        &self,
+        workspace: WorkspaceId,
+        audit: NewAudit,
+    ) -> Result<(), StoreError>;
+    /// Deleted workspaces of which content may be left.
+    async fn deleted_workspaces(&self) -> Result<Vec<WorkspaceId>, StoreError>;
+    /// Notes that the content of a deleted workspace is gone.
+    async fn workspace_removed(&self, workspace: WorkspaceId) -> Result<(), StoreError>;
     /// Makes a node a member; no change, and no line in the audit log, if it is one.
     async fn attach(
         &self,

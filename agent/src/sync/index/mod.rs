@@ -11,6 +11,7 @@
 //! found without looking at the others.
 
 mod codec;
+mod listing;
 #[cfg(test)]
 mod tests;
 mod writer;

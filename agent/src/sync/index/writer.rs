@@ -10,7 +10,7 @@ use crate::sync::plan::{Row, settled_base};
 
 /// Writes within one transaction.
 pub struct Writer<'a> {
-    database: &'a Connection,
+    pub(super) database: &'a Connection,
     counts: Counts,
 }
 

@@ -1,5 +1,6 @@
 //! Whole engines on real directories against a hub in memory.
 
+mod listing;
 mod memory_hub;
 mod random;
 mod safety;

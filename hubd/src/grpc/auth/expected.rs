@@ -2,7 +2,7 @@
 
 /// Each method with those who may call it, in this order: `-` whoever has no certificate, `n` a node,
 /// `v` viewer, `t` agent-token, `o` operator, `s` admin with a scope, `a` admin.
-pub(crate) const EXPECTED: [(&str, &str); 53] = [
+pub(crate) const EXPECTED: [(&str, &str); 59] = [
     ("Enroll/JoinNode", "-nvtosa"),
     ("Enroll/LoginOperator", "-nvtosa"),
     ("Enroll/RecoverNode", "-nvtosa"),
@@ -27,6 +27,8 @@ pub(crate) const EXPECTED: [(&str, &str); 53] = [
     ("Operator/ListWorkspaces", "vtosa"),
     ("Operator/WorkspaceStatus", "vtosa"),
     ("Operator/ListConflicts", "vtosa"),
+    ("Operator/WorkspaceLog", "vtosa"),
+    ("Operator/ShowWorkspace", "vtosa"),
     ("Operator/ListTasks", "vtosa"),
     ("Operator/GetTask", "vtosa"),
     ("Operator/WaitTask", "vtosa"),
@@ -43,9 +45,13 @@ pub(crate) const EXPECTED: [(&str, &str); 53] = [
     ("Operator/AttachWorkspace", "osa"),
     ("Operator/DetachWorkspace", "osa"),
     ("Operator/ConfirmDeletes", "osa"),
+    ("Operator/ResolveConflict", "osa"),
+    ("Operator/RestoreWorkspace", "osa"),
     ("Operator/RevokeNode", "sa"),
     ("Operator/ForgetNode", "sa"),
     ("Operator/SetNodePolicy", "sa"),
+    ("Operator/SetWorkspace", "sa"),
+    ("Operator/DeleteWorkspace", "sa"),
     ("Operator/ListOperators", "a"),
     ("Operator/RevokeOperator", "a"),
     ("Operator/CreateOperator", "a"),

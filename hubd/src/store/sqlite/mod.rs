@@ -33,6 +33,7 @@ const SETTINGS: Settings = Settings {
         include_str!("migrations/0003_workspace_scope.sql"),
         include_str!("migrations/0004_tasks.sql"),
         include_str!("migrations/0005_cancel_wanted.sql"),
+        include_str!("migrations/0006_deleted_workspaces.sql"),
     ],
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,
@@ -194,6 +195,26 @@ impl Store for SqliteStore {
             audit::append(t, &audit)
         };
         self.database.write(create).await
+    }
+
+    async fn delete_workspace(
+        &self,
+        workspace: WorkspaceId,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        let delete = move |t: &Connection| {
+            workspaces::delete(t, workspace, audit.at_ms)?;
+            audit::append(t, &audit)
+        };
+        self.database.write(delete).await
+    }
+
+    async fn deleted_workspaces(&self) -> Result<Vec<WorkspaceId>, StoreError> {
+        self.database.read(workspaces::deleted).await
+    }
+
+    async fn workspace_removed(&self, workspace: WorkspaceId) -> Result<(), StoreError> {
+        self.database.write(move |t| workspaces::removed(t, workspace)).await
     }
 
     async fn attach(
