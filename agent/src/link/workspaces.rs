@@ -21,6 +21,7 @@ use super::report;
 use super::request::Refusal;
 use crate::client::{HubClient, Purpose};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
+use crate::sync::roots::{Roots, overlap, real_path};
 use crate::sync::tonic_hub::TonicHub;
 use crate::sync::{self, FlushError, WorkspaceConfig, WorkspaceHandle};
 
@@ -62,6 +63,7 @@ struct Inner {
     /// Counts changes of any status, so that one receiver sees all.
     changes: watch::Sender<u64>,
     engines: Mutex<BTreeMap<WorkspaceId, Engine>>,
+    roots: Roots,
 }
 
 struct Engine {
@@ -97,6 +99,7 @@ impl Workspaces {
                 online: watch::Sender::new(false),
                 changes: watch::Sender::new(0),
                 engines: Mutex::new(BTreeMap::new()),
+                roots: Roots::default(),
             }),
         };
         let keeper = workspaces.clone();
@@ -185,22 +188,21 @@ impl Workspaces {
         if !wanted.is_absolute() {
             return Err(PlaceError::NotAbsolute(wanted));
         }
-        let overlaps = |root: &Path| root.starts_with(&wanted) || wanted.starts_with(root);
-        for engine in lock(&self.inner.engines).values() {
-            if engine.name == name {
-                let current = engine.root.clone();
-                return if current == wanted {
-                    Ok(current)
-                } else {
-                    Err(PlaceError::Elsewhere { current })
-                };
-            }
-            if overlaps(&engine.root) {
-                let root = engine.root.clone();
-                return Err(PlaceError::Overlaps { other: engine.name.clone(), root });
+        if let Some(engine) = lock(&self.inner.engines).values().find(|e| e.name == name) {
+            let current = engine.root.clone();
+            return if current == wanted {
+                Ok(current)
+            } else {
+                Err(PlaceError::Elsewhere { current })
+            };
+        }
+        let real = real_path(&wanted);
+        for (other, root) in self.placed().into_iter().filter(|(other, _)| other != name) {
+            if overlap(&real, &real_path(&root)) {
+                return Err(PlaceError::Overlaps { other, root });
             }
         }
-        if overlaps(self.inner.state.path()) {
+        if overlap(&real, &real_path(self.inner.state.path())) {
             return Err(PlaceError::OwnState(wanted));
         }
         if path.is_some() {
@@ -210,6 +212,21 @@ impl Workspaces {
             *lock(&self.inner.settings) = changed;
         }
         Ok(wanted)
+    }
+
+    /// Where the workspaces of this node live, and where those will that have a place already.
+    fn placed(&self) -> BTreeMap<String, PathBuf> {
+        let mut placed: BTreeMap<String, PathBuf> =
+            lock(&self.inner.engines).values().map(|e| (e.name.clone(), e.root.clone())).collect();
+        let settings = lock(&self.inner.settings);
+        for membership in self.inner.wanted.borrow().iter() {
+            let path = settings.workspace_path(&membership.name);
+            placed.entry(membership.name.clone()).or_insert(path);
+        }
+        for (name, path) in &settings.workspace_paths {
+            placed.entry(name.clone()).or_insert_with(|| path.clone());
+        }
+        placed
     }
 
     async fn keep(&self, scope: TaskScope) {
@@ -271,6 +288,7 @@ impl Workspaces {
             name: membership.name.clone(),
             root: root.clone(),
             state_dir: self.inner.state.path().to_owned(),
+            roots: self.inner.roots.clone(),
         };
         let line = || TonicHub::new(self.inner.hub.connect_lazy_counted(Purpose::Bulk));
         let scope = scope.child();

@@ -14,6 +14,7 @@
 //! | [`scan`], `watch`, [`ignore`] | seeing what is here |
 //! | `transfer`, [`apply`], [`private_dir`] | moving content, changing what is here |
 //! | [`hub`], [`tonic_hub`] | the other side |
+//! | [`roots`] | no two workspaces share files |
 //! | [`status`], [`problem`] | telling people |
 //!
 //! Invariants: no work queue is stored, so recovery from any crash is "scan and plan again"; the hub
@@ -30,6 +31,7 @@ pub mod index;
 pub mod plan;
 pub mod private_dir;
 pub mod problem;
+pub mod roots;
 pub mod scan;
 pub mod status;
 #[cfg(test)]
@@ -48,6 +50,7 @@ use tokio::task::JoinHandle;
 
 use engine::{Command, Engine};
 use hub::Hub;
+use roots::Roots;
 use status::{Progress, SyncStatus};
 
 /// Commands that wait for the engine; they are rare.
@@ -64,6 +67,8 @@ pub struct WorkspaceConfig {
     pub root: PathBuf,
     /// The agent's state directory; the index is in `workspaces/<id>` below it.
     pub state_dir: PathBuf,
+    /// The roots of all workspaces of this agent.
+    pub roots: Roots,
 }
 
 /// Why a flush did not come to its end.

@@ -13,6 +13,8 @@ const MAX_PROBLEMS: usize = 1000;
 pub enum Stage {
     /// Reading the tree here.
     Scan,
+    /// Being told of changes.
+    Watch,
     /// Planning, for the workspace as a whole.
     Plan,
     /// Sending to the hub.

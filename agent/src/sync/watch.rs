@@ -115,6 +115,8 @@ impl Watch {
     /// Begins to remember anew which directories were entered: everything is about to be.
     pub(super) fn forget(&mut self) {
         self.entered.clear();
+        // Others may have given watches back: each directory is tried again.
+        self.limited = false;
     }
 
     /// Watches a directory (the root for `None`), if the kernel lets us; whether somebody sees to

@@ -8,14 +8,12 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use rustix::fs::FlockOperation;
-use rustix::io::Errno;
-
 use super::super::WorkspaceConfig;
 use super::super::core::Core;
 use super::super::ignore::Ignore;
 use super::super::index::{Index, IndexError};
 use super::super::private_dir::PrivateDir;
+use super::super::roots::{HeldRoot, RootTaken, overlap, real_path};
 use super::super::watch::{Dirty, Watch};
 use crate::root_dir::{DirHandle, DirIdentity, RootDir};
 
@@ -32,8 +30,10 @@ pub(super) enum AttachError {
          detach the workspace and attach it again to merge with this one", path.display()
     )]
     Replaced { path: PathBuf },
-    #[error("another agent works in {}; stop it or choose another directory", path.display())]
-    Locked { path: PathBuf },
+    #[error(transparent)]
+    Taken(#[from] RootTaken),
+    #[error("{} overlaps with this agent's own state in {}", path.display(), state.display())]
+    OwnState { path: PathBuf, state: PathBuf },
     #[error("cannot use the root directory {}: {source}", path.display())]
     Root { path: PathBuf, source: io::Error },
     #[error("cannot use the state directory {}: {source}", path.display())]
@@ -46,6 +46,7 @@ pub(super) enum AttachError {
 
 /// The open root, and which directory it is.
 pub(super) struct Attached {
+    pub(super) held: HeldRoot,
     pub(super) core: Core,
     pub(super) identity: DirIdentity,
 }
@@ -75,13 +76,9 @@ pub(super) fn attach(config: &WorkspaceConfig, dirty: Arc<Dirty>) -> Result<Atta
         }
         Err(source) => return Err(AttachError::Root { path: path(), source }),
     };
-    // Held as long as the directory is open. On the directory itself, since agents with different
-    // state directories have nothing else in common.
-    match rustix::fs::flock(&top, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => return Err(AttachError::Locked { path: path() }),
-        // Some network file systems lock nothing.
-        Err(errno) => tracing::warn!(root = ?config.root, %errno, "cannot lock the root"),
-        Ok(()) => {}
+    let held = config.roots.hold(&config.name, &config.root, &top)?;
+    if overlap(&real_path(&config.root), &real_path(&config.state_dir)) {
+        return Err(AttachError::OwnState { path: path(), state: config.state_dir.clone() });
     }
     let identity = top.identity().map_err(|source| AttachError::Root { path: path(), source })?;
     let mut index = Index::open(&folder)?;
@@ -108,7 +105,7 @@ pub(super) fn attach(config: &WorkspaceConfig, dirty: Arc<Dirty>) -> Result<Atta
         watch,
         owner,
     };
-    Ok(Attached { core, identity })
+    Ok(Attached { held, core, identity })
 }
 
 /// Checks that the root is still what it was. Blocking.

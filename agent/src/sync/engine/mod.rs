@@ -25,7 +25,7 @@ use super::index::Index;
 use super::problem::{Finding, Stage};
 use super::scan::{Directories, Report, ScanError, Scanner, Scope};
 use super::status::{Progress, SyncState};
-use super::watch::{Dirty, Unwatched};
+use super::watch::{Dirty, Unwatched, Watch};
 use super::{FlushError, WorkspaceConfig};
 use crate::root_dir::DirIdentity;
 use attach::{AttachError, Attached, attach, check_root};
@@ -37,8 +37,10 @@ const QUIET: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// Everything is looked at this often, whatever the hints say.
 const FULL_SCAN: Duration = Duration::from_secs(600);
-/// The same where not every directory can be watched.
-const POLL: Duration = Duration::from_secs(30);
+/// Bounds of the same where not every directory can be watched, and how many times longer than the
+/// look itself the pause is: looking must not become all there is.
+const POLL: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
+const POLL_SHARE: u32 = 20;
 /// How often a halted workspace looks whether its root is back.
 const HALTED_RETRY: Duration = Duration::from_secs(2);
 /// When paths that could not be synced are tried again.
@@ -102,13 +104,17 @@ enum RoundError {
 impl<H: Hub> Engine<H> {
     /// Runs until it is cancelled.
     pub(super) async fn run(mut self) {
+        // Why it was halted before: the same reason is said once.
+        let mut told = None;
         while !self.cancel.is_cancelled() {
             let dirty = Arc::new(Dirty::default());
             let reason = match self.attach(dirty.clone()).await {
-                Ok(Attached { core, identity }) => {
+                Ok(Attached { held, core, identity }) => {
                     let mut work = Work::new(CoreCell::new(core), identity, dirty);
+                    told = None;
                     let end = self.work(&mut work).await;
                     work.end_transfers().await;
+                    drop(held);
                     for flush in work.flushes.drain(..) {
                         flush.answer.send(Err(FlushError::Stopped)).ok();
                     }
@@ -120,7 +126,11 @@ impl<H: Hub> Engine<H> {
                 }
                 Err(reason) => reason,
             };
-            self.halted(reason).await;
+            if told.as_ref() != Some(&reason) {
+                tracing::error!(workspace = %self.config.name, reason, "sync halted");
+            }
+            self.halted(&reason).await;
+            told = Some(reason);
         }
     }
 
@@ -133,11 +143,10 @@ impl<H: Hub> Engine<H> {
     }
 
     /// Tells why nothing is done, and waits a while.
-    async fn halted(&mut self, reason: String) {
-        tracing::error!(workspace = %self.config.name, reason, "sync halted");
+    async fn halted(&mut self, reason: &str) {
         self.progress.update(|status| {
             status.state = SyncState::Halted;
-            status.halted_reason.clone_from(&reason);
+            reason.clone_into(&mut status.halted_reason);
         });
         let retry = tokio::time::sleep(HALTED_RETRY);
         tokio::pin!(retry);
@@ -147,7 +156,7 @@ impl<H: Hub> Engine<H> {
                 () = &mut retry => return,
                 Some(command) = self.commands.recv() => {
                     if let Command::Flush(answer) = command {
-                        answer.send(Err(FlushError::Halted { reason: reason.clone() })).ok();
+                        answer.send(Err(FlushError::Halted { reason: reason.to_owned() })).ok();
                     }
                 }
             }
@@ -273,6 +282,7 @@ impl<H: Hub> Engine<H> {
             return Ok(());
         }
         self.progress.state(SyncState::Scanning);
+        let begun = Instant::now();
         let everything = scopes.contains(&Scope::Tree(None));
         let mut scopes = scopes.into_iter();
         while let Some(scope) = scopes.next() {
@@ -284,12 +294,12 @@ impl<H: Hub> Engine<H> {
             }
         }
         if everything {
-            let pause = if work.limited { POLL } else { FULL_SCAN };
-            work.next_full_scan = Instant::now() + pause;
+            work.scanned(begun);
             work.supplied.clear();
             work.flushes.iter_mut().for_each(|flush| flush.looked = true);
             work.core.run(|core| core.private.empty_trash()).await?;
         }
+        work.watched();
         Ok(())
     }
 
@@ -310,12 +320,17 @@ impl<H: Hub> Engine<H> {
         let cancel = self.cancel.clone();
         let scanned = scope.clone();
         let begun = std::time::Instant::now();
+        let (root, dirty) = (self.config.root.clone(), work.dirty.clone());
         let hot: HashMap<_, _> =
             work.hot.iter().map(|(path, (hot, _))| (path.clone(), *hot)).collect();
         let (report, entries, limited) = work
             .core
             .run(move |core| {
                 let mut report = Report::default();
+                if core.watch.is_none() && scanned == Scope::Tree(None) {
+                    // There may be room for a watcher by now.
+                    core.watch = Watch::new(&root, dirty).ok();
+                }
                 // A file that was moved here is seen with its directory.
                 let is_file = matches!(&scanned, Scope::Tree(Some(path))
                         if core.root.open_dir(Some(path)).is_err());

@@ -53,6 +53,8 @@ struct Sweep {
     /// Paths at which the hub turned out to have something else.
     learned: usize,
     held: usize,
+    /// Directories that stay here though they are gone at the hub.
+    kept: usize,
     /// Large files on their way here: what was wrong with them is not known to be over.
     waiting: HashSet<WirePath>,
     push_findings: Vec<Finding>,
@@ -176,7 +178,7 @@ impl<H: Hub> Engine<H> {
                 let (dirty, begun) = (work.dirty.clone(), Instant::now());
                 let urgent = move || begun.elapsed() > LONGEST_PULL && !dirty.is_empty();
                 let pulled = pull(&mut self.session(work), plan.local, large, urgent).await?;
-                sweep.unapplied += unapplied - pulled.applied.min(unapplied);
+                sweep.unapplied += unapplied.saturating_sub(pulled.applied + pulled.kept);
                 take_pulled(work, pulled, &mut sweep);
             }
             match next {
@@ -338,7 +340,7 @@ impl<H: Hub> Engine<H> {
 
     /// Nothing more can be done now.
     async fn finish(&self, work: &mut Work, sweep: &Sweep) -> Result<(), SyncError> {
-        if sweep.unapplied > 0 || !sweep.push_findings.is_empty() {
+        if sweep.unapplied > 0 || sweep.kept > 0 || !sweep.push_findings.is_empty() {
             work.problem_retry_at = Some(Instant::now() + PROBLEM_RETRY);
         }
         if sweep.held > 0 {
@@ -372,6 +374,7 @@ impl<H: Hub> Engine<H> {
 fn take_pulled(work: &mut Work, pulled: Pulled, sweep: &mut Sweep) {
     sweep.progress |= pulled.applied > 0;
     sweep.interrupted |= pulled.interrupted;
+    sweep.kept += pulled.kept;
     if pulled.displaced > 0 {
         let now = Instant::now();
         work.trash_looks.extend(LATE_WRITES.map(|delay| now + delay));

@@ -12,7 +12,8 @@ use tokio::time::Instant;
 
 use super::hold;
 use super::{
-    Command, FULL_SCAN, HUB_RETRY, QUIET, Round, RoundError, UNSTABLE_RETRY, UNSTABLE_TOLD,
+    Command, FULL_SCAN, HUB_RETRY, POLL, POLL_SHARE, QUIET, Round, RoundError, UNSTABLE_RETRY,
+    UNSTABLE_TOLD,
 };
 use crate::root_dir::DirIdentity;
 use crate::sync::FlushError;
@@ -37,7 +38,9 @@ pub(super) struct Work {
     pub(super) asked_anew: bool,
     pub(super) acknowledged_seq: Option<u64>,
     pub(super) next_full_scan: Instant,
+    /// Not every directory can be watched: everything is looked at this often instead.
     pub(super) limited: bool,
+    pub(super) poll: Duration,
     /// Directories to look at again, and when.
     pub(super) revisits: Vec<(Instant, Scope)>,
     /// When to look for late writes in the trash.
@@ -92,6 +95,7 @@ impl Work {
             acknowledged_seq: None,
             next_full_scan: Instant::now() + FULL_SCAN,
             limited: false,
+            poll: POLL.0,
             revisits: Vec::new(),
             trash_looks: Vec::new(),
             unseen: Vec::new(),
@@ -148,11 +152,6 @@ impl Work {
             None => *scope == Scope::Tree(None),
         };
         let mut findings = report.findings;
-        if self.limited && *scope == Scope::Tree(None) {
-            let message = "not every directory can be watched: raise fs.inotify.max_user_watches; \
-                           changes are looked for every 30 s meanwhile";
-            findings.push(Finding { path: None, code: "watch_limit", message: message.to_owned() });
-        }
         let now = Instant::now();
         // What was looked at and did not change meanwhile is hot no more.
         self.hot.retain(|path, (hot, _)| {
@@ -181,6 +180,29 @@ impl Work {
         for scope in report.racy {
             self.revisits.push((now + QUIET * 2, scope));
         }
+    }
+
+    /// Everything has been looked at.
+    pub(super) fn scanned(&mut self, begun: Instant) {
+        let now = Instant::now();
+        self.poll = ((now - begun) * POLL_SHARE).clamp(POLL.0, POLL.1);
+        self.next_full_scan = now + FULL_SCAN;
+    }
+
+    /// Takes over whether the kernel tells of changes everywhere; if not, they are looked for soon,
+    /// whatever was planned when it still did.
+    pub(super) fn watched(&mut self) {
+        let mut findings = Vec::new();
+        if self.limited {
+            self.next_full_scan = self.next_full_scan.min(Instant::now() + self.poll);
+            let message = format!(
+                "not every directory can be watched: raise fs.inotify.max_user_watches (or \
+                 max_user_instances); changes are looked for every {} s meanwhile",
+                self.poll.as_secs()
+            );
+            findings.push(Finding { path: None, code: "watch_limit", message });
+        }
+        self.problems.replace(Stage::Watch, |_| true, findings);
     }
 
     pub(super) fn next_due(&self) -> Instant {

@@ -2,6 +2,7 @@
 
 mod memory_hub;
 mod random;
+mod rules;
 mod safety;
 mod scenarios;
 
@@ -157,6 +158,7 @@ impl Mesh {
                 name: "w".to_owned(),
                 root: self.folder.path().join(name).join("root"),
                 state_dir: self.folder.path().join(name).join("state"),
+                roots: super::roots::Roots::default(),
             },
             hub: self.hub.clone(),
             online: watch::Sender::new(true),
