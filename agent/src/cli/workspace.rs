@@ -3,6 +3,8 @@
 //! `attach`, `detach`, `status` and `confirm-deletes` exist twice: for this node, over its local socket, and for the
 //! mesh, as an operator. [`Side::of`] decides.
 
+mod node;
+
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::PathBuf;
@@ -108,6 +110,8 @@ enum WorkspaceVerb {
         #[command(flatten)]
         output: Output,
     },
+    #[command(flatten)]
+    Node(node::NodeVerb),
     /// List paths that were changed in two places at once
     Conflicts {
         /// The workspace
@@ -159,6 +163,8 @@ pub(crate) struct SyncRow {
     path: String,
     halted_reason: Option<String>,
     problems: Vec<ProblemJson>,
+    #[serde(flatten)]
+    condition: node::Condition,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -206,6 +212,7 @@ impl SyncRow {
             path: lossy(&status.root_path),
             halted_reason: (!status.halted_reason.is_empty()).then(|| status.halted_reason.clone()),
             problems: status.problems.iter().map(problem).collect(),
+            condition: node::Condition::of(status),
         }
     }
 
@@ -221,6 +228,7 @@ impl SyncRow {
         if self.conflicts > 0 {
             text.push_str(&format!(", {} conflicts", self.conflicts));
         }
+        text.push_str(&self.condition.words());
         if let Some(reason) = &self.halted_reason {
             text.push_str(&format!(" ({reason})"));
         }
@@ -399,6 +407,7 @@ pub(crate) async fn workspace(global: &Global, args: WorkspaceArgs) -> Result<()
         WorkspaceVerb::ConfirmDeletes { name, node, local, output } => {
             confirm_deletes(global, name, node, local, output).await
         }
+        WorkspaceVerb::Node(verb) => node::run(global, verb).await,
         WorkspaceVerb::Conflicts { name, output } => {
             let mut client = hub::operator(global).await?;
             let request = v1::ListConflictsRequest { workspace: name };

@@ -15,6 +15,8 @@ pub enum Stage {
     Scan,
     /// Being told of changes.
     Watch,
+    /// What is left out.
+    Rules,
     /// Planning, for the workspace as a whole.
     Plan,
     /// Sending to the hub.

@@ -15,6 +15,7 @@ use super::super::index::{Index, IndexError};
 use super::super::private_dir::PrivateDir;
 use super::super::roots::{HeldRoot, RootTaken, overlap, real_path};
 use super::super::watch::{Dirty, Watch};
+use super::replica::{Replica, ReplicaError, check_replica};
 use crate::root_dir::{DirHandle, DirIdentity, RootDir};
 
 /// Why a workspace cannot be worked in.
@@ -30,6 +31,12 @@ pub(super) enum AttachError {
          detach the workspace and attach it again to merge with this one", path.display()
     )]
     Replaced { path: PathBuf },
+    #[error(
+        "the directory at {} does not carry the token of the one that was synced: it may be an older \
+         copy of it; bring the right one back, or detach the workspace and attach it again to merge \
+         with this one", path.display()
+    )]
+    OtherReplica { path: PathBuf },
     #[error(transparent)]
     Taken(#[from] RootTaken),
     #[error("{} overlaps with this agent's own state in {}", path.display(), state.display())]
@@ -40,6 +47,8 @@ pub(super) enum AttachError {
     State { path: PathBuf, source: io::Error },
     #[error("no place for the private directory on the file system of {}: {source}", path.display())]
     Private { path: PathBuf, source: io::Error },
+    #[error("cannot read .cortexignore in {}: {source}", path.display())]
+    Rules { path: PathBuf, source: io::Error },
     #[error("cannot use the index: {0}")]
     Index(#[from] IndexError),
 }
@@ -89,22 +98,27 @@ pub(super) fn attach(config: &WorkspaceConfig, dirty: Arc<Dirty>) -> Result<Atta
         Some(_) => {}
         None => index.batch(|writer| writer.set_root(identity))?,
     }
+    match check_replica(&top, &mut index) {
+        Ok(Replica::Ours) => {}
+        Ok(Replica::Other) => return Err(AttachError::OtherReplica { path: path() }),
+        Err(ReplicaError::Index(error)) => return Err(error.into()),
+        Err(ReplicaError::Root(source)) => return Err(AttachError::Root { path: path(), source }),
+    }
     let private = PrivateDir::open(config.id, &folder, &config.root, &top)
         .map_err(|source| AttachError::Private { path: path(), source })?;
     tracing::debug!(workspace = %config.name, private = ?private.path(), "attached");
     let meta = top.meta().map_err(|source| AttachError::Root { path: path(), source })?;
     let owner = rustix::process::geteuid().is_root().then_some((meta.uid, meta.gid));
+    let root = RootDir::new(top);
+    // Before the first look: what is left out is not even read.
+    let ignore =
+        Ignore::load(&root).map_err(|source| AttachError::Rules { path: path(), source })?;
+    index.set_ignore(ignore.clone())?;
+    dirty.set_ignore(ignore.clone());
     let watch = Watch::new(&config.root, dirty)
         .inspect_err(|error| tracing::warn!(%error, "cannot watch; looking from time to time"))
         .ok();
-    let core = Core {
-        root: RootDir::new(top),
-        private: Arc::new(private),
-        index,
-        ignore: Ignore,
-        watch,
-        owner,
-    };
+    let core = Core { root, private: Arc::new(private), index, ignore, watch, owner };
     Ok(Attached { held, core, identity })
 }
 

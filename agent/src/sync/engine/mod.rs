@@ -7,12 +7,15 @@
 mod attach;
 mod hold;
 mod pass;
+mod replica;
+mod rules;
 mod work;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cortex_shared::clock::unix_ms;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -22,6 +25,7 @@ use super::apply::rescue_late_writes;
 use super::core::{CoreCell, SyncError};
 use super::hub::Hub;
 use super::index::Index;
+use super::mode::MemberOptions;
 use super::problem::{Finding, Stage};
 use super::scan::{Directories, Report, ScanError, Scanner, Scope};
 use super::status::{Progress, SyncState};
@@ -33,6 +37,8 @@ use work::Work;
 
 /// How long it has to be quiet before changes are looked at, so that one look sees a whole save.
 const QUIET: Duration = Duration::from_millis(50);
+/// The same after a file was closed or got its name: that is how a save ends.
+const QUIET_FINISHED: Duration = Duration::from_millis(5);
 /// The longest a change waits for quiet.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// Everything is looked at this often, whatever the hints say.
@@ -65,7 +71,8 @@ pub(super) enum Command {
 
 pub(super) struct Engine<H> {
     pub(super) config: WorkspaceConfig,
-    pub(super) hub: H,
+    pub(super) options: watch::Receiver<MemberOptions>,
+    pub(super) hub: Arc<H>,
     /// Another line to the same hub.
     pub(super) large: Arc<H>,
     pub(super) scope: TaskScope,
@@ -104,22 +111,35 @@ enum RoundError {
 impl<H: Hub> Engine<H> {
     /// Runs until it is cancelled.
     pub(super) async fn run(mut self) {
+        let stop = self.cancel.clone();
         // Why it was halted before: the same reason is said once.
         let mut told = None;
-        while !self.cancel.is_cancelled() {
+        while !stop.is_cancelled() {
+            let options = *self.options.borrow_and_update();
+            self.progress.update(|status| status.mode = options.mode);
+            if options.paused {
+                self.paused(&stop).await;
+                continue;
+            }
+            // A pause ends the work in the root like a stop, so it waits for nothing either.
+            self.cancel = stop.child_token();
             let dirty = Arc::new(Dirty::default());
             let reason = match self.attach(dirty.clone()).await {
                 Ok(Attached { held, core, identity }) => {
                     let mut work = Work::new(CoreCell::new(core), identity, dirty);
                     told = None;
-                    let end = self.work(&mut work).await;
+                    let pausing = pausing(self.options.clone(), self.cancel.clone());
+                    let end = tokio::select! {
+                        end = self.work(&mut work) => end,
+                        never = pausing => match never {},
+                    };
                     work.end_transfers().await;
                     drop(held);
                     for flush in work.flushes.drain(..) {
-                        flush.answer.send(Err(FlushError::Stopped)).ok();
+                        flush.answer.send(Err(self.stopped())).ok();
                     }
                     match end {
-                        End::Stopped => return,
+                        End::Stopped => continue,
                         End::Halted(reason) => reason,
                         End::Again => continue,
                     }
@@ -142,6 +162,30 @@ impl<H: Hub> Engine<H> {
             .map_err(|error| error.to_string())
     }
 
+    /// Why a flush that was begun before comes to no end.
+    fn stopped(&self) -> FlushError {
+        if self.options.borrow().paused { FlushError::Paused } else { FlushError::Stopped }
+    }
+
+    /// Does nothing until it is told to go on.
+    async fn paused(&mut self, stop: &CancellationToken) {
+        self.progress.update(|status| {
+            status.state = SyncState::Paused;
+            status.halted_reason.clear();
+        });
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                options = next_value(&mut self.options) => if !options.paused { return },
+                Some(command) = self.commands.recv() => {
+                    if let Command::Flush(answer) = command {
+                        answer.send(Err(FlushError::Paused)).ok();
+                    }
+                }
+            }
+        }
+    }
+
     /// Tells why nothing is done, and waits a while.
     async fn halted(&mut self, reason: &str) {
         self.progress.update(|status| {
@@ -154,6 +198,7 @@ impl<H: Hub> Engine<H> {
             tokio::select! {
                 () = self.cancel.cancelled() => return,
                 () = &mut retry => return,
+                _ = next_value(&mut self.options) => return,
                 Some(command) = self.commands.recv() => {
                     if let Command::Flush(answer) = command {
                         answer.send(Err(FlushError::Halted { reason: reason.to_owned() })).ok();
@@ -166,6 +211,9 @@ impl<H: Hub> Engine<H> {
     async fn work(&mut self, work: &mut Work) -> End {
         self.progress.update(|status| status.halted_reason.clear());
         work.dirty.add(Scope::Tree(None));
+        if let Err(error) = self.tell_rules(work).await {
+            tracing::error!(workspace = %self.config.name, %error, "sync failed");
+        }
         loop {
             let round = Box::pin(self.round(work)).await;
             let more = match &round {
@@ -223,6 +271,7 @@ impl<H: Hub> Engine<H> {
         work.outdated = true;
         let retry_at = Instant::now() + work.hub_backoff.next_delay();
         work.retry_at = Some(retry_at);
+        self.progress.update(|status| status.next_retry_ms = when_ms(retry_at));
         work.revisits.extend(work.unseen.drain(..).map(|scope| (retry_at, scope)));
         None
     }
@@ -230,6 +279,9 @@ impl<H: Hub> Engine<H> {
     async fn round(&mut self, work: &mut Work) -> Result<Round, RoundError> {
         self.check_root(work.identity).await?;
         self.look(work).await?;
+        if self.adopt_rules(work).await? {
+            self.look(work).await?;
+        }
         let problems = work.problems.list();
         self.progress.update(|status| status.problems = problems);
         let now = Instant::now();
@@ -334,7 +386,9 @@ impl<H: Hub> Engine<H> {
                 // A file that was moved here is seen with its directory.
                 let is_file = matches!(&scanned, Scope::Tree(Some(path))
                         if core.root.open_dir(Some(path)).is_err());
-                if !is_file {
+                let left_out =
+                    scanned.directory().is_some_and(|path| core.ignore.ignores(path, true));
+                if !is_file && !left_out {
                     let mut unwatched = Unwatched;
                     let directories: &mut dyn Directories = match &mut core.watch {
                         Some(watch) => {
@@ -385,6 +439,10 @@ impl<H: Hub> Engine<H> {
                 }
             }
             Some(command) = self.commands.recv() => work.obey(command),
+            // Another mode plans otherwise.
+            options = next_value(&mut self.options) => {
+                self.progress.update(|status| status.mode = options.mode);
+            }
             () = work.transferred.notified() => {}
             () = tokio::time::sleep_until(due) => work.collect_due(),
         }
@@ -406,7 +464,8 @@ impl<H: Hub> Engine<H> {
     async fn settle(&self, dirty: &Dirty) -> bool {
         let end = Instant::now() + LONGEST_WAIT;
         loop {
-            let quiet = (Instant::now() + QUIET).min(end);
+            let quiet = if dirty.is_finished() { QUIET_FINISHED } else { QUIET };
+            let quiet = (Instant::now() + quiet).min(end);
             tokio::select! {
                 () = self.cancel.cancelled() => return false,
                 () = tokio::time::sleep_until(quiet) => return true,
@@ -414,6 +473,23 @@ impl<H: Hub> Engine<H> {
             }
         }
     }
+}
+
+/// Cancels the work in the root once it is to pause.
+async fn pausing(
+    mut options: watch::Receiver<MemberOptions>,
+    work: CancellationToken,
+) -> std::convert::Infallible {
+    if options.wait_for(|options| options.paused).await.is_ok() {
+        work.cancel();
+    }
+    std::future::pending().await
+}
+
+/// A time to come, in milliseconds since the Unix epoch.
+fn when_ms(at: Instant) -> i64 {
+    let wait = at.saturating_duration_since(Instant::now());
+    unix_ms().saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX))
 }
 
 /// The next value; never if there is nobody left to send one.

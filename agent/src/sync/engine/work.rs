@@ -68,6 +68,8 @@ pub(super) struct Work {
     /// How many wait for somebody's word.
     pub(super) held: usize,
     pub(super) deletions_confirmed: bool,
+    /// There may be another number of conflict copies than before.
+    pub(super) count_conflicts: bool,
 }
 
 /// Somebody who waits until what was written before he asked is at the hub.
@@ -108,6 +110,7 @@ impl Work {
             deletions: hold::Sent::default(),
             held: 0,
             deletions_confirmed: false,
+            count_conflicts: true,
         }
     }
 

@@ -39,7 +39,7 @@ fn show(entry: Option<&Entry>) -> String {
 }
 
 /// Rows from lines of "path base local remote"; a local with a question mark is unknown.
-fn rows(lines: &[&str]) -> Vec<Row> {
+pub(super) fn rows(lines: &[&str]) -> Vec<Row> {
     let mut rows: Vec<_> = lines
         .iter()
         .map(|line| {

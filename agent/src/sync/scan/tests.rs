@@ -73,7 +73,7 @@ impl Fixture {
         let scanner = Scanner {
             root: &root,
             index: &mut self.index,
-            ignore: &Ignore,
+            ignore: &Ignore::default(),
             clock: Clock { now_ns: self.now_ns, tick_ns: 10_000_000 },
             hot: &self.hot,
             directories: &mut self.directories,
@@ -256,7 +256,7 @@ fn a_cancelled_scan_concludes_nothing_about_what_it_did_not_see() {
     let report = Scanner {
         root: &root,
         index: &mut tree.index,
-        ignore: &Ignore,
+        ignore: &Ignore::default(),
         clock: Clock { now_ns: 0, tick_ns: 0 },
         hot: &HashMap::new(),
         // Cancelled after the directory has been opened and before it is listed.

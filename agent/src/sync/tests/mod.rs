@@ -17,6 +17,7 @@ use cortex_shared::ids::WorkspaceId;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::watch;
 
+use super::mode::MemberOptions;
 use super::status::{SyncState, SyncStatus};
 use super::{WorkspaceConfig, WorkspaceHandle, start_workspace};
 use memory_hub::MemoryHub;
@@ -27,6 +28,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// A node with a copy of the workspace. Its engine can be stopped and started again.
 pub(super) struct Node {
     config: WorkspaceConfig,
+    options: MemberOptions,
     hub: MemoryHub,
     online: watch::Sender<bool>,
     scope: TaskScope,
@@ -37,6 +39,7 @@ impl Node {
     fn start(&mut self) {
         let handle = start_workspace(
             self.config.clone(),
+            self.options,
             self.hub.clone(),
             self.hub.large(),
             self.online.subscribe(),
@@ -160,6 +163,7 @@ impl Mesh {
                 state_dir: self.folder.path().join(name).join("state"),
                 roots: super::roots::Roots::default(),
             },
+            options: MemberOptions::default(),
             hub: self.hub.clone(),
             online: watch::Sender::new(true),
             scope: self.scope.clone(),

@@ -6,6 +6,7 @@ use futures_util::StreamExt as _;
 use super::Session;
 use crate::sync::core::{SyncError, waiting};
 use crate::sync::hub::{ChangesPage, Contact, Head, Hub, HubError};
+use crate::sync::ignore::Ignore;
 use crate::sync::index::{Cursor, IndexError, Writer};
 
 /// How far the hub is known now.
@@ -72,11 +73,12 @@ pub(in crate::sync) async fn refresh<H: Hub>(
         session
             .core
             .run(move |core| {
-                let ignore = &core.ignore;
+                let ignore = Ignore::default();
                 core.index.batch(|writer| {
-                    // What is left out here is not accepted from others either.
+                    // What is always left out is not accepted from others either. What rules leave out
+                    // is remembered: they may change.
                     for change in changes {
-                        if !ignore.ignores(&change.path) {
+                        if !ignore.ignores(&change.path, false) {
                             writer.set_remote(&change.path, change.entry)?;
                         }
                     }
