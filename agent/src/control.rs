@@ -32,6 +32,8 @@ use crate::sync::FlushError;
 
 /// How long the hub may take to answer a question passed on to it.
 const HUB_TIMEOUT: Duration = Duration::from_secs(20);
+/// The same where the owner wants to get rid of something: he is answered within a second.
+const DETACH_TIMEOUT: Duration = Duration::from_millis(800);
 /// How long the hub may be silent during a flush unless the caller says otherwise: whoever asks gets
 /// an answer within a second.
 const FLUSH_PATIENCE: Duration = Duration::from_millis(800);
@@ -217,8 +219,8 @@ impl Control for LocalControl {
             PlaceError::NotAbsolute(_) => Status::invalid_argument(error.to_string()),
             _ => Status::failed_precondition(error.to_string()),
         })?;
-        self.ask_hub(async |mut client, request| client.request_attach(request).await, workspace)
-            .await?;
+        let attach = async |mut client: HubClient, request| client.request_attach(request).await;
+        self.ask_hub(attach, workspace, HUB_TIMEOUT).await?;
         let path = placed.into_os_string().into_vec().into();
         Ok(Response::new(v1::AttachLocalResponse { path }))
     }
@@ -332,8 +334,8 @@ impl Control for LocalControl {
     ) -> Result<Response<v1::DetachLocalResponse>, Status> {
         let workspace = request.into_inner().workspace;
         check_workspace(&workspace)?;
-        self.ask_hub(async |mut client, request| client.request_detach(request).await, workspace)
-            .await?;
+        let detach = async |mut client: HubClient, request| client.request_detach(request).await;
+        self.ask_hub(detach, workspace, DETACH_TIMEOUT).await?;
         Ok(Response::new(v1::DetachLocalResponse {}))
     }
 }
@@ -387,13 +389,19 @@ impl LocalControl {
             Request<v1::RequestAttachRequest>,
         ) -> Result<Response<v1::RequestAttachResponse>, Status>,
         workspace: String,
+        limit: Duration,
     ) -> Result<(), Status> {
         let client = self.session()?;
         let mut request = Request::new(v1::RequestAttachRequest { workspace });
-        request.set_timeout(HUB_TIMEOUT);
-        match tokio::time::timeout(HUB_TIMEOUT, ask(client, request)).await {
+        // Ours ends first: it says what to do.
+        request.set_timeout(limit + Duration::from_secs(1));
+        match tokio::time::timeout(limit, ask(client, request)).await {
             Ok(answer) => answer.map(drop),
-            Err(_) => Err(Status::new(Code::DeadlineExceeded, "the hub did not answer in time")),
+            Err(_) => Err(with_code(
+                Status::new(Code::DeadlineExceeded, "the hub did not answer in time"),
+                "hub_silent",
+                "cortex-agent workspace pause WORKSPACE stops it here meanwhile",
+            )),
         }
     }
 }

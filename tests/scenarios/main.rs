@@ -9,6 +9,7 @@ mod join;
 mod sandbox;
 mod secrets;
 mod sync;
+mod sync_rules;
 mod targets;
 mod tasks;
 mod terminal;

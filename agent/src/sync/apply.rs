@@ -165,7 +165,7 @@ impl Applier<'_> {
         let mut displaced = Vec::new();
         for (staged, file) in ready {
             drop(file);
-            match self.place(&staged, &mut touched) {
+            match self.place_anyway(&staged, &mut touched) {
                 Ok(Placed::Done) => placed.push(staged.change),
                 Ok(Placed::Displaced(file)) => {
                     displaced.push(file);
@@ -231,6 +231,30 @@ impl Applier<'_> {
             self.private.stage().sync_file_system()
         };
         result.map_err(ApplyError::Durability)
+    }
+
+    /// As [`Self::place`], also in a directory that its owner, who we are, has made read-only: that is
+    /// meant for those who edit in it, and is not kept from others by this member's mode. It is
+    /// read-only again afterwards.
+    fn place_anyway(
+        &mut self,
+        staged: &Staged,
+        touched: &mut Touched,
+    ) -> Result<Placed, PlaceError> {
+        let result = self.place(staged, touched);
+        let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+        if !matches!(&result, Err(PlaceError::Io(error)) if denied(error)) {
+            return result;
+        }
+        let Ok((parent, _)) = self.root.parent_of(&staged.change.path) else { return result };
+        let Ok(meta) = parent.meta() else { return result };
+        let opened = Mode::from_raw_mode(meta.mode | 0o300);
+        if meta.mode & 0o300 == 0o300 || rustix::fs::fchmod(&parent, opened).is_err() {
+            return result;
+        }
+        let result = self.place(staged, touched);
+        rustix::fs::fchmod(&parent, Mode::from_raw_mode(meta.mode)).map_err(io::Error::from)?;
+        result
     }
 
     fn place(&mut self, staged: &Staged, touched: &mut Touched) -> Result<Placed, PlaceError> {

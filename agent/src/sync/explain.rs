@@ -112,11 +112,13 @@ fn verdict(
         let text = "it is a link that leaves the workspace: it is neither sent nor placed";
         return ("link_outside", text.to_owned());
     }
-    let sends = !matches!(status.mode, MemberMode::ReceiveOnly | MemberMode::Mirror);
     if same(remote, base) {
-        return match (local, sends) {
-            (_, false) if status.mode == MemberMode::ReceiveOnly => {
+        return match (local, status.mode) {
+            (_, MemberMode::ReceiveOnly) => {
                 ("withheld", "changed here, and this member only receives".to_owned())
+            }
+            (_, MemberMode::Mirror) => {
+                ("to_apply", "changed here, and this member is a mirror: it is undone".to_owned())
             }
             (None, _) if status.held_deletions > 0 => {
                 let text = "deleted here; the deletion is held because they are so many";

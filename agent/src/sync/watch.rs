@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn too_many_places_become_everything() {
+    fn t11_too_many_places_become_everything() {
         let dirty = Dirty::default();
         for number in 0..=MAX_SCOPES {
             dirty.add(Scope::Children(path(&format!("d{number}"))));

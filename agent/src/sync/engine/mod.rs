@@ -6,6 +6,7 @@
 
 mod attach;
 mod hold;
+mod looks;
 mod pass;
 mod replica;
 mod rules;
@@ -22,7 +23,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::apply::rescue_late_writes;
-use super::core::{CoreCell, SyncError};
+use super::core::{Core, CoreCell, SyncError};
 use super::hub::Hub;
 use super::index::Index;
 use super::mode::MemberOptions;
@@ -39,14 +40,11 @@ use work::Work;
 const QUIET: Duration = Duration::from_millis(50);
 /// The same after a file was closed or got its name: that is how a save ends.
 const QUIET_FINISHED: Duration = Duration::from_millis(5);
+/// That little is enough after a rest of this length: who saves all the time is not followed save by
+/// save.
+const RESTED: Duration = Duration::from_millis(500);
 /// The longest a change waits for quiet.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
-/// Everything is looked at this often, whatever the hints say.
-const FULL_SCAN: Duration = Duration::from_secs(600);
-/// Bounds of the same where not every directory can be watched, and how many times longer than the
-/// look itself the pause is: looking must not become all there is.
-const POLL: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
-const POLL_SHARE: u32 = 20;
 /// How often a halted workspace looks whether its root is back.
 const HALTED_RETRY: Duration = Duration::from_secs(2);
 /// When paths that could not be synced are tried again.
@@ -175,6 +173,8 @@ impl<H: Hub> Engine<H> {
         });
         loop {
             tokio::select! {
+                // Who resumes and then flushes is not told that it is paused.
+                biased;
                 () = stop.cancelled() => return,
                 options = next_value(&mut self.options) => if !options.paused { return },
                 Some(command) = self.commands.recv() => {
@@ -227,7 +227,7 @@ impl<H: Hub> Engine<H> {
             };
             if more {
                 // Not at once: something that writes all the time must not keep us busy all the time.
-                if !self.settle(&work.dirty.clone()).await {
+                if !self.settle(work).await {
                     return End::Stopped;
                 }
                 self.hear(work);
@@ -346,12 +346,16 @@ impl<H: Hub> Engine<H> {
             }
         }
         if everything {
-            work.scanned(begun);
+            work.looks.done(begun, Instant::now());
             work.supplied.clear();
             work.flushes.iter_mut().for_each(|flush| flush.looked = true);
             work.core.run(|core| core.private.empty_trash()).await?;
         }
-        work.watched();
+        let watched = |core: &mut Core| {
+            Ok::<_, SyncError>(core.watch.as_ref().is_none_or(|watch| watch.limited))
+        };
+        let limited = work.core.run(watched).await?;
+        work.watched(limited);
         Ok(())
     }
 
@@ -375,7 +379,7 @@ impl<H: Hub> Engine<H> {
         let (root, dirty) = (self.config.root.clone(), work.dirty.clone());
         let hot: HashMap<_, _> =
             work.hot.iter().map(|(path, (hot, _))| (path.clone(), *hot)).collect();
-        let (report, entries, limited) = work
+        let (report, entries) = work
             .core
             .run(move |core| {
                 let mut report = Report::default();
@@ -410,14 +414,12 @@ impl<H: Hub> Engine<H> {
                     };
                     report = scanner.scan(&scanned)?;
                 }
-                let limited = core.watch.as_ref().is_none_or(|watch| watch.limited);
-                Ok::<_, SyncError>((report, core.index.counts().local, limited))
+                Ok::<_, SyncError>((report, core.index.counts().local))
             })
             .await?;
         if report.cancelled {
             return Err(SyncError::Cancelled);
         }
-        work.limited = limited;
         work.seen(scope, begun, report);
         self.progress.update(|status| status.entries = entries);
         Ok(())
@@ -428,7 +430,7 @@ impl<H: Hub> Engine<H> {
         let due = work.next_due();
         tokio::select! {
             () = self.cancel.cancelled() => return false,
-            () = work.dirty.changed() => return self.settle(&work.dirty.clone()).await,
+            () = work.dirty.changed() => return self.settle(work).await,
             seq = next_value(&mut self.head) => {
                 work.head_moved(seq);
             }
@@ -461,14 +463,20 @@ impl<H: Hub> Engine<H> {
     }
 
     /// Waits until nothing changes for a moment, but not for ever.
-    async fn settle(&self, dirty: &Dirty) -> bool {
-        let end = Instant::now() + LONGEST_WAIT;
+    async fn settle(&self, work: &mut Work) -> bool {
+        let dirty = work.dirty.clone();
+        let begun = Instant::now();
+        let end = begun + LONGEST_WAIT;
+        let rested = work.settled_at.is_none_or(|at| begun - at >= RESTED);
         loop {
-            let quiet = if dirty.is_finished() { QUIET_FINISHED } else { QUIET };
+            let quiet = if rested && dirty.is_finished() { QUIET_FINISHED } else { QUIET };
             let quiet = (Instant::now() + quiet).min(end);
             tokio::select! {
                 () = self.cancel.cancelled() => return false,
-                () = tokio::time::sleep_until(quiet) => return true,
+                () = tokio::time::sleep_until(quiet) => {
+                    work.settled_at = Some(Instant::now());
+                    return true;
+                }
                 () = dirty.changed() => {}
             }
         }

@@ -11,10 +11,8 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use super::hold;
-use super::{
-    Command, FULL_SCAN, HUB_RETRY, POLL, POLL_SHARE, QUIET, Round, RoundError, UNSTABLE_RETRY,
-    UNSTABLE_TOLD,
-};
+use super::looks::Looks;
+use super::{Command, HUB_RETRY, QUIET, Round, RoundError, UNSTABLE_RETRY, UNSTABLE_TOLD};
 use crate::root_dir::DirIdentity;
 use crate::sync::FlushError;
 use crate::sync::core::CoreCell;
@@ -37,10 +35,7 @@ pub(super) struct Work {
     /// The hub said that its history is another one, and no pass has succeeded since.
     pub(super) asked_anew: bool,
     pub(super) acknowledged_seq: Option<u64>,
-    pub(super) next_full_scan: Instant,
-    /// Not every directory can be watched: everything is looked at this often instead.
-    pub(super) limited: bool,
-    pub(super) poll: Duration,
+    pub(super) looks: Looks,
     /// Directories to look at again, and when.
     pub(super) revisits: Vec<(Instant, Scope)>,
     /// When to look for late writes in the trash.
@@ -68,6 +63,8 @@ pub(super) struct Work {
     /// How many wait for somebody's word.
     pub(super) held: usize,
     pub(super) deletions_confirmed: bool,
+    /// When changes were looked at last.
+    pub(super) settled_at: Option<Instant>,
     /// There may be another number of conflict copies than before.
     pub(super) count_conflicts: bool,
 }
@@ -95,9 +92,7 @@ impl Work {
             outdated: true,
             asked_anew: false,
             acknowledged_seq: None,
-            next_full_scan: Instant::now() + FULL_SCAN,
-            limited: false,
-            poll: POLL.0,
+            looks: Looks::new(Instant::now()),
             revisits: Vec::new(),
             trash_looks: Vec::new(),
             unseen: Vec::new(),
@@ -110,6 +105,7 @@ impl Work {
             deletions: hold::Sent::default(),
             held: 0,
             deletions_confirmed: false,
+            settled_at: None,
             count_conflicts: true,
         }
     }
@@ -185,42 +181,33 @@ impl Work {
         }
     }
 
-    /// Everything has been looked at.
-    pub(super) fn scanned(&mut self, begun: Instant) {
-        let now = Instant::now();
-        self.poll = ((now - begun) * POLL_SHARE).clamp(POLL.0, POLL.1);
-        self.next_full_scan = now + FULL_SCAN;
-    }
-
-    /// Takes over whether the kernel tells of changes everywhere; if not, they are looked for soon,
-    /// whatever was planned when it still did.
-    pub(super) fn watched(&mut self) {
-        let mut findings = Vec::new();
-        if self.limited {
-            self.next_full_scan = self.next_full_scan.min(Instant::now() + self.poll);
+    /// Takes over whether the kernel tells of changes everywhere.
+    pub(super) fn watched(&mut self, limited: bool) {
+        let pause = self.looks.watched(limited, Instant::now());
+        let finding = pause.map(|pause| {
             let message = format!(
                 "not every directory can be watched: raise fs.inotify.max_user_watches (or \
                  max_user_instances); changes are looked for every {} s meanwhile",
-                self.poll.as_secs()
+                pause.as_secs()
             );
-            findings.push(Finding { path: None, code: "watch_limit", message });
-        }
-        self.problems.replace(Stage::Watch, |_| true, findings);
+            Finding { path: None, code: "watch_limit", message }
+        });
+        self.problems.replace(Stage::Watch, |_| true, finding.into_iter().collect());
     }
 
     pub(super) fn next_due(&self) -> Instant {
         let revisit = self.revisits.iter().map(|(at, _)| *at).min();
         let trash = self.trash_looks.iter().copied().min();
-        [Some(self.next_full_scan), self.retry_at, self.problem_retry_at, revisit, trash]
+        [Some(self.looks.next()), self.retry_at, self.problem_retry_at, revisit, trash]
             .into_iter()
             .flatten()
             .min()
-            .unwrap_or(self.next_full_scan)
+            .unwrap_or(self.looks.next())
     }
 
     pub(super) fn collect_due(&mut self) {
         let now = Instant::now();
-        if self.next_full_scan <= now {
+        if self.looks.next() <= now {
             self.dirty.add(Scope::Tree(None));
             // Hints of the hub can be lost as well.
             self.outdated = true;

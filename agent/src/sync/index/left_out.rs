@@ -48,6 +48,9 @@ impl Index {
     /// # Errors
     /// Those of SQLite, and a damaged row.
     pub fn has_left_out_below(&self, directory: &WirePath) -> Result<bool, IndexError> {
+        if self.ignore.version().is_none() {
+            return Ok(false);
+        }
         let mut after = None;
         loop {
             let rows = self.below(Some(directory), after.as_ref(), PAGE_ROWS)?;

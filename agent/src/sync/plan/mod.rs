@@ -216,16 +216,39 @@ impl Planner<'_> {
             decisions.push(decision);
         }
         decisions.reverse();
+        if self.options.mode == MemberMode::SendOnly {
+            self.keep_below_what_is_kept(&mut decisions);
+        }
         decisions
+    }
+
+    /// Where others have put something else in the place of a directory, what is new in it here
+    /// cannot be sent either.
+    fn keep_below_what_is_kept(&mut self, decisions: &mut [Decision]) {
+        let mut kept: Option<&WirePath> = None;
+        for (row, decision) in self.rows.iter().zip(decisions) {
+            if kept.is_some_and(|kept| row.path.is_below(kept)) {
+                if !matches!(decision, Decision::Skip) {
+                    *decision = Decision::Skip;
+                    self.plan.withheld += 1;
+                }
+            } else if matches!(decision, Decision::Skip)
+                && is_dir(row.local.as_ref())
+                && !is_dir(row.remote.as_ref())
+            {
+                kept = Some(&row.path);
+            }
+        }
     }
 
     fn decide_row(&mut self, row: &Row, need: Needs, open: bool) -> Decision {
         let (local, remote) = (row.local.as_ref(), row.remote.as_ref());
         let mut wanted = match self.merge(row) {
             Some(wanted) => wanted,
-            // Something comes from the hub into a directory that was deleted here.
-            None if need.directory && local.is_none() && is_dir(remote) => {
-                Wanted { entry: Some(Entry::Dir), loser: Loser::Nobody }
+            // Something comes from the hub into a directory that was deleted or replaced here.
+            None if need.directory && is_dir(remote) && !is_dir(local) => {
+                let loser = if local.is_some() { Loser::Local } else { Loser::Nobody };
+                Wanted { entry: Some(Entry::Dir), loser }
             }
             None => {
                 self.plan.withheld += 1;

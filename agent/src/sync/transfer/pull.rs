@@ -331,7 +331,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_does_not_fit_leaves_the_others_their_room() {
+    fn t28_a_file_that_does_not_fit_leaves_the_others_their_room() {
         let mib = 1 << 20;
         let mut room = Room::new(RESERVE_BYTES + 10 * mib);
         let sizes = [4 * mib, 7 * mib, 0, u64::MAX, 6 * mib, 1];
