@@ -12,6 +12,7 @@ mod sandbox;
 mod secrets;
 mod sync;
 mod sync_hub;
+mod sync_rules;
 mod targets;
 mod tasks;
 mod terminal;

@@ -28,7 +28,7 @@ mod journal;
 mod permit;
 mod policy_log;
 pub mod renewal;
-mod report;
+pub(crate) mod report;
 mod request;
 pub mod session;
 mod task;

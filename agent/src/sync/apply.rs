@@ -75,6 +75,8 @@ pub struct Report {
     pub applied: usize,
     /// Files that went to the trash by them.
     pub displaced: usize,
+    /// Directories that are gone at the hub and stay here, since they still hold what is not synced.
+    pub kept: usize,
     /// Where something else was found than the plan was made for.
     pub dirty: BTreeSet<Option<WirePath>>,
     /// What people should know.
@@ -94,6 +96,8 @@ enum Placed {
     Displaced(Displaced),
     /// Not what the plan was made for.
     Surprise,
+    /// A directory that still holds what is not synced: it stays, and nothing more is to be done.
+    Kept,
     /// Its directory does not exist: it could not be made, which has been said, or somebody has just
     /// removed it, which the kernel tells. Looking again at once would find nothing new.
     Blocked,
@@ -161,7 +165,7 @@ impl Applier<'_> {
         let mut displaced = Vec::new();
         for (staged, file) in ready {
             drop(file);
-            match self.place(&staged, &mut touched) {
+            match self.place_anyway(&staged, &mut touched) {
                 Ok(Placed::Done) => placed.push(staged.change),
                 Ok(Placed::Displaced(file)) => {
                     displaced.push(file);
@@ -172,6 +176,11 @@ impl Applier<'_> {
                     self.remove_staged(&staged);
                 }
                 Ok(Placed::Blocked) => self.remove_staged(&staged),
+                Ok(Placed::Kept) => {
+                    let text = "kept: it still holds files that are not synced";
+                    report.findings.push(Finding::at(&staged.change.path, "kept", text));
+                    report.kept += 1;
+                }
                 Err(error) => self.give_up(staged, &error, &mut report),
             }
         }
@@ -224,6 +233,30 @@ impl Applier<'_> {
         result.map_err(ApplyError::Durability)
     }
 
+    /// As [`Self::place`], also in a directory that its owner, who we are, has made read-only: that is
+    /// meant for those who edit in it, and is not kept from others by this member's mode. It is
+    /// read-only again afterwards.
+    fn place_anyway(
+        &mut self,
+        staged: &Staged,
+        touched: &mut Touched,
+    ) -> Result<Placed, PlaceError> {
+        let result = self.place(staged, touched);
+        let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+        if !matches!(&result, Err(PlaceError::Io(error)) if denied(error)) {
+            return result;
+        }
+        let Ok((parent, _)) = self.root.parent_of(&staged.change.path) else { return result };
+        let Ok(meta) = parent.meta() else { return result };
+        let opened = Mode::from_raw_mode(meta.mode | 0o300);
+        if meta.mode & 0o300 == 0o300 || rustix::fs::fchmod(&parent, opened).is_err() {
+            return result;
+        }
+        let result = self.place(staged, touched);
+        rustix::fs::fchmod(&parent, Mode::from_raw_mode(meta.mode)).map_err(io::Error::from)?;
+        result
+    }
+
     fn place(&mut self, staged: &Staged, touched: &mut Touched) -> Result<Placed, PlaceError> {
         let change = &staged.change;
         let directory = change.path.parent();
@@ -264,6 +297,10 @@ impl Applier<'_> {
                     None => self.place_new(stage_name, &parent, leaf),
                     Some(Entry::Dir) => match remove_directory(&parent, leaf)? {
                         Placed::Done => self.place_new(stage_name, &parent, leaf),
+                        Placed::Kept => Err(PlaceError::Io(io::Error::new(
+                            io::ErrorKind::DirectoryNotEmpty,
+                            "a directory that still holds files that are not synced is in its place",
+                        ))),
                         undone => Ok(undone),
                     },
                     Some(_) => self.replace(stage_name, change, &parent, leaf, &current),
@@ -496,9 +533,7 @@ fn vanished(error: &io::Error) -> bool {
 /// Removes a directory; one that is not empty holds what nobody has planned for.
 fn remove_directory(parent: &DirHandle, leaf: &[u8]) -> Result<Placed, PlaceError> {
     match parent.remove_dir(leaf) {
-        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Err(PlaceError::Io(
-            io::Error::new(error.kind(), "kept: it still holds files that are not synced"),
-        )),
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(Placed::Kept),
         Err(error) if vanished(&error) => Ok(Placed::Surprise),
         result => {
             result?;

@@ -5,6 +5,7 @@
 
 mod conflicts;
 mod member;
+mod node;
 mod past;
 mod rows;
 
@@ -112,6 +113,8 @@ enum WorkspaceVerb {
         #[command(flatten)]
         output: Output,
     },
+    #[command(flatten)]
+    Node(node::NodeVerb),
     /// List paths that were changed in two places at once
     Conflicts {
         /// The workspace
@@ -256,6 +259,7 @@ pub(crate) async fn workspace(global: &Global, args: WorkspaceArgs) -> Result<()
         WorkspaceVerb::ConfirmDeletes { name, node, local, output } => {
             member::confirm_deletes(global, name, node, local, output).await
         }
+        WorkspaceVerb::Node(verb) => node::run(global, verb).await,
         WorkspaceVerb::Conflicts { name, output } => conflicts::list(global, name, output).await,
         WorkspaceVerb::Resolve { name, path, keep, output } => {
             conflicts::resolve(global, name, &path, keep, output).await

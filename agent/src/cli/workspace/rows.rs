@@ -5,6 +5,7 @@ use cortex_shared::ids::{NodeId, WorkspaceId};
 use serde::Serialize;
 
 use super::lossy;
+use super::node::Condition;
 use crate::cli::printer::{self, Row};
 
 /// One member's progress, for people and as the JSON of scripts.
@@ -25,6 +26,8 @@ pub(crate) struct SyncRow {
     path: String,
     halted_reason: Option<String>,
     problems: Vec<ProblemJson>,
+    #[serde(flatten)]
+    condition: Condition,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -72,6 +75,7 @@ impl SyncRow {
             path: lossy(&status.root_path),
             halted_reason: (!status.halted_reason.is_empty()).then(|| status.halted_reason.clone()),
             problems: status.problems.iter().map(problem).collect(),
+            condition: Condition::of(status),
         }
     }
 
@@ -87,6 +91,7 @@ impl SyncRow {
         if self.conflicts > 0 {
             text.push_str(&format!(", {} conflicts", self.conflicts));
         }
+        text.push_str(&self.condition.words());
         if let Some(reason) = &self.halted_reason {
             text.push_str(&format!(" ({reason})"));
         }

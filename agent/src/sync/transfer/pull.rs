@@ -41,6 +41,8 @@ pub(in crate::sync) struct Pulled {
     pub(in crate::sync) applied: usize,
     /// Files that went to the trash.
     pub(in crate::sync) displaced: usize,
+    /// Directories that stay here though they are gone at the hub.
+    pub(in crate::sync) kept: usize,
     pub(in crate::sync) dirty: Vec<Scope>,
     pub(in crate::sync) findings: Vec<Finding>,
     /// Large files that are left to the lane.
@@ -144,6 +146,7 @@ async fn pull_group<H: Hub>(
     session.progress.applied(report.applied);
     pulled.applied += report.applied;
     pulled.displaced += report.displaced;
+    pulled.kept += report.kept;
     pulled.dirty.extend(report.scopes());
     pulled.findings.extend(report.findings);
     Ok(())
@@ -328,7 +331,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_does_not_fit_leaves_the_others_their_room() {
+    fn t28_a_file_that_does_not_fit_leaves_the_others_their_room() {
         let mib = 1 << 20;
         let mut room = Room::new(RESERVE_BYTES + 10 * mib);
         let sizes = [4 * mib, 7 * mib, 0, u64::MAX, 6 * mib, 1];

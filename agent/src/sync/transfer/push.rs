@@ -40,8 +40,6 @@ pub(in crate::sync) struct Pushed {
     /// Where those files are.
     pub(in crate::sync) dirty: Vec<Scope>,
     pub(in crate::sync) findings: Vec<Finding>,
-    /// Conflict copies among them.
-    pub(in crate::sync) conflicts: usize,
     /// Content of large files that the hub lacks, for a job of its own. Their operations were left
     /// out, and so were those of others for which this job has no room.
     pub(in crate::sync) large: Parcel,
@@ -207,7 +205,6 @@ async fn record<H: Hub>(
     let mut accepted = Vec::with_capacity(ops.len());
     for (op, rejected) in ops.into_iter().zip(is_rejected) {
         if !rejected {
-            pushed.conflicts += usize::from(op.conflict_of.is_some());
             accepted.push((op.path, op.new));
         }
     }

@@ -6,6 +6,7 @@ use futures_util::StreamExt as _;
 use super::Session;
 use crate::sync::core::{SyncError, waiting};
 use crate::sync::hub::{ChangesPage, Contact, Head, Hub, HubError};
+use crate::sync::ignore::Ignore;
 use crate::sync::index::{Cursor, IndexError, Writer};
 
 /// How far the hub is known now.
@@ -83,17 +84,18 @@ pub(in crate::sync) async fn refresh<H: Hub>(
         session
             .core
             .run(move |core| {
-                let ignore = &core.ignore;
+                let ignore = Ignore::default();
                 core.index.batch(|writer| {
                     if begins {
                         writer.begin_listing()?;
                     }
-                    // What is left out here is not accepted from others either.
+                    // What is always left out is not accepted from others either. What rules leave out
+                    // is remembered: they may change.
                     for change in changes {
                         if complete && change.entry.is_some() {
                             writer.list(&change.path)?;
                         }
-                        if !ignore.ignores(&change.path) {
+                        if !ignore.ignores(&change.path, false) {
                             writer.set_remote(&change.path, change.entry)?;
                         }
                     }
