@@ -297,7 +297,7 @@ impl Running {
 
     fn abandon(&mut self) {
         let why = "nobody listens to the command any more".to_owned();
-        self.stop(Stop::Failed(why), libc::SIGTERM, DEFAULT_GRACE);
+        self.stop(Stop::Failed(why, None), libc::SIGTERM, DEFAULT_GRACE);
         self.pending.clear();
         self.stdin.close();
         self.stdin.take_taken();
@@ -327,7 +327,7 @@ impl Running {
             None => {
                 self.control_open = false;
                 let why = "the connection that the command belonged to was closed".to_owned();
-                self.stop(Stop::Failed(why), libc::SIGTERM, DEFAULT_GRACE);
+                self.stop(Stop::Failed(why, None), libc::SIGTERM, DEFAULT_GRACE);
             }
         }
     }

@@ -26,7 +26,7 @@ use tonic::{Response, Status, Streaming};
 use super::check;
 use super::stdin::Input;
 use super::writer::{OutputTo, WriterEvent};
-use crate::cli::error::{CliError, Exit};
+use crate::cli::error::{CliError, Exit, printable};
 use crate::cli::persist::{PATIENCE, is_passing, jittered, next_delay};
 use crate::cli::printer::{ColorWhen, complain};
 
