@@ -289,7 +289,10 @@ impl Files {
                 workspace.mapped = true;
             }
         }
-        let wanted = command.limits_asked_for || command.require_control_group;
+        // A permissive command has no other boundary that it could not leave.
+        let wanted = command.limits_asked_for
+            || command.require_control_group
+            || command.mode == Mode::Permissive;
         let group = groups
             .group_for(&command.limits, wanted)
             .map_err(io_error("create a control group"))?

@@ -24,7 +24,7 @@ fn revoke(node: &str) -> v1::RevokeNodeRequest {
 
 fn policy(node: &str, mode: v1::Mode, reason: &str, for_ms: u64) -> v1::SetNodePolicyRequest {
     let (node, reason) = (node.to_owned(), reason.to_owned());
-    v1::SetNodePolicyRequest { node, mode: mode.into(), reason, for_ms }
+    v1::SetNodePolicyRequest { node, mode: mode.into(), reason, for_ms, network: 0 }
 }
 
 async fn names(
