@@ -22,7 +22,7 @@ use super::request::Refusal;
 use crate::client::{HubClient, Purpose};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
 use crate::sync::tonic_hub::TonicHub;
-use crate::sync::{self, FlushError, WorkspaceConfig, WorkspaceHandle};
+use crate::sync::{self, FlushError, Occupied, WorkspaceConfig, WorkspaceHandle};
 
 /// Shortest time between two reports of one node.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -143,6 +143,16 @@ impl Workspaces {
             return Err(Refusal::WorkspaceUnusable { reason });
         }
         Ok(engine.root.clone())
+    }
+
+    /// Lets a command into the workspace that lives there, until the answer is dropped: what the command
+    /// must not lose is not replaced under it. `None` if no workspace lives there any more.
+    pub(super) async fn enter(&self, root: &Path) -> Option<Occupied> {
+        let occupancy = {
+            let engines = lock(&self.inner.engines);
+            engines.values().find(|engine| engine.root == root)?.handle.occupancy()
+        };
+        Some(occupancy.enter().await)
     }
 
     /// The state of each workspace, by name.
@@ -347,7 +357,7 @@ impl Reports {
 mod tests {
     use super::*;
     use crate::client::Trust;
-    use cortex_shared::policy::Mode;
+    use cortex_shared::policy::Bound;
 
     fn workspaces(folder: &Path, scope: &TaskScope) -> Workspaces {
         let state = StateDir::resolve(Some(folder.join("state"))).unwrap();
@@ -355,7 +365,7 @@ mod tests {
         let settings = Settings {
             hub: "127.0.0.1:1".parse().unwrap(),
             workspace_root: folder.join("ws"),
-            ceiling: Mode::Strict,
+            ceiling: Bound::LEAST,
             workspace_paths: BTreeMap::new(),
             sandbox: crate::config::SandboxSettings::default(),
         };

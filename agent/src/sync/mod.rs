@@ -13,6 +13,7 @@
 //! | [`index`] | the three trees and the hash cache, on disk |
 //! | [`scan`], `watch`, [`ignore`] | seeing what is here |
 //! | `transfer`, [`apply`], [`private_dir`] | moving content, changing what is here |
+//! | `occupancy` | commands that run here, and what must keep still under them |
 //! | [`hub`], [`tonic_hub`] | the other side |
 //! | [`status`], [`problem`] | telling people |
 //!
@@ -27,6 +28,7 @@ mod engine;
 pub mod hub;
 pub mod ignore;
 pub mod index;
+mod occupancy;
 pub mod plan;
 pub mod private_dir;
 pub mod problem;
@@ -48,6 +50,7 @@ use tokio::task::JoinHandle;
 
 use engine::{Command, Engine};
 use hub::Hub;
+pub use occupancy::{Occupancy, Occupied};
 use status::{Progress, SyncStatus};
 
 /// Commands that wait for the engine; they are rare.
@@ -94,6 +97,7 @@ pub struct WorkspaceHandle {
     head: watch_channel::Sender<u64>,
     status: watch_channel::Receiver<SyncStatus>,
     commands: mpsc::Sender<Command>,
+    occupancy: Occupancy,
     scope: TaskScope,
     task: JoinHandle<()>,
 }
@@ -112,7 +116,9 @@ pub fn start_workspace<H: Hub>(
     let (commands, command_receiver) = mpsc::channel(COMMAND_QUEUE);
     let progress = Progress::new(config.id, config.name.clone(), config.root.clone());
     let status = progress.subscribe();
+    let occupancy = Occupancy::default();
     let engine = Engine {
+        occupancy: occupancy.clone(),
         config,
         hub,
         large: Arc::new(large),
@@ -124,7 +130,7 @@ pub fn start_workspace<H: Hub>(
         progress: Arc::new(progress),
     };
     let task = scope.spawn("workspace sync", engine.run());
-    WorkspaceHandle { head, status, commands, scope, task }
+    WorkspaceHandle { head, status, commands, occupancy, scope, task }
 }
 
 impl WorkspaceConfig {
@@ -142,6 +148,12 @@ impl WorkspaceHandle {
     /// The hub says that its newest version is `seq`.
     pub fn head_moved(&self, seq: u64) {
         self.head.send_if_modified(|head| std::mem::replace(head, seq) != seq);
+    }
+
+    /// Who runs commands in it.
+    #[must_use]
+    pub fn occupancy(&self) -> Occupancy {
+        self.occupancy.clone()
     }
 
     /// What the workspace is doing.

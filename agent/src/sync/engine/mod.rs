@@ -22,6 +22,7 @@ use super::apply::rescue_late_writes;
 use super::core::{CoreCell, SyncError};
 use super::hub::Hub;
 use super::index::Index;
+use super::occupancy::Occupancy;
 use super::problem::{Finding, Stage};
 use super::scan::{Directories, Report, ScanError, Scanner, Scope};
 use super::status::{Progress, SyncState};
@@ -72,6 +73,7 @@ pub(super) struct Engine<H> {
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) cancel: CancellationToken,
     pub(super) progress: Arc<Progress>,
+    pub(super) occupancy: Occupancy,
 }
 
 /// Why the engine stopped working in a root.
@@ -371,6 +373,7 @@ impl<H: Hub> Engine<H> {
             }
             Some(command) = self.commands.recv() => work.obey(command),
             () = work.transferred.notified() => {}
+            () = self.occupancy.left(), if work.occupied => work.occupied = false,
             () = tokio::time::sleep_until(due) => work.collect_due(),
         }
         true

@@ -131,6 +131,7 @@ impl<H: Hub> Engine<H> {
             core: &mut work.core,
             cancel: &self.cancel,
             progress: &self.progress,
+            occupancy: &self.occupancy,
         }
     }
 
@@ -372,6 +373,7 @@ impl<H: Hub> Engine<H> {
 fn take_pulled(work: &mut Work, pulled: Pulled, sweep: &mut Sweep) {
     sweep.progress |= pulled.applied > 0;
     sweep.interrupted |= pulled.interrupted;
+    work.occupied |= pulled.occupied;
     if pulled.displaced > 0 {
         let now = Instant::now();
         work.trash_looks.extend(LATE_WRITES.map(|delay| now + delay));

@@ -32,6 +32,7 @@ const SETTINGS: Settings = Settings {
         include_str!("migrations/0002_authority.sql"),
         include_str!("migrations/0003_workspace_scope.sql"),
         include_str!("migrations/0004_tasks.sql"),
+        include_str!("migrations/0005_network.sql"),
     ],
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,
