@@ -20,7 +20,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use cortex_shared::durable;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Bound, Mode, Network};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
@@ -283,9 +283,9 @@ pub struct Settings {
     pub hub: HubAddress,
     /// Where workspaces live unless told otherwise.
     pub workspace_root: PathBuf,
-    /// The owner's upper bound for the mode of every command, as it is stored; [`Ceiling`] says
-    /// what counts.
-    pub ceiling: Mode,
+    /// The owner's upper bound for what commands may do, as it is stored; [`Ceiling`] says what
+    /// counts.
+    pub ceiling: Bound,
     /// Workspaces that live elsewhere, by name.
     pub workspace_paths: BTreeMap<String, PathBuf>,
     /// About the sandbox.
@@ -301,6 +301,8 @@ struct RawSettings {
     workspace_root: PathBuf,
     #[serde(default)]
     ceiling: Mode,
+    #[serde(default)]
+    ceiling_network: Network,
     #[serde(default)]
     workspace_paths: BTreeMap<String, PathBuf>,
     #[serde(default)]
@@ -322,7 +324,7 @@ impl Settings {
         let settings = Self {
             hub: raw.hub.parse().map_err(|error| damaged(format!("{error}")))?,
             workspace_root: raw.workspace_root,
-            ceiling: raw.ceiling,
+            ceiling: Bound { mode: raw.ceiling, network: raw.ceiling_network },
             workspace_paths: raw.workspace_paths,
             sandbox: raw.sandbox,
             commands: raw.commands,
@@ -344,7 +346,8 @@ impl Settings {
         let raw = RawSettings {
             hub: self.hub.to_string(),
             workspace_root: self.workspace_root.clone(),
-            ceiling: self.ceiling,
+            ceiling: self.ceiling.mode,
+            ceiling_network: self.ceiling.network,
             workspace_paths: self.workspace_paths.clone(),
             sandbox: self.sandbox,
             commands: self.commands,
@@ -437,7 +440,7 @@ mod tests {
         Settings {
             hub: "hub:7443".parse().unwrap(),
             workspace_root: "/srv/cortex".into(),
-            ceiling: Mode::Strict,
+            ceiling: Bound { network: Network::Full, ..Bound::LEAST },
             workspace_paths: BTreeMap::from([("app".to_owned(), PathBuf::from("/home/ann/app"))]),
             sandbox: SandboxSettings { require_cgroup: true },
             commands: CommandSettings { cut_off_limit_s: Some(3600) },
@@ -513,7 +516,7 @@ mod tests {
         let state = StateDir::resolve(Some(folder.path().to_owned())).unwrap();
         let write = |text: &str| std::fs::write(state.settings(), text).unwrap();
         write(r#"{"hub":"hub:7443","workspace_root":"/w"}"#);
-        assert_eq!(Settings::load(&state).unwrap().ceiling, Mode::Strict);
+        assert_eq!(Settings::load(&state).unwrap().ceiling, Bound::LEAST);
         for bad in [
             r#"{"hub":"hub:7443","workspace_root":"/w","cieling":"permissive"}"#,
             r#"{"hub":"hub:7443","workspace_root":"w"}"#,

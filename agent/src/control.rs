@@ -27,7 +27,7 @@ use crate::link::dispatch::Dispatcher;
 use crate::link::renewal::{self, RenewError};
 use crate::link::session::LinkState;
 use crate::link::workspaces::{PlaceError, Workspaces};
-use crate::link::{proto_mode, report};
+use crate::link::{proto_mode, proto_network, report};
 use crate::sync::FlushError;
 
 /// How long the hub may take to answer a question passed on to it.
@@ -123,6 +123,7 @@ impl Control for LocalControl {
         let session = link.session;
         let identity = self.identity.snapshot();
         let (policy, policy_until_ms) = self.dispatcher.policy();
+        let ceiling = self.dispatcher.ceiling().await;
         Ok(Response::new(v1::AgentStatusResponse {
             node_id: identity.node_id.as_bytes().to_vec().into(),
             name: session
@@ -136,8 +137,10 @@ impl Control for LocalControl {
             connected_since_ms: session.as_ref().map_or(0, |session| session.since_ms),
             session_epoch: session.as_ref().map_or(0, |session| session.epoch),
             certificate_not_after_ms: identity.credentials.not_after_ms(),
-            ceiling: proto_mode(self.dispatcher.ceiling().await).into(),
-            policy: proto_mode(policy).into(),
+            ceiling: proto_mode(ceiling.mode).into(),
+            ceiling_network: proto_network(ceiling.network).into(),
+            policy: proto_mode(policy.mode).into(),
+            policy_network: proto_network(policy.network).into(),
             workspaces: self.workspaces.statuses(),
             running_tasks: u32::try_from(self.dispatcher.running_tasks()).unwrap_or(u32::MAX),
             version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -71,7 +71,7 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     let mut stop = StopSignals::new()?;
     // The launcher of all commands: what the probe finds not to be enforced, it refuses.
     let launcher = Executor::of_this_process().launcher();
-    let found = launcher.probe(&[state.path().to_owned()]).await;
+    let found = launcher.probe(&[state.path().to_owned()], settings.sandbox.require_cgroup).await;
     let sandbox = v1::SandboxReport::from(&found);
     if !sandbox.strict_available {
         for piece in &sandbox.missing {

@@ -282,11 +282,12 @@ mod tests {
     #[test]
     fn contract_of_names_and_flags_parses() {
         for line in [
-            "join hub:7443 --ca sha256:00 --token-file F --name n --label a=b --label c=d --workspace-root /w --ceiling strict",
+            "join hub:7443 --ca sha256:00 --token-file F --name n --label a=b --label c=d --workspace-root /w --ceiling strict --ceiling-net full",
             "run",
             "--state /s status -o json",
             "ceiling show -o json",
             "ceiling set permissive",
+            "ceiling set strict --net full",
             "doctor -o json",
             "login hub:7443 --ca sha256:00 --token-stdin --context x",
             "logout",
@@ -308,6 +309,7 @@ mod tests {
             "policy show n1 -o json",
             "policy set n1 permissive --reason text --for 30m",
             "policy set n1 strict",
+            "policy set n1 strict --net full --reason text --for 8h",
             "audit list --after 3 --limit 10 --action policy.set -o jsonl",
             "audit verify -o json",
             "identity show -o json",

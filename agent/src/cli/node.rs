@@ -10,7 +10,7 @@ use cortex_shared::labels;
 
 use super::error::{CliError, Exit};
 use super::{Global, Output, hub, policy, printer, units};
-pub(crate) use show::{NodeRow, skew_text};
+pub(crate) use show::{NodeRow, bound_text, skew_text};
 
 /// How often `node drain` looks.
 const DRAIN_POLL: Duration = Duration::from_secs(1);

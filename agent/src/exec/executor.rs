@@ -137,6 +137,7 @@ impl Executor {
 /// programs outside the sandbox would obey.
 async fn look_back(mut exit: CommandExit, before: Option<Before>, group: Group) -> CommandExit {
     let look = tokio::task::spawn_blocking(move || {
+        group.end_all();
         (before.and_then(|before| before.look_again()), group.ran_out_of_memory())
     });
     // A panic there would be a mistake of ours, and no reason to hide how the command ended.

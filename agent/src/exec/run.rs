@@ -463,7 +463,16 @@ impl Running {
                 None => CommandExit::new(
                     CommandVerdict::Failed,
                     UNTOLD.to_owned(),
-                    Some("was this node out of memory? see the kernel's log".to_owned()),
+                    Some(match self.mode {
+                        Mode::Strict => {
+                            "was this node out of memory? see the kernel's log".to_owned()
+                        }
+                        Mode::Permissive => {
+                            "did the command end its own parent? was this node out \
+                                             of memory? see the kernel's log"
+                                .to_owned()
+                        }
+                    }),
                 ),
             },
         };

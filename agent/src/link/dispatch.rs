@@ -8,19 +8,20 @@
 //! `policy_log`.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::{self, hub_frame, node_frame};
 use cortex_shared::ids::{TaskId, WorkspaceId};
-use cortex_shared::policy::{Mode, Role};
+use cortex_shared::policy::{Bound, Role};
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
-use super::authority::{Authority, Clocks, HubPolicy, mode_in_force};
+use super::authority::{Authority, Clocks, HubPolicy, Wanted, permit, wanted};
 use super::files::{FileWork, MAX_FILE_WORK};
 use super::journal::Journal;
 use super::permit::Permit;
@@ -29,11 +30,12 @@ use super::request::{self, Refusal};
 use super::session::Outbox;
 use super::task::{self, OnDisconnect, TaskContext};
 use super::workspaces::{Membership, Reports, Workspaces};
-use super::{mode_of, proto_mode};
+use super::{bound_of, mode_of, network_of, proto_mode, proto_network};
 use crate::audit::{Audit, CommandLine, cut};
 use crate::config::{Ceiling, ConfigError, Settings, StateDir};
 use crate::exec::{CancelCause, CommandControl};
 use crate::identity::live::LiveIdentity;
+use crate::sync::Occupied;
 
 /// Commands that run at the same time; more is refused, so that a node cannot be buried.
 const MAX_RUNNING: usize = 256;
@@ -135,19 +137,24 @@ impl Dispatcher {
 
     /// What the hub's policy for this node, as last told, allows now; and its end, 0 for none.
     #[must_use]
-    pub fn policy(&self) -> (Mode, i64) {
+    pub fn policy(&self) -> (Bound, i64) {
         let policy = *lock(&self.inner.policy);
         match policy.in_force(clocks(&self.inner.identity)) {
-            Mode::Strict => (Mode::Strict, 0),
-            Mode::Permissive => (Mode::Permissive, policy.until_ms()),
+            Bound::LEAST => (Bound::LEAST, 0),
+            bound => (bound, policy.until_ms()),
         }
     }
 
     /// The owner's bound as it is now. Read anew, so that lowering it counts at once; what cannot
     /// be read allows nothing.
-    pub async fn ceiling(&self) -> Mode {
+    pub async fn ceiling(&self) -> Bound {
         let inner = Arc::clone(&self.inner);
         tokio::task::spawn_blocking(move || read_ceiling(&inner.state)).await.unwrap_or_default()
+    }
+
+    /// Lets a command into a workspace. See [`Workspaces::enter`].
+    pub(super) async fn enter_workspace(&self, root: &Path) -> Option<Occupied> {
+        self.inner.workspaces.enter(root).await
     }
 
     /// Where this node writes down what changes authority.
@@ -155,30 +162,30 @@ impl Dispatcher {
         self.inner.identity.audit()
     }
 
-    /// What is missing for somebody in this role to run a command outside the sandbox now. Blocks
-    /// for the disk: the ceiling is read anew.
-    pub(super) fn allows_permissive(&self, role: Option<Role>) -> Result<(), Refusal> {
-        mode_in_force(Mode::Permissive, self.authority(Mode::Permissive, role))
-            .map(drop)
-            .map_err(|missing| Refusal::NotPermitted { missing })
+    /// What is missing for somebody in this role to get what is wanted now. Blocks for the disk: the
+    /// ceiling is read anew.
+    pub(super) fn allows(&self, wanted: Wanted, role: Option<Role>) -> Result<(), Refusal> {
+        permit(wanted, self.authority(Some(wanted), role))
+            .map_err(|missing| Refusal::NotPermitted { wanted, missing })
     }
 
-    fn authority(&self, requested: Mode, role: Option<Role>) -> Authority {
+    fn authority(&self, wanted: Option<Wanted>, role: Option<Role>) -> Authority {
         Authority {
             role,
             policy: *lock(&self.inner.policy),
-            ceiling: match requested {
-                // Nobody is asked for strict.
-                Mode::Strict => Mode::Strict,
-                Mode::Permissive => read_ceiling(&self.inner.state),
-            },
+            // Nobody is asked for strict without network.
+            ceiling: wanted.map_or(Bound::LEAST, |_| read_ceiling(&self.inner.state)),
             now: clocks(&self.inner.identity),
         }
     }
 
     /// Tells the hub what the owner's bound is now; `false` if there is no session.
     pub async fn report_ceiling(&self) -> bool {
-        let changed = v1::CeilingChanged { ceiling: proto_mode(self.ceiling().await).into() };
+        let ceiling = self.ceiling().await;
+        let changed = v1::CeilingChanged {
+            ceiling: proto_mode(ceiling.mode).into(),
+            network: proto_network(ceiling.network).into(),
+        };
         let session = self.inner.session.borrow();
         session
             .as_ref()
@@ -265,7 +272,8 @@ impl Dispatcher {
             }
             hub_frame::Frame::Policy(update) => {
                 let now = clocks(&self.inner.identity);
-                let policy = HubPolicy::told(mode_of(update.policy), update.until_ms, now);
+                let policy =
+                    HubPolicy::told(bound_of(update.policy, update.network), update.until_ms, now);
                 let session = self.inner.session.borrow().clone();
                 if let Some(session) = session {
                     self.set_policy(&session, policy);
@@ -286,8 +294,8 @@ impl Dispatcher {
         if before.same_as(&policy) {
             return;
         }
-        let mode = policy.in_force(clocks(&self.inner.identity));
-        self.inner.policy_log.told(policy, mode, &session.tasks);
+        let bound = policy.in_force(clocks(&self.inner.identity));
+        self.inner.policy_log.told(policy, bound, &session.tasks);
     }
 
     fn start(&self, start: v1::StartTask) {
@@ -394,7 +402,8 @@ impl Dispatcher {
         role: Option<Role>,
         permit: Permit,
     ) -> Result<crate::exec::CommandRequest, Refusal> {
-        let authority = self.authority(mode_of(spec.mode), role);
+        let wanted = wanted(mode_of(spec.mode), network_of(spec.network));
+        let authority = self.authority(wanted, role);
         let forbidden = vec![self.inner.state.path().to_owned()];
         let find = |id, name: &str| self.inner.workspaces.root_of(id, name);
         let command = request::command(spec, authority, find, forbidden);
@@ -445,7 +454,6 @@ impl Dispatcher {
     }
 }
 
-/// The owner's bound; what cannot be read allows nothing. Blocks for the disk.
 /// Whether the owner lets no command run without a control group. What cannot be read asks for most.
 fn requires_control_group(state: &StateDir) -> bool {
     match Settings::load(state) {
@@ -457,17 +465,18 @@ fn requires_control_group(state: &StateDir) -> bool {
     }
 }
 
-fn read_ceiling(state: &StateDir) -> Mode {
+/// The owner's bound; what cannot be read allows nothing. Blocks for the disk.
+fn read_ceiling(state: &StateDir) -> Bound {
     match Ceiling::load(state, rustix::process::geteuid().as_raw()) {
         Ok(ceiling) => {
             if let Some(problem) = ceiling.problem {
                 tracing::warn!(%problem, "the ceiling is not believed");
             }
-            ceiling.mode
+            ceiling.bound
         }
         Err(error) => {
             tracing::error!(%error, "the ceiling cannot be read and counts as strict");
-            Mode::Strict
+            Bound::LEAST
         }
     }
 }

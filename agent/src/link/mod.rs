@@ -35,7 +35,7 @@ mod task;
 pub mod workspaces;
 
 use cortex_proto::v1;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Bound, Mode, Network};
 
 /// A mode as the protocol writes it.
 #[must_use]
@@ -43,6 +43,31 @@ pub fn proto_mode(mode: Mode) -> v1::Mode {
     match mode {
         Mode::Strict => v1::Mode::Strict,
         Mode::Permissive => v1::Mode::Permissive,
+    }
+}
+
+/// A network as the protocol writes it.
+#[must_use]
+pub fn proto_network(network: Network) -> v1::Network {
+    match network {
+        Network::None => v1::Network::None,
+        Network::Full => v1::Network::Full,
+    }
+}
+
+/// What somebody lets commands do, as the protocol writes it; what this agent does not know allows
+/// nothing.
+#[must_use]
+pub fn bound_of(mode: i32, network: i32) -> Bound {
+    Bound { mode: mode_of(mode), network: network_of(network) }
+}
+
+/// A network as the protocol writes it; a value this agent does not know is none.
+#[must_use]
+pub fn network_of(value: i32) -> Network {
+    match v1::Network::try_from(value) {
+        Ok(v1::Network::Full) => Network::Full,
+        Ok(v1::Network::None) | Err(_) => Network::None,
     }
 }
 
@@ -58,11 +83,15 @@ pub fn mode_of(value: i32) -> Mode {
 /// Every hint that this room gives, for the test that they name commands that exist.
 #[cfg(test)]
 pub(crate) fn hints() -> Vec<String> {
-    use authority::Missing;
-    let missing =
-        vec![Missing::Role(None), Missing::Policy, Missing::PolicyEnded(0), Missing::Ceiling];
+    use authority::{Missing, Party, Wanted};
+    let parties = [Party::Role(None), Party::Policy, Party::PolicyEnded(0), Party::Ceiling];
+    let not_permitted = |wanted| {
+        let missing = parties.map(|party| Missing { wanted, party }).to_vec();
+        request::Refusal::NotPermitted { wanted, missing }
+    };
     let refusals = [
-        request::Refusal::NotPermitted { missing },
+        not_permitted(Wanted::Permissive),
+        not_permitted(Wanted::Network),
         request::Refusal::NotRecorded,
         request::Refusal::NoSuchWorkspace { name: "w".to_owned() },
         request::Refusal::WorkspaceUnusable { reason: String::new() },

@@ -15,7 +15,7 @@ use cortex_proto::v1::{self, hub_frame, node_frame};
 use cortex_shared::backoff::Backoff;
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::TaskId;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::Bound;
 use cortex_shared::tasks::TaskScope;
 use rand::RngExt as _;
 use tokio::sync::{mpsc, watch};
@@ -28,7 +28,7 @@ use super::authority::HubPolicy;
 use super::dispatch::{Dispatcher, SessionContext, clocks};
 use super::end::{End, MAX_DRAIN};
 use super::renewal::{self, RenewError, Welcomed};
-use super::{mode_of, proto_mode};
+use super::{bound_of, proto_mode, proto_network};
 use crate::client::{Purpose, Traffic, say_skew};
 use crate::exec::CancelCause;
 use crate::identity::MachineFacts;
@@ -90,7 +90,7 @@ pub struct Greeting {
 }
 
 impl Greeting {
-    fn hello(&self, ceiling: Mode, generation: u64, held: &[TaskId]) -> v1::Hello {
+    fn hello(&self, ceiling: Bound, generation: u64, held: &[TaskId]) -> v1::Hello {
         let MachineFacts { machine_id, boot_id, hostname } = MachineFacts::of_this_machine();
         v1::Hello {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -99,7 +99,8 @@ impl Greeting {
             hostname,
             os: std::env::consts::OS.to_owned(),
             arch: std::env::consts::ARCH.to_owned(),
-            ceiling: proto_mode(ceiling).into(),
+            ceiling: proto_mode(ceiling.mode).into(),
+            ceiling_network: proto_network(ceiling.network).into(),
             sandbox: Some(self.sandbox.clone()),
             machine_id,
             node_time_ms: unix_ms(),
@@ -337,7 +338,7 @@ impl Keeper {
             traffic,
             interval,
             policy: HubPolicy::told(
-                mode_of(welcome.policy),
+                bound_of(welcome.policy, welcome.policy_network),
                 welcome.policy_until_ms,
                 clocks(&self.identity),
             ),

@@ -26,7 +26,9 @@ use crate::sync::mode::MemberOptions;
 use crate::sync::roots::{Roots, overlap, real_path};
 use crate::sync::status::SyncState;
 use crate::sync::tonic_hub::TonicHub;
-use crate::sync::{self, ExplainError, Explanation, FlushError, WorkspaceConfig, WorkspaceHandle};
+use crate::sync::{
+    self, ExplainError, Explanation, FlushError, Occupied, WorkspaceConfig, WorkspaceHandle,
+};
 
 /// Shortest time between two reports of one node.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -172,6 +174,16 @@ impl Workspaces {
             return Err(Refusal::WorkspaceUnusable { reason: status.halted_reason.clone() });
         }
         Ok(engine.config.clone())
+    }
+
+    /// Lets a command into the workspace that lives there, until the answer is dropped: what the command
+    /// must not lose is not replaced under it. `None` if no workspace lives there any more.
+    pub(super) async fn enter(&self, root: &Path) -> Option<Occupied> {
+        let occupancy = {
+            let engines = lock(&self.inner.engines);
+            engines.values().find(|engine| engine.root == root)?.handle.occupancy()
+        };
+        Some(occupancy.enter().await)
     }
 
     /// The state of each workspace, by name.
@@ -456,7 +468,7 @@ impl Reports {
 mod tests {
     use super::*;
     use crate::client::Trust;
-    use cortex_shared::policy::Mode;
+    use cortex_shared::policy::Bound;
 
     fn workspaces(folder: &Path, scope: &TaskScope) -> Workspaces {
         let state = StateDir::resolve(Some(folder.join("state"))).unwrap();
@@ -464,7 +476,7 @@ mod tests {
         let settings = Settings {
             hub: "127.0.0.1:1".parse().unwrap(),
             workspace_root: folder.join("ws"),
-            ceiling: Mode::Strict,
+            ceiling: Bound::LEAST,
             workspace_paths: BTreeMap::new(),
             sandbox: crate::config::SandboxSettings::default(),
             commands: crate::config::CommandSettings::default(),

@@ -18,8 +18,10 @@ use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::remedy::Refusal;
 use super::spec::Limits;
@@ -237,6 +239,32 @@ impl Group {
     /// What the stage enters it by: a directory for version 2, files to write to for version 1.
     pub(super) fn entrance(&self) -> &[OwnedFd] {
         &self.entrance
+    }
+
+    /// Ends what is left in it: of a permissive command, whose processes nobody else finds if it has
+    /// ended the process that watched over them. Waits a moment until they are gone.
+    pub fn end_all(&self) {
+        const ROUNDS: usize = 200;
+        for directory in &self.directories {
+            for _ in 0..ROUNDS {
+                let members = std::fs::read_to_string(directory.join("cgroup.procs"));
+                let members: Vec<Pid> = members
+                    .iter()
+                    .flat_map(|list| list.lines())
+                    .filter_map(|line| Pid::from_raw(line.parse().ok()?))
+                    .collect();
+                if members.is_empty() {
+                    break;
+                }
+                // All at once where the kernel can (5.14, version 2); else faster than they fork.
+                if write(&directory.join("cgroup.kill"), "1").is_err() {
+                    for member in members {
+                        kill_process(member, Signal::KILL).ok();
+                    }
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
     }
 
     /// Whether the kernel ended a process of it for want of memory.

@@ -8,6 +8,7 @@
 use std::io;
 use std::path::PathBuf;
 
+pub use cortex_shared::policy::Network;
 use serde::{Deserialize, Serialize};
 
 use super::terminal::TerminalSize;
@@ -96,16 +97,6 @@ pub struct Identity {
     pub gid: u32,
     /// The agent is root and takes on another identity for the command.
     pub assumed: bool,
-}
-
-/// What of the network a command sees.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Network {
-    /// A private loopback interface.
-    #[default]
-    None,
-    /// The network of the host.
-    Full,
 }
 
 /// A workspace, named by path and checked by identity, so that a directory exchanged after the

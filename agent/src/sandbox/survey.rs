@@ -47,6 +47,8 @@ const MAX_SETTINGS: usize = 256;
 const MAX_NAMES: usize = 2048;
 /// Most entries looked at below one `modules` or `worktrees`.
 const MAX_MODULE_ENTRIES: usize = 4096;
+/// Longest name of one of them: longer ones are protected with what they are in.
+const MAX_MODULE_NAME_BYTES: usize = 512;
 /// Longest way of links and includes from one name to the next.
 const MAX_HOPS: usize = 16;
 /// How deep, in how many directories and among how many entries nested repositories are looked for:
@@ -425,10 +427,11 @@ impl Surveyor<'_> {
         let mut pending = vec![container.to_owned()];
         let mut left = MAX_MODULE_ENTRIES;
         while let Some(directory) = pending.pop() {
-            let (entries, more) = self.tree.list(&directory, left);
+            let (entries, mut more) = self.tree.list(&directory, left);
             left -= entries.len();
             for (name, kind) in entries {
                 let path = directory.join(name);
+                more |= path.as_os_str().len() > MAX_MODULE_NAME_BYTES;
                 if kind != FileType::Directory && kind != FileType::Unknown {
                     continue;
                 }

@@ -13,6 +13,7 @@
 //! | [`index`] | the three trees and the hash cache, on disk |
 //! | [`scan`], `watch`, [`ignore`] | seeing what is here |
 //! | `transfer`, [`apply`], `moves`, [`private_dir`] | moving content, changing what is here |
+//! | `occupancy` | commands that run here, and what must keep still under them |
 //! | [`hub`], [`tonic_hub`] | the other side |
 //! | [`roots`] | no two workspaces share files |
 //! | [`mode`] | what a member does with its own changes and those of others |
@@ -32,6 +33,7 @@ pub mod ignore;
 pub mod index;
 pub mod mode;
 mod moves;
+mod occupancy;
 pub mod plan;
 pub mod private_dir;
 pub mod problem;
@@ -58,6 +60,7 @@ use engine::{Command, Engine};
 pub use explain::{ExplainError, Explanation};
 use hub::Hub;
 use mode::MemberOptions;
+pub use occupancy::{Occupancy, Occupied};
 use roots::Roots;
 use status::{Progress, SyncState, SyncStatus};
 
@@ -117,6 +120,7 @@ pub struct WorkspaceHandle {
     head: watch_channel::Sender<u64>,
     status: watch_channel::Receiver<SyncStatus>,
     commands: mpsc::Sender<Command>,
+    occupancy: Occupancy,
     scope: TaskScope,
     /// Taken by whoever stops it; the others wait for him.
     task: tokio::sync::Mutex<Option<JoinHandle<()>>>,
@@ -143,7 +147,9 @@ pub fn start_workspace<H: Hub>(
     let lines = (hub.clone(), large.clone());
     let moved = Arc::new(move || lines.0.moved_bytes() + lines.1.moved_bytes());
     let progress = Arc::new(progress);
+    let occupancy = Occupancy::default();
     let engine = Engine {
+        occupancy: occupancy.clone(),
         config: config.clone(),
         options: options_receiver,
         hub,
@@ -160,7 +166,7 @@ pub fn start_workspace<H: Hub>(
     scope.spawn("workspace rate", async move {
         stop.run_until_cancelled(progress.measure(move || measured())).await;
     });
-    WorkspaceHandle { config, options, moved, head, status, commands, scope, task }
+    WorkspaceHandle { config, options, moved, head, status, commands, occupancy, scope, task }
 }
 
 impl WorkspaceConfig {
@@ -178,6 +184,12 @@ impl WorkspaceHandle {
     /// The hub says that its newest version is `seq`.
     pub fn head_moved(&self, seq: u64) {
         self.head.send_if_modified(|head| std::mem::replace(head, seq) != seq);
+    }
+
+    /// Who runs commands in it.
+    #[must_use]
+    pub fn occupancy(&self) -> Occupancy {
+        self.occupancy.clone()
     }
 
     /// What the workspace is doing.

@@ -92,7 +92,7 @@ async fn apart_refused() {
     assert_eq!(ran.exit.verdict, CommandVerdict::Refused, "{ran:?}");
     assert!(ran.exit.hint.as_ref().unwrap().contains("max_user_namespaces"), "{ran:?}");
     assert!(!workspace.path().join("marker").exists(), "the command has run");
-    let found = launcher().probe(&[]).await;
+    let found = launcher().probe(&[], false).await;
     assert!(!found.strict_available() && !found.user_namespaces, "{found:?}");
     assert_eq!(Some(&found.missing[0].remedy), ran.exit.hint.as_ref());
     eprintln!("refused as it should be");
@@ -100,13 +100,26 @@ async fn apart_refused() {
 
 #[tokio::test]
 async fn the_probe_agrees_with_what_commands_experience() {
-    let found = launcher().probe(&[]).await;
+    let found = launcher().probe(&[], false).await;
     let ran = run(script("true")).await;
     assert_eq!(found.strict_available(), ran.succeeded(), "{found:?} {ran:?}");
     assert_eq!(found.root, rustix::process::geteuid().is_root());
     if !found.strict_available() {
         eprintln!("skipped: strict mode is not available here: {:?}", found.missing);
     }
+}
+
+#[tokio::test]
+async fn a_probe_says_that_a_required_control_group_is_missing() {
+    let without = Launcher::with_stage(env!("CARGO_BIN_EXE_cortex-agent"));
+    let groups = without.control_groups();
+    let found = without.probe(&[], true).await;
+    assert_eq!(found.strict_available(), groups != "none", "{groups}: {found:?}");
+    if groups == "none" {
+        assert_eq!(found.missing[0].what, "control group");
+        assert!(found.missing[0].remedy.contains("require_cgroup"));
+    }
+    assert!(without.probe(&[], false).await.strict_available());
 }
 
 #[tokio::test]

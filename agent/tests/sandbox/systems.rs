@@ -69,7 +69,7 @@ async fn a_kernel_that_agrees_and_does_not_enforce_gets_no_strict_command() {
 fn apart_unenforced() {
     // Error number 0 is success, and nothing was done.
     on_a_system_that_answers(libc::SYS_landlock_restrict_self, 0, async {
-        let found = launcher().probe(&[]).await;
+        let found = launcher().probe(&[], false).await;
         if found.landlock_abi < 6 {
             eprintln!("skipped: this kernel's Landlock has no effect that others do not have too");
             return;
@@ -92,7 +92,7 @@ async fn expect_refusal() {
     let hint = ran.exit.hint.as_ref().unwrap();
     assert!(hint.contains(&variable("REMEDY")), "{hint}");
     assert!(!workspace.path().join("marker").exists(), "the command has run");
-    let found = launcher().probe(&[]).await;
+    let found = launcher().probe(&[], false).await;
     assert!(!found.strict_available(), "{found:?}");
     assert_eq!(&found.missing[0].remedy, hint, "the probe says something else");
 }

@@ -10,7 +10,7 @@ use cortex_proto::v1;
 use cortex_proto::v1::{ExecDown, ExecUp, exec_down, exec_up};
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{TaskId, WorkspaceId};
-use cortex_shared::policy::{Mode, Role};
+use cortex_shared::policy::{Mode, Network, Role};
 use prost::Message as _;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -380,8 +380,13 @@ fn allowed(
         return Err(cordoned(&node.name));
     }
     let policy = node.policy.in_force(unix_ms());
-    check_mode(convert::mode(spec.mode), operator.role, policy, node.ceiling, &node.name)?;
+    let mode = convert::mode(spec.mode);
+    check_mode(mode, operator.role, policy.mode, node.ceiling.mode, &node.name)?;
     check_role(operator.role, spec)?;
+    // A permissive command has the host's network anyway.
+    if mode == Mode::Strict && spec.network() == v1::Network::Full {
+        check_network(policy.network, node.ceiling.network, &node.name)?;
+    }
     if spec.workspace.is_empty() {
         return Ok(None);
     }
@@ -476,6 +481,28 @@ fn check_mode(
             format!("{by_policy}; {by_ceiling}"),
         ),
     }
+}
+
+/// The network of a strict command is for those to give who give the mode.
+fn check_network(policy: Network, ceiling: Network, node: &str) -> Result<(), Status> {
+    let by_policy = format!(
+        "an administrator can allow it: cortex-hubd policy set {node} strict --net full --reason TEXT"
+    );
+    let by_ceiling = "its owner can allow it there: cortex-agent ceiling set strict --net full";
+    let (text, hint) = match (policy, ceiling) {
+        (Network::Full, Network::Full) => return Ok(()),
+        (Network::None, Network::Full) => {
+            (format!("the hub's policy for {node:?} allows no network"), by_policy)
+        }
+        (Network::Full, Network::None) => {
+            (format!("the ceiling of {node:?} allows no network"), by_ceiling.into())
+        }
+        (Network::None, Network::None) => (
+            format!("the hub's policy for {node:?} and its own ceiling allow no network"),
+            format!("{by_policy}; {by_ceiling}"),
+        ),
+    };
+    Err(with_hint(refuse(Code::PermissionDenied, "network_not_allowed", text), &hint))
 }
 
 /// An AI token works inside workspaces and without a network.
@@ -583,6 +610,21 @@ mod tests {
         assert!(missing.message().contains("ceiling"));
         assert!(check(Role::AgentToken, Permissive, Permissive).is_err());
         assert!(check_mode(Strict, Role::AgentToken, Strict, Strict, "a").is_ok());
+    }
+
+    #[test]
+    fn the_network_needs_both_halves_and_the_refusal_names_who_is_missing() {
+        for policy in [Network::None, Network::Full] {
+            for ceiling in [Network::None, Network::Full] {
+                let Err(refusal) = check_network(policy, ceiling, "a") else {
+                    assert_eq!(policy.min(ceiling), Network::Full);
+                    continue;
+                };
+                let said = |word| refusal.message().contains(word);
+                assert_eq!(said("policy"), policy == Network::None, "{refusal}");
+                assert_eq!(said("ceiling"), ceiling == Network::None, "{refusal}");
+            }
+        }
     }
 
     #[test]

@@ -162,6 +162,7 @@ impl Node for NodeService {
             hub_time_ms: unix_ms(),
             policy: policy.policy,
             policy_until_ms: policy.until_ms,
+            policy_network: policy.network,
             resume_grace_ms: u64::try_from(self.relay.resume_grace().as_millis())
                 .unwrap_or(u64::MAX),
             hub_version: env!("CARGO_PKG_VERSION").to_owned(),

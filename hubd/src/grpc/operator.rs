@@ -9,7 +9,7 @@ use std::time::Duration;
 use cortex_proto::v1;
 use cortex_proto::v1::operator_server::Operator;
 use cortex_shared::clock::unix_ms;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::Bound;
 use futures_util::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -511,16 +511,18 @@ pub(super) fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
         hostname: node.facts.hostname,
         os: node.facts.os,
         arch: node.facts.arch,
-        effective_mode: convert::wire_mode(Mode::strictest([policy, node.ceiling])).into(),
-        policy: convert::wire_mode(policy).into(),
-        ceiling: convert::wire_mode(node.ceiling).into(),
+        effective_mode: convert::wire_mode(policy.and(node.ceiling).mode).into(),
+        policy: convert::wire_mode(policy.mode).into(),
+        policy_network: convert::wire_network(policy.network).into(),
+        ceiling: convert::wire_mode(node.ceiling.mode).into(),
+        ceiling_network: convert::wire_network(node.ceiling.network).into(),
         sandbox,
         session_epoch: session.map_or(0, |session| session.epoch),
         running_tasks,
         cordoned: node.cordoned,
         revoked_at_ms: node.revoked_at_ms.unwrap_or_default(),
         policy_until_ms,
-        policy_reason: if policy_until_ms == 0 { String::new() } else { node.policy.reason },
+        policy_reason: if policy == Bound::LEAST { String::new() } else { node.policy.reason },
         owner: node.owner,
         remote_address: address.map(|address| address.to_string()).unwrap_or_default(),
         machine: Some(convert::wire_machine(&node.machine)),

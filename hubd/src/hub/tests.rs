@@ -9,7 +9,7 @@ mod stall;
 mod support;
 
 use cortex_shared::ids::{NodeId, TaskId};
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::Bound;
 
 use super::*;
 use crate::store::{NewTask, TaskEnd, Verdict};

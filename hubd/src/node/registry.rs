@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use cortex_proto::v1::{HubFrame, SandboxReport, Superseded, SyncStatus, hub_frame};
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, SessionId, WorkspaceId};
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::Bound;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -289,7 +289,7 @@ impl Registry {
     }
 
     /// Keeps a node's new ceiling, if it is told in its current session.
-    pub fn set_ceiling(&self, node: NodeId, session: SessionId, ceiling: Mode) {
+    pub fn set_ceiling(&self, node: NodeId, session: SessionId, ceiling: Bound) {
         let mut nodes = self.lock();
         let Some(known) = of_session(&mut nodes, node, session) else { return };
         known.node.ceiling = ceiling;

@@ -27,6 +27,7 @@ use super::core::{Core, CoreCell, SyncError};
 use super::hub::Hub;
 use super::index::Index;
 use super::mode::MemberOptions;
+use super::occupancy::Occupancy;
 use super::problem::{Finding, Stage};
 use super::scan::{Directories, Report, ScanError, Scanner, Scope};
 use super::status::{Progress, SyncState};
@@ -79,6 +80,7 @@ pub(super) struct Engine<H> {
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) cancel: CancellationToken,
     pub(super) progress: Arc<Progress>,
+    pub(super) occupancy: Occupancy,
 }
 
 /// Why the engine stopped working in a root.
@@ -446,6 +448,7 @@ impl<H: Hub> Engine<H> {
                 self.progress.update(|status| status.mode = options.mode);
             }
             () = work.transferred.notified() => {}
+            () = self.occupancy.left(), if work.occupied => work.occupied = false,
             () = tokio::time::sleep_until(due) => work.collect_due(),
         }
         true

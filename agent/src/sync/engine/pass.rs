@@ -164,6 +164,7 @@ impl<H: Hub> Engine<H> {
             core: &mut work.core,
             cancel: &self.cancel,
             progress: &self.progress,
+            occupancy: &self.occupancy,
         }
     }
 
@@ -438,6 +439,7 @@ fn take_pulled(work: &mut Work, pulled: Pulled, sweep: &mut Sweep) {
     sweep.progress |= pulled.applied > 0;
     sweep.interrupted |= pulled.interrupted;
     sweep.kept += pulled.kept;
+    work.occupied |= pulled.occupied;
     if pulled.displaced > 0 {
         let now = Instant::now();
         work.trash_looks.extend(LATE_WRITES.map(|delay| now + delay));

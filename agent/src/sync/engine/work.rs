@@ -58,6 +58,8 @@ pub(super) struct Work {
     /// One of the two has ended.
     pub(super) transferred: Arc<Notify>,
     pub(super) flushes: Vec<Flush>,
+    /// Something waits for the commands that run here to end.
+    pub(super) occupied: bool,
     /// Deletions that were sent lately.
     pub(super) deletions: hold::Sent,
     /// How many wait for somebody's word.
@@ -102,6 +104,7 @@ impl Work {
             problem_retry_at: None,
             supplied: Vec::new(),
             flushes: Vec::new(),
+            occupied: false,
             deletions: hold::Sent::default(),
             held: 0,
             deletions_confirmed: false,

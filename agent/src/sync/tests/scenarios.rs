@@ -591,3 +591,36 @@ async fn a_large_file_that_changes_while_it_is_on_its_way_ends_as_it_is_last() {
     let stage = b.config.state_dir.join("workspaces").join(mesh.workspace.to_string());
     assert_eq!(fs::read_dir(stage.join("files/stage")).unwrap().count(), 0, "nothing is left over");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_programs_obey_is_not_replaced_while_a_command_runs_and_follows_after_it() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    for name in [".envrc", ".profile", "file"] {
+        a.write(name, "old");
+    }
+    settle(&[&a, &b]).await;
+    let before = fs::metadata(b.path(".envrc")).unwrap().ino();
+    let (one, other) = (b.handle().occupancy().enter().await, b.handle().occupancy().enter().await);
+    a.write(".envrc", "new");
+    fs::remove_file(a.path(".profile")).unwrap();
+    a.write("file", "new");
+    a.write(".vscode/tasks.json", "new");
+    a.flush().await;
+    b.flush().await;
+    assert_eq!(
+        (b.read("file"), b.read(".envrc"), b.read(".profile")),
+        ("new".into(), "old".into(), "old".into())
+    );
+    assert_eq!(fs::metadata(b.path(".envrc")).unwrap().ino(), before);
+    let problems = b.status().problems;
+    assert!(problems.iter().any(|problem| problem.code == "command_runs"), "{problems:?}");
+    drop(one);
+    b.flush().await;
+    assert_eq!(b.read(".envrc"), "old", "another command runs");
+    drop(other);
+    // By itself.
+    b.until(|status| status.problems.is_empty() && status.applied_seq == status.head_seq).await;
+    assert_eq!(b.read(".envrc"), "new");
+    assert!(!b.path(".profile").exists() && b.path(".vscode/tasks.json").exists());
+}

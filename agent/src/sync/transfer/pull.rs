@@ -22,6 +22,7 @@ use crate::sync::apply::{Applier, Staged, needs_stage};
 use crate::sync::core::{SyncError, waiting};
 use crate::sync::hub::{Fetched, Hub, MAX_HASHES};
 use crate::sync::index::{Index, IndexError};
+use crate::sync::occupancy::Occupancy;
 use crate::sync::plan::LocalChange;
 use crate::sync::problem::Finding;
 use crate::sync::scan::Scope;
@@ -33,6 +34,10 @@ const GROUP_CHANGES: usize = 2048;
 const GROUP_BYTES: u64 = 64 * 1024 * 1024;
 /// What stays free on the file system, so that an application there can go on.
 const RESERVE_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Why a change is left.
+const HELD: &str = "programs outside the sandbox obey this name, so it is not replaced while a strict \
+                    command runs here; it follows when the last one has ended";
 
 /// What came of a pull.
 #[derive(Debug, Default)]
@@ -47,6 +52,8 @@ pub(in crate::sync) struct Pulled {
     pub(in crate::sync) findings: Vec<Finding>,
     /// Large files that are left to the lane.
     pub(in crate::sync) waiting: Vec<WirePath>,
+    /// Something is left until no command runs here.
+    pub(in crate::sync) occupied: bool,
     /// It ended early because something more urgent came up.
     pub(in crate::sync) interrupted: bool,
 }
@@ -107,19 +114,32 @@ async fn pull_group<H: Hub>(
     fetch(session.hub, session.workspace, session.cancel, session.progress, stage, &begun.needed)
         .await?;
     let (stage, changes) = (stage.clone(), changes.clone());
-    let cancel = session.cancel.clone();
+    let (cancel, occupancy) = (session.cancel.clone(), session.occupancy.clone());
     let mut ready = begun.ready;
-    let report = session
+    let (report, occupied) = session
         .core
         .run(move |core| {
             let mut stage = lock(&stage);
             let mut batch = Vec::with_capacity(group.len());
             let mut findings = Vec::new();
+            let concerned = group.clone().any(|number| Occupancy::concerns(&changes[number].path));
+            // Held until all of the batch is in its place.
+            let replacing = if concerned { occupancy.replace() } else { None };
+            let mut occupied = false;
             for number in group.filter(|number| !begun.skipped.contains(number)) {
                 if cancel.is_cancelled() {
                     return Err(SyncError::Cancelled);
                 }
                 let change = changes[number].clone();
+                if replacing.is_none() && Occupancy::concerns(&change.path) {
+                    occupied = true;
+                    findings.push(Finding::at(&change.path, "command_runs", HELD));
+                    // What the lane brought is of no use then; the stage removes the rest itself.
+                    if let Some(name) = ready.remove(&number) {
+                        core.private.stage().remove_file(&name).ok();
+                    }
+                    continue;
+                }
                 if !needs_stage(&change) {
                     batch.push(Staged { change, stage_name: None });
                 } else if let Some(name) = ready.remove(&number) {
@@ -140,9 +160,10 @@ async fn pull_group<H: Hub>(
             };
             let mut report = applier.apply(batch)?;
             report.findings.extend(findings);
-            Ok(report)
+            Ok((report, occupied))
         })
         .await?;
+    pulled.occupied |= occupied;
     session.progress.applied(report.applied);
     pulled.applied += report.applied;
     pulled.displaced += report.displaced;

@@ -34,6 +34,7 @@ const SETTINGS: Settings = Settings {
         include_str!("migrations/0004_tasks.sql"),
         include_str!("migrations/0005_cancel_wanted.sql"),
         include_str!("migrations/0006_deleted_workspaces.sql"),
+        include_str!("migrations/0007_network.sql"),
     ],
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,
