@@ -88,6 +88,7 @@ impl Yard {
             name: "w".to_owned(),
             root: scratch.path().join("root"),
             state_dir: scratch.path().join("state"),
+            roots: Default::default(),
         };
         let place = Place::open(config, &[scratch.path().join("state")]).unwrap();
         Self { scratch, place }
@@ -464,6 +465,7 @@ fn a_workspace_that_would_show_what_must_stay_hidden_is_no_place() {
         name: "w".to_owned(),
         root,
         state_dir: scratch.path().join("state"),
+        roots: Default::default(),
     };
     fs::create_dir_all(scratch.path().join("state/inner")).unwrap();
     let forbidden = [scratch.path().join("state")];

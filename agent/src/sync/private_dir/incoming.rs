@@ -175,6 +175,7 @@ mod tests {
             name: "w".to_owned(),
             root,
             state_dir: folder.join("state"),
+            roots: Default::default(),
         };
         (config, handle)
     }
