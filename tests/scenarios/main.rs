@@ -4,8 +4,11 @@
 
 mod authority;
 mod exec;
+mod faults;
+mod flow;
 mod identity;
 mod join;
+mod partition;
 mod sandbox;
 mod secrets;
 mod sync;
