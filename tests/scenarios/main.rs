@@ -5,6 +5,7 @@
 mod authority;
 mod exec;
 mod faults;
+mod fleet;
 mod flow;
 mod identity;
 mod join;
