@@ -25,8 +25,10 @@ pub const MAX_MESSAGE_BYTES: usize = MAX_PACK_BYTES + 1024 * 1024;
 /// Largest piece of output or standard input in one frame.
 pub const MAX_OUTPUT_FRAME_BYTES: usize = 256 * 1024;
 
-/// Output a reader lets a command have under way unless it says otherwise.
-pub const DEFAULT_OUTPUT_CREDIT: u64 = 1024 * 1024;
+/// Output a reader lets a command have under way unless it says otherwise. As much as two programs on a
+/// busy machine need to keep each other working; on a line of 1 MB/s it is two seconds that an
+/// interrupted reader may have to wait for.
+pub const DEFAULT_OUTPUT_CREDIT: u64 = 2 * 1024 * 1024;
 
 /// Most output that may be under way for one command, whatever the reader grants: what the hub is
 /// prepared to hold for it.

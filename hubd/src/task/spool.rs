@@ -264,11 +264,20 @@ impl Writer {
 
     fn carry_out(&mut self, order: Order) {
         match order {
-            Order::Append(task, piece, done) => {
+            Order::Append(task, mut piece, done) => {
                 let bytes = piece.data.len() as u64;
-                if let Err(error) = self.append(task, &piece) {
-                    tracing::warn!(%task, %error, "output of a task was not kept");
-                    self.open.remove(&task);
+                // No record is larger than a segment: a task's share would be exceeded by as much.
+                let most = usize::try_from(self.spool.limits.task_bytes / SEGMENTS);
+                let most = most.unwrap_or(usize::MAX).max(1);
+                while !piece.data.is_empty() {
+                    let data = piece.data.split_to(most.min(piece.data.len()));
+                    let part = Piece { data, ..piece };
+                    piece.offset = part.end();
+                    if let Err(error) = self.append(task, &part) {
+                        tracing::warn!(%task, %error, "output of a task was not kept");
+                        self.open.remove(&task);
+                        break;
+                    }
                 }
                 self.spool.backlog.fetch_sub(bytes, Ordering::Relaxed);
                 if let Some(done) = done {

@@ -34,6 +34,8 @@ const GRACE: Duration = Duration::from_secs(2);
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two attempts, at first and at most.
 const RECONNECT_DELAYS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// Credit is given in frames of at least this part of the window.
+const CREDIT_SHARE: u64 = 8;
 /// How long after a cancel the end is waited for.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(12);
 /// The same where somebody wants to get away.
@@ -274,10 +276,15 @@ impl TaskStream {
         self.output.close();
     }
 
+    /// Whether what was dealt with is worth a frame. Until then the command has the rest of the window.
+    fn credit_is_due(&self) -> bool {
+        self.credit > 0 && self.credit >= self.granted / CREDIT_SHARE
+    }
+
     fn has_frame(&self) -> bool {
         self.cancel.is_some()
             || self.resize.is_some()
-            || self.credit > 0
+            || self.credit_is_due()
             || self.input_fits()
             || self.input_end_is_due()
     }
@@ -292,7 +299,7 @@ impl TaskStream {
             self.resized = Some(size.clone());
             return Some(exec_up::Frame::Resize(size));
         }
-        if self.credit > 0 {
+        if self.credit_is_due() {
             let bytes = std::mem::take(&mut self.credit);
             return Some(exec_up::Frame::Credit(v1::Credit { bytes }));
         }
