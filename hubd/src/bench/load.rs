@@ -213,7 +213,8 @@ async fn exec(
     let never = CancellationToken::new();
     // The first pays for what all share.
     run(operator.clone(), &crowd.names()[0], TRUE, Reading::All, &never).await?;
-    let offered = u64::from(rate) * duration.as_millis().min(u128::from(u32::MAX)) as u64 / 1000;
+    let millis_long = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let offered = u64::from(rate).saturating_mul(millis_long) / 1000;
     let (done, mut results) = mpsc::channel(UNDER_WAY);
     let (names, begun): (Arc<[String]>, _) = (crowd.names().into(), Instant::now());
     let loading = scope.child();
