@@ -147,6 +147,12 @@ impl HubData {
         self.authorities.pins()
     }
 
+    /// The certificate of the authority that hubs on this data prove themselves by.
+    #[must_use]
+    pub fn authority_certificate(&self) -> CertificateDer<'static> {
+        self.authorities.ring().serving().certificate().clone()
+    }
+
     /// Writes what the databases have accepted, closes them, and gives the data directory free.
     pub async fn close(self) {
         self.databases.cancel();
@@ -336,7 +342,7 @@ impl Hub {
     /// The certificate of the authority by which the hub proves itself now.
     #[must_use]
     pub fn authority_certificate(&self) -> CertificateDer<'static> {
-        self.data.authorities.ring().serving().certificate().clone()
+        self.data.authority_certificate()
     }
 
     /// The pin of the mesh's authority.

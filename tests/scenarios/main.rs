@@ -5,9 +5,13 @@
 mod authority;
 mod endings;
 mod exec;
+mod faults;
 mod files;
+mod fleet;
+mod flow;
 mod identity;
 mod join;
+mod partition;
 mod sandbox;
 mod secrets;
 mod sync;

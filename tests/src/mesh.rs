@@ -50,7 +50,16 @@ impl Mesh {
     /// If it does not come up.
     #[must_use]
     pub fn start_with(arguments: &[&str]) -> Self {
-        Self::start_as(arguments, None)
+        Self::start_as("127.0.0.1", arguments, None)
+    }
+
+    /// Starts a hub that listens on this address of the machine, with these further arguments of `serve`.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    #[must_use]
+    pub fn start_at(address: &str, arguments: &[&str]) -> Self {
+        Self::start_as(address, arguments, None)
     }
 
     /// Starts a hub that logs what this filter lets through.
@@ -59,10 +68,10 @@ impl Mesh {
     /// If it does not come up.
     #[must_use]
     pub fn start_logging(filter: &str) -> Self {
-        Self::start_as(&[], Some(filter.to_owned()))
+        Self::start_as("127.0.0.1", &[], Some(filter.to_owned()))
     }
 
-    fn start_as(arguments: &[&str], hub_log: Option<String>) -> Self {
+    fn start_as(address: &str, arguments: &[&str], hub_log: Option<String>) -> Self {
         // Agents of another user live below it, too.
         let scratch = tempfile::Builder::new()
             .prefix("cortex-test-")
@@ -70,7 +79,7 @@ impl Mesh {
             .tempdir()
             .expect("there is room for scratch files");
         let serve = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        let address = "127.0.0.1:0".to_owned();
+        let address = format!("{address}:0");
         let mut mesh = Self { scratch, hub: None, address, operators: 0, serve, hub_log };
         mesh.start_hub();
         mesh
@@ -169,7 +178,8 @@ impl Mesh {
         };
         let program = self.readable_agent();
         let log = self.path(&format!("{name}.log"));
-        let node = Node { name: name.to_owned(), home, user, program, log, daemon: None };
+        let name = name.to_owned();
+        let node = Node { name, home, user, program, network: None, log, daemon: None };
         std::fs::File::create(&node.log).expect("the scratch directory is writable");
         node
     }
@@ -226,6 +236,20 @@ impl Mesh {
     pub fn node_through(&self, name: &str, address: &str) -> Node {
         let mut node = self.new_node(name, As::Me);
         let _joined: Outcome = join_at(&node, address, &self.invite(&[]), &self.pin()).ok();
+        node.run();
+        self.wait_online(name);
+        node
+    }
+
+    /// A node that has joined and is connected, in a network namespace of its own.
+    ///
+    /// # Panics
+    /// If it cannot join.
+    #[must_use]
+    pub fn node_within(&self, name: &str, network: PathBuf) -> Node {
+        let mut node = self.new_node(name, As::Me);
+        node.network = Some(network);
+        let _joined: Outcome = self.join(&node, &self.invite(&[]), &self.pin()).ok();
         node.run();
         self.wait_online(name);
         node
@@ -358,6 +382,8 @@ pub struct Node {
     home: PathBuf,
     user: Option<u32>,
     program: PathBuf,
+    /// A network namespace that all of it runs in.
+    network: Option<PathBuf>,
     log: PathBuf,
     daemon: Option<Daemon>,
 }
@@ -366,7 +392,14 @@ impl Node {
     /// A command of this node's agent.
     #[must_use]
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
+        let mut command = match &self.network {
+            None => Command::new(&self.program),
+            Some(network) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net={}", network.display())).arg(&self.program);
+                command
+            }
+        };
         command.args(arguments);
         self.environment(&mut command);
         command

@@ -351,23 +351,6 @@ impl Dispatcher {
         let id = context.id;
         // Written as a quoted string: it comes from elsewhere.
         let actor = start.actor;
-        match self.inner.journal.begin(id).await {
-            Ok(true) => {}
-            Ok(false) => {
-                tracing::warn!(task = %id, "the hub ordered a task a second time; it does not run");
-                // What is known of the first time is the answer.
-                match self.inner.journal.outcome(id) {
-                    Some(exit) => answer(&context.session, id, exit),
-                    None => refuse(&context.session, id, "this task has been run before"),
-                }
-                return;
-            }
-            Err(error) => {
-                tracing::error!(%error, "a task cannot be recorded, so it does not run");
-                refuse(&context.session, id, "the node cannot record that the task starts");
-                return;
-            }
-        }
         let line = CommandLine {
             task_id: id.to_string(),
             actor: cut(&actor),
@@ -376,22 +359,49 @@ impl Dispatcher {
         };
         let role = start.role.parse().ok();
         let permit = Permit::new(self.clone(), role, line);
-        let command = match start.spec {
-            None => Err(Refusal::Invalid("no specification")),
-            Some(spec) => {
-                let (dispatcher, permit) = (self.clone(), permit.clone());
-                let checking =
-                    tokio::task::spawn_blocking(move || dispatcher.check(spec, role, permit));
-                let Ok(command) = checking.await else { return };
-                command
+        let session = context.session.clone();
+        // Beside the opening of its stream, which takes as long.
+        let command = async {
+            if !self.record_begin(id, &session).await {
+                return None;
             }
+            let command = match start.spec {
+                None => Err(Refusal::Invalid("no specification")),
+                Some(spec) => {
+                    let (dispatcher, permit) = (self.clone(), permit.clone());
+                    let checking =
+                        tokio::task::spawn_blocking(move || dispatcher.check(spec, role, permit));
+                    checking.await.ok()?
+                }
+            };
+            if let Err(refusal) = &command {
+                tracing::info!(task = %id, ?actor, %refusal, "command refused");
+            } else {
+                tracing::info!(task = %id, ?actor, "command starts");
+            }
+            Some(command)
         };
-        if let Err(refusal) = &command {
-            tracing::info!(task = %id, ?actor, %refusal, "command refused");
-        } else {
-            tracing::info!(task = %id, ?actor, "command starts");
+        task::run_task(context, command, permit.clone(), start.initial_credit).await;
+    }
+
+    /// Writes down, durably, that a task starts; answers the hub where it must not.
+    async fn record_begin(&self, id: TaskId, session: &SessionContext) -> bool {
+        match self.inner.journal.begin(id).await {
+            Ok(true) => return true,
+            Ok(false) => {
+                tracing::warn!(task = %id, "the hub ordered a task a second time; it does not run");
+                // What is known of the first time is the answer.
+                match self.inner.journal.outcome(id) {
+                    Some(exit) => answer(session, id, exit),
+                    None => refuse(session, id, "this task has been run before"),
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "a task cannot be recorded, so it does not run");
+                refuse(session, id, "the node cannot record that the task starts");
+            }
         }
-        task::run_task(context, command, permit, start.initial_credit).await;
+        false
     }
 
     /// Whether a command may run, by what is known now; a refusal for want of permission is

@@ -79,10 +79,11 @@ struct Stream {
     down: Streaming<v1::TaskIoDown>,
 }
 
-/// Runs a command, or reports why it does not run.
+/// Runs a command, or reports why it does not run. `command` resolves once it may start: nothing for one
+/// that does not, and that is answered already. The stream is opened meanwhile.
 pub(super) async fn run_task(
     context: TaskContext,
-    command: Result<CommandRequest, Refusal>,
+    command: impl Future<Output = Option<Result<CommandRequest, Refusal>>>,
     permit: Permit,
     initial_credit: u64,
 ) {
@@ -104,41 +105,44 @@ pub(super) async fn run_task(
     running.open(false);
     // The command starts only once the hub has taken its stream: a hub that has given the task up in
     // the meantime (and has said so to whoever asked for it) must not find it run all the same.
-    match command {
-        Err(refusal) => running.end(refused(&refusal)).await,
-        Ok(command) => {
-            let opened = tokio::select! {
-                opened = opened(&mut running.opening) => opened,
-                () = running.context.scope.token().cancelled() => Err(Status::cancelled("the agent stops")),
-                // The session ended before it could be said.
-                _ = running.context.sessions.changed() => {
-                    Err(Status::cancelled("the session was lost before the command started"))
-                }
-            };
-            running.opening = None;
-            match opened {
-                Ok(stream) => {
-                    running.stream = Some(stream);
-                    running.carrier.opened();
-                    let (control, orders) = mpsc::channel(FRAMES);
-                    let (events_out, events) = mpsc::channel(FRAMES);
-                    let scope = &running.context.scope;
-                    scope.spawn("command", permit.run(command, initial_credit, orders, events_out));
-                    (running.control, running.events) = (Some(control), Some(events));
-                }
-                Err(status) => {
-                    running.orphan = true;
-                    running.end(v1::TaskExit {
-                        verdict: v1::TaskVerdict::Failed.into(),
-                        reason: format!(
-                            "the task's stream could not be opened, and the command did not run: {}",
-                            status.message()
-                        ),
-                        ..Default::default()
-                    })
-                    .await;
-                }
+    // A clone: the change of session is heard of once more in the loop.
+    let mut sessions = running.context.sessions.clone();
+    let (command, opened) = tokio::join!(command, async {
+        tokio::select! {
+            opened = opened(&mut running.opening) => opened,
+            () = running.context.scope.token().cancelled() => Err(Status::cancelled("the agent stops")),
+            // The session ended before it could be said.
+            _ = sessions.changed() => {
+                Err(Status::cancelled("the session was lost before the command started"))
             }
+        }
+    });
+    running.opening = None;
+    match (command, opened) {
+        (None, _) => return,
+        (Some(Err(refusal)), opened) => {
+            running.end(refused(&refusal)).await;
+            running.opened(opened);
+        }
+        (Some(Ok(command)), Ok(stream)) => {
+            running.opened(Ok(stream));
+            let (control, orders) = mpsc::channel(FRAMES);
+            let (events_out, events) = mpsc::channel(FRAMES);
+            let scope = &running.context.scope;
+            scope.spawn("command", permit.run(command, initial_credit, orders, events_out));
+            (running.control, running.events) = (Some(control), Some(events));
+        }
+        (Some(Ok(_)), Err(status)) => {
+            running.orphan = true;
+            running.end(v1::TaskExit {
+                verdict: v1::TaskVerdict::Failed.into(),
+                reason: format!(
+                    "the task's stream could not be opened, and the command did not run: {}",
+                    status.message()
+                ),
+                ..Default::default()
+            })
+            .await;
         }
     }
     running.carry().await;

@@ -32,6 +32,8 @@ use crate::cli::printer::{ColorWhen, complain};
 
 /// Time between TERM and KILL for an interrupted command.
 const GRACE: Duration = Duration::from_secs(2);
+/// Credit is given in frames of at least this part of the window.
+const CREDIT_SHARE: u64 = 8;
 /// How long after a cancel the end is waited for.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(12);
 /// The same where somebody wants to get away.
@@ -276,10 +278,15 @@ impl TaskStream {
         self.output.close();
     }
 
+    /// Whether what was dealt with is worth a frame. Until then the command has the rest of the window.
+    fn credit_is_due(&self) -> bool {
+        self.credit > 0 && self.credit >= self.granted / CREDIT_SHARE
+    }
+
     fn has_frame(&self) -> bool {
         self.cancel.is_some()
             || self.resize.is_some()
-            || self.credit > 0
+            || self.credit_is_due()
             || self.input_fits()
             || self.input_end_is_due()
     }
@@ -294,7 +301,7 @@ impl TaskStream {
             self.resized = Some(size.clone());
             return Some(exec_up::Frame::Resize(size));
         }
-        if self.credit > 0 {
+        if self.credit_is_due() {
             let bytes = std::mem::take(&mut self.credit);
             return Some(exec_up::Frame::Credit(v1::Credit { bytes }));
         }
