@@ -134,15 +134,16 @@ pub(super) async fn run_task(
         }
         (Some(Ok(_)), Err(status)) => {
             running.orphan = true;
-            running.end(v1::TaskExit {
-                verdict: v1::TaskVerdict::Failed.into(),
-                reason: format!(
-                    "the task's stream could not be opened, and the command did not run: {}",
-                    status.message()
-                ),
-                ..Default::default()
-            })
-            .await;
+            running
+                .end(v1::TaskExit {
+                    verdict: v1::TaskVerdict::Failed.into(),
+                    reason: format!(
+                        "the task's stream could not be opened, and the command did not run: {}",
+                        status.message()
+                    ),
+                    ..Default::default()
+                })
+                .await;
         }
     }
     running.carry().await;

@@ -16,9 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
 use super::status::{from_lookup, internal};
-use super::{
-    authority, convert, exec, files, history, invites, past, rotation, tasks, workspaces,
-};
+use super::{authority, convert, exec, files, history, invites, past, rotation, tasks, workspaces};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
