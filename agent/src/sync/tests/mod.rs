@@ -69,9 +69,11 @@ impl Node {
     /// Waits until the status is as wanted.
     async fn until(&self, wanted: impl FnMut(&SyncStatus) -> bool) -> SyncStatus {
         let mut status = self.handle().status();
+        // Looked at by one at a time: a second look waits behind whoever wants to change it, and he behind
+        // the first.
         let found = tokio::time::timeout(LIMIT, status.wait_for(wanted)).await;
-        let now = self.status();
-        found.unwrap_or_else(|_| panic!("status stays {now:?}")).unwrap().clone()
+        let found = found.map(|status| status.unwrap().clone());
+        found.unwrap_or_else(|_| panic!("status stays {:?}", self.status()))
     }
 
     async fn until_state(&self, state: SyncState) -> SyncStatus {
