@@ -185,7 +185,8 @@ async fn credit_comes_back_only_for_what_was_written() {
         stdout.read_to_end(&mut bytes).unwrap();
         bytes.len()
     });
-    while credit < window as u64 {
+    // The rest is not worth a frame of its own.
+    while credit < window as u64 * 7 / 8 {
         let Some(exec_up::Frame::Credit(more)) = exec.next().await else { panic!("no credit") };
         credit += more.bytes;
     }
@@ -228,7 +229,6 @@ async fn interrupt_cancels_and_waits_and_a_second_one_leaves() {
     for kind in [rustix::process::Signal::INT, rustix::process::Signal::TERM] {
         let (child, mut exec) = mesh.exec().await;
         exec.output(0, b"x").await;
-        assert!(matches!(exec.next().await, Some(exec_up::Frame::Credit(_))));
         signal(&child, kind);
         let Some(exec_up::Frame::Cancel(cancel)) = exec.next().await else { panic!("no cancel") };
         assert_eq!((cancel.signal, cancel.grace_ms), (15, 2000));
@@ -244,7 +244,6 @@ async fn interrupt_cancels_and_waits_and_a_second_one_leaves() {
     }
     let (child, mut exec) = mesh.exec().await;
     exec.output(0, b"x").await;
-    assert!(matches!(exec.next().await, Some(exec_up::Frame::Credit(_))));
     signal(&child, rustix::process::Signal::INT);
     assert!(matches!(exec.next().await, Some(exec_up::Frame::Cancel(_))));
     signal(&child, rustix::process::Signal::INT);
@@ -348,5 +347,8 @@ async fn strict_policy_with_an_end_is_wrong_use() {
     command.args(["policy", "set", "n1", "strict", "--for", "1h"]);
     let output = support::run(command).await;
     assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("--for goes with permissive only"));
+    assert!(
+        String::from_utf8_lossy(&output.stderr)
+            .contains("--for goes with permissive or --net full only")
+    );
 }

@@ -47,7 +47,8 @@ async fn a_flood_of_output_arrives_whole() {
 async fn without_credit_the_command_waits() {
     let workspace = TempDir::new().unwrap();
     let marker = workspace.path().join("marker");
-    let total: u64 = 1 << 20;
+    // More than any pipe holds.
+    let total: u64 = 4 << 20;
     let text = format!("head -c {total} /dev/zero; touch marker");
     let mut running = Running::start(in_workspace(&text, workspace.path()), 100_000);
     while running.stdout.len() < 100_000 {
