@@ -29,6 +29,10 @@ pub const MAX_OUTPUT_FRAME_BYTES: usize = 256 * 1024;
 /// way from a fast command to a fast reader waits for credit.
 pub const DEFAULT_OUTPUT_CREDIT: u64 = 4 * 1024 * 1024;
 
+/// Least of it that a hub makes of that where many commands stand still. A reader gives credit back before
+/// it has taken so much: no command waits for credit that waits for its output.
+pub const LEAST_OUTPUT_CREDIT: u64 = 64 * 1024;
+
 /// Most output that may be under way for one command, whatever the reader grants: what the hub is
 /// prepared to hold for it.
 pub const MAX_OUTPUT_CREDIT: u64 = 8 * 1024 * 1024;

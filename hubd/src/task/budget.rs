@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cortex_proto::MAX_OUTPUT_CREDIT;
+use cortex_proto::{LEAST_OUTPUT_CREDIT, MAX_OUTPUT_CREDIT};
 use cortex_shared::ids::NodeId;
 
 /// For all tasks of a hub: room for 64 fast commands, and a small part of the memory that a hub of
@@ -16,9 +16,6 @@ use cortex_shared::ids::NodeId;
 pub const HUB_BYTES: u64 = 256 * 1024 * 1024;
 /// For all tasks of a node, so that one node does not take all of it.
 pub const NODE_BYTES: u64 = 64 * 1024 * 1024;
-/// What every task gets, whatever is left: less would make each frame wait for a round trip. A node
-/// runs some hundreds of commands at most, so this is bounded, too.
-pub const LEAST_BYTES: u64 = 64 * 1024;
 
 #[derive(Default)]
 struct Held {
@@ -45,8 +42,8 @@ impl Budget {
         // A part of what is left, so that whoever comes next finds something, too.
         let most = (NODE_BYTES.saturating_sub(of_node) / 4)
             .min(HUB_BYTES.saturating_sub(held.total) / 8)
-            .clamp(LEAST_BYTES, MAX_OUTPUT_CREDIT);
-        let bytes = wanted.clamp(LEAST_BYTES, most);
+            .clamp(LEAST_OUTPUT_CREDIT, MAX_OUTPUT_CREDIT);
+        let bytes = wanted.clamp(LEAST_OUTPUT_CREDIT, most);
         held.total += bytes;
         *held.nodes.entry(node).or_default() += bytes;
         Share { budget: Arc::clone(self), node, bytes }
@@ -84,13 +81,13 @@ mod tests {
         let wanted = cortex_proto::DEFAULT_OUTPUT_CREDIT;
         let shares: Vec<_> = (0..256).map(|_| budget.take(busy, wanted)).collect();
         assert_eq!(shares[0].bytes(), wanted);
-        assert_eq!(shares[255].bytes(), LEAST_BYTES, "never nothing");
+        assert_eq!(shares[255].bytes(), LEAST_OUTPUT_CREDIT, "never nothing");
         let held: u64 = shares.iter().map(Share::bytes).sum();
-        assert!(held <= NODE_BYTES + 256 * LEAST_BYTES, "{held}");
+        assert!(held <= NODE_BYTES + 256 * LEAST_OUTPUT_CREDIT, "{held}");
         assert_eq!(budget.take(other, wanted).bytes(), wanted, "another node has its own");
         let crowd: Vec<_> = (0..1000).map(|_| budget.take(NodeId::new(), wanted)).collect();
         let held: u64 = crowd.iter().chain(&shares).map(Share::bytes).sum();
-        assert!(held <= HUB_BYTES + 1256 * LEAST_BYTES, "{held}");
+        assert!(held <= HUB_BYTES + 1256 * LEAST_OUTPUT_CREDIT, "{held}");
         drop((crowd, shares));
         let held = budget.0.lock().unwrap();
         assert!(held.total == 0 && held.nodes.is_empty());

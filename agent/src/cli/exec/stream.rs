@@ -13,9 +13,9 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::Bytes;
-use cortex_proto::STDIN_WINDOW_BYTES;
 use cortex_proto::v1::operator_client::OperatorClient;
 use cortex_proto::v1::{self, exec_down, exec_up};
+use cortex_proto::{LEAST_OUTPUT_CREDIT, STDIN_WINDOW_BYTES};
 use cortex_shared::replay::{Piece, Replay};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -32,8 +32,8 @@ use crate::cli::printer::{ColorWhen, complain};
 
 /// Time between TERM and KILL for an interrupted command.
 const GRACE: Duration = Duration::from_secs(2);
-/// Credit is given in frames of at least this part of the window.
-const CREDIT_SHARE: u64 = 8;
+/// Credit is given in frames of at least so much: the hub may have made the window as small as twice that.
+const CREDIT_FRAME: u64 = LEAST_OUTPUT_CREDIT / 2;
 /// How long after a cancel the end is waited for.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(12);
 /// The same where somebody wants to get away.
@@ -280,7 +280,7 @@ impl TaskStream {
 
     /// Whether what was dealt with is worth a frame. Until then the command has the rest of the window.
     fn credit_is_due(&self) -> bool {
-        self.credit > 0 && self.credit >= self.granted / CREDIT_SHARE
+        self.credit > 0 && self.credit >= CREDIT_FRAME.min(self.granted / 2)
     }
 
     fn has_frame(&self) -> bool {
