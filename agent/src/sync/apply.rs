@@ -114,6 +114,39 @@ fn and_then(
     }
 }
 
+/// What a file or link of ours looked like when nobody else could reach it. If it looks otherwise
+/// later, somebody has worked on it since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Print {
+    kind: FileKind,
+    dev: u64,
+    ino: u64,
+    size: u64,
+    mtime_ns: i64,
+}
+
+impl Print {
+    fn of(meta: &Meta) -> Self {
+        let Meta { kind, dev, ino, size, mtime_ns, .. } = *meta;
+        Self { kind, dev, ino, size, mtime_ns }
+    }
+}
+
+/// A change whose file has its attributes.
+struct Prepared {
+    staged: Staged,
+    /// Open, if it is to be synced by itself.
+    file: Option<OsFile>,
+    print: Option<Print>,
+}
+
+/// A change that has been made, and the prints of what it left at its path and aside.
+struct Made {
+    change: LocalChange,
+    print: Option<Print>,
+    aside: Option<Print>,
+}
+
 /// Directories to be synced once, at the end of a batch.
 #[derive(Default)]
 struct Touched {
@@ -146,51 +179,78 @@ impl Applier<'_> {
     /// report.
     pub fn apply(mut self, batch: Vec<Staged>) -> Result<Report, ApplyError> {
         let mut report = Report::default();
+        let (made, displaced) = self.make(batch, &mut report)?;
+        report.applied = made.len();
+        report.displaced = displaced.len();
+        self.record(made, displaced, &mut report)?;
+        Ok(report)
+    }
+
+    /// Makes the changes and makes them durable.
+    fn make(
+        &mut self,
+        batch: Vec<Staged>,
+        report: &mut Report,
+    ) -> Result<(Vec<Made>, Vec<Displaced>), ApplyError> {
         let one_by_one = batch.iter().filter(|s| s.stage_name.is_some()).count() <= SYNC_ONE_BY_ONE;
         let mut ready = Vec::with_capacity(batch.len());
         for staged in batch {
             match self.prepare(&staged) {
                 // Many open files at once would meet the limit of the process.
-                Ok(file) => ready.push((staged, file.filter(|_| one_by_one))),
-                Err(error) => self.give_up(staged, &error, &mut report),
+                Ok((file, print)) => {
+                    let file = file.filter(|_| one_by_one);
+                    ready.push(Prepared { staged, file, print });
+                }
+                Err(error) => self.give_up(staged, &error, report),
             }
         }
         self.sync_files(&ready, one_by_one)?;
         let mut touched = Touched::default();
-        let mut placed = Vec::with_capacity(ready.len());
+        let mut made = Vec::with_capacity(ready.len());
         let mut displaced = Vec::new();
-        for (staged, file) in ready {
+        for Prepared { staged, file, print } in ready {
             drop(file);
-            match self.place(&staged, &mut touched) {
-                Ok(Placed::Done) => placed.push(staged.change),
-                Ok(Placed::Displaced(file)) => {
-                    displaced.push(file);
-                    placed.push(staged.change);
+            let mut stood = None;
+            let outcome = match self.place(&staged, &mut touched, &mut stood) {
+                Ok(outcome) => outcome,
+                Err(error) => {
+                    self.give_up(staged, &error, report);
+                    continue;
                 }
-                Ok(Placed::Surprise) => {
+            };
+            match outcome {
+                Placed::Done | Placed::Displaced(_) => {}
+                Placed::Surprise => {
                     report.dirty.insert(staged.change.path.parent());
                     self.remove_staged(&staged);
+                    continue;
                 }
-                Ok(Placed::Blocked) => self.remove_staged(&staged),
-                Err(error) => self.give_up(staged, &error, &mut report),
+                Placed::Blocked => {
+                    self.remove_staged(&staged);
+                    continue;
+                }
             }
+            if let Placed::Displaced(file) = outcome {
+                displaced.push(file);
+            }
+            let aside = stood.filter(|_| staged.change.aside.is_some());
+            made.push(Made { change: staged.change, print: print.or(stood), aside });
         }
         touched.sync(self.root).map_err(ApplyError::Durability)?;
-        report.applied = placed.len();
-        report.displaced = displaced.len();
-        self.record(placed, displaced, &mut report)?;
-        Ok(report)
+        Ok((made, displaced))
     }
 
     /// Gives a staged file its attributes, before it takes its place: a crash must not leave a file
     /// that looks like an edit.
-    fn prepare(&self, staged: &Staged) -> io::Result<Option<OsFile>> {
-        let Some(stage_name) = &staged.stage_name else { return Ok(None) };
+    fn prepare(&self, staged: &Staged) -> io::Result<(Option<OsFile>, Option<Print>)> {
+        let Some(stage_name) = &staged.stage_name else { return Ok((None, None)) };
         let stage = self.private.stage();
         if let Some((uid, gid)) = self.owner {
             stage.set_owner(stage_name, uid, gid)?;
         }
-        let Some(Entry::File(entry)) = &staged.change.to else { return Ok(None) };
+        let Some(Entry::File(entry)) = &staged.change.to else {
+            return Ok((None, Some(Print::of(&stage.lstat(stage_name)?))));
+        };
         let file = stage.open_for_writing(stage_name)?;
         // Other permission bits than the executable one are the user's own: they stay.
         let replaced = match &staged.change {
@@ -208,23 +268,30 @@ impl Applier<'_> {
         let time = timespec(entry.mtime_ns);
         let times = Timestamps { last_access: time, last_modification: time };
         rustix::fs::futimens(&file, &times)?;
-        Ok(Some(file))
+        let print = Print::of(&file_meta(&file)?);
+        Ok((Some(file), Some(print)))
     }
 
     fn sync_files(
         &self,
-        ready: &[(Staged, Option<OsFile>)],
+        ready: &[Prepared],
         one_by_one: bool,
     ) -> Result<(), ApplyError> {
         let result = if one_by_one {
-            ready.iter().filter_map(|(_, file)| file.as_ref()).try_for_each(OsFile::sync_all)
+            ready.iter().filter_map(|one| one.file.as_ref()).try_for_each(OsFile::sync_all)
         } else {
             self.private.stage().sync_file_system()
         };
         result.map_err(ApplyError::Durability)
     }
 
-    fn place(&mut self, staged: &Staged, touched: &mut Touched) -> Result<Placed, PlaceError> {
+    /// Makes one change; tells in `stood` what was found there.
+    fn place(
+        &mut self,
+        staged: &Staged,
+        touched: &mut Touched,
+        stood: &mut Option<Print>,
+    ) -> Result<Placed, PlaceError> {
         let change = &staged.change;
         let directory = change.path.parent();
         let (parent, leaf) = match self.root.parent_of(&change.path) {
@@ -236,6 +303,7 @@ impl Applier<'_> {
         let Some(current) = self.expected(change, &parent, leaf)? else {
             return Ok(Placed::Surprise);
         };
+        *stood = current.map(|current| Print::of(&current.meta));
         let mut from = change.from.as_ref();
         if let Some(aside) = &change.aside {
             // Moves whatever stands there, so nothing can be lost.
@@ -395,7 +463,7 @@ impl Applier<'_> {
     /// Tells the index what stands there now, with new stamps: our own renames changed the old ones.
     fn record(
         &mut self,
-        placed: Vec<LocalChange>,
+        made: Vec<Made>,
         displaced: Vec<Displaced>,
         report: &mut Report,
     ) -> Result<(), ApplyError> {
@@ -405,17 +473,17 @@ impl Applier<'_> {
             for file in displaced {
                 writer.note_displaced(&file)?;
             }
-            for change in placed {
+            for Made { change, print, aside: aside_print } in made {
                 let parent = root.parent_of(&change.path).map(|(parent, _)| parent);
                 let stamp_of = |path: &WirePath| {
                     let meta = parent.as_ref().ok()?.lstat(path.name()).ok()?;
                     Some((meta, Stamp::new(&meta, clock.is_racy(&meta))))
                 };
-                let mut see = |path: &WirePath, entry: Option<&Entry>| match entry {
+                let mut see = |path: &WirePath, entry: Option<&Entry>, print| match entry {
                     None => writer.set_local(path, Seen::Absent),
                     Some(Entry::Dir) => writer.set_local(path, Seen::Entry(Entry::Dir, None)),
                     Some(entry) => match stamp_of(path) {
-                        Some((meta, stamp)) if fits(entry, &meta) => {
+                        Some((meta, stamp)) if print == Some(Print::of(&meta)) => {
                             writer.set_local(path, Seen::Entry(entry.clone(), Some(stamp)))
                         }
                         // Somebody was there already.
@@ -426,9 +494,9 @@ impl Applier<'_> {
                     },
                 };
                 if let Some(aside) = &change.aside {
-                    see(aside, change.from.as_ref())?;
+                    see(aside, change.from.as_ref(), aside_print)?;
                 }
-                see(&change.path, change.to.as_ref())?;
+                see(&change.path, change.to.as_ref(), print)?;
             }
             Ok(())
         })?;
@@ -527,14 +595,6 @@ fn is_still(
             Ok(cut.is_ok_and(|cut| cut.content == file.content))
         }
         _ => Ok(true),
-    }
-}
-
-fn fits(entry: &Entry, meta: &Meta) -> bool {
-    match entry {
-        Entry::File(file) => meta.kind == FileKind::File && meta.size == file.size,
-        Entry::Link { .. } => meta.kind == FileKind::Link,
-        Entry::Dir => meta.kind == FileKind::Dir,
     }
 }
 

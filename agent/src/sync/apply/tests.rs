@@ -199,3 +199,31 @@ fn a_loser_moves_aside_and_the_winner_takes_its_name() {
     let copy = tree.index.get(&path("f.conflict")).unwrap().unwrap();
     assert_eq!(copy.row.local, Some(file("loser")));
 }
+
+#[test]
+fn an_edit_of_the_same_length_before_the_index_is_told_is_not_taken_for_ours() {
+    for aside in [false, true] {
+        let mut tree = Fixture::new();
+        tree.known("f", "loser", false);
+        let mut staged = tree.change("f", Some(file("loser")), Some("ours!"));
+        staged.change.aside = aside.then(|| path("f.conflict"));
+        let mut applier = Applier {
+            root: &tree.root,
+            private: &tree.private,
+            index: &mut tree.index,
+            owner: None,
+        };
+        let mut report = Report::default();
+        let (made, displaced) = applier.make(vec![staged], &mut report).unwrap();
+        for name in ["f", "f.conflict"] {
+            if tree.folder.path().join("root").join(name).exists() {
+                fs::write(tree.folder.path().join("root").join(name), "USER!").unwrap();
+            }
+        }
+        applier.record(made, displaced, &mut report).unwrap();
+        assert!(report.dirty.contains(&None));
+        for name in ["f", "f.conflict"].into_iter().take(1 + usize::from(aside)) {
+            assert!(tree.index.get(&path(name)).unwrap().unwrap().row.unknown, "{name}");
+        }
+    }
+}
