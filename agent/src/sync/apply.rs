@@ -16,13 +16,11 @@ mod tests;
 pub use late::{LateWrites, rescue_late_writes};
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File as OsFile;
 use std::io;
 
 use cortex_shared::chunk::Cutter;
 use cortex_shared::entry::{Entry, File, same};
 use cortex_shared::wire_path::WirePath;
-use rustix::fs::{Mode, Timespec, Timestamps};
 use rustix::io::Errno;
 
 use super::index::{Displaced, Index, IndexError, Seen, Stamp};
@@ -30,7 +28,7 @@ use super::plan::LocalChange;
 use super::private_dir::PrivateDir;
 use super::problem::Finding;
 use super::scan::Scope;
-use crate::root_dir::{DirHandle, FileKind, Meta, RootDir, file_meta};
+use crate::root_dir::{DirHandle, FileHandle, FileKind, Meta, RootDir};
 
 /// Up to so many files or directories are synced one by one; for more the whole file system is.
 const SYNC_ONE_BY_ONE: usize = 32;
@@ -136,7 +134,7 @@ impl Print {
 struct Prepared {
     staged: Staged,
     /// Open, if it is to be synced by itself.
-    file: Option<OsFile>,
+    file: Option<FileHandle>,
     print: Option<Print>,
 }
 
@@ -242,7 +240,7 @@ impl Applier<'_> {
 
     /// Gives a staged file its attributes, before it takes its place: a crash must not leave a file
     /// that looks like an edit.
-    fn prepare(&self, staged: &Staged) -> io::Result<(Option<OsFile>, Option<Print>)> {
+    fn prepare(&self, staged: &Staged) -> io::Result<(Option<FileHandle>, Option<Print>)> {
         let Some(stage_name) = &staged.stage_name else { return Ok((None, None)) };
         let stage = self.private.stage();
         if let Some((uid, gid)) = self.owner {
@@ -262,23 +260,17 @@ impl Applier<'_> {
         };
         let mode = match replaced {
             Some(mode) => mode,
-            None => file_meta(&file)?.mode & 0o777,
+            None => file.meta()?.mode & 0o777,
         };
         set_mode(&file, mode, entry.executable)?;
-        let time = timespec(entry.mtime_ns);
-        let times = Timestamps { last_access: time, last_modification: time };
-        rustix::fs::futimens(&file, &times)?;
-        let print = Print::of(&file_meta(&file)?);
+        file.set_mtime(entry.mtime_ns)?;
+        let print = Print::of(&file.meta()?);
         Ok((Some(file), Some(print)))
     }
 
-    fn sync_files(
-        &self,
-        ready: &[Prepared],
-        one_by_one: bool,
-    ) -> Result<(), ApplyError> {
+    fn sync_files(&self, ready: &[Prepared], one_by_one: bool) -> Result<(), ApplyError> {
         let result = if one_by_one {
-            ready.iter().filter_map(|one| one.file.as_ref()).try_for_each(OsFile::sync_all)
+            ready.iter().filter_map(|one| one.file.as_ref()).try_for_each(FileHandle::sync)
         } else {
             self.private.stage().sync_file_system()
         };
@@ -590,18 +582,19 @@ fn is_still(
     match &change.from {
         // The stamp alone proves nothing here.
         Some(Entry::File(file)) if current.stamp.racy => {
-            let cut = Cutter::new()
-                .cut(directory.open_file(name)?, |_, _| Ok::<_, std::convert::Infallible>(()));
+            let cut = Cutter::new().cut(directory.open_file(name)?.reader(), |_, _| {
+                Ok::<_, std::convert::Infallible>(())
+            });
             Ok(cut.is_ok_and(|cut| cut.content == file.content))
         }
         _ => Ok(true),
     }
 }
 
-fn set_mode(file: &OsFile, mode: u32, executable: bool) -> io::Result<()> {
+fn set_mode(file: &FileHandle, mode: u32, executable: bool) -> io::Result<()> {
     // Whoever may read may execute.
     let mode = if executable { mode | ((mode & 0o444) >> 2) | 0o100 } else { mode & !0o111 };
-    Ok(rustix::fs::fchmod(file, Mode::from_raw_mode(mode))?)
+    file.set_mode(mode)
 }
 
 fn set_executable(
@@ -611,15 +604,11 @@ fn set_executable(
     to: &File,
 ) -> Result<Placed, PlaceError> {
     let file = parent.open_file(leaf)?;
-    let meta = file_meta(&file)?;
+    let meta = file.meta()?;
     if current.is_none_or(|current| current.meta != meta) {
         return Ok(Placed::Surprise);
     }
     set_mode(&file, meta.mode & 0o777, to.executable)?;
-    file.sync_all()?;
+    file.sync()?;
     Ok(Placed::Done)
-}
-
-fn timespec(ns: i64) -> Timespec {
-    Timespec { tv_sec: ns.div_euclid(1_000_000_000), tv_nsec: ns.rem_euclid(1_000_000_000) as _ }
 }

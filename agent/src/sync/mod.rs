@@ -12,6 +12,7 @@
 //! | [`plan`] | pure: from three trees to what has to be done |
 //! | [`index`] | the three trees and the hash cache, on disk |
 //! | [`scan`], `watch`, [`ignore`] | seeing what is here |
+//! | `ground` | what an engine stands on: disk, clocks, threads |
 //! | `transfer`, [`apply`], [`private_dir`] | moving content, changing what is here |
 //! | [`hub`], [`tonic_hub`] | the other side |
 //! | [`status`], [`problem`] | telling people |
@@ -24,6 +25,7 @@
 pub mod apply;
 mod core;
 mod engine;
+mod ground;
 pub mod hub;
 pub mod ignore;
 pub mod index;
@@ -47,6 +49,7 @@ use tokio::sync::{mpsc, oneshot, watch as watch_channel};
 use tokio::task::JoinHandle;
 
 use engine::{Command, Engine};
+use ground::Ground;
 use hub::Hub;
 use status::{Progress, SyncStatus};
 
@@ -107,12 +110,24 @@ pub fn start_workspace<H: Hub>(
     online: watch_channel::Receiver<bool>,
     scope: &TaskScope,
 ) -> WorkspaceHandle {
+    start_on(Ground::real(), config, hub, large, online, scope)
+}
+
+fn start_on<H: Hub>(
+    ground: Ground,
+    config: WorkspaceConfig,
+    hub: H,
+    large: H,
+    online: watch_channel::Receiver<bool>,
+    scope: &TaskScope,
+) -> WorkspaceHandle {
     let scope = scope.child();
     let (head, head_receiver) = watch_channel::channel(0);
     let (commands, command_receiver) = mpsc::channel(COMMAND_QUEUE);
     let progress = Progress::new(config.id, config.name.clone(), config.root.clone());
     let status = progress.subscribe();
     let engine = Engine {
+        ground,
         config,
         hub,
         large: Arc::new(large),

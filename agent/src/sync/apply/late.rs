@@ -93,7 +93,7 @@ pub fn rescue_late_writes(
 fn put_back(root: &RootDir, private: &PrivateDir, row: &Displaced) -> io::Result<WirePath> {
     let file = private.trash().open_file(&row.name)?;
     let cut = Cutter::new()
-        .cut(&file, |_, _| Ok::<_, std::convert::Infallible>(()))
+        .cut(file.reader(), |_, _| Ok::<_, std::convert::Infallible>(()))
         .map_err(|error| io::Error::other(format!("{error:?}")))?;
     let entry = Entry::File(File {
         content: cut.content,

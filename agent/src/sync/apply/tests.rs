@@ -37,7 +37,9 @@ impl Fixture {
         fs::create_dir(&root_path).unwrap();
         fs::create_dir(&state).unwrap();
         let root = RootDir::open(&root_path).unwrap();
-        let private = PrivateDir::open(WorkspaceId::new(), &state, &root_path, root.top()).unwrap();
+        let ground = super::super::ground::Ground::real();
+        let private =
+            PrivateDir::open(&ground, WorkspaceId::new(), &state, &root_path, root.top()).unwrap();
         Self { index: Index::open(&state).unwrap(), folder, root, private }
     }
 
@@ -57,7 +59,7 @@ impl Fixture {
         let stage_name = to.map(|content| {
             let name = self.private.stage_name();
             let staged = self.private.stage().create_new(&name, 0o666).unwrap();
-            std::os::unix::fs::FileExt::write_all_at(&staged, content.as_bytes(), 0).unwrap();
+            staged.write_all_at(content.as_bytes(), 0).unwrap();
             name
         });
         let change = LocalChange { path: path(name), from, to: to.map(file), aside: None };

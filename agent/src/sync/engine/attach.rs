@@ -8,16 +8,14 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use rustix::fs::FlockOperation;
-use rustix::io::Errno;
-
 use super::super::WorkspaceConfig;
 use super::super::core::Core;
+use super::super::ground::Ground;
 use super::super::ignore::Ignore;
 use super::super::index::{Index, IndexError};
 use super::super::private_dir::PrivateDir;
 use super::super::watch::{Dirty, Watch};
-use crate::root_dir::{DirHandle, DirIdentity, RootDir};
+use crate::root_dir::{DirIdentity, RootDir};
 
 /// Why a workspace cannot be worked in.
 #[derive(Debug, thiserror::Error)]
@@ -58,30 +56,34 @@ impl WorkspaceConfig {
 }
 
 /// Opens everything. Blocking.
-pub(super) fn attach(config: &WorkspaceConfig, dirty: Arc<Dirty>) -> Result<Attached, AttachError> {
+pub(super) fn attach(
+    ground: &Ground,
+    config: &WorkspaceConfig,
+    dirty: Arc<Dirty>,
+) -> Result<Attached, AttachError> {
+    let disk = &*ground.disk;
     let path = || config.root.clone();
     let folder = config.state_folder();
-    cortex_shared::durable::create_private_folder(&folder)
+    disk.make_all(&folder, 0o700)
         .map_err(|source| AttachError::State { path: folder.clone(), source })?;
-    let (top, made) = match DirHandle::open_ambient(&config.root) {
+    let (top, made) = match disk.open(&config.root) {
         Ok(top) => (top, false),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if Index::open(&folder)?.root()?.is_some() {
                 return Err(AttachError::Missing { path: path() });
             }
-            let made = std::fs::create_dir_all(&config.root)
-                .and_then(|()| DirHandle::open_ambient(&config.root));
+            let made = disk.make_all(&config.root, 0o777).and_then(|()| disk.open(&config.root));
             (made.map_err(|source| AttachError::Root { path: path(), source })?, true)
         }
         Err(source) => return Err(AttachError::Root { path: path(), source }),
     };
     // Held as long as the directory is open. On the directory itself, since agents with different
     // state directories have nothing else in common.
-    match rustix::fs::flock(&top, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => return Err(AttachError::Locked { path: path() }),
+    match top.lock() {
+        Ok(false) => return Err(AttachError::Locked { path: path() }),
         // Some network file systems lock nothing.
-        Err(errno) => tracing::warn!(root = ?config.root, %errno, "cannot lock the root"),
-        Ok(()) => {}
+        Err(error) => tracing::warn!(root = ?config.root, %error, "cannot lock the root"),
+        Ok(true) => {}
     }
     let identity = top.identity().map_err(|source| AttachError::Root { path: path(), source })?;
     let mut index = Index::open(&folder)?;
@@ -92,14 +94,16 @@ pub(super) fn attach(config: &WorkspaceConfig, dirty: Arc<Dirty>) -> Result<Atta
         Some(_) => {}
         None => index.batch(|writer| writer.set_root(identity))?,
     }
-    let private = PrivateDir::open(config.id, &folder, &config.root, &top)
+    let private = PrivateDir::open(ground, config.id, &folder, &config.root, &top)
         .map_err(|source| AttachError::Private { path: path(), source })?;
     tracing::debug!(workspace = %config.name, private = ?private.path(), "attached");
     let meta = top.meta().map_err(|source| AttachError::Root { path: path(), source })?;
     let owner = rustix::process::geteuid().is_root().then_some((meta.uid, meta.gid));
-    let watch = Watch::new(&config.root, dirty)
-        .inspect_err(|error| tracing::warn!(%error, "cannot watch; looking from time to time"))
-        .ok();
+    let watch = ground.watched.then(|| Watch::new(&config.root, dirty)).and_then(|watch| {
+        watch
+            .inspect_err(|error| tracing::warn!(%error, "cannot watch; looking from time to time"))
+            .ok()
+    });
     let core = Core {
         root: RootDir::new(top),
         private: Arc::new(private),
@@ -113,10 +117,11 @@ pub(super) fn attach(config: &WorkspaceConfig, dirty: Arc<Dirty>) -> Result<Atta
 
 /// Checks that the root is still what it was. Blocking.
 pub(super) fn check_root(
+    ground: &Ground,
     config: &WorkspaceConfig,
     identity: DirIdentity,
 ) -> Result<(), AttachError> {
-    match DirHandle::open_ambient(&config.root).and_then(|top| top.identity()) {
+    match ground.disk.open(&config.root).and_then(|top| top.identity()) {
         Ok(now) if now == identity => Ok(()),
         Ok(_) => Err(AttachError::Replaced { path: config.root.clone() }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {

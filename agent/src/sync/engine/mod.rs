@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::apply::rescue_late_writes;
 use super::core::{CoreCell, SyncError};
+use super::ground::{Blocking, Ground};
 use super::hub::Hub;
 use super::index::Index;
 use super::problem::{Finding, Stage};
@@ -62,6 +63,7 @@ pub(super) enum Command {
 }
 
 pub(super) struct Engine<H> {
+    pub(super) ground: Ground,
     pub(super) config: WorkspaceConfig,
     pub(super) hub: H,
     /// Another line to the same hub.
@@ -106,7 +108,8 @@ impl<H: Hub> Engine<H> {
             let dirty = Arc::new(Dirty::default());
             let reason = match self.attach(dirty.clone()).await {
                 Ok(Attached { core, identity }) => {
-                    let mut work = Work::new(CoreCell::new(core), identity, dirty);
+                    let mut work =
+                        Work::new(CoreCell::new(core, self.ground.blocking), identity, dirty);
                     let end = self.work(&mut work).await;
                     work.end_transfers().await;
                     for flush in work.flushes.drain(..) {
@@ -125,11 +128,9 @@ impl<H: Hub> Engine<H> {
     }
 
     async fn attach(&self, dirty: Arc<Dirty>) -> Result<Attached, String> {
-        let config = self.config.clone();
-        tokio::task::spawn_blocking(move || attach(&config, dirty))
-            .await
-            .map_err(|error| error.to_string())?
-            .map_err(|error| error.to_string())
+        let (ground, config) = (self.ground.clone(), self.config.clone());
+        let attached = self.ground.blocking.run(move || attach(&ground, &config, dirty)).await;
+        attached.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
     }
 
     /// Tells why nothing is done, and waits a while.
@@ -143,6 +144,7 @@ impl<H: Hub> Engine<H> {
         tokio::pin!(retry);
         loop {
             tokio::select! {
+                biased;
                 () = self.cancel.cancelled() => return,
                 () = &mut retry => return,
                 Some(command) = self.commands.recv() => {
@@ -212,7 +214,7 @@ impl<H: Hub> Engine<H> {
         let problems = work.problems.list();
         self.progress.update(|status| status.problems = problems);
         work.outdated = true;
-        let retry_at = Instant::now() + work.hub_backoff.next_delay();
+        let retry_at = Instant::now() + work.hub_backoff.next_delay_of((self.ground.chance)());
         work.retry_at = Some(retry_at);
         work.revisits.extend(work.unseen.drain(..).map(|scope| (retry_at, scope)));
         None
@@ -254,10 +256,8 @@ impl<H: Hub> Engine<H> {
     }
 
     async fn check_root(&self, identity: DirIdentity) -> Result<(), RoundError> {
-        let config = self.config.clone();
-        tokio::task::spawn_blocking(move || check_root(&config, identity))
-            .await
-            .map_err(|_| SyncError::Panicked)??;
+        let (ground, config) = (self.ground.clone(), self.config.clone());
+        self.ground.blocking.run(move || check_root(&ground, &config, identity)).await??;
         Ok(())
     }
 
@@ -309,7 +309,8 @@ impl<H: Hub> Engine<H> {
     async fn look_at(&mut self, work: &mut Work, scope: &Scope) -> Result<(), SyncError> {
         let cancel = self.cancel.clone();
         let scanned = scope.clone();
-        let begun = std::time::Instant::now();
+        let threads = self.ground.blocking == Blocking::Threads;
+        let begun = Instant::now();
         let hot: HashMap<_, _> =
             work.hot.iter().map(|(path, (hot, _))| (path.clone(), *hot)).collect();
         let (report, entries, limited) = work
@@ -339,7 +340,7 @@ impl<H: Hub> Engine<H> {
                         directories,
                         cancel: &cancel,
                     };
-                    report = scanner.scan(&scanned)?;
+                    report = scanner.scan(&scanned, threads)?;
                 }
                 let limited = core.watch.as_ref().is_none_or(|watch| watch.limited);
                 Ok::<_, SyncError>((report, core.index.counts().local, limited))
@@ -358,6 +359,7 @@ impl<H: Hub> Engine<H> {
     async fn wait(&mut self, work: &mut Work) -> bool {
         let due = work.next_due();
         tokio::select! {
+            biased;
             () = self.cancel.cancelled() => return false,
             () = work.dirty.changed() => return self.settle(&work.dirty.clone()).await,
             seq = next_value(&mut self.head) => {
@@ -393,6 +395,7 @@ impl<H: Hub> Engine<H> {
         loop {
             let quiet = (Instant::now() + QUIET).min(end);
             tokio::select! {
+                biased;
                 () = self.cancel.cancelled() => return false,
                 () = tokio::time::sleep_until(quiet) => return true,
                 () = dirty.changed() => {}

@@ -201,8 +201,9 @@ impl<H: Hub> Engine<H> {
         }
         let root = work.core.run(|core| Ok::<_, SyncError>(core.root.clone())).await?;
         let (hub, workspace) = (self.large.clone(), self.config.id);
+        let blocking = self.ground.blocking;
         work.upload.start(&self.scope, "large uploads", |cancel| async move {
-            send_packs(&*hub, workspace, root, &cancel, parcel).await
+            send_packs(&*hub, workspace, blocking, root, &cancel, parcel).await
         });
         Ok(())
     }
@@ -225,9 +226,9 @@ impl<H: Hub> Engine<H> {
             return work.core.run(clean).await;
         }
         let (hub, workspace) = (self.large.clone(), self.config.id);
-        let progress = self.progress.clone();
+        let (progress, blocking) = (self.progress.clone(), self.ground.blocking);
         work.download.start(&self.scope, "large downloads", |cancel| {
-            download(hub, workspace, cancel, progress, batch)
+            download(hub, workspace, blocking, cancel, progress, batch)
         });
         Ok(())
     }

@@ -43,6 +43,7 @@ pub(super) struct Shared {
     state: Mutex<State>,
     head: watch::Sender<u64>,
     broken: AtomicBool,
+    full: AtomicBool,
     /// So many packs are still taken before the line breaks.
     packs_left: AtomicUsize,
     pub(super) commits: AtomicUsize,
@@ -73,6 +74,7 @@ impl MemoryHub {
                 }),
                 head: watch::Sender::new(0),
                 broken: AtomicBool::new(false),
+                full: AtomicBool::new(false),
                 packs_left: AtomicUsize::new(usize::MAX),
                 commits: AtomicUsize::new(0),
                 packs_received: AtomicUsize::new(0),
@@ -155,6 +157,11 @@ impl MemoryHub {
         self.0.broken.store(broken, Ordering::SeqCst);
     }
 
+    /// From now on there is no room for packs, or there is again.
+    pub(super) fn set_full(&self, full: bool) {
+        self.0.full.store(full, Ordering::SeqCst);
+    }
+
     /// The line breaks after so many more packs.
     pub(super) fn break_after_packs(&self, packs: usize) {
         self.0.packs_left.store(packs, Ordering::SeqCst);
@@ -176,6 +183,9 @@ impl MemoryHub {
             self.set_broken(true);
         }
         self.check()?;
+        if self.0.full.load(Ordering::SeqCst) {
+            return Err(HubError::Full { message: "the hub's disk is full".to_owned() });
+        }
         let pack = Pack::parse(bytes).map_err(HubError::protocol)?;
         pack.verify().map_err(HubError::protocol)?;
         let mut state = self.state();

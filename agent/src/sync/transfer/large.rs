@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::entry::Entry;
 use cortex_shared::ids::WorkspaceId;
 use tokio_util::sync::CancellationToken;
 
@@ -10,6 +10,7 @@ use super::lane::JOB_BYTES;
 use super::pull::fetch;
 use super::stage::Stage;
 use crate::sync::core::SyncError;
+use crate::sync::ground::Blocking;
 use crate::sync::hub::Hub;
 use crate::sync::plan::LocalChange;
 use crate::sync::private_dir::PrivateDir;
@@ -26,7 +27,6 @@ pub(in crate::sync) struct Batch {
     stage: Stage,
     /// By number in the stage.
     changes: Vec<LocalChange>,
-    needed: Vec<Digest>,
     bytes: u64,
 }
 
@@ -96,23 +96,15 @@ impl Large {
     }
 
     /// Leaves a file that has been begun to the next job.
-    pub(super) fn add(
-        &mut self,
-        stage: &mut Stage,
-        number: usize,
-        change: LocalChange,
-        needed: Vec<Digest>,
-    ) {
+    pub(super) fn add(&mut self, stage: &mut Stage, number: usize, change: LocalChange) {
         let Some(Entry::File(file)) = &change.to else { return };
         let batch = self.next.get_or_insert_with(|| Batch {
             stage: Stage::empty(self.private.clone()),
             changes: Vec::new(),
-            needed: Vec::new(),
             bytes: 0,
         });
         stage.move_to(number, file, &mut batch.stage);
         batch.bytes = batch.bytes.saturating_add(file.size);
-        batch.needed.extend(needed);
         batch.changes.push(change);
     }
 
@@ -122,22 +114,34 @@ impl Large {
     }
 }
 
-/// The job: fetches the content and checks it.
+/// The job: takes the content from here as far as it is here, fetches the rest, and checks it.
 pub(in crate::sync) async fn download<H: Hub>(
     hub: Arc<H>,
     workspace: WorkspaceId,
+    blocking: Blocking,
     cancel: CancellationToken,
     progress: Arc<Progress>,
     batch: Batch,
 ) -> Result<Arrived, SyncError> {
-    let Batch { stage, changes, mut needed, .. } = batch;
-    needed.sort_unstable();
-    needed.dedup();
+    let Batch { mut stage, changes, .. } = batch;
+    let stop = cancel.clone();
+    let take = move || {
+        for (number, change) in changes.iter().enumerate() {
+            if let Some(Entry::File(file)) = &change.to
+                && let Err(error) = stage.take_sources(number, file, &stop)
+            {
+                tracing::debug!(path = %change.path, %error, "cannot take content from here");
+            }
+        }
+        (stage, changes)
+    };
+    let (stage, changes) = blocking.run(take).await?;
+    let needed = stage.needed();
     let stage = Arc::new(Mutex::new(stage));
-    let fetched = fetch(&*hub, workspace, &cancel, &progress, &stage, &needed).await;
-    let work = move || {
+    let fetched = fetch(&*hub, workspace, blocking, &cancel, &progress, &stage, &needed).await;
+    let finish = move || {
         let Ok(stage) = Arc::try_unwrap(stage) else { return Err(SyncError::Panicked) };
-        let stage = stage.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut stage = stage.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = fetched {
             stage.clean();
             return Err(error);
@@ -146,11 +150,11 @@ pub(in crate::sync) async fn download<H: Hub>(
             .into_iter()
             .enumerate()
             .map(|(number, change)| {
-                let finished = stage.finished(number, &change);
+                let finished = stage.finished(number, &change, &cancel);
                 (change, Some(finished))
             })
             .collect();
         Ok(Arrived { stage, files })
     };
-    tokio::task::spawn_blocking(work).await.map_err(|_| SyncError::Panicked)?
+    blocking.run(finish).await?
 }
