@@ -4,6 +4,7 @@ mod memory_hub;
 mod random;
 mod safety;
 mod scenarios;
+mod simulation;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -80,12 +80,11 @@ struct State {
     fuse: Option<u64>,
     /// One in so many calls of an engine fails; 0 for none.
     error_rate: u32,
-    locked: BTreeMap<usize, u64>,
     begun: Instant,
     steps: i64,
     random: StdRng,
     /// Changes that an engine made.
-    pub(super) changes: u64,
+    changes: u64,
 }
 
 /// See the module. Cheap to clone.
@@ -130,7 +129,6 @@ impl SimDisk {
             dead: false,
             fuse: None,
             error_rate: 0,
-            locked: BTreeMap::new(),
             begun: Instant::now(),
             steps: 0,
             random: StdRng::seed_from_u64(seed),
@@ -148,7 +146,6 @@ impl SimDisk {
         let mut state = self.state();
         state.life += 1;
         (state.dead, state.fuse) = (false, None);
-        state.locked.clear();
         let who = state.life;
         drop(state);
         Self { who, ..self.clone() }
@@ -198,7 +195,8 @@ impl SimDisk {
     pub(super) fn lose_power(&self) {
         let mut state = self.state();
         state.dead = true;
-        let kept = state.random.random_range(0..=state.journal.len());
+        let changes = state.journal.len();
+        let kept = state.random.random_range(0..=changes);
         // What the directories held before the first change that is lost.
         let lost: Vec<_> = state.journal.drain(kept..).collect();
         for change in lost.into_iter().rev() {
@@ -483,17 +481,6 @@ impl Disk for SimDisk {
 struct SimDir {
     disk: SimDisk,
     id: usize,
-}
-
-impl Drop for SimDir {
-    fn drop(&mut self) {
-        let mut state = self.disk.state();
-        if let Some((_, handles)) = state.locked.iter_mut().find(|(id, _)| **id == self.id)
-            && self.disk.who != USER
-        {
-            *handles = handles.saturating_sub(1);
-        }
-    }
 }
 
 fn same_disk<'a>(directory: &'a dyn Directory, disk: &SimDisk) -> io::Result<&'a SimDir> {
