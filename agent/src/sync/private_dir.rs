@@ -67,6 +67,15 @@ impl PrivateDir {
             match Self::open_at(ground, &path, mount) {
                 Ok(Some(private)) => return Ok(private),
                 Ok(None) => {}
+                // Whatever else fails here may work the next time, and there may be files in it.
+                Err(error)
+                    if !matches!(
+                        error.kind(),
+                        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+                    ) =>
+                {
+                    return Err(error);
+                }
                 Err(error) => last_error = error,
             }
         }

@@ -166,8 +166,11 @@ impl SimDisk {
         *self.intruder.lock().unwrap_or_else(PoisonError::into_inner) = Some((every, intruder));
     }
 
-    /// Nobody intrudes any more.
+    /// Nobody intrudes any more, nothing fails and no process ends.
     pub(super) fn calm(&self) {
+        let mut state = self.state();
+        (state.fuse, state.error_rate) = (None, 0);
+        drop(state);
         *self.intruder.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
@@ -184,6 +187,12 @@ impl SimDisk {
     /// How many changes engines have made.
     pub(super) fn changes(&self) -> u64 {
         self.state().changes
+    }
+
+    /// Mounts another file system at a directory, as it is.
+    pub(super) fn mount(&self, path: &Path) {
+        let id = self.find(path).unwrap();
+        self.state().inodes[id].mount = 2;
     }
 
     /// Writes everything back, as a machine does that is shut down or has been idle for a while.

@@ -16,8 +16,18 @@ mod line;
 mod user;
 mod world;
 
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 
+use disk::{Kind, SimDisk};
+use tokio_util::sync::CancellationToken;
+
+use crate::root_dir::{Disk as _, RootDir};
+use crate::sync::ignore::Ignore;
+use crate::sync::index::Index;
+use crate::sync::scan::{Clock, Scanner, Scope};
+use crate::sync::watch::Unwatched;
 use world::{Outcome, World};
 
 /// Seeds of an ordinary test run.
@@ -54,6 +64,32 @@ fn meshes_in_a_storm_converge_and_lose_nothing() {
         }
     }
     assert!(failed.is_empty(), "seeds that fail: {failed:?}");
+}
+
+#[test]
+fn what_is_mounted_below_a_root_is_not_looked_at() {
+    let folder = tempfile::tempdir().unwrap();
+    let kind = Kind { grain_ns: 1, reuses_numbers: false, folds_case: false };
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let _entered = runtime.enter();
+    let disk = SimDisk::new(kind, 0);
+    let root = Path::new("/root");
+    disk.make_all(&root.join("d/below"), 0o755).unwrap();
+    disk.mount(&root.join("d"));
+    let mut index = Index::open(folder.path()).unwrap();
+    let scanner = Scanner {
+        root: &RootDir::new(disk.open(root).unwrap()),
+        index: &mut index,
+        ignore: &Ignore,
+        clock: Clock { now_ns: i64::MAX, tick_ns: 1 },
+        hot: &HashMap::new(),
+        directories: &mut Unwatched,
+        cancel: &CancellationToken::new(),
+    };
+    let report = scanner.scan(&Scope::Tree(None), false).unwrap();
+    let codes: Vec<_> = report.findings.iter().map(|finding| finding.code).collect();
+    assert_eq!(codes, ["other_file_system"]);
+    assert_eq!(index.below(None, None, 10).unwrap(), []);
 }
 
 #[test]

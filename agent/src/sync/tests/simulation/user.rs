@@ -31,6 +31,8 @@ pub(super) struct User {
     /// Outside of the root, on the same disk.
     pub(super) aside: PathBuf,
     pub(super) ledger: Arc<Mutex<Ledger>>,
+    /// A file that a program has open, and goes on writing to wherever it is by now.
+    pub(super) open: Arc<Mutex<Option<FileHandle>>>,
 }
 
 pub(super) fn read(file: &FileHandle) -> String {
@@ -79,7 +81,9 @@ impl User {
             }
             74..80 => self.toggle_executable(disk, &path),
             80..85 => self.touch(disk, &path),
-            85..90 => self.link(disk, &path),
+            85..88 => self.link(disk, &path),
+            88..91 => self.open(disk, &path),
+            91..95 => self.write_open(random.random_bool(0.5)),
             _ => self.make_directory(disk, &path),
         };
         if let Ok(deed) = deed {
@@ -141,6 +145,32 @@ impl User {
         ledger.removed.insert(old);
         ledger.written.insert(content.clone());
         Ok(format!("writes {content} into{}", if sneaky { " (unseen)" } else { "" }))
+    }
+
+    fn open(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+        let parent = self.parent(disk, path, false)?;
+        let file = parent.open_for_writing(path[path.len() - 1].as_bytes())?;
+        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        Ok("opens".to_owned())
+    }
+
+    fn write_open(&self, close: bool) -> io::Result<String> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = open.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        if file.meta()?.links == 0 {
+            *open = None;
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let (old, content) = (read(file), self.content());
+        file.write_all_at(content.as_bytes(), 0)?;
+        file.sync()?;
+        if close {
+            *open = None;
+        }
+        let mut ledger = self.ledger();
+        ledger.removed.insert(old);
+        ledger.written.insert(content.clone());
+        Ok(format!("writes {content} into what is open, not"))
     }
 
     fn remove(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {

@@ -54,7 +54,7 @@ pub(super) struct World {
     hub: MemoryHub,
     ledger: Arc<Mutex<Ledger>>,
     members: Vec<Member>,
-    scope: TaskScope,
+    backup: Option<Box<dyn FnOnce()>>,
     _folder: tempfile::TempDir,
 }
 
@@ -141,7 +141,13 @@ impl World {
                 let state_dir = home.join("state");
                 let config =
                     WorkspaceConfig { id: workspace, name: "w".to_owned(), root, state_dir };
-                let user = User { name, root: config.root.clone(), aside, ledger: ledger.clone() };
+                let user = User {
+                    name,
+                    root: config.root.clone(),
+                    aside,
+                    ledger: ledger.clone(),
+                    open: Arc::default(),
+                };
                 let mut member = Member {
                     config,
                     disk,
@@ -156,7 +162,7 @@ impl World {
                 member
             })
             .collect();
-        Self { random, hub, ledger, members, scope: TaskScope::new(), _folder: folder }
+        Self { random, hub, ledger, members, backup: None, _folder: folder }
     }
 
     /// Storms and calms.
@@ -177,7 +183,6 @@ impl World {
         for member in &mut self.members {
             member.stop().await;
         }
-        self.scope.finish().await;
         outcome
     }
 
@@ -220,8 +225,19 @@ impl World {
                 member.start();
             }
             88..91 => member.disk.write_back(),
-            91..95 => member.remember_index(),
-            95..98 => {
+            91..93 if chance => {
+                self.note(format!("{name}: disk fails once in {}", 20 + amount * 10));
+                self.members[number].disk.set_error_rate(20 + amount * 10);
+            }
+            91..93 => member.remember_index(),
+            93..94 => self.backup = Some(Box::new(self.hub.backup())),
+            94..96 => {
+                if let Some(restore) = self.backup.take() {
+                    self.note("the hub is put back from a backup".to_owned());
+                    restore();
+                }
+            }
+            96..98 => {
                 let user = member.user.clone();
                 let intruder = move |disk: &SimDisk, random: &mut StdRng| user.act(disk, random);
                 member.disk.set_intruder(10 + 10 * amount, Box::new(intruder));
@@ -272,7 +288,6 @@ impl World {
             member.line.set_loss(0);
             member.online.send_replace(true);
             member.disk.calm();
-            member.disk.set_error_rate(0);
         }
         for round in 0.. {
             sleep(ROUND).await;
