@@ -88,28 +88,11 @@ impl Report {
 
 enum Placed {
     Done,
-    /// Done, and another file went to the trash.
-    Displaced(Displaced),
     /// Not what the plan was made for.
     Surprise,
     /// Its directory does not exist: it could not be made, which has been said, or somebody has just
     /// removed it, which the kernel tells. Looking again at once would find nothing new.
     Blocked,
-}
-
-/// Goes on after the first of two steps, if that was done.
-fn and_then(
-    first: Placed,
-    second: impl FnOnce() -> Result<Placed, PlaceError>,
-) -> Result<Placed, PlaceError> {
-    match first {
-        Placed::Done => second(),
-        Placed::Displaced(file) => Ok(match second()? {
-            Placed::Done => Placed::Displaced(file),
-            undone => undone,
-        }),
-        undone => Ok(undone),
-    }
 }
 
 /// What a file or link of ours looked like when nobody else could reach it. If it looks otherwise
@@ -136,6 +119,8 @@ struct Prepared {
     /// Open, if it is to be synced by itself.
     file: Option<FileHandle>,
     print: Option<Print>,
+    /// What is about to be displaced, under its future name in the trash.
+    displaces: Option<Displaced>,
 }
 
 /// A change that has been made, and the prints of what it left at its path and aside.
@@ -177,19 +162,19 @@ impl Applier<'_> {
     /// report.
     pub fn apply(mut self, batch: Vec<Staged>) -> Result<Report, ApplyError> {
         let mut report = Report::default();
-        let (made, displaced) = self.make(batch, &mut report)?;
+        let (made, untouched) = self.make(batch, &mut report)?;
         report.applied = made.len();
-        report.displaced = displaced.len();
-        self.record(made, displaced, &mut report)?;
+        self.record(made, &untouched, &mut report)?;
         Ok(report)
     }
 
-    /// Makes the changes and makes them durable.
+    /// Makes the changes and makes them durable. Also returns the names in the trash under which
+    /// nothing was displaced.
     fn make(
         &mut self,
         batch: Vec<Staged>,
         report: &mut Report,
-    ) -> Result<(Vec<Made>, Vec<Displaced>), ApplyError> {
+    ) -> Result<(Vec<Made>, Vec<Vec<u8>>), ApplyError> {
         let one_by_one = batch.iter().filter(|s| s.stage_name.is_some()).count() <= SYNC_ONE_BY_ONE;
         let mut ready = Vec::with_capacity(batch.len());
         for staged in batch {
@@ -197,45 +182,73 @@ impl Applier<'_> {
                 // Many open files at once would meet the limit of the process.
                 Ok((file, print)) => {
                     let file = file.filter(|_| one_by_one);
-                    ready.push(Prepared { staged, file, print });
+                    let displaces = self.displaces(&staged)?;
+                    ready.push(Prepared { staged, file, print, displaces });
                 }
                 Err(error) => self.give_up(staged, &error, report),
             }
         }
         self.sync_files(&ready, one_by_one)?;
+        // Before it happens: a crash must not leave a file in the trash that nobody looks after.
+        if ready.iter().any(|one| one.displaces.is_some()) {
+            self.index.batch(|writer| {
+                let mut notes = ready.iter().filter_map(|one| one.displaces.as_ref());
+                notes.try_for_each(|file| writer.note_displaced(file))
+            })?;
+        }
         let mut touched = Touched::default();
         let mut made = Vec::with_capacity(ready.len());
-        let mut displaced = Vec::new();
-        for Prepared { staged, file, print } in ready {
+        let mut untouched = Vec::new();
+        for Prepared { staged, file, print, displaces } in ready {
             drop(file);
-            let mut stood = None;
-            let outcome = match self.place(&staged, &mut touched, &mut stood) {
-                Ok(outcome) => outcome,
-                Err(error) => {
-                    self.give_up(staged, &error, report);
-                    continue;
-                }
-            };
-            match outcome {
-                Placed::Done | Placed::Displaced(_) => {}
-                Placed::Surprise => {
+            let (mut stood, name) = (None, displaces.map(|file| file.name));
+            let placed = self.place(&staged, &mut touched, &mut stood, name.as_deref());
+            match (&placed, name) {
+                (Ok(Placed::Done), Some(_)) => report.displaced += 1,
+                (_, Some(name)) => untouched.push(name),
+                (_, None) => {}
+            }
+            match placed {
+                Ok(Placed::Done) => {}
+                Ok(Placed::Surprise) => {
                     report.dirty.insert(staged.change.path.parent());
                     self.remove_staged(&staged);
                     continue;
                 }
-                Placed::Blocked => {
+                Ok(Placed::Blocked) => {
                     self.remove_staged(&staged);
                     continue;
                 }
-            }
-            if let Placed::Displaced(file) = outcome {
-                displaced.push(file);
+                Err(error) => {
+                    self.give_up(staged, &error, report);
+                    continue;
+                }
             }
             let aside = stood.filter(|_| staged.change.aside.is_some());
             made.push(Made { change: staged.change, print: print.or(stood), aside });
         }
         touched.sync(self.root).map_err(ApplyError::Durability)?;
-        Ok((made, displaced))
+        Ok((made, untouched))
+    }
+
+    /// What a change is about to displace, as far as the index knows it.
+    fn displaces(&self, staged: &Staged) -> Result<Option<Displaced>, IndexError> {
+        let change = &staged.change;
+        let is_displaced = match (&change.from, &change.to, &change.aside) {
+            (Some(Entry::File(_)), Some(Entry::File(_)), None) => staged.stage_name.is_some(),
+            (Some(Entry::File(_)), _, None) => true,
+            _ => false,
+        };
+        if !is_displaced {
+            return Ok(None);
+        }
+        let found = self.index.get(&change.path)?;
+        Ok(found.and_then(|found| found.stamp).map(|stamp| Displaced {
+            name: staged.stage_name.clone().unwrap_or_else(|| self.private.stage_name()),
+            path: change.path.clone(),
+            size: stamp.size,
+            mtime_ns: stamp.mtime_ns,
+        }))
     }
 
     /// Gives a staged file its attributes, before it takes its place: a crash must not leave a file
@@ -277,12 +290,14 @@ impl Applier<'_> {
         result.map_err(ApplyError::Durability)
     }
 
-    /// Makes one change; tells in `stood` what was found there.
+    /// Makes one change; tells in `stood` what was found there. What is displaced gets the name in
+    /// the trash.
     fn place(
         &mut self,
         staged: &Staged,
         touched: &mut Touched,
         stood: &mut Option<Print>,
+        trash_name: Option<&[u8]>,
     ) -> Result<Placed, PlaceError> {
         let change = &staged.change;
         let directory = change.path.parent();
@@ -308,12 +323,14 @@ impl Applier<'_> {
         match (from, &change.to) {
             (None, None) => Ok(Placed::Done),
             (Some(Entry::Dir), None) => remove_directory(&parent, leaf),
-            (Some(_), None) => self.displace(change, &parent, leaf, &current),
+            (Some(_), None) => self.displace(change, &parent, leaf, &current, trash_name),
             (None, Some(Entry::Dir)) => self.make_directory(&parent, leaf),
             (Some(Entry::Dir), Some(Entry::Dir)) => Ok(Placed::Done),
             (Some(_), Some(Entry::Dir)) => {
-                let displaced = self.displace(change, &parent, leaf, &current)?;
-                and_then(displaced, || self.make_directory(&parent, leaf))
+                match self.displace(change, &parent, leaf, &current, trash_name)? {
+                    Placed::Done => self.make_directory(&parent, leaf),
+                    undone => Ok(undone),
+                }
             }
             (Some(Entry::File(_)), Some(Entry::File(to))) if staged.stage_name.is_none() => {
                 set_executable(&parent, leaf, &current, to)
@@ -393,29 +410,22 @@ impl Applier<'_> {
         parent: &DirHandle,
         leaf: &[u8],
         current: &Option<Current>,
+        trash_name: Option<&[u8]>,
     ) -> Result<Placed, PlaceError> {
-        let (trash, name) = (self.private.trash(), self.private.trash_name());
+        let trash = self.private.trash();
+        let name = trash_name.map_or_else(|| self.private.stage_name(), <[u8]>::to_vec);
         match parent.rename_new(leaf, trash, &name) {
             Err(error) if vanished(&error) => return Ok(Placed::Surprise),
             result => result?,
         }
         if is_still(trash, &name, change, current)? {
-            return self.displaced(change, name);
+            return Ok(Placed::Done);
         }
         // If somebody has put yet another file there meanwhile, this one stays in the trash.
         match trash.rename_new(&name, parent, leaf) {
             Err(error) if !exists(&error) => Err(error.into()),
             _ => Ok(Placed::Surprise),
         }
-    }
-
-    /// Notes what a displaced file looks like, to see whether it is written to in the trash.
-    fn displaced(&self, change: &LocalChange, name: Vec<u8>) -> Result<Placed, PlaceError> {
-        let meta = self.private.trash().lstat(&name)?;
-        Ok(match meta.kind {
-            FileKind::File => Placed::Displaced(Displaced::new(name, &change.path, &meta)),
-            _ => Placed::Done,
-        })
     }
 
     /// Puts a staged file or link in the place of another in one step.
@@ -434,14 +444,16 @@ impl Applier<'_> {
             Err(error) if vanished(&error) => return Ok(Placed::Surprise),
             Err(error) if Errno::from_io_error(&error) == Some(Errno::INVAL) => {
                 // No exchange on this file system: for an instant nothing stands there.
-                let displaced = self.displace(change, parent, leaf, current)?;
-                return and_then(displaced, || self.place_new(stage_name, parent, leaf));
+                return match self.displace(change, parent, leaf, current, Some(stage_name))? {
+                    Placed::Done => self.place_new(stage_name, parent, leaf),
+                    undone => Ok(undone),
+                };
             }
             Err(error) => return Err(error.into()),
         }
         if is_still(stage, stage_name, change, current)? {
-            let name = self.private.discard(stage_name)?;
-            return self.displaced(change, name);
+            self.private.discard(stage_name)?;
+            return Ok(Placed::Done);
         }
         stage.exchange(stage_name, parent, leaf)?;
         if stage.lstat(stage_name)?.ino != ours.ino {
@@ -456,15 +468,13 @@ impl Applier<'_> {
     fn record(
         &mut self,
         made: Vec<Made>,
-        displaced: Vec<Displaced>,
+        untouched: &[Vec<u8>],
         report: &mut Report,
     ) -> Result<(), ApplyError> {
         let clock = self.private.clock().map_err(ApplyError::Durability)?;
         let root = self.root;
         self.index.batch(|writer| {
-            for file in displaced {
-                writer.note_displaced(&file)?;
-            }
+            untouched.iter().try_for_each(|name| writer.forget_displaced(name))?;
             for Made { change, print, aside: aside_print } in made {
                 let parent = root.parent_of(&change.path).map(|(parent, _)| parent);
                 let stamp_of = |path: &WirePath| {

@@ -144,9 +144,11 @@ impl PrivateDir {
         &self.trash
     }
 
-    /// A name that is not in use in the stage.
+    /// A name that is in use neither in the stage nor in the trash; tells when it was made. What is
+    /// displaced by a staged file goes to the trash under its name, after a crash as well.
     pub fn stage_name(&self) -> Vec<u8> {
-        self.next_name.fetch_add(1, Ordering::Relaxed).to_string().into_bytes()
+        let number = self.next_name.fetch_add(1, Ordering::Relaxed);
+        format!("{:015}-{}-{number}", self.now_ms(), std::process::id()).into_bytes()
     }
 
     /// As [`Self::stage_name`], for a large file that is not whole yet: what a crash leaves of it is
@@ -168,24 +170,16 @@ impl PrivateDir {
         Ok(name)
     }
 
-    /// A name that is not in use in the trash; tells when it was made.
-    pub fn trash_name(&self) -> Vec<u8> {
-        let number = self.next_name.fetch_add(1, Ordering::Relaxed);
-        format!("{:015}-{}-{number}", self.now_ms(), std::process::id()).into_bytes()
-    }
-
     fn now_ms(&self) -> u64 {
         (self.wall_ms)().max(0).unsigned_abs()
     }
 
-    /// Moves something from the stage to the trash; returns its name there.
+    /// Moves something from the stage to the trash, under its name.
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn discard(&self, stage_name: &[u8]) -> io::Result<Vec<u8>> {
-        let name = self.trash_name();
-        self.stage.rename_new(stage_name, &self.trash, &name)?;
-        Ok(name)
+    pub fn discard(&self, stage_name: &[u8]) -> io::Result<()> {
+        self.stage.rename_new(stage_name, &self.trash, stage_name)
     }
 
     /// Reads the file system's clock.
@@ -269,7 +263,8 @@ mod tests {
             || PrivateDir::open(&ground, WorkspaceId::new(), &state, &root, &handle).unwrap();
         let private = open();
         assert_eq!(private.path(), state.join("files"));
-        std::fs::write(private.path().join("stage/7"), b"somebody's").unwrap();
+        let left = String::from_utf8(private.stage_name()).unwrap();
+        std::fs::write(private.path().join("stage").join(&left), b"somebody's").unwrap();
         std::fs::write(private.path().join("trash/000000000000001-1-1"), b"old").unwrap();
         let part = String::from_utf8(private.part_name()).unwrap();
         std::fs::write(private.path().join("stage").join(&part), b"half of a large file").unwrap();

@@ -34,12 +34,6 @@ pub struct LateWrites {
 }
 
 impl Displaced {
-    /// What is to be remembered of a file that was just displaced.
-    pub(super) fn new(name: Vec<u8>, path: &WirePath, meta: &Meta) -> Self {
-        let Meta { size, mtime_ns, .. } = *meta;
-        Self { name, path: path.clone(), size, mtime_ns }
-    }
-
     fn is_unchanged(&self, meta: &Meta) -> bool {
         (self.size, self.mtime_ns) == (meta.size, meta.mtime_ns)
     }

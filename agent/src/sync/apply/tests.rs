@@ -216,16 +216,43 @@ fn an_edit_of_the_same_length_before_the_index_is_told_is_not_taken_for_ours() {
             owner: None,
         };
         let mut report = Report::default();
-        let (made, displaced) = applier.make(vec![staged], &mut report).unwrap();
+        let (made, untouched) = applier.make(vec![staged], &mut report).unwrap();
         for name in ["f", "f.conflict"] {
             if tree.folder.path().join("root").join(name).exists() {
                 fs::write(tree.folder.path().join("root").join(name), "USER!").unwrap();
             }
         }
-        applier.record(made, displaced, &mut report).unwrap();
+        applier.record(made, &untouched, &mut report).unwrap();
         assert!(report.dirty.contains(&None));
         for name in ["f", "f.conflict"].into_iter().take(1 + usize::from(aside)) {
             assert!(tree.index.get(&path(name)).unwrap().unwrap().row.unknown, "{name}");
         }
+    }
+}
+
+#[test]
+fn a_displaced_file_is_remembered_before_a_crash_can_come_in_between() {
+    for to in [Some("new"), None] {
+        let mut tree = Fixture::new();
+        tree.known("f", "old", false);
+        let staged = tree.change("f", Some(file("old")), to);
+        let applier = Applier {
+            root: &tree.root,
+            private: &tree.private,
+            index: &mut tree.index,
+            owner: None,
+        };
+        let mut applier = applier;
+        applier.make(vec![staged], &mut Report::default()).unwrap();
+        // The process ends here: the index is told nothing more.
+        let trash = tree.folder.path().join("state/files/trash");
+        let name = tree.private.trash().names().unwrap().remove(0);
+        fs::write(trash.join(String::from_utf8(name).unwrap()), "written late").unwrap();
+        rescue_late_writes(&tree.root, &tree.private, &mut tree.index).unwrap();
+        assert!(tree.trash().is_empty(), "{to:?}");
+        let there = tree.root.top().names().unwrap();
+        let contents: Vec<_> =
+            there.iter().map(|name| tree.read(std::str::from_utf8(name).unwrap())).collect();
+        assert!(contents.contains(&Some("written late".to_owned())), "{to:?} {contents:?}");
     }
 }

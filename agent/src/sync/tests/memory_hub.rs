@@ -44,6 +44,8 @@ pub(super) struct Shared {
     head: watch::Sender<u64>,
     broken: AtomicBool,
     full: AtomicBool,
+    /// The line breaks after so many packs of one answer.
+    packs_of_an_answer: AtomicUsize,
     /// So many packs are still taken before the line breaks.
     packs_left: AtomicUsize,
     pub(super) commits: AtomicUsize,
@@ -75,6 +77,7 @@ impl MemoryHub {
                 head: watch::Sender::new(0),
                 broken: AtomicBool::new(false),
                 full: AtomicBool::new(false),
+                packs_of_an_answer: AtomicUsize::new(usize::MAX),
                 packs_left: AtomicUsize::new(usize::MAX),
                 commits: AtomicUsize::new(0),
                 packs_received: AtomicUsize::new(0),
@@ -155,6 +158,11 @@ impl MemoryHub {
     /// From now on every call fails, or works again.
     pub(super) fn set_broken(&self, broken: bool) {
         self.0.broken.store(broken, Ordering::SeqCst);
+    }
+
+    /// From now on the line breaks after so many packs of each answer.
+    pub(super) fn break_answers_after(&self, packs: usize) {
+        self.0.packs_of_an_answer.store(packs, Ordering::SeqCst);
     }
 
     /// From now on there is no room for packs, or there is again.
@@ -394,12 +402,18 @@ impl Hub for MemoryHub {
             chunks.iter().filter_map(|chunk| state.chunks.get(chunk)).copied().collect();
         names.sort();
         names.dedup();
-        self.0.packs_sent.fetch_add(names.len(), Ordering::SeqCst);
         let mut packs: Vec<_> =
             names.iter().map(|name| Ok(Fetched::Pack(state.packs[name].clone()))).collect();
         if !missing.is_empty() {
             packs.insert(0, Ok(Fetched::Missing(missing)));
         }
+        let whole = self.0.packs_of_an_answer.load(Ordering::SeqCst);
+        if packs.len() > whole {
+            packs.truncate(whole);
+            packs.push(Err(HubError::Unavailable { message: "broken".to_owned() }));
+        }
+        let sent = packs.iter().filter(|answer| matches!(answer, Ok(Fetched::Pack(_)))).count();
+        self.0.packs_sent.fetch_add(sent, Ordering::SeqCst);
         Ok(stream::iter(packs).boxed())
     }
 

@@ -126,3 +126,22 @@ async fn a_full_hub_takes_deletions_and_is_not_called_unreachable() {
     assert_eq!(names(), ["edited", "new", "there"]);
     assert!(a.status().problems.is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_that_breaks_after_each_pack_gets_to_its_end() {
+    let mesh = Mesh::new();
+    let a = mesh.node("a");
+    // Three packs of small files, and a large one of several.
+    for number in 0..100 {
+        a.write(&format!("small {number}"), noise(number, 100_000));
+    }
+    a.write("large", noise(1000, 12 << 20));
+    a.flush().await;
+    mesh.hub.break_answers_after(1);
+    let b = mesh.node("b");
+    b.until(|status| status.state == SyncState::Idle && status.entries == 101).await;
+    assert_eq!(a.tree(), b.tree());
+    // No pack more often than the line broke: 10 MB and 12 MiB in packs of 4 MiB.
+    let sent = mesh.hub.traffic()[2];
+    assert!(sent <= 40, "{sent}");
+}

@@ -1,7 +1,9 @@
 //! Large files on their way here: what the lane is to fetch next, and what it has brought.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use cortex_shared::backoff::Backoff;
 use cortex_shared::entry::Entry;
 use cortex_shared::ids::WorkspaceId;
 use tokio_util::sync::CancellationToken;
@@ -11,11 +13,15 @@ use super::pull::fetch;
 use super::stage::Stage;
 use crate::sync::core::SyncError;
 use crate::sync::ground::Blocking;
-use crate::sync::hub::Hub;
+use crate::sync::hub::{Hub, HubError};
 use crate::sync::plan::LocalChange;
 use crate::sync::private_dir::PrivateDir;
 use crate::sync::problem::Finding;
 use crate::sync::status::Progress;
+
+/// How often content is asked for without anything arriving, and the pauses in between.
+const ATTEMPTS: u32 = 5;
+const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
 /// What is locked here is only ever locked by one blocking thread at a time.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -136,9 +142,27 @@ pub(in crate::sync) async fn download<H: Hub>(
         (stage, changes)
     };
     let (stage, changes) = blocking.run(take).await?;
-    let needed = stage.needed();
     let stage = Arc::new(Mutex::new(stage));
-    let fetched = fetch(&*hub, workspace, blocking, &cancel, &progress, &stage, &needed).await;
+    let mut pauses = Backoff::new(RETRY.0, RETRY.1);
+    let (mut missing, mut attempts) = (usize::MAX, 0);
+    // A line that breaks costs what was on its way, not what has arrived.
+    let fetched = loop {
+        let needed = lock(&stage).needed();
+        if needed.len() < missing {
+            (missing, attempts) = (needed.len(), 0);
+            pauses.reset();
+        }
+        attempts += 1;
+        match fetch(&*hub, workspace, blocking, &cancel, &progress, &stage, &needed).await {
+            Err(SyncError::Hub(HubError::Unavailable { .. })) if attempts < ATTEMPTS => {
+                let pause = tokio::time::sleep(pauses.next_delay_of(1.0));
+                if cancel.run_until_cancelled(pause).await.is_none() {
+                    break Err(SyncError::Cancelled);
+                }
+            }
+            result => break result,
+        }
+    };
     let finish = move || {
         let Ok(stage) = Arc::try_unwrap(stage) else { return Err(SyncError::Panicked) };
         let mut stage = stage.into_inner().unwrap_or_else(PoisonError::into_inner);

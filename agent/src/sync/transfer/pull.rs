@@ -107,7 +107,13 @@ async fn pull_group<H: Hub>(
     pulled.waiting.extend(begun.waiting);
     let blocking = session.core.blocking();
     let Session { hub, workspace, cancel, progress, .. } = session;
-    fetch(*hub, *workspace, blocking, cancel, progress, stage, &begun.needed).await?;
+    let fetched = fetch(*hub, *workspace, blocking, cancel, progress, stage, &begun.needed).await;
+    // What has arrived before the line broke is made use of: a line that breaks all the time gets to
+    // its end that way. But nothing is taken away for what is not here yet.
+    let broken = fetched.is_err();
+    if let Err(SyncError::Cancelled) = fetched {
+        return fetched;
+    }
     let (stage, changes) = (stage.clone(), changes.clone());
     let cancel = session.cancel.clone();
     let mut ready = begun.ready;
@@ -122,6 +128,9 @@ async fn pull_group<H: Hub>(
                     return Err(SyncError::Cancelled);
                 }
                 let change = changes[number].clone();
+                if broken && (change.to.is_none() || stage.is_waiting(number)) {
+                    continue;
+                }
                 if !needs_stage(&change) {
                     batch.push(Staged { change, stage_name: None });
                 } else if let Some(name) = ready.remove(&number) {
@@ -153,7 +162,7 @@ async fn pull_group<H: Hub>(
     pulled.displaced += report.displaced;
     pulled.dirty.extend(report.scopes());
     pulled.findings.extend(report.findings);
-    Ok(())
+    fetched
 }
 
 #[derive(Default)]

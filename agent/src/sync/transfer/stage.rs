@@ -163,7 +163,8 @@ impl Stage {
         Ok(file.chunks().filter(is_here).map(|chunk| chunk.hash).collect())
     }
 
-    fn is_waiting(&self, number: usize) -> bool {
+    /// Whether something is still missing to a file.
+    pub(super) fn is_waiting(&self, number: usize) -> bool {
         self.files[number].as_ref().is_some_and(|file| file.waiting > 0)
     }
 

@@ -33,16 +33,14 @@ use world::{Outcome, World};
 /// Seeds of an ordinary test run.
 const SEEDS: u64 = 60;
 
+/// In one thread, where time passes only while everybody waits.
+fn run<T>(history: impl Future<Output = T>) -> T {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    runtime.enable_time().start_paused(true).build().unwrap().block_on(history)
+}
+
 fn simulate(seed: u64) -> Outcome {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        let mut world = World::new(seed);
-        world.live().await
-    })
+    run(async { World::new(seed).live().await })
 }
 
 fn number(name: &str) -> Option<u64> {
@@ -90,6 +88,20 @@ fn what_is_mounted_below_a_root_is_not_looked_at() {
     let codes: Vec<_> = report.findings.iter().map(|finding| finding.code).collect();
     assert_eq!(codes, ["other_file_system"]);
     assert_eq!(index.below(None, None, 10).unwrap(), []);
+}
+
+/// D1 to D8 of the crash matrix: the process of a member ends at each single change it makes to its
+/// disk while it applies, is started again, and everything is as if nothing had happened.
+#[test]
+fn d1_to_d8_a_process_may_end_at_every_change_it_makes_while_it_applies() {
+    for power_loss in [false, true] {
+        for changes in 0.. {
+            if !run(async { World::apply_until(changes, power_loss).await }) {
+                assert!(changes > 20, "there is something to be done: {changes}");
+                break;
+            }
+        }
+    }
 }
 
 #[test]

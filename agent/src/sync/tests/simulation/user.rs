@@ -112,7 +112,7 @@ impl User {
     }
 
     /// Saves as editors do, by a rename over the old file.
-    fn save(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+    pub(super) fn save(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
         let parent = self.parent(disk, path, true)?;
         let name = path[path.len() - 1].as_bytes();
         let content = self.content();
@@ -173,7 +173,7 @@ impl User {
         Ok(format!("writes {content} into what is open, not"))
     }
 
-    fn remove(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+    pub(super) fn remove(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
         let parent = self.parent(disk, path, false)?;
         let aside = disk.open(&self.aside)?;
         let name = self.content();
@@ -189,7 +189,7 @@ impl User {
         Ok(format!("renames to {} from", to.join("/")))
     }
 
-    fn toggle_executable(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+    pub(super) fn toggle_executable(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
         let parent = self.parent(disk, path, false)?;
         let file = parent.open_for_writing(path[path.len() - 1].as_bytes())?;
         file.set_mode(file.meta()?.mode ^ 0o111)?;
@@ -205,13 +205,13 @@ impl User {
         Ok("touches".to_owned())
     }
 
-    fn link(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+    pub(super) fn link(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
         let parent = self.parent(disk, path, true)?;
         parent.make_link(path[path.len() - 1].as_bytes(), b"a")?;
         Ok("links".to_owned())
     }
 
-    fn make_directory(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+    pub(super) fn make_directory(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
         let parent = self.parent(disk, path, true)?;
         parent.make_dir(path[path.len() - 1].as_bytes(), 0o755)?;
         Ok("makes".to_owned())

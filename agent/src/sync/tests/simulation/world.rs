@@ -165,6 +165,45 @@ impl World {
         Self { random, hub, ledger, members, backup: None, _folder: folder }
     }
 
+    /// One member makes all kinds of changes, and the process of another ends after so many changes
+    /// of its disk while it applies them. Whether it came to that.
+    pub(super) async fn apply_until(changes: u64, power_loss: bool) -> bool {
+        let mut world = Self::new(7);
+        world.calm().await;
+        let save = |world: &Self, path: &[&str]| {
+            let member = &world.members[0];
+            member.user.save(&member.disk, path).unwrap();
+        };
+        for path in [["replaced"].as_slice(), &["deleted"], &["d", "below"], &["f"], &["kept"]] {
+            save(&world, path);
+        }
+        world.calm().await;
+        save(&world, &["replaced"]);
+        save(&world, &["new"]);
+        save(&world, &["e", "deep", "new"]);
+        let Member { user, disk, .. } = &world.members[0];
+        user.remove(disk, &["deleted"]).unwrap();
+        user.remove(disk, &["d"]).unwrap();
+        user.remove(disk, &["f"]).unwrap();
+        user.make_directory(disk, &["f"]).unwrap();
+        user.link(disk, &["link"]).unwrap();
+        user.toggle_executable(disk, &["kept"]).unwrap();
+        world.members[0].flush().await.unwrap();
+        world.members[1].disk.set_fuse(changes);
+        world.members[1].handle().head_moved(*world.hub.subscribe().borrow());
+        sleep(ROUND).await;
+        let ended = world.members[1].disk.is_dead();
+        if ended {
+            world.crash(1, power_loss).await;
+        }
+        world.calm().await;
+        world.check().await;
+        for member in &mut world.members {
+            member.stop().await;
+        }
+        ended
+    }
+
     /// Storms and calms.
     pub(super) async fn live(&mut self) -> Outcome {
         for _ in 0..STORMS {
