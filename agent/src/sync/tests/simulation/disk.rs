@@ -259,6 +259,9 @@ impl SimDisk {
             state = self.state();
         }
         drop(slot);
+        // It takes its time, up to two milliseconds.
+        let taken = state.random.random_range(0..20_000);
+        state.steps += taken;
         if changes {
             state.changes += 1;
             if let Some(left) = &mut state.fuse {

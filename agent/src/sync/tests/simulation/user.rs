@@ -11,7 +11,8 @@ use rand::rngs::StdRng;
 use super::disk::SimDisk;
 use crate::root_dir::{DirHandle, Disk as _, FileHandle, FileKind};
 
-const NAMES: [&str; 5] = ["a", "b", "c.txt", "d", "A"];
+/// Few, so that everybody works on the same files.
+const NAMES: [&str; 3] = ["a", "b.txt", "A"];
 
 /// What all users wrote and took away.
 #[derive(Debug, Default)]
@@ -45,7 +46,7 @@ impl User {
     }
 
     fn path(&self, random: &mut StdRng) -> Vec<&'static str> {
-        let depth = random.random_range(1..=3);
+        let depth = [1, 1, 2, 2, 3][random.random_range(0..5)];
         (0..depth).map(|_| NAMES[random.random_range(0..NAMES.len())]).collect()
     }
 

@@ -117,7 +117,8 @@ impl Member {
 impl World {
     pub(super) fn new(seed: u64) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
-        let folder = tempfile::tempdir().unwrap();
+        // Only the indexes are real files: in memory, if there is such a place.
+        let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         let hub = MemoryHub::new();
         let ledger = Arc::new(Mutex::new(Ledger::default()));
         let workspace = WorkspaceId::new();
@@ -241,29 +242,29 @@ impl World {
         let name = member.user.name.clone();
         match choice {
             0..50 => member.user.act(&member.disk, &mut self.random),
-            50..60 => {
+            50..56 => {
                 self.note(format!("{name}: line {chance}"));
                 self.members[number].line.set_up(chance);
                 self.members[number].online.send_replace(chance);
             }
-            60..66 => self.members[number].line.set_loss(if chance { amount } else { 0 }),
-            66..72 => {
+            56..60 => self.members[number].line.set_loss(if chance { amount } else { 0 }),
+            60..66 => {
                 // An offline member answers at once that it is.
                 member.flush().await.ok();
             }
-            72..78 => {
+            66..72 => {
                 self.note(format!("{name}: ends after {amount} changes"));
                 self.members[number].disk.set_fuse(u64::from(amount));
             }
-            78..84 => {
+            72..76 => {
                 self.note(format!("{name}: is killed, power loss {chance}"));
                 self.crash(number, chance).await;
             }
-            84..88 => {
+            76..79 => {
                 member.stop().await;
                 member.start();
             }
-            88..91 => member.disk.write_back(),
+            79..81 => member.disk.write_back(),
             91..93 if chance => {
                 self.note(format!("{name}: disk fails once in {}", 20 + amount * 10));
                 self.members[number].disk.set_error_rate(20 + amount * 10);
@@ -276,10 +277,10 @@ impl World {
                     restore();
                 }
             }
-            96..98 => {
+            81..91 | 96..98 => {
                 let user = member.user.clone();
                 let intruder = move |disk: &SimDisk, random: &mut StdRng| user.act(disk, random);
-                member.disk.set_intruder(10 + 10 * amount, Box::new(intruder));
+                member.disk.set_intruder(3 + 2 * amount, Box::new(intruder));
             }
             _ => sleep(Duration::from_secs(10) * amount).await,
         }
