@@ -90,6 +90,9 @@ enum Placed {
     Done,
     /// Not what the plan was made for.
     Surprise,
+    /// The same, and somebody's newest work lies in the trash: the next look there puts it back,
+    /// since it is not what was noted under its name.
+    ToBeRescued,
     /// Its directory does not exist: it could not be made, which has been said, or somebody has just
     /// removed it, which the kernel tells. Looking again at once would find nothing new.
     Blocked,
@@ -204,7 +207,7 @@ impl Applier<'_> {
             let (mut stood, name) = (None, displaces.map(|file| file.name));
             let placed = self.place(&staged, &mut touched, &mut stood, name.as_deref());
             match (&placed, name) {
-                (Ok(Placed::Done), Some(_)) => report.displaced += 1,
+                (Ok(Placed::Done | Placed::ToBeRescued), Some(_)) => report.displaced += 1,
                 (_, Some(name)) => untouched.push(name),
                 (_, None) => {}
             }
@@ -213,6 +216,10 @@ impl Applier<'_> {
                 Ok(Placed::Surprise) => {
                     report.dirty.insert(staged.change.path.parent());
                     self.remove_staged(&staged);
+                    continue;
+                }
+                Ok(Placed::ToBeRescued) => {
+                    report.dirty.insert(staged.change.path.parent());
                     continue;
                 }
                 Ok(Placed::Blocked) => {
@@ -421,10 +428,13 @@ impl Applier<'_> {
         if is_still(trash, &name, change, current)? {
             return Ok(Placed::Done);
         }
-        // If somebody has put yet another file there meanwhile, this one stays in the trash.
         match trash.rename_new(&name, parent, leaf) {
-            Err(error) if !exists(&error) => Err(error.into()),
-            _ => Ok(Placed::Surprise),
+            // Somebody has put yet another file there meanwhile, or taken the directory away.
+            Err(error) if exists(&error) || vanished(&error) => Ok(Placed::ToBeRescued),
+            result => {
+                result?;
+                Ok(Placed::Surprise)
+            }
         }
     }
 
@@ -460,6 +470,7 @@ impl Applier<'_> {
             // Somebody wrote a third time, between the two exchanges. That file would be removed as
             // ours: it is kept.
             self.private.discard(stage_name)?;
+            return Ok(Placed::ToBeRescued);
         }
         Ok(Placed::Surprise)
     }

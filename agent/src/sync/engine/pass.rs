@@ -358,7 +358,8 @@ impl<H: Hub> Engine<H> {
                 (_, true) => SyncState::Applying,
             };
             status.applied_seq = work.acknowledged_seq.unwrap_or(0);
-            status.head_seq = status.head_seq.max(cursor.seq);
+            // It may be lower than it was: the hub may have been put back from a backup.
+            status.head_seq = cursor.seq;
             status.entries = entries;
             status.pending_push = pending;
             if status.state == SyncState::Idle {

@@ -1,7 +1,7 @@
 //! One history: what happens, and what has to be true in the end.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -376,7 +376,13 @@ impl World {
         assert!(made_up.is_empty(), "nobody wrote {made_up:?}\n{deeds:#?}");
         let lost: Vec<_> = ledger.written.iter().filter(|c| !ledger.removed.contains(*c)).collect();
         let lost: Vec<_> = lost.into_iter().filter(|c| !present.contains(*c)).collect();
-        assert!(lost.is_empty(), "lost {lost:?}\n{:#?}\n{deeds:#?}", after[0]);
+        let places: Vec<_> = self
+            .members
+            .iter()
+            .flat_map(|member| tree(&member.disk, Path::new("/")))
+            .filter(|(_, shown)| lost.iter().any(|lost| shown.starts_with(lost.as_str())))
+            .collect();
+        assert!(lost.is_empty(), "lost {lost:?}: {places:?}\n{:#?}\n{deeds:#?}", after[0]);
         for member in &self.members {
             let home = member.config.root.parent().expect("it has one");
             let beside = tree(&member.disk, home);
