@@ -1,51 +1,217 @@
 #!/bin/sh
-# Installs cortex-agent and cortex-hubd from a local build.
-#   ./install.sh [--prefix DIR]     default: /usr/local as root, ~/.local otherwise
+# Installs cortex mesh: the programs, and a hub or a node as a service.
+#
+#   install.sh                      the two programs only
+#   install.sh hub                  and the hub as a service
+#       [--grpc ADDR:PORT]          where nodes and operators reach it [127.0.0.1:7443]
+#       [--advertise HOST]          what invites tell them to dial
+#   install.sh agent                and this machine as a node
+#       --hub HOST:PORT --ca PIN    what `cortex-hubd invite create` printed
+#       --token-file F, --token-stdin, or CORTEX_TOKEN in the environment
+#       [--name N] [--label K=V]... [--workspace-root DIR]
+#   install.sh uninstall [--purge]  take back what it did; --purge: and all data
+#
+# For all:
+#   --user         for this user alone (the default unless root): programs in ~/.local/bin
+#   --prefix DIR   programs in DIR/bin [/usr/local]
+#   --from PATH    a folder with the programs, or an archive of a release [this folder's build]
+#   --dry-run      print every step and do none
+#
+# Every step can be repeated: run it again to upgrade, or after an interruption.
 set -eu
 
-prefix=
-while [ $# -gt 0 ]; do
-  case $1 in
-    --prefix)
-      [ $# -ge 2 ] || { echo "error: --prefix needs a directory" >&2; exit 2; }
-      prefix=$2
-      shift 2
-      ;;
-    -h | --help)
-      sed -n '2,3s/^# //p' "$0"
-      exit 0
-      ;;
-    *)
-      echo "error: unknown argument $1 (see --help)" >&2
-      exit 2
-      ;;
-  esac
-done
-if [ -z "$prefix" ]; then
-  if [ "$(id -u)" = 0 ]; then prefix=/usr/local; else prefix=$HOME/.local; fi
-fi
-
-here=$(cd "$(dirname "$0")" && pwd)
-build=
-for profile in dist release; do
-  if [ -x "$here/target/$profile/cortex-agent" ] && [ -x "$here/target/$profile/cortex-hubd" ]; then
-    build=$here/target/$profile
-    break
-  fi
-done
-if [ -z "$build" ]; then
-  echo "error: there is no local build" >&2
-  echo "hint: cargo build --release" >&2
+fail() {
+  echo "error: $1" >&2
+  [ $# -lt 2 ] || echo "hint: $2" >&2
   exit 1
-fi
+}
 
-mkdir -p "$prefix/bin"
-for program in cortex-agent cortex-hubd; do
-  # Beside the target and renamed over it: a running program keeps its file, and an interrupted
-  # installation leaves the old one.
-  temporary=$prefix/bin/.$program.$$
-  cp "$build/$program" "$temporary"
-  chmod 755 "$temporary"
-  mv -f "$temporary" "$prefix/bin/$program"
-  echo "installed $prefix/bin/$program"
-done
+usage() {
+  echo "error: $1" >&2
+  echo "hint: $0 --help" >&2
+  exit 2
+}
+
+# Everything is read before anything is done: a script that arrives by halves does nothing.
+main() {
+  what=programs dry=false purge=false token_stdin=false
+  user='' prefix='' from='' grpc='' advertise='' hub='' pin='' token_file='' name='' workspace_root='' labels=''
+  case ${1:-} in
+    hub | agent | uninstall) what=$1; shift ;;
+  esac
+  while [ $# -gt 0 ]; do
+    case $1 in
+      -h | --help) sed -n '2,/^set -eu/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+      --user) user=true ;;
+      --dry-run) dry=true ;;
+      --purge) purge=true ;;
+      --token-stdin) token_stdin=true ;;
+      --prefix | --from | --grpc | --advertise | --hub | --ca | --token-file | --name | --label | --workspace-root)
+        [ $# -ge 2 ] || usage "$1 needs a value"
+        case $1 in
+          --prefix) prefix=$2 ;;
+          --from) from=$2 ;;
+          --grpc) grpc=$2 ;;
+          --advertise) advertise=$2 ;;
+          --hub) hub=$2 ;;
+          --ca) pin=$2 ;;
+          --token-file) token_file=$2 ;;
+          --name) name=$2 ;;
+          --label) labels="$labels$2
+" ;;
+          --workspace-root) workspace_root=$2 ;;
+        esac
+        shift ;;
+      *) usage "unknown argument $1" ;;
+    esac
+    shift
+  done
+  [ "$(id -u)" = 0 ] || user=true
+  if [ -z "$prefix" ]; then
+    if [ -n "$user" ]; then prefix=$HOME/.local; else prefix=/usr/local; fi
+  fi
+  bin=$prefix/bin
+  scratch=''
+  trap 'rm -rf "$scratch"' EXIT
+  trap 'exit 130' INT TERM HUP
+
+  case $what in
+    programs) programs cortex-agent cortex-hubd ;;
+    hub) install_hub ;;
+    agent) install_agent ;;
+    uninstall) uninstall ;;
+  esac
+}
+
+# Says a step, and does it unless this is a dry run.
+step() {
+  echo "+ $*"
+  if ! $dry; then "$@"; fi
+}
+
+# The same for a program of ours, which has a dry run of its own.
+service() {
+  program=$1
+  shift
+  echo "+ $program service $*"
+  if ! $dry; then
+    "$bin/$program" service "$@"
+  elif [ -x "$found/$program" ]; then
+    "$found/$program" service "$@" --dry-run | sed 's/^/  /'
+  fi
+}
+
+# Sets `found` to a folder with the programs.
+find_programs() {
+  here=$(cd "$(dirname "$0")" && pwd)
+  if [ -n "$from" ] && [ -d "$from" ]; then
+    found=$(cd "$from" && pwd)
+  elif [ -n "$from" ]; then
+    [ -r "$from" ] || fail "there is no $from"
+    scratch=$(mktemp -d)
+    tar -xzf "$from" -C "$scratch" --strip-components=1 || fail "$from is not an archive of a release"
+    found=$scratch
+  elif [ -x "$here/cortex-agent" ]; then
+    found=$here
+  else
+    found=''
+    for profile in dist release; do
+      if [ -x "$here/target/$profile/cortex-agent" ] && [ -x "$here/target/$profile/cortex-hubd" ]; then
+        found=$here/target/$profile
+        break
+      fi
+    done
+    [ -n "$found" ] || fail "there is no local build" "cargo build --release, or --from with a release"
+  fi
+  # A release says what its files are.
+  if [ -e "$found/SHA256SUMS" ]; then
+    (cd "$found" && sha256sum --check --quiet --ignore-missing SHA256SUMS) ||
+      fail "the programs in $found are not what SHA256SUMS says" "fetch the release again"
+  fi
+}
+
+# Puts programs into place: beside the target and renamed over it, so that a running program keeps its
+# file and an interrupted installation leaves the old one.
+programs() {
+  find_programs
+  step mkdir -p "$bin"
+  for program in "$@"; do
+    [ -x "$found/$program" ] || fail "there is no $program in $found"
+    "$found/$program" --version >/dev/null 2>&1 ||
+      fail "$found/$program does not run on this machine ($(uname -m))" "take the release for it"
+    if cmp -s "$found/$program" "$bin/$program"; then
+      echo "$bin/$program is up to date"
+      continue
+    fi
+    temporary=$bin/.$program.$$
+    if ! $dry; then rm -f "$bin/.$program".*; fi
+    step cp "$found/$program" "$temporary"
+    step chmod 755 "$temporary"
+    step mv -f "$temporary" "$bin/$program"
+  done
+}
+
+has_systemctl() {
+  command -v systemctl >/dev/null || fail "there is no systemd on this machine" \
+    "the programs are in $bin: start \`$1\` with what this machine has"
+}
+
+install_hub() {
+  programs cortex-hubd cortex-agent
+  has_systemctl "cortex-hubd serve"
+  set -- install ${user:+--user}
+  [ -z "$grpc" ] || set -- "$@" --grpc "$grpc"
+  [ -z "$advertise" ] || set -- "$@" --advertise "$advertise"
+  service cortex-hubd "$@"
+  if $dry; then return; fi
+  cat <<TEXT
+
+The hub runs. Next, here:
+  cortex-hubd operator create NAME --role admin      prints the line to log in with
+  cortex-hubd invite create                          prints the line that admits a node
+TEXT
+}
+
+install_agent() {
+  programs cortex-agent
+  has_systemctl "cortex-agent run"
+  state=/var/lib/cortex-agent
+  [ -z "$user" ] || state=${XDG_DATA_HOME:-$HOME/.local/share}/cortex-agent
+  if [ -e "$state/agent.json" ]; then
+    [ -z "$hub" ] || echo "this machine is a node already: --hub and what belongs to it is not used"
+  else
+    [ -n "$hub" ] || usage "--hub is missing"
+    [ -n "$pin" ] || usage "--ca is missing"
+    join
+  fi
+  service cortex-agent install ${user:+--user}
+}
+
+join() {
+  [ -n "$user" ] || [ -n "$workspace_root" ] || workspace_root=/srv/cortex
+  set -- --state "$state" join "$hub" --ca "$pin"
+  [ -z "$name" ] || set -- "$@" --name "$name"
+  [ -z "$workspace_root" ] || set -- "$@" --workspace-root "$workspace_root"
+  if [ -n "$token_file" ]; then set -- "$@" --token-file "$token_file"; fi
+  if $token_stdin; then set -- "$@" --token-stdin; fi
+  old_ifs=$IFS
+  IFS='
+'
+  for label in $labels; do set -- "$@" --label "$label"; done
+  IFS=$old_ifs
+  # The token is in a file, on standard input or in the environment: never in arguments.
+  step "$bin/cortex-agent" "$@"
+}
+
+uninstall() {
+  found=$bin
+  for program in cortex-agent cortex-hubd; do
+    [ -x "$bin/$program" ] || continue
+    set -- uninstall ${user:+--user}
+    if $purge; then set -- "$@" --purge; fi
+    service "$program" "$@"
+    step rm -f "$bin/$program"
+  done
+}
+
+main "$@"

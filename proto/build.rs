@@ -1,9 +1,10 @@
 //! Compiles the protocol with a pure-Rust compiler, so that no `protoc` has to be installed.
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     "cortex/v1/common.proto",
     "cortex/v1/enroll.proto",
     "cortex/v1/task.proto",
+    "cortex/v1/files.proto",
     "cortex/v1/node.proto",
     "cortex/v1/sync.proto",
     "cortex/v1/operator.proto",

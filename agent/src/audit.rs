@@ -117,11 +117,11 @@ pub enum AuditEvent {
     /// The hub told another policy for this node.
     #[serde(rename = "policy.received")]
     Policy {
-        /// strict or permissive.
+        /// strict or permissive, and `, network full` where it allows that.
         policy: String,
         /// Its end; 0 for none.
         until_ms: i64,
-        /// The mode that an unrestricted request gets with it.
+        /// What a request that asks for everything gets with it, written in the same way.
         effective: String,
         /// Policies before this one that have no line of their own.
         #[serde(skip_serializing_if = "is_zero")]

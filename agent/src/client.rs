@@ -133,10 +133,23 @@ impl HubClient {
     /// # Errors
     /// Why the hub could not be reached or was not believed.
     pub async fn connect(&self, purpose: Purpose) -> Result<Channel, ConnectError> {
+        self.connect_counted(purpose).await.map(|(channel, _)| channel)
+    }
+
+    /// The same, and what moves on it.
+    ///
+    /// # Errors
+    /// As [`HubClient::connect`].
+    pub async fn connect_counted(
+        &self,
+        purpose: Purpose,
+    ) -> Result<(Channel, Arc<Traffic>), ConnectError> {
         let endpoint = endpoint(purpose);
-        let connecting = endpoint.connect_with_connector(self.connector());
+        let traffic = Arc::new(Traffic::default());
+        let connector = self.connector().counted(Arc::clone(&traffic));
+        let connecting = endpoint.connect_with_connector(connector);
         match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
-            Ok(Ok(channel)) => Ok(channel),
+            Ok(Ok(channel)) => Ok((channel, traffic)),
             Ok(Err(error)) => Err(connect_error_in(&error).unwrap_or_else(|| {
                 ConnectError::Http2 { address: self.address.clone(), source: Arc::new(error) }
             })),
@@ -204,20 +217,22 @@ fn tls_config(
 }
 
 fn endpoint(purpose: Purpose) -> Endpoint {
-    let (stream_window, connection_window, keep_alive_timeout) = match purpose {
+    let seconds = Duration::from_secs;
+    let (stream_window, connection_window, keep_alive) = match purpose {
+        // People wait for an answer. A session beats more often than this, and so never asks.
         Purpose::Control => {
-            (CONTROL_STREAM_WINDOW, CONTROL_CONNECTION_WINDOW, Duration::from_secs(10))
+            (CONTROL_STREAM_WINDOW, CONTROL_CONNECTION_WINDOW, (seconds(8), seconds(5)))
         }
         // A ping waits behind what the kernel has taken but a slow line has not.
-        Purpose::Bulk => (BULK_STREAM_WINDOW, BULK_CONNECTION_WINDOW, Duration::from_secs(60)),
+        Purpose::Bulk => (BULK_STREAM_WINDOW, BULK_CONNECTION_WINDOW, (seconds(20), seconds(60))),
     };
     // The connector does the TLS, so the scheme seen here is the one below it.
     Endpoint::from_static("http://hub.cortex.internal")
         .initial_stream_window_size(stream_window)
         .initial_connection_window_size(connection_window)
         .max_frame_size(HTTP2_FRAME_BYTES)
-        .http2_keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_timeout(keep_alive_timeout)
+        .http2_keep_alive_interval(keep_alive.0)
+        .keep_alive_timeout(keep_alive.1)
         .keep_alive_while_idle(true)
 }
 

@@ -20,7 +20,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use cortex_shared::durable;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Bound, Mode, Network};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
@@ -33,7 +33,9 @@ use crate::client::HubAddress;
 const MAX_FILE_BYTES: u64 = 256 * 1024;
 
 /// Files of a state that go when a node leaves for good.
-const PURGED_FILES: [&str; 4] = ["agent.json", "agent.json.lock", "tasks", "memberships.json"];
+/// `started-tasks` is the journal of earlier versions.
+const PURGED_FILES: [&str; 5] =
+    ["agent.json", "agent.json.lock", "tasks", "started-tasks", "memberships.json"];
 
 /// Why state or settings cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -264,6 +266,16 @@ pub struct SandboxSettings {
     pub require_cgroup: bool,
 }
 
+/// What the node's owner decided about commands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CommandSettings {
+    /// Seconds that commands may go on while the node is without a hub; none for as long as its certificate
+    /// is good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut_off_limit_s: Option<u64>,
+}
+
 /// What the node's owner decided.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -271,13 +283,15 @@ pub struct Settings {
     pub hub: HubAddress,
     /// Where workspaces live unless told otherwise.
     pub workspace_root: PathBuf,
-    /// The owner's upper bound for the mode of every command, as it is stored; [`Ceiling`] says
-    /// what counts.
-    pub ceiling: Mode,
+    /// The owner's upper bound for what commands may do, as it is stored; [`Ceiling`] says what
+    /// counts.
+    pub ceiling: Bound,
     /// Workspaces that live elsewhere, by name.
     pub workspace_paths: BTreeMap<String, PathBuf>,
     /// About the sandbox.
     pub sandbox: SandboxSettings,
+    /// About commands.
+    pub commands: CommandSettings,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -288,9 +302,13 @@ struct RawSettings {
     #[serde(default)]
     ceiling: Mode,
     #[serde(default)]
+    ceiling_network: Network,
+    #[serde(default)]
     workspace_paths: BTreeMap<String, PathBuf>,
     #[serde(default)]
     sandbox: SandboxSettings,
+    #[serde(default)]
+    commands: CommandSettings,
 }
 
 impl Settings {
@@ -306,9 +324,10 @@ impl Settings {
         let settings = Self {
             hub: raw.hub.parse().map_err(|error| damaged(format!("{error}")))?,
             workspace_root: raw.workspace_root,
-            ceiling: raw.ceiling,
+            ceiling: Bound { mode: raw.ceiling, network: raw.ceiling_network },
             workspace_paths: raw.workspace_paths,
             sandbox: raw.sandbox,
+            commands: raw.commands,
         };
         let roots = settings.workspace_paths.values().chain([&settings.workspace_root]);
         for root in roots {
@@ -327,9 +346,11 @@ impl Settings {
         let raw = RawSettings {
             hub: self.hub.to_string(),
             workspace_root: self.workspace_root.clone(),
-            ceiling: self.ceiling,
+            ceiling: self.ceiling.mode,
+            ceiling_network: self.ceiling.network,
             workspace_paths: self.workspace_paths.clone(),
             sandbox: self.sandbox,
+            commands: self.commands,
         };
         write_json(&state.settings(), &raw)
     }
@@ -419,9 +440,10 @@ mod tests {
         Settings {
             hub: "hub:7443".parse().unwrap(),
             workspace_root: "/srv/cortex".into(),
-            ceiling: Mode::Strict,
+            ceiling: Bound { network: Network::Full, ..Bound::LEAST },
             workspace_paths: BTreeMap::from([("app".to_owned(), PathBuf::from("/home/ann/app"))]),
             sandbox: SandboxSettings { require_cgroup: true },
+            commands: CommandSettings { cut_off_limit_s: Some(3600) },
         }
     }
 
@@ -494,7 +516,7 @@ mod tests {
         let state = StateDir::resolve(Some(folder.path().to_owned())).unwrap();
         let write = |text: &str| std::fs::write(state.settings(), text).unwrap();
         write(r#"{"hub":"hub:7443","workspace_root":"/w"}"#);
-        assert_eq!(Settings::load(&state).unwrap().ceiling, Mode::Strict);
+        assert_eq!(Settings::load(&state).unwrap().ceiling, Bound::LEAST);
         for bad in [
             r#"{"hub":"hub:7443","workspace_root":"/w","cieling":"permissive"}"#,
             r#"{"hub":"hub:7443","workspace_root":"w"}"#,

@@ -13,6 +13,7 @@ use cortex_proto::v1::{self};
 use cortex_proto::{CODE_TRAILER, HINT_TRAILER};
 use cortex_shared::labels;
 use cortex_shared::tasks::TaskScope;
+use cortex_shared::wire_path::WirePath;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio_stream::StreamExt as _;
@@ -23,13 +24,21 @@ use tonic::{Code, Request, Response, Status};
 use crate::config::ConfigError;
 use crate::identity::live::LiveIdentity;
 use crate::link::dispatch::Dispatcher;
-use crate::link::proto_mode;
 use crate::link::renewal::{self, RenewError};
 use crate::link::session::LinkState;
 use crate::link::workspaces::{PlaceError, Workspaces};
+use crate::link::{proto_mode, proto_network, report};
+use crate::sync::FlushError;
 
 /// How long the hub may take to answer a question passed on to it.
 const HUB_TIMEOUT: Duration = Duration::from_secs(20);
+/// The same where the owner wants to get rid of something: he is answered within a second.
+const DETACH_TIMEOUT: Duration = Duration::from_millis(800);
+/// How long the hub may be silent during a flush unless the caller says otherwise: whoever asks gets
+/// an answer within a second.
+const FLUSH_PATIENCE: Duration = Duration::from_millis(800);
+/// The longest silence a caller may ask for.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(3600);
 
 /// Why there is no local socket.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +123,7 @@ impl Control for LocalControl {
         let session = link.session;
         let identity = self.identity.snapshot();
         let (policy, policy_until_ms) = self.dispatcher.policy();
+        let ceiling = self.dispatcher.ceiling().await;
         Ok(Response::new(v1::AgentStatusResponse {
             node_id: identity.node_id.as_bytes().to_vec().into(),
             name: session
@@ -127,8 +137,10 @@ impl Control for LocalControl {
             connected_since_ms: session.as_ref().map_or(0, |session| session.since_ms),
             session_epoch: session.as_ref().map_or(0, |session| session.epoch),
             certificate_not_after_ms: identity.credentials.not_after_ms(),
-            ceiling: proto_mode(self.dispatcher.ceiling().await).into(),
-            policy: proto_mode(policy).into(),
+            ceiling: proto_mode(ceiling.mode).into(),
+            ceiling_network: proto_network(ceiling.network).into(),
+            policy: proto_mode(policy.mode).into(),
+            policy_network: proto_network(policy.network).into(),
             workspaces: self.workspaces.statuses(),
             running_tasks: u32::try_from(self.dispatcher.running_tasks()).unwrap_or(u32::MAX),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -210,8 +222,8 @@ impl Control for LocalControl {
             PlaceError::NotAbsolute(_) => Status::invalid_argument(error.to_string()),
             _ => Status::failed_precondition(error.to_string()),
         })?;
-        self.ask_hub(async |mut client, request| client.request_attach(request).await, workspace)
-            .await?;
+        let attach = async |mut client: HubClient, request| client.request_attach(request).await;
+        self.ask_hub(attach, workspace, HUB_TIMEOUT).await?;
         let path = placed.into_os_string().into_vec().into();
         Ok(Response::new(v1::AttachLocalResponse { path }))
     }
@@ -232,14 +244,101 @@ impl Control for LocalControl {
         }
     }
 
+    async fn pause_local(
+        &self,
+        request: Request<v1::PauseLocalRequest>,
+    ) -> Result<Response<v1::PauseLocalResponse>, Status> {
+        let v1::PauseLocalRequest { workspace, paused } = request.into_inner();
+        self.check_member(&workspace)?;
+        self.workspaces
+            .set_options(&workspace, |options| options.paused = paused)
+            .map_err(|error| not_stored(&error))?;
+        Ok(Response::new(v1::PauseLocalResponse {}))
+    }
+
+    async fn flush_local(
+        &self,
+        request: Request<v1::FlushLocalRequest>,
+    ) -> Result<Response<v1::FlushLocalResponse>, Status> {
+        let v1::FlushLocalRequest { workspace, patience_ms } = request.into_inner();
+        let patience = match patience_ms {
+            0 => FLUSH_PATIENCE,
+            wanted => Duration::from_millis(wanted.into()).min(LONGEST_PATIENCE),
+        };
+        let names = if workspace.is_empty() {
+            self.workspaces.names()
+        } else {
+            self.check_member(&workspace)?;
+            vec![workspace]
+        };
+        let flushes = names.into_iter().map(async |name| {
+            let result = self.workspaces.flush(&name, patience).await;
+            (name, result.unwrap_or(Err(FlushError::Stopped)))
+        });
+        let mut answer = v1::FlushLocalResponse::default();
+        for (workspace, result) in futures_util::future::join_all(flushes).await {
+            match result {
+                Ok(()) => answer.workspaces.push(workspace),
+                Err(error) => answer.problems.push(v1::FlushProblem {
+                    workspace,
+                    code: flush_code(&error).to_owned(),
+                    message: error.to_string(),
+                }),
+            }
+        }
+        Ok(Response::new(answer))
+    }
+
+    async fn explain_local(
+        &self,
+        request: Request<v1::ExplainLocalRequest>,
+    ) -> Result<Response<v1::ExplainLocalResponse>, Status> {
+        let v1::ExplainLocalRequest { workspace, path } = request.into_inner();
+        self.check_member(&workspace)?;
+        let path = WirePath::new(path.to_vec())
+            .map_err(|error| Status::invalid_argument(format!("the path is no path: {error}")))?;
+        let workspaces = self.workspaces.clone();
+        let found = tokio::task::spawn_blocking(move || workspaces.explain(&workspace, &path))
+            .await
+            .map_err(|_| Status::internal("it could not be looked up"))?;
+        match found {
+            Some(Ok(found)) => Ok(Response::new(report::explanation(&found))),
+            Some(Err(error)) => {
+                tracing::warn!(%error, "a path cannot be explained");
+                Err(Status::failed_precondition(error.to_string()))
+            }
+            None => Err(Status::not_found("this node is not a member any more")),
+        }
+    }
+
+    async fn mode_local(
+        &self,
+        request: Request<v1::ModeLocalRequest>,
+    ) -> Result<Response<v1::ModeLocalResponse>, Status> {
+        let v1::ModeLocalRequest { workspace, mode } = request.into_inner();
+        check_workspace(&workspace)?;
+        let options = match report::mode_from_wire(mode) {
+            Some(mode) => self
+                .workspaces
+                .set_options(&workspace, |options| options.mode = mode)
+                .map_err(|error| not_stored(&error))?,
+            None if mode == v1::MemberMode::Unspecified as i32 => {
+                self.workspaces.options(&workspace)
+            }
+            None => return Err(Status::invalid_argument("this agent does not know the mode")),
+        };
+        let mode = report::mode_to_wire(options.mode).into();
+        Ok(Response::new(v1::ModeLocalResponse { mode }))
+    }
+
     async fn detach_local(
         &self,
         request: Request<v1::DetachLocalRequest>,
     ) -> Result<Response<v1::DetachLocalResponse>, Status> {
         let workspace = request.into_inner().workspace;
         check_workspace(&workspace)?;
-        self.ask_hub(async |mut client, request| client.request_detach(request).await, workspace)
-            .await?;
+        let detach = async |mut client: HubClient, request| client.request_detach(request).await;
+        self.ask_hub(detach, workspace, DETACH_TIMEOUT).await?;
         Ok(Response::new(v1::DetachLocalResponse {}))
     }
 }
@@ -264,6 +363,15 @@ fn renewal_status(error: &RenewError) -> Status {
 }
 
 impl LocalControl {
+    /// Whether this node syncs a workspace.
+    fn check_member(&self, workspace: &str) -> Result<(), Status> {
+        check_workspace(workspace)?;
+        if self.workspaces.names().iter().any(|name| name == workspace) {
+            return Ok(());
+        }
+        Err(Status::not_found(format!("this node is not a member of workspace {workspace:?}")))
+    }
+
     /// The live session's way to the hub.
     fn session(&self) -> Result<HubClient, Status> {
         let session = self.link.borrow().session.clone();
@@ -284,14 +392,36 @@ impl LocalControl {
             Request<v1::RequestAttachRequest>,
         ) -> Result<Response<v1::RequestAttachResponse>, Status>,
         workspace: String,
+        limit: Duration,
     ) -> Result<(), Status> {
         let client = self.session()?;
         let mut request = Request::new(v1::RequestAttachRequest { workspace });
-        request.set_timeout(HUB_TIMEOUT);
-        match tokio::time::timeout(HUB_TIMEOUT, ask(client, request)).await {
+        // Ours ends first: it says what to do.
+        request.set_timeout(limit + Duration::from_secs(1));
+        match tokio::time::timeout(limit, ask(client, request)).await {
             Ok(answer) => answer.map(drop),
-            Err(_) => Err(Status::new(Code::DeadlineExceeded, "the hub did not answer in time")),
+            Err(_) => Err(with_code(
+                Status::new(Code::DeadlineExceeded, "the hub did not answer in time"),
+                "hub_silent",
+                "cortex-agent workspace pause WORKSPACE stops it here meanwhile",
+            )),
         }
+    }
+}
+
+fn not_stored(error: &ConfigError) -> Status {
+    tracing::error!(%error, "what was decided about a workspace cannot be stored");
+    Status::internal(error.to_string())
+}
+
+fn flush_code(error: &FlushError) -> &'static str {
+    match error {
+        FlushError::Offline => "offline",
+        FlushError::Silent => "silent",
+        FlushError::Paused => "paused",
+        FlushError::Halted { .. } => "halted",
+        FlushError::Failed { .. } => "failed",
+        FlushError::Stopped => "stopped",
     }
 }
 

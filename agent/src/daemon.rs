@@ -14,6 +14,7 @@ use cortex_proto::v1;
 use cortex_shared::tasks::TaskScope;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{ConfigError, Settings, StateDir};
@@ -21,6 +22,7 @@ use crate::control::{self, ControlError, LocalControl};
 use crate::exec::Executor;
 use crate::identity::NodeIdentity;
 use crate::identity::live::{IdentityError, LiveIdentity};
+use crate::link::cut_off;
 use crate::link::dispatch::Dispatcher;
 use crate::link::session::{Greeting, LinkState, keep_session};
 use crate::link::workspaces::Workspaces;
@@ -69,7 +71,7 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     let mut stop = StopSignals::new()?;
     // The launcher of all commands: what the probe finds not to be enforced, it refuses.
     let launcher = Executor::of_this_process().launcher();
-    let found = launcher.probe(&[state.path().to_owned()]).await;
+    let found = launcher.probe(&[state.path().to_owned()], settings.sandbox.require_cgroup).await;
     let sandbox = v1::SandboxReport::from(&found);
     if !sandbox.strict_available {
         for piece in &sandbox.missing {
@@ -102,9 +104,14 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     tracing::info!(node = known.name, id = %known.node_id, hub = %settings.hub, "agent starts");
     let session_scope = scope.child();
     let commands = dispatcher.clone();
+    let limit = settings.commands.cut_off_limit_s.map(Duration::from_secs);
+    let watching = (identity.clone(), dispatcher.clone(), link.clone(), scope.token().clone());
+    let watching = cut_off::watch(watching.0, watching.1, limit, watching.2, watching.3);
+    scope.spawn("cut off", watching);
     scope.spawn("session", keep_session(identity, greeting, dispatcher, link_state, session_scope));
     scope.spawn("readiness", announce_ready(link, scope.token().clone()));
 
+    scope.spawn("watchdog", keep_alive(scope.token().clone()));
     tokio::select! {
         signal = stop.next() => tracing::info!(signal, "stopping"),
         () = left.cancelled() => tracing::info!("this node leaves its mesh: stopping"),
@@ -114,6 +121,7 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     let finishing = async {
         // Without a session there is nobody to report them to; the journal keeps how they ended.
         tokio::join!(commands.stop_commands(), scope.finish());
+        launcher.close().await;
     };
     tokio::select! {
         () = finishing => tracing::info!("stopped"),
@@ -131,6 +139,18 @@ async fn announce_ready(mut link: watch::Receiver<LinkState>, stop: Cancellation
     let up = stop.run_until_cancelled(link.wait_for(|state| state.session.is_some()));
     if matches!(up.await, Some(Ok(_))) {
         notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status("connected")]);
+    }
+}
+
+/// Signs of life at half the time within which the service manager wants one, if it wants any.
+async fn keep_alive(stop: CancellationToken) {
+    let Some(within) = sd_notify::watchdog_enabled().filter(|within| !within.is_zero()) else {
+        return;
+    };
+    let mut signs = tokio::time::interval(within / 2);
+    signs.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(signs.tick()).await.is_some() {
+        notify(&[sd_notify::NotifyState::Watchdog]);
     }
 }
 

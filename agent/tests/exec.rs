@@ -58,6 +58,32 @@ fn exit(stdout: &[u8]) -> v1::TaskExit {
 }
 
 #[tokio::test]
+async fn what_a_command_left_behind_is_said_whatever_way_it_ended() {
+    let mut mesh = Mesh::new().await;
+    let cases = [
+        (v1::TaskExit { hint: "look at .envrc".into(), ..exit(b"") }, 0),
+        (v1::TaskExit { hint: "look at .envrc".into(), exit_code: 3, ..exit(b"") }, 3),
+        (
+            v1::TaskExit {
+                verdict: v1::TaskVerdict::Signalled.into(),
+                signal: 9,
+                hint: "it ran out of memory".into(),
+                ..exit(b"")
+            },
+            137,
+        ),
+    ];
+    for (exit, code) in cases {
+        let expected = format!("hint: {}\n", exit.hint);
+        let (child, exec) = mesh.exec().await;
+        exec.send(exec_down::Frame::Exit(exit)).await;
+        let output = end(child).await;
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), said), (Some(code), expected));
+    }
+}
+
+#[tokio::test]
 async fn output_passes_byte_for_byte_and_the_commands_exit_code_is_ours() {
     let mut mesh = Mesh::new().await;
     let (child, exec) = mesh.exec().await;
@@ -173,7 +199,8 @@ async fn hub_that_sends_more_than_was_granted_is_left() {
     let mut mesh = Mesh::new().await;
     let (child, exec) = mesh.exec().await;
     let piece = vec![b'x'; 1024 * 1024];
-    for n in 0..3 {
+    let granted = cortex_proto::DEFAULT_OUTPUT_CREDIT / piece.len() as u64;
+    for n in 0..granted + 2 {
         let data = v1::Output {
             stream: v1::OutputStream::Stdout.into(),
             offset: n * piece.len() as u64,

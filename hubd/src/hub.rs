@@ -40,13 +40,14 @@ use crate::grpc::enroll::EnrollService;
 use crate::grpc::node::NodeService;
 use crate::grpc::operator::{HubAddress, OperatorService};
 use crate::grpc::sync::SyncService;
+use crate::node::files::FileExchange;
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::history::HistoryStore;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
 use crate::sync::members::Members;
-use crate::sync::{ContentLimits, SyncError, Workspaces};
+use crate::sync::{SyncError, Workspaces};
 use crate::task::history::History;
 use crate::task::relay::{Deadlines, Relay};
 use crate::task::spool::Spool;
@@ -146,6 +147,12 @@ impl HubData {
         self.authorities.pins()
     }
 
+    /// The certificate of the authority that hubs on this data prove themselves by.
+    #[must_use]
+    pub fn authority_certificate(&self) -> CertificateDer<'static> {
+        self.authorities.ring().serving().certificate().clone()
+    }
+
     /// Writes what the databases have accepted, closes them, and gives the data directory free.
     pub async fn close(self) {
         self.databases.cancel();
@@ -171,7 +178,7 @@ impl Hub {
     /// # Errors
     /// See [`StartError`]. Nothing is listened on then.
     pub async fn start(config: HubConfig) -> Result<Self, StartError> {
-        Self::start_on(config, |store| store).await
+        Self::start_with(config, None, |store| store).await
     }
 
     /// The same, on whatever `prepare` makes of the store: for tests and benchmarks, which let it fail.
@@ -180,6 +187,19 @@ impl Hub {
     /// As [`Hub::start`].
     pub async fn start_on(
         config: HubConfig,
+        prepare: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>,
+    ) -> Result<Self, StartError> {
+        Self::start_with(config, None, prepare).await
+    }
+
+    /// The same, on a socket that listens already, if there is one: the address of the configuration is
+    /// not used then.
+    ///
+    /// # Errors
+    /// As [`Hub::start`].
+    pub async fn start_with(
+        config: HubConfig,
+        inherited: Option<std::net::TcpListener>,
         prepare: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>,
     ) -> Result<Self, StartError> {
         let data = HubData::open(&config).await?;
@@ -192,7 +212,7 @@ impl Hub {
         membership.reload(&*store).await?;
         let content = Arc::new(Workspaces::open(
             &data.layout.workspaces(),
-            ContentLimits::default(),
+            config.content,
             scope.clone(),
             data.databases.clone(),
         )?);
@@ -202,6 +222,7 @@ impl Hub {
             Arc::clone(&store),
             Arc::clone(&content),
         ));
+        members.finish_deletions().await?;
         let tasks = data.layout.tasks();
         let spool = Spool::open(tasks.clone(), config.spool, &data.databases)
             .map_err(|source| StartError::Data { path: tasks.display().to_string(), source })?;
@@ -236,7 +257,11 @@ impl Hub {
         ));
 
         let listen_error = |source| StartError::Listen { address: config.grpc, source };
-        let listener = TcpListener::bind(config.grpc).await.map_err(listen_error)?;
+        let listener = match inherited {
+            Some(listener) => TcpListener::from_std(listener),
+            None => TcpListener::bind(config.grpc).await,
+        }
+        .map_err(listen_error)?;
         let address = listener.local_addr().map_err(listen_error)?;
         let socket = data.layout.socket();
         let local = accept::bind_local(&socket)
@@ -245,7 +270,9 @@ impl Hub {
         let tls = accept::TlsSettings::new(Arc::clone(&authorities), certificate)?;
 
         let refusals = RefusalLog::new(Arc::clone(&store), scope.clone());
+        let files = Arc::new(FileExchange::default());
         let operator = OperatorService {
+            files: Arc::clone(&files),
             refusals: Arc::clone(&refusals),
             store: Arc::clone(&store),
             registry: Arc::clone(&registry),
@@ -262,6 +289,7 @@ impl Hub {
             started_at_ms,
         };
         let node = NodeService {
+            files,
             registry: Arc::clone(&registry),
             relay,
             members: Arc::clone(&members),
@@ -314,7 +342,7 @@ impl Hub {
     /// The certificate of the authority by which the hub proves itself now.
     #[must_use]
     pub fn authority_certificate(&self) -> CertificateDer<'static> {
-        self.data.authorities.ring().serving().certificate().clone()
+        self.data.authority_certificate()
     }
 
     /// The pin of the mesh's authority.

@@ -44,6 +44,7 @@ pub mod grpc;
 pub mod hub;
 pub mod node;
 pub mod rate;
+pub mod service;
 pub mod store;
 pub mod sync;
 pub mod task;

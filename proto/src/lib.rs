@@ -25,8 +25,9 @@ pub const MAX_MESSAGE_BYTES: usize = MAX_PACK_BYTES + 1024 * 1024;
 /// Largest piece of output or standard input in one frame.
 pub const MAX_OUTPUT_FRAME_BYTES: usize = 256 * 1024;
 
-/// Output a reader lets a command have under way unless it says otherwise.
-pub const DEFAULT_OUTPUT_CREDIT: u64 = 1024 * 1024;
+/// Output a reader lets a command have under way unless it says otherwise: enough that nobody on the
+/// way from a fast command to a fast reader waits for credit.
+pub const DEFAULT_OUTPUT_CREDIT: u64 = 4 * 1024 * 1024;
 
 /// Most output that may be under way for one command, whatever the reader grants: what the hub is
 /// prepared to hold for it.
@@ -34,6 +35,10 @@ pub const MAX_OUTPUT_CREDIT: u64 = 8 * 1024 * 1024;
 
 /// Standard input a caller may have under way before the command has taken any of it.
 pub const STDIN_WINDOW_BYTES: u64 = 256 * 1024;
+
+/// Content of a file, or entries of a directory, that may be under way before the receiver has given
+/// credit for what it has dealt with.
+pub const FILE_WINDOW_BYTES: u64 = 1024 * 1024;
 
 /// HTTP/2 windows of connections that carry control and output. The connection window has a floor
 /// of 8 MiB: since h2 0.4.16 a connection on which many small frames lie unread is closed once

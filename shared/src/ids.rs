@@ -80,6 +80,10 @@ id_type!(
     TaskId, "task id"
 );
 id_type!(
+    /// One operation on files of one node.
+    RequestId, "request id"
+);
+id_type!(
     /// A named tree of files kept equal on its members.
     WorkspaceId, "workspace id"
 );

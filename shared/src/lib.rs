@@ -9,11 +9,13 @@
 //! | [`wire_path`], [`entry`] | names, paths, entries and tree digests of a workspace |
 //! | [`chunk`], [`pack`] | how content is cut, and the unit in which it travels and rests |
 //! | [`replay`] | output under way, which can be sent again |
-//! | [`durable`] | files that survive a crash |
+//! | [`durable`], [`crash`] | files that survive a crash; crashing on purpose |
+//! | [`systemd`] | installing a program as a service |
+//! | [`dead_line`] | connections whose other end is gone |
 //! | [`backoff`], [`patience`], [`tasks`], [`clock`], [`text`], [`telemetry`] | retrying, supervised tasks, the time, text, logs |
 //!
-//! Invariants: nothing here opens a socket, spawns a process or knows the generated protocol;
-//! everything that parses is bounded and refuses rather than guesses.
+//! Invariants: nothing here opens a socket or knows the generated protocol, and only [`systemd`] starts
+//! a process; everything that parses is bounded and refuses rather than guesses.
 
 #![warn(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -21,6 +23,8 @@
 pub mod backoff;
 pub mod chunk;
 pub mod clock;
+pub mod crash;
+pub mod dead_line;
 pub mod durable;
 pub mod entry;
 pub mod ids;
@@ -31,6 +35,7 @@ pub mod peer;
 pub mod policy;
 pub mod replay;
 pub mod secret;
+pub mod systemd;
 pub mod tasks;
 pub mod telemetry;
 pub mod text;

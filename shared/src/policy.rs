@@ -55,6 +55,79 @@ impl FromStr for Mode {
     }
 }
 
+/// What of the network a command in strict mode sees. Ordered: nothing is less than everything.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    serde::Serialize,
+    serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Network {
+    /// A private loopback interface.
+    #[default]
+    None,
+    /// The network of the host.
+    Full,
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::Full => "full",
+        })
+    }
+}
+
+impl FromStr for Network {
+    type Err = UnknownWord;
+    fn from_str(text: &str) -> Result<Self, UnknownWord> {
+        match text {
+            "none" => Ok(Self::None),
+            "full" => Ok(Self::Full),
+            _ => Err(UnknownWord { kind: "network", word: text.to_owned() }),
+        }
+    }
+}
+
+/// How much somebody lets commands do at most: the hub by its policy for a node, the node's owner by
+/// the ceiling. A permissive command has the host's network whatever is said of it here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Bound {
+    /// The mode.
+    pub mode: Mode,
+    /// The network of a strict command.
+    pub network: Network,
+}
+
+impl Bound {
+    /// Strict, without a network: what everybody allows who has said nothing.
+    pub const LEAST: Self = Self { mode: Mode::Strict, network: Network::None };
+
+    /// What both allow.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self { mode: self.mode.min(other.mode), network: self.network.min(other.network) }
+    }
+}
+
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.network {
+            Network::None => self.mode.fmt(f),
+            Network::Full => write!(f, "{}, network full", self.mode),
+        }
+    }
+}
+
 /// What an operator may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -112,5 +185,13 @@ mod tests {
         assert_eq!(Mode::strictest([Permissive, Strict]), Strict);
         assert_eq!(Mode::strictest([]), Strict);
         assert_eq!(Mode::default(), Strict);
+        let online = Bound { network: Network::Full, ..Bound::LEAST };
+        let open = Bound { mode: Permissive, ..online };
+        assert_eq!(open.and(online), online);
+        assert_eq!(open.and(Bound { mode: Permissive, ..Bound::LEAST }).network, Network::None);
+        assert_eq!(
+            (Bound::default(), online.to_string()),
+            (Bound::LEAST, "strict, network full".into())
+        );
     }
 }

@@ -68,6 +68,50 @@ fn permissive_takes_the_hubs_policy_and_the_owners_ceiling_and_ends_by_itself() 
 }
 
 #[test]
+fn the_network_takes_the_hubs_policy_and_the_owners_ceiling() {
+    let mut mesh = Mesh::start();
+    let admin = mesh.operator("admin");
+    let node = mesh.node("n", As::Me);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let call = format!("exec 7<>/dev/tcp/127.0.0.1/{port} && echo reached");
+    let online = || admin.agent(&["exec", "n", "--net", "full", "-s", &call]);
+    let ceiling = |net| {
+        let _set: Outcome = node.agent(&["ceiling", "set", "strict", "--net", net]).ok();
+    };
+    let policy = |net, reason| {
+        admin.agent(&["policy", "set", "n", "strict", "--net", net, "--reason", reason])
+    };
+    let refused = |halves: [bool; 2]| {
+        let refused = online();
+        assert_eq!(refused.code, 126, "{}", refused.stderr);
+        for (half, named) in ["policy set", "ceiling set"].into_iter().zip(halves) {
+            assert_eq!(refused.stderr.contains(half), named, "{half}: {}", refused.stderr);
+        }
+    };
+    refused([true, true]);
+    assert_eq!(policy("full", "").code, 2, "without a reason");
+    let _set: Outcome = policy("full", "packages").ok();
+    refused([false, true]);
+    ceiling("full");
+    wait::until("the ceiling is known at the hub", || online().code == 0);
+    assert_eq!(online().ok().text(), "reached\n");
+    let shown = admin.agent(&["policy", "show", "n"]).ok().text();
+    assert!(shown.contains("strict, network full: packages"), "{shown}");
+    assert_eq!(admin.agent(&["exec", "n", "-s", &call]).code, 1, "only for those who ask");
+    assert_eq!(permissive(&admin, "n").code, 126, "the network is no mode");
+
+    // The owner's word counts at once, whatever the hub believes.
+    ceiling("none");
+    assert_eq!(online().code, 126);
+    ceiling("full");
+    wait::until("the ceiling is known at the hub", || online().code == 0);
+    let _set: Outcome = policy("none", "").ok();
+    refused([true, false]);
+    assert_eq!(node.agent(&["ceiling", "show"]).ok().text().trim(), "strict, network full");
+}
+
+#[test]
 fn only_the_owner_raises_a_ceiling() {
     if !is_root() {
         eprintln!("skipped: takes root, to act as two users");

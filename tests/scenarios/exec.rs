@@ -94,6 +94,12 @@ fn losing_the_node_is_told_at_once_and_is_not_the_commands_failure() {
     let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
     client.line("that it started", |line| (line == "started").then_some(()));
     node.kill();
+    let (begun, log) = (std::time::Instant::now(), mesh.path("client.log"));
+    let said =
+        || std::fs::read_to_string(&log).unwrap().contains("connection to the node was lost");
+    cortex_tests::wait::until("that the loss is said", said);
+    let took = begun.elapsed();
+    assert!(took.as_secs() < 5, "at once, not when the grace is over: {took:?}");
     assert_eq!(client.wait().code(), Some(125));
     let log = std::fs::read_to_string(mesh.path("client.log")).unwrap();
     assert!(log.contains("lost"), "{log}");

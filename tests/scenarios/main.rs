@@ -3,12 +3,20 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, clippy::cast_possible_truncation)]
 
 mod authority;
+mod endings;
 mod exec;
+mod faults;
+mod files;
+mod fleet;
+mod flow;
 mod identity;
 mod join;
+mod partition;
 mod sandbox;
 mod secrets;
 mod sync;
+mod sync_hub;
+mod sync_rules;
 mod targets;
 mod tasks;
 mod terminal;

@@ -54,3 +54,20 @@ fn a_command_sees_its_workspace_and_nothing_of_its_users_home() {
         assert_ne!(fact("Uid:"), "0", "never root");
     }
 }
+
+#[test]
+fn what_a_command_left_for_programs_outside_is_said_to_the_person_who_ran_it() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let _made: Outcome = operator.agent(&["workspace", "create", "w"]).ok();
+    let _node = mesh.node("n", As::Me);
+    let _attached: Outcome = operator.agent(&["workspace", "attach", "w", "--node", "n"]).ok();
+    let _synced: Outcome = operator.agent(&["workspace", "status", "w", "--watch"]).ok();
+    for (name, code) in [(".envrc", 0), (".profile", 3)] {
+        let script = format!("echo evil > {name}; exit {code}");
+        let said = operator.agent(&["exec", "n", "--workspace", "w", "-s", &script]);
+        assert_eq!(said.code, code, "{}", said.stderr);
+        assert!(said.stderr.contains("hint: while it ran"), "{}", said.stderr);
+        assert!(said.stderr.contains(name), "{}", said.stderr);
+    }
+}

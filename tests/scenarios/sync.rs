@@ -15,15 +15,15 @@ use cortex_tests::wait::until;
 use rand::{Rng as _, SeedableRng as _};
 
 /// Two nodes with one workspace.
-struct Pair {
-    mesh: Mesh,
-    operator: Operator,
-    a: Node,
-    b: Node,
+pub(crate) struct Pair {
+    pub(crate) mesh: Mesh,
+    pub(crate) operator: Operator,
+    pub(crate) a: Node,
+    pub(crate) b: Node,
 }
 
 impl Pair {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut mesh = Mesh::start();
         let operator = mesh.operator("operator");
         let _made: Outcome = operator.agent(&["workspace", "create", "w"]).ok();
@@ -39,17 +39,17 @@ impl Pair {
         pair
     }
 
-    fn roots(&self) -> (PathBuf, PathBuf) {
+    pub(crate) fn roots(&self) -> (PathBuf, PathBuf) {
         (self.a.workspace("w"), self.b.workspace("w"))
     }
 
     /// Waits until all members that are online say they are at the head.
-    fn settle(&self) {
+    pub(crate) fn settle(&self) {
         let _settled: Outcome = self.operator.agent(&["workspace", "status", "w", "--watch"]).ok();
     }
 
     /// Waits until both trees are equal and stay so.
-    fn converge(&self) {
+    pub(crate) fn converge(&self) {
         let (a, b) = self.roots();
         until("both copies are equal", || tree::read(&a) == tree::read(&b));
         self.settle();
@@ -58,7 +58,7 @@ impl Pair {
 }
 
 /// Bytes that do not compress, the same for the same seed.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     rand::rngs::StdRng::seed_from_u64(seed).fill_bytes(&mut bytes);
     bytes

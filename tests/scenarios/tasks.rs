@@ -148,15 +148,18 @@ fn kill_on_disconnect_ends_the_command_on_the_node() {
     let operator = mesh.operator("operator");
     let proxy = Proxy::start(mesh.address().parse().unwrap());
     let node = mesh.node_through("a", &proxy.address().to_string());
-    drop(mesh.hubd(&["policy", "show", "a"]));
-    let script = "echo started; sleep 300";
-    let mut command = operator.command(&["exec", "a", "--on-disconnect", "kill", "-s", script]);
+    let mark = format!("cortex-mark-{}", rand::random::<u64>());
+    let script = format!("exec -a {mark} sleep 300 & echo started; wait");
+    let mut command = operator.command(&["exec", "a", "--on-disconnect", "kill", "-s", &script]);
     let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
     client.line("that it started", |line| (line == "started").then_some(()));
     proxy.cut();
     let code = client.wait().code();
-    assert_eq!(code, Some(143), "{}", node.log());
-    assert_eq!(newest(&operator)["state"], "cancelled");
+    assert_eq!(code, Some(125), "nobody cancelled it: {}", node.log());
+    assert!(!super::exec::runs(&mark));
+    let task = newest(&operator);
+    assert_eq!(task["state"], "failed");
+    assert!(task["reason"].as_str().unwrap().contains("lost its connection"), "{task}");
 }
 
 #[test]

@@ -5,8 +5,10 @@
 //! wait for what the processes themselves announce, with a deadline that only a hang reaches.
 
 pub mod mesh;
+pub mod partition;
 pub mod process;
 pub mod proxy;
+pub mod reader;
 pub mod terminal;
 pub mod tree;
 pub mod wait;

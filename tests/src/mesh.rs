@@ -50,7 +50,16 @@ impl Mesh {
     /// If it does not come up.
     #[must_use]
     pub fn start_with(arguments: &[&str]) -> Self {
-        Self::start_as(arguments, None)
+        Self::start_as("127.0.0.1", arguments, None)
+    }
+
+    /// Starts a hub that listens on this address of the machine, with these further arguments of `serve`.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    #[must_use]
+    pub fn start_at(address: &str, arguments: &[&str]) -> Self {
+        Self::start_as(address, arguments, None)
     }
 
     /// Starts a hub that logs what this filter lets through.
@@ -59,10 +68,10 @@ impl Mesh {
     /// If it does not come up.
     #[must_use]
     pub fn start_logging(filter: &str) -> Self {
-        Self::start_as(&[], Some(filter.to_owned()))
+        Self::start_as("127.0.0.1", &[], Some(filter.to_owned()))
     }
 
-    fn start_as(arguments: &[&str], hub_log: Option<String>) -> Self {
+    fn start_as(address: &str, arguments: &[&str], hub_log: Option<String>) -> Self {
         // Agents of another user live below it, too.
         let scratch = tempfile::Builder::new()
             .prefix("cortex-test-")
@@ -70,7 +79,7 @@ impl Mesh {
             .tempdir()
             .expect("there is room for scratch files");
         let serve = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        let address = "127.0.0.1:0".to_owned();
+        let address = format!("{address}:0");
         let mut mesh = Self { scratch, hub: None, address, operators: 0, serve, hub_log };
         mesh.start_hub();
         mesh
@@ -81,9 +90,21 @@ impl Mesh {
     /// # Panics
     /// If it does not come up.
     pub fn start_hub(&mut self) {
+        self.start_hub_with(&[]);
+    }
+
+    /// Starts the hub again, to kill itself when it passes this point (`cortex_shared::crash`).
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn start_hub_that_crashes_at(&mut self, point: &str) {
+        self.start_hub_with(&[(cortex_shared::crash::CRASH_AT, point)]);
+    }
+
+    fn start_hub_with(&mut self, environment: &[(&str, &str)]) {
         let mut command = Command::new(program("hubd-under-test"));
         command.args(["serve", "--grpc", &self.address, "--data"]).arg(self.path("hub"));
-        command.args(&self.serve);
+        command.args(&self.serve).envs(environment.iter().copied());
         if let Some(filter) = &self.hub_log {
             command.env("CORTEX_LOG", filter);
         }
@@ -157,7 +178,8 @@ impl Mesh {
         };
         let program = self.readable_agent();
         let log = self.path(&format!("{name}.log"));
-        let node = Node { name: name.to_owned(), home, user, program, log, daemon: None };
+        let name = name.to_owned();
+        let node = Node { name, home, user, program, network: None, log, daemon: None };
         std::fs::File::create(&node.log).expect("the scratch directory is writable");
         node
     }
@@ -219,6 +241,20 @@ impl Mesh {
         node
     }
 
+    /// A node that has joined and is connected, in a network namespace of its own.
+    ///
+    /// # Panics
+    /// If it cannot join.
+    #[must_use]
+    pub fn node_within(&self, name: &str, network: PathBuf) -> Node {
+        let mut node = self.new_node(name, As::Me);
+        node.network = Some(network);
+        let _joined: Outcome = self.join(&node, &self.invite(&[]), &self.pin()).ok();
+        node.run();
+        self.wait_online(name);
+        node
+    }
+
     /// Joins a node with this token and pin.
     #[must_use]
     pub fn join(&self, node: &Node, token: &str, pin: &str) -> Outcome {
@@ -263,14 +299,30 @@ impl Mesh {
         self.log_in(&name, &[&["--role", role], arguments].concat(), folder)
     }
 
+    /// The same, that dials the hub at this address: that of a proxy.
+    ///
+    /// # Panics
+    /// If it cannot.
+    #[must_use]
+    pub fn operator_through(&mut self, role: &str, address: &str) -> Operator {
+        self.operators += 1;
+        let name = format!("{role}-{}", self.operators);
+        let folder = self.path(&name);
+        self.log_in_at(address, &name, &["--role", role], folder)
+    }
+
     fn log_in(&self, name: &str, arguments: &[&str], config: PathBuf) -> Operator {
+        self.log_in_at(&self.address, name, arguments, config)
+    }
+
+    fn log_in_at(&self, at: &str, name: &str, arguments: &[&str], config: PathBuf) -> Operator {
         let create = [&["operator", "create", name, "-o", "json"], arguments].concat();
         let created = self.hubd(&create).ok();
         let created: Value = created.json();
         let text = |field: &str| created[field].as_str().expect("a text").to_owned();
         let operator = Operator { config };
         let mut command =
-            operator.command(&["login", &self.address, "--ca", &text("ca_pin"), "--token-stdin"]);
+            operator.command(&["login", at, "--ca", &text("ca_pin"), "--token-stdin"]);
         let _logged_in: Outcome = run(&mut command, text("token").as_bytes()).ok();
         operator
     }
@@ -330,6 +382,8 @@ pub struct Node {
     home: PathBuf,
     user: Option<u32>,
     program: PathBuf,
+    /// A network namespace that all of it runs in.
+    network: Option<PathBuf>,
     log: PathBuf,
     daemon: Option<Daemon>,
 }
@@ -338,7 +392,14 @@ impl Node {
     /// A command of this node's agent.
     #[must_use]
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
+        let mut command = match &self.network {
+            None => Command::new(&self.program),
+            Some(network) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net={}", network.display())).arg(&self.program);
+                command
+            }
+        };
         command.args(arguments);
         self.environment(&mut command);
         command

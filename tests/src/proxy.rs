@@ -25,6 +25,15 @@ pub enum Fault {
     Bandwidth(u32),
 }
 
+/// A direction of all connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Towards {
+    /// To whoever dialled.
+    Client,
+    /// To what was dialled.
+    Server,
+}
+
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
@@ -35,8 +44,8 @@ struct State {
     /// Where new connections lead.
     target: SocketAddr,
     connections: Vec<TcpStream>,
-    /// After so many more bytes towards the client everything is cut.
-    cut_after: Option<usize>,
+    /// After so many more bytes in this direction everything is cut.
+    cut_after: Option<(Towards, usize)>,
     over: bool,
 }
 
@@ -101,10 +110,10 @@ impl Proxy {
         self.shared.changed.notify_all();
     }
 
-    /// Cuts all connections once so many more bytes have gone towards the clients: in the middle of a
-    /// frame, as likely as not.
-    pub fn cut_after(&self, bytes: usize) {
-        self.shared.lock().cut_after = Some(bytes);
+    /// Cuts all connections once so many more bytes have gone in one direction: in the middle of a frame,
+    /// as likely as not.
+    pub fn cut_after(&self, towards: Towards, bytes: usize) {
+        self.shared.lock().cut_after = Some((towards, bytes));
     }
 
     /// Whether what [`Proxy::cut_after`] asked for has happened.
@@ -146,14 +155,14 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
         let clone = |stream: &TcpStream| stream.try_clone().expect("there are descriptors");
         shared.lock().connections.extend([clone(&client), clone(&server)]);
         let (up, down) = ((clone(&client), clone(&server)), (server, client));
-        for ((from, to), towards_client) in [(up, false), (down, true)] {
+        for ((from, to), towards) in [(up, Towards::Server), (down, Towards::Client)] {
             let shared = Arc::clone(shared);
-            thread::spawn(move || pump(from, to, towards_client, &shared));
+            thread::spawn(move || pump(from, to, towards, &shared));
         }
     }
 }
 
-fn pump(mut from: TcpStream, mut to: TcpStream, towards_client: bool, shared: &Shared) {
+fn pump(mut from: TcpStream, mut to: TcpStream, towards: Towards, shared: &Shared) {
     let mut buffer = vec![0; 64 * 1024];
     loop {
         let length = match from.read(&mut buffer) {
@@ -168,15 +177,15 @@ fn pump(mut from: TcpStream, mut to: TcpStream, towards_client: bool, shared: &S
                     state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 match state.cut_after {
-                    Some(left) if towards_client && left <= rest.len() => {
+                    Some((which, left)) if which == towards && left <= rest.len() => {
                         state.cut_after = None;
                         // What came before the cut still arrives.
                         to.write_all(&rest[..left]).ok();
                         state.cut();
                         return;
                     }
-                    Some(left) if towards_client => {
-                        state.cut_after = Some(left - rest.len());
+                    Some((which, left)) if which == towards => {
+                        state.cut_after = Some((which, left - rest.len()));
                         (state.fault, rest.len())
                     }
                     _ => (state.fault, rest.len()),

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 use cortex_proto::v1;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Bound, Mode, Network};
 use serde::Serialize;
 
 use super::error::{CliError, printable};
@@ -15,6 +15,8 @@ use crate::config::{Ceiling, Settings};
 #[command(after_help = "\
 strict (the default) means that nobody, the hub included, can run a command here outside the
 sandbox. permissive leaves it to the hub's policy, which is strict too unless an admin changes it.
+--net full leaves it to that policy whether a strict command may have this machine's network, its
+loopback and its local network included; without it, none may.
 Only root and the agent's own user can change it; each change is in STATE/audit.jsonl before it
 counts.")]
 pub(crate) struct CeilingArgs {
@@ -34,12 +36,16 @@ enum CeilingVerb {
         /// strict or permissive
         #[arg(value_name = "strict|permissive")]
         mode: Mode,
+        /// Network that a strict command may have
+        #[arg(long, value_name = "none|full", default_value_t)]
+        net: Network,
     },
 }
 
 #[derive(Serialize)]
 struct Shown {
     ceiling: Mode,
+    network: Network,
 }
 
 pub(crate) async fn ceiling(global: &Global, args: CeilingArgs) -> Result<(), CliError> {
@@ -48,21 +54,24 @@ pub(crate) async fn ceiling(global: &Global, args: CeilingArgs) -> Result<(), Cl
         CeilingVerb::Show { output } => {
             let ceiling = Ceiling::load(&state, state.owner()?)?;
             warn_of_exposure(global, &ceiling);
-            let ceiling = ceiling.mode;
-            global.printer(output).say(&ceiling.to_string(), &Shown { ceiling })
+            let Bound { mode, network } = ceiling.bound;
+            let shown = Shown { ceiling: mode, network };
+            global.printer(output).say(&ceiling.bound.to_string(), &shown)
         }
-        CeilingVerb::Set { mode } => {
+        CeilingVerb::Set { mode, net } => {
+            let after = Bound { mode, network: net };
             state.check_owner()?;
             let before = Settings::load(&state)?.ceiling;
-            let event = AuditEvent::Ceiling { before: before.to_string(), after: mode.to_string() };
+            let event =
+                AuditEvent::Ceiling { before: before.to_string(), after: after.to_string() };
             match Audit::of(&state).append(&event) {
                 Ok(()) => {}
                 // Nobody becomes more permissive without a trace, and nobody is kept from becoming
                 // stricter by a full disk.
-                Err(error) if mode > before => return Err(error.into()),
+                Err(error) if after.and(before) != after => return Err(error.into()),
                 Err(error) => printer::complain(&format!("warning: {error}"), global.color),
             }
-            Settings::update(&state, |settings| settings.ceiling = mode)?;
+            Settings::update(&state, |settings| settings.ceiling = after)?;
             if let Ok(ceiling) = state.owner().and_then(|owner| Ceiling::load(&state, owner)) {
                 warn_of_exposure(global, &ceiling);
             }

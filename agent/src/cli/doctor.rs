@@ -111,7 +111,9 @@ pub(crate) async fn doctor(global: &Global, args: DoctorArgs) -> Result<u8, CliE
         Err(error) => findings.push(failed("identity", error.into())),
     }
     let hidden = [state.path().to_owned()];
-    findings.extend(sandbox(&(&Launcher::default().probe(&hidden).await).into()));
+    let require_cgroup = Settings::load(&state).is_ok_and(|own| own.sandbox.require_cgroup);
+    let found = Launcher::default().probe(&hidden, require_cgroup).await;
+    findings.extend(sandbox(&(&found).into()));
     findings.push(inotify());
     findings.push(disk("state disk", existing(state.path())));
     global.printer(args.output).list(&findings)?;

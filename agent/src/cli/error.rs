@@ -257,6 +257,12 @@ impl From<Status> for CliError {
         let trailer =
             |name| status.metadata().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
         let code = trailer(CODE_TRAILER);
+        // What the hub says has no cause on this side: this is of the connection.
+        if code.is_none() && StdError::source(&status).is_some() {
+            return Self::new(Exit::Unreachable, "the connection to the hub broke")
+                .because(status)
+                .hint("`cortex-agent doctor` looks closer");
+        }
         let (exit, own_hint) = match status.code() {
             Code::InvalidArgument => (Exit::Usage, None),
             Code::NotFound => (Exit::NotFound, None),

@@ -7,6 +7,7 @@ use cortex_proto::v1;
 use tokio::io::AsyncWriteExt as _;
 
 use super::error::CliError;
+use super::persist::Persistence;
 use super::printer::{ColorWhen, complain};
 use super::{Global, hub};
 
@@ -38,12 +39,36 @@ pub(crate) struct HistoryArgs {
 pub(crate) async fn history(global: &Global, args: HistoryArgs) -> Result<(), CliError> {
     let HistoryArgs { node, lines, follow, raw } = args;
     let mut client = hub::operator(global).await?;
-    let request = v1::ReadHistoryRequest { node, lines, follow };
-    let mut pieces = client.read_history(request).await?.into_inner();
+    let mut request = v1::ReadHistoryRequest { node, lines, follow, after_seq: 0 };
+    let mut persistence = Persistence::default();
     let mut stdout = tokio::io::stdout();
     // A sequence may be cut in two by the end of a piece.
     let mut strips: HashMap<(bytes::Bytes, i32), anstream::adapter::StripBytes> = HashMap::new();
-    while let Some(piece) = pieces.message().await? {
+    let mut pieces = None;
+    loop {
+        let piece = match &mut pieces {
+            None => client.read_history(request.clone()).await.map(|answer| {
+                pieces = Some(answer.into_inner());
+                None
+            }),
+            Some(open) => match open.message().await {
+                Ok(None) => return Ok(()),
+                other => other,
+            },
+        };
+        let piece = match piece {
+            Ok(Some(piece)) => piece,
+            Ok(None) => {
+                persistence.arrived();
+                continue;
+            }
+            Err(status) => {
+                persistence.pause(status).await?;
+                pieces = None;
+                continue;
+            }
+        };
+        request.after_seq = piece.seq;
         if piece.skipped_bytes > 0 {
             let text = format!("note: {} bytes were not kept here", piece.skipped_bytes);
             complain(&text, ColorWhen::Auto);
@@ -61,5 +86,4 @@ pub(crate) async fn history(global: &Global, args: HistoryArgs) -> Result<(), Cl
         }
         stdout.flush().await?;
     }
-    Ok(())
 }

@@ -8,7 +8,7 @@ use cortex_proto::v1;
 use cortex_shared::ids::{MeshId, NodeId};
 use cortex_shared::labels;
 use cortex_shared::peer::CaPin;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Bound, Mode, Network};
 use rustls_pki_types::CertificateDer;
 use serde::Serialize;
 use tonic::Request;
@@ -19,9 +19,9 @@ use super::token::TokenArgs;
 use super::{Global, Output, hub};
 use crate::audit::{Audit, AuditEvent};
 use crate::client::{HubAddress, Trust, pin_of};
-use crate::config::{SandboxSettings, Settings, default_workspace_root};
+use crate::config::{CommandSettings, SandboxSettings, Settings, default_workspace_root};
 use crate::identity::{IdentityKey, MachineFacts, NodeIdentity, authorities_of, holder_of};
-use crate::link::proto_mode;
+use crate::link::{proto_mode, proto_network};
 
 /// Make this machine a node of a mesh
 #[derive(Debug, Args)]
@@ -56,6 +56,9 @@ pub(crate) struct JoinArgs {
     /// This machine's own upper bound for what commands may do, whatever the hub allows
     #[arg(long, value_name = "strict|permissive", default_value_t)]
     ceiling: Mode,
+    /// Network that a strict command may have at most, whatever the hub allows
+    #[arg(long, value_name = "none|full", default_value_t)]
+    ceiling_net: Network,
     #[command(flatten)]
     output: Output,
 }
@@ -111,7 +114,8 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
     let token = args.token.read()?;
     state.create()?;
     let key = NodeIdentity::pending_key(&state)?;
-    let wish = Wish { token, name: args.name, labels, ceiling: args.ceiling };
+    let ceiling = Bound { mode: args.ceiling, network: args.ceiling_net };
+    let wish = Wish { token, name: args.name, labels, ceiling };
     let response = ask(&address, Trust::Pins(pins.clone()), &key, &wish).await?;
     let authorities = pinned_authorities(&pins, &response.ca_der, &response.trusted_cas_der)
         .map_err(wrong_answer)?;
@@ -119,9 +123,10 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
     let settings = Settings {
         hub: address,
         workspace_root,
-        ceiling: args.ceiling,
+        ceiling,
         workspace_paths: BTreeMap::new(),
         sandbox: SandboxSettings::default(),
+        commands: CommandSettings::default(),
     };
     settings.save(&state)?;
     // Written down first: nobody joins a mesh without a trace.
@@ -150,7 +155,7 @@ pub(super) struct Wish {
     pub(super) token: Zeroizing<String>,
     pub(super) name: Option<String>,
     pub(super) labels: labels::Labels,
-    pub(super) ceiling: Mode,
+    pub(super) ceiling: Bound,
 }
 
 /// Asks to be admitted as a node.
@@ -174,7 +179,8 @@ pub(super) async fn ask(
             os: std::env::consts::OS.to_owned(),
             arch: std::env::consts::ARCH.to_owned(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-            ceiling: proto_mode(wish.ceiling).into(),
+            ceiling: proto_mode(wish.ceiling.mode).into(),
+            ceiling_network: proto_network(wish.ceiling.network).into(),
             machine: Some(machine.clone().into()),
         });
         request.set_timeout(deadline);

@@ -9,6 +9,7 @@ mod context;
 mod doctor;
 pub mod error;
 mod exec;
+mod files;
 mod history;
 mod hub;
 mod identity;
@@ -18,9 +19,11 @@ mod leave;
 mod local;
 mod login;
 mod node;
+mod persist;
 mod policy;
 pub mod printer;
 mod run;
+mod service;
 mod status;
 mod task;
 mod token;
@@ -104,6 +107,7 @@ enum Verb {
     Join(join::JoinArgs),
     Run(run::RunArgs),
     Leave(leave::LeaveArgs),
+    Service(service::ServiceArgs),
     Identity(identity::IdentityArgs),
     Ceiling(ceiling::CeilingArgs),
     Status(status::StatusArgs),
@@ -117,6 +121,12 @@ enum Verb {
     Task(task::TaskArgs),
     History(history::HistoryArgs),
     Shell(exec::ShellArgs),
+    Ls(files::LsArgs),
+    Cat(files::CatArgs),
+    Stat(files::StatArgs),
+    Write(files::WriteArgs),
+    Rm(files::RmArgs),
+    Mkdir(files::MkdirArgs),
     Workspace(workspace::WorkspaceArgs),
     Invite(invite::InviteArgs),
     Policy(policy::PolicyArgs),
@@ -162,6 +172,7 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Join(args) => done(Box::pin(join::join(&global, args)).await),
             Verb::Run(args) => done(Box::pin(run::run(&global, args)).await),
             Verb::Leave(args) => done(Box::pin(leave::leave(&global, args)).await),
+            Verb::Service(args) => done(service::service(&global, &args)),
             Verb::Identity(args) => done(Box::pin(identity::identity(&global, args)).await),
             Verb::Ceiling(args) => done(Box::pin(ceiling::ceiling(&global, args)).await),
             Verb::Status(args) => done(Box::pin(status::status(&global, args)).await),
@@ -175,6 +186,12 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Task(args) => Box::pin(task::task(&global, args)).await,
             Verb::History(args) => done(Box::pin(history::history(&global, args)).await),
             Verb::Shell(args) => Box::pin(exec::shell(&global, args)).await,
+            Verb::Ls(args) => done(Box::pin(files::ls(&global, args)).await),
+            Verb::Cat(args) => done(Box::pin(files::cat(&global, args)).await),
+            Verb::Stat(args) => done(Box::pin(files::stat(&global, args)).await),
+            Verb::Write(args) => done(Box::pin(files::write(&global, args)).await),
+            Verb::Rm(args) => done(Box::pin(files::rm(&global, args)).await),
+            Verb::Mkdir(args) => done(Box::pin(files::mkdir(&global, args)).await),
             Verb::Workspace(args) => done(Box::pin(workspace::workspace(&global, args)).await),
             Verb::Invite(args) => done(Box::pin(invite::invite(&global, args)).await),
             Verb::Policy(args) => done(Box::pin(policy::policy(&global, args)).await),
@@ -265,11 +282,12 @@ mod tests {
     #[test]
     fn contract_of_names_and_flags_parses() {
         for line in [
-            "join hub:7443 --ca sha256:00 --token-file F --name n --label a=b --label c=d --workspace-root /w --ceiling strict",
+            "join hub:7443 --ca sha256:00 --token-file F --name n --label a=b --label c=d --workspace-root /w --ceiling strict --ceiling-net full",
             "run",
             "--state /s status -o json",
             "ceiling show -o json",
             "ceiling set permissive",
+            "ceiling set strict --net full",
             "doctor -o json",
             "login hub:7443 --ca sha256:00 --token-stdin --context x",
             "logout",
@@ -291,6 +309,7 @@ mod tests {
             "policy show n1 -o json",
             "policy set n1 permissive --reason text --for 30m",
             "policy set n1 strict",
+            "policy set n1 strict --net full --reason text --for 8h",
             "audit list --after 3 --limit 10 --action policy.set -o jsonl",
             "audit verify -o json",
             "identity show -o json",
@@ -316,6 +335,13 @@ mod tests {
             "task cancel 01234567 --signal INT --grace 5s",
             "task retry 01234567 --detach",
             "history n1 --lines 100 -f --raw",
+            "ls n1:w/dir --limit 10 --after x -o jsonl",
+            "cat n1:w/f --offset 10 --length 1K",
+            "stat n1:w/f --hash -o json",
+            "write n1:w/f --from - --mode 640 --if-hash 0000000000000000000000000000000000000000000000000000000000000000",
+            "write n1:w/f --from f --if-absent -o json",
+            "rm n1:w/f -r",
+            "mkdir n1:w/d -p",
             "workspace create w",
             "workspace list",
             "workspace attach w --node n",

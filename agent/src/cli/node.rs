@@ -10,7 +10,7 @@ use cortex_shared::labels;
 
 use super::error::{CliError, Exit};
 use super::{Global, Output, hub, policy, printer, units};
-pub(crate) use show::{NodeRow, skew_text};
+pub(crate) use show::{NodeRow, bound_text, skew_text};
 
 /// How often `node drain` looks.
 const DRAIN_POLL: Duration = Duration::from_secs(1);
@@ -292,7 +292,7 @@ pub(super) fn changed(global: &Global, output: Output, info: v1::NodeInfo) -> Re
 }
 
 /// Asks before something that cannot be taken back: only a person at a terminal.
-fn confirm(deed: &str, yes: bool) -> Result<(), CliError> {
+pub(super) fn confirm(deed: &str, yes: bool) -> Result<(), CliError> {
     use std::io::{BufRead as _, IsTerminal as _};
     let stdin = std::io::stdin();
     if yes || !stdin.is_terminal() {

@@ -35,7 +35,10 @@ pub(crate) async fn run(global: &Global, args: RunArgs) -> Result<(), CliError> 
             LogShape::Text => LogFormat::Text,
             LogShape::Json => LogFormat::Json,
         },
-    );
+    )
+    .map_err(|error| {
+        CliError::new(Exit::Usage, "cannot start logging").because(error).hint("see CORTEX_LOG")
+    })?;
     let state = global.state()?;
     daemon::run(state).await.map_err(|error| match error {
         daemon::DaemonError::Config(error) => error.into(),

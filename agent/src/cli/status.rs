@@ -6,11 +6,11 @@ use cortex_shared::ids::NodeId;
 use serde::Serialize;
 
 use super::error::CliError;
-use super::node::skew_text;
+use super::node::{bound_text, skew_text};
 use super::workspace::SyncRow;
 use super::{Global, Output, hub, local, printer};
 use crate::config::Ceiling;
-use crate::link::mode_of;
+use crate::link::{mode_of, network_of};
 
 /// Show this node's agent: connection, certificate, running commands, workspaces
 #[derive(Debug, Args)]
@@ -35,8 +35,10 @@ struct Status {
     session_epoch: u64,
     certificate_not_after_ms: i64,
     ceiling: String,
+    ceiling_network: String,
     ceiling_problem: Option<String>,
     policy: String,
+    policy_network: String,
     policy_until_ms: i64,
     generation: u64,
     renew_at_ms: i64,
@@ -63,8 +65,10 @@ pub(crate) async fn status(global: &Global, args: StatusArgs) -> Result<(), CliE
         session_epoch: answer.session_epoch,
         certificate_not_after_ms: answer.certificate_not_after_ms,
         ceiling: mode_of(answer.ceiling).to_string(),
+        ceiling_network: network_of(answer.ceiling_network).to_string(),
         ceiling_problem: ceiling_problem(global)?,
         policy: mode_of(answer.policy).to_string(),
+        policy_network: network_of(answer.policy_network).to_string(),
         policy_until_ms: answer.policy_until_ms,
         generation: answer.generation,
         renew_at_ms: answer.renew_at_ms,
@@ -102,12 +106,12 @@ pub(crate) async fn status(global: &Global, args: StatusArgs) -> Result<(), CliE
                 printer::time(status.renew_at_ms)
             ),
         ),
-        ("ceiling", status.ceiling.clone()),
+        ("ceiling", bound_text(&status.ceiling, &status.ceiling_network)),
         (
             "hub policy",
-            match status.policy_until_ms {
-                0 => status.policy.clone(),
-                until => format!("{} until {}", status.policy, printer::time(until)),
+            match (status.policy_until_ms, bound_text(&status.policy, &status.policy_network)) {
+                (0, policy) => policy,
+                (until, policy) => format!("{policy} until {}", printer::time(until)),
             },
         ),
         ("clock", skew_text(status.clock_skew_ms)),

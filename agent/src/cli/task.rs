@@ -3,6 +3,7 @@
 mod show;
 mod view;
 
+use std::ffi::OsString;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -11,6 +12,8 @@ use cortex_proto::{DEFAULT_OUTPUT_CREDIT, v1};
 use super::error::{CliError, Exit};
 use super::exec::check;
 use super::exec::one::{Attached, exec, id_text};
+use super::exec::request::variables;
+use super::persist::Persistence;
 use super::printer::complain;
 use super::units::{millis, parse_duration};
 use super::{Global, Output, hub};
@@ -102,6 +105,9 @@ enum TaskVerb {
         /// Say the new task's id and leave
         #[arg(long)]
         detach: bool,
+        /// A variable of the command once more: the hub does not keep their values. May be repeated
+        #[arg(long = "env", value_name = "NAME=VALUE")]
+        env: Vec<OsString>,
         #[command(flatten)]
         output: Output,
     },
@@ -154,6 +160,7 @@ fn parse_signal(text: &str) -> Result<u32, String> {
 pub(crate) async fn task(global: &Global, args: TaskArgs) -> Result<u8, CliError> {
     match args.verb {
         TaskVerb::List { node, status, mine, limit, output } => {
+            refuse_state(global)?;
             let states =
                 status.into_iter().map(|state| v1::TaskState::from(state).into()).collect();
             let request = v1::ListTasksRequest {
@@ -182,22 +189,43 @@ pub(crate) async fn task(global: &Global, args: TaskArgs) -> Result<u8, CliError
             let request = hub::question(v1::CancelTaskRequest { task, signal, grace_ms });
             let info = hub::operator(global).await?.cancel_task(request).await?.into_inner();
             let row = TaskRow::from(&info);
+            let (node, id) = (&info.node_name, &row.task_id);
             let sentence = match &info.exit {
-                None => format!("asked {} to end {}", info.node_name, row.task_id),
+                None if info.state() == v1::TaskState::Interrupted => {
+                    format!("{node} is away; it is asked to end {id} when it is back")
+                }
+                None => format!("asked {node} to end {id}"),
+                Some(_) if info.cancel_pending => format!(
+                    "{id} has its verdict ({}), but {node} has not said that it has ended there: asked \
+                     it to end it, now or when it is back",
+                    row.state
+                ),
                 Some(_) => format!("{} has ended already: {}", row.task_id, row.state),
             };
             global.printer(output).say(&sentence, &row)?;
             Ok(0)
         }
-        TaskVerb::Retry { task, detach, output } => {
+        TaskVerb::Retry { task, detach, env, output } => {
+            let env = variables(&env)?;
             let start = v1::ExecStart {
                 retry_of: task,
                 detach,
+                spec: (!env.is_empty()).then(|| v1::TaskSpec { env, ..Default::default() }),
                 initial_credit: DEFAULT_OUTPUT_CREDIT,
                 ..v1::ExecStart::default()
             };
             exec(global, Attached { start, stdin: false, output }).await
         }
+    }
+}
+
+/// `--state` is the global flag that names a directory, which would be taken without a word.
+fn refuse_state(global: &Global) -> Result<(), CliError> {
+    let meant = global.state.as_ref().and_then(|state| state.to_str());
+    match meant.filter(|text| State::from_str(text, true).is_ok()) {
+        None => Ok(()),
+        Some(state) => Err(CliError::usage("--state names a node's directory")
+            .hint(format!("tasks in a state: cortex-agent task list --status {state}"))),
     }
 }
 
@@ -225,10 +253,30 @@ async fn list(
 
 async fn wait(global: &Global, tasks: Vec<String>, output: Output) -> Result<u8, CliError> {
     let mut client = hub::operator(global).await?;
-    let (mut rows, mut code) = (Vec::new(), 0);
-    // One after the other takes as long as the longest of them.
+    // One that is misspelt is said before the others are waited for.
+    let mut ids = Vec::new();
     for task in tasks {
-        let info = client.wait_task(v1::GetTaskRequest { task }).await?.into_inner();
+        let info = client.get_task(hub::question(v1::GetTaskRequest { task })).await?.into_inner();
+        ids.push(id_text(&info.task_id));
+    }
+    let (mut rows, mut code) = (Vec::new(), 0);
+    let mut persistence = Persistence::default();
+    persistence.arrived();
+    // One after the other takes as long as the longest of them.
+    for task in ids {
+        let info = loop {
+            match client.wait_task(v1::GetTaskRequest { task: task.clone() }).await {
+                Ok(info) => break info.into_inner(),
+                Err(status) => {
+                    if let Err(error) = persistence.pause(status).await {
+                        // What is known of the others is said all the same.
+                        global.printer(output).list(&rows)?;
+                        return Err(error);
+                    }
+                }
+            }
+        };
+        persistence.arrived();
         let exit = info.exit.clone().unwrap_or_default();
         if code == 0 {
             code = check::exit_code(&exit);

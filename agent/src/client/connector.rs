@@ -68,6 +68,7 @@ async fn dial_tcp(address: &HubAddress) -> Result<TcpStream, ConnectError> {
             Ok(Ok(tcp)) => {
                 // Small frames (credit, signals, heartbeats) must not wait for a full segment.
                 tcp.set_nodelay(true).map_err(unreachable)?;
+                cortex_shared::dead_line::notice(&tcp).map_err(unreachable)?;
                 return Ok(tcp);
             }
             Ok(Err(error)) => last = error,

@@ -8,19 +8,28 @@ use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Bytes that have moved on the connections of one channel, in both directions.
+/// Bytes that have moved on the connections of one channel.
 #[derive(Debug, Default)]
-pub struct Traffic(AtomicU64);
+pub struct Traffic {
+    moved: AtomicU64,
+    received: AtomicU64,
+}
 
 impl Traffic {
-    /// How many.
+    /// How many, in both directions.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.moved.load(Ordering::Relaxed)
+    }
+
+    /// How many came from the other side, which is then alive.
+    #[must_use]
+    pub fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
     }
 
     fn add(&self, bytes: usize) {
-        self.0.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.moved.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }
 
@@ -39,7 +48,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let poll = Pin::new(&mut self.stream).poll_read(context, buffer);
-        self.traffic.add(buffer.filled().len() - before);
+        let read = buffer.filled().len() - before;
+        self.traffic.received.fetch_add(read as u64, Ordering::Relaxed);
+        self.traffic.add(read);
         poll
     }
 }

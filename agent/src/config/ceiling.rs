@@ -3,15 +3,15 @@
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::Bound;
 
 use super::{ConfigError, Settings, StateDir};
 
-/// The owner's upper bound for the mode of every command, as it counts.
+/// The owner's upper bound for what commands may do, as it counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ceiling {
     /// What counts.
-    pub mode: Mode,
+    pub bound: Bound,
     /// Why the stored bound is not believed and counts as strict.
     pub problem: Option<Exposed>,
 }
@@ -43,8 +43,8 @@ impl Ceiling {
         for path in [state.path(), &state.settings()] {
             problem = problem.or(exposed(path, agent_user)?);
         }
-        let mode = if problem.is_some() { Mode::Strict } else { stored };
-        Ok(Self { mode, problem })
+        let bound = if problem.is_some() { Bound::LEAST } else { stored };
+        Ok(Self { bound, problem })
     }
 }
 
@@ -72,6 +72,8 @@ fn exposed(path: &Path, agent_user: u32) -> Result<Option<Exposed>, ConfigError>
 mod tests {
     use std::os::unix::fs::chown;
 
+    use cortex_shared::policy::{Mode, Network};
+
     use super::*;
 
     #[test]
@@ -79,17 +81,19 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let state = StateDir::resolve(Some(folder.path().join("state"))).unwrap();
         state.create().unwrap();
+        let all = Bound { mode: Mode::Permissive, network: Network::Full };
         let settings = Settings {
             hub: "hub:7443".parse().unwrap(),
             workspace_root: "/srv/cortex".into(),
             sandbox: Default::default(),
-            ceiling: Mode::Permissive,
+            commands: Default::default(),
+            ceiling: all,
             workspace_paths: std::collections::BTreeMap::new(),
         };
         settings.save(&state).unwrap();
         let own = rustix::process::geteuid().as_raw();
         let ceiling = || Ceiling::load(&state, own).unwrap();
-        assert_eq!(ceiling(), Ceiling { mode: Mode::Permissive, problem: None });
+        assert_eq!(ceiling(), Ceiling { bound: all, problem: None });
         let file = state.settings();
         for (path, kept) in [(state.path(), 0o700), (file.as_path(), 0o600)] {
             let set = |mode| {
@@ -98,17 +102,17 @@ mod tests {
             for open in [0o777, 0o720, 0o702] {
                 set(open);
                 let found = ceiling();
-                assert_eq!(found.mode, Mode::Strict, "{open:o}");
+                assert_eq!(found.bound, Bound::LEAST, "{open:o}");
                 let text = found.problem.unwrap().to_string();
                 assert!(text.contains(&format!("{} can", path.display())), "{text}");
             }
             set(kept);
             if own == 0 {
                 chown(path, Some(64_001), None).unwrap();
-                assert_eq!(ceiling().mode, Mode::Strict);
+                assert_eq!(ceiling().bound, Bound::LEAST);
                 chown(path, Some(0), None).unwrap();
             }
         }
-        assert_eq!(ceiling().mode, Mode::Permissive);
+        assert_eq!(ceiling().bound, all);
     }
 }

@@ -9,7 +9,11 @@ use tokio::time::Instant;
 use super::policy;
 use super::request::{CommandControl, CommandEvent, CommandExit, CommandRequest, CommandVerdict};
 use super::run::{Running, UNTOLD, signal_code};
-use crate::sandbox::{Absent, Group, LaunchError, Launched, Launcher};
+use crate::sandbox::{Before, Group, LaunchError, Launched, Launcher};
+
+/// What a limit of memory means where the agent may create no control groups.
+const BY_PROCESS: &str = "this node limits the memory of each process, not of the command as a whole, \
+                          nor shared memory: it may create no control groups (see cortex-agent doctor)";
 
 /// Runs commands.
 #[derive(Debug, Clone)]
@@ -50,7 +54,7 @@ impl Executor {
     }
 
     /// Runs one command to its end. [`CommandEvent::Exit`] is the last event, whatever happens,
-    /// unless the receiver is gone. If `control` is closed the command is cancelled; if this future
+    /// unless the receiver is gone. If `control` is closed the command is ended; if this future
     /// is dropped it is killed.
     pub async fn run(
         &self,
@@ -62,11 +66,13 @@ impl Executor {
         let begun = Instant::now();
         let mode = request.mode;
         let with_terminal = request.terminal.is_some();
+        let memory_asked = request.limits.memory_bytes.is_some();
         let mut exit = match self.start(request).await {
             Err(exit) => exit,
             Ok((mut launched, time_limit)) => {
-                let absent = std::mem::take(&mut launched.absent);
+                let before = launched.before.take();
                 let group = std::mem::take(&mut launched.group);
+                let memory_by_process = memory_asked && !group.exists();
                 let mut running = Running::new(
                     launched,
                     mode,
@@ -79,7 +85,11 @@ impl Executor {
                     running.await_terminal();
                 }
                 let exit = Box::pin(running.run()).await;
-                look_back(exit, absent, group).await
+                let mut exit = look_back(exit, before, group).await;
+                if memory_by_process {
+                    add_hint(&mut exit.hint, BY_PROCESS.to_owned());
+                }
+                exit
             }
         };
         exit.duration = begun.elapsed();
@@ -123,12 +133,15 @@ impl Executor {
     }
 }
 
-/// Says what only shows afterwards: why it was killed, and what it left in its workspace that
+/// Says what only shows afterwards: why it was killed, and what came or changed in its workspace that
 /// programs outside the sandbox would obey.
-async fn look_back(mut exit: CommandExit, absent: Absent, group: Group) -> CommandExit {
-    let look = tokio::task::spawn_blocking(move || (absent.present(), group.ran_out_of_memory()));
+async fn look_back(mut exit: CommandExit, before: Option<Before>, group: Group) -> CommandExit {
+    let look = tokio::task::spawn_blocking(move || {
+        group.end_all();
+        (before.and_then(|before| before.look_again()), group.ran_out_of_memory())
+    });
     // A panic there would be a mistake of ours, and no reason to hide how the command ended.
-    let (appeared, out_of_memory) = look.await.unwrap_or_default();
+    let (changed, out_of_memory) = look.await.unwrap_or_default();
     if out_of_memory {
         if exit.reason.as_deref() == Some(UNTOLD) {
             // The kernel ended the process that would have told, with all others.
@@ -137,15 +150,18 @@ async fn look_back(mut exit: CommandExit, absent: Absent, group: Group) -> Comma
             exit.signal = Some(libc::SIGKILL);
             (exit.reason, exit.hint) = (None, None);
         }
-        exit.hint.get_or_insert_with(|| "it ran out of memory: allow it more".to_owned());
+        add_hint(&mut exit.hint, "it ran out of memory: allow it more".to_owned());
     }
-    if exit.hint.is_none() && !appeared.is_empty() {
-        let names: Vec<_> = appeared.iter().map(|name| name.display().to_string()).collect();
-        exit.hint = Some(format!(
-            "it created {}, which programs outside the sandbox obey: look at it before using git, \
-             a shell or an editor in this workspace",
-            names.join(", ")
-        ));
+    if let Some(changed) = changed {
+        add_hint(&mut exit.hint, changed);
     }
     exit
+}
+
+/// One hint never hides another.
+fn add_hint(hint: &mut Option<String>, more: String) {
+    *hint = Some(match hint.take() {
+        Some(hint) => format!("{hint}; {more}"),
+        None => more,
+    });
 }

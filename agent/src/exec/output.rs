@@ -13,9 +13,19 @@ use tokio::net::unix::pipe;
 use tokio::time::Instant;
 
 /// Largest frame of output.
-pub const MAX_FRAME_BYTES: usize = 64 * 1024;
+pub const MAX_FRAME_BYTES: usize = 128 * 1024;
+/// What is asked for at least when the pipe is read.
+const LEAST_READ_BYTES: usize = 4 * 1024;
+/// A pipe in which this much lies has a writer that is faster than its reader: three quarters of what
+/// the kernel gives a pipe at first.
+const FULL_BYTES: usize = 48 * 1024;
+/// What such a pipe holds from then on, so that its writer goes on while we are about something else.
+/// Only those that need it have it: the kernel allows an ordinary user 64 MiB of pipes in all.
+const WIDE_BYTES: usize = 1024 * 1024;
 /// A frame of this size is worth sending, however short ago the last one was.
-const WORTHWHILE_BYTES: usize = 16 * 1024;
+const WORTHWHILE_BYTES: usize = 64 * 1024;
+/// A frame of that size keeps the memory it was read into; of a smaller one a copy is kept.
+const KEPT_BYTES: usize = 16 * 1024;
 /// Frames smaller than that follow each other no closer than this.
 const GATHER_TIME: Duration = Duration::from_millis(2);
 
@@ -25,6 +35,8 @@ pub(super) struct OutputPipe {
     pipe: pipe::Receiver,
     /// It is a terminal's output, see [`super::terminal`].
     terminal: bool,
+    /// It holds more than pipes do at first, or may not.
+    widened: bool,
     /// Read and not yet handed out.
     buffer: BytesMut,
     /// Bytes that may still be read; known once every process of the command has ended.
@@ -40,6 +52,7 @@ impl OutputPipe {
         Self {
             pipe,
             terminal: false,
+            widened: false,
             buffer: BytesMut::new(),
             remaining: None,
             ended: false,
@@ -51,7 +64,7 @@ impl OutputPipe {
 
     /// With what a terminal shows as its only output.
     pub(super) fn of_terminal(pipe: pipe::Receiver) -> Self {
-        Self { terminal: true, ..Self::new(pipe) }
+        Self { terminal: true, widened: true, ..Self::new(pipe) }
     }
 
     /// Bytes handed out so far.
@@ -121,6 +134,7 @@ impl OutputPipe {
                 self.ended = true;
                 return;
             }
+            let room = self.worth_reading(room);
             self.buffer.reserve(room);
             match self.read(room) {
                 Ok(0) => self.ended = true,
@@ -137,6 +151,20 @@ impl OutputPipe {
                 Err(_) => self.ended = true,
             }
         }
+    }
+
+    /// Of `room` bytes, as many as there are to be read now. Memory is taken for no more: a command that
+    /// says little costs little.
+    fn worth_reading(&mut self, room: usize) -> usize {
+        // A terminal cannot always be asked, and what it gives at a time is not more.
+        let there = rustix::io::ioctl_fionread(&self.pipe).unwrap_or_default();
+        let there = usize::try_from(there).unwrap_or(usize::MAX);
+        if there >= FULL_BYTES && !self.widened {
+            // Where the kernel refuses, it stays as it is.
+            rustix::pipe::fcntl_setpipe_size(&self.pipe, WIDE_BYTES).ok();
+            self.widened = true;
+        }
+        room.min(there.max(LEAST_READ_BYTES))
     }
 
     /// Reads up to `room` bytes into the buffer, which has room for them.
@@ -156,7 +184,7 @@ impl OutputPipe {
         let length = self.buffer.len().min(most);
         // A frame that shares the buffer's memory keeps all of it for as long as it lives, which
         // may be long in a history; a copy of a small one is cheaper.
-        let frame = if length < WORTHWHILE_BYTES {
+        let frame = if length < KEPT_BYTES {
             let frame = Bytes::copy_from_slice(&self.buffer[..length]);
             self.buffer.advance(length);
             frame

@@ -100,7 +100,6 @@ pub(super) fn resolve(
         mode: request.mode,
         network: request.network,
         limits,
-        limits_asked_for: request.limits != RequestedLimits::default(),
         stdin: request.stdin,
         terminal: request.terminal.map(|terminal| terminal.size),
         read_only: request.read_only_paths,

@@ -173,7 +173,7 @@ pub enum CommandVerdict {
     Failed,
 }
 
-/// What the caller may tell a running command. Closing the channel cancels the command.
+/// What the caller may tell a running command. Closing the channel ends the command, which has then failed.
 #[derive(Debug, Clone)]
 pub enum CommandControl {
     /// This many more bytes of output may be sent, over both streams.
@@ -195,5 +195,50 @@ pub enum CommandControl {
         signal: i32,
         /// How long the command may take to end by itself.
         grace: Duration,
+        /// Why it is to end.
+        cause: CancelCause,
     },
+}
+
+/// Why a command is ended from outside. Decides whose doing its end is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CancelCause {
+    /// Somebody who may asked for it.
+    Requested,
+    /// The hub has put this node out of its mesh.
+    Expelled,
+    /// The connection to the hub was lost, and the command was not to outlive that.
+    LinkLost,
+    /// No hub was heard of for longer than commands may go on without one.
+    CutOff,
+    /// The agent of this node stops.
+    AgentStops,
+    /// The hub sent more than it may.
+    Protocol,
+}
+
+impl CancelCause {
+    /// The verdict, and why.
+    #[must_use]
+    pub fn verdict(self) -> (CommandVerdict, &'static str) {
+        match self {
+            Self::Requested => (CommandVerdict::Cancelled, "cancelled on request"),
+            Self::Expelled => {
+                (CommandVerdict::Cancelled, "the hub has put the node out of its mesh")
+            }
+            Self::LinkLost => (
+                CommandVerdict::Failed,
+                "the node lost its connection to the hub, and the command ended with it",
+            ),
+            Self::CutOff => (
+                CommandVerdict::Failed,
+                "the node was without a hub for longer than commands may go on there",
+            ),
+            Self::AgentStops => (
+                CommandVerdict::Failed,
+                "the agent on the node was stopped, and the command with it",
+            ),
+            Self::Protocol => (CommandVerdict::Failed, "the hub broke the protocol of the task"),
+        }
+    }
 }

@@ -12,10 +12,12 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::output::OutputPipe;
-use super::request::{CommandControl, CommandEvent, CommandExit, CommandVerdict, OutputStream};
+use super::request::{
+    CancelCause, CommandControl, CommandEvent, CommandExit, CommandVerdict, OutputStream,
+};
 use super::stdin::Stdin;
 use super::terminal::Terminal;
-use crate::sandbox::{Ending, Launched, StageHandle, StageMessage, TerminalSize};
+use crate::sandbox::{Ending, Launched, Refusal, StageHandle, StageMessage, TerminalSize};
 
 /// The reason given where even the process that tells of the command's end was ended.
 pub(super) const UNTOLD: &str = "the sandbox ended without telling how the command did";
@@ -25,6 +27,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 const DEFAULT_GRACE: Duration = Duration::from_secs(2);
 /// Longest grace that a caller may choose.
 const MAX_GRACE: Duration = Duration::from_secs(10 * 60);
+/// How long the output of a cancelled command, all of whose processes have ended, may stand still before
+/// the rest of it is given up.
+const DRAIN: Duration = Duration::from_secs(2);
 /// How long the kernel may take to end everything before the next harder means is tried.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -32,8 +37,8 @@ const KILL_PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 enum Stop {
     TimeLimit,
-    Cancelled(&'static str),
-    Failed(String),
+    Cancelled(CancelCause),
+    Failed(String, Option<String>),
 }
 
 /// How far ending it has come. Each step has a time after which the next is taken.
@@ -109,6 +114,8 @@ pub(super) struct Running {
     over: bool,
     /// Nobody wants the rest of the output.
     abandoned: bool,
+    /// When output last came from the command, or the last of its processes ended.
+    moved_at: Instant,
 }
 
 impl Running {
@@ -142,6 +149,7 @@ impl Running {
             escalation: Escalation::None,
             over: false,
             abandoned: false,
+            moved_at: Instant::now(),
         }
     }
 
@@ -173,7 +181,7 @@ impl Running {
                         .unwrap_or_else(|| CommandEvent::StdinTaken(self.stdin.take_taken()));
                     permit.send(event);
                 }
-                Wake::Room(Err(_)) => self.abandon("nobody listens to the command any more"),
+                Wake::Room(Err(_)) => self.abandon(),
                 Wake::Frame(stream, frame) => self.take_frame(stream, frame),
             }
         }
@@ -217,7 +225,9 @@ impl Running {
 
     fn next_deadline(&self) -> Option<Instant> {
         if self.over {
-            return None;
+            // Who cancelled it waits for its end, not for output that nobody takes.
+            let cancelled = matches!(self.stop, Some(Stop::Cancelled(_)));
+            return cancelled.then_some(self.moved_at + DRAIN);
         }
         match self.escalation {
             Escalation::None => Some(self.deadline.unwrap_or(self.start_by)),
@@ -227,13 +237,17 @@ impl Running {
 
     fn deadline_passed(&mut self) {
         let now = Instant::now();
+        if self.over {
+            self.abandoned = true;
+            return;
+        }
         match self.escalation {
             Escalation::None if self.started => {
                 self.stop(Stop::TimeLimit, libc::SIGTERM, DEFAULT_GRACE);
             }
             Escalation::None => {
                 let reason = "the sandbox could not be set up in time".to_owned();
-                self.stop(Stop::Failed(reason), libc::SIGTERM, Duration::ZERO);
+                self.stop(Stop::Failed(reason, None), libc::SIGTERM, Duration::ZERO);
             }
             Escalation::Asked(_) => {
                 self.stage.kill();
@@ -281,8 +295,9 @@ impl Running {
         }
     }
 
-    fn abandon(&mut self, why: &'static str) {
-        self.stop(Stop::Cancelled(why), libc::SIGTERM, DEFAULT_GRACE);
+    fn abandon(&mut self) {
+        let why = "nobody listens to the command any more".to_owned();
+        self.stop(Stop::Failed(why, None), libc::SIGTERM, DEFAULT_GRACE);
         self.pending.clear();
         self.stdin.close();
         self.stdin.take_taken();
@@ -296,7 +311,7 @@ impl Running {
             Some(CommandControl::Credit(bytes)) => self.credit = self.credit.saturating_add(bytes),
             Some(CommandControl::Stdin { data, end }) => {
                 if let Err(error) = self.stdin.push(data, end) {
-                    self.stop(Stop::Failed(error.to_string()), libc::SIGTERM, DEFAULT_GRACE);
+                    self.stop(Stop::Failed(error.to_string(), None), libc::SIGTERM, DEFAULT_GRACE);
                 }
             }
             Some(CommandControl::Signal(number)) => self.stage.signal(number),
@@ -305,14 +320,14 @@ impl Running {
                 // Only undelivered output is left, and it is no longer wanted.
                 self.abandoned = true;
             }
-            Some(CommandControl::Cancel { signal, grace }) => {
+            Some(CommandControl::Cancel { signal, grace, cause }) => {
                 let signal = if signal == 0 { libc::SIGTERM } else { signal };
-                self.stop(Stop::Cancelled("cancelled on request"), signal, grace);
+                self.stop(Stop::Cancelled(cause), signal, grace);
             }
             None => {
                 self.control_open = false;
-                let why = "the connection that the command belonged to was closed";
-                self.stop(Stop::Cancelled(why), libc::SIGTERM, DEFAULT_GRACE);
+                let why = "the connection that the command belonged to was closed".to_owned();
+                self.stop(Stop::Failed(why, None), libc::SIGTERM, DEFAULT_GRACE);
             }
         }
     }
@@ -322,7 +337,7 @@ impl Running {
             Ok(StageMessage::Terminal(master)) => {
                 if let Err(error) = self.open_terminal(master) {
                     let reason = format!("the terminal cannot be used: {error}");
-                    self.stop(Stop::Failed(reason), libc::SIGTERM, Duration::ZERO);
+                    self.stop(Stop::Failed(reason, None), libc::SIGTERM, Duration::ZERO);
                 }
             }
             Ok(StageMessage::Started) => {
@@ -349,6 +364,10 @@ impl Running {
                 let reason = format!("cannot execute {program}: {source}");
                 self.not_run = Some(CommandExit::new(kind, reason, None));
             }
+            // Whoever reads "refused" may run it again: never said of what has run, whatever the
+            // stage makes of it.
+            Ok(StageMessage::Refused(refusal)) if self.started => self.lost(refusal),
+            Ok(StageMessage::Failed(refusal)) => self.lost(refusal),
             Ok(StageMessage::Refused(refusal)) => {
                 let reason = format!("{}: {}", refusal.what, refusal.why);
                 self.not_run =
@@ -360,18 +379,22 @@ impl Running {
                 self.finish();
             }
             Err(error) => {
-                self.stop(
-                    Stop::Failed(format!("the sandbox stage cannot be understood: {error}")),
-                    libc::SIGTERM,
-                    Duration::ZERO,
-                );
+                let reason = format!("the sandbox stage cannot be understood: {error}");
+                self.stop(Stop::Failed(reason, None), libc::SIGTERM, Duration::ZERO);
                 self.stage.kill_monitor();
             }
         }
     }
 
+    /// The command has run, or may have, and its stage ends it.
+    fn lost(&mut self, why: Refusal) {
+        let reason = format!("{}: {}, so the command was ended", why.what, why.why);
+        self.stop(Stop::Failed(reason, Some(why.remedy)), libc::SIGTERM, Duration::ZERO);
+    }
+
     fn finish(&mut self) {
         self.over = true;
+        self.moved_at = Instant::now();
         self.stdout.writers_are_gone();
         self.stderr.writers_are_gone();
         self.stdin.close();
@@ -380,6 +403,7 @@ impl Running {
     fn take_frame(&mut self, stream: OutputStream, frame: Option<bytes::Bytes>) {
         let Some(data) = frame else { return };
         let bytes = u64::try_from(data.len()).unwrap_or(u64::MAX);
+        self.moved_at = Instant::now();
         self.credit = self.credit.saturating_sub(bytes);
         let pipe = match stream {
             OutputStream::Stdout => &self.stdout,
@@ -414,12 +438,17 @@ impl Running {
                 let reason = format!("it ran longer than its limit of {:?}", self.time_limit);
                 CommandExit::new(CommandVerdict::TimeLimit, reason, None)
             }
-            Some(Stop::Cancelled(why)) => {
-                let mut exit = CommandExit::new(CommandVerdict::Cancelled, why.to_owned(), None);
-                exit.exit_code = code;
+            Some(Stop::Cancelled(cause)) => {
+                let (verdict, why) = cause.verdict();
+                let mut exit = CommandExit::new(verdict, why.to_owned(), None);
+                if verdict == CommandVerdict::Cancelled {
+                    exit.exit_code = code;
+                }
                 exit
             }
-            Some(Stop::Failed(reason)) => CommandExit::new(CommandVerdict::Failed, reason, None),
+            Some(Stop::Failed(reason, hint)) => {
+                CommandExit::new(CommandVerdict::Failed, reason, hint)
+            }
             None => match self.ending {
                 Some(Ending::Exited(_)) => {
                     let mut exit = CommandExit::new(CommandVerdict::Exited, String::new(), None);
@@ -434,7 +463,16 @@ impl Running {
                 None => CommandExit::new(
                     CommandVerdict::Failed,
                     UNTOLD.to_owned(),
-                    Some("was this node out of memory? see the kernel's log".to_owned()),
+                    Some(match self.mode {
+                        Mode::Strict => {
+                            "was this node out of memory? see the kernel's log".to_owned()
+                        }
+                        Mode::Permissive => {
+                            "did the command end its own parent? was this node out \
+                                             of memory? see the kernel's log"
+                                .to_owned()
+                        }
+                    }),
                 ),
             },
         };

@@ -10,7 +10,7 @@ use cortex_shared::ids::TaskId;
 use cortex_shared::replay::{Piece, Replay};
 
 use super::request::terminal_size;
-use crate::exec::{self, CommandControl, CommandEvent, CommandExit};
+use crate::exec::{self, CancelCause, CommandControl, CommandEvent, CommandExit};
 
 /// Standard input that may lie here untaken: the callers' window and room for a late credit.
 const MAX_QUEUED_INPUT_BYTES: usize = 1024 * 1024;
@@ -232,8 +232,8 @@ impl Carrier {
     }
 
     /// Ends the command: TERM, then KILL.
-    pub(super) fn cancel(&mut self, grace: Duration) {
-        self.urgent(CommandControl::Cancel { signal: 15, grace });
+    pub(super) fn cancel(&mut self, grace: Duration, cause: CancelCause) {
+        self.urgent(CommandControl::Cancel { signal: 15, grace, cause });
     }
 
     /// An order that does not wait behind others.

@@ -8,19 +8,21 @@
 //! `policy_log`.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::{self, hub_frame, node_frame};
 use cortex_shared::ids::{TaskId, WorkspaceId};
-use cortex_shared::policy::{Mode, Role};
+use cortex_shared::policy::{Bound, Role};
 use cortex_shared::tasks::TaskScope;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
-use super::authority::{Authority, Clocks, HubPolicy, mode_in_force};
+use super::authority::{Authority, Clocks, HubPolicy, Wanted, permit, wanted};
+use super::files::{FileWork, MAX_FILE_WORK};
 use super::journal::Journal;
 use super::permit::Permit;
 use super::policy_log::PolicyLog;
@@ -28,11 +30,12 @@ use super::request::{self, Refusal};
 use super::session::Outbox;
 use super::task::{self, OnDisconnect, TaskContext};
 use super::workspaces::{Membership, Reports, Workspaces};
-use super::{mode_of, proto_mode};
+use super::{bound_of, mode_of, network_of, proto_mode, proto_network};
 use crate::audit::{Audit, CommandLine, cut};
 use crate::config::{Ceiling, ConfigError, Settings, StateDir};
-use crate::exec::CommandControl;
+use crate::exec::{CancelCause, CommandControl};
 use crate::identity::live::LiveIdentity;
+use crate::sync::Occupied;
 
 /// Commands that run at the same time; more is refused, so that a node cannot be buried.
 const MAX_RUNNING: usize = 256;
@@ -55,6 +58,8 @@ pub struct SessionContext {
     pub outbox: Outbox,
     /// Tasks that end with the session.
     pub tasks: TaskScope,
+    /// How long after its loss commands can be taken up again; without that, they end with it.
+    pub resume_grace: Duration,
 }
 
 /// Turns frames into deeds. Clones share the same state.
@@ -66,7 +71,7 @@ pub struct Dispatcher {
 struct Inner {
     state: StateDir,
     workspaces: Workspaces,
-    journal: Arc<Mutex<Journal>>,
+    journal: Journal,
     session: watch::Sender<Option<SessionContext>>,
     /// Owns the commands, which outlive their sessions; cancelled when the daemon stops.
     commands: TaskScope,
@@ -76,6 +81,8 @@ struct Inner {
     running: Mutex<HashMap<TaskId, Handle>>,
     /// Ends of earlier tasks that this session has yet to hear of.
     to_report: Mutex<VecDeque<TaskId>>,
+    /// Bounds the operations on files.
+    file_slots: Arc<Semaphore>,
 }
 
 /// A task that runs.
@@ -109,7 +116,7 @@ impl Dispatcher {
             inner: Arc::new(Inner {
                 state,
                 workspaces,
-                journal: Arc::new(Mutex::new(journal)),
+                journal,
                 session: watch::Sender::new(None),
                 commands: TaskScope::new(),
                 identity,
@@ -117,6 +124,7 @@ impl Dispatcher {
                 policy_log,
                 running: Mutex::new(HashMap::new()),
                 to_report: Mutex::new(VecDeque::new()),
+                file_slots: Arc::new(Semaphore::new(MAX_FILE_WORK)),
             }),
         })
     }
@@ -129,19 +137,24 @@ impl Dispatcher {
 
     /// What the hub's policy for this node, as last told, allows now; and its end, 0 for none.
     #[must_use]
-    pub fn policy(&self) -> (Mode, i64) {
+    pub fn policy(&self) -> (Bound, i64) {
         let policy = *lock(&self.inner.policy);
         match policy.in_force(clocks(&self.inner.identity)) {
-            Mode::Strict => (Mode::Strict, 0),
-            Mode::Permissive => (Mode::Permissive, policy.until_ms()),
+            Bound::LEAST => (Bound::LEAST, 0),
+            bound => (bound, policy.until_ms()),
         }
     }
 
     /// The owner's bound as it is now. Read anew, so that lowering it counts at once; what cannot
     /// be read allows nothing.
-    pub async fn ceiling(&self) -> Mode {
+    pub async fn ceiling(&self) -> Bound {
         let inner = Arc::clone(&self.inner);
         tokio::task::spawn_blocking(move || read_ceiling(&inner.state)).await.unwrap_or_default()
+    }
+
+    /// Lets a command into a workspace. See [`Workspaces::enter`].
+    pub(super) async fn enter_workspace(&self, root: &Path) -> Option<Occupied> {
+        self.inner.workspaces.enter(root).await
     }
 
     /// Where this node writes down what changes authority.
@@ -149,30 +162,30 @@ impl Dispatcher {
         self.inner.identity.audit()
     }
 
-    /// What is missing for somebody in this role to run a command outside the sandbox now. Blocks
-    /// for the disk: the ceiling is read anew.
-    pub(super) fn allows_permissive(&self, role: Option<Role>) -> Result<(), Refusal> {
-        mode_in_force(Mode::Permissive, self.authority(Mode::Permissive, role))
-            .map(drop)
-            .map_err(|missing| Refusal::NotPermitted { missing })
+    /// What is missing for somebody in this role to get what is wanted now. Blocks for the disk: the
+    /// ceiling is read anew.
+    pub(super) fn allows(&self, wanted: Wanted, role: Option<Role>) -> Result<(), Refusal> {
+        permit(wanted, self.authority(Some(wanted), role))
+            .map_err(|missing| Refusal::NotPermitted { wanted, missing })
     }
 
-    fn authority(&self, requested: Mode, role: Option<Role>) -> Authority {
+    fn authority(&self, wanted: Option<Wanted>, role: Option<Role>) -> Authority {
         Authority {
             role,
             policy: *lock(&self.inner.policy),
-            ceiling: match requested {
-                // Nobody is asked for strict.
-                Mode::Strict => Mode::Strict,
-                Mode::Permissive => read_ceiling(&self.inner.state),
-            },
+            // Nobody is asked for strict without network.
+            ceiling: wanted.map_or(Bound::LEAST, |_| read_ceiling(&self.inner.state)),
             now: clocks(&self.inner.identity),
         }
     }
 
     /// Tells the hub what the owner's bound is now; `false` if there is no session.
     pub async fn report_ceiling(&self) -> bool {
-        let changed = v1::CeilingChanged { ceiling: proto_mode(self.ceiling().await).into() };
+        let ceiling = self.ceiling().await;
+        let changed = v1::CeilingChanged {
+            ceiling: proto_mode(ceiling.mode).into(),
+            network: proto_network(ceiling.network).into(),
+        };
         let session = self.inner.session.borrow();
         session
             .as_ref()
@@ -182,7 +195,7 @@ impl Dispatcher {
     /// The tasks that run, and those whose end the hub has not acknowledged.
     pub(super) fn held_tasks(&self) -> Vec<TaskId> {
         let mut held: Vec<TaskId> = lock(&self.inner.running).keys().copied().collect();
-        let ended = lock(&self.inner.journal).unacknowledged();
+        let ended = self.inner.journal.unacknowledged();
         held.extend(ended.into_iter().filter(|id| !held.contains(id)).collect::<Vec<_>>());
         held
     }
@@ -190,7 +203,7 @@ impl Dispatcher {
     pub(super) fn begin_session(&self, context: SessionContext, policy: HubPolicy) {
         self.set_policy(&context, policy);
         let running: HashSet<TaskId> = lock(&self.inner.running).keys().copied().collect();
-        let mut ended = lock(&self.inner.journal).unacknowledged();
+        let mut ended = self.inner.journal.unacknowledged();
         ended.retain(|id| !running.contains(id));
         *lock(&self.inner.to_report) = ended.into();
         for _ in 0..REPORTS_AT_ONCE {
@@ -208,17 +221,17 @@ impl Dispatcher {
     /// Tells the hub how the next of the earlier tasks ended.
     fn report_next(&self, session: &SessionContext) {
         let Some(id) = lock(&self.inner.to_report).pop_front() else { return };
-        if let Some(exit) = lock(&self.inner.journal).outcome(id) {
+        if let Some(exit) = self.inner.journal.outcome(id) {
             let task_id = id.as_bytes().to_vec().into();
             let outcome = v1::TaskOutcome { task_id, exit: Some(exit) };
             session.outbox.send(node_frame::Frame::TaskOutcome(outcome));
         }
     }
 
-    /// Ends what runs, because the hub that asked for it has put this node out of its mesh.
-    pub(super) fn end_commands(&self) {
+    /// Ends what runs: nobody answers for it any more.
+    pub(super) fn end_commands(&self, cause: CancelCause) {
         for handle in lock(&self.inner.running).values() {
-            let cancel = CommandControl::Cancel { signal: 15, grace: EXPELLED_GRACE };
+            let cancel = CommandControl::Cancel { signal: 15, grace: EXPELLED_GRACE, cause };
             // Full: as many cancels wait already, and one is enough.
             handle.cancels.try_send(cancel).ok();
         }
@@ -241,6 +254,7 @@ impl Dispatcher {
             hub_frame::Frame::StartTask(start) => self.start(start),
             hub_frame::Frame::CancelTask(cancel) => self.cancel(&cancel),
             hub_frame::Frame::TaskAck(ack) => self.acknowledged(&ack),
+            hub_frame::Frame::OpenFileIo(open) => self.open_file_io(open),
             hub_frame::Frame::HeadMoved(moved) => {
                 if let Ok(id) = WorkspaceId::from_slice(&moved.workspace_id) {
                     self.inner.workspaces.head_moved(id, moved.seq);
@@ -258,7 +272,8 @@ impl Dispatcher {
             }
             hub_frame::Frame::Policy(update) => {
                 let now = clocks(&self.inner.identity);
-                let policy = HubPolicy::told(mode_of(update.policy), update.until_ms, now);
+                let policy =
+                    HubPolicy::told(bound_of(update.policy, update.network), update.until_ms, now);
                 let session = self.inner.session.borrow().clone();
                 if let Some(session) = session {
                     self.set_policy(&session, policy);
@@ -279,8 +294,8 @@ impl Dispatcher {
         if before.same_as(&policy) {
             return;
         }
-        let mode = policy.in_force(clocks(&self.inner.identity));
-        self.inner.policy_log.told(policy, mode, &session.tasks);
+        let bound = policy.in_force(clocks(&self.inner.identity));
+        self.inner.policy_log.told(policy, bound, &session.tasks);
     }
 
     fn start(&self, start: v1::StartTask) {
@@ -298,7 +313,7 @@ impl Dispatcher {
                 drop(running);
                 tracing::warn!(task = %id, "the hub ordered a task that is here; it is not started again");
                 // Not refused while it runs: the hub would take that for its end.
-                if let Some(exit) = lock(&self.inner.journal).outcome(id) {
+                if let Some(exit) = self.inner.journal.outcome(id) {
                     answer(&session, id, exit);
                 }
                 return;
@@ -316,7 +331,6 @@ impl Dispatcher {
             Some(v1::OnDisconnect::Kill) => OnDisconnect::Kill,
             Some(v1::OnDisconnect::Resume) | None => OnDisconnect::Resume,
         };
-        let journal = Arc::clone(&self.inner.journal);
         let context = TaskContext {
             id,
             session,
@@ -325,7 +339,7 @@ impl Dispatcher {
             on_disconnect,
             cancels,
             acknowledged,
-            record_end: Arc::new(move |id, exit| record_end(&journal, id, exit)),
+            journal: self.inner.journal.clone(),
         };
         self.inner.commands.spawn("task", async move {
             dispatcher.run(context, start).await;
@@ -337,28 +351,6 @@ impl Dispatcher {
         let id = context.id;
         // Written as a quoted string: it comes from elsewhere.
         let actor = start.actor;
-        let recording = {
-            let inner = Arc::clone(&self.inner);
-            tokio::task::spawn_blocking(move || lock(&inner.journal).begin(id)).await
-        };
-        match recording {
-            Ok(Ok(true)) => {}
-            Ok(Ok(false)) => {
-                tracing::warn!(task = %id, "the hub ordered a task a second time; it does not run");
-                // What is known of the first time is the answer.
-                match lock(&self.inner.journal).outcome(id) {
-                    Some(exit) => answer(&context.session, id, exit),
-                    None => refuse(&context.session, id, "this task has been run before"),
-                }
-                return;
-            }
-            Ok(Err(error)) => {
-                tracing::error!(%error, "a task cannot be recorded, so it does not run");
-                refuse(&context.session, id, "the node cannot record that the task starts");
-                return;
-            }
-            Err(_) => return,
-        }
         let line = CommandLine {
             task_id: id.to_string(),
             actor: cut(&actor),
@@ -367,22 +359,49 @@ impl Dispatcher {
         };
         let role = start.role.parse().ok();
         let permit = Permit::new(self.clone(), role, line);
-        let command = match start.spec {
-            None => Err(Refusal::Invalid("no specification")),
-            Some(spec) => {
-                let (dispatcher, permit) = (self.clone(), permit.clone());
-                let checking =
-                    tokio::task::spawn_blocking(move || dispatcher.check(spec, role, permit));
-                let Ok(command) = checking.await else { return };
-                command
+        let session = context.session.clone();
+        // Beside the opening of its stream, which takes as long.
+        let command = async {
+            if !self.record_begin(id, &session).await {
+                return None;
             }
+            let command = match start.spec {
+                None => Err(Refusal::Invalid("no specification")),
+                Some(spec) => {
+                    let (dispatcher, permit) = (self.clone(), permit.clone());
+                    let checking =
+                        tokio::task::spawn_blocking(move || dispatcher.check(spec, role, permit));
+                    checking.await.ok()?
+                }
+            };
+            if let Err(refusal) = &command {
+                tracing::info!(task = %id, ?actor, %refusal, "command refused");
+            } else {
+                tracing::info!(task = %id, ?actor, "command starts");
+            }
+            Some(command)
         };
-        if let Err(refusal) = &command {
-            tracing::info!(task = %id, ?actor, %refusal, "command refused");
-        } else {
-            tracing::info!(task = %id, ?actor, "command starts");
+        task::run_task(context, command, permit.clone(), start.initial_credit).await;
+    }
+
+    /// Writes down, durably, that a task starts; answers the hub where it must not.
+    async fn record_begin(&self, id: TaskId, session: &SessionContext) -> bool {
+        match self.inner.journal.begin(id).await {
+            Ok(true) => return true,
+            Ok(false) => {
+                tracing::warn!(task = %id, "the hub ordered a task a second time; it does not run");
+                // What is known of the first time is the answer.
+                match self.inner.journal.outcome(id) {
+                    Some(exit) => answer(session, id, exit),
+                    None => refuse(session, id, "this task has been run before"),
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "a task cannot be recorded, so it does not run");
+                refuse(session, id, "the node cannot record that the task starts");
+            }
         }
-        task::run_task(context, command, permit, start.initial_credit).await;
+        false
     }
 
     /// Whether a command may run, by what is known now; a refusal for want of permission is
@@ -393,7 +412,8 @@ impl Dispatcher {
         role: Option<Role>,
         permit: Permit,
     ) -> Result<crate::exec::CommandRequest, Refusal> {
-        let authority = self.authority(mode_of(spec.mode), role);
+        let wanted = wanted(mode_of(spec.mode), network_of(spec.network));
+        let authority = self.authority(wanted, role);
         let forbidden = vec![self.inner.state.path().to_owned()];
         let find = |id, name: &str| self.inner.workspaces.root_of(id, name);
         let command = request::command(spec, authority, find, forbidden);
@@ -404,6 +424,20 @@ impl Dispatcher {
         command.map(|command| crate::exec::CommandRequest { require_control_group, ..command })
     }
 
+    /// Begins what an operator wants of files here; it ends with the session.
+    fn open_file_io(&self, open: v1::OpenFileIo) {
+        let Some(session) = self.inner.session.borrow().clone() else { return };
+        let work = FileWork {
+            slot: Arc::clone(&self.inner.file_slots).try_acquire_owned().ok(),
+            workspaces: self.inner.workspaces.clone(),
+            forbidden: vec![self.inner.state.path().to_owned()],
+        };
+        let stop = session.tasks.token().clone();
+        session.tasks.spawn("files", async move {
+            stop.run_until_cancelled(work.run(session.client, open.request_id)).await;
+        });
+    }
+
     fn cancel(&self, cancel: &v1::CancelTask) {
         let Ok(id) = TaskId::from_slice(&cancel.task_id) else { return };
         let signal = i32::try_from(cancel.signal).ok().filter(|n| (1..=64).contains(n));
@@ -411,14 +445,15 @@ impl Dispatcher {
         let grace = Duration::from_millis(cancel.grace_ms).min(MAX_GRACE);
         if let Some(handle) = lock(&self.inner.running).get(&id) {
             // Full: as many cancels wait already, and one is enough.
-            handle.cancels.try_send(CommandControl::Cancel { signal, grace }).ok();
+            let cause = CancelCause::Requested;
+            handle.cancels.try_send(CommandControl::Cancel { signal, grace, cause }).ok();
         }
     }
 
     /// The hub has a task's end, and the next one can be told.
     fn acknowledged(&self, ack: &v1::TaskAck) {
         let Ok(id) = TaskId::from_slice(&ack.task_id) else { return };
-        lock(&self.inner.journal).acknowledged(id);
+        self.inner.journal.acknowledged(id);
         if let Some(handle) = lock(&self.inner.running).get(&id) {
             handle.acknowledged.cancel();
         }
@@ -429,7 +464,6 @@ impl Dispatcher {
     }
 }
 
-/// The owner's bound; what cannot be read allows nothing. Blocks for the disk.
 /// Whether the owner lets no command run without a control group. What cannot be read asks for most.
 fn requires_control_group(state: &StateDir) -> bool {
     match Settings::load(state) {
@@ -441,17 +475,18 @@ fn requires_control_group(state: &StateDir) -> bool {
     }
 }
 
-fn read_ceiling(state: &StateDir) -> Mode {
+/// The owner's bound; what cannot be read allows nothing. Blocks for the disk.
+fn read_ceiling(state: &StateDir) -> Bound {
     match Ceiling::load(state, rustix::process::geteuid().as_raw()) {
         Ok(ceiling) => {
             if let Some(problem) = ceiling.problem {
                 tracing::warn!(%problem, "the ceiling is not believed");
             }
-            ceiling.mode
+            ceiling.bound
         }
         Err(error) => {
             tracing::error!(%error, "the ceiling cannot be read and counts as strict");
-            Mode::Strict
+            Bound::LEAST
         }
     }
 }
@@ -475,20 +510,6 @@ fn shown_command(spec: &v1::TaskSpec) -> String {
         shown.extend(argument.iter().take(MOST));
     }
     cut(&String::from_utf8_lossy(&shown))
-}
-
-/// Writes an end down; that it survives a loss of power is made sure of beside.
-fn record_end(journal: &Mutex<Journal>, id: TaskId, exit: &v1::TaskExit) {
-    match lock(journal).end(id, exit) {
-        Ok(file) => {
-            tokio::task::spawn_blocking(move || {
-                if let Err(error) = file.sync_data() {
-                    tracing::warn!(task = %id, %error, "the end of a task is perhaps not on disk");
-                }
-            });
-        }
-        Err(error) => tracing::error!(task = %id, %error, "the end of a task is not on disk"),
-    }
 }
 
 fn refuse(session: &SessionContext, id: TaskId, reason: &str) {

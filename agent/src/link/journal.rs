@@ -1,22 +1,27 @@
 //! The node's own journal of tasks: none runs twice, and how one ended is kept until the hub has it.
 //!
-//! Owned by the dispatcher. An id is on disk before its command starts; after a crash or power loss a
-//! repeated order for the same id is therefore refused. An end is handed to the system before it is
-//! sent, and on disk soon after; it is forgotten once the hub has acknowledged it. What had begun and
-//! not ended when the process stopped has ended with it, and is reported so. Acknowledgements are not
-//! synced: losing one costs a repeated report.
+//! An id is on disk before its command starts; after a crash or power loss a repeated order for the same
+//! id is therefore refused. An end is handed to the system before it is sent, and on disk soon after; it
+//! is forgotten once the hub has acknowledged it. What had begun and not ended when the process stopped
+//! has ended with it, and is reported so. Acknowledgements are not waited for: losing one costs a
+//! repeated report.
 //!
-//! The file is a run of records, each with its length and a check, written anew when it has grown.
+//! What is known is in memory, under a lock that is never held over the disk: the session asks and
+//! never waits. One task writes, in batches with one flush for all of them. The file is a run of
+//! records, each with its length and a check, written anew when it has grown, and after any failure.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cortex_proto::v1::{TaskExit, TaskVerdict};
 use cortex_shared::durable;
 use cortex_shared::ids::TaskId;
+use cortex_shared::tasks::TaskScope;
 use prost::Message as _;
+use tokio::sync::{mpsc, oneshot};
 
 /// Ids that are remembered at least: the hub orders a task once, within seconds of making its id.
 const REMEMBERED: usize = 16_384;
@@ -30,6 +35,8 @@ const HEAD_BYTES: usize = 8;
 const FIXED_BYTES: usize = 17;
 /// Longest reason or hint that is kept.
 const MAX_TEXT_BYTES: usize = 1024;
+/// Records that may wait for the disk; more than commands that may run.
+const QUEUE: usize = 1024;
 
 const BEGUN: u8 = 1;
 const ENDED: u8 = 2;
@@ -43,19 +50,148 @@ enum State {
     Done,
 }
 
-/// See the module.
-#[derive(Debug)]
-pub(super) struct Journal {
-    path: PathBuf,
-    file: File,
-    file_bytes: u64,
+impl State {
+    /// States follow each other in this order; records of them may not, around a file written anew.
+    fn kind(&self) -> u8 {
+        match self {
+            Self::Begun => BEGUN,
+            Self::Ended(_) => ENDED,
+            Self::Done => DONE,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Memory {
     order: VecDeque<TaskId>,
     tasks: HashMap<TaskId, State>,
 }
 
+/// Who waits for a record.
+enum Waiting {
+    Nobody,
+    /// Until the system has it.
+    Written(oneshot::Sender<Result<(), Arc<io::Error>>>),
+    /// Until it survives a loss of power.
+    Durable(oneshot::Sender<Result<(), Arc<io::Error>>>),
+}
+
+struct Order {
+    record: Vec<u8>,
+    waiting: Waiting,
+}
+
+/// See the module. Clones share it.
+#[derive(Clone, Debug)]
+pub(super) struct Journal {
+    memory: Arc<Mutex<Memory>>,
+    orders: mpsc::Sender<Order>,
+}
+
 impl Journal {
-    /// Opens the journal, or begins one.
+    /// Opens the journal, or begins one. Blocks for the disk; to be called within the runtime.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
+        let mut memory = Memory::read(path)?;
+        for state in memory.tasks.values_mut().filter(|state| **state == State::Begun) {
+            *state = State::Ended(TaskExit {
+                verdict: TaskVerdict::Failed.into(),
+                reason: "the agent stopped while the command ran, and the command with it".into(),
+                ..TaskExit::default()
+            });
+        }
+        let memory = Arc::new(Mutex::new(memory));
+        let writer = Writer::open(path, Arc::clone(&memory))?;
+        let (orders, queue) = mpsc::channel(QUEUE);
+        // Ends with the last clone: a command that ends while the daemon stops is still written down.
+        TaskScope::new().spawn("task journal", writer.run(queue));
+        Ok(Self { memory, orders })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Records that a task starts, durably. `false` if it was recorded before: it must not run.
+    ///
+    /// # Errors
+    /// Those of the file system; it must not run then, either.
+    pub(super) async fn begin(&self, id: TaskId) -> io::Result<bool> {
+        {
+            let mut memory = self.lock();
+            if memory.tasks.contains_key(&id) {
+                return Ok(false);
+            }
+            if memory.order.len() >= 2 * REMEMBERED {
+                memory.forget_oldest();
+            }
+            memory.order.push_back(id);
+            memory.tasks.insert(id, State::Begun);
+        }
+        let written = self.write(id, &State::Begun, Waiting::Durable).await;
+        if written.is_err() {
+            let mut memory = self.lock();
+            memory.tasks.remove(&id);
+            memory.order.retain(|other| *other != id);
+        }
+        written.map(|()| true)
+    }
+
+    /// Records how a task ended, and hands it to the system; it is flushed soon after.
+    ///
+    /// # Errors
+    /// Those of the file system. As long as this process lives, it is known all the same.
+    pub(super) async fn end(&self, id: TaskId, exit: &TaskExit) -> io::Result<()> {
+        let mut exit = exit.clone();
+        cortex_shared::text::shorten(&mut exit.reason, MAX_TEXT_BYTES);
+        cortex_shared::text::shorten(&mut exit.hint, MAX_TEXT_BYTES);
+        let state = State::Ended(exit);
+        self.lock().tasks.insert(id, state.clone());
+        self.write(id, &state, Waiting::Written).await
+    }
+
+    /// The hub has a task's end.
+    pub(super) fn acknowledged(&self, id: TaskId) {
+        match self.lock().tasks.get_mut(&id) {
+            Some(state @ State::Ended(_)) => *state = State::Done,
+            _ => return,
+        }
+        let order = Order { record: record_of(id, &State::Done), waiting: Waiting::Nobody };
+        // Full: the end is reported once more after the next start.
+        self.orders.try_send(order).ok();
+    }
+
+    /// How a task ended, as long as the hub has not acknowledged it.
+    pub(super) fn outcome(&self, id: TaskId) -> Option<TaskExit> {
+        match self.lock().tasks.get(&id)? {
+            State::Ended(exit) => Some(exit.clone()),
+            State::Begun | State::Done => None,
+        }
+    }
+
+    /// The tasks whose end the hub has not acknowledged, oldest first.
+    pub(super) fn unacknowledged(&self) -> Vec<TaskId> {
+        self.lock().unacknowledged()
+    }
+
+    async fn write(
+        &self,
+        id: TaskId,
+        state: &State,
+        waiting: impl FnOnce(oneshot::Sender<Result<(), Arc<io::Error>>>) -> Waiting,
+    ) -> io::Result<()> {
+        let (told, answer) = oneshot::channel();
+        let order = Order { record: record_of(id, state), waiting: waiting(told) };
+        let gone = || io::Error::other("the writer of the journal has ended");
+        self.orders.send(order).await.map_err(|_| gone())?;
+        match answer.await {
+            Ok(written) => written.map_err(io::Error::other),
+            Err(_) => Err(gone()),
+        }
+    }
+}
+
+impl Memory {
+    fn read(path: &Path) -> io::Result<Self> {
         let mut bytes = Vec::new();
         match File::open(path) {
             Ok(file) => {
@@ -64,77 +200,24 @@ impl Journal {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
-        let (mut order, mut tasks) = (VecDeque::new(), HashMap::new());
+        let mut memory = Self::default();
         let mut rest = bytes.as_slice();
         // A torn last record belongs to a command that did not start, or whose end is not known.
         while let Some((id, state, next)) = read_record(rest) {
-            if tasks.insert(id, state).is_none() {
-                order.push_back(id);
+            match memory.tasks.get_mut(&id) {
+                Some(known) if known.kind() <= state.kind() => *known = state,
+                Some(_) => {}
+                None => {
+                    memory.order.push_back(id);
+                    memory.tasks.insert(id, state);
+                }
             }
             rest = next;
         }
-        for state in tasks.values_mut().filter(|state| **state == State::Begun) {
-            *state = State::Ended(TaskExit {
-                verdict: TaskVerdict::Failed.into(),
-                reason: "the agent stopped while the command ran, and the command with it".into(),
-                ..TaskExit::default()
-            });
-        }
-        let file = File::options().create(true).append(true).open(path)?;
-        let mut journal = Self { path: path.to_owned(), file, file_bytes: 0, order, tasks };
-        journal.write_anew()?;
-        Ok(journal)
+        Ok(memory)
     }
 
-    /// Records that a task starts, durably. `false` if it was recorded before: it must not run.
-    pub(super) fn begin(&mut self, id: TaskId) -> io::Result<bool> {
-        if self.tasks.contains_key(&id) {
-            return Ok(false);
-        }
-        if self.order.len() >= 2 * REMEMBERED || self.file_bytes > MAX_FILE_BYTES {
-            self.forget_oldest();
-            self.write_anew()?;
-        }
-        self.append(id, &State::Begun)?;
-        self.file.sync_data()?;
-        self.order.push_back(id);
-        self.tasks.insert(id, State::Begun);
-        Ok(true)
-    }
-
-    /// Records how a task ended. Returns what makes it survive a loss of power, too.
-    pub(super) fn end(&mut self, id: TaskId, exit: &TaskExit) -> io::Result<File> {
-        let mut exit = exit.clone();
-        cortex_shared::text::shorten(&mut exit.reason, MAX_TEXT_BYTES);
-        cortex_shared::text::shorten(&mut exit.hint, MAX_TEXT_BYTES);
-        let state = State::Ended(exit);
-        // Also where the disk refuses it: as long as this process lives, it is known.
-        let appended = self.append(id, &state);
-        self.tasks.insert(id, state);
-        appended?;
-        self.file.try_clone()
-    }
-
-    /// The hub has a task's end.
-    pub(super) fn acknowledged(&mut self, id: TaskId) {
-        if let Some(state @ State::Ended(_)) = self.tasks.get_mut(&id) {
-            *state = State::Done;
-            if let Err(error) = self.append(id, &State::Done) {
-                tracing::warn!(%error, "an acknowledgement was not written down");
-            }
-        }
-    }
-
-    /// How a task ended, as long as the hub has not acknowledged it.
-    pub(super) fn outcome(&self, id: TaskId) -> Option<TaskExit> {
-        match self.tasks.get(&id)? {
-            State::Ended(exit) => Some(exit.clone()),
-            State::Begun | State::Done => None,
-        }
-    }
-
-    /// The tasks whose end the hub has not acknowledged, oldest first.
-    pub(super) fn unacknowledged(&self) -> Vec<TaskId> {
+    fn unacknowledged(&self) -> Vec<TaskId> {
         let ended = |id: &&TaskId| matches!(self.tasks.get(id), Some(State::Ended(_)));
         self.order.iter().filter(ended).copied().collect()
     }
@@ -155,9 +238,11 @@ impl Journal {
         }
     }
 
-    fn write_anew(&mut self) -> io::Result<()> {
-        let surplus = self.unacknowledged().len().saturating_sub(MAX_UNACKNOWLEDGED);
-        for id in self.unacknowledged().into_iter().take(surplus) {
+    /// All that is known, as records.
+    fn records(&mut self) -> Vec<u8> {
+        let unacknowledged = self.unacknowledged();
+        let surplus = unacknowledged.len().saturating_sub(MAX_UNACKNOWLEDGED);
+        for id in unacknowledged.into_iter().take(surplus) {
             self.tasks.insert(id, State::Done);
         }
         let mut bytes = Vec::new();
@@ -166,28 +251,113 @@ impl Journal {
                 write_record(&mut bytes, *id, state);
             }
         }
+        bytes
+    }
+}
+
+/// The one that writes.
+struct Writer {
+    path: PathBuf,
+    file: File,
+    file_bytes: u64,
+    /// A write failed: the file may lack records that are in memory.
+    stale: bool,
+    memory: Arc<Mutex<Memory>>,
+}
+
+impl Writer {
+    fn open(path: &Path, memory: Arc<Mutex<Memory>>) -> io::Result<Self> {
+        let file = File::options().create(true).append(true).open(path)?;
+        let mut writer = Self { path: path.to_owned(), file, file_bytes: 0, stale: false, memory };
+        writer.write_anew()?;
+        Ok(writer)
+    }
+
+    async fn run(mut self, mut queue: mpsc::Receiver<Order>) {
+        let mut batch = Vec::new();
+        while queue.recv_many(&mut batch, QUEUE).await > 0 {
+            let orders = std::mem::take(&mut batch);
+            let writing = tokio::task::spawn_blocking(move || {
+                self.carry_out(orders);
+                self
+            });
+            // Lost only by a panic: then no command begins any more.
+            let Ok(back) = writing.await else { return };
+            self = back;
+        }
+    }
+
+    /// Writes a batch, and tells those who wait what became of it.
+    fn carry_out(&mut self, orders: Vec<Order>) {
+        let anew = self.stale || self.file_bytes > MAX_FILE_BYTES;
+        // Memory is ahead of the queue: what is written anew has these records already.
+        let written = if anew { self.write_anew() } else { self.append(&orders) };
+        let written = written.map_err(Arc::new);
+        if let Err(error) = &written {
+            tracing::error!(%error, "the journal of tasks cannot be written");
+        }
+        let (mut durable, mut flush) = (Vec::new(), false);
+        for order in orders {
+            match order.waiting {
+                Waiting::Nobody => {}
+                // Nobody waits any more: the daemon stops.
+                Waiting::Written(told) => {
+                    flush = true;
+                    told.send(written.clone()).ok();
+                }
+                Waiting::Durable(told) => durable.push(told),
+            }
+        }
+        let flushed = match written {
+            Ok(()) if !anew && (flush || !durable.is_empty()) => {
+                self.file.sync_data().map_err(Arc::new)
+            }
+            other => other,
+        };
+        self.stale |= flushed.is_err();
+        for told in durable {
+            told.send(flushed.clone()).ok();
+        }
+    }
+
+    fn append(&mut self, orders: &[Order]) -> io::Result<()> {
+        let bytes: Vec<u8> = orders.iter().flat_map(|order| &order.record).copied().collect();
+        match self.file.write_all(&bytes) {
+            Ok(()) => {
+                self.file_bytes += bytes.len() as u64;
+                Ok(())
+            }
+            Err(error) => {
+                self.stale = true;
+                // Half a record would hide all that follow it.
+                self.file.set_len(self.file_bytes).ok();
+                Err(error)
+            }
+        }
+    }
+
+    fn write_anew(&mut self) -> io::Result<()> {
+        let bytes = self.memory.lock().unwrap_or_else(PoisonError::into_inner).records();
         durable::write_file(&self.path, &bytes, 0o600)?;
         self.file = File::options().append(true).open(&self.path)?;
         self.file_bytes = bytes.len() as u64;
-        Ok(())
-    }
-
-    fn append(&mut self, id: TaskId, state: &State) -> io::Result<()> {
-        let mut bytes = Vec::new();
-        write_record(&mut bytes, id, state);
-        self.file.write_all(&bytes)?;
-        self.file_bytes += bytes.len() as u64;
+        self.stale = false;
         Ok(())
     }
 }
 
+fn record_of(id: TaskId, state: &State) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    write_record(&mut bytes, id, state);
+    bytes
+}
+
 fn write_record(bytes: &mut Vec<u8>, id: TaskId, state: &State) {
-    let (kind, payload) = match state {
-        State::Begun => (BEGUN, Vec::new()),
-        State::Ended(exit) => (ENDED, exit.encode_to_vec()),
-        State::Done => (DONE, Vec::new()),
+    let payload = match state {
+        State::Ended(exit) => exit.encode_to_vec(),
+        State::Begun | State::Done => Vec::new(),
     };
-    let mut rest = vec![kind];
+    let mut rest = vec![state.kind()];
     rest.extend_from_slice(id.as_bytes());
     rest.extend_from_slice(&payload);
     // Texts are bounded, so this is a few kilobytes.
@@ -220,55 +390,56 @@ mod tests {
         TaskExit { exit_code: code, ..TaskExit::default() }
     }
 
-    #[test]
-    fn no_task_begins_twice_even_after_a_crash_that_tore_the_file() {
+    #[tokio::test]
+    async fn no_task_begins_twice_even_after_a_crash_that_tore_the_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tasks");
         let (first, second) = (TaskId::new(), TaskId::new());
-        let mut journal = Journal::open(&path).unwrap();
-        assert!(journal.begin(first).unwrap());
-        assert!(!journal.begin(first).unwrap());
+        let journal = Journal::open(&path).unwrap();
+        assert!(journal.begin(first).await.unwrap());
+        assert!(!journal.begin(first).await.unwrap());
         drop(journal);
-        let mut record = Vec::new();
-        write_record(&mut record, second, &State::Begun);
+        let record = record_of(second, &State::Begun);
         for torn in 0..record.len() {
             let whole = std::fs::read(&path).unwrap();
             std::fs::write(&path, [&whole, &record[..torn]].concat()).unwrap();
-            let mut journal = Journal::open(&path).unwrap();
-            assert!(!journal.begin(first).unwrap());
-            assert!(!journal.tasks.contains_key(&second), "{torn}");
+            let journal = Journal::open(&path).unwrap();
+            assert!(!journal.begin(first).await.unwrap());
+            assert!(!journal.lock().tasks.contains_key(&second), "{torn}");
         }
-        let mut journal = Journal::open(&path).unwrap();
-        assert!(journal.begin(second).unwrap());
+        let journal = Journal::open(&path).unwrap();
+        assert!(journal.begin(second).await.unwrap());
         drop(journal);
-        assert!(!Journal::open(&path).unwrap().begin(second).unwrap());
+        assert!(!Journal::open(&path).unwrap().begin(second).await.unwrap());
     }
 
-    #[test]
-    fn an_end_is_kept_until_it_is_acknowledged_and_a_stop_is_one() {
+    #[tokio::test]
+    async fn an_end_is_kept_until_it_is_acknowledged_and_a_stop_is_one() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tasks");
         let [ended, acknowledged, running] = [TaskId::new(), TaskId::new(), TaskId::new()];
-        let mut journal = Journal::open(&path).unwrap();
+        let journal = Journal::open(&path).unwrap();
         for id in [ended, acknowledged, running] {
-            journal.begin(id).unwrap();
+            journal.begin(id).await.unwrap();
         }
-        journal.end(ended, &exit(3)).unwrap();
-        journal.end(acknowledged, &exit(4)).unwrap();
+        journal.end(ended, &exit(3)).await.unwrap();
+        journal.end(acknowledged, &exit(4)).await.unwrap();
         journal.acknowledged(acknowledged);
         journal.acknowledged(running);
+        let last = TaskId::new();
+        journal.begin(last).await.unwrap();
         drop(journal);
         for _ in 0..2 {
             let journal = Journal::open(&path).unwrap();
-            assert_eq!(journal.unacknowledged(), [ended, running]);
+            assert_eq!(journal.unacknowledged(), [ended, running, last]);
             assert_eq!(journal.outcome(ended), Some(exit(3)));
             assert_eq!(journal.outcome(running).unwrap().verdict(), TaskVerdict::Failed);
             assert_eq!(journal.outcome(acknowledged), None);
         }
     }
 
-    #[test]
-    fn journal_is_bounded_and_forgets_the_oldest_but_nothing_that_runs() {
+    #[tokio::test]
+    async fn journal_is_bounded_and_forgets_the_oldest_but_nothing_that_runs() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tasks");
         let ids: Vec<TaskId> = (0..2 * REMEMBERED).map(|_| TaskId::new()).collect();
@@ -277,13 +448,66 @@ mod tests {
             write_record(&mut bytes, *id, &State::Ended(exit(1)));
         }
         std::fs::write(&path, bytes).unwrap();
-        let mut journal = Journal::open(&path).unwrap();
+        let journal = Journal::open(&path).unwrap();
         assert_eq!(journal.unacknowledged().len(), MAX_UNACKNOWLEDGED);
-        journal.tasks.insert(ids[0], State::Begun);
-        assert!(journal.begin(TaskId::new()).unwrap());
-        assert_eq!(journal.order.len(), REMEMBERED + 1);
-        assert!(!journal.begin(ids[0]).unwrap(), "it runs");
-        assert!(!journal.begin(ids[2 * REMEMBERED - 1]).unwrap());
-        assert!(journal.begin(ids[1]).unwrap());
+        journal.lock().tasks.insert(ids[0], State::Begun);
+        assert!(journal.begin(TaskId::new()).await.unwrap());
+        assert_eq!(journal.lock().order.len(), REMEMBERED + 1);
+        assert!(!journal.begin(ids[0]).await.unwrap(), "it runs");
+        assert!(!journal.begin(ids[2 * REMEMBERED - 1]).await.unwrap());
+        assert!(journal.begin(ids[1]).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_record_that_could_not_be_written_hides_none_that_follow() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tasks");
+        let [first, failed, ended, last] = [(); 4].map(|()| TaskId::new());
+        let memory = Arc::new(Mutex::new(Memory::default()));
+        let mut writer = Writer::open(&path, Arc::clone(&memory)).unwrap();
+        let remember = |id, state| {
+            let mut memory = memory.lock().unwrap();
+            if memory.tasks.insert(id, state).is_none() {
+                memory.order.push_back(id);
+            }
+        };
+        let order = |id, state: State| {
+            let (told, answer) = oneshot::channel();
+            (Order { record: record_of(id, &state), waiting: Waiting::Durable(told) }, answer)
+        };
+        remember(first, State::Begun);
+        let (begin, mut told) = order(first, State::Begun);
+        writer.carry_out(vec![begin]);
+        assert!(told.try_recv().unwrap().is_ok());
+        // A disk that takes half a record and then no more.
+        let whole = writer.file_bytes;
+        std::fs::write(&path, [std::fs::read(&path).unwrap(), vec![0, 0, 0, 9]].concat()).unwrap();
+        writer.file = File::open(&path).unwrap();
+        remember(ended, State::Ended(exit(5)));
+        let (begin, mut told) = order(failed, State::Begun);
+        writer.carry_out(vec![begin]);
+        assert!(told.try_recv().unwrap().is_err());
+        assert_eq!(writer.file_bytes, whole);
+        // It takes records again.
+        remember(last, State::Begun);
+        let (begin, mut told) = order(last, State::Begun);
+        writer.carry_out(vec![begin]);
+        assert!(told.try_recv().unwrap().is_ok());
+        let journal = Journal::open(&path).unwrap();
+        assert_eq!(journal.outcome(ended), Some(exit(5)), "an end that had not been written, too");
+        for id in [first, last] {
+            assert!(!journal.begin(id).await.unwrap());
+        }
+        assert!(journal.begin(failed).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn an_older_record_behind_a_newer_one_changes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tasks");
+        let id = TaskId::new();
+        let records = [State::Ended(exit(5)), State::Begun].map(|state| record_of(id, &state));
+        std::fs::write(&path, records.concat()).unwrap();
+        assert_eq!(Journal::open(&path).unwrap().outcome(id), Some(exit(5)));
     }
 }

@@ -5,9 +5,11 @@
 //! | [`session`] | owns the `Link` stream: hello, heartbeats, reconnecting |
 //! | `end` | why a session ended, and what that means for the next attempt |
 //! | [`renewal`] | the certificate: renewed in time, recovered when that was missed |
+//! | [`cut_off`] | how long commands go on without a hub |
 //! | [`dispatch`] | what each frame of the hub means here |
 //! | [`authority`] | how much a command may do, whatever the hub says |
 //! | `task`, `carrier` | one command through any number of streams: who runs it, and the books |
+//! | `files` | an operation on files, through its stream |
 //! | `request` | whether a command may run at all |
 //! | `journal` | which tasks have been begun, so that none runs twice, and how they ended |
 //! | [`workspaces`], `report` | the sync engine of each workspace this node is a member of, and its state |
@@ -18,20 +20,22 @@
 
 pub mod authority;
 mod carrier;
+pub mod cut_off;
 pub mod dispatch;
 mod end;
+mod files;
 mod journal;
 mod permit;
 mod policy_log;
 pub mod renewal;
-mod report;
+pub(crate) mod report;
 mod request;
 pub mod session;
 mod task;
 pub mod workspaces;
 
 use cortex_proto::v1;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Bound, Mode, Network};
 
 /// A mode as the protocol writes it.
 #[must_use]
@@ -39,6 +43,31 @@ pub fn proto_mode(mode: Mode) -> v1::Mode {
     match mode {
         Mode::Strict => v1::Mode::Strict,
         Mode::Permissive => v1::Mode::Permissive,
+    }
+}
+
+/// A network as the protocol writes it.
+#[must_use]
+pub fn proto_network(network: Network) -> v1::Network {
+    match network {
+        Network::None => v1::Network::None,
+        Network::Full => v1::Network::Full,
+    }
+}
+
+/// What somebody lets commands do, as the protocol writes it; what this agent does not know allows
+/// nothing.
+#[must_use]
+pub fn bound_of(mode: i32, network: i32) -> Bound {
+    Bound { mode: mode_of(mode), network: network_of(network) }
+}
+
+/// A network as the protocol writes it; a value this agent does not know is none.
+#[must_use]
+pub fn network_of(value: i32) -> Network {
+    match v1::Network::try_from(value) {
+        Ok(v1::Network::Full) => Network::Full,
+        Ok(v1::Network::None) | Err(_) => Network::None,
     }
 }
 
@@ -54,11 +83,15 @@ pub fn mode_of(value: i32) -> Mode {
 /// Every hint that this room gives, for the test that they name commands that exist.
 #[cfg(test)]
 pub(crate) fn hints() -> Vec<String> {
-    use authority::Missing;
-    let missing =
-        vec![Missing::Role(None), Missing::Policy, Missing::PolicyEnded(0), Missing::Ceiling];
+    use authority::{Missing, Party, Wanted};
+    let parties = [Party::Role(None), Party::Policy, Party::PolicyEnded(0), Party::Ceiling];
+    let not_permitted = |wanted| {
+        let missing = parties.map(|party| Missing { wanted, party }).to_vec();
+        request::Refusal::NotPermitted { wanted, missing }
+    };
     let refusals = [
-        request::Refusal::NotPermitted { missing },
+        not_permitted(Wanted::Permissive),
+        not_permitted(Wanted::Network),
         request::Refusal::NotRecorded,
         request::Refusal::NoSuchWorkspace { name: "w".to_owned() },
         request::Refusal::WorkspaceUnusable { reason: String::new() },

@@ -1,15 +1,16 @@
-//! The last look before a command runs outside the sandbox.
+//! The last look before a command runs outside the sandbox, or in it with the host's network.
 //!
 //! Between the order and the start lies the opening of the command's stream, for as long as the hub
 //! likes. What allowed the command may be gone by then: the owner may have lowered the ceiling, the
-//! policy may have ended. So the mode is decided again here, from a ceiling read anew, directly
+//! policy may have ended. So it is decided again here, from a ceiling read anew, directly
 //! before the command starts; it is written down only then, and once more looked at afterwards,
 //! since the disk may take its time too. A command that was written down and never ran gets a
 //! second line that says so; a crash in between loses that line.
 
-use cortex_shared::policy::{Mode, Role};
+use cortex_shared::policy::Role;
 use tokio::sync::mpsc;
 
+use super::authority::{Wanted, wanted};
 use super::dispatch::Dispatcher;
 use super::request::Refusal;
 use crate::audit::{AuditEvent, CommandLine, cut};
@@ -41,11 +42,11 @@ impl Permit {
         control: mpsc::Receiver<CommandControl>,
         events: mpsc::Sender<CommandEvent>,
     ) {
-        if command.mode == Mode::Strict {
-            return exec::run(command, initial_credit, control, events).await;
-        }
+        let Some(wanted) = wanted(command.mode, command.network) else {
+            return self.run_strict(command, initial_credit, control, events).await;
+        };
         let permit = self.clone();
-        let confirmed = tokio::task::spawn_blocking(move || permit.confirm()).await;
+        let confirmed = tokio::task::spawn_blocking(move || permit.confirm(wanted)).await;
         if let Err(refusal) = confirmed.unwrap_or(Err(Refusal::NotRecorded)) {
             tracing::info!(task = %self.line.task_id, %refusal, "command refused");
             // Nobody listens any more: then nobody is told.
@@ -53,6 +54,9 @@ impl Permit {
             let exit = CommandExit::new(CommandVerdict::Refused, reason, hint);
             events.send(CommandEvent::Exit(exit)).await.ok();
             return;
+        }
+        if wanted == Wanted::Network {
+            return self.run_strict(command, initial_credit, control, events).await;
         }
         let (seen, watched) = mpsc::channel(EVENTS);
         let running = exec::run(command, initial_credit, control, seen);
@@ -62,16 +66,35 @@ impl Permit {
         }
     }
 
+    /// Runs a command that must not lose what is pinned in its workspace.
+    async fn run_strict(
+        &self,
+        command: CommandRequest,
+        initial_credit: u64,
+        control: mpsc::Receiver<CommandControl>,
+        events: mpsc::Sender<CommandEvent>,
+    ) {
+        let _occupied = match &command.workspace {
+            Some(view) => self.dispatcher.enter_workspace(&view.host_root).await,
+            None => None,
+        };
+        exec::run(command, initial_credit, control, events).await;
+    }
+
     /// Writes down a refusal that came before the command had a stream. Blocks for the disk.
     pub(super) fn note_refusal(self, refusal: &Refusal) {
         self.dispatcher.audit().note_refusal(self.line, refusal.to_string());
     }
 
     /// Looks, writes down, and looks again. Blocks for the disk.
-    fn confirm(self) -> Result<(), Refusal> {
-        if let Err(refusal) = self.dispatcher.allows_permissive(self.role) {
+    fn confirm(self, wanted: Wanted) -> Result<(), Refusal> {
+        if let Err(refusal) = self.dispatcher.allows(wanted, self.role) {
             self.note_refusal(&refusal);
             return Err(refusal);
+        }
+        if wanted == Wanted::Network {
+            // Still within the sandbox: the hub's record of the command is enough.
+            return Ok(());
         }
         let event = AuditEvent::Permissive(self.line.clone());
         if let Err(error) = self.dispatcher.audit().append(&event) {
@@ -79,7 +102,7 @@ impl Permit {
             return Err(Refusal::NotRecorded);
         }
         self.dispatcher
-            .allows_permissive(self.role)
+            .allows(wanted, self.role)
             .inspect_err(|refusal| self.note_not_run(&refusal.to_string()))
     }
 

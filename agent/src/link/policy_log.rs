@@ -8,7 +8,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::Bound;
 use cortex_shared::tasks::TaskScope;
 
 use super::authority::HubPolicy;
@@ -19,7 +19,7 @@ const MAX_LINES: u32 = 20;
 const PERIOD: Duration = Duration::from_secs(60);
 
 /// The owner's bound, read when it is asked for. Blocks for the disk.
-type ReadCeiling = Arc<dyn Fn() -> Mode + Send + Sync>;
+type ReadCeiling = Arc<dyn Fn() -> Bound + Send + Sync>;
 
 /// See the module. Clones share the same writer.
 #[derive(Clone)]
@@ -30,7 +30,7 @@ pub(super) struct PolicyLog {
 }
 
 struct State {
-    newest: Option<(HubPolicy, Mode)>,
+    newest: Option<(HubPolicy, Bound)>,
     /// Policies that were told and replaced before they were written.
     not_listed: u64,
     /// Whether a writer runs.
@@ -46,11 +46,11 @@ impl PolicyLog {
         Self { audit, ceiling, state: Arc::new(Mutex::new(state)) }
     }
 
-    /// Has a policy written down that allows `mode` now. Does not wait.
-    pub(super) fn told(&self, policy: HubPolicy, mode: Mode, session: &TaskScope) {
+    /// Has a policy written down that allows this much now. Does not wait.
+    pub(super) fn told(&self, policy: HubPolicy, bound: Bound, session: &TaskScope) {
         {
             let mut state = self.lock();
-            if state.newest.replace((policy, mode)).is_some() {
+            if state.newest.replace((policy, bound)).is_some() {
                 state.not_listed += 1;
             }
             if std::mem::replace(&mut state.writing, true) {
@@ -90,11 +90,11 @@ impl PolicyLog {
             state.lines = state.lines.saturating_add(1);
             (state.newest.take(), std::mem::take(&mut state.not_listed))
         };
-        let Some((policy, mode)) = newest else { return };
-        let effective = Mode::strictest([mode, (self.ceiling)()]);
-        tracing::info!(policy = %mode, %effective, not_listed, "the hub's policy for this node changed");
+        let Some((policy, bound)) = newest else { return };
+        let effective = bound.and((self.ceiling)());
+        tracing::info!(policy = %bound, %effective, not_listed, "the hub's policy for this node changed");
         self.audit.note(&AuditEvent::Policy {
-            policy: mode.to_string(),
+            policy: bound.to_string(),
             until_ms: policy.until_ms(),
             effective: effective.to_string(),
             not_listed,
@@ -116,8 +116,8 @@ mod tests {
     fn after_its_lines_of_a_period_the_newest_waits_for_the_next_one() {
         let folder = tempfile::tempdir().unwrap();
         let state = StateDir::resolve(Some(folder.path().to_owned())).unwrap();
-        let log = PolicyLog::new(Audit::of(&state), Arc::new(|| Mode::Strict));
-        let tell = || log.lock().newest = Some((HubPolicy::UNTOLD, Mode::Strict));
+        let log = PolicyLog::new(Audit::of(&state), Arc::new(|| Bound::LEAST));
+        let tell = || log.lock().newest = Some((HubPolicy::UNTOLD, Bound::LEAST));
         for _ in 0..MAX_LINES {
             tell();
             assert_eq!(log.next(), Some(Duration::ZERO));

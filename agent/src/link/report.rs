@@ -5,6 +5,8 @@ use std::os::unix::ffi::OsStrExt as _;
 use bytes::Bytes;
 use cortex_proto::v1;
 
+use crate::sync::Explanation;
+use crate::sync::mode::MemberMode;
 use crate::sync::problem::Problem;
 use crate::sync::status::{SyncState, SyncStatus};
 
@@ -41,6 +43,45 @@ pub(super) fn sync_status(status: &SyncStatus) -> v1::SyncStatus {
         halted_reason: status.halted_reason.clone(),
         conflicts: status.conflicts,
         pending_push: status.pending_push,
+        held_deletions: status.held_deletions,
+        mode: mode_to_wire(status.mode).into(),
+        kept: status.kept,
+        withheld: status.withheld,
+        bytes_per_second: status.bytes_per_second,
+        eta_ms: status.eta.map_or(0, |eta| u64::try_from(eta.as_millis()).unwrap_or(u64::MAX)),
+        next_retry_ms: status.next_retry_ms,
+    }
+}
+
+pub(crate) fn mode_to_wire(mode: MemberMode) -> v1::MemberMode {
+    match mode {
+        MemberMode::TwoWay => v1::MemberMode::TwoWay,
+        MemberMode::SendOnly => v1::MemberMode::SendOnly,
+        MemberMode::ReceiveOnly => v1::MemberMode::ReceiveOnly,
+        MemberMode::Mirror => v1::MemberMode::Mirror,
+    }
+}
+
+/// `None` for one that was not given, or that is not known here.
+pub(crate) fn mode_from_wire(mode: i32) -> Option<MemberMode> {
+    match v1::MemberMode::try_from(mode).ok()? {
+        v1::MemberMode::TwoWay => Some(MemberMode::TwoWay),
+        v1::MemberMode::SendOnly => Some(MemberMode::SendOnly),
+        v1::MemberMode::ReceiveOnly => Some(MemberMode::ReceiveOnly),
+        v1::MemberMode::Mirror => Some(MemberMode::Mirror),
+        v1::MemberMode::Unspecified => None,
+    }
+}
+
+pub(crate) fn explanation(found: &Explanation) -> v1::ExplainLocalResponse {
+    v1::ExplainLocalResponse {
+        code: found.code.to_owned(),
+        text: found.text.clone(),
+        details: found.details.clone(),
+        here: found.here.clone(),
+        hub: found.hub.clone(),
+        agreed: found.agreed.clone(),
+        problems: found.problems.iter().take(MAX_PROBLEMS).map(sync_problem).collect(),
     }
 }
 

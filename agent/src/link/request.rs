@@ -9,16 +9,16 @@ use std::time::Duration;
 use cortex_proto::v1;
 use cortex_shared::ids::WorkspaceId;
 
-use super::authority::{Authority, Missing, mode_in_force};
-use super::mode_of;
+use super::authority::{Authority, Missing, Wanted, permit, wanted};
+use super::{mode_of, network_of};
 use crate::exec::{CommandRequest, RequestedLimits, TerminalRequest, WorkspaceView};
-use crate::sandbox::{Network, TerminalSize};
+use crate::sandbox::TerminalSize;
 
 /// Why a command does not run. It has not run.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Refusal {
-    #[error("permissive mode is refused; missing: {}", list(missing))]
-    NotPermitted { missing: Vec<Missing> },
+    #[error("{wanted} is refused; missing: {}", list(missing))]
+    NotPermitted { wanted: Wanted, missing: Vec<Missing> },
     #[error("a permissive command has to be written down on the node first, and that failed")]
     NotRecorded,
     #[error("this node is not a member of workspace {name:?}")]
@@ -33,10 +33,9 @@ impl Refusal {
     /// The command that helps.
     pub(super) fn hint(&self) -> String {
         match self {
-            Self::NotPermitted { missing } => {
-                let mut hints: Vec<&str> = missing.iter().map(Missing::hint).collect();
-                hints.push("or leave out --mode permissive");
-                hints.join("; ")
+            Self::NotPermitted { wanted, missing } => {
+                let hints: Vec<&str> = missing.iter().map(Missing::hint).collect();
+                format!("{}; or leave out {}", hints.join("; "), wanted.option())
             }
             Self::NotRecorded => "`cortex-agent doctor` on the node looks at its disk".to_owned(),
             Self::NoSuchWorkspace { name } => {
@@ -62,8 +61,10 @@ pub(super) fn command(
     find_workspace: impl FnOnce(Option<WorkspaceId>, &str) -> Result<PathBuf, Refusal>,
     forbidden_paths: Vec<PathBuf>,
 ) -> Result<CommandRequest, Refusal> {
-    let mode = mode_in_force(mode_of(spec.mode), authority)
-        .map_err(|missing| Refusal::NotPermitted { missing })?;
+    let (mode, network) = (mode_of(spec.mode), network_of(spec.network));
+    if let Some(wanted) = wanted(mode, network) {
+        permit(wanted, authority).map_err(|missing| Refusal::NotPermitted { wanted, missing })?;
+    }
     let workspace = if spec.workspace.is_empty() && spec.workspace_id.is_empty() {
         if !spec.cwd.is_empty() {
             return Err(Refusal::Invalid("a working directory needs a workspace"));
@@ -76,10 +77,6 @@ pub(super) fn command(
         };
         let host_root = find_workspace(id, &spec.workspace)?;
         Some(WorkspaceView { host_root, cwd: spec.cwd.to_vec() })
-    };
-    let network = match v1::Network::try_from(spec.network) {
-        Ok(v1::Network::Full) => Network::Full,
-        Ok(v1::Network::None) | Err(_) => Network::None,
     };
     Ok(CommandRequest {
         argv: spec.argv.iter().map(|argument| argument.to_vec()).collect(),
@@ -117,15 +114,16 @@ pub(super) fn terminal_size(size: &v1::TerminalSize) -> TerminalSize {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
-    use cortex_shared::policy::{Mode, Role};
+    use cortex_shared::policy::{Bound, Mode, Network, Role};
 
     use super::*;
     use crate::link::authority::{Clocks, HubPolicy};
 
     fn open() -> Authority {
         let now = Clocks { hub_ms: 0, steady: std::time::Instant::now() };
-        let policy = HubPolicy::told(Mode::Permissive, 60_000, now);
-        Authority { role: Some(Role::Admin), policy, ceiling: Mode::Permissive, now }
+        let all = Bound { mode: Mode::Permissive, network: Network::Full };
+        let policy = HubPolicy::told(all, 60_000, now);
+        Authority { role: Some(Role::Admin), policy, ceiling: all, now }
     }
 
     fn spec() -> v1::TaskSpec {
@@ -149,7 +147,7 @@ mod tests {
         let unknown = v1::TaskSpec { mode: 77, ..spec() };
         assert_eq!(check(unknown, open()).map(|c| c.mode), Ok(Mode::Strict));
 
-        let bounded = Authority { ceiling: Mode::Strict, role: None, ..open() };
+        let bounded = Authority { ceiling: Bound::LEAST, role: None, ..open() };
         let refusal = check(permissive, bounded).unwrap_err();
         let text = refusal.to_string();
         assert!(
@@ -182,11 +180,22 @@ mod tests {
     }
 
     #[test]
-    fn unknown_network_is_none() {
+    fn the_network_is_for_those_whom_everybody_lets_have_it_and_an_unknown_one_is_none() {
         let unknown = v1::TaskSpec { network: 9, ..spec() };
         assert_eq!(check(unknown, open()).map(|c| c.network), Ok(Network::None));
         let full = v1::TaskSpec { network: v1::Network::Full.into(), ..spec() };
-        assert_eq!(check(full, open()).map(|c| c.network), Ok(Network::Full));
+        assert_eq!(check(full.clone(), open()).map(|c| c.network), Ok(Network::Full));
+        let bounded = Authority { ceiling: Bound::LEAST, policy: HubPolicy::UNTOLD, ..open() };
+        let refusal = check(full.clone(), bounded).unwrap_err();
+        assert!(refusal.to_string().starts_with("the host's network is refused"), "{refusal}");
+        for half in ["policy set NODE strict --net full", "ceiling set strict --net full"] {
+            assert!(refusal.hint().contains(half), "{}", refusal.hint());
+        }
+        // Whoever may do everything needs no permission for the network besides.
+        let policy =
+            HubPolicy::told(Bound { network: Network::None, ..open().ceiling }, 60_000, open().now);
+        let permissive = v1::TaskSpec { mode: v1::Mode::Permissive.into(), ..full };
+        assert!(check(permissive, Authority { policy, ..open() }).is_ok());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use cortex_proto::v1::{self, hub_frame, node_frame};
 use cortex_shared::backoff::Backoff;
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::TaskId;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::Bound;
 use cortex_shared::tasks::TaskScope;
 use rand::RngExt as _;
 use tokio::sync::{mpsc, watch};
@@ -28,8 +28,9 @@ use super::authority::HubPolicy;
 use super::dispatch::{Dispatcher, SessionContext, clocks};
 use super::end::{End, MAX_DRAIN};
 use super::renewal::{self, RenewError, Welcomed};
-use super::{mode_of, proto_mode};
-use crate::client::{Purpose, say_skew};
+use super::{bound_of, proto_mode, proto_network};
+use crate::client::{Purpose, Traffic, say_skew};
+use crate::exec::CancelCause;
 use crate::identity::MachineFacts;
 use crate::identity::live::LiveIdentity;
 
@@ -89,7 +90,7 @@ pub struct Greeting {
 }
 
 impl Greeting {
-    fn hello(&self, ceiling: Mode, generation: u64, held: &[TaskId]) -> v1::Hello {
+    fn hello(&self, ceiling: Bound, generation: u64, held: &[TaskId]) -> v1::Hello {
         let MachineFacts { machine_id, boot_id, hostname } = MachineFacts::of_this_machine();
         v1::Hello {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -98,7 +99,8 @@ impl Greeting {
             hostname,
             os: std::env::consts::OS.to_owned(),
             arch: std::env::consts::ARCH.to_owned(),
-            ceiling: proto_mode(ceiling).into(),
+            ceiling: proto_mode(ceiling.mode).into(),
+            ceiling_network: proto_network(ceiling.network).into(),
             sandbox: Some(self.sandbox.clone()),
             machine_id,
             node_time_ms: unix_ms(),
@@ -195,7 +197,7 @@ impl Keeper {
                 End::Busy(problem, delay) => (problem, delay + backoff.next_delay()),
                 End::Refused(problem) => (problem, patience.next_delay()),
                 End::Expelled(problem) => {
-                    self.dispatcher.end_commands();
+                    self.dispatcher.end_commands(CancelCause::Expelled);
                     (problem, patience.next_delay())
                 }
                 End::Certificate(problem) => (self.with_clocks(&problem), patience.next_delay()),
@@ -290,7 +292,7 @@ impl Keeper {
     async fn open(&self) -> Result<Session<'_>, End> {
         let presented = self.identity.presented();
         let hub = self.identity.client();
-        let channel = hub.connect(Purpose::Control).await.map_err(End::from)?;
+        let (channel, traffic) = hub.connect_counted(Purpose::Control).await.map_err(End::from)?;
         let client = NodeClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -332,9 +334,11 @@ impl Keeper {
             inbound,
             outbox,
             client,
+            resume_grace: Duration::from_millis(welcome.resume_grace_ms),
+            traffic,
             interval,
             policy: HubPolicy::told(
-                mode_of(welcome.policy),
+                bound_of(welcome.policy, welcome.policy_network),
                 welcome.policy_until_ms,
                 clocks(&self.identity),
             ),
@@ -382,6 +386,8 @@ struct Session<'a> {
     inbound: Streaming<v1::HubFrame>,
     outbox: Outbox,
     client: NodeClient<Channel>,
+    resume_grace: Duration,
+    traffic: Arc<Traffic>,
     interval: Duration,
     policy: HubPolicy,
     welcomed: Welcomed,
@@ -404,6 +410,7 @@ impl Session<'_> {
             client: self.client.clone(),
             outbox: self.outbox.clone(),
             tasks: tasks.clone(),
+            resume_grace: self.resume_grace,
         };
         tasks.spawn(
             "renewal",
@@ -429,6 +436,10 @@ impl Session<'_> {
     async fn exchange(&mut self, dispatcher: &Dispatcher, scope: &TaskScope) -> End {
         let silence = self.interval * 3;
         let mut last_received = Instant::now();
+        // Frames of tasks are a sign of life, too, and on a slow line a heartbeat waits behind them.
+        let mut received = self.traffic.received();
+        let mut look = tokio::time::interval(self.interval);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut reports = dispatcher.reports();
         loop {
             tokio::select! {
@@ -461,6 +472,11 @@ impl Session<'_> {
                         },
                         Ok(None) => return End::Lost("the hub closed the session".to_owned()),
                         Err(status) => return End::from(status),
+                    }
+                }
+                _ = look.tick() => {
+                    if std::mem::replace(&mut received, self.traffic.received()) != received {
+                        last_received = Instant::now();
                     }
                 }
                 () = tokio::time::sleep_until(last_received + silence) => {

@@ -11,7 +11,6 @@
 //! not taken yet waits in a queue bounded in bytes.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use cortex_proto::CODE_TRAILER;
@@ -28,9 +27,10 @@ use tonic::{Status, Streaming};
 
 use super::carrier::{Carrier, command_exit};
 use super::dispatch::SessionContext;
+use super::journal::Journal;
 use super::permit::Permit;
 use super::request::Refusal;
-use crate::exec::{CommandControl, CommandEvent, CommandRequest};
+use crate::exec::{CancelCause, CommandControl, CommandEvent, CommandRequest};
 
 /// How long a command that its owner does not want any more has between TERM and KILL.
 const GRACE: Duration = Duration::from_secs(2);
@@ -55,9 +55,6 @@ pub(super) enum OnDisconnect {
     Kill,
 }
 
-/// Writes ends down, and says where they are.
-pub(super) type RecordEnd = Arc<dyn Fn(TaskId, &v1::TaskExit) + Send + Sync>;
-
 /// What one task needs of the daemon.
 pub(super) struct TaskContext {
     pub(super) id: TaskId,
@@ -71,7 +68,7 @@ pub(super) struct TaskContext {
     pub(super) cancels: mpsc::Receiver<CommandControl>,
     /// Cancelled when the hub has acknowledged the end.
     pub(super) acknowledged: CancellationToken,
-    pub(super) record_end: RecordEnd,
+    pub(super) journal: Journal,
 }
 
 type Opened = Result<Stream, Status>;
@@ -82,10 +79,11 @@ struct Stream {
     down: Streaming<v1::TaskIoDown>,
 }
 
-/// Runs a command, or reports why it does not run.
+/// Runs a command, or reports why it does not run. `command` resolves once it may start: nothing for one
+/// that does not, and that is answered already. The stream is opened meanwhile.
 pub(super) async fn run_task(
     context: TaskContext,
-    command: Result<CommandRequest, Refusal>,
+    command: impl Future<Output = Option<Result<CommandRequest, Refusal>>>,
     permit: Permit,
     initial_credit: u64,
 ) {
@@ -107,40 +105,45 @@ pub(super) async fn run_task(
     running.open(false);
     // The command starts only once the hub has taken its stream: a hub that has given the task up in
     // the meantime (and has said so to whoever asked for it) must not find it run all the same.
-    match command {
-        Err(refusal) => running.end(refused(&refusal)),
-        Ok(command) => {
-            let opened = tokio::select! {
-                opened = opened(&mut running.opening) => opened,
-                () = running.context.scope.token().cancelled() => Err(Status::cancelled("the agent stops")),
-                // The session ended before it could be said.
-                _ = running.context.sessions.changed() => {
-                    Err(Status::cancelled("the session was lost before the command started"))
-                }
-            };
-            running.opening = None;
-            match opened {
-                Ok(stream) => {
-                    running.stream = Some(stream);
-                    running.carrier.opened();
-                    let (control, orders) = mpsc::channel(FRAMES);
-                    let (events_out, events) = mpsc::channel(FRAMES);
-                    let scope = &running.context.scope;
-                    scope.spawn("command", permit.run(command, initial_credit, orders, events_out));
-                    (running.control, running.events) = (Some(control), Some(events));
-                }
-                Err(status) => {
-                    running.orphan = true;
-                    running.end(v1::TaskExit {
-                        verdict: v1::TaskVerdict::Failed.into(),
-                        reason: format!(
-                            "the task's stream could not be opened, and the command did not run: {}",
-                            status.message()
-                        ),
-                        ..Default::default()
-                    });
-                }
+    // A clone: the change of session is heard of once more in the loop.
+    let mut sessions = running.context.sessions.clone();
+    let (command, opened) = tokio::join!(command, async {
+        tokio::select! {
+            opened = opened(&mut running.opening) => opened,
+            () = running.context.scope.token().cancelled() => Err(Status::cancelled("the agent stops")),
+            // The session ended before it could be said.
+            _ = sessions.changed() => {
+                Err(Status::cancelled("the session was lost before the command started"))
             }
+        }
+    });
+    running.opening = None;
+    match (command, opened) {
+        (None, _) => return,
+        (Some(Err(refusal)), opened) => {
+            running.end(refused(&refusal)).await;
+            running.opened(opened);
+        }
+        (Some(Ok(command)), Ok(stream)) => {
+            running.opened(Ok(stream));
+            let (control, orders) = mpsc::channel(FRAMES);
+            let (events_out, events) = mpsc::channel(FRAMES);
+            let scope = &running.context.scope;
+            scope.spawn("command", permit.run(command, initial_credit, orders, events_out));
+            (running.control, running.events) = (Some(control), Some(events));
+        }
+        (Some(Ok(_)), Err(status)) => {
+            running.orphan = true;
+            running
+                .end(v1::TaskExit {
+                    verdict: v1::TaskVerdict::Failed.into(),
+                    reason: format!(
+                        "the task's stream could not be opened, and the command did not run: {}",
+                        status.message()
+                    ),
+                    ..Default::default()
+                })
+                .await;
         }
     }
     running.carry().await;
@@ -177,7 +180,7 @@ impl Running {
                 () = acknowledged.cancelled(), if self.carrier.exit().is_some() => return,
                 () = stop.cancelled(), if !self.stopping => {
                     self.stopping = true;
-                    self.carrier.cancel(GRACE);
+                    self.carrier.cancel(GRACE, CancelCause::AgentStops);
                 }
                 changed = self.context.sessions.changed() => {
                     if changed.is_ok() {
@@ -199,7 +202,7 @@ impl Running {
                     }
                     Err(_) => self.lose_stream(),
                 },
-                event = next_event(&mut self.events) => self.take_event(event),
+                event = next_event(&mut self.events) => self.take_event(event).await,
                 Some(cancel) = self.context.cancels.recv() => self.carrier.urgent(cancel),
                 permit = reserve(control), if has_order => match permit {
                     Ok(permit) => if let Some(order) = self.carrier.next_order() {
@@ -291,7 +294,7 @@ impl Running {
                     tracing::warn!("a task's stream broke its bounds; the task is cancelled");
                     self.lose_stream();
                     self.reopen_at = None;
-                    self.carrier.cancel(GRACE);
+                    self.carrier.cancel(GRACE, CancelCause::Protocol);
                 }
             }
             Ok(None) | Err(_) => self.lose_stream(),
@@ -308,20 +311,25 @@ impl Running {
     }
 
     fn change_session(&mut self) {
-        self.session = self.context.sessions.borrow_and_update().clone();
+        let session = self.context.sessions.borrow_and_update().clone();
+        let before = std::mem::replace(&mut self.session, session);
+
         (self.stream, self.opening) = (None, None);
         (self.reopen_at, self.ack_by) = (None, None);
-        if self.session.is_none() && self.context.on_disconnect == OnDisconnect::Kill {
-            self.carrier.cancel(GRACE);
+        // Also where the next session came before the end of the last one was heard of.
+        if let Some(before) = before
+            && (self.context.on_disconnect == OnDisconnect::Kill || before.resume_grace.is_zero())
+        {
+            self.carrier.cancel(GRACE, CancelCause::LinkLost);
         }
         if self.session.is_some() && !self.orphan {
             self.open(true);
         }
     }
 
-    fn take_event(&mut self, event: Option<CommandEvent>) {
+    async fn take_event(&mut self, event: Option<CommandEvent>) {
         match event {
-            Some(CommandEvent::Exit(exit)) => self.end(command_exit(exit)),
+            Some(CommandEvent::Exit(exit)) => self.end(command_exit(exit)).await,
             Some(event) => self.carrier.event(event),
             None => {
                 self.events = None;
@@ -331,14 +339,18 @@ impl Running {
                         verdict: v1::TaskVerdict::Failed.into(),
                         reason: "the agent failed while it ran the command".to_owned(),
                         ..Default::default()
-                    });
+                    })
+                    .await;
                 }
             }
         }
     }
 
-    fn end(&mut self, exit: v1::TaskExit) {
-        (self.context.record_end)(self.context.id, &exit);
+    async fn end(&mut self, exit: v1::TaskExit) {
+        let id = self.context.id;
+        if let Err(error) = self.context.journal.end(id, &exit).await {
+            tracing::error!(task = %id, %error, "the end of a task is not on disk");
+        }
         (self.control, self.events) = (None, None);
         self.carrier.end(exit);
     }

@@ -13,6 +13,7 @@ use cortex_proto::v1;
 use cortex_shared::ids::WorkspaceId;
 use cortex_shared::labels;
 use cortex_shared::tasks::TaskScope;
+use cortex_shared::wire_path::WirePath;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -21,8 +22,13 @@ use super::report;
 use super::request::Refusal;
 use crate::client::{HubClient, Purpose};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
+use crate::sync::mode::MemberOptions;
+use crate::sync::roots::{Roots, overlap, real_path};
+use crate::sync::status::SyncState;
 use crate::sync::tonic_hub::TonicHub;
-use crate::sync::{self, FlushError, WorkspaceConfig, WorkspaceHandle};
+use crate::sync::{
+    self, ExplainError, Explanation, FlushError, Occupied, WorkspaceConfig, WorkspaceHandle,
+};
 
 /// Shortest time between two reports of one node.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -62,13 +68,16 @@ struct Inner {
     /// Counts changes of any status, so that one receiver sees all.
     changes: watch::Sender<u64>,
     engines: Mutex<BTreeMap<WorkspaceId, Engine>>,
+    roots: Roots,
+    /// What the owner decided, by name; also of workspaces this node is no member of yet.
+    options: Mutex<BTreeMap<String, MemberOptions>>,
 }
 
 struct Engine {
     config: WorkspaceConfig,
     name: String,
     root: PathBuf,
-    handle: WorkspaceHandle,
+    handle: Arc<WorkspaceHandle>,
     scope: TaskScope,
 }
 
@@ -88,6 +97,7 @@ impl Workspaces {
         scope: &TaskScope,
     ) -> Result<Self, ConfigError> {
         let known: Vec<Membership> = read_json(&list_path(&state))?.unwrap_or_default();
+        let options = read_json(&options_path(&state))?.unwrap_or_default();
         let workspaces = Self {
             inner: Arc::new(Inner {
                 state,
@@ -97,6 +107,8 @@ impl Workspaces {
                 online: watch::Sender::new(false),
                 changes: watch::Sender::new(0),
                 engines: Mutex::new(BTreeMap::new()),
+                roots: Roots::default(),
+                options: Mutex::new(options),
             }),
         };
         let keeper = workspaces.clone();
@@ -145,6 +157,35 @@ impl Workspaces {
         Ok(engine.root.clone())
     }
 
+    /// What is known of a workspace whose files somebody wants to look at or to change; a workspace that
+    /// has halted, since it is perhaps not the directory that it was, is not changed.
+    pub(super) fn files_of(
+        &self,
+        id: WorkspaceId,
+        name: &str,
+        change: bool,
+    ) -> Result<WorkspaceConfig, Refusal> {
+        let engines = lock(&self.inner.engines);
+        let engine =
+            engines.get(&id).ok_or_else(|| Refusal::NoSuchWorkspace { name: name.to_owned() })?;
+        let status = engine.handle.status();
+        let status = status.borrow();
+        if change && status.state == SyncState::Halted {
+            return Err(Refusal::WorkspaceUnusable { reason: status.halted_reason.clone() });
+        }
+        Ok(engine.config.clone())
+    }
+
+    /// Lets a command into the workspace that lives there, until the answer is dropped: what the command
+    /// must not lose is not replaced under it. `None` if no workspace lives there any more.
+    pub(super) async fn enter(&self, root: &Path) -> Option<Occupied> {
+        let occupancy = {
+            let engines = lock(&self.inner.engines);
+            engines.values().find(|engine| engine.root == root)?.handle.occupancy()
+        };
+        Some(occupancy.enter().await)
+    }
+
     /// The state of each workspace, by name.
     #[must_use]
     pub fn statuses(&self) -> Vec<v1::SyncStatus> {
@@ -163,6 +204,66 @@ impl Workspaces {
         let engines = lock(&self.inner.engines);
         let engine = engines.values().find(|engine| engine.name == name)?;
         Some(engine.handle.confirm_deletions())
+    }
+
+    /// What this node does with a workspace.
+    #[must_use]
+    pub fn options(&self, name: &str) -> MemberOptions {
+        lock(&self.inner.options).get(name).copied().unwrap_or_default()
+    }
+
+    /// Decides what this node does with a workspace; durable, and kept even if it is no member now.
+    ///
+    /// # Errors
+    /// If the decision cannot be stored.
+    pub fn set_options(
+        &self,
+        name: &str,
+        change: impl FnOnce(&mut MemberOptions),
+    ) -> Result<MemberOptions, ConfigError> {
+        // Held while it is stored: of two decisions the later one has to be the one that is kept.
+        let mut table = lock(&self.inner.options);
+        let mut changed = table.clone();
+        let options = changed.entry(name.to_owned()).or_default();
+        change(options);
+        let options = *options;
+        if options == MemberOptions::default() {
+            changed.remove(name);
+        }
+        write_json(&options_path(&self.inner.state), &changed)?;
+        *table = changed;
+        drop(table);
+        if let Some(handle) = self.handle_of(name) {
+            handle.set_options(options);
+        }
+        Ok(options)
+    }
+
+    /// The names of this node's workspaces.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        lock(&self.inner.engines).values().map(|engine| engine.name.clone()).collect()
+    }
+
+    /// Waits until a workspace and the hub are equal; gives up after the hub was silent for
+    /// `patience`. `None` if this node is no member.
+    pub async fn flush(&self, name: &str, patience: Duration) -> Option<Result<(), FlushError>> {
+        let handle = self.handle_of(name)?;
+        Some(handle.flush_within(patience).await)
+    }
+
+    /// What is known of a path. Blocking. `None` if this node is no member.
+    pub fn explain(
+        &self,
+        name: &str,
+        path: &WirePath,
+    ) -> Option<Result<Explanation, ExplainError>> {
+        Some(self.handle_of(name)?.explain(path))
+    }
+
+    fn handle_of(&self, name: &str) -> Option<Arc<WorkspaceHandle>> {
+        let engines = lock(&self.inner.engines);
+        engines.values().find(|engine| engine.name == name).map(|engine| engine.handle.clone())
     }
 
     /// Reports to send to the hub.
@@ -185,22 +286,21 @@ impl Workspaces {
         if !wanted.is_absolute() {
             return Err(PlaceError::NotAbsolute(wanted));
         }
-        let overlaps = |root: &Path| root.starts_with(&wanted) || wanted.starts_with(root);
-        for engine in lock(&self.inner.engines).values() {
-            if engine.name == name {
-                let current = engine.root.clone();
-                return if current == wanted {
-                    Ok(current)
-                } else {
-                    Err(PlaceError::Elsewhere { current })
-                };
-            }
-            if overlaps(&engine.root) {
-                let root = engine.root.clone();
-                return Err(PlaceError::Overlaps { other: engine.name.clone(), root });
+        if let Some(engine) = lock(&self.inner.engines).values().find(|e| e.name == name) {
+            let current = engine.root.clone();
+            return if current == wanted {
+                Ok(current)
+            } else {
+                Err(PlaceError::Elsewhere { current })
+            };
+        }
+        let real = real_path(&wanted);
+        for (other, root) in self.placed().into_iter().filter(|(other, _)| other != name) {
+            if overlap(&real, &real_path(&root)) {
+                return Err(PlaceError::Overlaps { other, root });
             }
         }
-        if overlaps(self.inner.state.path()) {
+        if overlap(&real, &real_path(self.inner.state.path())) {
             return Err(PlaceError::OwnState(wanted));
         }
         if path.is_some() {
@@ -210,6 +310,21 @@ impl Workspaces {
             *lock(&self.inner.settings) = changed;
         }
         Ok(wanted)
+    }
+
+    /// Where the workspaces of this node live, and where those will that have a place already.
+    fn placed(&self) -> BTreeMap<String, PathBuf> {
+        let mut placed: BTreeMap<String, PathBuf> =
+            lock(&self.inner.engines).values().map(|e| (e.name.clone(), e.root.clone())).collect();
+        let settings = lock(&self.inner.settings);
+        for membership in self.inner.wanted.borrow().iter() {
+            let path = settings.workspace_path(&membership.name);
+            placed.entry(membership.name.clone()).or_insert(path);
+        }
+        for (name, path) in &settings.workspace_paths {
+            placed.entry(name.clone()).or_insert_with(|| path.clone());
+        }
+        placed
     }
 
     async fn keep(&self, scope: TaskScope) {
@@ -271,11 +386,13 @@ impl Workspaces {
             name: membership.name.clone(),
             root: root.clone(),
             state_dir: self.inner.state.path().to_owned(),
+            roots: self.inner.roots.clone(),
         };
         let line = || TonicHub::new(self.inner.hub.connect_lazy_counted(Purpose::Bulk));
         let scope = scope.child();
         let online = self.inner.online.subscribe();
-        let handle = sync::start_workspace(config.clone(), line(), line(), online, &scope);
+        let options = self.options(&membership.name);
+        let handle = sync::start_workspace(config.clone(), options, line(), line(), online, &scope);
         let mut status = handle.status();
         let changes = self.inner.changes.clone();
         let stop = scope.token().clone();
@@ -287,8 +404,12 @@ impl Workspaces {
             };
             stop.run_until_cancelled(follow).await;
         });
-        Engine { config, name: membership.name.clone(), root, handle, scope }
+        Engine { config, name: membership.name.clone(), root, handle: Arc::new(handle), scope }
     }
+}
+
+fn options_path(state: &StateDir) -> PathBuf {
+    state.path().join("workspaces.json")
 }
 
 fn list_path(state: &StateDir) -> PathBuf {
@@ -347,7 +468,7 @@ impl Reports {
 mod tests {
     use super::*;
     use crate::client::Trust;
-    use cortex_shared::policy::Mode;
+    use cortex_shared::policy::Bound;
 
     fn workspaces(folder: &Path, scope: &TaskScope) -> Workspaces {
         let state = StateDir::resolve(Some(folder.join("state"))).unwrap();
@@ -355,9 +476,10 @@ mod tests {
         let settings = Settings {
             hub: "127.0.0.1:1".parse().unwrap(),
             workspace_root: folder.join("ws"),
-            ceiling: Mode::Strict,
+            ceiling: Bound::LEAST,
             workspace_paths: BTreeMap::new(),
             sandbox: crate::config::SandboxSettings::default(),
+            commands: crate::config::CommandSettings::default(),
         };
         settings.save(&state).unwrap();
         let hub = HubClient::new(settings.hub.clone(), Trust::Pins(Vec::new()), None).unwrap();

@@ -16,9 +16,9 @@ mod real;
 mod tests;
 
 use std::any::Any;
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -92,6 +92,15 @@ pub struct FileSystem {
     pub tick_ns: i64,
 }
 
+/// How a directory is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lock {
+    /// For oneself alone.
+    Alone,
+    /// Together with others who lock it so.
+    Shared,
+}
+
 /// Where directories are found by ordinary paths.
 pub trait Disk: Send + Sync + Debug {
     /// Opens a directory by an ordinary path, following links: for roots, which their owner names.
@@ -117,6 +126,12 @@ pub trait Disk: Send + Sync + Debug {
     /// # Errors
     /// Those of the file system.
     fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// The path of something that exists, without links.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    fn real_path(&self, path: &Path) -> io::Result<PathBuf>;
 }
 
 /// A directory of a [`Disk`]. Names have been checked by [`DirHandle`], which documents each call.
@@ -130,11 +145,13 @@ pub trait Directory: Send + Sync + Debug {
     fn mount(&self) -> io::Result<(u64, u64)>;
     fn mount_of(&self, name: &[u8]) -> io::Result<(u64, u64)>;
     fn file_system(&self) -> io::Result<FileSystem>;
-    /// Locks the directory for as long as it is open; false if somebody else holds the lock.
-    fn lock(&self) -> io::Result<bool>;
+    fn lock(&self, lock: Lock) -> io::Result<bool>;
+    fn token(&self) -> io::Result<Option<Vec<u8>>>;
+    fn set_token(&self, token: &[u8]) -> io::Result<()>;
+    fn set_mode(&self, mode: u32) -> io::Result<()>;
     fn lstat(&self, name: &[u8]) -> io::Result<Meta>;
     fn allocated(&self, name: &[u8]) -> io::Result<u64>;
-    fn names(&self) -> io::Result<Vec<Vec<u8>>>;
+    fn iter(&self) -> io::Result<Names>;
     fn open_dir(&self, name: &[u8]) -> io::Result<DirHandle>;
     /// Opens a directory further below in one step; `ENOSYS` if it has to be done by steps.
     fn open_below(&self, path: &WirePath) -> io::Result<DirHandle>;
@@ -236,12 +253,37 @@ impl DirHandle {
         self.0.file_system()
     }
 
-    /// Locks the directory for as long as it is open; false if somebody else holds the lock.
+    /// Locks the directory for as long as it is open; false if somebody else is in the way.
     ///
     /// # Errors
     /// If the file system locks nothing.
-    pub fn lock(&self) -> io::Result<bool> {
-        self.0.lock()
+    pub fn lock(&self, lock: Lock) -> io::Result<bool> {
+        self.0.lock(lock)
+    }
+
+    /// The token that the directory carries in an attribute of its own; `None` if it carries none, or
+    /// cannot. One that is longer than ours are counts as none.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn token(&self) -> io::Result<Option<Vec<u8>>> {
+        self.0.token()
+    }
+
+    /// Gives the directory a token.
+    ///
+    /// # Errors
+    /// Those of the file system; many have no such attributes.
+    pub fn set_token(&self, token: &[u8]) -> io::Result<()> {
+        self.0.set_token(token)
+    }
+
+    /// Sets the permission bits of this directory.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn set_mode(&self, mode: u32) -> io::Result<()> {
+        self.0.set_mode(mode)
     }
 
     /// What `name` is, without following a link.
@@ -277,9 +319,18 @@ impl DirHandle {
     /// # Errors
     /// Those of the file system, and if the directory was read only in part.
     pub fn names(&self) -> io::Result<Vec<Vec<u8>>> {
-        let mut names = self.0.names()?;
+        let mut names = self.iter()?.collect::<io::Result<Vec<_>>>()?;
         names.sort_unstable();
         Ok(names)
+    }
+
+    /// The names in this directory in the order of the file system, without `.` and `..`, as they are
+    /// read: for directories of any size.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn iter(&self) -> io::Result<Names> {
+        self.0.iter()
     }
 
     /// Opens a directory in this one.
@@ -393,6 +444,30 @@ impl DirHandle {
     /// Those of the file system.
     pub fn sync_file_system(&self) -> io::Result<()> {
         self.0.sync_file_system()
+    }
+}
+
+/// See [`DirHandle::iter`]. An item is an error if the directory could be read only in part.
+pub struct Names(Box<dyn Iterator<Item = io::Result<Vec<u8>>> + Send>);
+
+impl Names {
+    /// Names that an implementation reads.
+    pub fn new(names: impl Iterator<Item = io::Result<Vec<u8>>> + Send + 'static) -> Self {
+        Self(Box::new(names))
+    }
+}
+
+impl Debug for Names {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Names").finish_non_exhaustive()
+    }
+}
+
+impl Iterator for Names {
+    type Item = io::Result<Vec<u8>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.next()
     }
 }
 
@@ -513,9 +588,11 @@ pub struct RootDir {
 
 impl RootDir {
     /// Opens a root of this machine.
-    #[cfg(test)]
-    pub(crate) fn open(path: &Path) -> io::Result<Self> {
-        Ok(Self::new(DirHandle::open_ambient(path)?))
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self::new(real_disk().open(path)?))
     }
 
     /// Takes an open directory as a root.

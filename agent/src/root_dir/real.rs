@@ -1,26 +1,32 @@
 //! The file systems of the kernel.
 
 use std::any::Any;
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cortex_shared::wire_path::WirePath;
 use rustix::fs::{
     AtFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags, ResolveFlags, StatxFlags,
-    Timespec, Timestamps,
+    Timespec, Timestamps, XattrFlags,
 };
 use rustix::io::Errno;
 
 use super::{
-    DirHandle, DirIdentity, Directory, Disk, FileHandle, FileKind, FileSystem, Meta, OpenFile,
+    DirHandle, DirIdentity, Directory, Disk, FileHandle, FileKind, FileSystem, Lock, Meta, Names,
+    OpenFile,
 };
 
 const DIR_FLAGS: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+/// The attribute that carries a token.
+const TOKEN: &CStr = c"user.cortex.replica";
+/// Longest token that is read; ours are shorter.
+const MAX_TOKEN_BYTES: usize = 64;
 const IDENTITY: StatxFlags = StatxFlags::INO.union(StatxFlags::BTIME);
 
 /// The file systems of the kernel.
@@ -48,6 +54,10 @@ impl Disk for RealDisk {
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         std::fs::remove_dir(path)
+    }
+
+    fn real_path(&self, path: &Path) -> io::Result<PathBuf> {
+        std::fs::canonicalize(path)
     }
 }
 
@@ -95,12 +105,33 @@ impl Directory for RealDir {
         })
     }
 
-    fn lock(&self) -> io::Result<bool> {
-        match rustix::fs::flock(&self.0, FlockOperation::NonBlockingLockExclusive) {
+    fn lock(&self, lock: Lock) -> io::Result<bool> {
+        let operation = match lock {
+            Lock::Alone => FlockOperation::NonBlockingLockExclusive,
+            Lock::Shared => FlockOperation::NonBlockingLockShared,
+        };
+        match rustix::fs::flock(&self.0, operation) {
             Ok(()) => Ok(true),
             Err(Errno::WOULDBLOCK) => Ok(false),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    fn token(&self) -> io::Result<Option<Vec<u8>>> {
+        let mut buffer = [0; MAX_TOKEN_BYTES];
+        match rustix::fs::fgetxattr(&self.0, TOKEN, &mut buffer) {
+            Ok(length) => Ok(Some(buffer[..length].to_vec())),
+            Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::RANGE) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn set_token(&self, token: &[u8]) -> io::Result<()> {
+        Ok(rustix::fs::fsetxattr(&self.0, TOKEN, token, XattrFlags::empty())?)
+    }
+
+    fn set_mode(&self, mode: u32) -> io::Result<()> {
+        Ok(rustix::fs::fchmod(&self.0, Mode::from_raw_mode(mode))?)
     }
 
     fn lstat(&self, name: &[u8]) -> io::Result<Meta> {
@@ -113,16 +144,11 @@ impl Directory for RealDir {
         Ok((stat.st_blocks as u64).saturating_mul(512))
     }
 
-    fn names(&self) -> io::Result<Vec<Vec<u8>>> {
-        let mut names = Vec::new();
-        for entry in rustix::fs::Dir::read_from(&self.0)? {
-            let entry = entry?;
-            let name = entry.file_name().to_bytes();
-            if name != b"." && name != b".." {
-                names.push(name.to_vec());
-            }
-        }
-        Ok(names)
+    fn iter(&self) -> io::Result<Names> {
+        let entries = rustix::fs::Dir::read_from(&self.0)?;
+        let named = entries.map(|entry| Ok(entry?.file_name().to_bytes().to_vec()));
+        let real = |name: &io::Result<Vec<u8>>| !matches!(name.as_deref(), Ok(b"." | b".."));
+        Ok(Names::new(named.filter(real)))
     }
 
     fn open_dir(&self, name: &[u8]) -> io::Result<DirHandle> {

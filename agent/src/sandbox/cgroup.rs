@@ -3,7 +3,7 @@
 //! | | needs | entered |
 //! |---|---|---|
 //! | version 2 | memory and pids in a group delegated to the agent (systemd: `Delegate=yes`) or the root of a container's own hierarchy | by the clone that creates the command: no cost |
-//! | version 1 | root | by writing the process id, which takes the kernel milliseconds: only for commands that ask for a limit, or where the owner requires groups |
+//! | version 1 | root | by writing the process id, before it is known which command it will be |
 //!
 //! In version 2 the kernel ends all of a command at once if it runs out of memory; in version 1,
 //! one process after another.
@@ -18,8 +18,10 @@ use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::remedy::Refusal;
 use super::spec::Limits;
@@ -100,56 +102,32 @@ impl ControlGroups {
         }
     }
 
-    /// Whether a command's first process is created in its group.
-    pub(super) fn are_born_into(&self) -> bool {
-        matches!(self.place, Place::V2(_))
-    }
-
-    /// A group for one command; none if there can be none, or if it would cost more than it is
-    /// worth for limits that nobody asked for.
-    pub(super) fn group_for(&self, limits: &Limits, asked_for: bool) -> io::Result<Option<Group>> {
-        let name = || {
-            static NEXT: AtomicU64 = AtomicU64::new(0);
-            let number = NEXT.fetch_add(1, Ordering::Relaxed);
-            format!("{PREFIX}{}-{number}", std::process::id())
-        };
-        let memory = limits.memory_bytes.to_string();
-        // The monitor and pid 1 are not the command's.
-        let processes = (limits.processes + 2).to_string();
+    /// A group for one command; none where there can be none. What the command may use is set by
+    /// [`Group::limit`], before it runs.
+    pub(super) fn new_group(&self) -> io::Result<Option<Group>> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{PREFIX}{}-{number}", std::process::id());
+        let mut group = Group::default();
         match &self.place {
+            Place::None => return Ok(None),
             Place::V2(parent) => {
-                let mut group = Group { directories: Vec::new(), entrance: Vec::new() };
-                let directory = group.create(parent.join(name()))?;
-                write(&directory.join("memory.max"), &memory)?;
-                write(&directory.join("pids.max"), &processes)?;
-                // Not there on a kernel without swap accounting.
-                write(&directory.join("memory.swap.max"), "0").ok();
-                // A command that lost one process for want of memory is not worth continuing, and
-                // what is left of it could go on eating.
-                write(&directory.join("memory.oom.group"), "1")?;
-                // The agent's own group has the usual 100: it stays responsive beside a command
-                // that takes every processor. Not there without the cpu controller.
-                write(&directory.join("cpu.weight"), "50").ok();
+                group.kind = Kind::V2;
+                let directory = group.create(parent.join(&name))?;
                 group.entrance.push(File::open(&directory)?.into());
-                Ok(Some(group))
             }
-            Place::V1 { memory: memory_parent, processes: processes_parent } if asked_for => {
-                let mut group = Group { directories: Vec::new(), entrance: Vec::new() };
-                let name = name();
-                let directory = group.create(memory_parent.join(&name))?;
-                write(&directory.join("memory.limit_in_bytes"), &memory)?;
-                write(&directory.join("memory.memsw.limit_in_bytes"), &memory).ok();
-                group.entrance.push(entrance(&directory)?);
-                if processes_parent != memory_parent {
-                    let directory = group.create(processes_parent.join(&name))?;
-                    group.entrance.push(entrance(&directory)?);
+            Place::V1 { memory, processes } => {
+                group.kind = Kind::V1;
+                for parent in [memory, processes] {
+                    let directory = parent.join(&name);
+                    if !group.directories.contains(&directory) {
+                        let directory = group.create(directory)?;
+                        group.entrance.push(entrance(&directory)?);
+                    }
                 }
-                let directory = processes_parent.join(&name);
-                write(&directory.join("pids.max"), &processes)?;
-                Ok(Some(group))
             }
-            Place::None | Place::V1 { .. } => Ok(None),
         }
+        Ok(Some(group))
     }
 }
 
@@ -197,6 +175,17 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
 pub struct Group {
     directories: Vec<PathBuf>,
     entrance: Vec<OwnedFd>,
+    kind: Kind,
+}
+
+/// How a group is entered and limited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Kind {
+    /// There is none.
+    #[default]
+    None,
+    V1,
+    V2,
 }
 
 impl Group {
@@ -206,9 +195,76 @@ impl Group {
         Ok(directory)
     }
 
+    /// Whether a command's first process is created in it.
+    pub(super) fn is_born_into(&self) -> bool {
+        self.kind == Kind::V2
+    }
+
+    /// Whether there is one.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.kind != Kind::None
+    }
+
+    /// Sets what the command may use.
+    pub(super) fn limit(&self, limits: &Limits) -> io::Result<()> {
+        let memory = limits.memory_bytes.to_string();
+        // The monitor and pid 1 are not the command's.
+        let processes = (limits.processes + 2).to_string();
+        match (self.kind, self.directories.as_slice()) {
+            (Kind::V2, [directory]) => {
+                write(&directory.join("memory.max"), &memory)?;
+                write(&directory.join("pids.max"), &processes)?;
+                // Not there on a kernel without swap accounting.
+                write(&directory.join("memory.swap.max"), "0").ok();
+                // A command that lost one process for want of memory is not worth continuing, and
+                // what is left of it could go on eating.
+                write(&directory.join("memory.oom.group"), "1")?;
+                // The agent's own group has the usual 100: it stays responsive beside a command
+                // that takes every processor. Not there without the cpu controller.
+                write(&directory.join("cpu.weight"), "50").ok();
+            }
+            (Kind::V1, [memory_group, rest @ ..]) => {
+                write(&memory_group.join("memory.limit_in_bytes"), &memory)?;
+                write(&memory_group.join("memory.memsw.limit_in_bytes"), &memory).ok();
+                // Where one hierarchy has both, it is one directory.
+                let processes_group = rest.first().unwrap_or(memory_group);
+                write(&processes_group.join("pids.max"), &processes)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// What the stage enters it by: a directory for version 2, files to write to for version 1.
     pub(super) fn entrance(&self) -> &[OwnedFd] {
         &self.entrance
+    }
+
+    /// Ends what is left in it: of a permissive command, whose processes nobody else finds if it has
+    /// ended the process that watched over them. Waits a moment until they are gone.
+    pub fn end_all(&self) {
+        const ROUNDS: usize = 200;
+        for directory in &self.directories {
+            for _ in 0..ROUNDS {
+                let members = std::fs::read_to_string(directory.join("cgroup.procs"));
+                let members: Vec<Pid> = members
+                    .iter()
+                    .flat_map(|list| list.lines())
+                    .filter_map(|line| Pid::from_raw(line.parse().ok()?))
+                    .collect();
+                if members.is_empty() {
+                    break;
+                }
+                // All at once where the kernel can (5.14, version 2); else faster than they fork.
+                if write(&directory.join("cgroup.kill"), "1").is_err() {
+                    for member in members {
+                        kill_process(member, Signal::KILL).ok();
+                    }
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
     }
 
     /// Whether the kernel ended a process of it for want of memory.

@@ -14,10 +14,11 @@ use rustix::net::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::spec::MAX_MESSAGE_BYTES;
+use super::memory_file;
+use super::spec::{MAX_MESSAGE_BYTES, MAX_SPEC_BYTES};
 
-/// Most descriptors beside one message: specification, script, standard input, map of the
-/// workspace, two control groups.
+/// Most descriptors beside one message: a long specification, standard output, error and input, the
+/// script, the workspace.
 const MAX_DESCRIPTORS: usize = 6;
 
 /// Sends one message.
@@ -61,12 +62,19 @@ pub(super) fn receive_with_descriptor<M: DeserializeOwned>(
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut buffer = vec![0; MAX_MESSAGE_BYTES];
-    let received = rustix::net::recvmsg(
-        socket,
-        &mut [IoSliceMut::new(&mut buffer)],
-        &mut control,
-        RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
-    )?;
+    let received = loop {
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        match rustix::net::recvmsg(
+            &socket,
+            &mut [IoSliceMut::new(&mut buffer)],
+            &mut control,
+            flags,
+        ) {
+            // The other side left without reading all. Said once; what it wrote itself comes next.
+            Err(rustix::io::Errno::CONNRESET | rustix::io::Errno::INTR) => {}
+            result => break result?,
+        }
+    };
     if received.bytes == 0 {
         return Ok(None);
     }
@@ -75,9 +83,74 @@ pub(super) fn receive_with_descriptor<M: DeserializeOwned>(
     Ok(Some((message, fd)))
 }
 
-/// Sends descriptors beside a message of one byte.
-pub(super) fn send_descriptors(socket: impl AsFd, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    send_beside(socket, &[0], fds)
+/// A message of any length, ready to be sent.
+#[derive(Debug)]
+pub(super) enum Document {
+    Short(Vec<u8>),
+    /// It travels in a memory file.
+    Long(OwnedFd),
+}
+
+impl Document {
+    /// Writes `content`; `None` if that is longer than [`MAX_SPEC_BYTES`].
+    pub(super) fn new(content: &impl Serialize) -> io::Result<Option<Self>> {
+        let bytes = serde_json::to_vec(content)?;
+        Ok(match u64::try_from(bytes.len()) {
+            Ok(length) if length <= MAX_SPEC_BYTES => Some(if bytes.len() <= MAX_MESSAGE_BYTES {
+                Self::Short(bytes)
+            } else {
+                Self::Long(memory_file::sealed(&bytes)?)
+            }),
+            _ => None,
+        })
+    }
+
+    /// Sends it with descriptors beside it.
+    pub(super) fn send(&self, socket: impl AsFd, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        match self {
+            Self::Short(bytes) => send_beside(socket, bytes, fds),
+            Self::Long(file) => {
+                let fds: Vec<_> =
+                    std::iter::once(file.as_fd()).chain(fds.iter().copied()).collect();
+                send_beside(socket, IN_A_FILE, &fds)
+            }
+        }
+    }
+}
+
+/// The message beside a document that is in a memory file. No document begins so.
+const IN_A_FILE: &[u8] = &[0];
+
+/// Receives what [`Document::send`] sent; `None` at the end of the stream.
+pub(super) fn receive_document<M: DeserializeOwned>(
+    socket: impl AsFd,
+) -> io::Result<Option<(M, Vec<OwnedFd>)>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut buffer = vec![0; MAX_MESSAGE_BYTES];
+    let received = loop {
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        match rustix::net::recvmsg(
+            &socket,
+            &mut [IoSliceMut::new(&mut buffer)],
+            &mut control,
+            flags,
+        ) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => break result?,
+        }
+    };
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    let mut fds: Vec<_> = descriptors(&mut control).collect();
+    let bytes = &buffer[..received.bytes];
+    let content = if bytes == IN_A_FILE && !fds.is_empty() {
+        serde_json::from_slice(&memory_file::read_sealed(&fds.remove(0), MAX_SPEC_BYTES)?)?
+    } else {
+        serde_json::from_slice(bytes)?
+    };
+    Ok(Some((content, fds)))
 }
 
 fn send_beside(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -88,20 +161,6 @@ fn send_beside(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::R
     }
     rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
     Ok(())
-}
-
-/// Receives the descriptors of [`send_descriptors`].
-pub(super) fn receive_descriptors(socket: impl AsFd) -> io::Result<Vec<OwnedFd>> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    rustix::net::recvmsg(
-        socket,
-        &mut [IoSliceMut::new(&mut byte)],
-        &mut control,
-        RecvFlags::CMSG_CLOEXEC,
-    )?;
-    Ok(descriptors(&mut control).collect())
 }
 
 fn descriptors(control: &mut RecvAncillaryBuffer<'_>) -> impl Iterator<Item = OwnedFd> {

@@ -16,7 +16,7 @@
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags};
@@ -28,7 +28,7 @@ use super::spec::{
     WORKSPACE_INSIDE,
 };
 use super::syscalls::{self, MountAttributes, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY};
-use super::workspace::{self, Prepared};
+use super::workspace;
 
 /// Directories of programs and libraries. On most systems all but `/usr` are links into it.
 const SYSTEM: [&str; 8] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "libexec"];
@@ -102,66 +102,81 @@ const PROC_COVERED: [&str; 15] = [
 /// Largest file of `/etc` that is copied; a larger one is mounted.
 const MAX_COPIED_BYTES: u64 = 128 * 1024;
 
-/// Builds the file system and makes it the root of the caller's mount namespace.
-pub(super) fn build(
-    strict: &StrictSpec,
-    workspace: Prepared,
-    spec: &Spec,
-) -> Result<(), SetupError> {
+/// A file system that lacks nothing but the workspace. The host's is still there, too.
+pub(super) struct Root {
+    root: OwnedFd,
+}
+
+/// Builds all of the file system that does not depend on the command.
+pub(super) fn prepare(strict: &StrictSpec) -> Result<Root, SetupError> {
     let step = Step::FileSystem;
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .step(step, "make all mounts private")?;
     // Everything of the host is taken before the new root covers anything.
     let sources = Sources::take(strict)?;
-    let workspace = match workspace {
-        Prepared::None => {
-            private_directory(spec.limits.temporary_bytes, "0755", MountAttrFlags::empty())?
-        }
-        Prepared::ByPath(workspace) => {
-            Detached::from_descriptor(workspace::clone_tree(&workspace)?)?
-        }
-        Prepared::Mapped(tree) => Detached::from_descriptor(tree)?,
-    };
-
     let root = Detached::new(
         "tmpfs",
         &[("size", "4m"), ("nr_inodes", "1k"), ("mode", "0755")],
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV,
     )?
-    // Any directory would do; this one exists wherever there are programs to run.
-    .attach_over("/usr")?;
+    // Any directory would do in which no workspace can lie.
+    .attach_over("/dev")?;
 
     sources.place(&root)?;
     write_etc(&root, strict)?;
     place_proc(&root)?;
     place_devices(&root)?;
-    let size = spec.limits.temporary_bytes;
+    let size = strict.temporary_bytes;
     private_directory(size, "1777", MountAttrFlags::empty())?.attach(&root, "tmp")?;
     private_directory(size, "1777", MountAttrFlags::MOUNT_ATTR_NOEXEC)?.attach(&root, "dev/shm")?;
     private_directory(size, "0755", MountAttrFlags::empty())?.attach(&root, inside(HOME_INSIDE))?;
     make_directories(&root, "var")?;
     link(&root, "../tmp", "var/tmp")?;
-    workspace.attach(&root, inside(WORKSPACE_INSIDE))?;
-    protect::pin(&root)?;
-
-    syscalls::mount_set_attributes(
-        root.as_fd(),
-        MountAttributes { set: READ_ONLY, this_mount_only: true, ..MountAttributes::default() },
-    )
-    .step(step, "make the root read-only")?;
-    enter(&root)
+    make_directories(&root, inside(WORKSPACE_INSIDE))?;
+    Ok(Root { root })
 }
 
-/// Makes `root` the root, and lets go of the old one.
-fn enter(root: &OwnedFd) -> Result<(), SetupError> {
-    let change = || -> rustix::io::Result<()> {
-        rustix::process::fchdir(root)?;
-        rustix::process::pivot_root(".", ".")?;
-        // The old root now lies over the new one, at the same place.
-        rustix::mount::unmount(".", UnmountFlags::DETACH)?;
-        rustix::process::chdir("/")
-    };
-    change().step(Step::FileSystem, "enter the new root")
+impl Root {
+    /// Adds the workspace and makes this the root of the caller's mount namespace. `mounted` is the
+    /// workspace where the agent has mounted it; otherwise it is found by its path. Gives what is
+    /// pinned in it.
+    pub(super) fn complete(
+        &self,
+        mounted: Option<OwnedFd>,
+        spec: &Spec,
+    ) -> Result<Vec<PathBuf>, SetupError> {
+        let workspace = match (mounted, &spec.workspace) {
+            (Some(tree), _) => Detached::from_descriptor(tree)?,
+            (None, Some(workspace)) => {
+                Detached::from_descriptor(workspace::clone_tree(workspace)?)?
+            }
+            (None, None) => {
+                private_directory(spec.limits.temporary_bytes, "0755", MountAttrFlags::empty())?
+            }
+        };
+        workspace.attach(&self.root, inside(WORKSPACE_INSIDE))?;
+        let pins = spec.workspace.as_ref().map_or(&[][..], |workspace| &workspace.pins);
+        let pinned = protect::pin(&self.root, pins)?;
+        syscalls::mount_set_attributes(
+            self.root.as_fd(),
+            MountAttributes { set: READ_ONLY, this_mount_only: true, ..MountAttributes::default() },
+        )
+        .step(Step::FileSystem, "make the root read-only")?;
+        self.enter()?;
+        Ok(pinned)
+    }
+
+    /// Makes it the root, and lets go of the old one.
+    fn enter(&self) -> Result<(), SetupError> {
+        let change = || -> rustix::io::Result<()> {
+            rustix::process::fchdir(&self.root)?;
+            rustix::process::pivot_root(".", ".")?;
+            // The old root now lies over the new one, at the same place.
+            rustix::mount::unmount(".", UnmountFlags::DETACH)?;
+            rustix::process::chdir("/")
+        };
+        change().step(Step::FileSystem, "enter the new root")
+    }
 }
 
 /// What is taken of the host, and not yet placed.

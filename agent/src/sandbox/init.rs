@@ -1,6 +1,9 @@
 //! Pid 1 of a sandbox: builds it from within, starts the command, reaps, and takes the whole
 //! sandbox with it when it ends.
 //!
+//! What does not depend on the command is done before the command is known. From then until it
+//! comes, nothing of anybody else is in the sandbox, and pid 1 waits for the agent alone.
+//!
 //! It owns nothing the command could use: it is unreadable to the command (not dumpable), holds no
 //! capability once the command is started, has none of the command's descriptors, and cannot be
 //! signalled from inside (it handles no signal, and Landlock keeps the command's signals in).
@@ -11,24 +14,22 @@ use std::os::fd::{AsFd as _, OwnedFd};
 
 use rustix::process::{DumpableBehavior, Signal};
 
-use super::spec::{
-    Confinement, Context as _, Identity, Network, Report, SetupError, Step, StrictSpec,
-};
-use super::stage::{self, Job};
+use super::protect::Watch;
+use super::spec::{Context as _, Identity, Network, Report, SetupError, Step, StrictSpec};
+use super::stage::Job;
 use super::syscalls::{self, Cloned};
-use super::workspace::Prepared;
-use super::{channel, filesystem, namespaces, payload, privileges, reaper, terminal};
+use super::{channel, filesystem, namespaces, payload, privileges, reaper, seccomp, terminal};
 
 /// What pid 1 is given.
 pub(super) struct Sandbox<'a> {
-    pub(super) job: Job,
     pub(super) strict: &'a StrictSpec,
     pub(super) control: &'a OwnedFd,
     /// One byte when the identity maps are written; end-of-file if they never will be.
     pub(super) mapped: File,
-    pub(super) workspace: Prepared,
     /// The namespaces of the host.
     pub(super) outer: namespaces::Inodes,
+    /// What the command may take of what is the agent's user's, too.
+    pub(super) quotas: namespaces::Quotas,
 }
 
 /// Runs pid 1. Never returns into the code of the process it is a copy of.
@@ -39,15 +40,15 @@ pub(super) fn main(mut sandbox: Sandbox<'_>) -> ! {
         syscalls::exit_now(125);
     }
     let control = sandbox.control;
-    if let Err(error) = run(sandbox) {
+    if let Err(error) = run(&sandbox) {
         channel::send(control, &Report::Refused(error)).ok();
         syscalls::exit_now(125);
     }
     syscalls::exit_now(0)
 }
 
-fn run(sandbox: Sandbox<'_>) -> Result<(), SetupError> {
-    let Sandbox { mut job, strict, control, workspace, outer, .. } = sandbox;
+fn run(sandbox: &Sandbox<'_>) -> Result<(), SetupError> {
+    let Sandbox { strict, control, outer, quotas, .. } = sandbox;
     take_identity(strict.identity)?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .step(Step::Process, "make pid 1 unreadable")?;
@@ -55,31 +56,40 @@ fn run(sandbox: Sandbox<'_>) -> Result<(), SetupError> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .step(Step::Process, "tie pid 1 to its monitor")?;
     syscalls::set_host_name(c"cortex").step(Step::Namespaces, "set the host name")?;
-    filesystem::build(strict, workspace, &job.spec)?;
+    quotas.apply();
+    let root = filesystem::prepare(strict)?;
     if strict.network == Network::None {
         syscalls::loopback_up().step(Step::Loopback, "bring up the private loopback")?;
     }
-
-    if let Some(size) = job.spec.terminal {
-        job.terminal = Some(terminal::open(size, control)?);
-    }
-
+    let filters = seccomp::compile();
     let children = syscalls::signal_descriptor(Signal::CHILD)
         .step(Step::Process, "watch for ending processes")?;
     let (executed, report_failure) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
         .step(Step::Process, "create a pipe")?;
+
+    let Some(mut job) = Job::receive(control)? else { return Ok(()) };
+    let pinned = root.complete(job.workspace.take(), &job.spec)?;
+    let watch = Watch::begin(pinned)?;
+    if let Some(size) = job.spec.terminal {
+        job.terminal = Some(terminal::open(size, control)?);
+    }
     match syscalls::fork_process().step(Step::Process, "start the command's process")? {
         Cloned::Child => {
-            drop((executed, children));
-            let confined = matches!(job.spec.confinement, Confinement::Strict(_));
-            debug_assert!(confined, "pid 1 exists in strict mode only");
-            payload::main(job, payload::Confine::Strict { strict, outer: &outer }, report_failure)
+            drop((executed, children, watch));
+            let confine = payload::Confine::Strict { strict, outer, filters: &filters };
+            payload::main(job, confine, report_failure)
         }
         Cloned::Parent(pid) => {
+            // End-of-file on the command's output must not have to wait for us.
             drop((job, report_failure));
-            stage::release_output()?;
-            privileges::drop_all()?;
-            reaper::supervise(control, &children, executed.as_fd(), pid)
+            let result = privileges::drop_all().and_then(|()| {
+                reaper::supervise(control, &children, executed.as_fd(), pid, watch.as_ref())
+            });
+            // From here on the command may have run.
+            if let Err(error) = result {
+                channel::send(control, &Report::Failed(error)).ok();
+            }
+            Ok(())
         }
     }
 }

@@ -1,39 +1,35 @@
-//! The agent's side: starts the stage, gives it its specification, and passes its reports on.
-//!
-//! The stage is started with `posix_spawn` (the standard library does so as long as nothing must
-//! run in the child before `exec`), because a `fork` of a large agent takes milliseconds. A
-//! [`Launched`] command ends with its owner: dropping it closes the control socket.
+//! The agent's side: from a command to a sandbox that runs it, made for it or beforehand. A
+//! [`Launched`] command ends with its owner.
 
 use std::ffi::OsString;
-use std::io::{self, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use cortex_shared::policy::Mode;
-use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use tokio::net::UnixDatagram;
 use tokio::net::unix::pipe;
-use tokio::process::Child;
 
 use super::cgroup::{ControlGroups, Group};
-use super::channel;
+use super::channel::Document;
 use super::identity::{self, NoIdentity};
 use super::mapping::Mappings;
-use super::planted::Absent;
+use super::memory_file;
+use super::planted::Before;
+use super::protect;
 use super::remedy::Refusal;
-use super::spec::{
-    Action, Confinement, ControlGroup, Ending, Limits, MAX_SPEC_BYTES, Network, Order, ProbeFacts,
-    Report, STAGE_NAME, Spec, StrictSpec,
-};
+use super::spare::{NextSpare, Spares};
+use super::spec::{Action, Confinement, Identity, Limits, Network, ProbeFacts, Spec, StrictSpec};
+use super::stage_handle::{Stage, StageHandle};
 use super::terminal::TerminalSize;
 use super::workspace::{self, WorkspaceRefusal};
 
 /// The oldest Landlock that makes a sandbox here.
 const MINIMUM_LANDLOCK_ABI: i64 = 1;
+/// How long a sandbox made beforehand may take to say that it has its command.
+const TAKEN_WITHIN: Duration = Duration::from_secs(30);
 
 /// Starts commands.
 #[derive(Debug, Clone)]
@@ -45,6 +41,7 @@ pub struct Launcher {
     mappings: Arc<Mappings>,
     /// What a probe found this kernel not to enforce, which refuses every strict command.
     broken: Arc<OnceLock<Refusal>>,
+    spares: Arc<Spares>,
 }
 
 impl Default for Launcher {
@@ -72,8 +69,6 @@ pub struct Command {
     pub network: Network,
     /// Its limits.
     pub limits: Limits,
-    /// Somebody asked for limits other than the node's own.
-    pub limits_asked_for: bool,
     /// Whether it is given standard input; otherwise it reads end-of-file.
     pub stdin: bool,
     /// A terminal in place of pipes; its output is all standard output.
@@ -133,13 +128,21 @@ impl Launcher {
     /// With another program as the stage.
     #[must_use]
     pub fn with_stage(stage: impl Into<PathBuf>) -> Self {
-        Self { stage: stage.into(), groups: None, mappings: Arc::default(), broken: Arc::default() }
+        Self {
+            stage: stage.into(),
+            groups: None,
+            mappings: Arc::default(),
+            broken: Arc::default(),
+            spares: Arc::default(),
+        }
     }
 
-    /// With control groups, where this machine lets this process have them. To be called once in a
-    /// process, before it runs commands: it may move the process to another group.
+    /// With control groups, where this machine lets this process have them, and as many descriptors
+    /// as this process may have. To be called once in a process, before it runs commands: it may move
+    /// the process to another group.
     #[must_use]
     pub fn with_control_groups(self) -> Self {
+        raise_own_limit();
         Self { groups: Some(Arc::new(ControlGroups::prepare())), ..self }
     }
 
@@ -170,20 +173,17 @@ impl Launcher {
             return Err(LaunchError::Refused(refusal.clone()));
         }
         // Looking at the workspace touches the disk, which may be slow or a dead network mount.
+        let limits = command.limits;
+        let (mappings, program) = (Arc::clone(&self.mappings), self.stage.clone());
         let groups = self.groups.clone().unwrap_or_default();
-        let (mappings, stage) = (Arc::clone(&self.mappings), self.stage.clone());
-        let write = move || Files::write(command, &groups, &mappings, &stage);
+        if command.require_control_group && groups.version() == "none" {
+            return Err(LaunchError::Refused(ControlGroups::required_and_missing()));
+        }
+        let write = move || Files::write(command, &mappings, &program);
         let files = tokio::task::spawn_blocking(write).await.map_err(|error| {
             LaunchError::Io { attempt: "prepare the command", source: io::Error::other(error) }
         })??;
 
-        let (ours, theirs) = rustix::net::socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .map_err(|error| io_error("create the control socket")(error.into()))?;
         let (stdout_writer, stdout) = output_pipe()?;
         let (stderr_writer, stderr) = output_pipe()?;
         let stdin = if stdin_wanted {
@@ -192,39 +192,101 @@ impl Launcher {
         } else {
             None
         };
-
-        let monitor = tokio::process::Command::new(&self.stage)
-            .arg0(STAGE_NAME)
-            .env_clear()
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::from(stdout_writer))
-            .stderr(Stdio::from(stderr_writer))
-            .spawn()
-            .map_err(io_error("start the sandbox stage"))?;
-
-        let mut fds = vec![files.spec.as_fd()];
-        fds.extend(files.script.as_ref().map(OwnedFd::as_fd));
+        let mut fds = vec![stdout_writer.as_fd(), stderr_writer.as_fd()];
         fds.extend(stdin.as_ref().map(|(_, read)| read.as_fd()));
-        fds.extend(files.mapping.as_ref().map(OwnedFd::as_fd));
-        fds.extend(files.group.entrance().iter().map(OwnedFd::as_fd));
-        channel::send_descriptors(&ours, &fds).map_err(io_error("instruct the sandbox stage"))?;
+        if let Confinement::Strict(StrictSpec { identity, .. }) = &files.confinement {
+            give_pipes_to(*identity, &fds)?;
+        }
+        fds.extend(files.script.as_ref().map(OwnedFd::as_fd));
+        fds.extend(files.tree.as_ref().map(OwnedFd::as_fd));
 
-        rustix::io::ioctl_fionbio(&ours, true)
-            .map_err(|error| io_error("create the control socket")(error.into()))?;
+        let spare = if is_probe { None } else { self.spares.take(&files.confinement) };
+        let mut given = None;
+        if let Some(spare) = spare {
+            spare.group().limit(&limits).map_err(io_error("limit the control group"))?;
+            given = give(spare, &files.spec, &fds).await?;
+        }
+        let (mut handle, group) = match given {
+            Some(given) => given,
+            None => {
+                let group = groups.new_group().map_err(io_error("create a control group"))?;
+                let group = group.unwrap_or_default();
+                group.limit(&limits).map_err(io_error("limit the control group"))?;
+                Stage::start(&self.stage, files.confinement.clone(), group)
+                    .map_err(io_error("start the sandbox stage"))?
+                    .give(&files.spec, &fds)
+                    .map_err(io_error("instruct the sandbox stage"))?
+            }
+        };
+        if !is_probe && is_worth_a_spare(&files.confinement) {
+            handle.then(NextSpare {
+                spares: Arc::downgrade(&self.spares),
+                program: self.stage.clone(),
+                groups,
+                confinement: files.confinement,
+            });
+        }
         Ok(Launched {
             stdout,
             stderr,
             stdin: stdin.map(|(sender, _)| sender),
-            absent: files.absent,
-            group: files.group,
-            stage: StageHandle {
-                control: UnixDatagram::from_std(ours.into())
-                    .map_err(io_error("watch the control socket"))?,
-                control_open: true,
-                monitor,
-            },
+            before: files.before,
+            group,
+            stage: handle,
         })
     }
+
+    /// Ends the sandbox that was made beforehand for the next command, and makes none any more. To be
+    /// called before the agent ends, which otherwise leaves an empty control group behind.
+    pub async fn close(&self) {
+        self.spares.close().await;
+    }
+}
+
+/// Descriptors that commands of the same user have on their way through sockets count against this
+/// process's limit, too; theirs is set to at most half of what this process may have.
+fn raise_own_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!(%error, "the limit of open files stays");
+    }
+}
+
+/// Gives a command to a sandbox made beforehand; `None` if that has died without taking it.
+async fn give(
+    spare: Stage,
+    job: &Document,
+    fds: &[BorrowedFd<'_>],
+) -> Result<Option<(StageHandle, Group)>, LaunchError> {
+    let (mut handle, group) =
+        spare.give(job, fds).map_err(io_error("instruct the sandbox stage"))?;
+    // Without its word, a command given to another sandbox could run twice.
+    match tokio::time::timeout(TAKEN_WITHIN, handle.has_taken()).await {
+        Ok(true) => Ok(Some((handle, group))),
+        Ok(false) => Ok(None),
+        Err(_) => Err(io_error("hand the command to its sandbox")(io::ErrorKind::TimedOut.into())),
+    }
+}
+
+/// Whether the next command is likely to want the same. The host's network is for few commands, and
+/// what `/etc` says about it may change.
+fn is_worth_a_spare(confinement: &Confinement) -> bool {
+    matches!(confinement, Confinement::Strict(StrictSpec { network: Network::None, .. }))
+}
+
+/// The command opens `/dev/stdout` by path, for which the pipe must belong to it.
+fn give_pipes_to(identity: Identity, pipes: &[BorrowedFd<'_>]) -> Result<(), LaunchError> {
+    if !identity.assumed {
+        return Ok(());
+    }
+    let uid = rustix::fs::Uid::from_raw(identity.uid);
+    let gid = rustix::fs::Gid::from_raw(identity.gid);
+    pipes.iter().try_for_each(|pipe| {
+        rustix::fs::fchown(pipe, Some(uid), Some(gid))
+            .map_err(|error| io_error("hand the pipes to the command's user")(error.into()))
+    })
 }
 
 fn output_pipe() -> Result<(OwnedFd, pipe::Receiver), LaunchError> {
@@ -232,31 +294,33 @@ fn output_pipe() -> Result<(OwnedFd, pipe::Receiver), LaunchError> {
     Ok((sender.into_blocking_fd().map_err(io_error("create a pipe"))?, receiver))
 }
 
-/// The sealed memory files that a command travels in.
+/// What a command travels in.
 struct Files {
-    spec: OwnedFd,
+    confinement: Confinement,
+    spec: Document,
     script: Option<OwnedFd>,
-    mapping: Option<OwnedFd>,
-    absent: Absent,
-    group: Group,
+    /// The workspace, where this process can mount it.
+    tree: Option<OwnedFd>,
+    before: Option<Before>,
 }
 
 impl Files {
-    fn write(
-        command: Command,
-        groups: &ControlGroups,
-        mappings: &Mappings,
-        stage: &Path,
-    ) -> Result<Self, LaunchError> {
+    fn write(command: Command, mappings: &Mappings, stage: &Path) -> Result<Self, LaunchError> {
         let mut workspace = command
             .workspace
             .as_deref()
             .map(|root| workspace::check(root, &command.forbidden))
             .transpose()?;
-        let absent = match (&workspace, command.mode) {
-            (Some(workspace), Mode::Strict) => Absent::in_workspace(&workspace.path),
-            _ => Absent::default(),
+        let before = match (&mut workspace, command.mode) {
+            (Some(workspace), Mode::Strict) => {
+                let before = Before::of(&workspace.path);
+                workspace.pins = protect::pins(before.survey());
+                Some(before)
+            }
+            _ => None,
         };
+        let sealed =
+            |bytes: &[u8]| memory_file::sealed(bytes).map_err(io_error("write a memory file"));
         let (action, script) = match command.program {
             Program::Arguments(arguments) => (Action::Program(arguments), None),
             Program::Script(text) => (Action::Script, Some(sealed(&text)?)),
@@ -273,32 +337,26 @@ impl Files {
                 network: command.network,
                 read_only: command.read_only,
                 minimum_landlock_abi: MINIMUM_LANDLOCK_ABI,
+                temporary_bytes: command.limits.temporary_bytes,
             }),
         };
-        let mut mapping = None;
-        if let (Confinement::Strict(strict), Some(workspace)) = (&confinement, &mut workspace) {
-            let (owner, identity) = ((workspace.owner_uid, workspace.owner_gid), strict.identity);
-            if identity.assumed && owner != (identity.uid, identity.gid) {
-                let made = mappings.namespace(stage, owner, identity);
-                mapping = Some(made.map_err(|error| LaunchError::Refused((&error).into()))?);
-                workspace.mapped = true;
-            }
+        let mut tree = None;
+        if let (Confinement::Strict(StrictSpec { identity, .. }), Some(workspace)) =
+            (&confinement, &mut workspace)
+            && identity.assumed
+        {
+            let owner = (workspace.owner_uid, workspace.owner_gid);
+            let mounted = if owner == (identity.uid, identity.gid) {
+                workspace::mount(workspace, None)
+            } else {
+                mappings
+                    .namespace(stage, owner, *identity)
+                    .and_then(|mapping| workspace::mount(workspace, Some(&mapping)))
+            };
+            tree = Some(mounted.map_err(|error| LaunchError::Refused((&error).into()))?);
+            workspace.mounted = true;
         }
-        let wanted = command.limits_asked_for || command.require_control_group;
-        let group = groups
-            .group_for(&command.limits, wanted)
-            .map_err(io_error("create a control group"))?
-            .unwrap_or_default();
-        if command.require_control_group && group.entrance().is_empty() {
-            return Err(LaunchError::Refused(ControlGroups::required_and_missing()));
-        }
-        let control_group = match group.entrance().len() {
-            0 => ControlGroup::None,
-            _ if groups.are_born_into() => ControlGroup::BornInto,
-            count => ControlGroup::Joined(count),
-        };
         let spec = Spec {
-            confinement,
             action,
             env: command.env,
             cwd: OsString::from_vec(command.cwd).into(),
@@ -306,31 +364,12 @@ impl Files {
             limits: command.limits,
             stdin: command.stdin && command.terminal.is_none(),
             terminal: command.terminal,
-            control_group,
         };
-        let spec = serde_json::to_vec(&spec).map_err(|error| LaunchError::Io {
-            attempt: "write the specification",
-            source: error.into(),
-        })?;
-        if u64::try_from(spec.len()).map_or(true, |length| length > MAX_SPEC_BYTES) {
-            return Err(LaunchError::TooLong);
-        }
-        Ok(Self { spec: sealed(&spec)?, script, mapping, absent, group })
+        let spec = Document::new(&spec)
+            .map_err(io_error("write the specification"))?
+            .ok_or(LaunchError::TooLong)?;
+        Ok(Self { confinement, spec, script, tree, before })
     }
-}
-
-/// A memory file that nobody can change any more.
-fn sealed(bytes: &[u8]) -> Result<OwnedFd, LaunchError> {
-    let write = || -> io::Result<OwnedFd> {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let mut file = std::fs::File::from(rustix::fs::memfd_create("cortex", flags)?);
-        file.write_all(bytes)?;
-        std::io::Seek::rewind(&mut file)?;
-        let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
-        rustix::fs::fcntl_add_seals(&file, seals)?;
-        Ok(file.into())
-    };
-    write().map_err(io_error("write a memory file"))
 }
 
 /// A started command.
@@ -342,125 +381,10 @@ pub struct Launched {
     pub stderr: pipe::Receiver,
     /// Its standard input, where it was asked for.
     pub stdin: Option<pipe::Sender>,
-    /// Names that its workspace did not have before; empty in permissive mode.
-    pub absent: Absent,
+    /// What stood in its workspace before; `None` without one and in permissive mode.
+    pub before: Option<Before>,
     /// Its control group, to be dropped when it is over.
     pub group: Group,
     /// Its life.
     pub stage: StageHandle,
-}
-
-/// What reports on a started command and takes orders for it. Dropping it ends the command.
-#[derive(Debug)]
-pub struct StageHandle {
-    /// A socket of whole messages; the type fits every kind of unix socket that keeps them apart.
-    control: UnixDatagram,
-    control_open: bool,
-    monitor: Child,
-}
-
-/// What happens to a started command, in this order: `Started`, `Ended`, `Over`; or one of the
-/// failures and `Over`.
-#[derive(Debug)]
-pub enum StageMessage {
-    /// The agent's side of its terminal, where it was asked for one. Before `Started`.
-    Terminal(OwnedFd),
-    /// The command runs.
-    Started,
-    /// The program was not found or cannot be executed; nothing has run.
-    NotExecuted {
-        /// The program.
-        program: String,
-        /// Why.
-        source: io::Error,
-    },
-    /// The sandbox could not be set up; nothing has run.
-    Refused(Refusal),
-    /// The command itself ended.
-    Ended(Ending),
-    /// Every process of the command has ended, and nothing more will come.
-    Over(ExitStatus),
-}
-
-impl StageHandle {
-    /// The process with which all others of this command end.
-    #[must_use]
-    pub fn process_id(&self) -> Option<u32> {
-        self.monitor.id()
-    }
-
-    /// Waits for the next message. Cancelling the wait loses nothing.
-    ///
-    /// # Errors
-    /// If the stage speaks nonsense or cannot be waited for.
-    pub async fn next_message(&mut self) -> io::Result<StageMessage> {
-        if self.control_open {
-            tokio::select! {
-                biased;
-                report = receive(&self.control) => match report? {
-                    Some(message) => return Ok(message),
-                    None => self.control_open = false,
-                },
-                status = self.monitor.wait() => {
-                    let status = status?;
-                    // What it said last may still lie in the socket.
-                    return match receive_now(&self.control) {
-                        Ok(Some(message)) => Ok(message),
-                        Ok(None) | Err(_) => Ok(StageMessage::Over(status)),
-                    };
-                }
-            }
-        }
-        self.monitor.wait().await.map(StageMessage::Over)
-    }
-
-    /// Sends a signal to the command's process group. Without effect once it has ended.
-    pub fn signal(&self, number: i32) {
-        self.order(Order::Signal(number));
-    }
-
-    /// Ends every process of the command now.
-    pub fn kill(&self) {
-        self.order(Order::Kill);
-    }
-
-    /// Ends the monitor, and by that everything, where [`StageHandle::kill`] had no effect.
-    pub fn kill_monitor(&mut self) {
-        // Fails only if it has ended, which is what is wanted.
-        self.monitor.start_kill().ok();
-    }
-
-    fn order(&self, order: Order) {
-        if let Err(error) = channel::send(&self.control, &order) {
-            tracing::debug!(%error, "the sandbox takes no more orders");
-        }
-    }
-}
-
-async fn receive(control: &UnixDatagram) -> io::Result<Option<StageMessage>> {
-    loop {
-        control.readable().await?;
-        match receive_now(control) {
-            // The readiness was of the past; try_io tells the runtime so.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                control.try_io(tokio::io::Interest::READABLE, || Err::<(), _>(error)).ok();
-            }
-            result => return result,
-        }
-    }
-}
-
-fn receive_now(control: &UnixDatagram) -> io::Result<Option<StageMessage>> {
-    let Some((report, fd)) = channel::receive_with_descriptor(control)? else { return Ok(None) };
-    Ok(Some(match report {
-        Report::Terminal => StageMessage::Terminal(
-            fd.ok_or_else(|| io::Error::other("the stage sent no terminal"))?,
-        ),
-        Report::Started => StageMessage::Started,
-        Report::NotExecuted { errno, program } => {
-            StageMessage::NotExecuted { program, source: io::Error::from_raw_os_error(errno) }
-        }
-        Report::Refused(error) => StageMessage::Refused(Refusal::from(&error)),
-        Report::Ended(ending) => StageMessage::Ended(ending),
-    }))
 }

@@ -4,6 +4,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::spec::{Context as _, Limits, SetupError, Step};
 
+/// Most signals that wait for a process: they are counted for the user, who may be the agent's.
+const SIGNALS: u64 = 4096;
 /// Most locked memory of a process.
 const LOCKED_BYTES: u64 = 8 * 1024 * 1024;
 
@@ -27,10 +29,18 @@ pub(super) fn apply(limits: &Limits, count_processes: bool) -> Result<(), SetupE
         // root. The kernel takes 1 as the word not to.
         ("core size", Resource::Core, 1),
         ("locked memory", Resource::Memlock, LOCKED_BYTES),
+        ("waiting signals", Resource::Sigpending, SIGNALS),
         ("message queues", Resource::Msgqueue, 0),
         ("real-time priority", Resource::Rtprio, 0),
     ] {
-        let hard = getrlimit(resource).maximum.map_or(wanted, |own| own.min(wanted));
+        let own = getrlimit(resource).maximum;
+        let wanted = match (resource, own) {
+            // Descriptors on their way through sockets are counted for the user, and refused to
+            // whoever has the lower limit: that must be the command.
+            (Resource::Nofile, Some(own)) => wanted.min(own / 2),
+            _ => wanted,
+        };
+        let hard = own.map_or(wanted, |own| own.min(wanted));
         setrlimit(resource, Rlimit { current: Some(hard), maximum: Some(hard) })
             .step(Step::Limits, format_args!("limit {name} to {hard}"))?;
     }

@@ -1,7 +1,7 @@
 //! The sandbox: running one command so that it cannot hurt the machine it runs on.
 //!
 //! ```text
-//! agent (many threads)                        launch
+//! agent (many threads)                        launch, spare, stage_handle
 //!  └─ monitor: re-executed binary, one thread  stage → workspace, namespaces
 //!      └─ pid 1 of the sandbox                 init → filesystem, mounts, protect; reaper
 //!          └─ the command                      payload → limits, landlock, seccomp, privileges
@@ -16,15 +16,18 @@
 //! in `syscalls` only. Deliberately absent: a setuid helper, acting twice on one path, any way to
 //! weaken strict mode from within a request.
 
+mod bpf;
 mod cgroup;
 mod channel;
 mod filesystem;
+mod git_files;
 mod identity;
 mod init;
 mod landlock;
 mod launch;
 mod limits;
 mod mapping;
+mod memory_file;
 mod mounts;
 mod namespaces;
 mod payload;
@@ -37,8 +40,11 @@ mod reaper;
 mod remedy;
 mod seccomp;
 mod self_test;
+mod spare;
 mod spec;
 mod stage;
+mod stage_handle;
+mod survey;
 #[allow(unsafe_code)]
 mod syscalls;
 mod terminal;
@@ -46,13 +52,15 @@ mod workspace;
 
 pub use cgroup::Group;
 pub use identity::NoIdentity;
-pub use launch::{Command, LaunchError, Launched, Launcher, Program, StageHandle, StageMessage};
-pub use planted::Absent;
+pub use launch::{Command, LaunchError, Launched, Launcher, Program};
+pub use planted::Before;
 pub use probe::Capabilities;
 pub use remedy::Refusal;
 pub use spec::{
     Ending, HOME_INSIDE, Identity, Limits, Network, SetupError, Step, WORKSPACE_INSIDE,
 };
 pub use stage::{stage_main, stage_requested};
+pub use stage_handle::{StageHandle, StageMessage};
+pub use survey::is_obeyed_at_top;
 pub use terminal::TerminalSize;
-pub use workspace::WorkspaceRefusal;
+pub use workspace::{CheckedWorkspace, WorkspaceRefusal, check_workspace};

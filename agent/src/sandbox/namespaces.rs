@@ -61,6 +61,42 @@ impl Inodes {
     }
 }
 
+/// What the kernel counts for a user over all his namespaces, of which a command gets a part: the
+/// agent's user needs some for workspaces.
+const SHARED: [&str; 2] = ["max_inotify_instances", "max_inotify_watches"];
+/// The part that one command gets.
+const PART: u64 = 8;
+
+/// Limits in the user namespace of a command on what it would take from others.
+pub(super) struct Quotas {
+    values: Vec<(&'static str, u64)>,
+}
+
+impl Quotas {
+    /// To be called outside, where the limits are known.
+    pub(super) fn of_this_user() -> Self {
+        let values = SHARED.into_iter().filter_map(|name| {
+            let text = std::fs::read_to_string(quota_path(name)).ok()?;
+            Some((name, (text.trim().parse::<u64>().ok()? / PART).max(1)))
+        });
+        Self { values: values.collect() }
+    }
+
+    /// To be called inside, with all rights there and before `/proc` becomes the command's.
+    ///
+    /// They keep neighbours from harm and are no wall: where the system lets nobody write them (a
+    /// container's `/proc` is often read-only), commands run all the same.
+    pub(super) fn apply(&self) {
+        for (name, value) in &self.values {
+            std::fs::write(quota_path(name), value.to_string()).ok();
+        }
+    }
+}
+
+fn quota_path(name: &str) -> String {
+    format!("/proc/sys/user/{name}")
+}
+
 /// Maps the one identity of the command into the user namespace of `pid`.
 pub(super) fn map_identity(pid: Pid, identity: Identity) -> Result<(), SetupError> {
     if !identity.assumed {

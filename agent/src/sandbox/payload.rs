@@ -11,13 +11,16 @@ use std::path::Path;
 use std::process::Command;
 
 use rustix::fs::Mode;
+use seccompiler::BpfProgram;
 
 use super::spec::{
     Action, Context as _, MAX_INLINE_SCRIPT_BYTES, Report, SetupError, Spec, Step, StrictSpec,
     WORKSPACE_INSIDE,
 };
-use super::stage::{self, Job};
-use super::{landlock, limits, namespaces, privileges, seccomp, self_test, syscalls, terminal};
+use super::stage::Job;
+use super::{
+    landlock, limits, memory_file, namespaces, privileges, seccomp, self_test, syscalls, terminal,
+};
 
 /// How the command's process is confined.
 pub(super) enum Confine<'a> {
@@ -27,6 +30,8 @@ pub(super) enum Confine<'a> {
         strict: &'a StrictSpec,
         /// The namespaces it must not be in.
         outer: &'a namespaces::Inodes,
+        /// The system call filter.
+        filters: &'a [BpfProgram],
     },
     /// By limits only.
     Permissive,
@@ -42,14 +47,20 @@ pub(super) fn main(job: Job, confine: Confine<'_>, report_failure: OwnedFd) -> !
 }
 
 fn become_command(job: Job, confine: &Confine<'_>) -> Result<std::convert::Infallible, Report> {
-    let Job { spec, script, stdin, terminal, .. } = job;
-    detach(stdin, terminal).map_err(Report::Refused)?;
+    let Job { spec, script, stdin, stdout, stderr, terminal, .. } = job;
+    match terminal {
+        Some(terminal) => lead_session().and_then(|()| terminal::take(&terminal)),
+        None => lead_session().and_then(|()| take_pipes(stdin, &stdout, &stderr)),
+    }
+    .and_then(|()| set_process_state())
+    .map_err(Report::Refused)?;
+    drop((stdout, stderr));
     change_directory(&spec, confine).map_err(Report::Refused)?;
     let mut command = command_line(&spec, script.as_ref()).map_err(Report::Refused)?;
     limits::apply(&spec.limits, matches!(confine, Confine::Strict { .. }))
         .map_err(Report::Refused)?;
-    if let Confine::Strict { strict, outer } = confine {
-        confine_strictly(strict, outer).map_err(Report::Refused)?;
+    if let Confine::Strict { strict, outer, filters } = confine {
+        confine_strictly(strict, outer, filters).map_err(Report::Refused)?;
     } else {
         syscalls::close_on_exec_from(3)
             .step(Step::Process, "close descriptors")
@@ -77,16 +88,26 @@ fn become_command(job: Job, confine: &Confine<'_>) -> Result<std::convert::Infal
     })
 }
 
-/// A session of its own, its own standard input, and nothing odd inherited.
-fn detach(stdin: Option<OwnedFd>, terminal: Option<OwnedFd>) -> Result<(), SetupError> {
-    let step = Step::Process;
-    rustix::process::setsid().step(step, "start a session")?;
-    if let Some(terminal) = terminal {
-        terminal::take(&terminal)?;
-    } else if let Some(stdin) = stdin {
-        rustix::stdio::dup2_stdin(stdin).step(step, "take standard input")?;
-    }
-    syscalls::reset_signals().step(step, "reset signals")?;
+fn lead_session() -> Result<(), SetupError> {
+    rustix::process::setsid().map(drop).step(Step::Process, "start a session")
+}
+
+fn take_pipes(
+    stdin: Option<OwnedFd>,
+    stdout: &OwnedFd,
+    stderr: &OwnedFd,
+) -> Result<(), SetupError> {
+    // Without a pipe, standard input stays the stage's `/dev/null`.
+    stdin
+        .map_or(Ok(()), rustix::stdio::dup2_stdin)
+        .and_then(|()| rustix::stdio::dup2_stdout(stdout))
+        .and_then(|()| rustix::stdio::dup2_stderr(stderr))
+        .step(Step::Process, "take standard input and output")
+}
+
+/// Nothing odd is inherited.
+fn set_process_state() -> Result<(), SetupError> {
+    syscalls::reset_signals().step(Step::Process, "reset signals")?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     Ok(())
 }
@@ -121,7 +142,8 @@ fn command_line(spec: &Spec, script: Option<&OwnedFd>) -> Result<Option<Command>
             let mut command = Command::new("/bin/bash");
             command.arg0("bash");
             if u64::try_from(size).is_ok_and(|size| size <= MAX_INLINE_SCRIPT_BYTES) {
-                let text = stage::read_sealed(script, MAX_INLINE_SCRIPT_BYTES)?;
+                let text = memory_file::read_sealed(script, MAX_INLINE_SCRIPT_BYTES)
+                    .step(Step::Specification, "read the script")?;
                 command.arg("-c").arg(std::ffi::OsString::from_vec(text));
             } else {
                 command.arg(format!("/proc/self/fd/{}", script.as_fd().as_raw_fd()));
@@ -139,13 +161,16 @@ fn command_line(spec: &Spec, script: Option<&OwnedFd>) -> Result<Option<Command>
     Ok(Some(command))
 }
 
-fn confine_strictly(strict: &StrictSpec, outer: &namespaces::Inodes) -> Result<(), SetupError> {
+fn confine_strictly(
+    strict: &StrictSpec,
+    outer: &namespaces::Inodes,
+    filters: &[BpfProgram],
+) -> Result<(), SetupError> {
     privileges::lock()?;
     landlock::restrict(strict)?;
     privileges::drop_all()?;
-    let filters = seccomp::compile()?;
     syscalls::close_on_exec_from(3).step(Step::Process, "close descriptors")?;
-    seccomp::install(&filters)?;
+    seccomp::install(filters)?;
     privileges::verify(strict.identity, filters.len())?;
     outer.verify_left()
 }

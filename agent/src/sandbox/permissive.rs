@@ -10,13 +10,17 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, WaitOptions, wait};
 
-use super::spec::{Context as _, SetupError, Step};
-use super::stage::{self, Job};
+use super::spec::{Context as _, Report, SetupError, Step};
+use super::stage::Job;
 use super::syscalls::{self, Cloned};
-use super::{payload, reaper, terminal};
+use super::{channel, payload, reaper, terminal};
 
 /// Runs the command to its end, and ends what it left behind.
-pub(super) fn run(mut job: Job, control: &OwnedFd) -> Result<(), SetupError> {
+pub(super) fn run(
+    mut job: Job,
+    group: Option<OwnedFd>,
+    control: &OwnedFd,
+) -> Result<(), SetupError> {
     let step = Step::Process;
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .step(step, "become the sub-reaper")?;
@@ -27,23 +31,26 @@ pub(super) fn run(mut job: Job, control: &OwnedFd) -> Result<(), SetupError> {
         syscalls::signal_descriptor(Signal::CHILD).step(step, "watch for ending processes")?;
     let (executed, report_failure) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).step(step, "create a pipe")?;
-    let group = job.born_into.as_ref().map(AsFd::as_fd);
-    match syscalls::clone_process(0, group).step(step, "start the command's process")? {
+    let entrance = group.as_ref().map(AsFd::as_fd);
+    match syscalls::clone_process(0, entrance).step(step, "start the command's process")? {
         Cloned::Child => {
-            drop((executed, children));
+            drop((executed, children, group));
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).ok();
             payload::main(job, payload::Confine::Permissive, report_failure)
         }
         Cloned::Parent(pid) => {
-            let group = job.born_into.take();
+            // End-of-file on the command's output must not have to wait for us.
             drop((job, report_failure));
-            stage::release_output()?;
-            let result = reaper::supervise(control, &children, executed.as_fd(), pid);
+            let result = reaper::supervise(control, &children, executed.as_fd(), pid, None);
+            // From here on the command may have run.
+            if let Err(error) = result {
+                channel::send(control, &Report::Failed(error)).ok();
+            }
             if let Some(group) = group {
                 end_group(&group);
             }
             end_descendants();
-            result
+            Ok(())
         }
     }
 }

@@ -1,86 +1,208 @@
-//! Names that programs on the host obey and that a command brought into a workspace.
+//! Names that programs on the host obey and that came or changed while a command ran.
 //!
 //! What existed before is protected by [`super::protect`]. What did not exist cannot be, without
-//! leaving empty files behind; so it is noticed afterwards and said.
+//! leaving empty files behind, nor can what somebody outside replaces; so it is noticed afterwards
+//! and said.
 
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, StatxFlags};
 
-use super::mounts::open_below;
-use super::protect::{GIT_ACTIVE, OBEYED};
+use super::survey::{Found, Seen, Survey};
 
-/// The names that a workspace did not have before a command.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Absent {
+/// Most names that are said; the rest is counted.
+const MAX_NAMED: usize = 12;
+/// Longest name as it is said.
+const MAX_SHOWN_CHARACTERS: usize = 120;
+
+/// What stood in a workspace before a command.
+#[derive(Debug, Clone)]
+pub struct Before {
     root: PathBuf,
-    names: Vec<PathBuf>,
+    survey: Survey,
+    at: SystemTime,
 }
 
-impl Absent {
-    /// Looks at a workspace before a command.
-    pub(super) fn in_workspace(root: &Path) -> Self {
-        let git = Path::new(".git");
-        let names = std::iter::once(git.to_owned())
-            .chain(GIT_ACTIVE.iter().map(|name| git.join(name)))
-            .chain(OBEYED.iter().map(PathBuf::from));
-        let mut absent = Self { root: root.to_owned(), names: names.collect() };
-        let present = absent.present();
-        absent.names.retain(|name| !present.contains(name));
-        if !present.iter().any(|name| name == git) {
-            // The new directory stands for all in it.
-            absent.names.retain(|name| name == git || !name.starts_with(git));
+/// What became of a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Change {
+    Created,
+    Replaced,
+    Changed,
+    Removed,
+}
+
+impl Change {
+    fn between(before: &Seen, after: &Seen) -> Option<Self> {
+        match (before, after) {
+            (before, after) if before == after => None,
+            (Seen::Nothing, _) => Some(Self::Created),
+            (_, Seen::Nothing) => Some(Self::Removed),
+            (
+                Seen::File { device, inode, .. },
+                Seen::File { device: new_device, inode: new_inode, .. },
+            ) if (device, inode) == (new_device, new_inode) => Some(Self::Changed),
+            _ => Some(Self::Replaced),
         }
-        absent
     }
 
-    /// Those that exist now. Looks at the disk, so not to be called where waiting is forbidden.
-    #[must_use]
-    pub fn present(&self) -> Vec<PathBuf> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let Ok(root) = rustix::fs::openat(CWD, &self.root, flags, Mode::empty()) else {
-            return Vec::new();
-        };
-        self.names.iter().filter(|name| exists(&root, name)).cloned().collect()
+    fn word(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Replaced => "replaced",
+            Self::Changed => "changed",
+            Self::Removed => "removed",
+        }
     }
 }
 
-/// Whether there is anything of that name, a link included, without following one on the way.
-fn exists(root: &OwnedFd, name: &Path) -> bool {
-    let parent = match name.parent() {
-        Some(parent) if parent != Path::new("") => open_below(root, parent),
-        _ => open_below(root, "."),
-    };
-    let Ok(parent) = parent else { return false };
-    name.file_name().is_some_and(|name| {
-        rustix::fs::statat(parent, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).is_ok()
-    })
+impl Before {
+    /// Looks at a workspace, a path without links.
+    pub(super) fn of(root: &Path) -> Self {
+        let at = SystemTime::now();
+        Self { root: root.to_owned(), survey: Survey::of(root), at }
+    }
+
+    pub(super) fn survey(&self) -> &Survey {
+        &self.survey
+    }
+
+    /// What became of it since, for people; `None` if nothing did. Looks at the disk, so not to be
+    /// called where waiting is forbidden.
+    #[must_use]
+    pub fn look_again(&self) -> Option<String> {
+        let changes = self.changes();
+        if changes.is_empty() {
+            return None;
+        }
+        let named = changes.iter().take(MAX_NAMED).map(|(name, change)| {
+            let name: String = name.to_string_lossy().chars().take(MAX_SHOWN_CHARACTERS).collect();
+            format!("{name} ({})", change.word())
+        });
+        let mut names = named.collect::<Vec<_>>().join(", ");
+        if changes.len() > MAX_NAMED {
+            names.push_str(&format!(" and {} more", changes.len() - MAX_NAMED));
+        }
+        Some(format!(
+            "while it ran, names in the workspace came or changed which programs outside the \
+             sandbox obey: {names}. Look at them before using git, a shell or an editor there"
+        ))
+    }
+
+    fn changes(&self) -> Vec<(PathBuf, Change)> {
+        let after = Survey::of(&self.root);
+        let mut changes: Vec<(PathBuf, Change)> = Vec::new();
+        let names =
+            self.survey.names.iter().chain(
+                after.names.iter().filter(|(name, _)| !self.survey.names.contains_key(*name)),
+            );
+        let mut names: Vec<(&PathBuf, &Found)> = names.filter(|(_, found)| found.obeyed).collect();
+        // A directory stands for all in it.
+        names.sort_by_key(|(name, _)| *name);
+        for (name, _) in names {
+            if changes.iter().any(|(above, _)| name.starts_with(above)) {
+                continue;
+            }
+            let before = self.survey.names.get(name).map(|found| &found.seen);
+            let now = match after.names.get(name) {
+                Some(found) => found.seen.clone(),
+                // The second look may have met a bound before it came there.
+                None if exists(&self.root.join(name)) => continue,
+                None => Seen::Nothing,
+            };
+            let is_old = before.is_none() && self.survey.truncated && self.is_older(name);
+            let change = Change::between(before.unwrap_or(&Seen::Nothing), &now);
+            if let Some(change) = change.filter(|_| !is_old) {
+                changes.push((name.clone(), change));
+            }
+        }
+        changes
+    }
+
+    /// Whether something that the first look may have missed was made before it. Where the file
+    /// system does not say, it was not.
+    fn is_older(&self, name: &Path) -> bool {
+        let flags = AtFlags::SYMLINK_NOFOLLOW;
+        let found = rustix::fs::statx(CWD, self.root.join(name), flags, StatxFlags::BTIME);
+        let before = self.at.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |age| age.as_secs());
+        found.is_ok_and(|found| {
+            found.stx_mask & StatxFlags::BTIME.bits() != 0
+                && u64::try_from(found.stx_btime.tv_sec).is_ok_and(|born| born < before)
+        })
+    }
+}
+
+fn exists(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn only_what_was_absent_and_appeared_is_found() {
-        let workspace = tempfile::TempDir::new().unwrap();
-        let path = |name: &str| workspace.path().join(name);
-        std::fs::create_dir_all(path(".git/hooks")).unwrap();
-        std::fs::write(path(".envrc"), "").unwrap();
-        let absent = Absent::in_workspace(workspace.path());
-        assert_eq!(absent.present(), [] as [PathBuf; 0]);
-        std::fs::write(path(".git/commondir"), "").unwrap();
-        std::fs::write(path(".git/index"), "").unwrap();
-        std::os::unix::fs::symlink("/nowhere", path(".bashrc")).unwrap();
-        assert_eq!(absent.present(), [Path::new(".git/commondir"), Path::new(".bashrc")]);
+    fn changes(before: &Before) -> Vec<(String, Change)> {
+        let named = |(name, change): (PathBuf, _)| (name.display().to_string(), change);
+        before.changes().into_iter().map(named).collect()
     }
 
     #[test]
-    fn a_new_git_directory_is_named_once() {
+    fn what_came_changed_went_or_was_replaced_is_found_and_nothing_else() {
         let workspace = tempfile::TempDir::new().unwrap();
-        let absent = Absent::in_workspace(workspace.path());
-        std::fs::create_dir_all(workspace.path().join(".git/hooks")).unwrap();
-        assert_eq!(absent.present(), [Path::new(".git")]);
+        let path = |name: &str| workspace.path().join(name);
+        std::fs::create_dir_all(path(".git/hooks")).unwrap();
+        for name in [".envrc", ".profile", ".zshrc", "file"] {
+            std::fs::write(path(name), "same size").unwrap();
+        }
+        std::os::unix::fs::symlink("a", path(".bashrc")).unwrap();
+        let before = Before::of(workspace.path());
+        assert_eq!(before.look_again(), None);
+        std::fs::write(path(".git/commondir"), "").unwrap();
+        std::fs::write(path(".git/index"), "").unwrap();
+        std::fs::write(path(".git/hooks/x"), "").unwrap();
+        std::fs::write(path("file"), "x").unwrap();
+        std::fs::write(path(".profile"), "size same").unwrap();
+        std::fs::remove_file(path(".zshrc")).unwrap();
+        std::fs::remove_file(path(".bashrc")).unwrap();
+        std::os::unix::fs::symlink("b", path(".bashrc")).unwrap();
+        std::fs::rename(path("file"), path(".envrc")).unwrap();
+        let expected = [
+            (".bashrc", Change::Replaced),
+            (".envrc", Change::Replaced),
+            (".git/commondir", Change::Created),
+            (".profile", Change::Changed),
+            (".zshrc", Change::Removed),
+        ];
+        assert_eq!(changes(&before), expected.map(|(name, change)| (name.to_owned(), change)));
+        assert!(before.look_again().unwrap().contains(".profile (changed)"));
+    }
+
+    #[test]
+    fn a_new_git_directory_is_named_once_at_any_depth_that_is_looked_at() {
+        let workspace = tempfile::TempDir::new().unwrap();
+        let before = Before::of(workspace.path());
+        for name in [".git/hooks", "a/b/.git/hooks", "node_modules/m/.git"] {
+            std::fs::create_dir_all(workspace.path().join(name)).unwrap();
+        }
+        let expected = [".git", "a/b/.git", "node_modules/m/.git"];
+        assert_eq!(changes(&before), expected.map(|name| (name.to_owned(), Change::Created)));
+    }
+
+    #[test]
+    fn repositories_that_the_first_look_could_not_reach_are_not_called_new() {
+        let workspace = tempfile::TempDir::new().unwrap();
+        for number in 0..300 {
+            std::fs::create_dir_all(workspace.path().join(format!("{number}/.git"))).unwrap();
+        }
+        let before = Before {
+            at: SystemTime::now() + std::time::Duration::from_secs(5),
+            ..Before::of(workspace.path())
+        };
+        assert!(before.survey.truncated);
+        for number in 0..100 {
+            std::fs::remove_dir_all(workspace.path().join(format!("{number}"))).unwrap();
+        }
+        let found = changes(&before);
+        assert!(found.iter().all(|(_, change)| *change == Change::Removed), "{found:?}");
     }
 }

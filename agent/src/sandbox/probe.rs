@@ -11,9 +11,11 @@ use std::path::PathBuf;
 use cortex_proto::v1;
 use cortex_shared::policy::Mode;
 
-use super::launch::{Command, LaunchError, Launcher, Program, StageMessage};
+use super::cgroup::ControlGroups;
+use super::launch::{Command, LaunchError, Launcher, Program};
 use super::remedy::{Refusal, SELF_TEST};
 use super::spec::{Limits, Network};
+use super::stage_handle::StageMessage;
 use super::syscalls;
 
 /// What this machine can enforce.
@@ -44,9 +46,13 @@ impl Capabilities {
 impl Launcher {
     /// Finds out what this machine can enforce. Takes as long as one command. `hidden` are the
     /// agent's own directories, which must not show. If this kernel accepts what is asked of it
-    /// and does not enforce it, every strict command of this launcher is refused from then on.
-    pub async fn probe(&self, hidden: &[PathBuf]) -> Capabilities {
-        let missing = self.try_strict(hidden).await.err();
+    /// and does not enforce it, every strict command of this launcher is refused from then on. Where
+    /// the owner requires a control group for each command, none to be had is something missing.
+    pub async fn probe(&self, hidden: &[PathBuf], require_control_group: bool) -> Capabilities {
+        let mut missing = self.try_strict(hidden).await.err();
+        if require_control_group && self.control_groups() == "none" {
+            missing.get_or_insert_with(ControlGroups::required_and_missing);
+        }
         if let Some(refusal) = missing.as_ref().filter(|found| found.what == SELF_TEST) {
             self.refuse_from_now_on(refusal.clone());
         }
@@ -90,7 +96,9 @@ impl Launcher {
         loop {
             match launched.stage.next_message().await {
                 Ok(StageMessage::Started) => outcome = Ok(()),
-                Ok(StageMessage::Refused(refusal)) => outcome = Err(refusal),
+                Ok(StageMessage::Refused(refusal) | StageMessage::Failed(refusal)) => {
+                    outcome = Err(refusal);
+                }
                 Ok(
                     StageMessage::NotExecuted { .. }
                     | StageMessage::Terminal(_)
@@ -118,8 +126,7 @@ fn empty_command(abstract_socket: Vec<u8>, hidden: &[PathBuf]) -> Command {
             file_bytes: MEBIBYTE,
             temporary_bytes: MEBIBYTE,
         },
-        // A probe uses no memory worth counting, and entering a group of version 1 takes long.
-        limits_asked_for: false,
+        // Whether there is one where it is required is looked at beside.
         stdin: false,
         terminal: None,
         read_only: Vec::new(),

@@ -13,34 +13,45 @@ use rustix::net::RecvFlags;
 use rustix::process::{Pid, Signal, WaitOptions, wait};
 
 use super::channel;
+use super::protect::Watch;
 use super::spec::{Context as _, Ending, MAX_MESSAGE_BYTES, Order, Report, SetupError, Step};
 
 /// Forwards orders to the process group of `command` and reports until it ends or everything is to
 /// be ended. Returns in both cases; the caller then ends what is left.
 ///
 /// `children` becomes readable at the end of any child; `executed` carries the failure of the
-/// command's process to execute, or nothing.
+/// command's process to execute, or nothing. Where there is a `watch`, what it finds lost is an error,
+/// and the caller ends everything at once.
 pub(super) fn supervise(
     control: &OwnedFd,
     children: &OwnedFd,
     executed: BorrowedFd<'_>,
     command: Pid,
+    watch: Option<&Watch>,
 ) -> Result<(), SetupError> {
     let mut reported = false;
     loop {
-        let mut ready = [
-            PollFd::new(control, PollFlags::IN),
-            PollFd::new(children, PollFlags::IN),
-            PollFd::from_borrowed_fd(executed, PollFlags::IN),
-        ];
+        let mut ready = Vec::with_capacity(5);
+        ready.push(PollFd::new(control, PollFlags::IN));
+        ready.push(PollFd::new(children, PollFlags::IN));
         // Once the outcome of `exec` is known, its pipe would be ready for ever.
-        let watched = if reported { 2 } else { 3 };
-        match poll(&mut ready[..watched], None) {
+        let outcome = if reported { PollFlags::empty() } else { PollFlags::IN };
+        let executed_at = if reported { control.as_fd() } else { executed };
+        ready.push(PollFd::from_borrowed_fd(executed_at, outcome));
+        if let Some((renames, mounts)) = watch.map(Watch::descriptors) {
+            ready.push(PollFd::from_borrowed_fd(renames, PollFlags::IN));
+            // A change of mounts is no data, but an exceptional condition.
+            ready.push(PollFd::from_borrowed_fd(mounts, PollFlags::PRI));
+        }
+        match poll(&mut ready, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error).step(Step::Internal, "wait for events"),
         }
-        let [control_ready, children_ready, executed_ready] =
-            ready.map(|fd| !fd.revents().is_empty());
+        let is_ready = |index: usize| ready.get(index).is_some_and(|fd| !fd.revents().is_empty());
+        if let Some(watch) = watch.filter(|_| is_ready(3) || is_ready(4)) {
+            watch.check()?;
+        }
+        let [control_ready, children_ready, executed_ready] = [0, 1, 2].map(is_ready);
         if executed_ready && !reported {
             reported = true;
             if !report_start(control, executed)? {

@@ -26,6 +26,7 @@ fn name(step: Step) -> &'static str {
     match step {
         Step::Specification => "specification",
         Step::Workspace => "workspace",
+        Step::ProtectedNames => "protected names",
         Step::MappedWorkspace => "id-mapped workspace",
         Step::Namespaces => "namespaces",
         Step::IdentityMap => "user namespace",
@@ -92,6 +93,10 @@ fn remedy(error: &SetupError) -> &'static str {
         (Step::Workspace, _) => {
             "check that the workspace's directory exists, is readable by the agent and was not \
              replaced"
+        }
+        (Step::ProtectedNames, _) => {
+            "change what git, editors and shells obey in a workspace while no command runs there, \
+             and look at what stands there now before you use it"
         }
         (Step::SelfTest | Step::Verification, _) => {
             "use another kernel: this one accepts what the sandbox asks of it and does not enforce \

@@ -1,12 +1,14 @@
 //! What the agent tells the stage, and what the stage answers.
 //!
 //! Both run the same binary, so this format has one reader and one writer and may change at will.
-//! The specification travels in a sealed memory file over a private socket, never in arguments or
-//! environment, where other processes could read it.
+//! Everything travels over a private socket, never in arguments or environment, where other
+//! processes could read it: first a [`Preparation`], which says what the sandbox is made of, then,
+//! perhaps much later, a [`Spec`] with what is to run in it.
 
 use std::io;
 use std::path::PathBuf;
 
+pub use cortex_shared::policy::Network;
 use serde::{Deserialize, Serialize};
 
 use super::terminal::TerminalSize;
@@ -27,10 +29,18 @@ pub(super) const MAX_MESSAGE_BYTES: usize = 16 * 1024;
 /// argument of 128 KiB or more (`MAX_ARG_STRLEN`).
 pub(super) const MAX_INLINE_SCRIPT_BYTES: u64 = 120 * 1024;
 
-/// Everything the stage needs to know.
+/// What can be set up before it is known what is to run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Preparation {
+    pub(super) confinement: Confinement,
+    /// Descriptors of control groups that come with this.
+    pub(super) control_group: ControlGroup,
+}
+
+/// The command. Its standard output and error come with this, in this order, and then what the
+/// fields say.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Spec {
-    pub(super) confinement: Confinement,
     pub(super) action: Action,
     pub(super) env: Vec<(Vec<u8>, Vec<u8>)>,
     /// Relative to the workspace, or to the private directory where there is none.
@@ -40,10 +50,8 @@ pub(super) struct Spec {
     /// A pipe for standard input comes with the specification; otherwise the command reads
     /// end-of-file.
     pub(super) stdin: bool,
-    /// It has a terminal, and no pipes.
+    /// It has a terminal, and does not use the pipes.
     pub(super) terminal: Option<TerminalSize>,
-    /// Descriptors of control groups that come with the specification.
-    pub(super) control_group: ControlGroup,
 }
 
 /// How the command enters its control group.
@@ -58,7 +66,7 @@ pub(super) enum ControlGroup {
 }
 
 /// How the command is confined.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Confinement {
     /// The sandbox.
     Strict(StrictSpec),
@@ -67,7 +75,7 @@ pub(super) enum Confinement {
 }
 
 /// What is particular to the sandbox.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct StrictSpec {
     /// Who the command runs as.
     pub(super) identity: Identity,
@@ -76,6 +84,8 @@ pub(super) struct StrictSpec {
     pub(super) read_only: Vec<PathBuf>,
     /// The oldest Landlock interface accepted.
     pub(super) minimum_landlock_abi: i64,
+    /// Size of each private temporary directory.
+    pub(super) temporary_bytes: u64,
 }
 
 /// The user and group id of a command.
@@ -89,16 +99,6 @@ pub struct Identity {
     pub assumed: bool,
 }
 
-/// What of the network a command sees.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Network {
-    /// A private loopback interface.
-    #[default]
-    None,
-    /// The network of the host.
-    Full,
-}
-
 /// A workspace, named by path and checked by identity, so that a directory exchanged after the
 /// check is noticed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -108,8 +108,19 @@ pub(super) struct WorkspaceSpec {
     pub(super) inode: u64,
     pub(super) owner_uid: u32,
     pub(super) owner_gid: u32,
-    /// A user namespace comes with the specification, which maps its owner to the command's user.
-    pub(super) mapped: bool,
+    /// It comes with the specification as a detached mount, mapped to the command's user.
+    pub(super) mounted: bool,
+    /// What in it is kept from the command, in the order of the names. Empty in permissive mode.
+    pub(super) pins: Vec<Pin>,
+}
+
+/// A name in a workspace that is kept from the command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Pin {
+    /// Relative to the workspace; without links on the way.
+    pub(super) name: Vec<u8>,
+    /// Nothing in it can be changed; otherwise it can only not be moved.
+    pub(super) read_only: bool,
 }
 
 /// What to run.
@@ -163,6 +174,9 @@ pub(super) enum Order {
 /// Stage to agent.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) enum Report {
+    /// The specification has come, and nothing of it was done yet. First of all, and the agent may
+    /// give the command to nobody else from here on.
+    Taken,
     /// The agent's side of the command's terminal comes beside this. Before `Started`.
     Terminal,
     /// The command runs.
@@ -171,6 +185,8 @@ pub(super) enum Report {
     NotExecuted { errno: i32, program: String },
     /// Something could not be set up; nothing has run.
     Refused(SetupError),
+    /// The command's process was started, and could not be looked after any more. Everything ends.
+    Failed(SetupError),
     /// The command ended. Everything it left behind is ended with it.
     Ended(Ending),
 }
@@ -191,6 +207,8 @@ pub enum Step {
     Specification,
     /// Finding the workspace as it was when it was checked.
     Workspace,
+    /// Keeping names from the command that programs outside obey.
+    ProtectedNames,
     /// Mapping the owner of the workspace to the identity of the command.
     MappedWorkspace,
     /// Creating the namespaces.

@@ -2,9 +2,9 @@
 //!
 //! It has one thread and an empty environment, so after a copy of the process every ordinary Rust
 //! function may be used, which a copy of the many-threaded agent could not. The process that the
-//! agent started becomes the *monitor*: it prepares what needs the agent's own privileges, creates
-//! pid 1 of the sandbox ([`super::init`]) and waits for it, nothing else. Orders of the agent go
-//! straight to pid 1.
+//! agent started becomes the *monitor*: it creates pid 1 of the sandbox ([`super::init`]), gives it
+//! its identity and waits for it, nothing else. What comes later of the agent, the command and
+//! orders, goes straight to pid 1, which prepares all it can before the command is known.
 //!
 //! How it ends: the agent closing its socket (or dying) reaches pid 1 as end-of-file, which ends
 //! pid 1; the kernel then ends every process of the sandbox and only afterwards lets the monitor's
@@ -12,19 +12,18 @@
 //! persisted, so a crash loses the command and nothing more.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
-use rustix::fs::SealFlags;
 use rustix::process::{WaitOptions, waitpid};
 
 use super::spec::{
-    Action, Confinement, Context as _, ControlGroup, MAPPER_NAME, MAX_SPEC_BYTES, Report,
-    STAGE_NAME, SetupError, Spec, Step, StrictSpec,
+    Action, Confinement, Context as _, ControlGroup, MAPPER_NAME, Preparation, Report, STAGE_NAME,
+    SetupError, Spec, Step, StrictSpec,
 };
 use super::syscalls::{self, Cloned};
-use super::{channel, init, mapping, namespaces, permissive, workspace};
+use super::{channel, init, mapping, namespaces, permissive};
 
 /// Whether this process was started as the sandbox stage. To be asked before any thread exists.
 #[must_use]
@@ -43,7 +42,7 @@ pub fn stage_main() -> ExitCode {
         return ExitCode::from(125);
     };
     report_panics_to(&control);
-    match receive(&control).and_then(|job| run(job, &control)) {
+    match run(&control) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             channel::send(&control, &Report::Refused(error)).ok();
@@ -55,14 +54,39 @@ pub fn stage_main() -> ExitCode {
 /// What the agent sent: the specification and the descriptors that belong to it.
 pub(super) struct Job {
     pub(super) spec: Spec,
-    pub(super) script: Option<OwnedFd>,
+    pub(super) stdout: OwnedFd,
+    pub(super) stderr: OwnedFd,
     pub(super) stdin: Option<OwnedFd>,
-    /// The user namespace for the mount of the workspace.
-    pub(super) mapping: Option<OwnedFd>,
+    pub(super) script: Option<OwnedFd>,
+    /// The workspace, where the agent has mounted it.
+    pub(super) workspace: Option<OwnedFd>,
     /// The command's side of its terminal, once that is open.
     pub(super) terminal: Option<OwnedFd>,
-    /// The control group to create the command in.
-    pub(super) born_into: Option<OwnedFd>,
+}
+
+impl Job {
+    /// Waits for it, and tells the agent that it has come; `None` if the agent wants nothing any
+    /// more.
+    pub(super) fn receive(control: &OwnedFd) -> Result<Option<Self>, SetupError> {
+        let step = Step::Specification;
+        let Some((spec, fds)) =
+            channel::receive_document::<Spec>(control).step(step, "receive the specification")?
+        else {
+            return Ok(None);
+        };
+        channel::send(control, &Report::Taken).step(step, "confirm the specification")?;
+        let mut fds = fds.into_iter();
+        let mut next = |what: &str| {
+            fds.next().ok_or_else(|| SetupError::new(step, format!("{what} did not come")))
+        };
+        let (stdout, stderr) = (next("standard output")?, next("standard error")?);
+        let stdin = if spec.stdin { Some(next("standard input")?) } else { None };
+        let has_script = matches!(spec.action, Action::Script);
+        let script = if has_script { Some(next("the script")?) } else { None };
+        let mounted = spec.workspace.as_ref().is_some_and(|workspace| workspace.mounted);
+        let workspace = if mounted { Some(next("the workspace")?) } else { None };
+        Ok(Some(Self { spec, stdout, stderr, stdin, script, workspace, terminal: None }))
+    }
 }
 
 fn take_control_socket() -> std::io::Result<OwnedFd> {
@@ -91,55 +115,12 @@ fn report_panics_to(control: &OwnedFd) {
     }));
 }
 
-fn receive(control: &OwnedFd) -> Result<Job, SetupError> {
+fn run(control: &OwnedFd) -> Result<(), SetupError> {
     let step = Step::Specification;
-    let mut fds =
-        channel::receive_descriptors(control).step(step, "receive the specification")?.into_iter();
-    let mut next = |what: &str| {
-        fds.next().ok_or_else(|| SetupError::new(step, format!("{what} did not come")))
-    };
-    let spec = read_sealed(&next("the specification")?, MAX_SPEC_BYTES)?;
-    let spec: Spec = serde_json::from_slice(&spec)
-        .map_err(|error| SetupError::new(step, format!("read the specification: {error}")))?;
-    let script =
-        if matches!(spec.action, Action::Script) { Some(next("the script")?) } else { None };
-    let stdin = if spec.stdin { Some(next("standard input")?) } else { None };
-    let mapped = spec.workspace.as_ref().is_some_and(|workspace| workspace.mapped);
-    let mapping = if mapped { Some(next("the map of the workspace")?) } else { None };
-    let born_into = match spec.control_group {
-        ControlGroup::None => None,
-        ControlGroup::BornInto => Some(next("the control group")?),
-        ControlGroup::Joined(count) => {
-            for _ in 0..count {
-                File::from(next("the control group")?)
-                    .write_all(b"0")
-                    .step(Step::ControlGroup, "join the control group")?;
-            }
-            None
-        }
-    };
-    Ok(Job { spec, script, stdin, mapping, terminal: None, born_into })
-}
-
-/// Reads a memory file that can no longer change.
-pub(super) fn read_sealed(file: &OwnedFd, most: u64) -> Result<Vec<u8>, SetupError> {
-    let step = Step::Specification;
-    let seals = rustix::fs::fcntl_get_seals(file).step(step, "look at the seals")?;
-    if !seals.contains(SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK) {
-        return Err(SetupError::new(step, "the memory file is not sealed"));
-    }
-    let file = File::from(file.try_clone().step(step, "duplicate a descriptor")?);
-    let mut bytes = Vec::new();
-    let mut reader = file.take(most + 1);
-    reader.read_to_end(&mut bytes).step(step, "read a memory file")?;
-    if u64::try_from(bytes.len()).is_ok_and(|length| length <= most) {
-        Ok(bytes)
-    } else {
-        Err(SetupError::new(step, format!("a memory file is longer than {most} bytes")))
-    }
-}
-
-fn run(job: Job, control: &OwnedFd) -> Result<(), SetupError> {
+    let prepared = channel::receive_document::<Preparation>(control)
+        .step(step, "receive what the sandbox is made of")?;
+    let Some((preparation, fds)) = prepared else { return Ok(()) };
+    let group = enter_groups(preparation.control_group, fds)?;
     // A command that eats all memory must be the first to go, not the agent. Raising the value
     // needs no privilege, and the whole sandbox inherits it.
     std::fs::write("/proc/self/oom_score_adj", "500").ok();
@@ -147,38 +128,58 @@ fn run(job: Job, control: &OwnedFd) -> Result<(), SetupError> {
     rustix::process::setsid().step(Step::Process, "start a session")?;
     // Nothing here may keep the agent's working directory busy.
     rustix::process::chdir("/").step(Step::Process, "leave the agent's directory")?;
-    match job.spec.confinement.clone() {
-        Confinement::Strict(strict) => run_strict(job, &strict, control),
-        Confinement::Permissive => permissive::run(job, control),
+    match preparation.confinement {
+        Confinement::Strict(strict) => run_strict(&strict, group, control),
+        Confinement::Permissive => match Job::receive(control)? {
+            Some(job) => permissive::run(job, group, control),
+            None => Ok(()),
+        },
     }
 }
 
-fn run_strict(job: Job, strict: &StrictSpec, control: &OwnedFd) -> Result<(), SetupError> {
+/// Enters the groups that can only be entered by this process itself; gives the one that the
+/// command is to be created in.
+fn enter_groups(groups: ControlGroup, fds: Vec<OwnedFd>) -> Result<Option<OwnedFd>, SetupError> {
+    let step = Step::ControlGroup;
+    let missing = || SetupError::new(step, "the control group did not come");
+    let mut fds = fds.into_iter();
+    match groups {
+        ControlGroup::None => Ok(None),
+        ControlGroup::BornInto => fds.next().map(Some).ok_or_else(missing),
+        ControlGroup::Joined(count) => {
+            for _ in 0..count {
+                let mut group = File::from(fds.next().ok_or_else(missing)?);
+                group.write_all(b"0").step(step, "join the control group")?;
+            }
+            Ok(None)
+        }
+    }
+}
+
+fn run_strict(
+    strict: &StrictSpec,
+    group: Option<OwnedFd>,
+    control: &OwnedFd,
+) -> Result<(), SetupError> {
     if strict.identity.uid == 0 {
         return Err(SetupError::new(Step::Identity, "a command never runs as user 0"));
     }
-    if strict.identity.assumed {
-        give_pipes_to(strict, &job)?;
-    }
-    let workspace = workspace::prepare(&job, strict.identity)?;
     let outer = namespaces::Inodes::of_this_process(strict.network)?;
+    let quotas = namespaces::Quotas::of_this_user();
     let (mapped, mut tell_mapped) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
         .map(|(read, write)| (File::from(read), File::from(write)))
         .step(Step::Namespaces, "create a pipe")?;
     let flags = namespaces::clone_flags(strict.network);
     // Only here can the group be entered: pid 1 has no right to it.
-    let group = job.born_into.as_ref().map(AsFd::as_fd);
-    match syscalls::clone_process(flags, group)
+    match syscalls::clone_process(flags, group.as_ref().map(AsFd::as_fd))
         .step(Step::Namespaces, "clone into new namespaces")?
     {
         Cloned::Child => {
-            drop(tell_mapped);
-            init::main(init::Sandbox { job, strict, control, mapped, workspace, outer })
+            drop((tell_mapped, group));
+            init::main(init::Sandbox { strict, control, mapped, outer, quotas })
         }
         Cloned::Parent(pid) => {
-            drop((job, workspace, mapped));
-            // Without this, end-of-file on the command's output would have to wait for us too.
-            release_output()?;
+            drop((mapped, group));
             let result = namespaces::map_identity(pid, strict.identity).and_then(|()| {
                 tell_mapped.write_all(b"m").step(Step::IdentityMap, "tell pid 1 of its identity")
             });
@@ -190,24 +191,4 @@ fn run_strict(job: Job, strict: &StrictSpec, control: &OwnedFd) -> Result<(), Se
             result
         }
     }
-}
-
-/// The command opens `/dev/stdout` by path, for which the pipe must belong to it.
-fn give_pipes_to(strict: &StrictSpec, job: &Job) -> Result<(), SetupError> {
-    let uid = rustix::fs::Uid::from_raw(strict.identity.uid);
-    let gid = rustix::fs::Gid::from_raw(strict.identity.gid);
-    let output = [rustix::stdio::stdout(), rustix::stdio::stderr()];
-    for pipe in output.into_iter().chain(job.stdin.as_ref().map(AsFd::as_fd)) {
-        rustix::fs::fchown(pipe, Some(uid), Some(gid))
-            .step(Step::Identity, "hand the pipes to the command's user")?;
-    }
-    Ok(())
-}
-
-/// Points standard output and error of this process at `/dev/null`.
-pub(super) fn release_output() -> Result<(), SetupError> {
-    let null = rustix::stdio::stdin();
-    rustix::stdio::dup2_stdout(null)
-        .and_then(|()| rustix::stdio::dup2_stderr(null))
-        .step(Step::Process, "close standard output")
 }

@@ -209,6 +209,20 @@ pub(super) fn signal_descriptor(signal: Signal) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Has the kernel send this process SIGIO whenever something is renamed in a directory, moved out of
+/// it or removed, as long as the descriptor is open. Unlike an inotify instance this counts towards
+/// no limit of the user.
+pub(super) fn signal_renames(directory: BorrowedFd<'_>) -> io::Result<()> {
+    // Only within the directory; what leaves it is deleted as far as it is concerned.
+    const DN_RENAME: u32 = 0x10;
+    const DN_DELETE: u32 = 0x8;
+    const DN_MULTISHOT: u32 = 0x8000_0000;
+    let events = DN_RENAME | DN_DELETE | DN_MULTISHOT;
+    // SAFETY: F_NOTIFY takes an integer; the descriptor is open for the duration of the call.
+    let result = unsafe { libc::fcntl(directory.as_raw_fd(), libc::F_NOTIFY, events) };
+    check(i64::from(result)).map(drop)
+}
+
 fn signal_set(signal: Option<Signal>) -> libc::sigset_t {
     let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigemptyset initialises the whole set it is given, so it may be assumed initialised

@@ -8,8 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::mount::OpenTreeFlags;
 
-use super::spec::{Context as _, Identity, SetupError, Step, WorkspaceSpec};
-use super::stage::Job;
+use super::spec::{Context as _, SetupError, Step, WorkspaceSpec};
 use super::syscalls::{self, MountAttributes, NO_DEV, NO_SUID};
 
 /// Directories of the system that are no workspace, nor is anything that contains one of them.
@@ -120,8 +119,32 @@ pub(super) fn check(root: &Path, forbidden: &[PathBuf]) -> Result<WorkspaceSpec,
         inode: metadata.ino(),
         owner_uid: metadata.uid(),
         owner_gid: metadata.gid(),
-        mapped: false,
+        mounted: false,
+        pins: Vec::new(),
     })
+}
+
+/// A directory that may be a workspace: where it is and which one it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckedWorkspace {
+    /// Its path, without links.
+    pub path: PathBuf,
+    /// Its file system.
+    pub device: u64,
+    /// Its number there.
+    pub inode: u64,
+}
+
+/// Decides on a workspace as it is decided for a command that is to see it.
+///
+/// # Errors
+/// As for a command.
+pub fn check_workspace(
+    root: &Path,
+    forbidden: &[PathBuf],
+) -> Result<CheckedWorkspace, WorkspaceRefusal> {
+    let WorkspaceSpec { path, device, inode, .. } = check(root, forbidden)?;
+    Ok(CheckedWorkspace { path, device, inode })
 }
 
 /// The home of root and of every user in the passwd file, as far as they are real directories.
@@ -186,28 +209,18 @@ fn unescape_octal(text: &[u8]) -> PathBuf {
     std::ffi::OsString::from_vec(bytes).into()
 }
 
-/// The workspace on its way into the sandbox.
-pub(super) enum Prepared {
-    /// There is none: the command gets an empty private directory.
-    None,
-    /// To be bound from this path by pid 1, which sees the same mounts.
-    ByPath(WorkspaceSpec),
-    /// A detached mount, mapped to the command's identity.
-    Mapped(OwnedFd),
-}
-
-/// Does what only the monitor, outside of all namespaces, can do for the workspace.
-pub(super) fn prepare(job: &Job, identity: Identity) -> Result<Prepared, SetupError> {
-    let Some(workspace) = &job.spec.workspace else { return Ok(Prepared::None) };
-    if !identity.assumed {
-        return Ok(Prepared::ByPath(workspace.clone()));
-    }
+/// A detached mount of the workspace whose owner appears as the command's user: what only a
+/// process with rights over the host's mounts can make, so the agent does where it has them.
+pub(super) fn mount(
+    workspace: &WorkspaceSpec,
+    mapping: Option<&OwnedFd>,
+) -> Result<OwnedFd, SetupError> {
     let tree = clone_tree(workspace)?;
-    if let Some(mapping) = &job.mapping {
+    if let Some(mapping) = mapping {
         syscalls::mount_map_ids(tree.as_fd(), mapping.as_fd())
             .step(Step::MappedWorkspace, "map the owner of the workspace to the command's user")?;
     }
-    Ok(Prepared::Mapped(tree))
+    Ok(tree)
 }
 
 /// A detached, private copy of the mount of a workspace, restricted before anybody can see it.

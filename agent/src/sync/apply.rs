@@ -73,6 +73,8 @@ pub struct Report {
     pub applied: usize,
     /// Files that went to the trash by them.
     pub displaced: usize,
+    /// Directories that are gone at the hub and stay here, since they still hold what is not synced.
+    pub kept: usize,
     /// Where something else was found than the plan was made for.
     pub dirty: BTreeSet<Option<WirePath>>,
     /// What people should know.
@@ -93,6 +95,8 @@ enum Placed {
     /// The same, and somebody's newest work lies in the trash: the next look there puts it back,
     /// since it is not what was noted under its name.
     ToBeRescued,
+    /// A directory that still holds what is not synced: it stays, and nothing more is to be done.
+    Kept,
     /// Its directory does not exist: it could not be made, which has been said, or somebody has just
     /// removed it, which the kernel tells. Looking again at once would find nothing new.
     Blocked,
@@ -205,7 +209,7 @@ impl Applier<'_> {
         for Prepared { staged, file, print, displaces } in ready {
             drop(file);
             let (mut stood, name) = (None, displaces.map(|file| file.name));
-            let placed = self.place(&staged, &mut touched, &mut stood, name.as_deref());
+            let placed = self.place_anyway(&staged, &mut touched, &mut stood, name.as_deref());
             match (&placed, name) {
                 (Ok(Placed::Done | Placed::ToBeRescued), Some(_)) => report.displaced += 1,
                 (_, Some(name)) => untouched.push(name),
@@ -228,6 +232,12 @@ impl Applier<'_> {
                 }
                 Err(error) => {
                     self.give_up(staged, &error, report);
+                    continue;
+                }
+                Ok(Placed::Kept) => {
+                    let text = "kept: it still holds files that are not synced";
+                    report.findings.push(Finding::at(&staged.change.path, "kept", text));
+                    report.kept += 1;
                     continue;
                 }
             }
@@ -297,6 +307,31 @@ impl Applier<'_> {
         result.map_err(ApplyError::Durability)
     }
 
+    /// As [`Self::place`], also in a directory that its owner, who we are, has made read-only: that is
+    /// meant for those who edit in it, and is not kept from others by this member's mode. It is
+    /// read-only again afterwards.
+    fn place_anyway(
+        &mut self,
+        staged: &Staged,
+        touched: &mut Touched,
+        stood: &mut Option<Print>,
+        trash_name: Option<&[u8]>,
+    ) -> Result<Placed, PlaceError> {
+        let result = self.place(staged, touched, stood, trash_name);
+        let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+        if !matches!(&result, Err(PlaceError::Io(error)) if denied(error)) {
+            return result;
+        }
+        let Ok((parent, _)) = self.root.parent_of(&staged.change.path) else { return result };
+        let Ok(meta) = parent.meta() else { return result };
+        if meta.mode & 0o300 == 0o300 || parent.set_mode(meta.mode | 0o300).is_err() {
+            return result;
+        }
+        let result = self.place(staged, touched, stood, trash_name);
+        parent.set_mode(meta.mode)?;
+        result
+    }
+
     /// Makes one change; tells in `stood` what was found there. What is displaced gets the name in
     /// the trash.
     fn place(
@@ -348,6 +383,10 @@ impl Applier<'_> {
                     None => self.place_new(stage_name, &parent, leaf),
                     Some(Entry::Dir) => match remove_directory(&parent, leaf)? {
                         Placed::Done => self.place_new(stage_name, &parent, leaf),
+                        Placed::Kept => Err(PlaceError::Io(io::Error::new(
+                            io::ErrorKind::DirectoryNotEmpty,
+                            "a directory that still holds files that are not synced is in its place",
+                        ))),
                         undone => Ok(undone),
                     },
                     Some(_) => self.replace(stage_name, change, &parent, leaf, &current),
@@ -577,9 +616,7 @@ fn vanished(error: &io::Error) -> bool {
 /// Removes a directory; one that is not empty holds what nobody has planned for.
 fn remove_directory(parent: &DirHandle, leaf: &[u8]) -> Result<Placed, PlaceError> {
     match parent.remove_dir(leaf) {
-        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Err(PlaceError::Io(
-            io::Error::new(error.kind(), "kept: it still holds files that are not synced"),
-        )),
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(Placed::Kept),
         Err(error) if vanished(&error) => Ok(Placed::Surprise),
         result => {
             result?;

@@ -186,6 +186,9 @@ pub struct ChangesPage {
     pub head_seq: u64,
     /// The root digest of that head.
     pub root: Digest,
+    /// Not all deletions since the cursor are known to the hub any more: this and the other pages are the
+    /// whole tree, and what they do not name is not there.
+    pub complete: bool,
 }
 
 /// A stream of answers.

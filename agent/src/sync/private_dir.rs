@@ -5,6 +5,8 @@
 //! for, in this order: in the agent's state directory, as a hidden sibling of the root, as `.cortex`
 //! in the root. The last is last because tools that clean a working tree would empty it.
 //!
+//! Files that operators write from afar are put together in a part of their own: see [`Incoming`].
+//!
 //! After a crash, what lies in the stage may be a user's file that was being displaced: it is moved
 //! to the trash, never deleted.
 
@@ -17,9 +19,12 @@ use std::time::Duration;
 
 use cortex_shared::ids::WorkspaceId;
 
+mod incoming;
+
+pub use self::incoming::{Draft, Incoming};
 use super::ground::Ground;
 use super::scan::Clock;
-use crate::root_dir::{DirHandle, FileHandle};
+use crate::root_dir::{DirHandle, Disk, FileHandle};
 
 /// How long displaced files are kept.
 const TRASH_AGE: Duration = Duration::from_secs(24 * 3600);
@@ -30,6 +35,7 @@ const LARGE_AGE: Duration = Duration::from_secs(3600);
 const PROBE: &[u8] = b"probe";
 /// What begins the names of files in the stage that have never stood in the tree.
 const PART: &[u8] = b"part-";
+const TRASH: &[u8] = b"trash";
 
 /// An open private directory. Owned by the engine of its workspace.
 pub struct PrivateDir {
@@ -54,53 +60,13 @@ impl PrivateDir {
         root_path: &Path,
         root: &DirHandle,
     ) -> io::Result<Self> {
-        let mount = root.mount()?;
-        let mut candidates = vec![state_folder.join("files")];
-        if let (Some(parent), Some(name)) = (root_path.parent(), root_path.file_name()) {
-            let name =
-                String::from_utf8_lossy(name.as_bytes()).chars().take(64).collect::<String>();
-            candidates.push(parent.join(format!(".{name}.cortex-{workspace}")));
-        }
-        candidates.push(root_path.join(".cortex"));
-        let mut last_error = io::Error::from(io::ErrorKind::NotFound);
-        for path in candidates {
-            match Self::open_at(ground, &path, mount) {
-                Ok(Some(private)) => return Ok(private),
-                Ok(None) => {}
-                // Whatever else fails here may work the next time, and there may be files in it.
-                Err(error)
-                    if !matches!(
-                        error.kind(),
-                        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
-                    ) =>
-                {
-                    return Err(error);
-                }
-                Err(error) => last_error = error,
-            }
-        }
-        Err(last_error)
+        in_candidates(&*ground.disk, workspace, state_folder, root_path, root, |path, top| {
+            Self::open_in(ground, path, top)
+        })
     }
 
-    fn open_at(ground: &Ground, path: &Path, mount: (u64, u64)) -> io::Result<Option<Self>> {
-        let made = match ground.disk.make(path, 0o700) {
-            Ok(()) => true,
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
-            Err(error) => return Err(error),
-        };
-        let top = ground.disk.open(path)?;
-        if top.mount()? != mount {
-            if made {
-                ground.disk.remove(path)?;
-            }
-            return Ok(None);
-        }
-        for name in [&b"stage"[..], b"trash"] {
-            match top.make_dir(name, 0o700) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => {}
-            }
-        }
+    fn open_in(ground: &Ground, path: &Path, top: &DirHandle) -> io::Result<Self> {
+        make_parts(top, &[b"stage", TRASH])?;
         let probe = match top.create_new(PROBE, 0o600) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 top.open_for_writing(PROBE)?
@@ -110,7 +76,7 @@ impl PrivateDir {
         let private = Self {
             path: path.to_owned(),
             stage: top.open_dir(b"stage")?,
-            trash: top.open_dir(b"trash")?,
+            trash: top.open_dir(TRASH)?,
             tick_ns: top.file_system()?.tick_ns,
             probe,
             wall_ms: ground.wall_ms.clone(),
@@ -123,7 +89,7 @@ impl PrivateDir {
                 private.discard(&name)?;
             }
         }
-        Ok(Some(private))
+        Ok(private)
     }
 
     /// Where it is.
@@ -147,8 +113,7 @@ impl PrivateDir {
     /// A name that is in use neither in the stage nor in the trash; tells when it was made. What is
     /// displaced by a staged file goes to the trash under its name, after a crash as well.
     pub fn stage_name(&self) -> Vec<u8> {
-        let number = self.next_name.fetch_add(1, Ordering::Relaxed);
-        format!("{:015}-{}-{number}", self.now_ms(), std::process::id()).into_bytes()
+        trash_name(self.now_ms(), self.next_name.fetch_add(1, Ordering::Relaxed))
     }
 
     /// As [`Self::stage_name`], for a large file that is not whole yet: what a crash leaves of it is
@@ -245,6 +210,76 @@ impl Kept {
         }
         kept
     }
+}
+
+/// A name for the trash that tells when it was made.
+fn trash_name(now_ms: u64, number: impl std::fmt::Display) -> Vec<u8> {
+    format!("{now_ms:015}-{}-{number}", std::process::id()).into_bytes()
+}
+
+/// Opens the private directory at the first place that is on the root's file system, and takes what
+/// `open` makes of it.
+fn in_candidates<T>(
+    disk: &dyn Disk,
+    workspace: WorkspaceId,
+    state_folder: &Path,
+    root_path: &Path,
+    root: &DirHandle,
+    open: impl Fn(&Path, &DirHandle) -> io::Result<T>,
+) -> io::Result<T> {
+    let mount = root.mount()?;
+    let mut candidates = vec![state_folder.join("files")];
+    if let (Some(parent), Some(name)) = (root_path.parent(), root_path.file_name()) {
+        let name = String::from_utf8_lossy(name.as_bytes()).chars().take(64).collect::<String>();
+        candidates.push(parent.join(format!(".{name}.cortex-{workspace}")));
+    }
+    candidates.push(root_path.join(".cortex"));
+    let mut last_error = io::Error::from(io::ErrorKind::NotFound);
+    for path in candidates {
+        let top = open_top(disk, &path, mount);
+        match top.and_then(|top| top.map(|top| open(&path, &top)).transpose()) {
+            Ok(Some(opened)) => return Ok(opened),
+            Ok(None) => {}
+            // Whatever else fails here may work the next time, and there may be files in it.
+            Err(error)
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+                ) =>
+            {
+                return Err(error);
+            }
+            Err(error) => last_error = error,
+        }
+    }
+    Err(last_error)
+}
+
+/// Finds or makes a private directory; `None` if it would be on another mount.
+fn open_top(disk: &dyn Disk, path: &Path, mount: (u64, u64)) -> io::Result<Option<DirHandle>> {
+    let made = match disk.make(path, 0o700) {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+        Err(error) => return Err(error),
+    };
+    let top = disk.open(path)?;
+    if top.mount()? != mount {
+        if made {
+            disk.remove(path)?;
+        }
+        return Ok(None);
+    }
+    Ok(Some(top))
+}
+
+fn make_parts(top: &DirHandle, names: &[&[u8]]) -> io::Result<()> {
+    for name in names {
+        match top.make_dir(name, 0o700) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

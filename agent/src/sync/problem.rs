@@ -13,6 +13,10 @@ const MAX_PROBLEMS: usize = 1000;
 pub enum Stage {
     /// Reading the tree here.
     Scan,
+    /// Being told of changes.
+    Watch,
+    /// What is left out.
+    Rules,
     /// Planning, for the workspace as a whole.
     Plan,
     /// Sending to the hub.

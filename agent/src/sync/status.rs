@@ -1,11 +1,16 @@
 //! What a workspace is doing, for everyone who wants to know.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use cortex_shared::ids::WorkspaceId;
 use tokio::sync::watch;
 
+use super::mode::MemberMode;
 use super::problem::Problem;
+
+/// How often the rate is measured.
+const RATE_PERIOD: Duration = Duration::from_secs(1);
 
 /// What the engine is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,12 +63,39 @@ pub struct SyncStatus {
     pub root_path: PathBuf,
     /// Why it halted, with the remedy; empty otherwise.
     pub halted_reason: String,
-    /// Conflict copies made here since the start.
+    /// Conflict copies that lie here; who has dealt with one deletes it.
     pub conflicts: u64,
     /// Local changes that the hub has not committed yet.
     pub pending_push: u64,
     /// Those of them that are deletions which wait for somebody's word because they are so many.
     pub held_deletions: u64,
+    /// What this member does with its own changes and those of others.
+    pub mode: MemberMode,
+    /// Directories that are gone on one side and stay on the other, for what is left out in them.
+    pub kept: u64,
+    /// Paths that stay different because of the mode.
+    pub withheld: u64,
+    /// Bytes moved in the last second, in both directions.
+    pub bytes_per_second: u64,
+    /// How long the current plan takes at this rate, if that can be told.
+    pub eta: Option<Duration>,
+    /// When what failed is tried again, milliseconds since the Unix epoch; 0 if nothing waits.
+    pub next_retry_ms: i64,
+}
+
+impl SyncStatus {
+    /// Everything that changes when something is done.
+    pub(super) fn progress(&self) -> (SyncState, [u64; 6]) {
+        let Self { applied_seq, head_seq, files_done, bytes_done, entries, pending_push, .. } =
+            *self;
+        (self.state, [applied_seq, head_seq, files_done, bytes_done, entries, pending_push])
+    }
+
+    /// Whether content is being moved.
+    fn is_moving(&self) -> bool {
+        use SyncState::{Applying, Downloading, Uploading};
+        matches!(self.state, Uploading | Downloading | Applying)
+    }
 }
 
 /// Where the engine reports.
@@ -89,6 +121,12 @@ impl Progress {
             conflicts: 0,
             pending_push: 0,
             held_deletions: 0,
+            mode: MemberMode::default(),
+            kept: 0,
+            withheld: 0,
+            bytes_per_second: 0,
+            eta: None,
+            next_retry_ms: 0,
         }))
     }
 
@@ -103,6 +141,24 @@ impl Progress {
             change(status);
             *status != before
         });
+    }
+
+    /// Measures the rate while something is being moved; `moved` counts bytes. Never ends.
+    pub(super) async fn measure(&self, moved: impl Fn() -> u64) {
+        let mut status = self.subscribe();
+        while status.wait_for(SyncStatus::is_moving).await.is_ok() {
+            let (begun, before) = (tokio::time::Instant::now(), moved());
+            tokio::time::sleep(RATE_PERIOD).await;
+            let millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
+            let rate = moved().saturating_sub(before).saturating_mul(1000) / millis;
+            self.update(|status| {
+                let moving = status.is_moving();
+                let left = status.bytes_total.saturating_sub(status.bytes_done);
+                status.bytes_per_second = if moving { rate } else { 0 };
+                status.eta = (moving && rate > 0 && left > 0)
+                    .then(|| Duration::from_secs(left.div_ceil(rate)));
+            });
+        }
     }
 
     pub(super) fn state(&self, state: SyncState) {

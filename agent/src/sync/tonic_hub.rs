@@ -205,7 +205,8 @@ fn domain_page(page: v1::ChangesPage) -> Result<ChangesPage, HubError> {
         })
         .collect::<Result<_, HubError>>()?;
     let root = digest(&page.root_digest, "root digest")?;
-    Ok(ChangesPage { changes, last_seq: page.last_seq, head_seq: page.head_seq, root })
+    let v1::ChangesPage { last_seq, head_seq, complete, .. } = page;
+    Ok(ChangesPage { changes, last_seq, head_seq, root, complete })
 }
 
 /// One bit per hash, least significant first.

@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cortex_shared::wire_path::WirePath;
@@ -27,6 +28,9 @@ const MAX_SCOPES: usize = 10_000;
 pub(super) struct Dirty {
     scopes: Mutex<HashSet<Scope>>,
     changed: Notify,
+    /// The last of what was added was the end of a change, as far as the kernel tells.
+    finished: AtomicBool,
+    ignore: Mutex<Ignore>,
 }
 
 impl Dirty {
@@ -47,6 +51,20 @@ impl Dirty {
         }
         drop(scopes);
         self.changed.notify_one();
+    }
+
+    /// From now on these names are left out.
+    pub(super) fn set_ignore(&self, ignore: Ignore) {
+        *self.ignore.lock().unwrap_or_else(PoisonError::into_inner) = ignore;
+    }
+
+    fn ignore(&self) -> Ignore {
+        self.ignore.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether the last hint was of a file that was closed or renamed, which is how a save ends.
+    pub(super) fn is_finished(&self) -> bool {
+        self.finished.load(Ordering::Relaxed)
     }
 
     /// Takes all places, in the order of the tree.
@@ -103,7 +121,8 @@ impl Watch {
     pub(super) fn new(root: &Path, dirty: Arc<Dirty>) -> notify::Result<Self> {
         let handler_root = root.to_owned();
         let handler = move |event: notify::Result<notify::Event>| {
-            for scope in scopes_of(&handler_root, event) {
+            dirty.finished.store(event.as_ref().is_ok_and(ends_a_change), Ordering::Relaxed);
+            for scope in scopes_of(&handler_root, event, &dirty.ignore()) {
                 dirty.add(scope);
             }
         };
@@ -115,6 +134,8 @@ impl Watch {
     /// Begins to remember anew which directories were entered: everything is about to be.
     pub(super) fn forget(&mut self) {
         self.entered.clear();
+        // Others may have given watches back: each directory is tried again.
+        self.limited = false;
     }
 
     /// Watches a directory (the root for `None`), if the kernel lets us; whether somebody sees to
@@ -170,7 +191,16 @@ impl Directories for Unwatched {
     }
 }
 
-fn scopes_of(root: &Path, event: notify::Result<notify::Event>) -> Vec<Scope> {
+/// Whether a file was closed after writing, or got its name: nothing more is to be expected of it.
+fn ends_a_change(event: &notify::Event) -> bool {
+    matches!(
+        event.kind,
+        EventKind::Access(AccessKind::Close(AccessMode::Write))
+            | EventKind::Modify(ModifyKind::Name(RenameMode::To | RenameMode::Both))
+    )
+}
+
+fn scopes_of(root: &Path, event: notify::Result<notify::Event>, ignore: &Ignore) -> Vec<Scope> {
     let Ok(event) = event else { return vec![Scope::Tree(None)] };
     if event.need_rescan() {
         return vec![Scope::Tree(None)];
@@ -194,7 +224,7 @@ fn scopes_of(root: &Path, event: notify::Result<notify::Event>) -> Vec<Scope> {
             continue;
         }
         let Ok(path) = WirePath::new(bytes) else { continue };
-        if Ignore.ignores(&path) {
+        if ignore.ignores(&path, false) {
             continue;
         }
         scopes.push(Scope::Children(path.parent()));
@@ -216,7 +246,7 @@ mod tests {
     use super::*;
 
     fn scopes(event: Event) -> Vec<Scope> {
-        scopes_of(Path::new("/root"), Ok(event))
+        scopes_of(Path::new("/root"), Ok(event), &Ignore::default())
     }
 
     fn path(text: &str) -> Option<WirePath> {
@@ -251,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn too_many_places_become_everything() {
+    fn t11_too_many_places_become_everything() {
         let dirty = Dirty::default();
         for number in 0..=MAX_SCOPES {
             dirty.add(Scope::Children(path(&format!("d{number}"))));

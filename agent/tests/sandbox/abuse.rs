@@ -5,11 +5,14 @@
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-use cortex_agent::exec::{CommandRequest, CommandVerdict, RequestedLimits};
+use cortex_agent::exec::{CommandControl, CommandRequest, CommandVerdict, RequestedLimits};
 use cortex_shared::policy::Mode;
 use tempfile::TempDir;
 
-use crate::support::{apart, in_workspace, launcher, processes_named, run, script, token};
+use crate::support::{
+    PLENTY, Running, apart, holds, in_workspace, launcher, processes_named, run, script,
+    succeeds_outside, token,
+};
 
 const WAVES: usize = 20;
 const IN_A_WAVE: usize = 25;
@@ -56,8 +59,8 @@ async fn deleting_everything_deletes_the_workspace_only() {
 async fn a_memory_hog_is_ended_alone() {
     for text in [
         "perl -e 'my @x; push @x, \"y\" x (1 << 20) while 1'",
-        // Private files are memory too.
-        "cat /dev/zero > /tmp/zero; exit 3",
+        // Private files are memory too: of limited size, or of the command's memory.
+        "cat /dev/zero > /tmp/zero; test $(stat -c %s /tmp/zero) -lt 600000000 && exit 3; exit 99",
     ] {
         let memory_bytes = Some(256 << 20);
         let limits = RequestedLimits { memory_bytes, ..RequestedLimits::default() };
@@ -83,7 +86,7 @@ async fn five_hundred_commands_leave_nothing_behind() {
 struct Held {
     descriptors: Vec<String>,
     mounts: String,
-    children: String,
+    children: usize,
     groups: usize,
 }
 
@@ -93,8 +96,9 @@ impl Held {
             .unwrap()
             .flatten()
             .filter_map(|entry| std::fs::read_link(entry.path()).ok())
-            // Which number a pipe has is of no interest.
+            // Which number a pipe or a group has is of no interest.
             .map(|path| path.to_string_lossy().split(':').next().unwrap().to_owned())
+            .map(|path| path.split("cortex-command").next().unwrap().to_owned())
             .collect();
         descriptors.sort();
         // Zombies are listed too.
@@ -102,7 +106,8 @@ impl Held {
             .unwrap()
             .flatten()
             .filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok())
-            .collect();
+            .map(|list| list.split_whitespace().count())
+            .sum();
         let prefix = format!("cortex-command-{}-", std::process::id());
         let groups = walkdir::WalkDir::new("/sys/fs/cgroup")
             .max_depth(6)
@@ -120,11 +125,12 @@ impl Held {
 async fn apart_waves() {
     let token = token("wave");
     let workspace = TempDir::new().unwrap();
-    launcher();
-    // The first in a workspace may make a user namespace that is kept.
+    // The first in a workspace may make a user namespace that is kept, and after each, a sandbox is
+    // made for the next.
     assert!(run(in_workspace("true", workspace.path())).await.succeeded());
+    let settled = || holds(|| Held::now().children == 1);
+    assert!(settled().await, "no sandbox was made for the next command");
     let before = Held::now();
-    assert_eq!((before.children.as_str(), before.groups), ("", 0));
     for wave in 0..WAVES {
         let text = |number: usize| {
             format!(
@@ -149,6 +155,62 @@ async fn apart_waves() {
         }
     }
     assert_eq!(processes_named(&token), [] as [i32; 0], "processes are left");
+    assert!(settled().await, "{:?}", Held::now());
     assert_eq!(Held::now(), before);
+    launcher().close().await;
+    let after = Held::now();
+    assert_eq!((after.children, after.groups), (0, 0));
     assert_eq!(std::fs::read_dir(workspace.path()).unwrap().count(), 0);
+}
+
+/// Descriptors under way and watches are counted by the kernel for the user, who is the agent's where
+/// that is not root.
+#[tokio::test]
+async fn a_command_takes_only_part_of_what_the_kernel_counts_for_a_user() {
+    if !succeeds_outside("perl -e 1 && test -x /usr/bin/python3", std::path::Path::new("/")) {
+        eprintln!("skipped: no perl and python3 here");
+        return;
+    }
+    let limit = |name: &str| -> Option<u64> {
+        std::fs::read_to_string(format!("/proc/sys/user/{name}")).ok()?.trim().parse().ok()
+    };
+    let Some(instances) = limit("max_inotify_instances").filter(|count| *count >= 64) else {
+        eprintln!("skipped: the kernel does not count watchers, or allows next to none");
+        return;
+    };
+    // No more than shows whether there is an end: others use this machine as well.
+    let (tries, number) = (instances / 4, libc::SYS_inotify_init1);
+    let text = format!(
+        "perl -e 'my $n = 0; $n++ while $n < {tries} && syscall({number}, 0) >= 0; print \"$n\\n\"'; \
+         cat /proc/sys/user/max_inotify_watches"
+    );
+    let ran = run(script(&text)).await;
+    let told: Vec<u64> = ran.stdout.lines().map(|line| line.parse().unwrap()).collect();
+    assert!(told[0] >= 1 && told[0] < tries, "{ran:?}");
+    assert!(told[1] <= limit("max_inotify_watches").unwrap() / 4, "{ran:?}");
+
+    let flood = "import array,os,socket,sys,time
+a,b=socket.socketpair(socket.AF_UNIX,socket.SOCK_STREAM)
+a.setblocking(False)
+fds=array.array('i',[os.open('/dev/null',0) for _ in range(250)])
+try:
+  keep=[]
+  for n in range(40):
+    s,t=socket.socketpair(socket.AF_UNIX,socket.SOCK_DGRAM); keep.append((s,t))
+    s.sendmsg([b'x'],[(socket.SOL_SOCKET,socket.SCM_RIGHTS,fds)])
+except OSError as error: print(error.errno,flush=True)
+time.sleep(300)";
+    let workspace = TempDir::new().unwrap();
+    std::fs::write(workspace.path().join("flood.py"), flood).unwrap();
+    let mut flooded =
+        Running::start(in_workspace("exec /usr/bin/python3 flood.py", workspace.path()), PLENTY);
+    flooded.until_output(&format!("{}\n", libc::ETOOMANYREFS)).await;
+    // The agent hands descriptors over for each command. A second one, for the first may have been
+    // made beforehand.
+    for _ in 0..2 {
+        let ran = run(script("true")).await;
+        assert!(ran.succeeded(), "{ran:?}");
+    }
+    flooded.order(CommandControl::Signal(libc::SIGKILL)).await;
+    flooded.finish().await;
 }

@@ -4,14 +4,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use cortex_agent::exec::{CommandControl, CommandRequest, CommandVerdict};
+use cortex_agent::exec::{CancelCause, CommandControl, CommandRequest, CommandVerdict};
 use cortex_shared::policy::Mode;
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 
 use crate::support::{
-    PATIENCE, PLENTY, Running, holds, in_workspace, processes_named, program, run, script,
-    succeeds_outside, token,
+    PATIENCE, PLENTY, Running, holds, in_workspace, launcher, processes_named, program, run,
+    script, succeeds_outside, token,
 };
 
 const BOTH: [Mode; 2] = [Mode::Strict, Mode::Permissive];
@@ -66,7 +66,9 @@ async fn cancelling_is_polite_first_and_final_after_the_grace() {
         for mode in BOTH {
             let mut running = Running::start(CommandRequest { mode, ..script(text) }, PLENTY);
             running.until_output("up").await;
-            running.order(CommandControl::Cancel { signal: 0, grace }).await;
+            running
+                .order(CommandControl::Cancel { signal: 0, grace, cause: CancelCause::Requested })
+                .await;
             let ran = running.finish().await;
             assert_eq!(ran.exit.verdict, CommandVerdict::Cancelled, "{ran:?}");
             assert_eq!((ran.stdout.as_str(), ran.exit.exit_code), (output, code), "{mode}");
@@ -157,7 +159,7 @@ async fn closing_the_control_channel_ends_the_command() {
     running.until_output("up").await;
     let (unused, _orders) = mpsc::channel(1);
     drop(std::mem::replace(&mut running.control, unused));
-    assert_eq!(running.finish().await.exit.verdict, CommandVerdict::Cancelled);
+    assert_eq!(running.finish().await.exit.verdict, CommandVerdict::Failed);
     assert_eq!(processes_named(&token), [] as [i32; 0]);
 }
 
@@ -214,4 +216,22 @@ async fn the_death_of_the_monitor_ends_the_command() {
     let ran = running.finish().await;
     assert_eq!((ran.exit.verdict, ran.exit.exit_code), (CommandVerdict::Failed, 125), "{ran:?}");
     assert!(holds(|| processes_named(&token).is_empty()).await);
+}
+
+#[tokio::test]
+async fn a_permissive_command_that_ends_its_own_parent_leaves_nothing_in_its_control_group() {
+    if launcher().control_groups() == "none" {
+        eprintln!("skipped: no control groups for this user, and nothing else finds what is left");
+        return;
+    }
+    let token = token("orphan");
+    let text = format!(
+        "(setsid setsid bash -c 'exec -a {token} sleep 5555' &); \
+         until pgrep -f '^{token}' > /dev/null; do sleep 0.01; done; kill -9 $PPID; sleep 30"
+    );
+    let request = CommandRequest { mode: Mode::Permissive, ..script(&text) };
+    let ran = run(request).await;
+    assert_eq!(ran.exit.verdict, CommandVerdict::Failed, "{ran:?}");
+    assert!(ran.exit.hint.unwrap().contains("its own parent"));
+    assert_eq!(processes_named(&token), [] as [i32; 0]);
 }

@@ -7,10 +7,12 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 mod abuse;
+mod calls;
 mod denials;
 mod endings;
 mod input;
 mod output;
+mod protected;
 mod refusals;
 mod start;
 mod support;

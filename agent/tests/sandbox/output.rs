@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cortex_agent::exec::{CommandControl, CommandRequest, CommandVerdict};
+use cortex_agent::exec::{CancelCause, CommandControl, CommandRequest, CommandVerdict};
 use tempfile::TempDir;
 
 use crate::support::{PLENTY, Running, in_workspace, program, run, script, view};
@@ -67,7 +67,11 @@ async fn without_credit_the_command_waits() {
 async fn a_command_that_waits_for_credit_can_be_ended() {
     let mut running = Running::start(script("yes"), 0);
     running.until_started().await;
-    let cancel = || CommandControl::Cancel { signal: 0, grace: Duration::from_secs(30) };
+    let cancel = || CommandControl::Cancel {
+        signal: 0,
+        grace: Duration::from_secs(30),
+        cause: CancelCause::Requested,
+    };
     running.order(cancel()).await;
     // What it wrote before may still wait for credit; a cancel after the end of its processes says
     // that nobody wants it. It may be over before that is said.

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use cortex_agent::exec::{CommandRequest, CommandVerdict};
+use cortex_agent::exec::{CommandEvent, CommandRequest, CommandVerdict, Executor};
+use cortex_agent::sandbox::Launcher;
+use cortex_shared::policy::Mode;
 use tempfile::TempDir;
 
 use crate::support::{apart, in_workspace, launcher, run, script, succeeds_outside, view};
@@ -90,7 +92,7 @@ async fn apart_refused() {
     assert_eq!(ran.exit.verdict, CommandVerdict::Refused, "{ran:?}");
     assert!(ran.exit.hint.as_ref().unwrap().contains("max_user_namespaces"), "{ran:?}");
     assert!(!workspace.path().join("marker").exists(), "the command has run");
-    let found = launcher().probe(&[]).await;
+    let found = launcher().probe(&[], false).await;
     assert!(!found.strict_available() && !found.user_namespaces, "{found:?}");
     assert_eq!(Some(&found.missing[0].remedy), ran.exit.hint.as_ref());
     eprintln!("refused as it should be");
@@ -98,11 +100,52 @@ async fn apart_refused() {
 
 #[tokio::test]
 async fn the_probe_agrees_with_what_commands_experience() {
-    let found = launcher().probe(&[]).await;
+    let found = launcher().probe(&[], false).await;
     let ran = run(script("true")).await;
     assert_eq!(found.strict_available(), ran.succeeded(), "{found:?} {ran:?}");
     assert_eq!(found.root, rustix::process::geteuid().is_root());
     if !found.strict_available() {
         eprintln!("skipped: strict mode is not available here: {:?}", found.missing);
     }
+}
+
+#[tokio::test]
+async fn a_probe_says_that_a_required_control_group_is_missing() {
+    let without = Launcher::with_stage(env!("CARGO_BIN_EXE_cortex-agent"));
+    let groups = without.control_groups();
+    let found = without.probe(&[], true).await;
+    assert_eq!(found.strict_available(), groups != "none", "{groups}: {found:?}");
+    if groups == "none" {
+        assert_eq!(found.missing[0].what, "control group");
+        assert!(found.missing[0].remedy.contains("require_cgroup"));
+    }
+    assert!(without.probe(&[], false).await.strict_available());
+}
+
+#[tokio::test]
+async fn what_has_started_is_never_called_refused() {
+    // A stage that says that it refuses what it has started before.
+    let folder = TempDir::new().unwrap();
+    let stage = folder.path().join("stage");
+    let refusal = r#"{"Refused":{"step":"Internal","errno":22,"detail":"wait for events"}}"#;
+    let text = format!(
+        "#!/usr/bin/perl\nopen(my $s, '+<&=0'); recv($s, my $spec, 65536, 0);\n\
+         foreach (q(\"Started\"), q({refusal})) {{ send($s, $_, 0) }}\n"
+    );
+    std::fs::write(&stage, text).unwrap();
+    std::fs::set_permissions(&stage, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let executor = Executor::new(Launcher::with_stage(&stage));
+    let (_control, orders) = tokio::sync::mpsc::channel(1);
+    let (sender, mut events) = tokio::sync::mpsc::channel(4);
+    let request = CommandRequest { mode: Mode::Permissive, ..script("true") };
+    executor.run(request, 1, orders, sender).await;
+    let mut seen = Vec::new();
+    while let Some(event) = events.recv().await {
+        seen.push(event);
+    }
+    let [CommandEvent::Started { .. }, CommandEvent::Exit(exit)] = &seen[..] else {
+        panic!("{seen:?}")
+    };
+    assert_eq!((exit.verdict, exit.exit_code), (CommandVerdict::Failed, 125), "{exit:?}");
+    assert!(exit.reason.as_ref().unwrap().contains("wait for events"), "{exit:?}");
 }

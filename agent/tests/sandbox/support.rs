@@ -50,6 +50,8 @@ pub(crate) struct Running {
     pub(crate) stdout: Vec<u8>,
     pub(crate) stderr: Vec<u8>,
     pub(crate) taken: u64,
+    /// When it was asked for.
+    pub(crate) begun: Instant,
 }
 
 #[derive(Debug)]
@@ -68,11 +70,17 @@ impl Finished {
 
 impl Running {
     pub(crate) fn start(request: CommandRequest, credit: u64) -> Self {
-        let executor = Executor::new(launcher());
+        Self::with(launcher(), request, credit)
+    }
+
+    /// With a launcher of its own.
+    pub(crate) fn with(launcher: Launcher, request: CommandRequest, credit: u64) -> Self {
+        let executor = Executor::new(launcher);
+        let begun = Instant::now();
         let (control, orders) = mpsc::channel(16);
         let (sender, events) = mpsc::channel(4);
         tokio::spawn(async move { executor.run(request, credit, orders, sender).await });
-        Self { control, events, stdout: Vec::new(), stderr: Vec::new(), taken: 0 }
+        Self { control, events, stdout: Vec::new(), stderr: Vec::new(), taken: 0, begun }
     }
 
     /// The next event; output is gathered and checked on the way.

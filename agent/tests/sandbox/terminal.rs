@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use cortex_agent::exec::{
-    CommandControl, CommandRequest, CommandVerdict, OutputStream, TerminalRequest,
+    CancelCause, CommandControl, CommandRequest, CommandVerdict, OutputStream, TerminalRequest,
 };
 use cortex_agent::sandbox::TerminalSize;
 use cortex_shared::policy::Mode;
@@ -65,7 +65,8 @@ async fn ctrl_c_interrupts_and_ctrl_z_stops_and_the_shell_controls_its_jobs() {
         .flat_map(|request| [CommandRequest { mode: Mode::Permissive, ..request.clone() }, request])
     {
         let mut running = Running::start(request, PLENTY);
-        typed(&running, b"PS1='<\\#>'\r").await;
+        // A key that is pressed once too often would flush what the shell has just said.
+        typed(&running, b"stty noflsh; PS1='<\\#>'\r").await;
         running.until_output("<2>").await;
         typed(&running, b"sleep 300\r").await;
         running.until_output("sleep 300").await;
@@ -148,7 +149,9 @@ async fn cancelling_hangs_up_a_shell_that_ignores_the_request_to_terminate() {
         let mut running = Running::start(request, PLENTY);
         running.until_output("ready").await;
         let grace = std::time::Duration::from_secs(60);
-        running.order(CommandControl::Cancel { signal: 0, grace }).await;
+        running
+            .order(CommandControl::Cancel { signal: 0, grace, cause: CancelCause::Requested })
+            .await;
         let done = running.finish().await;
         assert_eq!(done.exit.verdict, CommandVerdict::Cancelled);
         assert_eq!(done.exit.signal, Some(1), "by the hangup, not by KILL after the grace");

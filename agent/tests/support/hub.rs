@@ -370,6 +370,15 @@ impl Enroll for Service {
 impl Node for Service {
     type LinkStream = ReceiverStream<Result<v1::HubFrame, Status>>;
     type TaskIoStream = ReceiverStream<Result<v1::TaskIoDown, Status>>;
+    type FileIoStream = ReceiverStream<Result<v1::FileIoDown, Status>>;
+
+    /// This hub asks for no files.
+    async fn file_io(
+        &self,
+        _: Request<Streaming<v1::FileIoUp>>,
+    ) -> Result<Response<Self::FileIoStream>, Status> {
+        Err(Status::not_found("no such request waits for this node"))
+    }
 
     async fn link(
         &self,
@@ -405,6 +414,7 @@ impl Node for Service {
             hub_time_ms: now_ms() + clock_ahead_ms,
             trusted_cas_der: trusted,
             renew_now,
+            resume_grace_ms: 10_000,
             ..Default::default()
         };
         let session = Session { hello, certificate, frames, out };

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::NodeId;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Bound, Mode, Network};
 use cortex_shared::tasks::TaskScope;
 use serde_json::json;
 use tokio::sync::Mutex;
@@ -62,6 +62,7 @@ pub struct NodeDecisions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Withdrawn {
     Permissive,
+    Network,
     Commands,
 }
 
@@ -233,11 +234,11 @@ impl NodeDecisions {
         Ok(())
     }
 
-    /// Sets the hub's policy for a node, and tells the node; a strict one at once, whatever else is
-    /// being decided. Commands that run already go on.
+    /// Sets the hub's policy for a node, and tells the node; what it takes away at once, whatever else
+    /// is being decided. Commands that run already go on.
     ///
     /// # Errors
-    /// [`DecisionError::Store`]; for a strict policy [`DecisionError::NotRecorded`].
+    /// [`DecisionError::Store`]; where something was taken away [`DecisionError::NotRecorded`].
     pub async fn set_policy(
         &self,
         node: &Node,
@@ -246,28 +247,55 @@ impl NodeDecisions {
     ) -> Result<(), DecisionError> {
         let detail = json!({
             "node_id": node.id.to_string(),
-            "mode": policy.mode.to_string(),
+            "mode": policy.bound.mode.to_string(),
+            "network": policy.bound.network.to_string(),
             "until_ms": policy.until_ms,
             "reason": &policy.reason,
         });
         let audit = by.audit(unix_ms(), "policy.set", &node.name, detail);
-        if policy.mode == Mode::Strict {
-            let _withdrawal = self.withdrawing.begin(node.id, Withdrawn::Permissive);
-            self.registry.set_policy(node.id, policy.clone());
-            let _order = self.order.lock().await;
-            let recorded = self.store.set_node_policy(node.id, policy, audit).await;
-            return recorded.map_err(DecisionError::NotRecorded);
-        }
+        let (given, taken): (Vec<_>, Vec<_>) = [
+            (Withdrawn::Permissive, policy.bound.mode == Mode::Permissive),
+            (Withdrawn::Network, policy.bound.network == Network::Full),
+        ]
+        .into_iter()
+        .partition(|(_, allowed)| *allowed);
+        let withdrawals: Vec<_> =
+            taken.iter().map(|(what, _)| self.withdrawing.begin(node.id, *what)).collect();
+        let reduced = self.reduce(node.id, &policy);
         let _order = self.order.lock().await;
-        self.store.set_node_policy(node.id, policy.clone(), audit).await?;
-        if !self.withdrawing.is_on(node.id, Withdrawn::Permissive) {
+        if let Err(error) = self.store.set_node_policy(node.id, policy.clone(), audit).await {
+            return Err(if reduced || given.is_empty() {
+                DecisionError::NotRecorded(error)
+            } else {
+                error.into()
+            });
+        }
+        drop(withdrawals);
+        let withdrawn = |what: &Withdrawn| self.withdrawing.is_on(node.id, *what);
+        if !given.is_empty() && !given.iter().any(|(what, _)| withdrawn(what)) {
             self.registry.set_policy(node.id, policy.clone());
-            tracing::warn!(node = %node.name, by = %by.name, reason = %policy.reason, "policy is permissive");
+            let (by, reason) = (&by.name, &policy.reason);
+            tracing::warn!(node = %node.name, %by, reason, policy = %policy.bound, "policy allows more");
         }
         Ok(())
     }
 
-    /// Writes down the end of each permissive policy when its time is over, and tells its node. The
+    /// Takes away at once what a new policy does not allow; whether anything was.
+    fn reduce(&self, id: NodeId, new: &NodePolicy) -> bool {
+        let Some(current) = self.registry.get(id).map(|view| view.node.policy) else {
+            return false;
+        };
+        let bound = current.bound.and(new.bound);
+        if bound == current.bound && new.bound != Bound::LEAST {
+            return false;
+        }
+        let reduced =
+            if new.bound == Bound::LEAST { new.clone() } else { NodePolicy { bound, ..current } };
+        self.registry.set_policy(id, reduced);
+        true
+    }
+
+    /// Writes down the end of each policy that has one when its time is over, and tells its node. The
     /// end itself needs nobody: a policy that is over is strict wherever it is read, even if the hub
     /// was down at that moment. Ends with the scope.
     pub fn end_policies(self: &Arc<Self>, scope: &TaskScope) {
@@ -317,7 +345,7 @@ impl NodeDecisions {
         }
         self.store.set_node_policy(node.id, NodePolicy::default(), audit).await?;
         self.registry.set_policy(node.id, NodePolicy::default());
-        tracing::info!(node = %node.name, "permissive policy ended");
+        tracing::info!(node = %node.name, "policy ended");
         Ok(())
     }
 }

@@ -100,6 +100,21 @@ impl Target {
     }
 }
 
+impl Target {
+    /// Makes an operator of whoever has this token.
+    pub(super) async fn log_in(
+        &self,
+        channel: Channel,
+        token: &str,
+        key: &Key,
+    ) -> Result<Login, BenchError> {
+        let request =
+            v1::LoginOperatorRequest { token: token.to_owned(), csr_der: key.csr.clone() };
+        let answer: Result<_, Status> = EnrollClient::new(channel).login_operator(request).await;
+        Ok(key.certified(&answer?.into_inner().certificate_der))
+    }
+}
+
 /// The administration socket.
 pub(super) async fn local(
     socket: PathBuf,

@@ -1,11 +1,20 @@
 //! Emulated clients that speak the real protocol over real TLS, and what is measured with them.
 //!
-//! A benchmark runs a hub of its own in a temporary directory, on loopback and in this process, so
-//! that it can let the hub's store stall. Nothing here is part of a serving hub.
+//! A benchmark runs a hub of its own in a temporary directory, on loopback: [`join`] in this process, so
+//! that it can let the hub's store stall, [`load`] as another one, so that its memory is its own and it
+//! can be killed. Nothing here is part of a serving hub.
+//!
+//! The emulated nodes are written for this purpose: the hub does not depend on the agent. They keep
+//! their session, heartbeats, streams and credit as the agent does, and execute nothing.
 
 mod client;
+mod commander;
+mod crowd;
+mod executor;
 pub mod join;
+pub mod load;
 mod node;
+mod process;
 mod statistics;
 
 use std::io;
@@ -36,6 +45,9 @@ pub enum BenchError {
     /// A call that has to succeed for anything to be measured.
     #[error("the hub refused: {}", .0.message())]
     Refused(Box<tonic::Status>),
+    /// The hub as a process.
+    #[error("the hub's process ended, or did not say that it listens")]
+    HubDied,
     /// A session that ended while it was needed.
     #[error("an emulated node lost its session")]
     SessionLost,

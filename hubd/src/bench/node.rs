@@ -1,19 +1,26 @@
-//! An emulated node: a session that only beats.
+//! An emulated node: a session that beats, and pretends to run what it is told to.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use cortex_proto::v1;
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::{hub_frame, node_frame};
 use cortex_shared::clock::unix_ms;
+use cortex_shared::tasks::TaskScope;
+use rand::RngExt as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, interval_at};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
+use tonic::transport::Channel;
 
 use super::BenchError;
 use super::client::{Login, Target};
+use super::executor::carry_out;
 use super::statistics::Times;
 
 /// What of a benchmark goes on now.
@@ -45,6 +52,7 @@ impl Beats {
 
 /// A session that has been welcomed.
 pub(super) struct EmulatedNode {
+    client: NodeClient<Channel>,
     up: mpsc::Sender<v1::NodeFrame>,
     down: Streaming<v1::HubFrame>,
     interval: Duration,
@@ -69,7 +77,7 @@ impl EmulatedNode {
             }
         };
         let interval = Duration::from_millis(welcome.heartbeat_interval_ms);
-        Ok(Self { up, down, interval })
+        Ok(Self { client, up, down, interval })
     }
 
     /// Beats until it is over; returns what it saw in the calm and in the storm.
@@ -96,6 +104,48 @@ impl EmulatedNode {
             seen.round_trips.add(now - sent);
             if let Some(before) = answered.replace(now) {
                 seen.gaps.add(now - before);
+            }
+        }
+    }
+}
+
+impl EmulatedNode {
+    /// Beats and carries out commands until the session ends, which is an error of whatever kind.
+    pub(super) async fn serve(mut self) -> Result<(), BenchError> {
+        // Each at a time of its own, as machines that have started at some time.
+        let first = self.interval.mul_f64(rand::rng().random_range(0.0..1.0));
+        let mut ticks = interval_at(Instant::now() + first, self.interval);
+        let tasks = TaskScope::new();
+        let _ends_with_the_session = tasks.token().clone().drop_guard();
+        let mut cancels: HashMap<Bytes, CancellationToken> = HashMap::new();
+        loop {
+            let frame = tokio::select! {
+                frame = next(&mut self.down) => frame?,
+                _ = ticks.tick() => {
+                    send(&self.up, node_frame::Frame::Heartbeat(v1::Heartbeat {})).await?;
+                    continue;
+                }
+            };
+            match frame {
+                hub_frame::Frame::StartTask(start) => {
+                    cancels.retain(|_, cancel| !cancel.is_cancelled());
+                    let (cancel, over) = (CancellationToken::new(), tasks.token().clone());
+                    cancels.insert(start.task_id.clone(), cancel.clone());
+                    let client = self.client.clone();
+                    tasks.spawn("emulated command", async move {
+                        let carried = carry_out(client, start, cancel.clone());
+                        if let Some(Err(status)) = over.run_until_cancelled(carried).await {
+                            tracing::debug!(%status, "an emulated command was lost");
+                        }
+                        cancel.cancel();
+                    });
+                }
+                hub_frame::Frame::CancelTask(order) => {
+                    if let Some(cancel) = cancels.get(&order.task_id) {
+                        cancel.cancel();
+                    }
+                }
+                _ => {}
             }
         }
     }

@@ -184,6 +184,7 @@ pub(super) async fn operator(command: OperatorCommand) -> anyhow::Result<()> {
 
 pub(super) fn node_json(node: v1::NodeInfo) -> Value {
     let mode = |mode: v1::Mode| if mode == v1::Mode::Strict { "strict" } else { "permissive" };
+    let network = |network: v1::Network| if network == v1::Network::Full { "full" } else { "none" };
     let state = match (node.revoked_at_ms, node.online, node.cordoned) {
         (0, true, false) => "online",
         (0, true, true) => "online, cordoned",
@@ -213,9 +214,11 @@ pub(super) fn node_json(node: v1::NodeInfo) -> Value {
         "state": state,
         "effective_mode": mode(node.effective_mode()),
         "policy": mode(node.policy()),
+        "policy_network": network(node.policy_network()),
         "policy_until": time(node.policy_until_ms),
         "policy_reason": node.policy_reason,
         "ceiling": mode(node.ceiling()),
+        "ceiling_network": network(node.ceiling_network()),
         "cordoned": node.cordoned,
         "revoked_at": time(node.revoked_at_ms),
         "node_id": node_id.map(|id| id.to_string()).unwrap_or_default(),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::bail;
 use clap::Subcommand;
 use cortex_proto::v1;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Mode, Network};
 use cortex_shared::text::hex;
 use serde_json::{Value, json};
 
@@ -100,19 +100,23 @@ pub(super) enum PolicyCommand {
         #[command(flatten)]
         format: Format,
     },
-    /// Allow a node's commands to run outside the sandbox for a while, or end that
+    /// Say what a node's commands may do: run outside the sandbox for a while, or see the network
     #[command(after_help = "\
-A permissive policy ends by itself. The node's own ceiling has to allow it as well; its owner raises
-that on the node: cortex-agent ceiling set permissive")]
+What is left out is not allowed. A permissive policy ends by itself, the network only with --for. The
+node's own ceiling has to allow either as well; its owner raises that on the node:
+cortex-agent ceiling set permissive, cortex-agent ceiling set strict --net full")]
     Set {
         /// The node's name, or a unique beginning of its id
         node: String,
         /// strict or permissive
         mode: Mode,
-        /// Why, for the audit log; permissive needs it
+        /// Network that a strict command may ask for with --net
+        #[arg(long, value_name = "none|full", default_value_t)]
+        net: Network,
+        /// Why, for the audit log; permissive and the network need it
         #[arg(long, default_value = "")]
         reason: String,
-        /// How long permissive lasts, such as 30m or 12h, 30d at most [default: 1h]
+        /// How long it lasts, such as 30m or 12h, 30d at most [default: 1h for permissive]
         #[arg(long = "for", value_name = "DUR", value_parser = parse_duration)]
         duration: Option<Duration>,
         #[command(flatten)]
@@ -236,25 +240,35 @@ pub(super) async fn policy(command: PolicyCommand) -> anyhow::Result<()> {
     match command {
         PolicyCommand::Show { node, data, format } => {
             let node = node_json(find(&data, node).await?);
-            let names =
-                ["name", "policy", "policy_until", "policy_reason", "ceiling", "effective_mode"];
+            let names = [
+                "name",
+                "policy",
+                "policy_network",
+                "policy_until",
+                "policy_reason",
+                "ceiling",
+                "ceiling_network",
+                "effective_mode",
+            ];
             let shown: Value =
                 names.iter().map(|name| ((*name).to_owned(), node[*name].clone())).collect();
             output::show(format, &shown, &fields(&shown));
         }
-        PolicyCommand::Set { node, mode, reason, duration, data } => {
+        PolicyCommand::Set { node, mode, net, reason, duration, data } => {
             let for_ms = duration.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
             if duration.is_some_and(|duration| duration.is_zero()) {
                 bail!("--for takes a time above zero");
             }
-            if mode == Mode::Strict && duration.is_some() {
-                bail!("strict has no end: leave --for out");
+            if (mode, net) == (Mode::Strict, Network::None) && duration.is_some() {
+                bail!("strict without network has no end: leave --for out");
             }
             let mode = match mode {
                 Mode::Strict => v1::Mode::Strict,
                 Mode::Permissive => v1::Mode::Permissive,
             };
-            let request = v1::SetNodePolicyRequest { node, mode: mode.into(), reason, for_ms };
+            let network = crate::grpc::convert::wire_network(net).into();
+            let mode = mode.into();
+            let request = v1::SetNodePolicyRequest { node, mode, reason, for_ms, network };
             connect(&data.config()).await?.set_node_policy(request).await?;
         }
     }

@@ -4,8 +4,10 @@ mod admin;
 mod authority;
 mod bench;
 mod ca;
+mod configuration;
 mod output;
 mod serve;
+mod service;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -53,7 +55,18 @@ impl DataArg {
 #[derive(Subcommand)]
 enum Command {
     /// Run the hub until SIGTERM or SIGINT
-    Serve(serve::ServeArgs),
+    #[command(after_help = "\
+SIGTERM and SIGINT stop it in order; SIGHUP reads the configuration again and changes what is logged.
+Each setting can also be given as an environment variable, CORTEX_HUB_ and its name in capitals, or in
+a file (--config). A flag goes before a variable, and a variable before the file.")]
+    Serve(Box<serve::ServeArgs>),
+    /// Say whether a configuration can be used, and what it comes to
+    Check(Box<configuration::Configuration>),
+    /// The configuration file
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
     /// Make the certificate authority and the store, and print the pin
     Init(DataArg),
     /// Show what the running hub does
@@ -93,11 +106,22 @@ enum Command {
         #[command(subcommand)]
         command: AuditCommand,
     },
+    /// Run the hub as a systemd service
+    Service {
+        #[command(subcommand)]
+        command: service::ServiceCommand,
+    },
     /// Measure a hub of its own with emulated nodes
     Bench {
         #[command(subcommand)]
         command: bench::BenchCommand,
     },
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Print a file with every setting, each explained
+    Default,
 }
 
 #[derive(Subcommand)]
@@ -231,7 +255,13 @@ pub(crate) fn run() -> ExitCode {
     let result = runtime.block_on(async {
         match cli.command {
             Command::Bench { command } => return bench::bench(command).await,
-            Command::Serve(args) => serve::serve(args).await,
+            Command::Serve(args) => serve::serve(*args).await,
+            Command::Check(configuration) => configuration::check(&configuration),
+            Command::Config { command: ConfigCommand::Default } => {
+                configuration::print_default();
+                Ok(())
+            }
+            Command::Service { command } => service::service(command),
             Command::Init(data) => serve::init(&data.config()).await,
             Command::Status { data, format } => admin::status(&data.config(), format).await,
             Command::Ca { command } => ca::ca(command).await,
@@ -255,7 +285,7 @@ pub(crate) fn run() -> ExitCode {
 }
 
 /// A duration: a number and one of ms, s, m, h, d.
-fn parse_duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let number: u64 = text[..digits].parse().map_err(|_| "expected such as 30m, 12h or 7d")?;
     let factor_ms = match &text[digits..] {

@@ -15,7 +15,7 @@ use std::time::Duration;
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::NodeId;
 use cortex_shared::labels::Labels;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::Bound;
 use cortex_shared::secret::InviteToken;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::{Semaphore, oneshot};
@@ -52,7 +52,7 @@ pub struct JoinRequest {
     /// The node's own labels.
     pub labels: Labels,
     /// The node's own ceiling.
-    pub ceiling: Mode,
+    pub ceiling: Bound,
     /// The node's machine.
     pub facts: Facts,
     /// The same, as it is told from others.

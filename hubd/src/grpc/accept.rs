@@ -230,6 +230,7 @@ pub fn accept_tls(
                 let Ok(place) = places.acquire_owned().await else { return };
                 // Small frames must not wait for more: latency is what people feel.
                 tcp.set_nodelay(true).ok();
+                cortex_shared::dead_line::notice(&tcp).ok();
                 let tls = match tokio::time::timeout(HANDSHAKE_DEADLINE, acceptor.accept(tcp)).await
                 {
                     Ok(Ok(tls)) => tls,

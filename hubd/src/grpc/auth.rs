@@ -146,6 +146,7 @@ pub const TABLE: &[(&str, Level)] = &[
     ("/cortex.v1.Node/Leave", Level::Node),
     ("/cortex.v1.Node/Link", Level::Node),
     ("/cortex.v1.Node/TaskIo", Level::Node),
+    ("/cortex.v1.Node/FileIo", Level::Node),
     ("/cortex.v1.Node/RequestAttach", Level::Node),
     ("/cortex.v1.Node/RequestDetach", Level::Node),
     ("/cortex.v1.Sync/Head", Level::Node),
@@ -166,6 +167,8 @@ pub const TABLE: &[(&str, Level)] = &[
     ("/cortex.v1.Operator/ReadTask", Level::Look),
     ("/cortex.v1.Operator/CancelTask", Level::Command),
     ("/cortex.v1.Operator/ReadHistory", Level::Look),
+    ("/cortex.v1.Operator/ReadFiles", Level::Look),
+    ("/cortex.v1.Operator/ChangeFiles", Level::Command),
     ("/cortex.v1.Operator/LabelNode", Level::Manage),
     ("/cortex.v1.Operator/RenameNode", Level::Manage),
     ("/cortex.v1.Operator/CordonNode", Level::Manage),
@@ -189,6 +192,12 @@ pub const TABLE: &[(&str, Level)] = &[
     ("/cortex.v1.Operator/WorkspaceStatus", Level::Look),
     ("/cortex.v1.Operator/ListConflicts", Level::Look),
     ("/cortex.v1.Operator/ConfirmDeletes", Level::Manage),
+    ("/cortex.v1.Operator/ResolveConflict", Level::Manage),
+    ("/cortex.v1.Operator/WorkspaceLog", Level::Look),
+    ("/cortex.v1.Operator/RestoreWorkspace", Level::Manage),
+    ("/cortex.v1.Operator/ShowWorkspace", Level::Look),
+    ("/cortex.v1.Operator/SetWorkspace", Level::Administer),
+    ("/cortex.v1.Operator/DeleteWorkspace", Level::Administer),
 ];
 
 /// What a caller has proved to be, and what ends its calls.

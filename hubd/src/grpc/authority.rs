@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use cortex_proto::v1;
 use cortex_shared::clock::unix_ms;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Bound, Mode};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tonic::{Code, Status};
 
@@ -141,32 +141,39 @@ pub(super) async fn set_node_policy(
     .await
 }
 
-/// The policy that is asked for. Permissive has a reason and an end.
+/// The policy that is asked for. What allows more than strict without network has a reason, and
+/// permissive an end.
 fn policy(request: &v1::SetNodePolicyRequest, node: &str) -> Result<NodePolicy, Status> {
     let reason = convert::reason(request.reason.clone())?;
-    let mode = convert::mode(request.mode);
-    if mode == Mode::Strict {
-        return Ok(NodePolicy { mode, until_ms: None, reason });
+    let bound = convert::bound(request.mode, request.network);
+    if bound == Bound::LEAST {
+        return Ok(NodePolicy { bound, until_ms: None, reason });
     }
     if reason.is_empty() {
+        let wanted = match bound.mode {
+            Mode::Permissive => "permissive",
+            Mode::Strict => "strict --net full",
+        };
         return Err(with_hint(
             refuse(
                 Code::InvalidArgument,
                 "reason_needed",
-                "a permissive policy needs a reason, which stands in the audit log",
+                "a policy that is permissive or allows the network needs a reason, which stands in \
+                 the audit log",
             ),
-            &format!("give it: cortex-hubd policy set {node} permissive --reason TEXT"),
+            &format!("give it: cortex-hubd policy set {node} {wanted} --reason TEXT"),
         ));
     }
-    let length = match request.for_ms {
-        0 => DEFAULT_PERMISSIVE,
-        ms => Duration::from_millis(ms),
+    let length = match (request.for_ms, bound.mode) {
+        (0, Mode::Strict) => return Ok(NodePolicy { bound, until_ms: None, reason }),
+        (0, Mode::Permissive) => DEFAULT_PERMISSIVE,
+        (ms, _) => Duration::from_millis(ms),
     };
     if length > MAX_PERMISSIVE {
-        return Err(invalid("a permissive policy lasts 30 days at most"));
+        return Err(invalid("a policy with an end lasts 30 days at most"));
     }
     let until_ms = unix_ms() + i64::try_from(length.as_millis()).unwrap_or(i64::MAX);
-    Ok(NodePolicy { mode, until_ms: Some(until_ms), reason })
+    Ok(NodePolicy { bound, until_ms: Some(until_ms), reason })
 }
 
 pub(super) async fn list_operators(

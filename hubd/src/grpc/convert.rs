@@ -7,7 +7,7 @@ use cortex_proto::v1;
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, TaskId, WorkspaceId};
 use cortex_shared::labels::{self, Labels, SELF_LABEL_PREFIX};
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Bound, Mode, Network};
 use cortex_shared::secret::InviteToken;
 use cortex_shared::text::{is_printable, shorten};
 use tonic::{Code, Status};
@@ -42,6 +42,25 @@ pub fn mode(value: i32) -> Mode {
     match v1::Mode::try_from(value) {
         Ok(v1::Mode::Permissive) => Mode::Permissive,
         Ok(v1::Mode::Strict) | Err(_) => Mode::Strict,
+    }
+}
+
+/// What somebody lets commands do at most; what is not known allows nothing.
+#[must_use]
+pub fn bound(mode: i32, network: i32) -> Bound {
+    let network = match v1::Network::try_from(network) {
+        Ok(v1::Network::Full) => Network::Full,
+        Ok(v1::Network::None) | Err(_) => Network::None,
+    };
+    Bound { mode: self::mode(mode), network }
+}
+
+/// A network for the wire.
+#[must_use]
+pub fn wire_network(network: Network) -> v1::Network {
+    match network {
+        Network::None => v1::Network::None,
+        Network::Full => v1::Network::Full,
     }
 }
 
@@ -251,7 +270,7 @@ pub fn join_request(
         certificate: certificate_request(&request.csr_der)?,
         name: if request.name.is_empty() { String::new() } else { name(request.name)? },
         labels: own_labels(request.labels)?,
-        ceiling: mode(request.ceiling),
+        ceiling: bound(request.ceiling, request.ceiling_network),
         facts: facts(request.hostname, request.os, request.arch, request.agent_version)?,
         machine: machine(request.machine.unwrap_or_default())?,
     })
@@ -306,7 +325,7 @@ pub fn arrival(
             hostname: fact(hello.hostname.clone())?,
         },
         facts: facts(hello.hostname, hello.os, hello.arch, hello.agent_version)?,
-        ceiling: mode(hello.ceiling),
+        ceiling: bound(hello.ceiling, hello.ceiling_network),
         sandbox: hello.sandbox.map(sandbox_report),
         address,
         generation: signed.unwrap_or(hello.generation),

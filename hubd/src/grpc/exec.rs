@@ -5,11 +5,12 @@ mod reader;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cortex_proto::DEFAULT_OUTPUT_CREDIT;
 use cortex_proto::v1;
 use cortex_proto::v1::{ExecDown, ExecUp, exec_down, exec_up};
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{TaskId, WorkspaceId};
-use cortex_shared::policy::{Mode, Role};
+use cortex_shared::policy::{Mode, Network, Role};
 use prost::Message as _;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -24,7 +25,7 @@ use super::status::{from_store, invalid, offline, refuse, with_hint, with_retry_
 use super::{convert, tasks};
 use crate::node::registry::NodeView;
 use crate::store::{IdempotencyKey, NewTask, Node, TaskRecord};
-use crate::task::relay::{Begun, Claim, DEFAULT_CANCEL_GRACE, StartRefusal, Task};
+use crate::task::relay::{Begun, Claim, DEFAULT_CANCEL_GRACE, Relay, StartRefusal, Task};
 use crate::task::to_reader::{End, ToReader};
 use crate::task::verdict::wire_exit;
 
@@ -81,8 +82,53 @@ async fn wanted(
             let text = format!("task {} cannot be repeated: {why}", record.id);
             refuse(Code::FailedPrecondition, "not_repeatable", text)
         })?;
+    let mut spec = spec;
+    give_variables(&mut spec, start.spec.take().unwrap_or_default(), record.id)?;
     let view = service.node(&record.node.to_string(), operator)?;
     Ok((view, spec, Some(record.id)))
+}
+
+/// The specification as it is kept to repeat it. Values of variables are often secrets: they pass
+/// through, and are not kept.
+fn kept_spec(spec: &v1::TaskSpec) -> Option<Vec<u8>> {
+    if spec.stdin || spec.terminal.is_some() {
+        return None;
+    }
+    let mut kept = spec.clone();
+    for variable in &mut kept.env {
+        variable.value.clear();
+    }
+    (kept.encoded_len() <= MAX_KEPT_SPEC_BYTES).then(|| kept.encode_to_vec())
+}
+
+/// Gives the variables of a repeated command their values again.
+fn give_variables(
+    spec: &mut v1::TaskSpec,
+    given: v1::TaskSpec,
+    task: TaskId,
+) -> Result<(), Status> {
+    let shown = |name: &[u8]| String::from_utf8_lossy(name).chars().take(64).collect::<String>();
+    let known = |name: &[u8]| spec.env.iter().any(|variable| variable.name == name);
+    if let Some(other) = given.env.iter().find(|variable| !known(&variable.name)) {
+        return Err(invalid(format!("task {task} had no variable {:?}", shown(&other.name))));
+    }
+    let mut missing = Vec::new();
+    for variable in &mut spec.env {
+        // As when it was given first: the last one counts.
+        match given.env.iter().rfind(|given| given.name == variable.name) {
+            Some(given) => variable.value = given.value.clone(),
+            None => missing.push(shown(&variable.name)),
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    missing.truncate(16);
+    let text =
+        format!("task {task} had variables, whose values are not kept: {}", missing.join(", "));
+    let flags: Vec<String> = missing.iter().map(|name| format!("--env {name}=…")).collect();
+    let hint = format!("give them again: cortex-agent task retry {task} {}", flags.join(" "));
+    Err(with_hint(refuse(Code::FailedPrecondition, "variables_needed", text), &hint))
 }
 
 /// Accepts a command, journals it, sends it to its node.
@@ -111,8 +157,6 @@ async fn start_task(
         .inspect_err(|refusal| record_refusal(service, &operator, &node, &spec, refusal))?;
     spec.workspace_id = workspace.map(|id| id.as_bytes().to_vec().into()).unwrap_or_default();
     let session = view.session.ok_or_else(|| offline(&node.name))?;
-    let kept = !spec.stdin && spec.terminal.is_none() && spec.encoded_len() <= MAX_KEPT_SPEC_BYTES;
-    let kept = kept.then(|| spec.encode_to_vec());
     let new = NewTask {
         id: TaskId::new(),
         node: node.id,
@@ -123,7 +167,7 @@ async fn start_task(
         workspace: spec.workspace.clone(),
         mode,
         detached: start.detach,
-        spec: kept,
+        spec: kept_spec(&spec),
         retry_of,
         key,
         accepted_at_ms: unix_ms(),
@@ -157,7 +201,7 @@ async fn start_task(
         Err(_) => starting.await,
     };
     let begun = begun?.map_err(|refusal| {
-        if let StartRefusal::TooMany { .. } = &refusal {
+        if let StartRefusal::TooMany { .. } | StartRefusal::Full { .. } = &refusal {
             let detail = json!({ "reason": refusal.to_string(), "node_id": node.id.to_string() });
             service.refusals.record(&operator.actor(), "task.refused", &node.name, detail);
         }
@@ -233,7 +277,11 @@ async fn go_on(
                 let status = refuse(Code::Unavailable, "task_ending", "the task is just ending");
                 with_retry_after(status, Duration::from_millis(100))
             })?;
-            let mailbox = ToReader::recovered([end.stdout_bytes, end.stderr_bytes], false);
+            let mailbox = ToReader::recovered(
+                [end.stdout_bytes, end.stderr_bytes],
+                false,
+                DEFAULT_OUTPUT_CREDIT,
+            );
             let attached = mailbox.attach(has, credit, unacknowledged);
             let attached = attached.ok_or_else(|| invalid("the task has no reader"))?;
             mailbox.end(End::Exit(wire_exit(end)));
@@ -259,7 +307,7 @@ async fn go_on(
             (Reader { to_reader, number: attached.reader, running: None, _gone: gone }, attached)
         }
     };
-    spool.flush().await;
+    spool.flush(id).await;
     let missed = Missed::new(spool.reader(id), has, attached);
     let accepted = accepted(service, &record, known);
     let stop = service.scope.token().clone();
@@ -292,11 +340,12 @@ fn listen(
     gone: CancellationToken,
 ) {
     let (task, stop) = (Arc::clone(task), service.scope.token().clone());
+    let relay = Arc::clone(&service.relay);
     service.scope.spawn("exec", async move {
         tokio::select! {
             () = stop.cancelled() => {}
             () = gone.cancelled() => {}
-            () = pass_on(&task, reader, inbound) => {}
+            () = pass_on(&relay, &task, reader, inbound) => {}
         }
     });
 }
@@ -331,8 +380,13 @@ fn allowed(
         return Err(cordoned(&node.name));
     }
     let policy = node.policy.in_force(unix_ms());
-    check_mode(convert::mode(spec.mode), operator.role, policy, node.ceiling, &node.name)?;
+    let mode = convert::mode(spec.mode);
+    check_mode(mode, operator.role, policy.mode, node.ceiling.mode, &node.name)?;
     check_role(operator.role, spec)?;
+    // A permissive command has the host's network anyway.
+    if mode == Mode::Strict && spec.network() == v1::Network::Full {
+        check_network(policy.network, node.ceiling.network, &node.name)?;
+    }
     if spec.workspace.is_empty() {
         return Ok(None);
     }
@@ -362,7 +416,7 @@ fn record_refusal(
     service.refusals.record(&operator.actor(), "task.refused", &node.name, detail);
 }
 
-fn cordoned(node: &str) -> Status {
+pub(super) fn cordoned(node: &str) -> Status {
     with_hint(
         refuse(
             Code::FailedPrecondition,
@@ -375,7 +429,7 @@ fn cordoned(node: &str) -> Status {
 
 fn from_start(refusal: StartRefusal) -> Status {
     match refusal {
-        StartRefusal::TooMany { .. } => with_hint(
+        StartRefusal::TooMany { .. } | StartRefusal::Full { .. } => with_hint(
             refuse(Code::ResourceExhausted, "too_many_commands", refusal.to_string()),
             "wait until one of them has ended, or cancel it",
         ),
@@ -429,6 +483,28 @@ fn check_mode(
     }
 }
 
+/// The network of a strict command is for those to give who give the mode.
+fn check_network(policy: Network, ceiling: Network, node: &str) -> Result<(), Status> {
+    let by_policy = format!(
+        "an administrator can allow it: cortex-hubd policy set {node} strict --net full --reason TEXT"
+    );
+    let by_ceiling = "its owner can allow it there: cortex-agent ceiling set strict --net full";
+    let (text, hint) = match (policy, ceiling) {
+        (Network::Full, Network::Full) => return Ok(()),
+        (Network::None, Network::Full) => {
+            (format!("the hub's policy for {node:?} allows no network"), by_policy)
+        }
+        (Network::Full, Network::None) => {
+            (format!("the ceiling of {node:?} allows no network"), by_ceiling.into())
+        }
+        (Network::None, Network::None) => (
+            format!("the hub's policy for {node:?} and its own ceiling allow no network"),
+            format!("{by_policy}; {by_ceiling}"),
+        ),
+    };
+    Err(with_hint(refuse(Code::PermissionDenied, "network_not_allowed", text), &hint))
+}
+
 /// An AI token works inside workspaces and without a network.
 fn check_role(role: Role, spec: &v1::TaskSpec) -> Result<(), Status> {
     if role != Role::AgentToken {
@@ -463,7 +539,7 @@ fn not_a_member(workspace: &str, node: &str) -> Status {
 }
 
 /// Passes the caller's frames on to the task until the caller ends them.
-async fn pass_on(task: &Task, reader: u64, mut inbound: Streaming<ExecUp>) {
+async fn pass_on(relay: &Relay, task: &Arc<Task>, reader: u64, mut inbound: Streaming<ExecUp>) {
     while let Ok(Some(frame)) = inbound.message().await {
         if !task.to_reader.is_read_by(reader) {
             return;
@@ -473,7 +549,7 @@ async fn pass_on(task: &Task, reader: u64, mut inbound: Streaming<ExecUp>) {
             Some(exec_up::Frame::Stdin(stdin)) => {
                 if task.to_node.stdin(stdin.data, stdin.end).is_err() {
                     // It sends more than it may: its own command is the only one that suffers.
-                    task.cancel(0, Duration::ZERO);
+                    relay.cancel(task, 0, Duration::ZERO);
                     return;
                 }
             }
@@ -483,7 +559,7 @@ async fn pass_on(task: &Task, reader: u64, mut inbound: Streaming<ExecUp>) {
                 task.to_node.resize(v1::TerminalSize { term: String::new(), ..size });
             }
             Some(exec_up::Frame::Cancel(cancel)) => {
-                task.cancel(cancel.signal, cancel_grace(cancel.grace_ms));
+                relay.cancel(task, cancel.signal, cancel_grace(cancel.grace_ms));
             }
             Some(exec_up::Frame::Start(_) | exec_up::Frame::Attach(_)) | None => {}
         }
@@ -502,6 +578,27 @@ pub(super) fn cancel_grace(grace_ms: u64) -> Duration {
 mod tests {
     use super::*;
 
+    fn variable(name: &str, value: &str) -> v1::EnvVar {
+        v1::EnvVar { name: name.to_owned().into(), value: value.to_owned().into() }
+    }
+
+    #[test]
+    fn values_of_variables_are_not_kept_and_have_to_be_given_again() {
+        let env = vec![variable("TOKEN", "secret"), variable("LEVEL", "3")];
+        let spec = v1::TaskSpec { env: env.clone(), ..v1::TaskSpec::default() };
+        let kept = kept_spec(&spec).unwrap();
+        assert!(!kept.windows(6).any(|part| part == b"secret"));
+        let mut repeated = v1::TaskSpec::decode(kept.as_slice()).unwrap();
+        let give = |spec: &mut v1::TaskSpec, env: Vec<v1::EnvVar>| {
+            give_variables(spec, v1::TaskSpec { env, ..v1::TaskSpec::default() }, TaskId::new())
+        };
+        let refused = give(&mut repeated, vec![variable("TOKEN", "x")]).unwrap_err();
+        assert!(refused.message().contains("LEVEL") && !refused.message().contains("TOKEN"));
+        assert!(give(&mut repeated, vec![variable("OTHER", "x")]).is_err());
+        give(&mut repeated, env).unwrap();
+        assert_eq!(repeated, spec);
+    }
+
     #[test]
     fn permissive_needs_everyone_and_the_refusal_names_who_is_missing() {
         use Mode::{Permissive, Strict};
@@ -513,6 +610,21 @@ mod tests {
         assert!(missing.message().contains("ceiling"));
         assert!(check(Role::AgentToken, Permissive, Permissive).is_err());
         assert!(check_mode(Strict, Role::AgentToken, Strict, Strict, "a").is_ok());
+    }
+
+    #[test]
+    fn the_network_needs_both_halves_and_the_refusal_names_who_is_missing() {
+        for policy in [Network::None, Network::Full] {
+            for ceiling in [Network::None, Network::Full] {
+                let Err(refusal) = check_network(policy, ceiling, "a") else {
+                    assert_eq!(policy.min(ceiling), Network::Full);
+                    continue;
+                };
+                let said = |word| refusal.message().contains(word);
+                assert_eq!(said("policy"), policy == Network::None, "{refusal}");
+                assert_eq!(said("ceiling"), ceiling == Network::None, "{refusal}");
+            }
+        }
     }
 
     #[test]

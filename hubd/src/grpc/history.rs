@@ -11,8 +11,10 @@ use tokio::sync::watch;
 use tonic::{Code, Status};
 
 use super::auth::AdmittedOperator;
+use super::in_scope::while_seen;
 use super::operator::{BoxStream, OperatorService};
-use super::status::{from_store, refuse};
+use super::status::{from_lookup, from_store, refuse};
+use crate::node::registry::NodeLookup;
 use crate::store::StoreError;
 use crate::store::history::Segment;
 use crate::task::history::History;
@@ -50,7 +52,10 @@ pub(super) async fn read(
     let history = Arc::clone(service.relay.history());
     let changes = history.changes();
     history.flush().await;
-    let (seq, skip) = start(&history, node, request.lines).await.map_err(from_store)?;
+    let (seq, skip) = match request.after_seq {
+        0 => start(&history, node, request.lines).await.map_err(from_store)?,
+        seq => (seq, 0),
+    };
     let follow = request.follow;
     let segments = VecDeque::new();
     let reading = Reading { history, node, seq, skip, segments, changes, follow };
@@ -67,7 +72,9 @@ pub(super) async fn read(
             }
         }
     });
-    Ok(Box::pin(frames))
+    let wanted = NodeLookup::Unknown { wanted: request.node, similar: None };
+    let gone = from_lookup(wanted);
+    Ok(while_seen(Box::pin(frames), &service.registry, caller, node, gone))
 }
 
 /// Where the last lines begin: after which segment, and how many bytes into the next.
@@ -112,6 +119,7 @@ async fn next(reading: &mut Reading) -> Result<Option<v1::ReadHistoryResponse>, 
                 stream: i32::from(segment.stream),
                 data: segment.data.into(),
                 skipped_bytes: segment.skipped,
+                seq,
             }));
         }
         reading.changes.mark_unchanged();

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use cortex_proto::v1::node_server::Node;
 use cortex_proto::v1::{
-    Credit, HubFrame, LeaveRequest, LeaveResponse, NodeFrame, RenewRequest, RenewResponse,
-    RequestAttachRequest, RequestAttachResponse, Signal, Stdin, TaskIoDown, TaskIoUp, Welcome,
-    hub_frame, node_frame, task_io_down, task_io_up,
+    Credit, FileIoDown, FileIoUp, HubFrame, LeaveRequest, LeaveResponse, NodeFrame, RenewRequest,
+    RenewResponse, RequestAttachRequest, RequestAttachResponse, Signal, Stdin, TaskIoDown,
+    TaskIoUp, Welcome, file_io_up, hub_frame, node_frame, task_io_down, task_io_up,
 };
 use cortex_shared::clock::unix_ms;
-use cortex_shared::ids::NodeId;
+use cortex_shared::ids::{NodeId, RequestId};
 use cortex_shared::tasks::TaskScope;
 use futures_util::{Stream, StreamExt as _, stream};
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,14 +19,15 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedNode, Peer, admitted, life_left};
-use super::convert;
 use super::detached::run_to_end;
 use super::status::{
     from_arrival, from_decision, from_enroll, from_node, from_store, invalid, refuse, with_hint,
 };
+use super::{convert, files};
 use crate::authority::nodes::NodeDecisions;
 use crate::enroll::authorities::Authorities;
 use crate::enroll::validator::Validator;
+use crate::node::files::FileExchange;
 use crate::node::registry::{ArrivalRefusal, NodeRefusal, Registry, policy_update};
 use crate::node::session::{self, SessionGuard};
 use crate::store::{Actor, Presented, Store};
@@ -38,6 +39,8 @@ use crate::task::to_node;
 const FIRST_FRAME: Duration = Duration::from_secs(10);
 /// Longest wait for the end of a certificate before somebody looks again: it may have been renewed.
 const CERTIFICATE_LOOK: Duration = Duration::from_secs(3600);
+/// Heartbeats that all nodes together send in a second at most: some per cent of a processor.
+const HEARTBEATS_PER_SECOND: u32 = 500;
 /// A difference between a node's clock and the hub's that is worth a word.
 const WORTHY_SKEW_MS: u64 = 30_000;
 
@@ -47,6 +50,8 @@ pub struct NodeService {
     pub registry: Arc<Registry>,
     /// Running tasks.
     pub relay: Arc<Relay>,
+    /// Operations on files.
+    pub files: Arc<FileExchange>,
     /// Workspaces and their members.
     pub members: Arc<Members>,
     /// Where certificates are renewed.
@@ -113,6 +118,7 @@ async fn first_frame<T>(inbound: &mut Streaming<T>) -> Result<T, Status> {
 impl Node for NodeService {
     type LinkStream = BoxStream<HubFrame>;
     type TaskIoStream = BoxStream<TaskIoDown>;
+    type FileIoStream = BoxStream<FileIoDown>;
 
     async fn link(
         &self,
@@ -145,16 +151,18 @@ impl Node for NodeService {
             Arc::clone(&self.registry),
             Arc::clone(&self.relay),
         );
+        let heartbeat = heartbeat_for(self.registry.online(), self.heartbeat);
         let policy = policy_update(&node.policy, unix_ms());
         let ring = self.authorities.ring();
         let welcome = hub_frame::Frame::Welcome(Welcome {
             session_id: ends.handle.id.as_bytes().to_vec().into(),
             epoch: ends.handle.epoch,
             name: node.name.clone(),
-            heartbeat_interval_ms: u64::try_from(self.heartbeat.as_millis()).unwrap_or(u64::MAX),
+            heartbeat_interval_ms: u64::try_from(heartbeat.as_millis()).unwrap_or(u64::MAX),
             hub_time_ms: unix_ms(),
             policy: policy.policy,
             policy_until_ms: policy.until_ms,
+            policy_network: policy.network,
             resume_grace_ms: u64::try_from(self.relay.resume_grace().as_millis())
                 .unwrap_or(u64::MAX),
             hub_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -173,7 +181,7 @@ impl Node for NodeService {
         if skew_ms.unsigned_abs() > WORTHY_SKEW_MS {
             tracing::warn!(node = %node.name, skew_ms, "the node's clock and the hub's differ");
         }
-        let (cancel, heartbeat) = (ends.cancel.clone(), self.heartbeat);
+        let cancel = ends.cancel.clone();
         let inbound = inbound.map(|frame| frame.map(convert::node_frame));
         self.scope.spawn("session", async move {
             session::run(guard, inbound, cancel, heartbeat).await;
@@ -226,6 +234,20 @@ impl Node for NodeService {
         });
         let outbound = outbound.take_until(self.scope.token().clone().cancelled_owned());
         Ok(Response::new(Box::pin(outbound)))
+    }
+
+    async fn file_io(
+        &self,
+        request: Request<Streaming<FileIoUp>>,
+    ) -> Result<Response<Self::FileIoStream>, Status> {
+        let AdmittedNode { node_id } = admitted(&request)?;
+        let mut inbound = request.into_inner();
+        let Some(file_io_up::Frame::Hello(hello)) = first_frame(&mut inbound).await?.frame else {
+            return Err(invalid("the first frame of an operation on files is FileIoHello"));
+        };
+        let id = RequestId::from_slice(&hello.request_id).map_err(|e| invalid(e.to_string()))?;
+        let stream = files::node_stream(&self.files, node_id, id, inbound, &self.scope)?;
+        Ok(Response::new(stream))
     }
 
     async fn renew(
@@ -305,6 +327,12 @@ impl Node for NodeService {
     }
 }
 
+/// The interval for a session that begins while so many are connected.
+fn heartbeat_for(online: usize, least: Duration) -> Duration {
+    let online = u32::try_from(online).unwrap_or(u32::MAX);
+    least.max(Duration::from_secs(1) * online / HEARTBEATS_PER_SECOND)
+}
+
 /// Passes a stream on until `end`, and then only what is ready at once.
 fn stream_until<S: Stream + Unpin>(
     frames: S,
@@ -326,4 +354,17 @@ fn stream_until<S: Stream + Unpin>(
         };
         item.map(|item| (item, (frames, end, ended)))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heartbeats_are_bounded_in_all() {
+        let least = Duration::from_secs(4);
+        for (online, seconds) in [(0, 4), (2000, 4), (10_000, 20)] {
+            assert_eq!(heartbeat_for(online, least), Duration::from_secs(seconds), "{online}");
+        }
+    }
 }

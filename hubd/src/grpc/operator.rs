@@ -9,19 +9,20 @@ use std::time::Duration;
 use cortex_proto::v1;
 use cortex_proto::v1::operator_server::Operator;
 use cortex_shared::clock::unix_ms;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::Bound;
 use futures_util::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
 use super::status::{from_lookup, internal};
-use super::{authority, convert, exec, history, invites, rotation, tasks, workspaces};
+use super::{authority, convert, exec, files, history, invites, past, rotation, tasks, workspaces};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
 use crate::authority::refused::RefusalLog;
 use crate::enroll::authorities::Authorities;
+use crate::node::files::FileExchange;
 use crate::node::registry::{NodeView, Registry};
 use crate::store::Store;
 use crate::sync::Workspaces;
@@ -39,6 +40,8 @@ pub struct OperatorService {
     pub registry: Arc<Registry>,
     /// Commands.
     pub relay: Arc<Relay>,
+    /// Operations on files.
+    pub files: Arc<FileExchange>,
     /// Workspaces and their members.
     pub members: Arc<Members>,
     /// Workspace content.
@@ -104,6 +107,8 @@ impl OperatorService {
 #[tonic::async_trait]
 impl Operator for OperatorService {
     type ExecStream = BoxStream<v1::ExecDown>;
+    type ReadFilesStream = BoxStream<v1::FileDown>;
+    type ChangeFilesStream = BoxStream<v1::FileDown>;
     type ReadHistoryStream = BoxStream<v1::ReadHistoryResponse>;
     type ReadTaskStream = BoxStream<v1::ReadTaskResponse>;
     type ListAuditStream = BoxStream<v1::AuditEntry>;
@@ -238,6 +243,24 @@ impl Operator for OperatorService {
     ) -> Result<Response<Self::ReadHistoryStream>, Status> {
         let operator = admitted(&request)?;
         history::read(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn read_files(
+        &self,
+        request: Request<Streaming<v1::FileUp>>,
+    ) -> Result<Response<Self::ReadFilesStream>, Status> {
+        let operator = admitted(&request)?;
+        let purpose = files::Purpose::Look;
+        files::begin(self, operator, request.into_inner(), purpose).await.map(Response::new)
+    }
+
+    async fn change_files(
+        &self,
+        request: Request<Streaming<v1::FileUp>>,
+    ) -> Result<Response<Self::ChangeFilesStream>, Status> {
+        let operator = admitted(&request)?;
+        let purpose = files::Purpose::Change;
+        files::begin(self, operator, request.into_inner(), purpose).await.map(Response::new)
     }
 
     async fn label_node(
@@ -419,6 +442,54 @@ impl Operator for OperatorService {
         let operator = admitted(&request)?;
         workspaces::confirm_deletes(self, &operator, request.into_inner()).await.map(Response::new)
     }
+
+    async fn resolve_conflict(
+        &self,
+        request: Request<v1::ResolveConflictRequest>,
+    ) -> Result<Response<v1::ResolveConflictResponse>, Status> {
+        let operator = admitted(&request)?;
+        past::resolve(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn workspace_log(
+        &self,
+        request: Request<v1::WorkspaceLogRequest>,
+    ) -> Result<Response<v1::WorkspaceLogResponse>, Status> {
+        let operator = admitted(&request)?;
+        past::log(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn restore_workspace(
+        &self,
+        request: Request<v1::RestoreWorkspaceRequest>,
+    ) -> Result<Response<v1::RestoreWorkspaceResponse>, Status> {
+        let operator = admitted(&request)?;
+        past::restore(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn show_workspace(
+        &self,
+        request: Request<v1::ShowWorkspaceRequest>,
+    ) -> Result<Response<v1::ShowWorkspaceResponse>, Status> {
+        let operator = admitted(&request)?;
+        past::show(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn set_workspace(
+        &self,
+        request: Request<v1::SetWorkspaceRequest>,
+    ) -> Result<Response<v1::WorkspaceSettings>, Status> {
+        let operator = admitted(&request)?;
+        past::set(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn delete_workspace(
+        &self,
+        request: Request<v1::DeleteWorkspaceRequest>,
+    ) -> Result<Response<v1::DeleteWorkspaceResponse>, Status> {
+        let operator = admitted(&request)?;
+        workspaces::delete(self, &operator, request.into_inner()).await.map(Response::new)
+    }
 }
 
 /// A node as operators see it.
@@ -438,16 +509,18 @@ pub(super) fn node_info(view: NodeView, running_tasks: u32) -> v1::NodeInfo {
         hostname: node.facts.hostname,
         os: node.facts.os,
         arch: node.facts.arch,
-        effective_mode: convert::wire_mode(Mode::strictest([policy, node.ceiling])).into(),
-        policy: convert::wire_mode(policy).into(),
-        ceiling: convert::wire_mode(node.ceiling).into(),
+        effective_mode: convert::wire_mode(policy.and(node.ceiling).mode).into(),
+        policy: convert::wire_mode(policy.mode).into(),
+        policy_network: convert::wire_network(policy.network).into(),
+        ceiling: convert::wire_mode(node.ceiling.mode).into(),
+        ceiling_network: convert::wire_network(node.ceiling.network).into(),
         sandbox,
         session_epoch: session.map_or(0, |session| session.epoch),
         running_tasks,
         cordoned: node.cordoned,
         revoked_at_ms: node.revoked_at_ms.unwrap_or_default(),
         policy_until_ms,
-        policy_reason: if policy_until_ms == 0 { String::new() } else { node.policy.reason },
+        policy_reason: if policy == Bound::LEAST { String::new() } else { node.policy.reason },
         owner: node.owner,
         remote_address: address.map(|address| address.to_string()).unwrap_or_default(),
         machine: Some(convert::wire_machine(&node.machine)),

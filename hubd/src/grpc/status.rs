@@ -116,8 +116,20 @@ pub fn from_database(error: &DatabaseError) -> Status {
 /// How a full disk looks to a caller: it need not give up.
 pub fn disk_full(error: &(dyn std::error::Error + 'static)) -> Status {
     tracing::error!(error, "the disk is full");
+    no_room()
+}
+
+/// The same where it is known and logged already that there is no room.
+pub fn no_room() -> Status {
     let status = refuse(Code::ResourceExhausted, "disk_full", "the hub's disk is full");
     with_retry_after(status, Duration::from_secs(60))
+}
+
+/// How it looks to a member that its workspace may not store more: what makes room is somebody's choice.
+pub fn over_quota(error: &(dyn std::error::Error + 'static)) -> Status {
+    let status = refuse(Code::ResourceExhausted, "quota_exceeded", error.to_string());
+    let hint = "delete something and keep less of the past, or raise it: cortex-agent workspace set W --quota SIZE";
+    with_retry_after(with_hint(status, hint), Duration::from_secs(60))
 }
 
 /// How it looks to a caller that it tries too often.

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedNode, admitted};
-use super::status::{disk_full, from_database, internal, invalid, refuse};
+use super::status::{disk_full, from_database, internal, invalid, no_room, over_quota, refuse};
 use crate::store::workspace::{Found, StoreError};
 use crate::sync::{SyncError, WorkspaceHub, Workspaces};
 
@@ -120,6 +120,13 @@ fn until_closing<T: Send + 'static>(
     Box::pin(answers.chain(last))
 }
 
+/// Where a reader of changes is.
+struct Reading {
+    after: u64,
+    /// It reads the whole tree, because not all deletions since its version are known.
+    complete: bool,
+}
+
 type PutFuture = Pin<Box<dyn Future<Output = Result<v1::PutPackAck, Status>> + Send>>;
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -205,14 +212,21 @@ impl Sync for SyncService {
         let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
         same_history(&workspace, request.known.as_ref()).await?;
         let service = self.clone();
-        let pages = stream::try_unfold(Some(request.after_seq), move |after| {
+        let first = Reading { after: request.after_seq, complete: false };
+        let pages = stream::try_unfold(Some(first), move |reading| {
             let (service, workspace) = (service.clone(), workspace.clone());
             async move {
-                let Some(after) = after else { return Ok(None) };
+                let Some(Reading { after, mut complete }) = reading else { return Ok(None) };
                 service.check_member(node, workspace.id())?;
-                let page = workspace.changes(after, PAGE_BYTES).await.map_err(status)?;
-                let next = (page.last_seq < page.head.seq).then_some(page.last_seq);
-                Ok::<_, Status>(Some((convert::wire_page(page), next)))
+                let mut page = workspace.changes(after, PAGE_BYTES).await.map_err(status)?;
+                // From 0, members know that what is not named is not there.
+                if after > 0 && after < page.log_floor && !complete {
+                    complete = true;
+                    page = workspace.changes(0, PAGE_BYTES).await.map_err(status)?;
+                }
+                let next = (page.last_seq < page.head.seq)
+                    .then_some(Reading { after: page.last_seq, complete });
+                Ok::<_, Status>(Some((convert::wire_page(page, complete), next)))
             }
         });
         Ok(Response::new(until_closing(self.workspaces.closing(), pages)))
@@ -280,8 +294,11 @@ fn absent(chunks: &[Digest]) -> v1::Pack {
     v1::Pack { pack: Bytes::new(), missing: convert::wire_hashes(chunks) }
 }
 
-/// How errors of a workspace look to a member.
-fn status(error: SyncError) -> Status {
+/// How errors of a workspace look to a caller.
+pub(super) fn status(error: SyncError) -> Status {
+    if matches!(error, SyncError::Full) {
+        return no_room();
+    }
     if error.is_disk_full() {
         return disk_full(&error);
     }
@@ -299,10 +316,19 @@ fn status(error: SyncError) -> Status {
                 StoreError::ForeignCommit { .. } => {
                     refuse(Code::AlreadyExists, "commit_id_used", text)
                 }
+                StoreError::VersionForgotten { .. } => {
+                    refuse(Code::NotFound, "version_forgotten", text)
+                }
+                StoreError::NothingBefore { .. } => refuse(Code::NotFound, "nothing_before", text),
+                StoreError::TooMuch { .. } => refuse(Code::ResourceExhausted, "too_much", text),
                 StoreError::Database(error) => from_database(error),
             }
         }
-        SyncError::Files(_) | SyncError::Failed => internal(&error),
+        SyncError::OverQuota { .. } => over_quota(&error),
+        SyncError::Deleted => {
+            refuse(Code::NotFound, "workspace_not_found", "the workspace was deleted")
+        }
+        SyncError::Full | SyncError::Files(_) | SyncError::Failed => internal(&error),
     }
 }
 

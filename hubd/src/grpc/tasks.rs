@@ -20,9 +20,10 @@ use tonic::{Code, Status};
 use super::auth::AdmittedOperator;
 use super::convert;
 use super::exec::cancel_grace;
+use super::in_scope::while_seen;
 use super::operator::{BoxStream, OperatorService};
-use super::status::{from_lookup, from_store, invalid, offline, refuse, with_hint};
-use crate::store::{TaskEndState, TaskQuery, TaskRecord, Verdict};
+use super::status::{from_lookup, from_store, invalid, refuse, with_hint};
+use crate::store::{TaskEndState, TaskQuery, TaskRecord};
 use crate::task::relay::{Relay, Task};
 use crate::task::running::cancel_frame;
 use crate::task::spool::SpoolReader;
@@ -124,6 +125,7 @@ fn info(service: &OperatorService, record: TaskRecord) -> v1::TaskInfo {
     let started = record.end.as_ref().and_then(|end| end.started_at_ms);
     let started = started.or_else(|| live.as_ref().and_then(|task| task.started_at_ms()));
     let name = service.registry.get(record.node).map(|view| view.node.name);
+    let may_run = record.may_run();
     v1::TaskInfo {
         task_id: record.id.as_bytes().to_vec().into(),
         node_id: record.node.as_bytes().to_vec().into(),
@@ -143,6 +145,7 @@ fn info(service: &OperatorService, record: TaskRecord) -> v1::TaskInfo {
         idempotency_key: record.idempotency_key,
         retry_of: record.retry_of.map(|id| id.as_bytes().to_vec().into()).unwrap_or_default(),
         interruption,
+        cancel_pending: record.cancel_wanted && may_run,
     }
 }
 
@@ -263,25 +266,26 @@ pub(super) async fn cancel(
         return Err(refuse(Code::PermissionDenied, "not_your_task", text));
     }
     let grace = cancel_grace(request.grace_ms);
-    let lost = record.end.as_ref().is_some_and(|end| end.verdict == Verdict::StreamLost);
-    match service.relay.get(record.id) {
-        Some(task) => task.cancel(request.signal, grace),
-        // What was lost may still run there.
-        None if lost && record.late.is_none() => {
-            let view = service.registry.get(record.node);
-            let session = view.and_then(|view| view.session);
-            let sent = session.map(|s| s.send(cancel_frame(record.id, request.signal, grace)));
-            if !matches!(sent, Some(Ok(()))) {
-                return Err(offline(&record.node_name));
+    // Whatever its verdict here: without its node's word it may still run there.
+    if record.may_run() {
+        service.store.want_cancel(record.id).await.map_err(from_store)?;
+        match service.relay.get(record.id) {
+            Some(task) => service.relay.cancel(&task, request.signal, grace),
+            None => {
+                let view = service.registry.get(record.node);
+                if let Some(session) = view.and_then(|view| view.session) {
+                    // A node that is away hears it when it is back.
+                    session.send(cancel_frame(record.id, request.signal, grace)).ok();
+                }
             }
         }
-        None => {}
     }
     let detail = serde_json::json!({ "signal": request.signal, "node": record.node_name });
     let at_ms = cortex_shared::clock::unix_ms();
     let audit = caller.actor().audit(at_ms, "task.cancel", record.id.to_string(), detail);
     service.store.record_audit(audit).await.map_err(from_store)?;
-    Ok(info(service, record))
+    let cancel_wanted = record.may_run();
+    Ok(info(service, TaskRecord { cancel_wanted, ..record }))
 }
 
 /// What a viewer of a task's output goes through.
@@ -292,6 +296,8 @@ struct View {
     /// Away only while it reads.
     spool: Option<SpoolReader>,
     pieces: VecDeque<Piece>,
+    /// What the viewer has of each stream.
+    has: [u64; 2],
     changes: watch::Receiver<u64>,
     /// Changes when the task is interrupted or resumed.
     phases: watch::Receiver<u64>,
@@ -309,12 +315,14 @@ pub(super) async fn read(
     request: v1::ReadTaskRequest,
 ) -> Result<BoxStream<v1::ReadTaskResponse>, Status> {
     let record = find(service, caller, &request.task).await?;
+    let (node, gone) = (record.node, unknown(&record.id.to_string()));
     let running = service.relay.get(record.id).filter(|_| request.follow);
     let spool = service.relay.spool();
     let changes = spool.changes(record.id);
-    spool.flush().await;
+    spool.flush(record.id).await;
     let (this, operator, id) = (service.clone(), caller.clone(), record.id);
-    let settle = running.is_some();
+    // Also one that has just left the relay, and whose verdict is being written.
+    let settle = request.follow && record.end.is_none();
     let finish = async move {
         if settle {
             settled(&this, &operator, id).await
@@ -328,6 +336,7 @@ pub(super) async fn read(
         finish: Box::pin(finish),
         spool: Some(spool.reader(record.id)),
         pieces: VecDeque::new(),
+        has: [request.stdout_offset, request.stderr_offset],
         changes,
         phases: running.as_ref().map_or_else(|| watch::Sender::new(0).subscribe(), |t| t.phases()),
         running,
@@ -347,19 +356,21 @@ pub(super) async fn read(
         view.over |= frame.is_err();
         Some((frame.map(|frame| v1::ReadTaskResponse { frame: Some(frame) }), view))
     });
-    Ok(Box::pin(frames))
+    Ok(while_seen(Box::pin(frames), &service.registry, caller, node, gone))
 }
 
 async fn next_of(view: &mut View) -> Result<read_task_response::Frame, Status> {
     loop {
         if let Some(piece) = view.pieces.pop_front() {
+            let has = view.has[piece.stream];
+            let Some(piece) = piece.from(has) else { continue };
             return Ok(read_task_response::Frame::Output(wire(piece)));
         }
         view.changes.mark_unchanged();
         view.phases.mark_unchanged();
         let ended = view.running.as_ref().is_none_or(|task| task.has_ended());
-        if ended && view.running.is_some() {
-            view.relay.spool().flush().await;
+        if let Some(task) = view.running.as_ref().filter(|_| ended) {
+            view.relay.spool().flush(task.id()).await;
         }
         let mut spool = view.spool.take();
         let read = tokio::task::spawn_blocking(move || {

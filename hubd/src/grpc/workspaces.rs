@@ -55,7 +55,43 @@ fn not_found(name: &str) -> Status {
     )
 }
 
-async fn describe(
+/// Refuses a caller whose scope does not hold all members, in words of what it wanted to do.
+pub(super) fn whole(
+    service: &OperatorService,
+    workspace: &Workspace,
+    operator: &AdmittedOperator,
+    wanted: &str,
+    detail: serde_json::Value,
+) -> Result<(), Status> {
+    if operator.scope.is_everything()
+        || workspace.members.iter().all(|node| sees_node(&service.registry, *node, operator))
+    {
+        return Ok(());
+    }
+    let action = if wanted.starts_with("attach") {
+        "workspace.attach_refused"
+    } else {
+        "workspace.change_refused"
+    };
+    service.refusals.record(&operator.actor(), action, &workspace.name, detail);
+    let text = format!("this operator cannot {wanted} {:?}", workspace.name);
+    Err(refuse(Code::PermissionDenied, "scope_too_narrow", text))
+}
+
+/// The same for what concerns the workspace as such.
+pub(super) fn find_whole(
+    service: &OperatorService,
+    name: &str,
+    operator: &AdmittedOperator,
+    wanted: &str,
+) -> Result<Workspace, Status> {
+    let workspace = find(service, name, operator)?;
+    let detail = serde_json::json!({ "reason": "scope_too_narrow", "wanted": wanted });
+    whole(service, &workspace, operator, wanted, detail)?;
+    Ok(workspace)
+}
+
+pub(super) async fn describe(
     service: &OperatorService,
     workspace: &Workspace,
     caller: &AdmittedOperator,
@@ -95,19 +131,24 @@ pub(super) async fn attach(
 ) -> Result<v1::AttachWorkspaceResponse, Status> {
     let workspace = find(service, &request.workspace, operator)?;
     let node = service.node(&request.node, operator)?.node;
-    // A workspace that reaches beyond the scope would be read through a node within it.
-    if !operator.scope.is_everything()
-        && !workspace.members.iter().all(|node| sees_node(&service.registry, *node, operator))
-    {
+    let (members, by) = (Arc::clone(&service.members), operator.actor());
+    let (id, node_id) = (workspace.id, node.id);
+    let (registry, caller) = (Arc::clone(&service.registry), operator.clone());
+    // A workspace that reaches beyond the scope would be read through a node within it. Looked at when it
+    // is this order's turn: others may come before it.
+    let allowed = move |workspace: &Workspace| {
+        caller.scope.is_everything()
+            || (sees_node(&registry, node_id, &caller)
+                && workspace.members.iter().all(|node| sees_node(&registry, *node, &caller)))
+    };
+    let attach = async move { members.attach(id, node_id, &by, allowed).await };
+    if !run_to_end(&service.scope, "workspace", attach).await?.map_err(from_store)? {
         let detail = serde_json::json!({ "reason": "scope_too_narrow", "node": node.name });
         let actor = operator.actor();
         service.refusals.record(&actor, "workspace.attach_refused", &workspace.name, detail);
         let text = format!("this operator cannot attach nodes to {:?}", workspace.name);
         return Err(refuse(Code::PermissionDenied, "scope_too_narrow", text));
     }
-    let (members, by) = (Arc::clone(&service.members), operator.actor());
-    let attach = async move { members.attach(workspace.id, node.id, &by).await };
-    run_to_end(&service.scope, "workspace", attach).await?.map_err(from_store)?;
     Ok(v1::AttachWorkspaceResponse {
         workspace_id: workspace.id.as_bytes().to_vec().into(),
         node_id: node.id.as_bytes().to_vec().into(),
@@ -125,6 +166,18 @@ pub(super) async fn detach(
     let detach = async move { members.detach(workspace.id, node.id, &by).await };
     run_to_end(&service.scope, "workspace", detach).await?.map_err(from_store)?;
     Ok(v1::DetachWorkspaceResponse {})
+}
+
+pub(super) async fn delete(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    request: v1::DeleteWorkspaceRequest,
+) -> Result<v1::DeleteWorkspaceResponse, Status> {
+    let workspace = find_whole(service, &request.workspace, operator, "delete")?;
+    let (members, by) = (Arc::clone(&service.members), operator.actor());
+    let delete = async move { members.delete(&workspace, &by).await };
+    run_to_end(&service.scope, "workspace", delete).await?.map_err(from_store)?;
+    Ok(v1::DeleteWorkspaceResponse {})
 }
 
 pub(super) async fn status(
@@ -169,10 +222,15 @@ pub(super) async fn conflicts(
         .map(|conflict| v1::ConflictInfo {
             path: conflict.path.as_bytes().to_vec().into(),
             copy: conflict.copy.as_bytes().to_vec().into(),
-            node_id: conflict.node.as_bytes().to_vec().into(),
-            node_name: service
-                .registry
-                .get(conflict.node)
+            node_id: conflict
+                .author
+                .node()
+                .map(|node| node.as_bytes().to_vec().into())
+                .unwrap_or_default(),
+            node_name: conflict
+                .author
+                .node()
+                .and_then(|node| service.registry.get(node))
                 .filter(|view| operator.sees(&view.node))
                 .map(|view| view.node.name)
                 .unwrap_or_default(),

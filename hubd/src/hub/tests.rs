@@ -9,7 +9,7 @@ mod stall;
 mod support;
 
 use cortex_shared::ids::{NodeId, TaskId};
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::Bound;
 
 use super::*;
 use crate::store::{NewTask, TaskEnd, Verdict};
@@ -51,6 +51,8 @@ async fn the_databases_outlive_whatever_still_writes_at_shutdown() {
             duration_ms: 1,
             started_at_ms: None,
             ended_at_ms: 2,
+            never_begun: false,
+            cancel_wanted: false,
         };
         store.end_task(id, end).await.unwrap();
     });

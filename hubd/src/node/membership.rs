@@ -129,7 +129,8 @@ impl Membership {
         Ok(workspace)
     }
 
-    /// Makes a node a member, durable when this returns.
+    /// Makes a node a member, durable when this returns, if `allowed` says so of the workspace as it is by
+    /// then: other memberships may have been decided since the caller looked. Whether it was.
     ///
     /// # Errors
     /// Those of the store.
@@ -139,14 +140,19 @@ impl Membership {
         workspace: WorkspaceId,
         node: NodeId,
         by: &Actor,
-    ) -> Result<(), StoreError> {
+        allowed: impl Fn(&Workspace) -> bool + Send,
+    ) -> Result<bool, StoreError> {
         let audit = self.audit(workspace, node, by, "workspace.attached");
         let _order = self.order.lock().await;
+        let now = self.get(workspace);
+        if !now.is_some_and(|now| allowed(&now)) {
+            return Ok(false);
+        }
         store.attach(workspace, node, audit).await?;
         if let Some(workspace) = self.lock().get_mut(&workspace) {
             workspace.members.insert(node);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Ends a membership, durable when this returns.
@@ -167,6 +173,24 @@ impl Membership {
             workspace.members.remove(&node);
         }
         Ok(())
+    }
+
+    /// Removes a workspace, durable when this returns. Its content is for the caller to remove. Returns
+    /// who was a member.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn delete(
+        &self,
+        store: &dyn Store,
+        workspace: &Workspace,
+        by: &Actor,
+    ) -> Result<BTreeSet<NodeId>, StoreError> {
+        let detail = json!({ "workspace_id": workspace.id });
+        let audit = by.audit(unix_ms(), "workspace.deleted", workspace.name.clone(), detail);
+        let _order = self.order.lock().await;
+        store.delete_workspace(workspace.id, audit).await?;
+        Ok(self.lock().remove(&workspace.id).map(|gone| gone.members).unwrap_or_default())
     }
 
     fn audit(

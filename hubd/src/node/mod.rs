@@ -1,5 +1,6 @@
-//! Nodes: who is known, who is connected, and which workspaces they share.
+//! Nodes: who is known, who is connected, which workspaces they share, and operations on their files.
 
+pub mod files;
 pub mod membership;
 pub mod registry;
 pub mod session;

@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use cortex_proto::v1::{HubFrame, SandboxReport, Superseded, SyncStatus, hub_frame};
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, SessionId, WorkspaceId};
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::Bound;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -66,6 +66,11 @@ impl SessionHandle {
     /// Ends the session.
     pub fn close(&self) {
         self.cancel.cancel();
+    }
+
+    /// Waits for its end.
+    pub async fn ended(&self) {
+        self.cancel.cancelled().await;
     }
 }
 
@@ -284,7 +289,7 @@ impl Registry {
     }
 
     /// Keeps a node's new ceiling, if it is told in its current session.
-    pub fn set_ceiling(&self, node: NodeId, session: SessionId, ceiling: Mode) {
+    pub fn set_ceiling(&self, node: NodeId, session: SessionId, ceiling: Bound) {
         let mut nodes = self.lock();
         let Some(known) = of_session(&mut nodes, node, session) else { return };
         known.node.ceiling = ceiling;
@@ -319,6 +324,12 @@ impl Registry {
             .values_mut()
             .filter_map(|known| std::mem::take(&mut known.unsaved).then(|| known.node.clone()))
             .collect()
+    }
+
+    /// How many nodes are connected.
+    #[must_use]
+    pub fn online(&self) -> usize {
+        self.lock().values().filter(|known| known.session.is_some()).count()
     }
 
     /// All live sessions.

@@ -108,7 +108,7 @@ fn handle(guard: &SessionGuard, frame: NodeFrame) -> Result<(), super::registry:
             guard.registry.report_sync(guard.handle.node, guard.handle.id, report.workspaces);
         }
         Some(node_frame::Frame::CeilingChanged(changed)) => {
-            let ceiling = convert::mode(changed.ceiling);
+            let ceiling = convert::bound(changed.ceiling, changed.network);
             guard.registry.set_ceiling(guard.handle.node, guard.handle.id, ceiling);
         }
         // A second Hello is meaningless; a frame this version does not know is skipped.

@@ -164,6 +164,8 @@ passed_on! {
     fn accept_task(task: NewTask) -> Acceptance;
     fn end_task(id: TaskId, end: TaskEnd) -> ();
     fn add_late_outcome(id: TaskId, node: NodeId, outcome: TaskEnd) -> bool;
+    fn want_cancel(id: TaskId) -> ();
+    fn tasks_to_cancel(node: NodeId, held: Vec<TaskId>) -> Vec<TaskId>;
     fn open_tasks() -> Vec<TaskRecord>;
     fn task(id: TaskId) -> Option<TaskRecord>;
     fn tasks_ending_in(ending: Vec<u8>) -> Vec<TaskRecord>;
@@ -172,6 +174,9 @@ passed_on! {
     fn workspaces() -> Vec<Workspace>;
     fn memberships(node: NodeId) -> BTreeSet<WorkspaceId>;
     fn create_workspace(workspace: Workspace, audit: NewAudit) -> ();
+    fn delete_workspace(workspace: WorkspaceId, audit: NewAudit) -> ();
+    fn deleted_workspaces() -> Vec<WorkspaceId>;
+    fn workspace_removed(workspace: WorkspaceId) -> ();
     fn attach(workspace: WorkspaceId, node: NodeId, audit: NewAudit) -> ();
     fn detach(workspace: WorkspaceId, node: NodeId, audit: NewAudit) -> ();
     fn revoke_node(id: NodeId, now_ms: i64, audit: NewAudit) -> ();

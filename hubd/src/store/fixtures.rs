@@ -1,7 +1,7 @@
 //! Records for tests.
 
 use cortex_shared::ids::{NodeId, TaskId};
-use cortex_shared::policy::{Mode, Role};
+use cortex_shared::policy::{Bound, Mode, Role};
 
 use super::{CertificateState, Facts, Machine, NewTask, Node, NodePolicy, ShownCommand};
 
@@ -14,7 +14,7 @@ pub(crate) fn node(name: &str) -> Node {
         key: [0; 32],
         policy: NodePolicy::default(),
         cordoned: false,
-        ceiling: Mode::Strict,
+        ceiling: Bound::LEAST,
         joined_at_ms: 0,
         last_seen_ms: 0,
         revoked_at_ms: None,

@@ -140,6 +140,15 @@ pub trait Store: Send + Sync + 'static {
         node: NodeId,
         outcome: TaskEnd,
     ) -> Result<bool, StoreError>;
+    /// Records that somebody wants a command to end, unless its node has said how it ended.
+    async fn want_cancel(&self, id: TaskId) -> Result<(), StoreError>;
+    /// Those of these tasks that have a verdict, are wanted to end, and of whose end their node has not
+    /// said anything yet.
+    async fn tasks_to_cancel(
+        &self,
+        node: NodeId,
+        held: Vec<TaskId>,
+    ) -> Result<Vec<TaskId>, StoreError>;
     /// Every task without a verdict.
     async fn open_tasks(&self) -> Result<Vec<TaskRecord>, StoreError>;
     /// One task.
@@ -161,6 +170,17 @@ pub trait Store: Send + Sync + 'static {
         workspace: Workspace,
         audit: NewAudit,
     ) -> Result<(), StoreError>;
+    /// Forgets a workspace and its memberships; its name is free again. It is listed as deleted until its
+    /// content is removed. [`StoreError::NotFound`] if there is none.
+    async fn delete_workspace(
+        &self,
+        workspace: WorkspaceId,
+        audit: NewAudit,
+    ) -> Result<(), StoreError>;
+    /// Deleted workspaces of which content may be left.
+    async fn deleted_workspaces(&self) -> Result<Vec<WorkspaceId>, StoreError>;
+    /// Notes that the content of a deleted workspace is gone.
+    async fn workspace_removed(&self, workspace: WorkspaceId) -> Result<(), StoreError>;
     /// Makes a node a member; no change, and no line in the audit log, if it is one.
     async fn attach(
         &self,

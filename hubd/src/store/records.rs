@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use cortex_shared::ids::{NodeId, WorkspaceId};
 use cortex_shared::labels::Labels;
-use cortex_shared::policy::{Mode, Role};
+use cortex_shared::policy::{Bound, Role};
 use cortex_shared::secret::{InviteId, SecretHash};
 
 use super::identity::{CertificateState, CloneSuspicion, Machine, NewCertificate};
@@ -100,7 +100,7 @@ pub struct Node {
     /// It gets no new commands.
     pub cordoned: bool,
     /// What it last said of its own ceiling.
-    pub ceiling: Mode,
+    pub ceiling: Bound,
     /// When it joined.
     pub joined_at_ms: i64,
     /// When a session of it last began or ended; 0 for never.
@@ -148,7 +148,7 @@ pub struct NodeRedemption {
     /// Its own labels; those of the invite win.
     pub labels: Labels,
     /// Its own ceiling.
-    pub ceiling: Mode,
+    pub ceiling: Bound,
     /// Its machine.
     pub facts: Facts,
     /// The same, as it is told from others.

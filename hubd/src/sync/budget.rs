@@ -7,20 +7,23 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use cortex_shared::ids::NodeId;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// How much content may be in memory.
+/// How much content may be in memory, and what stays free on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ContentLimits {
     /// Bytes on their way in, for all members together.
     pub hub_bytes: u32,
     /// Bytes on their way in for one member, and as many again on their way out.
     pub member_bytes: u32,
+    /// What stays free on the disk, so that everything but content can still be written; `None` for a
+    /// hundredth of the disk, and 2 GiB at most.
+    pub reserve_bytes: Option<u64>,
 }
 
 impl Default for ContentLimits {
     /// 256 MiB for the hub: some fifty packs, enough to keep a disk busy. 32 MiB for a member: six
     /// packs, enough for a line of 1 Gbit/s with a quarter of a second of round trip.
     fn default() -> Self {
-        Self { hub_bytes: 256 << 20, member_bytes: 32 << 20 }
+        Self { hub_bytes: 256 << 20, member_bytes: 32 << 20, reserve_bytes: None }
     }
 }
 
@@ -111,7 +114,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_member_that_fills_its_room_does_not_hold_up_another() {
-        let budget = Budget::new(ContentLimits { hub_bytes: 100, member_bytes: 40 });
+        let budget = Budget::new(ContentLimits {
+            hub_bytes: 100,
+            member_bytes: 40,
+            ..ContentLimits::default()
+        });
         let (greedy, modest) = (NodeId::new(), NodeId::new());
         let first = budget.incoming(greedy, 40).await;
         let mut second = pin!(budget.incoming(greedy, 1));

@@ -69,11 +69,14 @@ impl Members {
         workspace: WorkspaceId,
         node: NodeId,
         by: &Actor,
-    ) -> Result<(), StoreError> {
-        self.membership.attach(&*self.store, workspace, node, by).await?;
+        allowed: impl Fn(&Workspace) -> bool + Send,
+    ) -> Result<bool, StoreError> {
+        if !self.membership.attach(&*self.store, workspace, node, by, allowed).await? {
+            return Ok(false);
+        }
         self.send_memberships(node).await;
         self.registry.notify();
-        Ok(())
+        Ok(true)
     }
 
     /// Ends a membership, and tells the node if it is connected.
@@ -90,6 +93,45 @@ impl Members {
         self.send_memberships(node).await;
         self.registry.notify();
         Ok(())
+    }
+
+    /// Removes a workspace: nobody is a member from then on, and its content goes. Durable once this
+    /// returns; what of the content could not be removed goes when the hub starts again.
+    ///
+    /// # Errors
+    /// Those of the store; the workspace is then as it was.
+    pub async fn delete(&self, workspace: &Workspace, by: &Actor) -> Result<(), StoreError> {
+        let members = self.membership.delete(&*self.store, workspace, by).await?;
+        for node in members {
+            self.send_memberships(node).await;
+        }
+        self.registry.notify();
+        self.remove_content(workspace.id).await;
+        Ok(())
+    }
+
+    /// Removes what is left of workspaces whose removal the hub did not finish.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn finish_deletions(&self) -> Result<(), StoreError> {
+        for workspace in self.store.deleted_workspaces().await? {
+            self.remove_content(workspace).await;
+        }
+        Ok(())
+    }
+
+    async fn remove_content(&self, workspace: WorkspaceId) {
+        let removed = match self.content.delete(workspace).await {
+            Ok(()) => self.store.workspace_removed(workspace).await,
+            Err(error) => {
+                tracing::error!(%workspace, %error, "content of a deleted workspace is left");
+                return;
+            }
+        };
+        if let Err(error) = removed {
+            tracing::warn!(%workspace, %error, "that a workspace is gone was not recorded");
+        }
     }
 
     /// Whether a member is connected and says that it holds deletions because they are so many.

@@ -5,8 +5,10 @@
 //!
 //! ```text
 //! <folder>/<workspace id>/ws.db          versions, and which pack holds which chunk
-//!                        /packs/aa/…     the content, as it was received
+//!                        /packs/…        the content, as it was received
 //!                        /tmp/           packs on their way in
+//! <folder>/deleted-<id>                  a workspace that is being removed
+//! <folder>/ballast                       room for the databases on a full disk (`space`)
 //! ```
 //!
 //! The hub orders, checks, stores and forwards. It never merges, never looks into content beyond
@@ -17,17 +19,18 @@
 //! members are asked for its content again (`WorkspaceHub::wanted`).
 
 pub mod budget;
+pub mod collection;
 pub mod heads;
 pub mod members;
 pub mod pack_files;
+pub mod past;
+mod space;
 mod workspace;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
-use cortex_shared::clock::unix_ms;
 use cortex_shared::durable;
 use cortex_shared::ids::{NodeId, WorkspaceId};
 use cortex_shared::pack::InvalidPack;
@@ -37,9 +40,12 @@ use tokio_util::sync::CancellationToken;
 
 use self::budget::Budget;
 pub use self::budget::ContentLimits;
+use self::collection::{Pressure, collect_regularly};
 use self::heads::HeadBoard;
 pub use self::heads::MovedHeads;
 pub use self::pack_files::PackFileError;
+use self::space::Space;
+use self::workspace::blocking;
 pub use self::workspace::{PutPackAck, WorkspaceHub};
 use crate::store::workspace::StoreError;
 pub use crate::store::workspace::{Conflict, Head, Summary};
@@ -56,6 +62,20 @@ pub enum SyncError {
     /// What the member sent is not a valid pack.
     #[error("invalid pack")]
     Pack(#[from] InvalidPack),
+    /// There is no room for content on the disk, beside what stays free.
+    #[error("the hub's disk is full")]
+    Full,
+    /// The workspace may not store more.
+    #[error("the workspace has {stored_bytes} bytes on the hub, of {quota_bytes} that it may have")]
+    OverQuota {
+        /// What it has.
+        stored_bytes: u64,
+        /// What it may have.
+        quota_bytes: u64,
+    },
+    /// The workspace was deleted.
+    #[error("the workspace was deleted")]
+    Deleted,
     /// The work was lost because the code that did it failed.
     #[error("the work failed")]
     Failed,
@@ -68,30 +88,65 @@ impl SyncError {
         match self {
             Self::Store(error) => error.is_disk_full(),
             Self::Files(error) => error.is_disk_full(),
+            Self::Full => true,
             _ => false,
         }
     }
+
+    /// Whether the caller works in another history.
+    #[must_use]
+    pub fn is_wrong_epoch(&self) -> bool {
+        matches!(self, Self::Store(StoreError::WrongEpoch { .. }))
+    }
 }
 
-/// How often useless content is looked for: rarely against the days for which it is kept, since each
-/// look reads all entries.
-const COLLECTION_PERIOD: Duration = Duration::from_secs(6 * 3600);
-/// How long content stays that nothing names, in milliseconds: the 72 hours for which members may
-/// rely on what they were told, and one more, within which a touch is not always recorded anew.
-const CONTENT_KEPT_MS: i64 = 73 * 3600 * 1000;
+/// Before the name of a folder that is being removed.
+const DELETED_PREFIX: &str = "deleted-";
 
-/// Workspaces that are open, or are being opened.
-type OpenWorkspaces = Mutex<HashMap<WorkspaceId, Arc<OnceCell<Arc<WorkspaceHub>>>>>;
+/// Workspaces that are open, or are being opened; `None` for those that were deleted.
+type OpenWorkspaces = Mutex<HashMap<WorkspaceId, Option<Arc<OnceCell<Arc<WorkspaceHub>>>>>>;
 
-/// All workspaces of a hub.
-pub struct Workspaces {
+/// Opens workspaces, and has what they share.
+pub(crate) struct Opener {
     folder: PathBuf,
     scope: TaskScope,
     databases: TaskScope,
     board: Arc<HeadBoard>,
     budget: Arc<Budget>,
-    open: Arc<OpenWorkspaces>,
+    space: Arc<Space>,
+    pressure: Arc<Pressure>,
+    open: OpenWorkspaces,
 }
+
+impl Opener {
+    async fn workspace(&self, id: WorkspaceId) -> Result<Arc<WorkspaceHub>, SyncError> {
+        let cell = {
+            let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+            open.entry(id).or_insert_with(|| Some(Arc::default())).clone()
+        };
+        let cell = cell.ok_or(SyncError::Deleted)?;
+        let opening = || WorkspaceHub::open(id, self.folder.join(id.to_string()), self);
+        cell.get_or_try_init(opening).await.cloned()
+    }
+
+    /// The workspaces that have a folder.
+    async fn on_disk(&self) -> Vec<WorkspaceId> {
+        let folder = self.folder.clone();
+        let names = blocking(move || {
+            let failed = |error| PackFileError::new("list", &folder, error);
+            let entries = std::fs::read_dir(&folder).map_err(failed)?;
+            Ok(entries.flatten().map(|entry| entry.file_name()).collect::<Vec<_>>())
+        });
+        let names = names.await.unwrap_or_else(|error| {
+            tracing::error!(%error, "the folder of workspaces cannot be read");
+            Vec::new()
+        });
+        names.iter().filter_map(|name| name.to_str()?.parse().ok()).collect()
+    }
+}
+
+/// All workspaces of a hub.
+pub struct Workspaces(Arc<Opener>);
 
 impl Workspaces {
     /// The workspaces in `folder`, which is created; none of them is open yet. What they do by
@@ -108,34 +163,52 @@ impl Workspaces {
     ) -> Result<Self, SyncError> {
         durable::create_private_folder(folder)
             .map_err(|error| PackFileError::new("create", folder, error))?;
-        let open = Arc::new(OpenWorkspaces::default());
-        scope.spawn("pack collection", collect_regularly(open.clone(), scope.token().clone()));
-        Ok(Self {
+        let opener = Arc::new(Opener {
             folder: folder.to_owned(),
-            scope,
+            scope: scope.clone(),
             databases,
             board: Arc::default(),
             budget: Arc::new(Budget::new(limits)),
-            open,
-        })
+            space: Arc::new(Space::new(folder, limits.reserve_bytes)),
+            pressure: Arc::default(),
+            open: OpenWorkspaces::default(),
+        });
+        let closing = scope.token().clone();
+        scope.spawn("pack collection", collect_regularly(Arc::clone(&opener), closing));
+        Ok(Self(opener))
     }
 
     /// A workspace, opened if it is not yet, and created empty if there is none on disk. Whether
     /// there ought to be such a workspace is for the caller to know.
     ///
     /// # Errors
-    /// Those of its database and folders. The next call tries again.
+    /// Those of its database and folders: the next call tries again. [`SyncError::Deleted`] for good.
     pub async fn workspace(&self, id: WorkspaceId) -> Result<Arc<WorkspaceHub>, SyncError> {
-        let cell = {
-            let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-            open.entry(id).or_default().clone()
-        };
-        let opening = || {
-            let folder = self.folder.join(id.to_string());
-            let (budget, board) = (self.budget.clone(), self.board.clone());
-            WorkspaceHub::open(id, folder, budget, board, &self.scope, &self.databases)
-        };
-        cell.get_or_try_init(opening).await.cloned()
+        self.0.workspace(id).await
+    }
+
+    /// Removes a workspace and its content. Calls that are using it fail or finish on what is left. If
+    /// the hub stops meanwhile, the rest goes with the next call for the same workspace.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub async fn delete(&self, id: WorkspaceId) -> Result<(), SyncError> {
+        self.0.open.lock().unwrap_or_else(PoisonError::into_inner).insert(id, None);
+        let live = self.0.folder.join(id.to_string());
+        let dead = self.0.folder.join(format!("{DELETED_PREFIX}{id}"));
+        blocking(move || {
+            let gone = |result: std::io::Result<()>| match result {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            };
+            // Two steps, so that half of a workspace never looks like one.
+            gone(std::fs::rename(&live, &dead))
+                .map_err(|error| PackFileError::new("move", &live, error))?;
+            gone(std::fs::remove_dir_all(&dead))
+                .map_err(|error| PackFileError::new("remove", &dead, error))?;
+            Ok(())
+        })
+        .await
     }
 
     /// Head and size of a workspace.
@@ -165,39 +238,13 @@ impl Workspaces {
     /// Is cancelled when the workspaces close.
     #[must_use]
     pub fn closing(&self) -> CancellationToken {
-        self.scope.token().clone()
+        self.0.scope.token().clone()
     }
 
     /// Will tell of every head that moves from now on, in any workspace.
     #[must_use]
     pub fn moved(&self) -> MovedHeads {
-        self.board.subscribe()
-    }
-}
-
-/// Lets go of useless content in all workspaces that are open, one after another.
-async fn collect_regularly(open: Arc<OpenWorkspaces>, closing: CancellationToken) {
-    loop {
-        tokio::select! {
-            () = tokio::time::sleep(COLLECTION_PERIOD) => {}
-            () = closing.cancelled() => return,
-        }
-        let workspaces: Vec<Arc<WorkspaceHub>> = {
-            let open = open.lock().unwrap_or_else(PoisonError::into_inner);
-            open.values().filter_map(|cell| cell.get().cloned()).collect()
-        };
-        for workspace in workspaces {
-            let since_ms = unix_ms() - CONTENT_KEPT_MS;
-            let id = workspace.id();
-            tokio::select! {
-                collected = workspace.collect(since_ms) => match collected {
-                    Ok(0) => {}
-                    Ok(packs) => tracing::info!(workspace = %id, packs, "content collected"),
-                    Err(error) => tracing::error!(workspace = %id, %error, "collection failed"),
-                },
-                () = closing.cancelled() => return,
-            }
-        }
+        self.0.board.subscribe()
     }
 }
 

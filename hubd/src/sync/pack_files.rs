@@ -1,7 +1,8 @@
-//! Packs as files: `packs/<first two digits>/<hash>`, immutable, as they were received.
+//! Packs as files: `packs/<hash>`, immutable, as they were received. (Earlier hubs put them into
+//! `packs/<first two digits>/`, where they are still found.)
 //!
 //! A pack is written to `tmp/`, flushed, renamed and its folder flushed before anything else knows
-//! of it. A crash leaves at most a file in `tmp/`, which the next start sweeps, or a complete pack
+//! of it. Packs that come at the same time share the flush of the folder, which is one for that reason. A crash leaves at most a file in `tmp/`, which the next start sweeps, or a complete pack
 //! that no index knows, which the next start adopts: packs describe themselves.
 
 use std::fs::{self, File, OpenOptions};
@@ -9,8 +10,11 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
+use cortex_shared::crash::crash_point;
 use cortex_shared::durable;
 use cortex_shared::entry::Digest;
 use cortex_shared::pack::{MAX_ENCODED_BYTES, Pack};
@@ -52,6 +56,7 @@ pub struct PackFiles {
     temporary: PathBuf,
     damaged: PathBuf,
     next_temporary: AtomicU64,
+    flush: GroupFlush,
 }
 
 impl PackFiles {
@@ -66,20 +71,11 @@ impl PackFiles {
             temporary: folder.join("tmp"),
             damaged: folder.join("damaged"),
             next_temporary: AtomicU64::new(0),
+            flush: GroupFlush::default(),
         };
         for path in [&files.packs, &files.temporary] {
             durable::create_private_folder(path)
                 .map_err(|error| PackFileError::new("create", path, error))?;
-        }
-        // All 256 of them at once, so that writing a pack never has to make its folder durable.
-        for first in 0..=u8::MAX {
-            let path = files.packs.join(format!("{first:02x}"));
-            match fs::create_dir(&path) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                    return Err(PackFileError::new("create", &path, error));
-                }
-                _ => {}
-            }
         }
         for path in [&files.packs, &folder.to_owned()] {
             durable::sync_folder(path).map_err(|error| PackFileError::new("flush", path, error))?;
@@ -103,6 +99,7 @@ impl PackFiles {
             let mut file =
                 OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
             file.write_all(pack.bytes())?;
+            crash_point("sync.pack.received");
             // After a failed flush the cached pages cannot be believed, so the file goes and the
             // sender repeats.
             file.sync_all()?;
@@ -113,8 +110,30 @@ impl PackFiles {
             fs::remove_file(&temporary).ok();
             return Err(PackFileError::new("write", &path, error));
         }
-        let folder = path.parent().unwrap_or(&self.packs);
-        durable::sync_folder(folder).map_err(|error| PackFileError::new("flush", folder, error))
+        crash_point("sync.pack.renamed");
+        self.flush
+            .flush(|| durable::sync_folder(&self.packs))
+            .map_err(|error| PackFileError::new("flush", &self.packs, error))?;
+        crash_point("sync.pack.durable");
+        Ok(())
+    }
+
+    /// Removes what interrupted writes left in `tmp/` and nobody has written to since.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn sweep(&self, untouched_for: Duration) -> Result<(), PackFileError> {
+        for path in list(&self.temporary)? {
+            let failed = |error| PackFileError::new("sweep", &path, error);
+            match fs::metadata(&path).and_then(|meta| meta.modified()) {
+                Ok(modified) if modified.elapsed().is_ok_and(|age| age > untouched_for) => {
+                    fs::remove_file(&path).map_err(failed)?;
+                }
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Reads a pack whole; `None` if it is not there, or is no longer what its name says.
@@ -122,12 +141,18 @@ impl PackFiles {
     /// # Errors
     /// Those of the file system.
     pub fn read(&self, hash: &Digest) -> Result<Option<Bytes>, PackFileError> {
-        let path = self.path(hash);
-        let bytes = match read_bounded(&path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(PackFileError::new("read", &path, error)),
-        };
+        let mut found = None;
+        for path in self.paths(hash) {
+            match read_bounded(&path) {
+                Ok(bytes) => {
+                    found = Some(bytes);
+                    break;
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(PackFileError::new("read", &path, error)),
+            }
+        }
+        let Some(bytes) = found else { return Ok(None) };
         let body = bytes.len().saturating_sub(32);
         let intact = Digest::of(&bytes[..body]) == *hash && bytes[body..] == *hash.as_bytes();
         Ok(intact.then(|| bytes.into()))
@@ -139,7 +164,7 @@ impl PackFiles {
     /// Those of the file system, after the others have been removed.
     pub fn remove(&self, packs: &[Digest]) -> Result<(), PackFileError> {
         let mut result = Ok(());
-        for path in packs.iter().map(|pack| self.path(pack)) {
+        for path in packs.iter().flat_map(|pack| self.paths(pack)) {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     result = Err(PackFileError::new("remove", &path, error));
@@ -156,14 +181,15 @@ impl PackFiles {
     /// Those of the file system.
     pub fn list(&self) -> Result<Vec<Digest>, PackFileError> {
         let mut packs = Vec::new();
-        for folder in list(&self.packs)? {
-            for path in list(&folder)? {
-                let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-                match parse_name(name) {
-                    Some(hash) if self.path(&hash) == path => packs.push(hash),
-                    _ => tracing::warn!(path = %path.display(), "this file is not a pack"),
-                }
+        let mut take = |path: PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            match parse_name(name) {
+                Some(hash) if self.paths(&hash).contains(&path) => packs.push(hash),
+                _ => tracing::warn!(path = %path.display(), "this file is not a pack"),
             }
+        };
+        for path in list(&self.packs)? {
+            if path.is_dir() { list(&path)?.into_iter().for_each(&mut take) } else { take(path) }
         }
         Ok(packs)
     }
@@ -176,17 +202,66 @@ impl PackFiles {
     pub fn set_aside(&self, hash: &Digest) -> Result<(), PackFileError> {
         durable::create_private_folder(&self.damaged)
             .map_err(|error| PackFileError::new("create", &self.damaged, error))?;
-        let path = self.path(hash);
-        match fs::rename(&path, self.damaged.join(hash.to_string())) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(PackFileError::new("move", &path, error))
+        for path in self.paths(hash) {
+            match fs::rename(&path, self.damaged.join(hash.to_string())) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(PackFileError::new("move", &path, error));
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     fn path(&self, hash: &Digest) -> PathBuf {
-        self.packs.join(hash.short_hex(1)).join(hash.to_string())
+        self.packs.join(hash.to_string())
+    }
+
+    /// Where a pack may lie: where they go now, and where earlier hubs put them.
+    fn paths(&self, hash: &Digest) -> [PathBuf; 2] {
+        [self.path(hash), self.packs.join(hash.short_hex(1)).join(hash.to_string())]
+    }
+}
+
+/// A flush that those who need it at the same time share.
+#[derive(Debug, Default)]
+struct GroupFlush {
+    state: Mutex<FlushState>,
+    ended: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct FlushState {
+    /// Callers so far.
+    asked: u64,
+    /// Callers whose work is flushed: those up to this one.
+    flushed: u64,
+    running: bool,
+}
+
+impl GroupFlush {
+    /// Returns once a flush has begun and succeeded after this call. Whoever comes first carries it out;
+    /// those who come while one runs share the next.
+    fn flush(&self, flush: impl Fn() -> io::Result<()>) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.asked += 1;
+        let mine = state.asked;
+        while state.flushed < mine {
+            if state.running {
+                state = self.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            state.running = true;
+            let covered = state.asked;
+            drop(state);
+            let result = flush();
+            state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.running = false;
+            self.ended.notify_all();
+            result?;
+            state.flushed = covered;
+        }
+        Ok(())
     }
 }
 
@@ -216,4 +291,50 @@ fn parse_name(name: &str) -> Option<Digest> {
         *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
     }
     Some(Digest::from_bytes(hash))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn those_who_come_while_a_flush_runs_share_the_next_one() {
+        let (group, flushes) = (GroupFlush::default(), AtomicU64::new(0));
+        let (begun, has_begun) = channel();
+        let (go_on, may_go_on) = channel::<()>();
+        let may_go_on = Mutex::new(may_go_on);
+        let flush = || {
+            flushes.fetch_add(1, Ordering::Relaxed);
+            begun.send(()).unwrap();
+            may_go_on.lock().unwrap().recv().unwrap();
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| group.flush(flush));
+            has_begun.recv().unwrap();
+            for _ in 0..9 {
+                scope.spawn(|| group.flush(flush));
+            }
+            while group.state.lock().unwrap().asked < 10 {
+                std::thread::yield_now();
+            }
+            go_on.send(()).unwrap();
+            has_begun.recv().unwrap();
+            go_on.send(()).unwrap();
+        });
+        assert_eq!(flushes.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn a_flush_that_fails_is_tried_again_by_those_who_waited_for_it() {
+        let (group, flushes) = (GroupFlush::default(), AtomicU64::new(0));
+        let flush = || match flushes.fetch_add(1, Ordering::Relaxed) {
+            0 => Err(io::ErrorKind::StorageFull.into()),
+            _ => Ok(()),
+        };
+        assert!(group.flush(flush).is_err());
+        assert!(group.flush(flush).is_ok());
+    }
 }

@@ -2,9 +2,11 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use cortex_shared::crash::crash_point;
 use cortex_shared::durable;
 use cortex_shared::entry::Digest;
 use cortex_shared::ids::{NodeId, WorkspaceEpoch, WorkspaceId};
@@ -12,18 +14,20 @@ use cortex_shared::pack::Pack;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::{RwLock, watch};
 
-use super::SyncError;
 use super::budget::{Budget, MemberRoom, Room};
+use super::collection::Pressure;
 use super::heads::HeadBoard;
 use super::pack_files::{PackFileError, PackFiles};
+use super::space::Space;
+use super::{Opener, SyncError};
 use crate::store::workspace::sqlite::SqliteWorkspaceStore;
 use crate::store::workspace::{
-    ChangesPage, Commit, CommitResult, Conflict, Found, Head, PackAdded, PackRecord, Summary,
-    WorkspaceStore,
+    Answer, ChangesPage, Commit, CommitResult, Conflict, Found, Head, PackAdded, PackRecord,
+    Summary, WorkspaceStore,
 };
 
-/// Packs that are let go in one transaction.
-const PACKS_DROPPED: usize = 64;
+/// No limit for the content of a workspace.
+const NO_QUOTA: u64 = u64::MAX;
 
 /// A pack that is durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,13 +41,19 @@ pub struct PutPackAck {
 /// One workspace. All its operations may be called at the same time.
 pub struct WorkspaceHub {
     id: WorkspaceId,
-    store: Arc<dyn WorkspaceStore>,
-    files: Arc<PackFiles>,
+    pub(super) store: Arc<dyn WorkspaceStore>,
+    pub(super) files: Arc<PackFiles>,
     budget: Arc<Budget>,
+    space: Arc<Space>,
+    pub(super) pressure: Arc<Pressure>,
+    /// Bytes of all packs, and how many there may be. Packs that come at the same time may exceed the
+    /// quota by what is on its way.
+    stored_bytes: AtomicU64,
+    quota_bytes: AtomicU64,
     /// Shared by those that bring packs, from the look whether a pack is known to its record; alone
     /// for the collection, from forgetting packs to removing their files. Otherwise a pack that is
     /// sent anew just then would lose its new file.
-    collection: RwLock<()>,
+    pub(super) collection: RwLock<()>,
     /// Members that may send the deletions they hold, and have not been told yet.
     confirmed: Mutex<HashSet<NodeId>>,
 }
@@ -53,10 +63,7 @@ impl WorkspaceHub {
     pub(super) async fn open(
         id: WorkspaceId,
         folder: PathBuf,
-        budget: Arc<Budget>,
-        board: Arc<HeadBoard>,
-        scope: &TaskScope,
-        databases: &TaskScope,
+        opener: &Opener,
     ) -> Result<Arc<Self>, SyncError> {
         let (opening, syncing) = (folder.clone(), folder.clone());
         let files = blocking(move || {
@@ -65,7 +72,7 @@ impl WorkspaceHub {
             Ok(PackFiles::open(&opening)?)
         })
         .await?;
-        let store = SqliteWorkspaceStore::open(folder.join("ws.db"), databases).await?;
+        let store = SqliteWorkspaceStore::open(folder.join("ws.db"), &opener.databases).await?;
         blocking(move || {
             // The folder, the one of all workspaces and the one above may all be new.
             for folder in syncing.ancestors().take(3) {
@@ -79,13 +86,55 @@ impl WorkspaceHub {
             id,
             store: Arc::new(store),
             files: Arc::new(files),
-            budget,
+            budget: opener.budget.clone(),
+            space: opener.space.clone(),
+            pressure: opener.pressure.clone(),
+            stored_bytes: AtomicU64::new(0),
+            quota_bytes: AtomicU64::new(NO_QUOTA),
             collection: RwLock::new(()),
             confirmed: Mutex::default(),
         });
         hub.reconcile().await?;
-        hub.forward_heads(board, scope);
+        hub.count_bytes().await?;
+        hub.set_quota(hub.store.settings().await?.quota_bytes);
+        hub.forward_heads(opener.board.clone(), &opener.scope);
         Ok(hub)
+    }
+
+    /// Learns anew how much is stored.
+    pub(super) async fn count_bytes(&self) -> Result<(), SyncError> {
+        self.stored_bytes.store(self.store.usage().await?.pack_bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(super) fn set_quota(&self, quota_bytes: Option<u64>) {
+        self.quota_bytes.store(quota_bytes.unwrap_or(NO_QUOTA), Ordering::Relaxed);
+    }
+
+    /// Turns content away for which there is no room.
+    fn admit(&self, bytes: usize) -> Result<(), SyncError> {
+        let quota_bytes = self.quota_bytes.load(Ordering::Relaxed);
+        let stored_bytes = self.stored_bytes.load(Ordering::Relaxed);
+        let refusal = if stored_bytes.saturating_add(bytes as u64) > quota_bytes {
+            SyncError::OverQuota { stored_bytes, quota_bytes }
+        } else if self.space.has_room_for(bytes) {
+            return Ok(());
+        } else {
+            SyncError::Full
+        };
+        self.pressure.no_room();
+        Err(refusal)
+    }
+
+    /// Writes to the store, and once more without the ballast if the disk is full to its end.
+    async fn write<'a, T>(&'a self, write: impl Fn() -> Answer<'a, T>) -> Result<T, SyncError> {
+        match write().await {
+            Err(error) if error.is_disk_full() && self.space.give_up_ballast() => {
+                self.pressure.no_room();
+                Ok(write().await?)
+            }
+            result => Ok(result?),
+        }
     }
 
     /// Brings the store in step with the files on disk.
@@ -139,6 +188,7 @@ impl WorkspaceHub {
                     moved = heads.changed() => if moved.is_err() { return },
                     () = token.cancelled() => return,
                 }
+                crash_point("sync.head.announce");
             }
         });
     }
@@ -204,6 +254,7 @@ impl WorkspaceHub {
             self.store.add_pack(record(&pack)).await?;
             return Ok(PutPackAck { hash, duplicate: true });
         }
+        self.admit(pack.bytes().len())?;
         let room = Arc::new(room);
         let (files, to_write, held) = (self.files.clone(), pack.clone(), room.clone());
         blocking(move || {
@@ -213,7 +264,11 @@ impl WorkspaceHub {
             Ok(files.write(&to_write)?)
         })
         .await?;
-        let added = self.store.add_pack(record(&pack)).await?;
+        let added = self.write(|| self.store.add_pack(record(&pack))).await?;
+        if added == PackAdded::New {
+            self.stored_bytes.fetch_add(pack.bytes().len() as u64, Ordering::Relaxed);
+        }
+        crash_point("sync.pack.recorded");
         drop(room);
         Ok(PutPackAck { hash, duplicate: added == PackAdded::Known })
     }
@@ -291,40 +346,12 @@ impl WorkspaceHub {
         blocking(move || Ok(files.set_aside(&pack)?)).await
     }
 
-    /// Lets go of content that no entry names and that nobody has touched since, and returns how many
-    /// packs went. Members go on meanwhile; only those that send packs wait, for a slice at a time.
-    ///
-    /// # Errors
-    /// Those of store and disk. What was found by then has gone.
-    pub async fn collect(&self, untouched_since_ms: i64) -> Result<usize, SyncError> {
-        let mut collected = 0;
-        let mut slice = None;
-        loop {
-            let (useless, next) = self.store.useless_packs(slice, untouched_since_ms).await?;
-            for packs in useless.chunks(PACKS_DROPPED) {
-                let alone = self.collection.write().await;
-                let dropped = self.store.drop_packs(packs.to_vec(), untouched_since_ms).await?;
-                collected += dropped.len();
-                let files = self.files.clone();
-                blocking(move || Ok(files.remove(&dropped)?)).await?;
-                drop(alone);
-            }
-            slice = next;
-            if slice.is_none() {
-                break;
-            }
-        }
-        while self.store.drop_recipes().await? > 0 {}
-        self.store.drop_wanted().await?;
-        Ok(collected)
-    }
-
     /// Applies operations; see [`WorkspaceStore::commit`].
     ///
     /// # Errors
     /// Those of the store.
     pub async fn commit(&self, commit: Commit) -> Result<CommitResult, SyncError> {
-        Ok(self.store.commit(commit).await?)
+        self.write(|| self.store.commit(commit.clone())).await
     }
 
     /// The changes after a version; see [`WorkspaceStore::changes`].
@@ -357,7 +384,7 @@ impl WorkspaceHub {
         epoch: WorkspaceEpoch,
         seq: u64,
     ) -> Result<(), SyncError> {
-        Ok(self.store.ack_applied(member, epoch, seq).await?)
+        self.write(|| self.store.ack_applied(member, epoch, seq)).await
     }
 
     /// The conflict copies that still exist.
@@ -369,7 +396,7 @@ impl WorkspaceHub {
     }
 }
 
-fn record(pack: &Pack) -> PackRecord {
+pub(super) fn record(pack: &Pack) -> PackRecord {
     PackRecord {
         hash: pack.hash(),
         bytes: pack.bytes().len() as u64,
@@ -377,7 +404,7 @@ fn record(pack: &Pack) -> PackRecord {
     }
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, SyncError> + Send + 'static,
 ) -> Result<T, SyncError> {
     tokio::task::spawn_blocking(work).await.map_err(|_| SyncError::Failed)?

@@ -20,6 +20,8 @@ use crate::store::history::{HistoryLimits, HistoryStore, Segment};
 const WAITING_BYTES: usize = 256 * 1024;
 /// Pieces of one node that may wait.
 const WAITING_PIECES: usize = 4096;
+/// Bytes of all nodes together that may wait.
+const ALL_WAITING_BYTES: usize = 32 * 1024 * 1024;
 /// Segments do not grow beyond this.
 const SEGMENT_BYTES: usize = 32 * 1024;
 /// Between two batches.
@@ -32,9 +34,15 @@ struct Waiting {
     skipped: u64,
 }
 
+#[derive(Default)]
+struct AllWaiting {
+    nodes: HashMap<NodeId, Waiting>,
+    bytes: usize,
+}
+
 /// See the module.
 pub struct History {
-    waiting: Mutex<HashMap<NodeId, Waiting>>,
+    waiting: Mutex<AllWaiting>,
     due: Notify,
     /// One batch at a time, so that they stay in order.
     writing: tokio::sync::Mutex<()>,
@@ -66,29 +74,35 @@ impl History {
         history
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, Waiting>> {
+    fn lock(&self) -> MutexGuard<'_, AllWaiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes a piece of a node's output.
     pub fn append(&self, node: NodeId, task: TaskId, piece: Piece) {
-        let mut all = self.lock();
-        let waiting = all.entry(node).or_default();
+        let mut lock = self.lock();
+        let all = &mut *lock;
+        let waiting = all.nodes.entry(node).or_default();
         waiting.bytes += piece.data.len();
+        all.bytes += piece.data.len();
         waiting.pieces.push_back((task, piece));
-        while waiting.bytes > WAITING_BYTES || waiting.pieces.len() > WAITING_PIECES {
+        while waiting.bytes > WAITING_BYTES
+            || waiting.pieces.len() > WAITING_PIECES
+            || all.bytes > ALL_WAITING_BYTES
+        {
             let Some((_, oldest)) = waiting.pieces.pop_front() else { break };
             waiting.bytes -= oldest.data.len();
+            all.bytes -= oldest.data.len();
             waiting.skipped += oldest.data.len() as u64;
         }
-        drop(all);
+        drop(lock);
         self.due.notify_one();
     }
 
     /// Writes what waits.
     pub async fn flush(&self) {
         let _one = self.writing.lock().await;
-        let waiting = std::mem::take(&mut *self.lock());
+        let waiting = std::mem::take(&mut *self.lock()).nodes;
         if waiting.is_empty() {
             return;
         }

@@ -14,6 +14,12 @@ pub const AGENT_TOKEN_COMMANDS: usize = 8;
 /// that no program reads, and it fills disks and histories.
 pub const AGENT_TOKEN_OUTPUT_BYTES: u64 = 64 * 1024 * 1024;
 
+/// Commands that a node has at once, for all callers together: as many as its agent runs.
+pub const NODE_COMMANDS: usize = 256;
+/// Commands that a hub has at once: what its memory and descriptors bear, at some tens of kilobytes each
+/// without output ([`super::budget`] bounds the output).
+pub const HUB_COMMANDS: usize = 16 * 1024;
+
 /// The limits of one caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -40,17 +46,17 @@ impl Limits {
 
 /// How many commands each caller has running.
 #[derive(Default)]
-pub(super) struct Slots(Mutex<HashMap<String, usize>>);
+pub(crate) struct Slots(Mutex<HashMap<String, usize>>);
 
 /// A place among a caller's commands, given back when dropped.
-pub(super) struct Slot {
+pub(crate) struct Slot {
     slots: Arc<Slots>,
     actor: String,
 }
 
 impl Slots {
     /// Takes a place; `None` if the caller has `limit` of them already.
-    pub(super) fn take(self: &Arc<Self>, actor: &str, limit: usize) -> Option<Slot> {
+    pub(crate) fn take(self: &Arc<Self>, actor: &str, limit: usize) -> Option<Slot> {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(actor.to_owned()).or_default();
         if *count >= limit {
@@ -58,6 +64,11 @@ impl Slots {
         }
         *count += 1;
         Some(Slot { slots: Arc::clone(self), actor: actor.to_owned() })
+    }
+
+    /// How many places are taken, of all callers.
+    pub(crate) fn total(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
     }
 }
 

@@ -12,10 +12,10 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use cortex_proto::DEFAULT_OUTPUT_CREDIT;
 use cortex_proto::v1::{
     StartTask, TaskAck, TaskExit, TaskIoHello, TaskSpec, TaskVerdict, hub_frame, task_io_up,
 };
@@ -24,11 +24,14 @@ use cortex_shared::tasks::TaskScope;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::budget::Budget;
 use super::history::History;
-use super::limits::{Limits, Slot, Slots};
+use super::limits::{HUB_COMMANDS, Limits, NODE_COMMANDS, Slot, Slots};
 pub use super::running::{DEFAULT_CANCEL_GRACE, Task};
 use super::spool::Spool;
+pub use super::start::{Begun, Claim, StartRefusal};
 use super::to_reader::End;
+use super::unwanted::Unwanted;
 use super::verdict::{journal_entry, tidy};
 use super::verdicts::Unrecorded;
 use crate::node::registry::SessionHandle;
@@ -37,60 +40,26 @@ use crate::store::{Acceptance, NewTask, Store, StoreError, TaskRecord};
 /// Late reports of nodes that may wait for the journal. What does not fit is repeated by its node.
 const LATE_REPORTS: usize = 256;
 
+/// How long a verdict waits for the output before it to be in the spool. A disk that takes longer delays
+/// no verdict; only who comes back after a crash in this very moment may then lack something.
+const SPOOL_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Why a task is interrupted. Its stream often breaks before the session does, and for the same reason.
 const CONNECTION_LOST: &str =
     "the connection to the node was lost; the command may still be running there";
-
-/// Why a task was not begun.
-#[derive(Debug, thiserror::Error)]
-pub enum StartRefusal {
-    /// The caller has as many running as it may.
-    #[error("{actor:?} has {limit} commands running, which is as many as its role may")]
-    TooMany {
-        /// The caller.
-        actor: String,
-        /// How many it may have.
-        limit: usize,
-    },
-    /// The caller's key has led to another command.
-    #[error("this idempotency key belongs to another command, task {task}")]
-    KeyReused {
-        /// The task it led to.
-        task: TaskId,
-    },
-    /// The task could not be journalled.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// It was journalled only after its caller had stopped waiting; it ends there.
-    #[error("the command was not begun, because its caller no longer waited for it")]
-    GivenUp,
-}
-
-/// Decides between a task that is about to begin and a caller that stops waiting for it: whoever comes
-/// first has it.
-#[derive(Clone, Debug, Default)]
-pub struct Claim(Arc<AtomicBool>);
-
-impl Claim {
-    /// Whether the other side has not come first.
-    #[must_use]
-    pub fn take(&self) -> bool {
-        !self.0.swap(true, Ordering::AcqRel)
-    }
-}
-
-/// A task that was asked for.
-pub enum Begun {
-    /// It is accepted and on its way.
-    New(Arc<Task>),
-    /// The caller's key has led to this one before.
-    Known(TaskId),
-}
 
 /// A task in the table. Its place among its caller's commands is free once it is taken out.
 struct Running {
     task: Arc<Task>,
     _slot: Option<Slot>,
+}
+
+/// What is known of a command at its verdict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Known {
+    PerhapsBegun,
+    /// It was not begun, and cannot be any more: asking again with the same key is not asking twice.
+    NeverBegun,
 }
 
 /// A node's word on a task that may have its verdict already.
@@ -113,6 +82,7 @@ pub struct Deadlines {
 pub struct Relay {
     tasks: Mutex<HashMap<TaskId, Running>>,
     slots: Arc<Slots>,
+    budget: Arc<Budget>,
     store: Arc<dyn Store>,
     spool: Arc<Spool>,
     history: Arc<History>,
@@ -120,6 +90,7 @@ pub struct Relay {
     deadlines: Deadlines,
     late: mpsc::Sender<LateReport>,
     unrecorded: Arc<Unrecorded>,
+    unwanted: Arc<Unwanted>,
 }
 
 impl Relay {
@@ -134,9 +105,23 @@ impl Relay {
     ) -> Arc<Self> {
         let (late, reports) = mpsc::channel(LATE_REPORTS);
         scope.spawn("late outcomes", record_late(Arc::clone(&store), reports, scope.clone()));
-        let (tasks, slots) = (Mutex::default(), Arc::default());
-        let unrecorded = Arc::new(Unrecorded::new(Arc::clone(&store), scope.clone()));
-        Arc::new(Self { tasks, slots, store, spool, history, scope, deadlines, late, unrecorded })
+        let (tasks, slots, budget) = (Mutex::default(), Arc::default(), Arc::default());
+        let unwanted = Unwanted::new(Arc::clone(&store), scope.clone());
+        let unrecorded = Unrecorded::new(Arc::clone(&store), scope.clone(), Arc::clone(&unwanted));
+        let unrecorded = Arc::new(unrecorded);
+        Arc::new(Self {
+            tasks,
+            slots,
+            budget,
+            store,
+            spool,
+            history,
+            scope,
+            deadlines,
+            late,
+            unrecorded,
+            unwanted,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TaskId, Running>> {
@@ -199,7 +184,8 @@ impl Relay {
             let left = limits.output_bytes.saturating_sub(received[0].saturating_add(received[1]));
             // Whatever the limit is: it runs.
             let slot = self.slots.take(&record.actor, usize::MAX);
-            let task = Task::recovered(record, REASON, received, left);
+            let share = self.budget.take(record.node, DEFAULT_OUTPUT_CREDIT);
+            let task = Task::recovered(record, REASON, received, left, share);
             self.lock().insert(task.id(), Running { task: Arc::clone(&task), _slot: slot });
             self.await_node(&task, 1, REASON);
             self.reader_lost(&task, 1);
@@ -231,8 +217,16 @@ impl Relay {
         let slot = self.slots.take(&new.actor.name, limits.commands).ok_or_else(|| {
             StartRefusal::TooMany { actor: new.actor.name.clone(), limit: limits.commands }
         })?;
+        if self.running() >= HUB_COMMANDS {
+            return Err(StartRefusal::Full { whose: "this hub".into(), limit: HUB_COMMANDS });
+        }
+        if self.running_on(new.node) >= NODE_COMMANDS {
+            let whose = format!("node {:?}", new.node_name);
+            return Err(StartRefusal::Full { whose, limit: NODE_COMMANDS });
+        }
         let window = (!new.detached).then_some(initial_credit);
-        let task = Task::new(record_of(&new), window, session.clone(), limits.output_bytes);
+        let share = self.budget.take(new.node, window.unwrap_or(DEFAULT_OUTPUT_CREDIT));
+        let task = Task::new(record_of(&new), window, session.clone(), limits.output_bytes, share);
         let id = task.id();
         let frame = hub_frame::Frame::StartTask(StartTask {
             task_id: id.as_bytes().to_vec().into(),
@@ -252,7 +246,7 @@ impl Relay {
                 reason: StartRefusal::GivenUp.to_string(),
                 ..TaskExit::default()
             };
-            self.conclude(task, exit);
+            self.conclude(task, exit, Known::NeverBegun);
             return Err(StartRefusal::GivenUp);
         }
         self.spool.begin(id);
@@ -260,7 +254,7 @@ impl Relay {
         // is searched after this, or the send fails.
         self.lock().insert(id, Running { task: Arc::clone(&task), _slot: Some(slot) });
         if session.send(frame).is_err() {
-            self.fail(id, TaskVerdict::StreamLost, "the node is not connected");
+            self.fail_unbegun(id, TaskVerdict::StreamLost, "the node is not connected");
         }
         let (relay, deadline, waiting) =
             (Arc::clone(self), self.deadlines.start, Arc::clone(&task));
@@ -268,7 +262,8 @@ impl Relay {
             // Taking the stream's place: a node that comes for it later is refused, and runs nothing.
             if waiting.take_opening() {
                 waiting.cancel(0, Duration::ZERO);
-                relay.fail(id, TaskVerdict::Failed, "the node did not start the command in time");
+                let reason = "the node did not start the command in time";
+                relay.fail_unbegun(id, TaskVerdict::Failed, reason);
             }
         });
         Ok(Begun::New(task))
@@ -360,6 +355,11 @@ impl Relay {
     /// A node begins a session and says what it holds. What it does not hold ends now; what it does, it
     /// can take up.
     pub fn session_began(self: &Arc<Self>, session: &SessionHandle, held: &[TaskId]) {
+        let ended = {
+            let tasks = self.lock();
+            held.iter().copied().filter(|id| !tasks.contains_key(id)).collect()
+        };
+        self.unwanted.end(session, ended);
         for task in self.those(|task| task.record.node == session.node) {
             if held.contains(&task.id()) {
                 // Its stream was one of another session, whose end may not have been noticed yet.
@@ -369,6 +369,16 @@ impl Relay {
                 let reason = "the node does not run the command any more; its end is not known";
                 self.fail(task.id(), TaskVerdict::StreamLost, reason);
             }
+        }
+    }
+
+    /// Asks a task's node to end it, and goes on asking in each session of the node until it has said how
+    /// the command ended, also after a restart of the hub.
+    pub fn cancel(&self, task: &Arc<Task>, signal: u32, grace: Duration) {
+        let news = !task.is_cancelled();
+        task.cancel(signal, grace);
+        if news {
+            self.unwanted.remember(task.id());
         }
     }
 
@@ -396,10 +406,10 @@ impl Relay {
         if task.has_ended() || !task.to_reader.is_read_by(reader) {
             return;
         }
-        let waiting = Arc::clone(task);
+        let (relay, waiting) = (Arc::clone(self), Arc::clone(task));
         let give_up = move || {
             if waiting.to_reader.is_read_by(reader) && !waiting.has_ended() {
-                waiting.cancel(0, DEFAULT_CANCEL_GRACE);
+                relay.cancel(&waiting, 0, DEFAULT_CANCEL_GRACE);
                 // What is still under way has no reader: let it flow, so that the command can end.
                 waiting.discard();
             }
@@ -443,20 +453,33 @@ impl Relay {
     }
 
     fn fail(&self, id: TaskId, verdict: TaskVerdict, reason: &str) {
+        self.fail_as(id, verdict, reason, Known::PerhapsBegun);
+    }
+
+    /// The same for one that its node cannot begin any more, and has not begun.
+    fn fail_unbegun(&self, id: TaskId, verdict: TaskVerdict, reason: &str) {
+        self.fail_as(id, verdict, reason, Known::NeverBegun);
+    }
+
+    fn fail_as(&self, id: TaskId, verdict: TaskVerdict, reason: &str, known: Known) {
         if let Some(task) = self.take(id, |_| true) {
+            // What came is known, though nobody says whether it is all.
+            let [stdout_bytes, stderr_bytes] = task.to_reader.received();
             let exit = TaskExit {
                 verdict: verdict.into(),
                 reason: reason.to_owned(),
+                stdout_bytes,
+                stderr_bytes,
                 ..TaskExit::default()
             };
-            self.conclude(task, exit);
+            self.conclude(task, exit, known);
         }
     }
 
     /// Gives a task the verdict its node reports; whether it had none.
     pub fn finish(&self, id: TaskId, node: NodeId, exit: TaskExit) -> bool {
         let task = self.take(id, |task| task.record.node == node);
-        task.map(|task| self.conclude(task, exit)).is_some()
+        task.map(|task| self.conclude(task, exit, Known::PerhapsBegun)).is_some()
     }
 
     /// A node reports how a task ended whose stream is gone.
@@ -469,24 +492,33 @@ impl Relay {
 
     fn take(&self, id: TaskId, wanted: impl FnOnce(&Task) -> bool) -> Option<Arc<Task>> {
         let mut tasks = self.lock();
-        if wanted(&tasks.get(&id)?.task) { Some(tasks.remove(&id)?.task) } else { None }
+        if !wanted(&tasks.get(&id)?.task) {
+            return None;
+        }
+        let task = tasks.remove(&id)?.task;
+        self.unwanted.concluded(&task);
+        Some(task)
     }
 
     /// Journals the verdict, and only then tells the reader and the node.
-    fn conclude(&self, task: Arc<Task>, mut exit: TaskExit) {
+    fn conclude(&self, task: Arc<Task>, mut exit: TaskExit, known: Known) {
         tidy(&mut exit);
         task.ended.cancel();
         task.to_node.close();
-        let end = journal_entry(&exit, task.started_at_ms());
+        let mut end = journal_entry(&exit, task.started_at_ms());
+        end.never_begun = known == Known::NeverBegun;
+        end.cancel_wanted = task.is_cancelled() && !end.is_nodes_word();
+        let unwanted = Arc::clone(&self.unwanted);
         let (store, spool) = (Arc::clone(&self.store), Arc::clone(&self.spool));
         let unrecorded = Arc::clone(&self.unrecorded);
         self.scope.spawn("task verdict", async move {
             // A reader that comes back finds the rest of the output there.
             if exit.stdout_bytes + exit.stderr_bytes > 0 {
-                spool.flush().await;
+                tokio::time::timeout(SPOOL_PATIENCE, spool.flush(task.id())).await.ok();
             }
             let end = match store.end_task(task.id(), end.clone()).await {
                 Ok(()) => {
+                    unwanted.journalled(task.id());
                     if let Some(session) = task.session() {
                         acknowledge(&session, task.id());
                     }
@@ -499,7 +531,7 @@ impl Relay {
                 }
             };
             task.to_reader.end(end);
-            spool.end(task.id()).await;
+            spool.end(task.id());
         });
     }
 }
@@ -547,6 +579,7 @@ fn record_of(new: &NewTask) -> TaskRecord {
         accepted_at_ms: new.accepted_at_ms,
         end: None,
         late: None,
+        cancel_wanted: false,
     }
 }
 

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::budget::Share;
 use super::to_node::ToNode;
 use super::to_reader::{Attached, FlowViolation, ToReader};
 use crate::node::registry::SessionHandle;
@@ -40,7 +41,8 @@ struct Place {
     /// The node has opened its stream once, or may not any more.
     opened: bool,
     started_at_ms: Option<i64>,
-    /// A cancel that could not be sent yet.
+    /// The latest cancel. It is said again in each session: that one was sent does not mean that it
+    /// arrived.
     cancel: Option<(u32, Duration)>,
 }
 
@@ -62,6 +64,8 @@ pub struct Task {
     phases: watch::Sender<u64>,
     /// Cancelled when the task has its verdict.
     pub(super) ended: CancellationToken,
+    /// Room for what its reader does not take.
+    _share: Share,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -75,8 +79,9 @@ impl Task {
         window: Option<u64>,
         session: SessionHandle,
         output_left: u64,
+        share: Share,
     ) -> Arc<Self> {
-        let to_reader = ToReader::new(window);
+        let to_reader = ToReader::new(window, share.bytes());
         let place = Place {
             session: Some(session),
             phase: Phase::Accepted,
@@ -85,7 +90,7 @@ impl Task {
             started_at_ms: None,
             cancel: None,
         };
-        Self::with(record, place, to_reader, ToNode::new(false), output_left)
+        Self::with(record, place, to_reader, ToNode::new(false), output_left, share)
     }
 
     /// A task that an earlier run of the hub left open; `received` bytes of it are in the spool.
@@ -94,17 +99,19 @@ impl Task {
         reason: &str,
         received: [u64; 2],
         output_left: u64,
+        share: Share,
     ) -> Arc<Self> {
-        let to_reader = ToReader::recovered(received, record.detached);
+        let cancel = record.cancel_wanted.then_some((0, DEFAULT_CANCEL_GRACE));
+        let to_reader = ToReader::recovered(received, record.detached, share.bytes());
         let place = Place {
             session: None,
             phase: Phase::Interrupted { reason: reason.to_owned() },
             interruptions: 1,
             opened: true,
             started_at_ms: None,
-            cancel: None,
+            cancel,
         };
-        Self::with(record, place, to_reader, ToNode::new(true), output_left)
+        Self::with(record, place, to_reader, ToNode::new(true), output_left, share)
     }
 
     fn with(
@@ -113,6 +120,7 @@ impl Task {
         to_reader: ToReader,
         to_node: ToNode,
         output_left: u64,
+        share: Share,
     ) -> Arc<Self> {
         Arc::new(Self {
             record,
@@ -124,6 +132,7 @@ impl Task {
             last_frame: Mutex::new(Instant::now()),
             phases: watch::Sender::new(0),
             ended: CancellationToken::new(),
+            _share: share,
         })
     }
 
@@ -166,13 +175,20 @@ impl Task {
         lock(&self.place).started_at_ms
     }
 
-    /// Asks the node to end the command; if the node is away, as soon as it is back.
-    pub fn cancel(&self, signal: u32, grace: Duration) {
+    /// Asks the node to end the command; if the node is away, as soon as it is back. See
+    /// [`super::relay::Relay::cancel`]: of this alone, a restart of the hub knows nothing.
+    pub(super) fn cancel(&self, signal: u32, grace: Duration) {
         let mut place = lock(&self.place);
-        let sent = place.session.as_ref().map(|s| s.send(cancel_frame(self.id(), signal, grace)));
-        if !matches!(sent, Some(Ok(()))) {
-            place.cancel = Some((signal, grace));
+        place.cancel = Some((signal, grace));
+        if let Some(session) = &place.session {
+            // If it has ended, the next one hears it.
+            session.send(cancel_frame(self.id(), signal, grace)).ok();
         }
+    }
+
+    /// Whether somebody wants it to end.
+    pub(super) fn is_cancelled(&self) -> bool {
+        lock(&self.place).cancel.is_some()
     }
 
     /// Whether it is reached through this session.
@@ -188,7 +204,7 @@ impl Task {
     /// The node is back and has the task: it is reached through this session from now on.
     pub(super) fn rebind(&self, session: &SessionHandle) {
         let mut place = lock(&self.place);
-        if let Some((signal, grace)) = place.cancel.take() {
+        if let Some((signal, grace)) = place.cancel {
             // If this session is gone, too, its end is the next interruption.
             session.send(cancel_frame(self.id(), signal, grace)).ok();
         }

@@ -3,39 +3,38 @@
 //!
 //! A folder for each task, in it segments of records; when a task has written more than its share, its
 //! oldest segment goes, and when all have, the tasks that ended first go. What is missing shows in the
-//! offsets of what follows. Written by one task of the hub's scope, beside the relay's path: a relay
-//! that is faster than the disk leaves a gap here, except for detached tasks, which wait.
+//! offsets of what follows. Written by one task of the hub's scope, beside the relay's path, for all tasks
+//! in turn: one that floods delays its own output and nobody else's. A relay that is faster than the disk
+//! leaves a gap here, except for detached tasks, which wait.
 //!
 //! Not synced: a crash of the hub loses nothing that was handed to the system, a loss of power loses
 //! the last seconds, and each record carries a check, so that what is read was written.
 
+mod queue;
 mod segment;
 
 use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cortex_shared::durable;
 use cortex_shared::ids::TaskId;
 use cortex_shared::replay::Piece;
 use cortex_shared::tasks::TaskScope;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use self::queue::{Order, Queue};
 pub use self::segment::SpoolReader;
 use self::segment::{SegmentWriter, segments};
 
-/// Pieces and orders that may wait for the writer.
-const QUEUE: usize = 4096;
-/// Bytes that may wait for it.
-const BACKLOG_BYTES: u64 = 32 * 1024 * 1024;
-/// Most orders that are carried out at once.
-const BATCH: usize = 256;
 /// A task's share is kept in so many segments, of which the oldest goes when a new one begins.
 const SEGMENTS: u64 = 8;
+
+/// Records are not made smaller than this, however small a task's share is.
+const LEAST_RECORD_BYTES: usize = 4096;
 
 /// How much is kept.
 #[derive(Clone, Copy, Debug)]
@@ -60,12 +59,6 @@ impl Default for SpoolLimits {
 /// Called once the piece has been dealt with.
 type Done = Box<dyn FnOnce() + Send>;
 
-enum Order {
-    Append(TaskId, Piece, Option<Done>),
-    End(TaskId),
-    Flush(oneshot::Sender<()>),
-}
-
 struct Kept {
     bytes: u64,
     ended: bool,
@@ -85,8 +78,7 @@ pub struct Spool {
     root: PathBuf,
     limits: SpoolLimits,
     index: Mutex<Index>,
-    orders: mpsc::Sender<Order>,
-    backlog: AtomicU64,
+    queue: Queue,
 }
 
 impl Spool {
@@ -116,16 +108,10 @@ impl Spool {
             index.ended.push_back(id);
             index.tasks.insert(id, Kept { bytes, ended: true, changed: watch::Sender::new(0) });
         }
-        let (orders, queue) = mpsc::channel(QUEUE);
-        let spool = Arc::new(Self {
-            root,
-            limits,
-            index: Mutex::new(index),
-            orders,
-            backlog: AtomicU64::new(0),
-        });
+        let spool =
+            Arc::new(Self { root, limits, index: Mutex::new(index), queue: Queue::default() });
         let writer = Writer { spool: Arc::clone(&spool), open: HashMap::new() };
-        scope.spawn("spool", writer.run(queue, scope.token().clone()));
+        scope.spawn("spool", writer.run(scope.token().clone()));
         Ok(spool)
     }
 
@@ -140,33 +126,19 @@ impl Spool {
     /// Keeps a piece of output, or, if the disk is too far behind, does not. `done` is called when it has
     /// been dealt with.
     pub fn append(&self, task: TaskId, piece: Piece, done: Option<Done>) {
-        let bytes = piece.data.len() as u64;
-        let waiting = self.backlog.fetch_add(bytes, Ordering::Relaxed);
-        let refused = if waiting + bytes > BACKLOG_BYTES {
-            Some(Order::Append(task, piece, done))
-        } else {
-            self.orders.try_send(Order::Append(task, piece, done)).err().map(|e| e.into_inner())
-        };
-        if let Some(Order::Append(_, piece, done)) = refused {
-            self.backlog.fetch_sub(piece.data.len() as u64, Ordering::Relaxed);
-            if let Some(done) = done {
-                done();
-            }
+        if let Err(Some(done)) = self.queue.append(task, piece, done) {
+            done();
         }
     }
 
-    /// Waits until everything that was appended before is in the files.
-    pub async fn flush(&self) {
-        let (written, waiting) = oneshot::channel();
-        if self.orders.send(Order::Flush(written)).await.is_ok() {
-            // A hub that stops does not answer, and nobody waits for it.
-            waiting.await.ok();
-        }
+    /// Waits until everything that was appended to this task before is in its files.
+    pub async fn flush(&self, task: TaskId) {
+        self.queue.flush(task).await;
     }
 
     /// The task writes no more: what is kept of it may have to go.
-    pub async fn end(&self, task: TaskId) {
-        self.orders.send(Order::End(task)).await.ok();
+    pub fn end(&self, task: TaskId) {
+        self.queue.end(task);
     }
 
     /// The task goes on after a restart of the hub; returns how far each stream is in the files.
@@ -231,24 +203,19 @@ struct Writer {
 
 impl Writer {
     /// Works until the token is cancelled, and then until nothing waits any more.
-    async fn run(mut self, mut queue: mpsc::Receiver<Order>, stop: CancellationToken) {
-        let mut closing = false;
+    async fn run(mut self, stop: CancellationToken) {
         loop {
-            let mut batch = Vec::new();
-            let received = tokio::select! {
-                received = queue.recv_many(&mut batch, BATCH) => received,
-                () = stop.cancelled(), if !closing => {
-                    closing = true;
-                    queue.close();
+            let spool = Arc::clone(&self.spool);
+            let batch = tokio::select! {
+                batch = spool.queue.next_batch() => batch,
+                () = stop.cancelled(), if !spool.queue.is_closed() => {
+                    spool.queue.close();
                     continue;
                 }
             };
-            if received == 0 {
-                return;
-            }
-            let spool = Arc::clone(&self.spool);
+            let Some(batch) = batch else { return };
             let written = tokio::task::spawn_blocking(move || {
-                batch.into_iter().for_each(|order| self.carry_out(order));
+                batch.into_iter().for_each(|(task, order)| self.carry_out(task, order));
                 self
             });
             self = match written.await {
@@ -262,20 +229,18 @@ impl Writer {
         }
     }
 
-    fn carry_out(&mut self, order: Order) {
+    fn carry_out(&mut self, task: TaskId, order: Order) {
         match order {
-            Order::Append(task, piece, done) => {
-                let bytes = piece.data.len() as u64;
+            Order::Append(piece, done) => {
                 if let Err(error) = self.append(task, &piece) {
                     tracing::warn!(%task, %error, "output of a task was not kept");
                     self.open.remove(&task);
                 }
-                self.spool.backlog.fetch_sub(bytes, Ordering::Relaxed);
                 if let Some(done) = done {
                     done();
                 }
             }
-            Order::End(task) => {
+            Order::End => {
                 self.open.remove(&task);
                 let mut index = self.spool.lock();
                 if let Some(kept) = index.tasks.get_mut(&task) {
@@ -304,11 +269,20 @@ impl Writer {
                 entry.insert(SegmentWriter::open(folder)?)
             }
         };
-        let mut freed = 0;
-        if writer.segment_bytes() >= segment_bytes {
-            freed = writer.next_segment(SEGMENTS)?;
+        let (mut freed, mut written) = (0, 0);
+        let mut rest = piece.clone();
+        while !rest.data.is_empty() {
+            // A piece may be larger than a segment is to be.
+            let most = usize::try_from(segment_bytes).unwrap_or(usize::MAX).max(LEAST_RECORD_BYTES);
+            let data = rest.data.split_to(most.min(rest.data.len()));
+            let part = Piece { data, ..rest };
+            rest.offset = part.end();
+            let full = writer.segment_bytes() + part.data.len() as u64 > segment_bytes;
+            if full && writer.segment_bytes() > 0 {
+                freed += writer.next_segment(SEGMENTS)?;
+            }
+            written += writer.append(&part)?;
         }
-        let written = writer.append(piece)?;
         let mut index = self.spool.lock();
         index.total_bytes = index.total_bytes.saturating_add(written).saturating_sub(freed);
         let kept = index.entry(task);
@@ -383,7 +357,7 @@ mod tests {
         for piece in &pieces {
             spool.append(task, piece.clone(), None);
         }
-        spool.flush().await;
+        spool.flush(task).await;
         assert_eq!(everything(&mut spool.reader(task)), pieces);
         // A second writer's torn record, and half of a header behind it.
         let segment = root.join(task.to_string()).join("00000000");
@@ -393,7 +367,7 @@ mod tests {
         let spool = Spool::open(root, SpoolLimits::default(), &scope).unwrap();
         assert_eq!(spool.reopen(task).unwrap(), [70_100, 5]);
         spool.append(task, piece(1, 5, 7), None);
-        spool.flush().await;
+        spool.flush(task).await;
         let read = everything(&mut spool.reader(task));
         assert_eq!((read.len(), read[3].clone()), (4, piece(1, 5, 7)));
     }
@@ -402,25 +376,25 @@ mod tests {
     async fn a_task_keeps_the_end_of_its_output_and_all_of_them_no_more_than_the_limit() {
         let folder = tempfile::tempdir().unwrap();
         let scope = TaskScope::new();
-        let limits = SpoolLimits { task_bytes: 80_000, total_bytes: 150_000, tasks: 10 };
+        let limits = SpoolLimits { task_bytes: 80_000, total_bytes: 130_000, tasks: 10 };
         let spool = Spool::open(folder.path().join("tasks"), limits, &scope).unwrap();
         let (first, second) = (TaskId::new(), TaskId::new());
         for task in [first, second] {
             for n in 0..100 {
                 spool.append(task, piece(0, n * 1000, 1000), None);
             }
-            spool.flush().await;
+            spool.flush(task).await;
             let read = everything(&mut spool.reader(task));
             let kept: usize = read.iter().map(|piece| piece.data.len()).sum();
             assert!((60_000..=80_000).contains(&kept), "{kept}");
             assert_eq!(read.last().unwrap().end(), 100_000);
             assert!(read.windows(2).all(|two| two[0].end() == two[1].offset));
-            spool.end(task).await;
+            spool.end(task);
         }
-        spool.flush().await;
+        spool.flush(second).await;
         assert!(everything(&mut spool.reader(first)).is_empty(), "the first to end had to go");
         assert!(!everything(&mut spool.reader(second)).is_empty());
-        assert!(spool.lock().total_bytes <= 150_000);
+        assert!(spool.lock().total_bytes <= 130_000);
     }
 
     #[tokio::test]
@@ -440,7 +414,7 @@ mod tests {
         for n in 0..50 {
             spool.append(task, piece(0, 10 + n * 1000, 1000), None);
         }
-        spool.flush().await;
+        spool.flush(task).await;
         let rest = everything(&mut reader);
         assert!(rest[0].offset > 10, "a gap, which its offset tells");
         assert_eq!(rest.last().unwrap().end(), 50_010);

@@ -76,7 +76,13 @@ struct State {
     replay: Replay,
     /// Bytes of each stream that came from the node.
     received: [u64; 2],
+    /// The next piece of a stream may leave a gap: the hub was restarted, and what its last run had not
+    /// written may be with the reader alone. Never otherwise: pieces that do not follow each other cannot
+    /// be joined, and each costs memory that no credit counts.
+    gap_allowed: [bool; 2],
     window: u64,
+    /// What the window may grow to.
+    most: u64,
     node_credit: u64,
     behind: u64,
     /// What may still be sent to the reader.
@@ -116,11 +122,12 @@ pub struct ToReader {
 }
 
 impl ToReader {
-    /// An empty mailbox; `window` is what its reader takes at first, none for a detached command.
+    /// An empty mailbox; `credit` is what its reader takes at first, none for a detached command. No
+    /// more than `most` bytes lie here.
     #[must_use]
-    pub fn new(window: Option<u64>) -> Self {
-        let taker = if window.is_some() { Taker::Reader } else { Taker::Spool };
-        let window = window.unwrap_or(cortex_proto::DEFAULT_OUTPUT_CREDIT).min(MAX_OUTPUT_CREDIT);
+    pub fn new(credit: Option<u64>, most: u64) -> Self {
+        let taker = if credit.is_some() { Taker::Reader } else { Taker::Spool };
+        let credit = credit.unwrap_or(cortex_proto::DEFAULT_OUTPUT_CREDIT).min(MAX_OUTPUT_CREDIT);
         let state = State {
             taker,
             reader: 1,
@@ -128,10 +135,12 @@ impl ToReader {
             news: None,
             replay: Replay::default(),
             received: [0; 2],
-            window,
+            gap_allowed: [false; 2],
+            window: credit.min(most),
+            most,
             node_credit: 0,
             behind: 0,
-            reader_credit: window,
+            reader_credit: credit,
             stdin_credit: 0,
             stdin_resume: None,
             stdin_resume_due: false,
@@ -143,12 +152,13 @@ impl ToReader {
 
     /// One that goes on where an earlier run of the hub stopped: `received` bytes are in the spool.
     #[must_use]
-    pub fn recovered(received: [u64; 2], detached: bool) -> Self {
-        let window = cortex_proto::DEFAULT_OUTPUT_CREDIT;
-        let mailbox = Self::new((!detached).then_some(window));
+    pub fn recovered(received: [u64; 2], detached: bool, most: u64) -> Self {
+        let credit = cortex_proto::DEFAULT_OUTPUT_CREDIT;
+        let mailbox = Self::new((!detached).then_some(credit), most);
         {
             let mut state = mailbox.lock();
             state.received = received;
+            state.gap_allowed = [true; 2];
             state.reader_credit = 0;
         }
         mailbox
@@ -182,7 +192,7 @@ impl ToReader {
         state.behind -= before;
         let held = state.replay.acknowledge(bytes - before);
         let extra = bytes - before - held;
-        state.window = state.window.saturating_add(extra).min(MAX_OUTPUT_CREDIT);
+        state.window = state.window.saturating_add(extra).min(state.most);
         state.reader_credit = state.reader_credit.saturating_add(bytes).min(MAX_OUTPUT_CREDIT);
         let more = if state.taker == Taker::Reader { state.top_up() } else { 0 };
         drop(state);
@@ -219,7 +229,7 @@ impl ToReader {
         state.received = [0, 1].map(|stream| state.received[stream].max(has[stream]));
         state.behind = unacknowledged.min(MAX_OUTPUT_CREDIT);
         state.reader_credit = credit.min(MAX_OUTPUT_CREDIT);
-        state.window = state.window.max(state.reader_credit);
+        state.window = state.window.max(state.reader_credit).min(state.most);
         let live_from = [0, 1].map(|stream| {
             let start = state.replay.start(stream).unwrap_or(state.received[stream]);
             start.max(has[stream])
@@ -242,6 +252,12 @@ impl ToReader {
         drop(state);
         self.ready.notify_waiters();
         more
+    }
+
+    /// How many bytes of each stream came from the node.
+    #[must_use]
+    pub fn received(&self) -> [u64; 2] {
+        self.lock().received
     }
 
     /// Whether this reader is still the one, and has not been given the end.
@@ -273,7 +289,7 @@ impl ToReader {
     /// granted at once.
     ///
     /// # Errors
-    /// If it is more than was granted, or not a frame.
+    /// If it is more than was granted, not a frame, or leaves out what comes before it.
     pub fn output(&self, output: Output) -> Result<(Option<Piece>, u64), FlowViolation> {
         let mut state = self.lock();
         let bytes = output.data.len() as u64;
@@ -292,6 +308,10 @@ impl ToReader {
         // A node that could not know what had arrived sends some of it again. What is missing before
         // a piece shows in its offset, to whoever reads it.
         let known = state.received[stream];
+        let gap_allowed = std::mem::take(&mut state.gap_allowed[stream]);
+        if piece.offset > known && !gap_allowed {
+            return Err(FlowViolation);
+        }
         state.received[stream] = known.max(end);
         let Some(piece) = piece.from(known) else { return Ok((None, state.top_up())) };
         match state.taker {
@@ -410,7 +430,7 @@ mod tests {
     }
 
     fn reading(window: u64) -> ToReader {
-        let mailbox = ToReader::new(Some(window));
+        let mailbox = ToReader::new(Some(window), MAX_OUTPUT_CREDIT);
         assert_eq!(mailbox.first_credit(), window.min(MAX_OUTPUT_CREDIT));
         mailbox
     }
@@ -436,6 +456,24 @@ mod tests {
         assert_eq!(mailbox.grant(u64::MAX), MAX_OUTPUT_CREDIT);
     }
 
+    #[test]
+    fn pieces_that_do_not_follow_each_other_are_taken_once_after_a_restart_and_never_again() {
+        let mailbox = ToReader::recovered([10, 0], false, MAX_OUTPUT_CREDIT);
+        mailbox.resume();
+        assert!(mailbox.output(output(14, b"ab")).is_ok(), "the reader has what is missing");
+        assert_eq!(mailbox.output(output(18, b"ab")), Err(FlowViolation));
+        assert!(mailbox.output(output(16, b"ab")).is_ok());
+    }
+
+    #[test]
+    fn no_more_lies_here_than_the_hub_has_room_for() {
+        let mailbox = ToReader::new(Some(100), 8);
+        assert_eq!(mailbox.first_credit(), 8);
+        assert_eq!(mailbox.grant(50), 0);
+        assert_eq!(mailbox.attach([0; 2], 100, 0).unwrap().reader, 2);
+        assert_eq!(mailbox.resume().1, 8);
+    }
+
     #[tokio::test]
     async fn output_is_joined_only_with_its_own_neighbour_and_the_end_comes_last() {
         let mailbox = reading(100);
@@ -443,7 +481,7 @@ mod tests {
         mailbox.output(output(0, b"ab")).unwrap();
         mailbox.output(Output { stream: 1, ..output(0, b"x") }).unwrap();
         mailbox.output(output(2, b"c")).unwrap();
-        mailbox.output(output(9, b"gap")).unwrap();
+        assert_eq!(mailbox.output(output(9, b"gap")), Err(FlowViolation));
         let mut frames = Vec::new();
         while let Some(frame) = mailbox.next(1).await {
             frames.push(frame);
@@ -454,7 +492,6 @@ mod tests {
                 ReaderFrame::Output(output(0, b"ab")),
                 ReaderFrame::Output(Output { stream: 1, ..output(0, b"x") }),
                 ReaderFrame::Output(output(2, b"c")),
-                ReaderFrame::Output(output(9, b"gap")),
                 ReaderFrame::End(End::NotRecorded),
             ]
         );
@@ -488,7 +525,7 @@ mod tests {
 
     #[tokio::test]
     async fn after_a_restart_of_the_hub_a_reader_gets_the_rest_from_the_spool_within_its_credit() {
-        let mailbox = ToReader::recovered([10, 0], false);
+        let mailbox = ToReader::recovered([10, 0], false, MAX_OUTPUT_CREDIT);
         let (from, credit) = mailbox.resume();
         assert_eq!((from, credit), ([10, 0], cortex_proto::DEFAULT_OUTPUT_CREDIT));
         mailbox.output(output(10, b"live")).unwrap();
@@ -503,7 +540,7 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_has_more_than_the_spool_gets_nothing_twice() {
         for node_first in [true, false] {
-            let mailbox = ToReader::recovered([4, 0], false);
+            let mailbox = ToReader::recovered([4, 0], false, MAX_OUTPUT_CREDIT);
             if node_first {
                 assert_eq!(mailbox.resume().0, [4, 0]);
             }
@@ -521,7 +558,7 @@ mod tests {
 
     #[test]
     fn a_detached_command_waits_for_the_spool_and_nobody_else() {
-        let mailbox = ToReader::new(None);
+        let mailbox = ToReader::new(None, MAX_OUTPUT_CREDIT);
         let window = mailbox.first_credit();
         mailbox.output(output(0, b"abcd")).unwrap();
         assert_eq!(mailbox.lock().node_credit, window - 4);

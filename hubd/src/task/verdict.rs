@@ -41,6 +41,8 @@ pub(super) fn journal_entry(exit: &TaskExit, started_at_ms: Option<i64>) -> Task
         duration_ms: exit.duration_ms,
         started_at_ms,
         ended_at_ms: unix_ms(),
+        never_begun: false,
+        cancel_wanted: false,
     }
 }
 

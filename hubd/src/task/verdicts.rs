@@ -12,6 +12,7 @@ use cortex_shared::tasks::TaskScope;
 use tokio::sync::Semaphore;
 
 use super::relay::acknowledge;
+use super::unwanted::Unwanted;
 use crate::node::registry::SessionHandle;
 use crate::store::{Store, TaskEnd};
 
@@ -25,12 +26,13 @@ pub(super) struct Unrecorded {
     store: Arc<dyn Store>,
     scope: TaskScope,
     places: Arc<Semaphore>,
+    unwanted: Arc<Unwanted>,
 }
 
 impl Unrecorded {
     /// Verdicts for this store, offered by tasks of this scope.
-    pub(super) fn new(store: Arc<dyn Store>, scope: TaskScope) -> Self {
-        Self { store, scope, places: Arc::new(Semaphore::new(MAX_UNRECORDED)) }
+    pub(super) fn new(store: Arc<dyn Store>, scope: TaskScope, unwanted: Arc<Unwanted>) -> Self {
+        Self { store, scope, places: Arc::new(Semaphore::new(MAX_UNRECORDED)), unwanted }
     }
 
     /// Offers a verdict again until the store has it or the hub ends. The node need not keep it once the
@@ -41,6 +43,7 @@ impl Unrecorded {
             return;
         };
         let (store, cancel) = (Arc::clone(&self.store), self.scope.token().clone());
+        let unwanted = Arc::clone(&self.unwanted);
         self.scope.spawn("verdict again", async move {
             let mut backoff = Backoff::new(AGAIN.0, AGAIN.1);
             loop {
@@ -51,6 +54,7 @@ impl Unrecorded {
                 match store.end_task(task, end.clone()).await {
                     Ok(()) => {
                         tracing::info!(%task, "a verdict was journalled late");
+                        unwanted.journalled(task);
                         if let Some(session) = &session {
                             acknowledge(session, task);
                         }

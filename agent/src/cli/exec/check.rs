@@ -1,6 +1,6 @@
 //! Whether all output has arrived, and which exit code an end means. Pure.
 
-use cortex_proto::v1::{TaskExit, TaskVerdict};
+use cortex_proto::v1::{TaskExit, TaskInterrupted, TaskVerdict};
 
 /// What was received of one stream: counted, hashed, and whether a piece was missing.
 #[derive(Debug, Default)]
@@ -55,13 +55,9 @@ impl OutputCheck {
     pub(in crate::cli) fn incomplete(&self, exit: &TaskExit) -> Option<String> {
         // Where the mesh itself does not know the end, it does not know the counts either; nor where the
         // hub ended the command and did not wait for what the node has to say, as in a revocation.
-        let nothing_counted = exit.stdout_bytes == 0
-            && exit.stderr_bytes == 0
-            && exit.stdout_hash.is_empty()
-            && exit.stderr_hash.is_empty();
         let unknown = match verdict(exit.verdict) {
             TaskVerdict::StreamLost | TaskVerdict::Unspecified => true,
-            TaskVerdict::Cancelled | TaskVerdict::Failed => nothing_counted,
+            TaskVerdict::Cancelled | TaskVerdict::Failed => !is_nodes_word(exit),
             TaskVerdict::Exited
             | TaskVerdict::Signalled
             | TaskVerdict::TimeLimit
@@ -74,6 +70,23 @@ impl OutputCheck {
         self.stdout
             .problem("stdout", exit.stdout_bytes, &exit.stdout_hash)
             .or_else(|| self.stderr.problem("stderr", exit.stderr_bytes, &exit.stderr_hash))
+    }
+}
+
+/// Whether the node itself said how it ended: the hub knows no hashes.
+pub(in crate::cli) fn is_nodes_word(exit: &TaskExit) -> bool {
+    !exit.stdout_hash.is_empty()
+}
+
+/// What to say where the session with the node is lost.
+pub(in crate::cli) fn interruption(news: &TaskInterrupted) -> String {
+    let reason = super::super::error::printable(&news.reason);
+    match news.resume_within_ms {
+        0 => reason,
+        ms => {
+            let wait = std::time::Duration::from_millis(ms);
+            format!("{reason}; waiting up to {wait:?} for it to come back")
+        }
     }
 }
 
@@ -97,6 +110,11 @@ pub(in crate::cli) fn exit_code(exit: &TaskExit) -> u8 {
     }
 }
 
+/// The code that the command itself ended with, if it did.
+pub(in crate::cli) fn own_exit_code(exit: &TaskExit) -> Option<u32> {
+    (verdict(exit.verdict) == TaskVerdict::Exited).then_some(exit.exit_code)
+}
+
 /// The verdict in JSON.
 pub(in crate::cli) fn verdict_name(value: i32) -> &'static str {
     match verdict(value) {
@@ -115,7 +133,10 @@ pub(in crate::cli) fn verdict_name(value: i32) -> &'static str {
 /// What to say about an end, beside its exit code; `None` where the code says it all.
 pub(in crate::cli) fn complaint(exit: &TaskExit) -> Option<String> {
     let what = match verdict(exit.verdict) {
-        TaskVerdict::Exited | TaskVerdict::Signalled => return None,
+        // The command's own end; what it left behind is still worth a word.
+        TaskVerdict::Exited | TaskVerdict::Signalled => {
+            return (!exit.hint.is_empty()).then(|| hint(exit));
+        }
         TaskVerdict::TimeLimit => "the command ran into its time limit",
         TaskVerdict::Cancelled => "the command was cancelled",
         TaskVerdict::Refused => "the node refused the command; it has not run",
@@ -129,9 +150,13 @@ pub(in crate::cli) fn complaint(exit: &TaskExit) -> Option<String> {
         text.push_str(&format!("cause: {}\n", super::super::error::printable(&exit.reason)));
     }
     if !exit.hint.is_empty() {
-        text.push_str(&format!("hint: {}\n", super::super::error::printable(&exit.hint)));
+        text.push_str(&hint(exit));
     }
     Some(text)
+}
+
+fn hint(exit: &TaskExit) -> String {
+    format!("hint: {}\n", super::super::error::printable(&exit.hint))
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use cortex_proto::v1;
 use cortex_shared::ids::{NodeId, TaskId};
 use serde::Serialize;
 
-use super::check::verdict_name;
+use super::check::{own_exit_code, verdict_name};
 use super::writer::Captured;
 
 /// One command on one node.
@@ -17,12 +17,15 @@ pub(super) struct Document {
     pub(super) verdict: &'static str,
     /// What `exec` ends with if this is its only target.
     pub(super) code: u8,
-    pub(super) exit_code: u32,
+    /// The command's own; null where it has none.
+    pub(super) exit_code: Option<u32>,
     pub(super) signal: u32,
     /// All output has arrived.
     pub(super) complete: bool,
-    /// Not all of it is in this document.
+    /// Not all of it is in this document; the counts are of all.
     pub(super) truncated: bool,
+    pub(super) stdout_bytes: u64,
+    pub(super) stderr_bytes: u64,
     pub(super) duration_ms: u64,
     pub(super) reason: String,
     pub(super) hint: String,
@@ -48,10 +51,12 @@ impl Document {
             node_id: id(NodeId::from_slice(&accepted.node_id).ok().map(|id| id.to_string())),
             verdict: verdict_name(exit.verdict),
             code,
-            exit_code: exit.exit_code,
+            exit_code: own_exit_code(exit),
             signal: exit.signal,
             complete,
             truncated: captured.truncated,
+            stdout_bytes: exit.stdout_bytes,
+            stderr_bytes: exit.stderr_bytes,
             duration_ms: exit.duration_ms,
             reason: exit.reason.clone(),
             hint: exit.hint.clone(),

@@ -13,11 +13,28 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetat
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::stdin::{Input, read_stdin};
+use super::stdin::{Input, STDIN_PIECE_BYTES, read_stdin};
 use crate::cli::error::CliError;
 
-/// Keys that may wait for the node, which is a large paste. More are not read, escapes among them.
-const MAX_WAITING_BYTES: usize = 1024 * 1024;
+/// Keys that may wait for the node, which is a very large paste. What comes beyond that while the
+/// command takes nothing is dropped, and that is said: it has to be read, since escapes may be behind
+/// it.
+const MAX_WAITING_BYTES: usize = 16 * 1024 * 1024;
+
+/// Signals that end a process that does not listen to them, and that nobody else here listens to.
+const ENDING: [i32; 11] = [
+    libc::SIGQUIT,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGIO,
+    libc::SIGPWR,
+    libc::SIGSTKFLT,
+    libc::SIGXCPU,
+    libc::SIGXFSZ,
+];
 
 const HELP: &str = "\
 Escapes, at the beginning of a line:
@@ -26,6 +43,9 @@ Escapes, at the beginning of a line:
   ~?   this help
   ~~   the character ~
 ";
+
+const DROPPED: &str =
+    "the command takes no keys, and more wait than there is room for: the rest is lost";
 
 /// Whether standard input is a terminal.
 pub(super) fn is_there() -> bool {
@@ -97,11 +117,12 @@ pub(super) struct Keyboard {
     keys_end: bool,
     escapes: Escapes,
     waiting: BytesMut,
+    dropped: bool,
     /// To the command; gone once the keys have ended and are all sent.
     forward: Option<mpsc::Sender<Bytes>>,
     resized: Signal,
     stopped: Signal,
-    quit: Signal,
+    ending: Vec<Signal>,
 }
 
 impl Keyboard {
@@ -115,12 +136,16 @@ impl Keyboard {
         let keyboard = Self {
             resized: listen(SignalKind::window_change())?,
             stopped: listen(SignalKind::from_raw(libc::SIGTSTP))?,
-            quit: listen(SignalKind::quit())?,
+            ending: ENDING
+                .into_iter()
+                .map(|number| listen(SignalKind::from_raw(number)))
+                .collect::<Result<_, _>>()?,
             raw: RawMode::enter().map_err(failed)?,
             keys: read_stdin(),
             keys_end: false,
             escapes: Escapes::default(),
             waiting: BytesMut::new(),
+            dropped: false,
             forward: Some(forward),
         };
         Ok((keyboard, input))
@@ -138,25 +163,37 @@ impl Keyboard {
             if self.keys_end && self.waiting.is_empty() {
                 self.forward = None;
             }
-            let hungry = !self.keys_end && self.waiting.len() < MAX_WAITING_BYTES;
             tokio::select! {
-                piece = self.keys.recv(), if hungry => match piece {
-                    Some(piece) => match self.escapes.take(&piece, &mut self.waiting) {
-                        Some(Escape::Leave) => return KeyEvent::Leave,
-                        Some(Escape::Suspend) => return self.suspend(),
-                        Some(Escape::Help) => self.say(HELP),
-                        None => {}
-                    },
+                piece = self.keys.recv(), if !self.keys_end => match piece {
+                    Some(piece) => {
+                        let escape = self.escapes.take(&piece, &mut self.waiting);
+                        if self.waiting.len() > MAX_WAITING_BYTES {
+                            self.waiting.truncate(MAX_WAITING_BYTES);
+                            if !std::mem::replace(&mut self.dropped, true) {
+                                self.say(DROPPED);
+                            }
+                        }
+                        match escape {
+                            Some(Escape::Leave) => return KeyEvent::Leave,
+                            Some(Escape::Suspend) => return self.suspend(),
+                            Some(Escape::Help) => self.say(HELP),
+                            None => {}
+                        }
+                    }
                     None => self.keys_end = true,
                 },
                 permit = room(&self.forward), if !self.waiting.is_empty() => match permit {
-                    Some(permit) => permit.send(self.waiting.split().freeze()),
+                    Some(permit) => {
+                        let most = self.waiting.len().min(STDIN_PIECE_BYTES);
+                        permit.send(self.waiting.split_to(most).freeze());
+                        self.dropped = false;
+                    }
                     // The command takes no more.
                     None => self.waiting.clear(),
                 },
                 _ = self.resized.recv() => return KeyEvent::Resized(size()),
                 _ = self.stopped.recv() => return self.suspend(),
-                _ = self.quit.recv() => return KeyEvent::Leave,
+                () = next_of(&mut self.ending) => return KeyEvent::Leave,
             }
         }
     }
@@ -172,6 +209,15 @@ impl Keyboard {
         }
         KeyEvent::Resized(size())
     }
+}
+
+/// The next of several signals.
+async fn next_of(signals: &mut [Signal]) {
+    std::future::poll_fn(|context| {
+        let heard = signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready());
+        if heard { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
 }
 
 async fn room(forward: &Option<mpsc::Sender<Bytes>>) -> Option<mpsc::Permit<'_, Bytes>> {

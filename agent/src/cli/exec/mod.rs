@@ -17,7 +17,7 @@ mod document;
 mod fan;
 mod keyboard;
 pub(super) mod one;
-mod request;
+pub(super) mod request;
 mod shell;
 mod signals;
 mod stdin;
@@ -109,7 +109,7 @@ pub(crate) struct ExecArgs {
     /// Time the command may take, such as 90s or 1h
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     time_limit: Option<Duration>,
-    /// Say the task's id and leave; `task logs`, `task wait` and `task attach` lead to it
+    /// Say the task's id (of each node) and leave; `task logs`, `task wait` and `task attach` lead to it
     #[arg(long, conflicts_with_all = ["stdin", "terminal"])]
     detach: bool,
     /// What happens to the command when the node loses the hub: it goes on and is taken up again, or is
@@ -169,15 +169,13 @@ pub(crate) async fn exec(global: &Global, args: ExecArgs) -> Result<u8, CliError
         let attached = one::Attached { start, stdin: args.stdin, output: args.output };
         return one::exec(global, attached).await;
     }
-    if args.detach {
-        return Err(
-            CliError::usage("--detach goes with a single target").hint("run it once for each node")
-        );
-    }
     if args.stdin || args.terminal {
         let flag = if args.terminal { "-t" } else { "-i" };
         return Err(CliError::usage(format!("{flag} goes with a single target"))
             .hint("-f - reads a script from standard input, for any number of targets"));
+    }
+    if args.detach {
+        return fan::detach(global, start, targets, args.several, args.output).await;
     }
     fan::exec(global, start, targets, args.several, args.output).await
 }

@@ -1,10 +1,12 @@
 //! One command on one node: output and exit code become ours.
 
 use cortex_proto::v1;
+use cortex_proto::v1::operator_client::OperatorClient;
 use cortex_shared::ids::TaskId;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tonic::transport::Channel;
 
 use super::check::{self, OutputCheck};
 use super::document::Document;
@@ -89,33 +91,41 @@ pub(in crate::cli) async fn exec(global: &Global, attached: Attached) -> Result<
     Ok(code)
 }
 
-#[derive(Serialize)]
-struct Detached {
-    task_id: String,
+/// A command that was begun and left to itself.
+#[derive(Debug, Serialize)]
+pub(super) struct Detached {
+    pub(super) task_id: String,
     node: String,
     node_id: String,
     /// The idempotency key led to a task that was there.
-    known: bool,
+    pub(super) known: bool,
 }
 
 /// Begins a command and leaves it to itself.
 async fn detach(global: &Global, output: Output, start: v1::ExecStart) -> Result<u8, CliError> {
-    let mut client = hub::operator(global).await?;
+    let detached = begin_detached(hub::operator(global).await?, start).await?;
+    let lines = [("task", detached.task_id.clone())];
+    global.printer(output).show(&detached, &lines)?;
+    Ok(0)
+}
+
+/// Begins a command that nobody stays with.
+pub(super) async fn begin_detached(
+    mut client: OperatorClient<Channel>,
+    start: v1::ExecStart,
+) -> Result<Detached, CliError> {
     let first = v1::ExecUp { frame: Some(v1::exec_up::Frame::Start(start)) };
     let mut down = client.exec(tokio_stream::once(first)).await?.into_inner();
     let answer = down.message().await?.and_then(|message| message.frame);
     let Some(v1::exec_down::Frame::Accepted(accepted)) = answer else {
         return Err(lost("the hub did not say that it accepted the command"));
     };
-    let detached = Detached {
+    Ok(Detached {
         task_id: id_text(&accepted.task_id),
         node: accepted.node_name,
         node_id: id_text(&accepted.node_id),
         known: accepted.known,
-    };
-    let lines = [("task", detached.task_id.clone())];
-    global.printer(output).show(&detached, &lines)?;
-    Ok(0)
+    })
 }
 
 /// An id of the wire as text; ids of all kinds look alike.

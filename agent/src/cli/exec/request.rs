@@ -27,19 +27,7 @@ pub(super) fn start(args: &ExecArgs) -> Result<v1::ExecStart, CliError> {
         return Err(CliError::usage("nothing to run")
             .hint("cortex-agent exec NODE -- CMD [ARG…], or -s 'LINE'"));
     }
-    let env = args
-        .env
-        .iter()
-        .map(|text| {
-            let text = text.clone().into_vec();
-            let split = text.iter().position(|b| *b == b'=').filter(|at| *at > 0);
-            let split = split.ok_or_else(|| CliError::usage("--env: expected NAME=VALUE"))?;
-            Ok(v1::EnvVar {
-                name: text[..split].to_vec().into(),
-                value: text[split + 1..].to_vec().into(),
-            })
-        })
-        .collect::<Result<_, CliError>>()?;
+    let env = variables(&args.env)?;
     let spec = v1::TaskSpec {
         argv: args.command.iter().map(bytes).collect(),
         script,
@@ -63,6 +51,20 @@ pub(super) fn start(args: &ExecArgs) -> Result<v1::ExecStart, CliError> {
         detach: args.detach,
         ..Default::default()
     })
+}
+
+/// The variables that `--env NAME=VALUE` gives.
+pub(in crate::cli) fn variables(given: &[OsString]) -> Result<Vec<v1::EnvVar>, CliError> {
+    let variable = |text: &OsString| {
+        let text = text.clone().into_vec();
+        let split = text.iter().position(|b| *b == b'=').filter(|at| *at > 0);
+        let split = split.ok_or_else(|| CliError::usage("--env: expected NAME=VALUE"))?;
+        Ok(v1::EnvVar {
+            name: text[..split].to_vec().into(),
+            value: text[split + 1..].to_vec().into(),
+        })
+    };
+    given.iter().map(variable).collect()
 }
 
 fn read_script(path: &PathBuf, stdin_is_taken: bool) -> Result<bytes::Bytes, CliError> {

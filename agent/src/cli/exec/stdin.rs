@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 pub(super) type Input = mpsc::Receiver<Bytes>;
 
 /// Largest piece of standard input.
-const STDIN_PIECE_BYTES: usize = 64 * 1024;
+pub(super) const STDIN_PIECE_BYTES: usize = 64 * 1024;
 
 /// Reads standard input on a thread that may block for ever; it ends with the process.
 pub(super) fn read_stdin() -> Input {

@@ -8,6 +8,7 @@
 //! Where the connection to the hub breaks, or the hub is restarted, it comes back by itself: output goes
 //! on at the byte it has, and input at the byte the node has.
 
+use std::io::Write as _;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -16,24 +17,23 @@ use cortex_proto::STDIN_WINDOW_BYTES;
 use cortex_proto::v1::operator_client::OperatorClient;
 use cortex_proto::v1::{self, exec_down, exec_up};
 use cortex_shared::replay::{Piece, Replay};
-use rand::RngExt as _;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 
+use super::check;
 use super::stdin::Input;
 use super::writer::{OutputTo, WriterEvent};
 use crate::cli::error::{CliError, Exit, printable};
+use crate::cli::persist::{PATIENCE, is_passing, jittered, next_delay};
 use crate::cli::printer::{ColorWhen, complain};
 
 /// Time between TERM and KILL for an interrupted command.
 const GRACE: Duration = Duration::from_secs(2);
-/// How long a hub that went away is tried again: longer than a restart takes.
-const RECONNECT_TIMEOUT: Duration = Duration::from_secs(60);
-/// Between two attempts, at first and at most.
-const RECONNECT_DELAYS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// Credit is given in frames of at least this part of the window.
+const CREDIT_SHARE: u64 = 8;
 /// How long after a cancel the end is waited for.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(12);
 /// The same where somebody wants to get away.
@@ -181,13 +181,12 @@ impl TaskStream {
     fn broke(&mut self, status: Status) -> Result<(), CliError> {
         self.down = None;
         let code = status.metadata().get(cortex_proto::CODE_TRAILER);
-        let passing = code.is_none_or(|code| code == "shutting_down" || code == "task_ending");
         let known = !self.accepted.task_id.is_empty() && self.accepted.resume_grace_ms > 0;
         let lost_at = *self.lost_at.get_or_insert_with(Instant::now);
-        if code.is_some() && !passing {
+        if code.is_some() && !is_passing(&status) {
             return Err(status.into());
         }
-        if !known || lost_at.elapsed() > RECONNECT_TIMEOUT {
+        if !known || lost_at.elapsed() > PATIENCE {
             tracing::debug!(%status, "the stream broke");
             let text = "the connection to the hub was lost; how the command ended is not known";
             return Err(match code {
@@ -197,15 +196,11 @@ impl TaskStream {
                 None => lost(text),
             });
         }
-        let delay = match self.retry {
-            Some((_, delay)) => (delay * 2).min(RECONNECT_DELAYS.1),
-            None => {
-                self.note("the connection to the hub was lost; reconnecting");
-                RECONNECT_DELAYS.0
-            }
-        };
-        let jitter = rand::rng().random_range(0.5..1.0);
-        self.retry = Some((Instant::now() + delay.mul_f64(jitter), delay));
+        if self.retry.is_none() {
+            self.note("the connection to the hub was lost; reconnecting");
+        }
+        let delay = next_delay(&status, self.retry.map(|(_, delay)| delay));
+        self.retry = Some((Instant::now() + jittered(delay), delay));
         Ok(())
     }
 
@@ -230,9 +225,18 @@ impl TaskStream {
 
     fn note(&self, what: &str) {
         let node = &self.accepted.node_name;
-        // In raw mode a line does not begin at the left by itself.
-        let edge = if self.on_terminal { "\r" } else { "" };
-        complain(&format!("{edge}note: {node}: {what}{edge}"), ColorWhen::Auto);
+        self.say(&format!("note: {node}: {what}"));
+    }
+
+    /// Says something to whoever sits here.
+    fn say(&self, text: &str) {
+        if self.on_terminal {
+            // In raw mode a line neither begins at the left nor ends there by itself.
+            let line = format!("\r{}\r\n", printable(text));
+            std::io::stderr().write_all(line.as_bytes()).ok();
+        } else {
+            complain(text, ColorWhen::Auto);
+        }
     }
 
     /// Hears the writer until `done`, which waits for it to write the last bytes.
@@ -274,10 +278,15 @@ impl TaskStream {
         self.output.close();
     }
 
+    /// Whether what was dealt with is worth a frame. Until then the command has the rest of the window.
+    fn credit_is_due(&self) -> bool {
+        self.credit > 0 && self.credit >= self.granted / CREDIT_SHARE
+    }
+
     fn has_frame(&self) -> bool {
         self.cancel.is_some()
             || self.resize.is_some()
-            || self.credit > 0
+            || self.credit_is_due()
             || self.input_fits()
             || self.input_end_is_due()
     }
@@ -292,7 +301,7 @@ impl TaskStream {
             self.resized = Some(size.clone());
             return Some(exec_up::Frame::Resize(size));
         }
-        if self.credit > 0 {
+        if self.credit_is_due() {
             let bytes = std::mem::take(&mut self.credit);
             return Some(exec_up::Frame::Credit(v1::Credit { bytes }));
         }
@@ -352,11 +361,7 @@ impl TaskStream {
             }
             Some(exec_down::Frame::StdinResume(resume)) => self.resume_input(resume),
             Some(exec_down::Frame::Interrupted(interrupted)) => {
-                let wait = Duration::from_millis(interrupted.resume_within_ms);
-                self.note(&format!(
-                    "{}; waiting up to {wait:?} for it to come back",
-                    printable(&interrupted.reason)
-                ));
+                self.note(&check::interruption(&interrupted));
             }
             Some(exec_down::Frame::Resumed(_)) => {
                 self.note("the node is back; the output goes on");
@@ -380,7 +385,7 @@ impl TaskStream {
                 "warning: PERMISSIVE: this runs on {node} outside the sandbox, with all rights of \
                  the agent's user"
             );
-            complain(&text, ColorWhen::Auto);
+            self.say(&text);
         }
     }
 

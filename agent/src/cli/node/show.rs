@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::cli::printer::{self, Row};
 use crate::client::say_skew;
-use crate::link::mode_of;
+use crate::link::{mode_of, network_of};
 
 /// A node as it is listed; the JSON of scripts.
 #[derive(Serialize)]
@@ -27,9 +27,11 @@ pub(crate) struct NodeRow {
     arch: String,
     pub(crate) effective_mode: String,
     pub(crate) policy: String,
+    pub(crate) policy_network: String,
     pub(crate) policy_until_ms: i64,
     pub(crate) policy_reason: String,
     pub(crate) ceiling: String,
+    pub(crate) ceiling_network: String,
     session_epoch: u64,
     pub(super) running_tasks: u32,
     cordoned: bool,
@@ -89,6 +91,14 @@ struct MissingJson {
     remedy: String,
 }
 
+/// What somebody lets commands do, for people.
+pub(crate) fn bound_text(mode: &str, network: &str) -> String {
+    match network {
+        "none" => mode.to_owned(),
+        network => format!("{mode}, network {network}"),
+    }
+}
+
 impl NodeRow {
     /// Its id and its name.
     pub(super) fn into_identity(self) -> (String, String) {
@@ -123,9 +133,11 @@ impl NodeRow {
             arch: node.arch,
             effective_mode: mode_of(node.effective_mode).to_string(),
             policy: mode_of(node.policy).to_string(),
+            policy_network: network_of(node.policy_network).to_string(),
             policy_until_ms: node.policy_until_ms,
             policy_reason: node.policy_reason,
             ceiling: mode_of(node.ceiling).to_string(),
+            ceiling_network: network_of(node.ceiling_network).to_string(),
             session_epoch: node.session_epoch,
             running_tasks: node.running_tasks,
             cordoned: node.cordoned,
@@ -167,14 +179,19 @@ impl NodeRow {
 
     /// The hub's policy with its end and reason.
     pub(crate) fn policy_text(&self) -> String {
-        if self.policy_until_ms == 0 {
-            return self.policy.clone();
+        let mut text = bound_text(&self.policy, &self.policy_network);
+        if self.policy_until_ms != 0 {
+            text.push_str(&format!(" until {}", printer::time(self.policy_until_ms)));
         }
-        let reason = match self.policy_reason.as_str() {
-            "" => String::new(),
-            reason => format!(": {reason}"),
-        };
-        format!("{} until {}{reason}", self.policy, printer::time(self.policy_until_ms))
+        if !self.policy_reason.is_empty() {
+            text.push_str(&format!(": {}", self.policy_reason));
+        }
+        text
+    }
+
+    /// The owner's bound.
+    pub(crate) fn ceiling_text(&self) -> String {
+        bound_text(&self.ceiling, &self.ceiling_network)
     }
 
     fn sandbox_text(&self) -> String {
@@ -240,7 +257,7 @@ impl NodeRow {
             ("agent", self.agent_version.clone()),
             ("mode", self.effective_mode.clone()),
             ("hub policy", self.policy_text()),
-            ("ceiling", self.ceiling.clone()),
+            ("ceiling", self.ceiling_text()),
             ("sandbox", self.sandbox_text()),
             ("running commands", self.running_tasks.to_string()),
         ]);
@@ -335,6 +352,12 @@ mod tests {
         assert!(text.starts_with("permissive until 2030-"), "{text}");
         assert!(text.ends_with(": driver"), "{text}");
         assert_eq!(NodeRow::of(v1::NodeInfo::default()).policy_text(), "strict");
+        let info = v1::NodeInfo {
+            policy_network: v1::Network::Full.into(),
+            policy_reason: "builds".into(),
+            ..Default::default()
+        };
+        assert_eq!(NodeRow::of(info).policy_text(), "strict, network full: builds");
     }
 
     #[test]

@@ -10,26 +10,29 @@ use crate::cli::printer::Row;
 #[derive(Serialize)]
 pub(super) struct End {
     verdict: &'static str,
-    exit_code: u32,
+    /// Null unless the command itself ended with one.
+    exit_code: Option<u32>,
     signal: u32,
     reason: String,
     hint: String,
+    /// Without the node's word: what came to the hub.
     stdout_bytes: u64,
     stderr_bytes: u64,
-    duration_ms: u64,
+    /// Null if the node has not said how it ended.
+    duration_ms: Option<u64>,
 }
 
 impl From<&v1::TaskExit> for End {
     fn from(exit: &v1::TaskExit) -> Self {
         Self {
             verdict: check::verdict_name(exit.verdict),
-            exit_code: exit.exit_code,
+            exit_code: check::own_exit_code(exit),
             signal: exit.signal,
             reason: exit.reason.clone(),
             hint: exit.hint.clone(),
             stdout_bytes: exit.stdout_bytes,
             stderr_bytes: exit.stderr_bytes,
-            duration_ms: exit.duration_ms,
+            duration_ms: check::is_nodes_word(exit).then_some(exit.duration_ms),
         }
     }
 }
@@ -60,6 +63,8 @@ pub(super) struct TaskRow {
     detached: bool,
     idempotency_key: String,
     retry_of: String,
+    /// Somebody wants it to end, and its node has not said yet that it has.
+    pub(super) cancel_pending: bool,
 }
 
 fn state_name(state: TaskState) -> &'static str {
@@ -91,8 +96,8 @@ impl From<&v1::TaskInfo> for TaskRow {
             },
             state: state_name(info.state()),
             verdict: end.as_ref().map(|end| end.verdict),
-            exit_code: end.as_ref().map(|end| end.exit_code),
-            signal: end.as_ref().map(|end| end.signal),
+            exit_code: end.as_ref().and_then(|end| end.exit_code),
+            signal: end.as_ref().map(|end| end.signal).filter(|signal| *signal != 0),
             reason,
             end,
             accepted_at_ms: info.accepted_at_ms,
@@ -103,6 +108,7 @@ impl From<&v1::TaskInfo> for TaskRow {
             detached: info.detached,
             idempotency_key: info.idempotency_key.clone(),
             retry_of: id_text(&info.retry_of),
+            cancel_pending: info.cancel_pending,
         }
     }
 }
@@ -115,7 +121,7 @@ impl Row for TaskRow {
         // The end of an id tells tasks apart; the beginning is a time.
         let short = self.task_id.get(self.task_id.len().saturating_sub(12)..).unwrap_or_default();
         let code = match (&self.end, self.verdict) {
-            (Some(end), Some("exited")) => end.exit_code.to_string(),
+            (Some(End { exit_code: Some(code), .. }), _) => code.to_string(),
             (_, Some(verdict)) => verdict.to_owned(),
             _ => String::new(),
         };
@@ -162,7 +168,12 @@ pub(super) fn lines(info: &v1::TaskInfo) -> Vec<(&'static str, String)> {
         lines.push(("verdict", said(end)));
         lines.push(("hint", end.hint.clone()));
         let (out, err) = (end.stdout_bytes, end.stderr_bytes);
-        lines.push(("output", format!("{out} bytes, and {err} of errors")));
+        let far = if end.duration_ms.is_some() { "" } else { ", as far as it came to the hub" };
+        lines.push(("output", format!("{out} bytes, and {err} of errors{far}")));
+    }
+    if row.cancel_pending {
+        let wanted = "wanted; the node has not said yet that the command has ended";
+        lines.push(("cancel", wanted.to_owned()));
     }
     if let Some(late) = &row.late_outcome {
         let at = time(row.late_outcome_at_ms);
@@ -173,10 +184,14 @@ pub(super) fn lines(info: &v1::TaskInfo) -> Vec<(&'static str, String)> {
 }
 
 fn said(end: &End) -> String {
-    let took = std::time::Duration::from_millis(end.duration_ms);
-    let with = match end.signal {
-        0 => format!("exit code {}", end.exit_code),
-        signal => format!("signal {signal}"),
-    };
-    format!("{} ({with}) after {took:?}", end.verdict)
+    let mut said = end.verdict.to_owned();
+    match (end.exit_code, end.signal) {
+        (Some(code), _) => said.push_str(&format!(" (exit code {code})")),
+        (None, 0) => {}
+        (None, signal) => said.push_str(&format!(" (signal {signal})")),
+    }
+    if let Some(took) = end.duration_ms.map(std::time::Duration::from_millis) {
+        said.push_str(&format!(" after {took:?}"));
+    }
+    said
 }

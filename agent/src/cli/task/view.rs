@@ -1,14 +1,13 @@
 //! The output of a task for somebody who did not start it.
 
-use std::time::Duration;
-
 use cortex_proto::v1::{self, OutputStream, read_task_response::Frame};
 use tokio::io::AsyncWriteExt as _;
-use tonic::Streaming;
+use tonic::{Status, Streaming};
 
 use super::no_task;
-use crate::cli::error::{CliError, Exit, printable};
+use crate::cli::error::{CliError, Exit};
 use crate::cli::exec::check;
+use crate::cli::persist::Persistence;
 use crate::cli::printer::{ColorWhen, complain};
 use crate::cli::{Global, hub};
 
@@ -25,21 +24,15 @@ pub(super) async fn write(
     task: String,
     follow: bool,
 ) -> Result<v1::TaskInfo, CliError> {
-    let mut client = hub::operator(global).await?;
-    let request = v1::ReadTaskRequest { task, follow };
-    let frames = client.read_task(request).await?.into_inner();
-    let (info, written) = pass(frames).await?;
+    let (info, written) = read(global, task, follow).await?;
     report(&info, &written);
     Ok(info)
 }
 
 /// The same, to the end of the task; its exit code becomes ours.
 pub(super) async fn attach(global: &Global, task: String) -> Result<u8, CliError> {
-    let mut client = hub::operator(global).await?;
-    let request = v1::ReadTaskRequest { task, follow: true };
-    let frames = client.read_task(request).await?.into_inner();
     let (info, written) = tokio::select! {
-        passed = pass(frames) => passed?,
+        read = read(global, task, true) => read?,
         interrupted = tokio::signal::ctrl_c() => {
             interrupted?;
             return Err(CliError::new(Exit::Code(130), "left; the task goes on")
@@ -55,11 +48,57 @@ pub(super) async fn attach(global: &Global, task: String) -> Result<u8, CliError
     Ok(if missing { 125 } else { check::exit_code(exit) })
 }
 
+/// What ends the reading before the end of the task.
+enum Broken {
+    /// The stream, and perhaps another one goes on.
+    Stream(Status),
+    /// Our own output.
+    Output(std::io::Error),
+}
+
+impl From<Status> for Broken {
+    fn from(status: Status) -> Self {
+        Self::Stream(status)
+    }
+}
+
+impl From<std::io::Error> for Broken {
+    fn from(error: std::io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+/// Reads to the end; where the hub goes away for a moment, from the byte on that is due.
+async fn read(
+    global: &Global,
+    task: String,
+    follow: bool,
+) -> Result<(v1::TaskInfo, Written), CliError> {
+    let mut client = hub::operator(global).await?;
+    let (mut written, mut persistence) = (Written::default(), Persistence::default());
+    loop {
+        let [stdout_offset, stderr_offset] = written.next;
+        let task = task.clone();
+        let request = v1::ReadTaskRequest { task, follow, stdout_offset, stderr_offset };
+        let status = match client.read_task(request).await {
+            Ok(answer) => match pass(answer.into_inner(), &mut written, &mut persistence).await {
+                Ok(info) => return Ok((info, written)),
+                Err(Broken::Output(error)) => return Err(error.into()),
+                Err(Broken::Stream(status)) => status,
+            },
+            Err(status) => status,
+        };
+        persistence.pause(status).await?;
+    }
+}
+
 async fn pass(
     mut frames: Streaming<v1::ReadTaskResponse>,
-) -> Result<(v1::TaskInfo, Written), CliError> {
+    written: &mut Written,
+    persistence: &mut Persistence,
+) -> Result<v1::TaskInfo, Broken> {
     let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
-    let mut written = Written::default();
+    persistence.arrived();
     while let Some(response) = frames.message().await? {
         match response.frame {
             Some(Frame::Output(output)) => {
@@ -76,19 +115,17 @@ async fn pass(
                 }
             }
             Some(Frame::Interrupted(news)) => {
-                let wait = Duration::from_millis(news.resume_within_ms);
-                let reason = printable(&news.reason);
-                let text = format!("note: {reason}; waiting up to {wait:?} for it to come back\n");
+                let text = format!("note: {}\n", check::interruption(&news));
                 complain(&text, ColorWhen::Auto);
             }
             Some(Frame::Resumed(_)) => {
                 complain("note: the node is back; the output goes on\n", ColorWhen::Auto);
             }
-            Some(Frame::Task(info)) => return Ok((info, written)),
+            Some(Frame::Task(info)) => return Ok(info),
             None => {}
         }
     }
-    Err(no_task())
+    Err(Status::unavailable("the hub closed the stream before the end").into())
 }
 
 /// Says what is missing; whether something is.

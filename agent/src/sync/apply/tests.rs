@@ -111,7 +111,7 @@ fn a_replaced_file_keeps_its_mode_takes_the_time_and_is_found_in_the_trash() {
 }
 
 #[test]
-fn an_edit_between_plan_and_apply_is_left_alone() {
+fn t30_an_edit_between_plan_and_apply_is_left_alone() {
     for to in [Some("new"), None] {
         let mut tree = Fixture::new();
         tree.known("f", "old", false);
@@ -126,7 +126,7 @@ fn an_edit_between_plan_and_apply_is_left_alone() {
 }
 
 #[test]
-fn an_edit_that_looks_the_same_is_found_out_after_it_was_displaced_and_put_back() {
+fn t30_an_edit_that_looks_the_same_is_found_out_after_it_was_displaced_and_put_back() {
     for to in [Some("new"), None] {
         let mut tree = Fixture::new();
         tree.known("f", "edit", true);

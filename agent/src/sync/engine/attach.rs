@@ -14,7 +14,9 @@ use super::super::ground::Ground;
 use super::super::ignore::Ignore;
 use super::super::index::{Index, IndexError};
 use super::super::private_dir::PrivateDir;
+use super::super::roots::{HeldRoot, RootTaken, overlap, real_path_on};
 use super::super::watch::{Dirty, Watch};
+use super::replica::{Replica, ReplicaError, check_replica};
 use crate::root_dir::{DirIdentity, RootDir};
 
 /// Why a workspace cannot be worked in.
@@ -30,20 +32,31 @@ pub(super) enum AttachError {
          detach the workspace and attach it again to merge with this one", path.display()
     )]
     Replaced { path: PathBuf },
-    #[error("another agent works in {}; stop it or choose another directory", path.display())]
-    Locked { path: PathBuf },
+    #[error(
+        "the directory at {} does not carry the token of the one that was synced: it may be an older \
+         copy of it; bring the right one back, or detach the workspace and attach it again to merge \
+         with this one", path.display()
+    )]
+    OtherReplica { path: PathBuf },
+    #[error(transparent)]
+    Taken(#[from] RootTaken),
+    #[error("{} overlaps with this agent's own state in {}", path.display(), state.display())]
+    OwnState { path: PathBuf, state: PathBuf },
     #[error("cannot use the root directory {}: {source}", path.display())]
     Root { path: PathBuf, source: io::Error },
     #[error("cannot use the state directory {}: {source}", path.display())]
     State { path: PathBuf, source: io::Error },
     #[error("no place for the private directory on the file system of {}: {source}", path.display())]
     Private { path: PathBuf, source: io::Error },
+    #[error("cannot read .cortexignore in {}: {source}", path.display())]
+    Rules { path: PathBuf, source: io::Error },
     #[error("cannot use the index: {0}")]
     Index(#[from] IndexError),
 }
 
 /// The open root, and which directory it is.
 pub(super) struct Attached {
+    pub(super) held: HeldRoot,
     pub(super) core: Core,
     pub(super) identity: DirIdentity,
 }
@@ -77,13 +90,9 @@ pub(super) fn attach(
         }
         Err(source) => return Err(AttachError::Root { path: path(), source }),
     };
-    // Held as long as the directory is open. On the directory itself, since agents with different
-    // state directories have nothing else in common.
-    match top.lock() {
-        Ok(false) => return Err(AttachError::Locked { path: path() }),
-        // Some network file systems lock nothing.
-        Err(error) => tracing::warn!(root = ?config.root, %error, "cannot lock the root"),
-        Ok(true) => {}
+    let held = config.roots.hold(disk, &config.name, &config.root, &top)?;
+    if overlap(&real_path_on(disk, &config.root), &real_path_on(disk, &config.state_dir)) {
+        return Err(AttachError::OwnState { path: path(), state: config.state_dir.clone() });
     }
     let identity = top.identity().map_err(|source| AttachError::Root { path: path(), source })?;
     let mut index = Index::open(&folder)?;
@@ -94,25 +103,30 @@ pub(super) fn attach(
         Some(_) => {}
         None => index.batch(|writer| writer.set_root(identity))?,
     }
+    match check_replica(&top, &mut index) {
+        Ok(Replica::Ours) => {}
+        Ok(Replica::Other) => return Err(AttachError::OtherReplica { path: path() }),
+        Err(ReplicaError::Index(error)) => return Err(error.into()),
+        Err(ReplicaError::Root(source)) => return Err(AttachError::Root { path: path(), source }),
+    }
     let private = PrivateDir::open(ground, config.id, &folder, &config.root, &top)
         .map_err(|source| AttachError::Private { path: path(), source })?;
     tracing::debug!(workspace = %config.name, private = ?private.path(), "attached");
     let meta = top.meta().map_err(|source| AttachError::Root { path: path(), source })?;
     let owner = rustix::process::geteuid().is_root().then_some((meta.uid, meta.gid));
+    let root = RootDir::new(top);
+    // Before the first look: what is left out is not even read.
+    let ignore =
+        Ignore::load(&root).map_err(|source| AttachError::Rules { path: path(), source })?;
+    index.set_ignore(ignore.clone())?;
+    dirty.set_ignore(ignore.clone());
     let watch = ground.watched.then(|| Watch::new(&config.root, dirty)).and_then(|watch| {
         watch
             .inspect_err(|error| tracing::warn!(%error, "cannot watch; looking from time to time"))
             .ok()
     });
-    let core = Core {
-        root: RootDir::new(top),
-        private: Arc::new(private),
-        index,
-        ignore: Ignore,
-        watch,
-        owner,
-    };
-    Ok(Attached { core, identity })
+    let core = Core { root, private: Arc::new(private), index, ignore, watch, owner };
+    Ok(Attached { held, core, identity })
 }
 
 /// Checks that the root is still what it was. Blocking.

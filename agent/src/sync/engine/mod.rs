@@ -6,27 +6,33 @@
 
 mod attach;
 mod hold;
+mod looks;
 mod pass;
+mod replica;
+mod rules;
 mod work;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cortex_shared::clock::unix_ms;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::apply::rescue_late_writes;
-use super::core::{CoreCell, SyncError};
+use super::core::{Core, CoreCell, SyncError};
 use super::ground::{Blocking, Ground};
 use super::hub::Hub;
 use super::index::Index;
+use super::mode::MemberOptions;
+use super::occupancy::Occupancy;
 use super::problem::{Finding, Stage};
 use super::scan::{Directories, Report, ScanError, Scanner, Scope};
 use super::status::{Progress, SyncState};
-use super::watch::{Dirty, Unwatched};
+use super::watch::{Dirty, Unwatched, Watch};
 use super::{FlushError, WorkspaceConfig};
 use crate::root_dir::DirIdentity;
 use attach::{AttachError, Attached, attach, check_root};
@@ -34,12 +40,13 @@ use work::Work;
 
 /// How long it has to be quiet before changes are looked at, so that one look sees a whole save.
 const QUIET: Duration = Duration::from_millis(50);
+/// The same after a file was closed or got its name: that is how a save ends.
+const QUIET_FINISHED: Duration = Duration::from_millis(5);
+/// That little is enough after a rest of this length: who saves all the time is not followed save by
+/// save.
+const RESTED: Duration = Duration::from_millis(500);
 /// The longest a change waits for quiet.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
-/// Everything is looked at this often, whatever the hints say.
-const FULL_SCAN: Duration = Duration::from_secs(600);
-/// The same where not every directory can be watched.
-const POLL: Duration = Duration::from_secs(30);
 /// How often a halted workspace looks whether its root is back.
 const HALTED_RETRY: Duration = Duration::from_secs(2);
 /// When paths that could not be synced are tried again.
@@ -65,7 +72,8 @@ pub(super) enum Command {
 pub(super) struct Engine<H> {
     pub(super) ground: Ground,
     pub(super) config: WorkspaceConfig,
-    pub(super) hub: H,
+    pub(super) options: watch::Receiver<MemberOptions>,
+    pub(super) hub: Arc<H>,
     /// Another line to the same hub.
     pub(super) large: Arc<H>,
     pub(super) scope: TaskScope,
@@ -74,6 +82,7 @@ pub(super) struct Engine<H> {
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) cancel: CancellationToken,
     pub(super) progress: Arc<Progress>,
+    pub(super) occupancy: Occupancy,
 }
 
 /// Why the engine stopped working in a root.
@@ -104,26 +113,48 @@ enum RoundError {
 impl<H: Hub> Engine<H> {
     /// Runs until it is cancelled.
     pub(super) async fn run(mut self) {
-        while !self.cancel.is_cancelled() {
+        let stop = self.cancel.clone();
+        // Why it was halted before: the same reason is said once.
+        let mut told = None;
+        while !stop.is_cancelled() {
+            let options = *self.options.borrow_and_update();
+            self.progress.update(|status| status.mode = options.mode);
+            if options.paused {
+                self.paused(&stop).await;
+                continue;
+            }
+            // A pause ends the work in the root like a stop, so it waits for nothing either.
+            self.cancel = stop.child_token();
             let dirty = Arc::new(Dirty::default());
             let reason = match self.attach(dirty.clone()).await {
-                Ok(Attached { core, identity }) => {
-                    let mut work =
-                        Work::new(CoreCell::new(core, self.ground.blocking), identity, dirty);
-                    let end = self.work(&mut work).await;
+                Ok(Attached { held, core, identity }) => {
+                    let core = CoreCell::new(core, self.ground.blocking);
+                    let mut work = Work::new(core, identity, dirty);
+                    told = None;
+                    let pausing = pausing(self.options.clone(), self.cancel.clone());
+                    let end = tokio::select! {
+                        biased;
+                        never = pausing => match never {},
+                        end = self.work(&mut work) => end,
+                    };
                     work.end_transfers().await;
+                    drop(held);
                     for flush in work.flushes.drain(..) {
-                        flush.answer.send(Err(FlushError::Stopped)).ok();
+                        flush.answer.send(Err(self.stopped())).ok();
                     }
                     match end {
-                        End::Stopped => return,
+                        End::Stopped => continue,
                         End::Halted(reason) => reason,
                         End::Again => continue,
                     }
                 }
                 Err(reason) => reason,
             };
-            self.halted(reason).await;
+            if told.as_ref() != Some(&reason) {
+                tracing::error!(workspace = %self.config.name, reason, "sync halted");
+            }
+            self.halted(&reason).await;
+            told = Some(reason);
         }
     }
 
@@ -133,12 +164,37 @@ impl<H: Hub> Engine<H> {
         attached.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
     }
 
+    /// Why a flush that was begun before comes to no end.
+    fn stopped(&self) -> FlushError {
+        if self.options.borrow().paused { FlushError::Paused } else { FlushError::Stopped }
+    }
+
+    /// Does nothing until it is told to go on.
+    async fn paused(&mut self, stop: &CancellationToken) {
+        self.progress.update(|status| {
+            status.state = SyncState::Paused;
+            status.halted_reason.clear();
+        });
+        loop {
+            tokio::select! {
+                // Who resumes and then flushes is not told that it is paused.
+                biased;
+                () = stop.cancelled() => return,
+                options = next_value(&mut self.options) => if !options.paused { return },
+                Some(command) = self.commands.recv() => {
+                    if let Command::Flush(answer) = command {
+                        answer.send(Err(FlushError::Paused)).ok();
+                    }
+                }
+            }
+        }
+    }
+
     /// Tells why nothing is done, and waits a while.
-    async fn halted(&mut self, reason: String) {
-        tracing::error!(workspace = %self.config.name, reason, "sync halted");
+    async fn halted(&mut self, reason: &str) {
         self.progress.update(|status| {
             status.state = SyncState::Halted;
-            status.halted_reason.clone_from(&reason);
+            reason.clone_into(&mut status.halted_reason);
         });
         let retry = tokio::time::sleep(HALTED_RETRY);
         tokio::pin!(retry);
@@ -147,9 +203,10 @@ impl<H: Hub> Engine<H> {
                 biased;
                 () = self.cancel.cancelled() => return,
                 () = &mut retry => return,
+                _ = next_value(&mut self.options) => return,
                 Some(command) = self.commands.recv() => {
                     if let Command::Flush(answer) = command {
-                        answer.send(Err(FlushError::Halted { reason: reason.clone() })).ok();
+                        answer.send(Err(FlushError::Halted { reason: reason.to_owned() })).ok();
                     }
                 }
             }
@@ -159,6 +216,9 @@ impl<H: Hub> Engine<H> {
     async fn work(&mut self, work: &mut Work) -> End {
         self.progress.update(|status| status.halted_reason.clear());
         work.dirty.add(Scope::Tree(None));
+        if let Err(error) = self.tell_rules(work).await {
+            tracing::error!(workspace = %self.config.name, %error, "sync failed");
+        }
         loop {
             let round = Box::pin(self.round(work)).await;
             let more = match &round {
@@ -172,7 +232,7 @@ impl<H: Hub> Engine<H> {
             };
             if more {
                 // Not at once: something that writes all the time must not keep us busy all the time.
-                if !self.settle(&work.dirty.clone()).await {
+                if !self.settle(work).await {
                     return End::Stopped;
                 }
                 self.hear(work);
@@ -216,6 +276,7 @@ impl<H: Hub> Engine<H> {
         work.outdated = true;
         let retry_at = Instant::now() + work.hub_backoff.next_delay_of((self.ground.chance)());
         work.retry_at = Some(retry_at);
+        self.progress.update(|status| status.next_retry_ms = when_ms(retry_at));
         work.revisits.extend(work.unseen.drain(..).map(|scope| (retry_at, scope)));
         None
     }
@@ -223,6 +284,9 @@ impl<H: Hub> Engine<H> {
     async fn round(&mut self, work: &mut Work) -> Result<Round, RoundError> {
         self.check_root(work.identity).await?;
         self.look(work).await?;
+        if self.adopt_rules(work).await? {
+            self.look(work).await?;
+        }
         let problems = work.problems.list();
         self.progress.update(|status| status.problems = problems);
         let now = Instant::now();
@@ -273,6 +337,7 @@ impl<H: Hub> Engine<H> {
             return Ok(());
         }
         self.progress.state(SyncState::Scanning);
+        let begun = Instant::now();
         let everything = scopes.contains(&Scope::Tree(None));
         let mut scopes = scopes.into_iter();
         while let Some(scope) = scopes.next() {
@@ -284,12 +349,16 @@ impl<H: Hub> Engine<H> {
             }
         }
         if everything {
-            let pause = if work.limited { POLL } else { FULL_SCAN };
-            work.next_full_scan = Instant::now() + pause;
+            work.looks.done(begun, Instant::now());
             work.supplied.clear();
             work.flushes.iter_mut().for_each(|flush| flush.looked = true);
             work.core.run(|core| core.private.empty_trash()).await?;
         }
+        let watched = |core: &mut Core| {
+            Ok::<_, SyncError>(core.watch.as_ref().is_none_or(|watch| watch.limited))
+        };
+        let limited = work.core.run(watched).await?;
+        work.watched(limited);
         Ok(())
     }
 
@@ -310,17 +379,25 @@ impl<H: Hub> Engine<H> {
         let cancel = self.cancel.clone();
         let scanned = scope.clone();
         let threads = self.ground.blocking == Blocking::Threads;
+        let watched = self.ground.watched;
         let begun = Instant::now();
+        let (root, dirty) = (self.config.root.clone(), work.dirty.clone());
         let hot: HashMap<_, _> =
             work.hot.iter().map(|(path, (hot, _))| (path.clone(), *hot)).collect();
-        let (report, entries, limited) = work
+        let (report, entries) = work
             .core
             .run(move |core| {
                 let mut report = Report::default();
+                if watched && core.watch.is_none() && scanned == Scope::Tree(None) {
+                    // There may be room for a watcher by now.
+                    core.watch = Watch::new(&root, dirty).ok();
+                }
                 // A file that was moved here is seen with its directory.
                 let is_file = matches!(&scanned, Scope::Tree(Some(path))
                         if core.root.open_dir(Some(path)).is_err());
-                if !is_file {
+                let left_out =
+                    scanned.directory().is_some_and(|path| core.ignore.ignores(path, true));
+                if !is_file && !left_out {
                     let mut unwatched = Unwatched;
                     let directories: &mut dyn Directories = match &mut core.watch {
                         Some(watch) => {
@@ -342,14 +419,12 @@ impl<H: Hub> Engine<H> {
                     };
                     report = scanner.scan(&scanned, threads)?;
                 }
-                let limited = core.watch.as_ref().is_none_or(|watch| watch.limited);
-                Ok::<_, SyncError>((report, core.index.counts().local, limited))
+                Ok::<_, SyncError>((report, core.index.counts().local))
             })
             .await?;
         if report.cancelled {
             return Err(SyncError::Cancelled);
         }
-        work.limited = limited;
         work.seen(scope, begun, report);
         self.progress.update(|status| status.entries = entries);
         Ok(())
@@ -361,7 +436,7 @@ impl<H: Hub> Engine<H> {
         tokio::select! {
             biased;
             () = self.cancel.cancelled() => return false,
-            () = work.dirty.changed() => return self.settle(&work.dirty.clone()).await,
+            () = work.dirty.changed() => return self.settle(work).await,
             seq = next_value(&mut self.head) => {
                 work.head_moved(seq);
             }
@@ -372,7 +447,12 @@ impl<H: Hub> Engine<H> {
                 }
             }
             Some(command) = self.commands.recv() => work.obey(command),
+            // Another mode plans otherwise.
+            options = next_value(&mut self.options) => {
+                self.progress.update(|status| status.mode = options.mode);
+            }
             () = work.transferred.notified() => {}
+            () = self.occupancy.left(), if work.occupied => work.occupied = false,
             () = tokio::time::sleep_until(due) => work.collect_due(),
         }
         true
@@ -390,18 +470,42 @@ impl<H: Hub> Engine<H> {
     }
 
     /// Waits until nothing changes for a moment, but not for ever.
-    async fn settle(&self, dirty: &Dirty) -> bool {
-        let end = Instant::now() + LONGEST_WAIT;
+    async fn settle(&self, work: &mut Work) -> bool {
+        let dirty = work.dirty.clone();
+        let begun = Instant::now();
+        let end = begun + LONGEST_WAIT;
+        let rested = work.settled_at.is_none_or(|at| begun - at >= RESTED);
         loop {
-            let quiet = (Instant::now() + QUIET).min(end);
+            let quiet = if rested && dirty.is_finished() { QUIET_FINISHED } else { QUIET };
+            let quiet = (Instant::now() + quiet).min(end);
             tokio::select! {
                 biased;
                 () = self.cancel.cancelled() => return false,
-                () = tokio::time::sleep_until(quiet) => return true,
+                () = tokio::time::sleep_until(quiet) => {
+                    work.settled_at = Some(Instant::now());
+                    return true;
+                }
                 () = dirty.changed() => {}
             }
         }
     }
+}
+
+/// Cancels the work in the root once it is to pause.
+async fn pausing(
+    mut options: watch::Receiver<MemberOptions>,
+    work: CancellationToken,
+) -> std::convert::Infallible {
+    if options.wait_for(|options| options.paused).await.is_ok() {
+        work.cancel();
+    }
+    std::future::pending().await
+}
+
+/// A time to come, in milliseconds since the Unix epoch.
+fn when_ms(at: Instant) -> i64 {
+    let wait = at.saturating_duration_since(Instant::now());
+    unix_ms().saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX))
 }
 
 /// The next value; never if there is nobody left to send one.

@@ -9,12 +9,14 @@ use cortex_shared::wire_path::WirePath;
 use tokio::time::Instant;
 
 use super::hold::{is_lost, must_hold};
-use super::{Engine, LATE_WRITES, PROBLEM_RETRY, Round, Work};
+use super::{Engine, LATE_WRITES, PROBLEM_RETRY, Round, Work, when_ms};
 use crate::sync::apply::needs_stage;
 use crate::sync::core::{Core, SyncError, waiting};
 use crate::sync::hub::Hub;
 use crate::sync::index::{Index, IndexError};
-use crate::sync::plan::{Options, Plan, plan};
+use crate::sync::mode::MemberMode;
+use crate::sync::moves::apply_moves;
+use crate::sync::plan::{Options, Plan, conflict_of, plan};
 use crate::sync::problem::{Finding, Stage};
 use crate::sync::scan::Scope;
 use crate::sync::status::SyncState;
@@ -30,12 +32,18 @@ const LONGEST_PULL: Duration = Duration::from_secs(5);
 /// Passes over all windows in one round. Two members that change the same paths all the time make
 /// more than a few; a mistake of ours must not make it endless.
 const MAX_SWEEPS: usize = 50;
+/// Times the hub is asked for news within one round though it had none the time before.
+const MAX_IN_VAIN: usize = 3;
+/// Links of one sweep that are told.
+const MAX_LINKS_TOLD: usize = 100;
 
 /// A plan for one window.
 struct Planned {
     plan: Plan,
     /// How many files the hub would lose by it whose content is nowhere else here.
     losses: usize,
+    /// Directories that stay at the hub because something that is left out here is in them.
+    kept_there: usize,
     /// The last row of the window, if there are more.
     next: Option<WirePath>,
 }
@@ -53,6 +61,13 @@ struct Sweep {
     /// Paths at which the hub turned out to have something else.
     learned: usize,
     held: usize,
+    /// Directories that stay here though they are gone at the hub.
+    kept: usize,
+    /// Paths that stay different because of the member's mode.
+    withheld: usize,
+    held_links: Vec<WirePath>,
+    /// A path that is planned for has the name of a conflict copy.
+    conflicts: bool,
     /// Large files on their way here: what was wrong with them is not known to be over.
     waiting: HashSet<WirePath>,
     push_findings: Vec<Finding>,
@@ -69,8 +84,11 @@ impl Sweep {
 impl<H: Hub> Engine<H> {
     pub(super) async fn pass(&self, work: &mut Work) -> Result<Round, SyncError> {
         self.collect_large(work).await?;
+        // How often the hub was asked in vain: it refuses what fits to all that it told.
+        let mut in_vain = 0;
         for _ in 0..MAX_SWEEPS {
             if work.outdated {
+                let before = work.cursor;
                 self.progress.state(SyncState::Downloading);
                 let Refreshed { cursor, anew, wanted, confirm_deletes } =
                     refresh(&mut self.session(work)).await?;
@@ -82,10 +100,25 @@ impl<H: Hub> Engine<H> {
                     work.acknowledged_seq = None;
                 }
                 work.cursor = Some(cursor);
+                in_vain = if before == work.cursor { in_vain + 1 } else { 0 };
                 self.supply(work, wanted).await?;
             }
             let sweep = Box::pin(self.sweep(work)).await?;
             self.report(work, &sweep);
+            if self.adopt_rules(work).await? {
+                return Ok(Round::More);
+            }
+            if work.outdated && !sweep.progress && in_vain >= MAX_IN_VAIN {
+                work.outdated = false;
+                let text =
+                    "the hub refuses changes that fit to all that it told; they are tried again";
+                let refused =
+                    Finding { path: None, code: "refused_by_hub", message: text.to_owned() };
+                work.problems.replace(Stage::Plan, |_| false, vec![refused]);
+                work.problem_retry_at = Some(Instant::now() + PROBLEM_RETRY);
+                let problems = work.problems.list();
+                self.progress.update(|status| status.problems = problems);
+            }
             let settled = !sweep.interrupted && !work.outdated;
             if settled && sweep.is_complete() {
                 // Said at once: where something is written all the time, the end never comes.
@@ -131,6 +164,7 @@ impl<H: Hub> Engine<H> {
             core: &mut work.core,
             cancel: &self.cancel,
             progress: &self.progress,
+            occupancy: &self.occupancy,
         }
     }
 
@@ -148,15 +182,29 @@ impl<H: Hub> Engine<H> {
         large: &Arc<Mutex<Large>>,
     ) -> Result<Sweep, SyncError> {
         let mut sweep = Sweep::default();
+        if self.options.borrow().mode != MemberMode::SendOnly {
+            let moved = work.core.run(apply_moves).await?;
+            sweep.progress |= moved.paths > 0;
+            self.progress.applied(moved.paths);
+            moved.dirty.into_iter().for_each(|scope| work.dirty.add(scope));
+        }
         let mut after = None;
         let hold = self.must_hold(work).await?;
         loop {
-            let Planned { plan, losses, next } = self.plan(work, after, hold).await?;
+            let Planned { plan, losses, kept_there, next } = self.plan(work, after, hold).await?;
             sweep.held += plan.held_deletions;
             sweep.unapplied += plan.skipped;
+            sweep.withheld += plan.withheld;
+            sweep.kept += kept_there;
+            sweep.conflicts |= has_conflict_names(&plan);
+            let room = MAX_LINKS_TOLD.saturating_sub(sweep.held_links.len());
+            sweep.held_links.extend(plan.held_links.iter().take(room).cloned());
+            work.count_conflicts |= sweep.conflicts;
             let (unpushed, unapplied) = (plan.push.len(), plan.local.len());
-            let bytes = plan.local.iter().filter(|change| needs_stage(change)).map(bytes_of).sum();
-            self.progress.plan((unpushed + unapplied) as u64, bytes);
+            let fetched = plan.local.iter().filter(|change| needs_stage(change));
+            let fetched = fetched.map(|change| bytes_of(change.to.as_ref()));
+            let sent = plan.push.iter().map(|op| bytes_of(op.new.as_ref()));
+            self.progress.plan((unpushed + unapplied) as u64, fetched.chain(sent).sum());
             self.progress
                 .update(|status| status.pending_push = (unpushed + plan.held_deletions) as u64);
             if !plan.push.is_empty() {
@@ -176,7 +224,7 @@ impl<H: Hub> Engine<H> {
                 let (dirty, begun) = (work.dirty.clone(), Instant::now());
                 let urgent = move || begun.elapsed() > LONGEST_PULL && !dirty.is_empty();
                 let pulled = pull(&mut self.session(work), plan.local, large, urgent).await?;
-                sweep.unapplied += unapplied - pulled.applied.min(unapplied);
+                sweep.unapplied += unapplied.saturating_sub(pulled.applied + pulled.kept);
                 take_pulled(work, pulled, &mut sweep);
             }
             match next {
@@ -275,7 +323,6 @@ impl<H: Hub> Engine<H> {
         if !pushed.outdated {
             work.cursor = work.core.run(|core| core.index.cursor()).await?;
         }
-        self.progress.update(|status| status.conflicts += pushed.conflicts as u64);
         Ok(())
     }
 
@@ -286,7 +333,9 @@ impl<H: Hub> Engine<H> {
         after: Option<WirePath>,
         hold: bool,
     ) -> Result<Planned, SyncError> {
-        work.core.run(move |core| plan_window(&core.index, after.as_ref(), hold)).await
+        let mode = self.options.borrow().mode;
+        let options = Options { hold_deletions: hold, mode, ..Options::default() };
+        work.core.run(move |core| plan_window(&core.index, after.as_ref(), options)).await
     }
 
     /// Whether the deletions that are to be sent now are held back.
@@ -312,6 +361,10 @@ impl<H: Hub> Engine<H> {
             );
             plan_findings.push(Finding { path: None, code: "mass_delete_held", message });
         }
+        plan_findings.extend(sweep.held_links.iter().map(|path| {
+            let text = "a link that leaves the workspace is neither sent nor placed";
+            Finding::at(path, "link_outside", text)
+        }));
         work.problems.replace(Stage::Plan, |_| true, plan_findings);
         work.problems.replace(Stage::Push, |_| true, sweep.push_findings.clone());
         let told_again = |path: Option<&WirePath>| path.is_none_or(|p| !sweep.waiting.contains(p));
@@ -320,6 +373,8 @@ impl<H: Hub> Engine<H> {
         self.progress.update(|status| {
             status.problems = problems;
             status.held_deletions = sweep.held as u64;
+            status.kept = sweep.kept as u64;
+            status.withheld = sweep.withheld as u64;
         });
     }
 
@@ -327,7 +382,7 @@ impl<H: Hub> Engine<H> {
     async fn acknowledge(&self, work: &mut Work, sweep: &Sweep) -> Result<(), SyncError> {
         let Some(cursor) = work.cursor else { return Ok(()) };
         if sweep.unapplied == 0 && work.acknowledged_seq != Some(cursor.seq) {
-            waiting(&self.cancel, &self.hub, self.hub.ack_applied(self.config.id, cursor)).await?;
+            waiting(&self.cancel, &*self.hub, self.hub.ack_applied(self.config.id, cursor)).await?;
             work.acknowledged_seq = Some(cursor.seq);
             self.progress.update(|status| {
                 status.applied_seq = cursor.seq;
@@ -339,7 +394,7 @@ impl<H: Hub> Engine<H> {
 
     /// Nothing more can be done now.
     async fn finish(&self, work: &mut Work, sweep: &Sweep) -> Result<(), SyncError> {
-        if sweep.unapplied > 0 || !sweep.push_findings.is_empty() {
+        if sweep.unapplied > 0 || sweep.kept > 0 || !sweep.push_findings.is_empty() {
             work.problem_retry_at = Some(Instant::now() + PROBLEM_RETRY);
         }
         if sweep.held > 0 {
@@ -349,7 +404,16 @@ impl<H: Hub> Engine<H> {
         }
         self.acknowledge(work, sweep).await?;
         let Some(cursor) = work.cursor else { return Ok(()) };
-        let entries = work.core.run(|core| Ok::<_, SyncError>(core.index.counts().local)).await?;
+        // Counting reads every row, and is done when there may be another number.
+        let count = std::mem::take(&mut work.count_conflicts);
+        let (entries, conflicts) = work
+            .core
+            .run(move |core| {
+                let conflicts = count.then(|| core.index.conflict_copies()).transpose()?;
+                Ok::<_, SyncError>((core.index.counts().local, conflicts))
+            })
+            .await?;
+        let next_retry = work.problem_retry_at;
         let pending = (sweep.unpushed + sweep.held) as u64;
         self.progress.update(|status| {
             status.state = match (work.upload.is_busy(), work.download.is_busy()) {
@@ -362,6 +426,8 @@ impl<H: Hub> Engine<H> {
             status.head_seq = cursor.seq;
             status.entries = entries;
             status.pending_push = pending;
+            status.conflicts = conflicts.unwrap_or(status.conflicts);
+            status.next_retry_ms = next_retry.map_or(0, when_ms);
             if status.state == SyncState::Idle {
                 (status.files_done, status.files_total) = (0, 0);
                 (status.bytes_done, status.bytes_total) = (0, 0);
@@ -374,6 +440,8 @@ impl<H: Hub> Engine<H> {
 fn take_pulled(work: &mut Work, pulled: Pulled, sweep: &mut Sweep) {
     sweep.progress |= pulled.applied > 0;
     sweep.interrupted |= pulled.interrupted;
+    sweep.kept += pulled.kept;
+    work.occupied |= pulled.occupied;
     if pulled.displaced > 0 {
         let now = Instant::now();
         work.trash_looks.extend(LATE_WRITES.map(|delay| now + delay));
@@ -385,18 +453,31 @@ fn take_pulled(work: &mut Work, pulled: Pulled, sweep: &mut Sweep) {
     }
 }
 
-fn bytes_of(change: &crate::sync::plan::LocalChange) -> u64 {
-    match &change.to {
+fn bytes_of(entry: Option<&Entry>) -> u64 {
+    match entry {
         Some(Entry::File(file)) => file.size,
         _ => 0,
     }
 }
 
+/// Whether a plan makes or removes something that is named like a conflict copy.
+fn has_conflict_names(plan: &Plan) -> bool {
+    let is_copy = |path: &WirePath, entries: [Option<&Entry>; 2]| {
+        entries.into_iter().flatten().any(|entry| conflict_of(path, entry).is_some())
+    };
+    plan.local.iter().any(|change| {
+        change.aside.is_some() || is_copy(&change.path, [change.from.as_ref(), change.to.as_ref()])
+    }) || plan.push.iter().any(|op| is_copy(&op.path, [op.expected.as_ref(), op.new.as_ref()]))
+}
+
 /// Plans one window.
-fn plan_window(index: &Index, after: Option<&WirePath>, hold: bool) -> Result<Planned, IndexError> {
+fn plan_window(
+    index: &Index,
+    after: Option<&WirePath>,
+    options: Options,
+) -> Result<Planned, IndexError> {
     let window = index.window(after, WINDOW_ROWS)?;
-    let options =
-        Options { truncated: window.truncated, context: window.context, hold_deletions: hold };
+    let options = Options { truncated: window.truncated, context: window.context, ..options };
     let failure = std::cell::RefCell::new(None);
     let look_up = |path: &WirePath| match index.get(path) {
         Ok(found) => found.map(|found| found.row),
@@ -405,14 +486,22 @@ fn plan_window(index: &Index, after: Option<&WirePath>, hold: bool) -> Result<Pl
             None
         }
     };
-    let plan = plan(&window.rows, &look_up, options);
+    let mut plan = plan(&window.rows, &look_up, options);
     if let Some(error) = failure.into_inner() {
         return Err(error);
     }
+    // The hub keeps a directory for what is in it, whether or not that is left out here.
+    let mut kept_there = Vec::new();
+    for op in plan.push.iter().filter(|op| op.new.is_none() && op.expected == Some(Entry::Dir)) {
+        if index.has_left_out_below(&op.path)? {
+            kept_there.push(op.path.clone());
+        }
+    }
+    plan.push.retain(|op| op.new.is_some() || !kept_there.contains(&op.path));
     let mut losses = 0;
     for op in plan.push.iter().filter(|op| op.new.is_none()) {
         losses += usize::from(is_lost(index, op.expected.as_ref())?);
     }
     let next = window.truncated.then(|| window.rows.last().map(|row| row.path.clone())).flatten();
-    Ok(Planned { plan, losses, next })
+    Ok(Planned { plan, losses, kept_there: kept_there.len(), next })
 }

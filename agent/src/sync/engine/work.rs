@@ -11,9 +11,8 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use super::hold;
-use super::{
-    Command, FULL_SCAN, HUB_RETRY, QUIET, Round, RoundError, UNSTABLE_RETRY, UNSTABLE_TOLD,
-};
+use super::looks::Looks;
+use super::{Command, HUB_RETRY, QUIET, Round, RoundError, UNSTABLE_RETRY, UNSTABLE_TOLD};
 use crate::root_dir::DirIdentity;
 use crate::sync::FlushError;
 use crate::sync::core::CoreCell;
@@ -36,8 +35,7 @@ pub(super) struct Work {
     /// The hub said that its history is another one, and no pass has succeeded since.
     pub(super) asked_anew: bool,
     pub(super) acknowledged_seq: Option<u64>,
-    pub(super) next_full_scan: Instant,
-    pub(super) limited: bool,
+    pub(super) looks: Looks,
     /// Directories to look at again, and when.
     pub(super) revisits: Vec<(Instant, Scope)>,
     /// When to look for late writes in the trash.
@@ -60,11 +58,17 @@ pub(super) struct Work {
     /// One of the two has ended.
     pub(super) transferred: Arc<Notify>,
     pub(super) flushes: Vec<Flush>,
+    /// Something waits for the commands that run here to end.
+    pub(super) occupied: bool,
     /// Deletions that were sent lately.
     pub(super) deletions: hold::Sent,
     /// How many wait for somebody's word.
     pub(super) held: usize,
     pub(super) deletions_confirmed: bool,
+    /// When changes were looked at last.
+    pub(super) settled_at: Option<Instant>,
+    /// There may be another number of conflict copies than before.
+    pub(super) count_conflicts: bool,
 }
 
 /// Somebody who waits until what was written before he asked is at the hub.
@@ -90,8 +94,7 @@ impl Work {
             outdated: true,
             asked_anew: false,
             acknowledged_seq: None,
-            next_full_scan: Instant::now() + FULL_SCAN,
-            limited: false,
+            looks: Looks::new(Instant::now()),
             revisits: Vec::new(),
             trash_looks: Vec::new(),
             unseen: Vec::new(),
@@ -101,9 +104,12 @@ impl Work {
             problem_retry_at: None,
             supplied: Vec::new(),
             flushes: Vec::new(),
+            occupied: false,
             deletions: hold::Sent::default(),
             held: 0,
             deletions_confirmed: false,
+            settled_at: None,
+            count_conflicts: true,
         }
     }
 
@@ -148,11 +154,6 @@ impl Work {
             None => *scope == Scope::Tree(None),
         };
         let mut findings = report.findings;
-        if self.limited && *scope == Scope::Tree(None) {
-            let message = "not every directory can be watched: raise fs.inotify.max_user_watches; \
-                           changes are looked for every 30 s meanwhile";
-            findings.push(Finding { path: None, code: "watch_limit", message: message.to_owned() });
-        }
         let now = Instant::now();
         // What was looked at and did not change meanwhile is hot no more.
         self.hot.retain(|path, (hot, _)| {
@@ -180,19 +181,33 @@ impl Work {
         }
     }
 
+    /// Takes over whether the kernel tells of changes everywhere.
+    pub(super) fn watched(&mut self, limited: bool) {
+        let pause = self.looks.watched(limited, Instant::now());
+        let finding = pause.map(|pause| {
+            let message = format!(
+                "not every directory can be watched: raise fs.inotify.max_user_watches (or \
+                 max_user_instances); changes are looked for every {} s meanwhile",
+                pause.as_secs()
+            );
+            Finding { path: None, code: "watch_limit", message }
+        });
+        self.problems.replace(Stage::Watch, |_| true, finding.into_iter().collect());
+    }
+
     pub(super) fn next_due(&self) -> Instant {
         let revisit = self.revisits.iter().map(|(at, _)| *at).min();
         let trash = self.trash_looks.iter().copied().min();
-        [Some(self.next_full_scan), self.retry_at, self.problem_retry_at, revisit, trash]
+        [Some(self.looks.next()), self.retry_at, self.problem_retry_at, revisit, trash]
             .into_iter()
             .flatten()
             .min()
-            .unwrap_or(self.next_full_scan)
+            .unwrap_or(self.looks.next())
     }
 
     pub(super) fn collect_due(&mut self) {
         let now = Instant::now();
-        if self.next_full_scan <= now {
+        if self.looks.next() <= now {
             self.dirty.add(Scope::Tree(None));
             // Hints of the hub can be lost as well.
             self.outdated = true;

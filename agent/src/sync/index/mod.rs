@@ -11,6 +11,10 @@
 //! found without looking at the others.
 
 mod codec;
+mod left_out;
+mod listing;
+mod peek;
+mod replica;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -24,6 +28,7 @@ use cortex_shared::wire_path::WirePath;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::hub::Head;
+use super::ignore::Ignore;
 use super::plan::Row;
 use crate::root_dir::{DirIdentity, Meta};
 pub use writer::Writer;
@@ -198,6 +203,7 @@ pub struct Counts {
 pub struct Index {
     database: Connection,
     counts: Counts,
+    ignore: Ignore,
 }
 
 impl Index {
@@ -268,7 +274,7 @@ impl Index {
             return Err(IndexError::Damaged { what: "schema version" });
         }
         database.execute_batch(LATER_SCHEMA)?;
-        let mut index = Self { database, counts: Counts::default() };
+        let mut index = Self { database, counts: Counts::default(), ignore: Ignore::default() };
         index.counts = Counts {
             local: index.meta_number("local_count")?.unwrap_or(0),
             base: index.meta_number("base_count")?.unwrap_or(0),
@@ -291,7 +297,7 @@ impl Index {
         work: impl FnOnce(&mut Writer<'_>) -> Result<T, IndexError>,
     ) -> Result<T, IndexError> {
         let transaction = self.database.unchecked_transaction()?;
-        let mut writer = Writer::new(&transaction, self.counts);
+        let mut writer = Writer::new(&transaction, self.counts, &self.ignore);
         let result = work(&mut writer)?;
         let counts = writer.finish(self.counts)?;
         transaction.commit()?;

@@ -4,19 +4,22 @@ use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::wire_path::WirePath;
 use rusqlite::{Connection, params};
 
+use super::left_out::is_left_out;
 use super::{Counts, Cursor, Displaced, IndexError, IndexRow, Seen, bounded, codec, differs, get};
 use crate::root_dir::DirIdentity;
+use crate::sync::ignore::Ignore;
 use crate::sync::plan::{Row, settled_base};
 
 /// Writes within one transaction.
 pub struct Writer<'a> {
-    database: &'a Connection,
+    pub(super) database: &'a Connection,
     counts: Counts,
+    ignore: &'a Ignore,
 }
 
 impl<'a> Writer<'a> {
-    pub(super) fn new(database: &'a Connection, counts: Counts) -> Self {
-        Self { database, counts }
+    pub(super) fn new(database: &'a Connection, counts: Counts, ignore: &'a Ignore) -> Self {
+        Self { database, counts, ignore }
     }
 
     /// Writes the totals down if they are not `before` any more, and returns them.
@@ -149,7 +152,28 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    fn set_meta(&self, name: &str, value: &[u8]) -> Result<(), IndexError> {
+    /// Applies the rules of what is left out to a row that was written under others.
+    pub(super) fn reconsider(&mut self, found: &IndexRow) -> Result<(), IndexError> {
+        if is_left_out(self.ignore, &found.row) {
+            self.change(&found.row.path, |found| {
+                (found.row.local, found.row.unknown, found.stamp) = (None, false, None);
+                found.row.base = None;
+            })?;
+        }
+        // Whether it differs, and so is planned for, follows from the rules as well.
+        let Some(found) = get(self.database, &found.row.path)? else { return Ok(()) };
+        let (dirty, key) = (self.is_dirty(&found.row), found.row.path.sort_key());
+        self.database
+            .prepare_cached("UPDATE entry SET dirty = ?1 WHERE key = ?2 AND dirty != ?1")?
+            .execute(params![dirty, key])?;
+        Ok(())
+    }
+
+    fn is_dirty(&self, row: &Row) -> bool {
+        differs(row) && !is_left_out(self.ignore, row)
+    }
+
+    pub(super) fn set_meta(&self, name: &str, value: &[u8]) -> Result<(), IndexError> {
         self.database
             .prepare_cached("INSERT OR REPLACE INTO meta VALUES (?, ?)")?
             .execute(params![name, value])?;
@@ -211,7 +235,7 @@ impl<'a> Writer<'a> {
                 encode(&row.local),
                 encode(&row.remote),
                 row.unknown,
-                differs(row),
+                self.is_dirty(row),
                 content,
                 stamp.map(|s| s.dev.cast_signed()),
                 stamp.map(|s| s.ino.cast_signed()),

@@ -46,7 +46,7 @@ pub(in crate::sync) fn candidates(
 
 /// The path that `path` is a conflict copy of, if it is the untouched copy of a loser: its name holds
 /// the digest of its content.
-pub(super) fn conflict_of(path: &WirePath, entry: &Entry) -> Option<WirePath> {
+pub(in crate::sync) fn conflict_of(path: &WirePath, entry: &Entry) -> Option<WirePath> {
     let (_, digits, _) = split_marker(path.name())?;
     if !loser_digest(entry).to_string().as_bytes().starts_with(digits) {
         return None;

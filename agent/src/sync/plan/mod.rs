@@ -17,9 +17,15 @@
 //! | both changed | remote keeps the name, local becomes a conflict copy |
 //! | file or link against directory | the directory keeps the name, the other becomes the copy |
 //! | directory gone on one side, change inside on the other | only the parents of the change return |
+//! | a link that leaves the workspace | neither sent nor placed, see `links` |
+//!
+//! A member's [`MemberMode`] takes some of that back: what may not be sent, or not be changed here,
+//! is left as it is on both sides.
 
 mod conflict_name;
+mod links;
 mod merge;
+mod moves;
 #[cfg(test)]
 mod property_tests;
 #[cfg(test)]
@@ -27,11 +33,15 @@ mod tests;
 
 use std::collections::HashMap;
 
-use cortex_shared::entry::{Entry, same};
+use cortex_shared::entry::{Digest, Entry, same};
 use cortex_shared::wire_path::WirePath;
 
-pub(in crate::sync) use conflict_name::candidates as copy_names;
+pub(in crate::sync) use conflict_name::{candidates as copy_names, conflict_of};
+pub(in crate::sync) use links::leaves_workspace;
 use merge::{Loser, Wanted, merge};
+pub use moves::{Move, MoveFinder};
+
+use super::mode::MemberMode;
 
 /// What the three trees have at a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,6 +100,8 @@ pub struct PushOp {
 pub struct Options {
     /// Do not push deletions: there are suspiciously many.
     pub hold_deletions: bool,
+    /// Which changes go which way.
+    pub mode: MemberMode,
     /// The rows end before the last difference. Directories that reach beyond the end are then
     /// neither removed nor replaced yet.
     pub truncated: bool,
@@ -112,6 +124,10 @@ pub struct Plan {
     pub held_deletions: usize,
     /// Changes at the hub that are not made here, because what stands in their place is unknown.
     pub skipped: usize,
+    /// Paths that stay different because the member's mode says so.
+    pub withheld: usize,
+    /// Links that are left alone because they leave the workspace.
+    pub held_links: Vec<WirePath>,
 }
 
 impl Plan {
@@ -200,14 +216,52 @@ impl Planner<'_> {
             decisions.push(decision);
         }
         decisions.reverse();
+        if self.options.mode == MemberMode::SendOnly {
+            self.keep_below_what_is_kept(&mut decisions);
+        }
         decisions
+    }
+
+    /// Where others have put something else in the place of a directory, what is new in it here
+    /// cannot be sent either.
+    fn keep_below_what_is_kept(&mut self, decisions: &mut [Decision]) {
+        let mut kept: Option<&WirePath> = None;
+        for (row, decision) in self.rows.iter().zip(decisions) {
+            if kept.is_some_and(|kept| row.path.is_below(kept)) {
+                if !matches!(decision, Decision::Skip) {
+                    *decision = Decision::Skip;
+                    self.plan.withheld += 1;
+                }
+            } else if matches!(decision, Decision::Skip)
+                && is_dir(row.local.as_ref())
+                && !is_dir(row.remote.as_ref())
+            {
+                kept = Some(&row.path);
+            }
+        }
     }
 
     fn decide_row(&mut self, row: &Row, need: Needs, open: bool) -> Decision {
         let (local, remote) = (row.local.as_ref(), row.remote.as_ref());
-        let mut wanted = merge(row.base.as_ref(), local, remote);
+        let mut wanted = match self.merge(row) {
+            Some(wanted) => wanted,
+            // Something comes from the hub into a directory that was deleted or replaced here.
+            None if need.directory && is_dir(remote) && !is_dir(local) => {
+                let loser = if local.is_some() { Loser::Local } else { Loser::Nobody };
+                Wanted { entry: Some(Entry::Dir), loser }
+            }
+            None => {
+                self.plan.withheld += 1;
+                return Decision::Skip;
+            }
+        };
+        let link = wanted.entry.as_ref();
+        if (!same(link, local) || !same(link, remote)) && leaves_workspace(&row.path, link) {
+            self.plan.held_links.push(row.path.clone());
+            return Decision::Skip;
+        }
         let wants_dir = is_dir(wanted.entry.as_ref());
-        if need.directory && !wants_dir {
+        if need.directory && !wants_dir && self.options.mode == MemberMode::TwoWay {
             // A change below keeps the directory alive. What would have taken its name moves aside.
             wanted.loser = match &wanted.entry {
                 None => Loser::Nobody,
@@ -236,6 +290,40 @@ impl Planner<'_> {
             return Decision::Skip;
         }
         Decision::Want(wanted)
+    }
+
+    /// Merges a row as the member's mode allows; `None` if it is to stay as it is on both sides.
+    fn merge(&self, row: &Row) -> Option<Wanted> {
+        let (base, local, remote) = (row.base.as_ref(), row.local.as_ref(), row.remote.as_ref());
+        let theirs = |loser| Wanted { entry: row.remote.clone(), loser };
+        match self.options.mode {
+            MemberMode::TwoWay => Some(merge(base, local, remote)),
+            MemberMode::Mirror => Some(theirs(Loser::Nobody)),
+            MemberMode::SendOnly if same(local, remote) => Some(theirs(Loser::Nobody)),
+            MemberMode::SendOnly => same(remote, base)
+                .then(|| Wanted { entry: row.local.clone(), loser: Loser::Nobody }),
+            MemberMode::ReceiveOnly
+                if same(local, remote) || same(local, base) || local.is_none() =>
+            {
+                // What was deleted here comes back once it is changed elsewhere.
+                let withheld = !same(local, remote) && same(remote, base) && !same(local, base);
+                (!withheld).then(|| theirs(Loser::Nobody))
+            }
+            MemberMode::ReceiveOnly => match remote {
+                // Changed here, gone or unchanged there: it stays here.
+                None => None,
+                Some(_) if same(remote, base) => None,
+                // A directory of ours does not move aside, since what is in it could not.
+                Some(_) if is_dir(local) && !is_dir(remote) => None,
+                Some(_) => match (local, remote) {
+                    (Some(ours), Some(new)) if same_content(ours, new) => {
+                        Some(theirs(Loser::Nobody))
+                    }
+                    _ if is_dir(local) => Some(theirs(Loser::Nobody)),
+                    _ => Some(theirs(Loser::Local)),
+                },
+            },
+        }
     }
 
     fn emit(&mut self, decisions: Vec<Decision>) {
@@ -292,6 +380,7 @@ impl Planner<'_> {
         }
         self.plan.local.extend(last_local.into_iter().rev());
         self.plan.push.extend(last_push.into_iter().rev());
+        pair_renames(&mut self.plan.push);
     }
 
     /// Finds the name for a conflict copy.
@@ -333,6 +422,39 @@ impl Planner<'_> {
         }
         Copy::Impossible
     }
+}
+
+/// Brings the deletion of a file right behind the creation of one with the same content, so that
+/// both get into one commit and the other members see a rename rather than a copy. Deletions of
+/// directories stay where they are, at the end.
+fn pair_renames(ops: &mut Vec<PushOp>) {
+    let is_file = |entry: &Option<Entry>| matches!(entry, Some(Entry::File(_)));
+    let mut gone: HashMap<Digest, Vec<usize>> = HashMap::new();
+    for (number, op) in ops.iter().enumerate().rev() {
+        if op.new.is_none() && is_file(&op.expected) {
+            let identity = op.expected.as_ref().map(Entry::identity);
+            identity.into_iter().for_each(|id| gone.entry(id).or_default().push(number));
+        }
+    }
+    if gone.is_empty() {
+        return;
+    }
+    let mut order = Vec::with_capacity(ops.len());
+    let mut taken = vec![false; ops.len()];
+    for (number, op) in ops.iter().enumerate() {
+        if taken[number] {
+            continue;
+        }
+        taken[number] = true;
+        order.push(number);
+        let created = op.new.as_ref().filter(|_| op.expected.is_none() && is_file(&op.new));
+        let pair = created.and_then(|new| gone.get_mut(&new.identity())?.pop());
+        if let Some(pair) = pair.filter(|pair| !std::mem::replace(&mut taken[*pair], true)) {
+            order.push(pair);
+        }
+    }
+    let mut all: Vec<Option<PushOp>> = std::mem::take(ops).into_iter().map(Some).collect();
+    ops.extend(order.into_iter().filter_map(|number| all[number].take()));
 }
 
 enum Copy {

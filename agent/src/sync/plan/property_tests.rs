@@ -58,6 +58,10 @@ fn set(tree: &mut Tree, path: &WirePath, entry: Option<Entry>) -> Result<(), Str
 
 /// Carries out one round of one member; true if anything was done.
 fn round(member: &mut Member, hub: &mut Tree) -> Result<bool, String> {
+    round_with(member, hub, Options::default())
+}
+
+fn round_with(member: &mut Member, hub: &mut Tree, options: Options) -> Result<bool, String> {
     let remote = hub.clone();
     settle(member, &remote);
     let rows = rows_of(member, &remote);
@@ -71,7 +75,7 @@ fn round(member: &mut Member, hub: &mut Tree) -> Result<bool, String> {
         };
         (row.local.is_some() || row.remote.is_some()).then_some(row)
     };
-    let plan = plan(&rows, &look_up, Options::default());
+    let plan = plan(&rows, &look_up, options);
     for change in &plan.local {
         let current = member.local.get(&change.path).cloned();
         if current != change.from {
@@ -185,7 +189,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
     #[test]
-    fn trees_become_equal_and_nothing_is_lost(
+    fn t07_trees_become_equal_and_nothing_is_lost(
         base in any_edits(12),
         edits in prop::collection::vec(any_edits(6), 3),
         hub_edits in any_edits(6),
@@ -222,6 +226,45 @@ proptest! {
         }
         let present: BTreeSet<_> = hub.values().filter_map(content).collect();
         prop_assert!(kept.is_subset(&present), "lost: {:?}", kept.difference(&present));
+    }
+
+    #[test]
+    fn members_keep_to_their_mode_and_lose_nothing_they_may_not(
+        base in any_edits(12),
+        local in any_edits(6),
+        remote in any_edits(6),
+        number in 1..4usize,
+    ) {
+        let mode = MemberMode::ALL[number];
+        let base = edited(&Tree::new(), base);
+        let mut member = Member { local: edited(&base, local), base: base.clone() };
+        let mut hub = edited(&base, remote);
+        let (before, hub_before) = (member.local.clone(), hub.clone());
+        let options = Options { mode, ..Options::default() };
+        let mut rounds = 0;
+        while round_with(&mut member, &mut hub, options).map_err(TestCaseError::fail)? {
+            rounds += 1;
+            prop_assert!(rounds <= 20, "no end: {member:?} {hub:?}");
+        }
+        let contents = |tree: &Tree| tree.values().filter_map(content).collect::<BTreeSet<_>>();
+        match mode {
+            MemberMode::TwoWay => {}
+            MemberMode::SendOnly => {
+                prop_assert_eq!(&member.local, &before);
+                // Of what others have made, nothing goes.
+                let theirs = new_contents(&base, &hub_before);
+                prop_assert!(theirs.is_subset(&contents(&hub)));
+            }
+            MemberMode::ReceiveOnly => {
+                prop_assert_eq!(&hub, &hub_before);
+                let ours = new_contents(&base, &before);
+                prop_assert!(ours.is_subset(&contents(&member.local)), "{ours:?}");
+            }
+            MemberMode::Mirror => {
+                prop_assert_eq!(&hub, &hub_before);
+                prop_assert!(rows_of(&member, &hub).is_empty(), "{member:?} {hub:?}");
+            }
+        }
     }
 
     #[test]

@@ -39,7 +39,7 @@ fn show(entry: Option<&Entry>) -> String {
 }
 
 /// Rows from lines of "path base local remote"; a local with a question mark is unknown.
-fn rows(lines: &[&str]) -> Vec<Row> {
+pub(super) fn rows(lines: &[&str]) -> Vec<Row> {
     let mut rows: Vec<_> = lines
         .iter()
         .map(|line| {
@@ -134,7 +134,7 @@ fn a_single_path_follows_the_table() {
 }
 
 #[test]
-fn only_the_parents_of_a_change_return() {
+fn t05_only_the_parents_of_a_change_return() {
     let lines = ["d d - d", "d/keep a - b", "d/gone a - a", "d/sub d - d", "d/sub/gone a - a"];
     assert_eq!(plan_of(&lines), "d ->d d/keep ->b | d/sub/gone a>- d/sub d>- d/gone a>-");
     let mirrored = ["d d d -", "d/keep a b -", "d/gone a a -", "d/sub d d -", "d/sub/gone a a -"];

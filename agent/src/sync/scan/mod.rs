@@ -311,6 +311,11 @@ impl Walk<'_, '_> {
                 return self.skip_below(&path, cursor);
             }
         };
+        if self.scanner.ignore.ignores_entry(&path, meta.kind == FileKind::Dir) {
+            // What stood there before may have been something that is not left out.
+            self.absent(path.clone(), row, deep);
+            return self.skip_below(&path, cursor);
+        }
         let local =
             row.as_ref().filter(|row| !row.row.unknown).and_then(|row| row.row.local.as_ref());
         let was_dir = row.as_ref().is_some_and(|row| matches!(row.row.local, Some(Entry::Dir)));
@@ -467,10 +472,10 @@ impl Walk<'_, '_> {
     fn absent(&mut self, path: WirePath, row: Option<IndexRow>, deep: bool) {
         let Some(row) = row else { return };
         // What is left out now but was not before is no deletion.
-        if self.scanner.ignore.ignores(&path) {
+        let was_dir = matches!(row.row.local, Some(Entry::Dir));
+        if self.scanner.ignore.ignores(&path, was_dir) {
             return;
         }
-        let was_dir = matches!(row.row.local, Some(Entry::Dir));
         if row.row.local.is_some() || row.row.unknown {
             self.see(path.clone(), Seen::Absent);
         }

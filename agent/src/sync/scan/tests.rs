@@ -73,7 +73,7 @@ impl Fixture {
         let scanner = Scanner {
             root: &root,
             index: &mut self.index,
-            ignore: &Ignore,
+            ignore: &Ignore::default(),
             clock: Clock { now_ns: self.now_ns, tick_ns: 10_000_000 },
             hot: &self.hot,
             directories: &mut self.directories,
@@ -175,7 +175,7 @@ fn a_directory_that_vanished_is_noticed_from_above() {
 }
 
 #[test]
-fn a_change_that_restores_size_and_time_is_found_by_its_ctime() {
+fn t15_a_change_that_restores_size_and_time_is_found_by_its_ctime() {
     let mut tree = Fixture::new();
     tree.write("f", "old");
     tree.scan_all();
@@ -216,7 +216,7 @@ fn sockets_and_pipes_are_passed_over_and_do_not_block() {
 }
 
 #[test]
-fn unreadable_is_not_deleted() {
+fn t29_unreadable_is_not_deleted() {
     let mut tree = Fixture::new();
     tree.write("d/f", "x");
     tree.write("g", "x");
@@ -256,7 +256,7 @@ fn a_cancelled_scan_concludes_nothing_about_what_it_did_not_see() {
     let report = Scanner {
         root: &root,
         index: &mut tree.index,
-        ignore: &Ignore,
+        ignore: &Ignore::default(),
         clock: Clock { now_ns: 0, tick_ns: 0 },
         hot: &HashMap::new(),
         // Cancelled after the directory has been opened and before it is listed.

@@ -37,6 +37,8 @@ struct State {
     chunks: HashMap<Digest, Digest>,
     /// Chunks that were lost.
     wanted: BTreeSet<Digest>,
+    /// Deletions up to this one are no longer recorded.
+    log_floor: u64,
 }
 
 pub(super) struct Shared {
@@ -73,6 +75,7 @@ impl MemoryHub {
                     packs: HashMap::new(),
                     chunks: HashMap::new(),
                     wanted: BTreeSet::new(),
+                    log_floor: 0,
                 }),
                 head: watch::Sender::new(0),
                 broken: AtomicBool::new(false),
@@ -131,6 +134,14 @@ impl MemoryHub {
         state.put(&WirePath::new(path).unwrap(), entry);
         state.note_head();
         self.0.head.send_replace(state.seq);
+    }
+
+    /// Ceases to record the deletions there have been so far.
+    pub(super) fn forget_deletions(&self) {
+        let mut state = self.state();
+        state.log_floor = state.seq;
+        let State { changes, entries, .. } = &mut *state;
+        changes.retain(|_, path| entries.contains_key(path));
     }
 
     /// Loses the pack that holds a chunk. Members will be asked for its chunks.
@@ -362,6 +373,8 @@ impl Hub for MemoryHub {
         let mut state = self.state();
         state.check_history(known)?;
         let Head { seq: head_seq, root, .. } = state.head();
+        let complete = after > 0 && after < state.log_floor;
+        let after = if complete { 0 } else { after };
         let all: Vec<_> = state
             .changes
             .range(after + 1..)
@@ -377,10 +390,12 @@ impl Hub for MemoryHub {
                 last_seq: part[part.len() - 1].0,
                 head_seq,
                 root,
+                complete,
             })
             .collect();
         if pages.is_empty() {
-            pages.push(ChangesPage { changes: Vec::new(), last_seq: head_seq, head_seq, root });
+            let (changes, last_seq) = (Vec::new(), head_seq);
+            pages.push(ChangesPage { changes, last_seq, head_seq, root, complete });
         }
         if let Some(last) = pages.last_mut() {
             last.last_seq = head_seq;

@@ -1,7 +1,9 @@
 //! Whole engines on real directories against a hub in memory.
 
+mod listing;
 mod memory_hub;
 mod random;
+mod rules;
 mod safety;
 mod scenarios;
 mod simulation;
@@ -17,6 +19,7 @@ use cortex_shared::ids::WorkspaceId;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::watch;
 
+use super::mode::MemberOptions;
 use super::status::{SyncState, SyncStatus};
 use super::{WorkspaceConfig, WorkspaceHandle, start_workspace};
 use memory_hub::MemoryHub;
@@ -27,6 +30,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// A node with a copy of the workspace. Its engine can be stopped and started again.
 pub(super) struct Node {
     config: WorkspaceConfig,
+    options: MemberOptions,
     hub: MemoryHub,
     online: watch::Sender<bool>,
     scope: TaskScope,
@@ -37,6 +41,7 @@ impl Node {
     fn start(&mut self) {
         let handle = start_workspace(
             self.config.clone(),
+            self.options,
             self.hub.clone(),
             self.hub.large(),
             self.online.subscribe(),
@@ -158,7 +163,9 @@ impl Mesh {
                 name: "w".to_owned(),
                 root: self.folder.path().join(name).join("root"),
                 state_dir: self.folder.path().join(name).join("state"),
+                roots: super::roots::Roots::default(),
             },
+            options: MemberOptions::default(),
             hub: self.hub.clone(),
             online: watch::Sender::new(true),
             scope: self.scope.clone(),

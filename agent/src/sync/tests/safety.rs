@@ -33,7 +33,7 @@ impl Drop for Writer {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_file_that_is_written_all_the_time_holds_up_neither_flush_nor_acknowledgement() {
+async fn t13_a_file_that_is_written_all_the_time_holds_up_neither_flush_nor_acknowledgement() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("a"), mesh.node("b"));
     settle(&[&a, &b]).await;

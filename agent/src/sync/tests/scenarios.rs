@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt as _, symlink};
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_kind_of_file_arrives_and_a_second_run_does_nothing() {
+async fn t09_every_kind_of_file_arrives_and_a_second_run_does_nothing() {
     let mesh = Mesh::new();
     let mut a = mesh.stopped_node("a");
     a.write("dir/sub/file", "content");
@@ -66,7 +66,7 @@ async fn a_saved_file_is_noticed_and_reaches_the_other_node_by_itself() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn edits_deletions_and_type_changes_reach_the_other_node() {
+async fn t06_edits_deletions_and_type_changes_reach_the_other_node() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("a"), mesh.node("b"));
     a.write("edited", "old");
@@ -97,7 +97,7 @@ async fn edits_deletions_and_type_changes_reach_the_other_node() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_file_edited_on_both_sides_leaves_exactly_one_conflict_copy() {
+async fn t03_a_file_edited_on_both_sides_leaves_exactly_one_conflict_copy() {
     let mesh = Mesh::new();
     let (mut a, mut b) = (mesh.node("a"), mesh.node("b"));
     a.write("d/f.txt", "base");
@@ -120,7 +120,7 @@ async fn a_file_edited_on_both_sides_leaves_exactly_one_conflict_copy() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_edit_beats_a_deletion_in_either_order() {
+async fn t04_an_edit_beats_a_deletion_in_either_order() {
     let mesh = Mesh::new();
     let (mut a, mut b) = (mesh.node("a"), mesh.node("b"));
     for name in ["d/edited by a", "d/edited by b", "d/sub/x"] {
@@ -143,7 +143,7 @@ async fn an_edit_beats_a_deletion_in_either_order() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn renames_and_copies_move_no_content() {
+async fn t23_renames_and_copies_move_no_content() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("a"), mesh.node("b"));
     let content: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
@@ -158,7 +158,7 @@ async fn renames_and_copies_move_no_content() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_small_change_in_a_large_file_moves_little() {
+async fn t21_a_small_change_in_a_large_file_moves_little() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("a"), mesh.node("b"));
     let mut content = noise(1, 24 << 20);
@@ -174,7 +174,7 @@ async fn a_small_change_in_a_large_file_moves_little() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sparse_file_arrives_sparse() {
+async fn t24_a_sparse_file_arrives_sparse() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("a"), mesh.node("b"));
     fs::create_dir_all(&a.config.root).unwrap();
@@ -193,7 +193,7 @@ async fn a_sparse_file_arrives_sparse() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn thousands_of_small_files_travel_in_few_packs() {
+async fn t19_thousands_of_small_files_travel_in_few_packs() {
     let mesh = Mesh::new();
     let (mut a, b) = (mesh.stopped_node("a"), mesh.node("b"));
     for number in 0..2000 {
@@ -207,7 +207,7 @@ async fn thousands_of_small_files_travel_in_few_packs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_broken_line_and_a_restart_only_cost_time() {
+async fn t20_a_broken_line_and_a_restart_only_cost_time() {
     let mesh = Mesh::new();
     let mut a = mesh.stopped_node("a");
     for number in 0..12 {
@@ -296,7 +296,7 @@ async fn deleting_very_much_is_held_until_it_is_confirmed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_agents_on_one_directory_are_refused() {
+async fn t35_two_agents_on_one_directory_are_refused() {
     let mesh = Mesh::new();
     let mut first = mesh.node("a");
     first.flush().await;
@@ -333,7 +333,7 @@ async fn a_lost_index_and_a_rolled_back_hub_merge_and_delete_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_directory_that_still_holds_ignored_files_is_kept_and_told() {
+async fn t34_a_directory_that_still_holds_ignored_files_is_kept_and_told() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("a"), mesh.node("b"));
     a.write("d/f", "x");
@@ -352,7 +352,7 @@ async fn a_directory_that_still_holds_ignored_files_is_kept_and_told() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stopping_takes_less_than_a_second_whatever_is_going_on() {
+async fn t33_stopping_takes_less_than_a_second_whatever_is_going_on() {
     let mesh = Mesh::new();
     let mut a = mesh.stopped_node("a");
     fs::create_dir_all(&a.config.root).unwrap();
@@ -590,4 +590,37 @@ async fn a_large_file_that_changes_while_it_is_on_its_way_ends_as_it_is_last() {
     assert_eq!(b.read("large"), "small now");
     let stage = b.config.state_dir.join("workspaces").join(mesh.workspace.to_string());
     assert_eq!(fs::read_dir(stage.join("files/stage")).unwrap().count(), 0, "nothing is left over");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_programs_obey_is_not_replaced_while_a_command_runs_and_follows_after_it() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    for name in [".envrc", ".profile", "file"] {
+        a.write(name, "old");
+    }
+    settle(&[&a, &b]).await;
+    let before = fs::metadata(b.path(".envrc")).unwrap().ino();
+    let (one, other) = (b.handle().occupancy().enter().await, b.handle().occupancy().enter().await);
+    a.write(".envrc", "new");
+    fs::remove_file(a.path(".profile")).unwrap();
+    a.write("file", "new");
+    a.write(".vscode/tasks.json", "new");
+    a.flush().await;
+    b.flush().await;
+    assert_eq!(
+        (b.read("file"), b.read(".envrc"), b.read(".profile")),
+        ("new".into(), "old".into(), "old".into())
+    );
+    assert_eq!(fs::metadata(b.path(".envrc")).unwrap().ino(), before);
+    let problems = b.status().problems;
+    assert!(problems.iter().any(|problem| problem.code == "command_runs"), "{problems:?}");
+    drop(one);
+    b.flush().await;
+    assert_eq!(b.read(".envrc"), "old", "another command runs");
+    drop(other);
+    // By itself.
+    b.until(|status| status.problems.is_empty() && status.applied_seq == status.head_seq).await;
+    assert_eq!(b.read(".envrc"), "new");
+    assert!(!b.path(".profile").exists() && b.path(".vscode/tasks.json").exists());
 }

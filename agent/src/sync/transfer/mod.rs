@@ -13,6 +13,7 @@ use cortex_shared::ids::{WorkspaceEpoch, WorkspaceId};
 use tokio_util::sync::CancellationToken;
 
 use super::core::CoreCell;
+use super::occupancy::Occupancy;
 use super::status::Progress;
 
 pub(super) use lane::Lane;
@@ -30,6 +31,7 @@ pub(super) struct Session<'a, H> {
     pub(super) core: &'a mut CoreCell,
     pub(super) cancel: &'a CancellationToken,
     pub(super) progress: &'a Progress,
+    pub(super) occupancy: &'a Occupancy,
 }
 
 /// The history that operations belong to.

@@ -23,6 +23,7 @@ use crate::sync::core::{SyncError, waiting};
 use crate::sync::ground::Blocking;
 use crate::sync::hub::{Fetched, Hub, MAX_HASHES};
 use crate::sync::index::{Index, IndexError, IndexRow};
+use crate::sync::occupancy::Occupancy;
 use crate::sync::plan::LocalChange;
 use crate::sync::problem::Finding;
 use crate::sync::scan::Scope;
@@ -37,6 +38,10 @@ const RESERVE_BYTES: u64 = 64 * 1024 * 1024;
 /// Files with the same content that are looked at to see whether one of them stays.
 const HOLDERS: u32 = 16;
 
+/// Why a change is left.
+const HELD: &str = "programs outside the sandbox obey this name, so it is not replaced while a strict \
+                    command runs here; it follows when the last one has ended";
+
 /// What came of a pull.
 #[derive(Debug, Default)]
 pub(in crate::sync) struct Pulled {
@@ -44,10 +49,14 @@ pub(in crate::sync) struct Pulled {
     pub(in crate::sync) applied: usize,
     /// Files that went to the trash.
     pub(in crate::sync) displaced: usize,
+    /// Directories that stay here though they are gone at the hub.
+    pub(in crate::sync) kept: usize,
     pub(in crate::sync) dirty: Vec<Scope>,
     pub(in crate::sync) findings: Vec<Finding>,
     /// Large files that are left to the lane.
     pub(in crate::sync) waiting: Vec<WirePath>,
+    /// Something is left until no command runs here.
+    pub(in crate::sync) occupied: bool,
     /// It ended early because something more urgent came up.
     pub(in crate::sync) interrupted: bool,
 }
@@ -115,20 +124,33 @@ async fn pull_group<H: Hub>(
         return fetched;
     }
     let (stage, changes) = (stage.clone(), changes.clone());
-    let cancel = session.cancel.clone();
+    let (cancel, occupancy) = (session.cancel.clone(), session.occupancy.clone());
     let mut ready = begun.ready;
-    let report = session
+    let (report, occupied) = session
         .core
         .run(move |core| {
             let mut stage = lock(&stage);
             let mut batch = Vec::with_capacity(group.len());
             let mut findings = Vec::new();
+            let concerned = group.clone().any(|number| Occupancy::concerns(&changes[number].path));
+            // Held until all of the batch is in its place.
+            let replacing = if concerned { occupancy.replace() } else { None };
+            let mut occupied = false;
             for number in group.filter(|number| !begun.skipped.contains(number)) {
                 if cancel.is_cancelled() {
                     return Err(SyncError::Cancelled);
                 }
                 let change = changes[number].clone();
                 if broken && (change.to.is_none() || stage.is_waiting(number)) {
+                    continue;
+                }
+                if replacing.is_none() && Occupancy::concerns(&change.path) {
+                    occupied = true;
+                    findings.push(Finding::at(&change.path, "command_runs", HELD));
+                    // What the lane brought is of no use then; the stage removes the rest itself.
+                    if let Some(name) = ready.remove(&number) {
+                        core.private.stage().remove_file(&name).ok();
+                    }
                     continue;
                 }
                 if !needs_stage(&change) {
@@ -154,12 +176,14 @@ async fn pull_group<H: Hub>(
             };
             let mut report = applier.apply(batch)?;
             report.findings.extend(findings);
-            Ok(report)
+            Ok((report, occupied))
         })
         .await?;
+    pulled.occupied |= occupied;
     session.progress.applied(report.applied);
     pulled.applied += report.applied;
     pulled.displaced += report.displaced;
+    pulled.kept += report.kept;
     pulled.dirty.extend(report.scopes());
     pulled.findings.extend(report.findings);
     fetched
@@ -344,7 +368,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_does_not_fit_leaves_the_others_their_room() {
+    fn t28_a_file_that_does_not_fit_leaves_the_others_their_room() {
         let mib = 1 << 20;
         let mut room = Room::new(RESERVE_BYTES + 10 * mib);
         let sizes = [4 * mib, 7 * mib, 0, u64::MAX, 6 * mib, 1];

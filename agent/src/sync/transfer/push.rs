@@ -41,8 +41,6 @@ pub(in crate::sync) struct Pushed {
     /// Where those files are.
     pub(in crate::sync) dirty: Vec<Scope>,
     pub(in crate::sync) findings: Vec<Finding>,
-    /// Conflict copies among them.
-    pub(in crate::sync) conflicts: usize,
     /// What the hub has at these paths goes on standing there: its conflict copy was not made.
     kept: HashSet<WirePath>,
     /// The hub has no room for content; in its words.
@@ -252,7 +250,6 @@ async fn record<H: Hub>(
     let mut accepted = Vec::with_capacity(ops.len());
     for (op, rejected) in ops.into_iter().zip(is_rejected) {
         if !rejected {
-            pushed.conflicts += usize::from(op.conflict_of.is_some());
             accepted.push((op.path, op.new));
         }
     }

@@ -6,6 +6,7 @@ use futures_util::StreamExt as _;
 use super::Session;
 use crate::sync::core::{SyncError, waiting};
 use crate::sync::hub::{ChangesPage, Contact, Head, Hub, HubError};
+use crate::sync::ignore::Ignore;
 use crate::sync::index::{Cursor, IndexError, Writer};
 
 /// How far the hub is known now.
@@ -62,23 +63,44 @@ pub(in crate::sync) async fn refresh<H: Hub>(
         session.hub.changes(session.workspace, cursor.seq, known),
     )
     .await?;
+    let (mut read_to, mut listing) = (cursor.seq, false);
     let next = async |pages: &mut crate::sync::hub::Answers<_>| pages.next().await.transpose();
     while let Some(page) = waiting(session.cancel, session.hub, next(&mut pages)).await? {
-        let ChangesPage { changes, last_seq, head_seq, root } = page;
-        if last_seq < cursor.seq || last_seq > head_seq {
+        let ChangesPage { changes, last_seq, head_seq, root, complete } = page;
+        let begins = complete && !listing;
+        if begins {
+            tracing::info!(seq = cursor.seq, "away for too long: reading the whole tree");
+            (read_to, listing) = (0, true);
+        }
+        if last_seq < read_to || last_seq > head_seq || complete != listing {
             return Err(HubError::protocol("pages of changes do not advance").into());
         }
-        cursor.seq = last_seq;
+        read_to = last_seq;
+        let ends = last_seq == head_seq;
+        // A listing that is cut off begins anew: until its end nothing is known to be gone.
+        if ends || !listing {
+            cursor.seq = last_seq;
+        }
         session
             .core
             .run(move |core| {
-                let ignore = &core.ignore;
+                let ignore = Ignore::default();
                 core.index.batch(|writer| {
-                    // What is left out here is not accepted from others either.
+                    if begins {
+                        writer.begin_listing()?;
+                    }
+                    // What is always left out is not accepted from others either. What rules leave out
+                    // is remembered: they may change.
                     for change in changes {
-                        if !ignore.ignores(&change.path) {
+                        if complete && change.entry.is_some() {
+                            writer.list(&change.path)?;
+                        }
+                        if !ignore.ignores(&change.path, false) {
                             writer.set_remote(&change.path, change.entry)?;
                         }
+                    }
+                    if complete && ends {
+                        writer.end_listing()?;
                     }
                     writer.set_cursor(cursor)?;
                     told(writer, known, Head { epoch, seq: head_seq, root })
@@ -86,7 +108,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
             })
             .await?;
         session.progress.head(head_seq);
-        if cursor.seq == head_seq {
+        if ends {
             break;
         }
     }

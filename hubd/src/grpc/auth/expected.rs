@@ -2,7 +2,7 @@
 
 /// Each method with those who may call it, in this order: `-` whoever has no certificate, `n` a node,
 /// `v` viewer, `t` agent-token, `o` operator, `s` admin with a scope, `a` admin.
-pub(crate) const EXPECTED: [(&str, &str); 50] = [
+pub(crate) const EXPECTED: [(&str, &str); 59] = [
     ("Enroll/JoinNode", "-nvtosa"),
     ("Enroll/LoginOperator", "-nvtosa"),
     ("Enroll/RecoverNode", "-nvtosa"),
@@ -10,6 +10,7 @@ pub(crate) const EXPECTED: [(&str, &str); 50] = [
     ("Node/Leave", "n"),
     ("Node/Link", "n"),
     ("Node/TaskIo", "n"),
+    ("Node/FileIo", "n"),
     ("Node/RequestAttach", "n"),
     ("Node/RequestDetach", "n"),
     ("Sync/Head", "n"),
@@ -26,6 +27,8 @@ pub(crate) const EXPECTED: [(&str, &str); 50] = [
     ("Operator/ListWorkspaces", "vtosa"),
     ("Operator/WorkspaceStatus", "vtosa"),
     ("Operator/ListConflicts", "vtosa"),
+    ("Operator/WorkspaceLog", "vtosa"),
+    ("Operator/ShowWorkspace", "vtosa"),
     ("Operator/ListTasks", "vtosa"),
     ("Operator/GetTask", "vtosa"),
     ("Operator/WaitTask", "vtosa"),
@@ -33,6 +36,8 @@ pub(crate) const EXPECTED: [(&str, &str); 50] = [
     ("Operator/ReadHistory", "vtosa"),
     ("Operator/Exec", "tosa"),
     ("Operator/CancelTask", "tosa"),
+    ("Operator/ReadFiles", "vtosa"),
+    ("Operator/ChangeFiles", "tosa"),
     ("Operator/LabelNode", "osa"),
     ("Operator/RenameNode", "osa"),
     ("Operator/CordonNode", "osa"),
@@ -40,9 +45,13 @@ pub(crate) const EXPECTED: [(&str, &str); 50] = [
     ("Operator/AttachWorkspace", "osa"),
     ("Operator/DetachWorkspace", "osa"),
     ("Operator/ConfirmDeletes", "osa"),
+    ("Operator/ResolveConflict", "osa"),
+    ("Operator/RestoreWorkspace", "osa"),
     ("Operator/RevokeNode", "sa"),
     ("Operator/ForgetNode", "sa"),
     ("Operator/SetNodePolicy", "sa"),
+    ("Operator/SetWorkspace", "sa"),
+    ("Operator/DeleteWorkspace", "sa"),
     ("Operator/ListOperators", "a"),
     ("Operator/RevokeOperator", "a"),
     ("Operator/CreateOperator", "a"),

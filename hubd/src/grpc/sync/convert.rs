@@ -10,7 +10,7 @@ use tonic::Status;
 
 use crate::grpc::status::invalid;
 use crate::store::workspace::{
-    Change, ChangesPage, Commit, CommitResult, Head, InvalidOp, Op, RejectReason, Rejection,
+    Author, Change, ChangesPage, Commit, CommitResult, Head, InvalidOp, Op, RejectReason, Rejection,
 };
 
 /// Most hashes in one question.
@@ -72,7 +72,8 @@ pub(super) fn commit(request: v1::CommitRequest, node: NodeId) -> Result<Commit,
     let id =
         CommitId::from_slice(&request.commit_id).map_err(|error| invalid(error.to_string()))?;
     let epoch = epoch(&request.epoch)?;
-    Ok(Commit { id, node, epoch, ops: request.ops.into_iter().map(op).collect() })
+    let author = Author::Node(node);
+    Ok(Commit { id, author, epoch, ops: request.ops.into_iter().map(op).collect() })
 }
 
 fn op(op: v1::Op) -> Result<Op, InvalidOp> {
@@ -149,7 +150,7 @@ fn wire_rejection(rejection: Rejection) -> v1::OpRejected {
     }
 }
 
-pub(super) fn wire_page(page: ChangesPage) -> v1::ChangesPage {
+pub(super) fn wire_page(page: ChangesPage, complete: bool) -> v1::ChangesPage {
     let wire_change = |change: Change| v1::Change {
         seq: change.seq,
         path: change.path.as_bytes().to_vec().into(),
@@ -160,6 +161,7 @@ pub(super) fn wire_page(page: ChangesPage) -> v1::ChangesPage {
         last_seq: page.last_seq,
         head_seq: page.head.seq,
         root_digest: wire_digest(&page.head.root),
+        complete,
     }
 }
 

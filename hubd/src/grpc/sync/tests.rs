@@ -41,6 +41,7 @@ struct Fixture {
     _folder: tempfile::TempDir,
     scope: TaskScope,
     members: Arc<Members>,
+    workspaces: Arc<Workspaces>,
     address: SocketAddr,
     id: WorkspaceId,
 }
@@ -62,7 +63,8 @@ impl Fixture {
             Workspaces::open(folder.path(), ContentLimits::default(), scope.clone(), scope.clone())
                 .unwrap();
         let members = Arc::new(Members::default());
-        let service = SyncService::new(Arc::new(workspaces), members.clone());
+        let workspaces = Arc::new(workspaces);
+        let service = SyncService::new(workspaces.clone(), members.clone());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let identify = |mut request: Request<()>| {
@@ -78,7 +80,7 @@ impl Fixture {
             .add_service(service.into_server())
             .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop);
         scope.spawn("server", async move { server.await.unwrap() });
-        Self { _folder: folder, scope, members, address, id: WorkspaceId::new() }
+        Self { _folder: folder, scope, members, workspaces, address, id: WorkspaceId::new() }
     }
 
     /// A connection of its own, as each node has.
@@ -334,6 +336,34 @@ async fn who_is_no_member_gets_nothing_from_any_method() {
     let request = v1::HeadRequest { workspace_id: stranger.workspace_id(), known: None };
     let refusal = SyncClient::new(fixture.channel()).head(request).await.unwrap_err();
     assert_eq!(refusal.code(), Code::Unauthenticated);
+    fixture.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_was_away_for_longer_than_deletions_are_recorded_gets_the_whole_tree() {
+    let fixture = Fixture::new().await;
+    let mut member = fixture.member();
+    let dir = || v1::entry::Kind::Dir(v1::DirEntry {});
+    member.commit(vec![create("stays", dir()), create("goes", dir())]).await.unwrap();
+    let expected = convert::wire_digest(&Entry::Dir.identity());
+    let path = Bytes::from_static(b"goes");
+    let delete = v1::Op { path, expected, new: None, conflict_of: Bytes::new() };
+    member.commit(vec![delete]).await.unwrap();
+    let paths = |pages: &[v1::ChangesPage]| -> Vec<Bytes> {
+        pages.iter().flat_map(|page| &page.changes).map(|change| change.path.clone()).collect()
+    };
+    let pages = member.changes(2).await.unwrap();
+    assert_eq!((paths(&pages), pages[0].complete), (vec![Bytes::from("goes")], false));
+
+    let in_40_days = cortex_shared::clock::unix_ms() + 40 * 24 * 3600 * 1000;
+    let workspace = fixture.workspaces.workspace(fixture.id).await.unwrap();
+    workspace.collect(in_40_days, 0).await.unwrap();
+    let pages = member.changes(2).await.unwrap();
+    assert_eq!((paths(&pages), pages[0].complete), (vec![Bytes::from("stays")], true));
+    for after in [0, 3] {
+        let pages = member.changes(after).await.unwrap();
+        assert!(pages.iter().all(|page| !page.complete), "{after}");
+    }
     fixture.close().await;
 }
 

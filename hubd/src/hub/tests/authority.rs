@@ -24,7 +24,7 @@ fn revoke(node: &str) -> v1::RevokeNodeRequest {
 
 fn policy(node: &str, mode: v1::Mode, reason: &str, for_ms: u64) -> v1::SetNodePolicyRequest {
     let (node, reason) = (node.to_owned(), reason.to_owned());
-    v1::SetNodePolicyRequest { node, mode: mode.into(), reason, for_ms }
+    v1::SetNodePolicyRequest { node, mode: mode.into(), reason, for_ms, network: 0 }
 }
 
 async fn names(
@@ -215,6 +215,53 @@ async fn permissive_needs_a_reason_and_ends_by_itself() {
     ] {
         assert!(short.contains(&expected), "{expected:?} in {short:?}");
     }
+    hub.hub.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_network_is_a_part_of_the_policy_with_its_own_reason_and_end() {
+    use v1::Network::{Full, None};
+    let hub = TestHub::start().await;
+    let node = hub.join("box", &[]).await;
+    let mut session = node.connect(&hub).await.unwrap();
+    assert_eq!(session.welcome.policy_network(), None);
+    let login = hub.login("ann", "operator").await;
+    let mut ann = hub.operator(&login).await;
+    let mut admin = hub.local().await;
+    let online =
+        || v1::TaskSpec { argv: vec!["true".into()], network: Full.into(), ..Default::default() };
+    let refused = hub.exec(&mut ann, "box", online()).await.err().unwrap();
+    assert_eq!(word(&refused), "network_not_allowed");
+    let set = |mode: v1::Mode, reason: &str, for_ms| v1::SetNodePolicyRequest {
+        network: Full.into(),
+        ..policy("box", mode, reason, for_ms)
+    };
+    let refused = admin.set_node_policy(set(v1::Mode::Strict, "", 0)).await.unwrap_err();
+    assert_eq!(word(&refused), "reason_needed");
+
+    admin.set_node_policy(policy("box", v1::Mode::Permissive, "debug", 0)).await.unwrap();
+    assert_eq!(session.policy().await.policy(), v1::Mode::Permissive);
+    let info = admin.set_node_policy(set(v1::Mode::Strict, "builds", 0)).await.unwrap();
+    let info = info.into_inner();
+    assert_eq!((info.policy_network(), info.policy_until_ms), (Full, 0));
+    assert_eq!((info.policy(), info.policy_reason.as_str()), (v1::Mode::Strict, "builds"));
+    // What is taken away does not wait for the store.
+    let told = session.policy().await;
+    assert_eq!((told.policy(), told.network()), (v1::Mode::Strict, None));
+    let told = session.policy().await;
+    assert_eq!((told.policy(), told.network(), told.until_ms), (v1::Mode::Strict, Full, 0));
+    // Both halves: this node's own ceiling says nothing of the network.
+    let refused = hub.exec(&mut ann, "box", online()).await.err().unwrap();
+    assert!(refused.message().contains("ceiling") && !refused.message().contains("policy"));
+
+    // Over a restart it is still there, and one with an end goes by itself.
+    let hub = hub.restart().await;
+    let mut session = node.connect(&hub).await.unwrap();
+    assert_eq!(session.welcome.policy_network(), Full);
+    let mut admin = hub.local().await;
+    admin.set_node_policy(set(v1::Mode::Strict, "builds", 1_500)).await.unwrap();
+    assert_eq!(session.policy().await.network(), Full);
+    assert_eq!(session.policy().await.network(), None);
     hub.hub.shutdown().await;
 }
 

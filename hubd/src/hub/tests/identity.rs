@@ -182,7 +182,7 @@ async fn absent(hub: &TestHub, ago: Duration) -> TestNode {
         new_id: NodeId::new(),
         wanted_name: String::new(),
         labels: Default::default(),
-        ceiling: Mode::Strict,
+        ceiling: Bound::LEAST,
         facts: Facts { hostname: "absent".into(), ..Facts::default() },
         machine: Machine { boot_id: "boot-absent".into(), ..Machine::default() },
         certificate: NewCertificate { not_after_ms: then + DAY_MS, authority: [0; 32] },

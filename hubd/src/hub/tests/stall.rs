@@ -193,6 +193,7 @@ async fn what_is_withdrawn_from_a_node_is_in_force_while_the_store_stalls() {
         mode: mode.into(),
         reason: "x".into(),
         for_ms: 0,
+        ..Default::default()
     };
     let cordon = |cordoned| v1::CordonNodeRequest { node: "box".into(), cordoned };
     admin.set_node_policy(policy(v1::Mode::Permissive)).await.unwrap();
@@ -219,9 +220,9 @@ async fn what_is_withdrawn_from_a_node_is_in_force_while_the_store_stalls() {
     }
     faults.set(Fault::None);
     calls.finish().await;
-    assert_eq!(view().policy.mode, cortex_shared::policy::Mode::Strict);
+    assert_eq!(view().policy.bound.mode, cortex_shared::policy::Mode::Strict);
     let stored = hub.hub.store.nodes().await.unwrap().remove(0);
-    assert_eq!((stored.policy.mode, stored.cordoned), (view().policy.mode, true));
+    assert_eq!((stored.policy.bound.mode, stored.cordoned), (view().policy.bound.mode, true));
     // The one that was decided before was not told after it.
     let beat = v1::node_frame::Frame::Heartbeat(v1::Heartbeat {});
     session.up.send(v1::NodeFrame { frame: Some(beat) }).await.unwrap();

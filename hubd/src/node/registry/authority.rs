@@ -5,7 +5,7 @@ use cortex_proto::v1::{PolicyUpdate, hub_frame};
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::NodeId;
 use cortex_shared::labels::Labels;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::{Bound, Mode, Network};
 use tokio_util::sync::CancellationToken;
 
 use super::{Known, Registry};
@@ -42,11 +42,20 @@ pub enum ForgetRefusal {
 /// What a node is told of the hub's policy: what is in force now, and until when.
 #[must_use]
 pub fn policy_update(policy: &NodePolicy, now_ms: i64) -> PolicyUpdate {
-    let mode = match policy.in_force(now_ms) {
+    let bound = policy.in_force(now_ms);
+    let mode = match bound.mode {
         Mode::Strict => cortex_proto::v1::Mode::Strict,
         Mode::Permissive => cortex_proto::v1::Mode::Permissive,
     };
-    PolicyUpdate { policy: mode.into(), until_ms: policy.ends_at(now_ms).unwrap_or_default() }
+    let network = match bound.network {
+        Network::None => cortex_proto::v1::Network::None,
+        Network::Full => cortex_proto::v1::Network::Full,
+    };
+    PolicyUpdate {
+        policy: mode.into(),
+        until_ms: policy.ends_at(now_ms).unwrap_or_default(),
+        network: network.into(),
+    }
 }
 
 impl Registry {
@@ -133,13 +142,18 @@ impl Registry {
         }
     }
 
-    /// The permissive policies whose time is over, and when the next one's will be.
+    /// The policies whose time is over, and when the next one's will be.
     #[must_use]
     pub fn ended_policies(&self, now_ms: i64) -> (Vec<Node>, Option<i64>) {
         let nodes = self.lock();
-        let permissive = || nodes.values().filter(|k| k.node.policy.mode == Mode::Permissive);
-        let ended = permissive().filter(|k| k.node.policy.in_force(now_ms) == Mode::Strict);
-        let next = permissive().filter_map(|k| k.node.policy.ends_at(now_ms)).min();
+        let ending = || {
+            nodes.values().filter(|known| {
+                let policy = &known.node.policy;
+                policy.bound != Bound::LEAST && policy.until_ms.is_some()
+            })
+        };
+        let ended = ending().filter(|k| k.node.policy.in_force(now_ms) == Bound::LEAST);
+        let next = ending().filter_map(|k| k.node.policy.ends_at(now_ms)).min();
         (ended.map(|known| known.node.clone()).collect(), next)
     }
 
@@ -169,7 +183,7 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use cortex_proto::v1;
-    use cortex_shared::policy::Mode;
+    use cortex_shared::policy::{Bound, Mode};
 
     use super::super::tests::{begin, node};
     use super::*;
@@ -212,7 +226,11 @@ mod tests {
         let registry = Registry::new(vec![one]);
         let mut session = begin(&registry, id);
         let later = unix_ms() + 60_000;
-        let policy = |mode, until_ms| NodePolicy { mode, until_ms, reason: String::new() };
+        let policy = |mode, until_ms| NodePolicy {
+            bound: Bound { mode, ..Bound::LEAST },
+            until_ms,
+            reason: String::new(),
+        };
         let mut told = || match session.outbox.try_recv().map(|frame| frame.frame) {
             Ok(Some(hub_frame::Frame::Policy(update))) => Some((update.policy(), update.until_ms)),
             _ => None,
@@ -233,8 +251,8 @@ mod tests {
     fn the_next_policy_to_end_is_known() {
         let mut nodes = [node("a"), node("b"), node("c")];
         for (node, until) in nodes.iter_mut().zip([10, 20, 30]) {
-            let (mode, reason) = (Mode::Permissive, String::new());
-            node.policy = NodePolicy { mode, until_ms: Some(until), reason };
+            let bound = Bound { mode: Mode::Permissive, ..Bound::LEAST };
+            node.policy = NodePolicy { bound, until_ms: Some(until), reason: String::new() };
         }
         let registry = Registry::new(nodes.to_vec());
         let (ended, next) = registry.ended_policies(15);

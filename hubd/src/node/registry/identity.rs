@@ -8,7 +8,7 @@ use std::time::Duration;
 use cortex_proto::v1::SandboxReport;
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::NodeId;
-use cortex_shared::policy::Mode;
+use cortex_shared::policy::Bound;
 use tokio::time::Instant;
 
 use super::{Known, NodeRefusal, Registry};
@@ -28,7 +28,7 @@ pub struct Arrival {
     /// Its machine, as it is told from others.
     pub machine: Machine,
     /// Its own ceiling.
-    pub ceiling: Mode,
+    pub ceiling: Bound,
     /// What its kernel can enforce.
     pub sandbox: Option<SandboxReport>,
     /// Where its connection comes from.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use cortex_shared::labels::{Labels, SELF_LABEL_PREFIX};
-use cortex_shared::policy::{Mode, Role};
+use cortex_shared::policy::{Bound, Mode, Role};
 use serde_json::Value;
 
 use super::{KeyHash, NewAudit};
@@ -57,28 +57,28 @@ impl From<&str> for Actor {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodePolicy {
     /// As it was set; [`NodePolicy::in_force`] is what counts.
-    pub mode: Mode,
-    /// When a permissive policy ends.
+    pub bound: Bound,
+    /// When what it allows beyond [`Bound::LEAST`] ends. Permissive always has an end.
     pub until_ms: Option<i64>,
-    /// Why it is permissive.
+    /// Why it allows more than that.
     pub reason: String,
 }
 
 impl NodePolicy {
-    /// The mode that counts at this time. A permissive policy without an end is none: nobody can
-    /// set one.
+    /// What counts at this time. A permissive policy without an end is none: nobody can set one.
     #[must_use]
-    pub fn in_force(&self, now_ms: i64) -> Mode {
-        match (self.mode, self.until_ms) {
-            (Mode::Permissive, Some(until)) if now_ms < until => Mode::Permissive,
-            _ => Mode::Strict,
+    pub fn in_force(&self, now_ms: i64) -> Bound {
+        match self.until_ms {
+            Some(until) if now_ms < until => self.bound,
+            Some(_) => Bound::LEAST,
+            None => Bound { mode: Mode::Strict, ..self.bound },
         }
     }
 
-    /// When it ends by itself, if it is permissive now.
+    /// When it ends by itself, if it allows anything to end now.
     #[must_use]
     pub fn ends_at(&self, now_ms: i64) -> Option<i64> {
-        self.until_ms.filter(|_| self.in_force(now_ms) == Mode::Permissive)
+        self.until_ms.filter(|_| self.in_force(now_ms) != Bound::LEAST)
     }
 }
 
@@ -148,6 +148,8 @@ pub enum LabelRefusal {
 
 #[cfg(test)]
 mod tests {
+    use cortex_shared::policy::Network;
+
     use super::*;
 
     fn labels(pairs: &[(&str, &str)]) -> Labels {
@@ -156,7 +158,11 @@ mod tests {
 
     #[test]
     fn a_permissive_policy_ends_by_itself_and_never_lacks_an_end() {
-        let policy = |mode, until_ms| NodePolicy { mode, until_ms, reason: String::new() };
+        let policy = |mode, until_ms| NodePolicy {
+            bound: Bound { mode, ..Bound::LEAST },
+            until_ms,
+            reason: String::new(),
+        };
         for (policy, now, in_force) in [
             (policy(Mode::Strict, None), 5, Mode::Strict),
             (policy(Mode::Strict, Some(10)), 5, Mode::Strict),
@@ -164,7 +170,12 @@ mod tests {
             (policy(Mode::Permissive, Some(10)), 10, Mode::Strict),
             (policy(Mode::Permissive, None), 5, Mode::Strict),
         ] {
-            assert_eq!(policy.in_force(now), in_force, "{policy:?} at {now}");
+            assert_eq!(policy.in_force(now).mode, in_force, "{policy:?} at {now}");
+            let online = Bound { network: Network::Full, ..policy.bound };
+            let online = NodePolicy { bound: online, ..policy };
+            let over = online.until_ms.is_some_and(|until| until <= now);
+            let expected = if over { Network::None } else { Network::Full };
+            assert_eq!(online.in_force(now).network, expected, "{online:?} at {now}");
         }
     }
 

@@ -172,6 +172,21 @@ pub struct TaskEnd {
     pub started_at_ms: Option<i64>,
     /// When.
     pub ended_at_ms: i64,
+    /// It was not begun, and never will be: its caller's key is free again. Not read back.
+    #[serde(default)]
+    pub never_begun: bool,
+    /// Its node did not say so, and is to end it if it still runs it. Not read back: see
+    /// [`TaskRecord::cancel_wanted`].
+    #[serde(default)]
+    pub cancel_wanted: bool,
+}
+
+impl TaskEnd {
+    /// Whether the node itself said how the command ended.
+    #[must_use]
+    pub fn is_nodes_word(&self) -> bool {
+        self.stdout_hash.is_some()
+    }
 }
 
 /// How a task ended on its node, learnt after its verdict.
@@ -231,6 +246,16 @@ pub struct TaskRecord {
     pub end: Option<TaskEnd>,
     /// What the node said after the verdict.
     pub late: Option<LateOutcome>,
+    /// Somebody wants it to end.
+    pub cancel_wanted: bool,
+}
+
+impl TaskRecord {
+    /// Whether it may still run on its node, for all that is known here.
+    #[must_use]
+    pub fn may_run(&self) -> bool {
+        self.late.is_none() && self.end.as_ref().is_none_or(|end| !end.is_nodes_word())
+    }
 }
 
 /// Which tasks are wanted.

@@ -137,9 +137,9 @@ pub(super) fn set_node_policy(
     policy: &NodePolicy,
     audit: &NewAudit,
 ) -> Result<(), StoreError> {
-    let set = "policy = ?2, policy_until = ?3, policy_reason = ?4";
-    let mode = policy.mode.to_string();
-    update_node(t, id, set, &[&mode, &policy.until_ms, &policy.reason], audit)
+    let set = "policy = ?2, policy_until = ?3, policy_reason = ?4, policy_network = ?5";
+    let (mode, network) = (policy.bound.mode.to_string(), policy.bound.network.to_string());
+    update_node(t, id, set, &[&mode, &policy.until_ms, &policy.reason, &network], audit)
 }
 
 fn read_operator(row: &Row<'_>) -> Result<OperatorRecord, StoreError> {

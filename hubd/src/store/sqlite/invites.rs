@@ -214,7 +214,11 @@ pub(super) fn redeem_node(
     };
     nodes::insert(t, &node)?;
     for workspace in invite.workspaces {
-        workspaces::attach(t, workspace, node.id, node.joined_at_ms)?;
+        match workspaces::attach(t, workspace, node.id, node.joined_at_ms) {
+            // It was deleted since the invite was made, which is no reason to turn the node away.
+            Ok(_) | Err(StoreError::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
     }
     audit::append(t, &line)?;
     Ok(Ok(node))

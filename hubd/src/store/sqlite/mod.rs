@@ -32,6 +32,9 @@ const SETTINGS: Settings = Settings {
         include_str!("migrations/0002_authority.sql"),
         include_str!("migrations/0003_workspace_scope.sql"),
         include_str!("migrations/0004_tasks.sql"),
+        include_str!("migrations/0005_cancel_wanted.sql"),
+        include_str!("migrations/0006_deleted_workspaces.sql"),
+        include_str!("migrations/0007_network.sql"),
     ],
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,
@@ -143,6 +146,18 @@ impl Store for SqliteStore {
         self.database.write(move |t| tasks::add_late_outcome(t, id, node, &outcome)).await
     }
 
+    async fn want_cancel(&self, id: TaskId) -> Result<(), StoreError> {
+        self.database.write(move |t| tasks::want_cancel(t, id)).await
+    }
+
+    async fn tasks_to_cancel(
+        &self,
+        node: NodeId,
+        held: Vec<TaskId>,
+    ) -> Result<Vec<TaskId>, StoreError> {
+        self.database.read(move |c| tasks::to_cancel(c, node, &held)).await
+    }
+
     async fn open_tasks(&self) -> Result<Vec<TaskRecord>, StoreError> {
         self.database.read(tasks::open).await
     }
@@ -181,6 +196,26 @@ impl Store for SqliteStore {
             audit::append(t, &audit)
         };
         self.database.write(create).await
+    }
+
+    async fn delete_workspace(
+        &self,
+        workspace: WorkspaceId,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        let delete = move |t: &Connection| {
+            workspaces::delete(t, workspace, audit.at_ms)?;
+            audit::append(t, &audit)
+        };
+        self.database.write(delete).await
+    }
+
+    async fn deleted_workspaces(&self) -> Result<Vec<WorkspaceId>, StoreError> {
+        self.database.read(workspaces::deleted).await
+    }
+
+    async fn workspace_removed(&self, workspace: WorkspaceId) -> Result<(), StoreError> {
+        self.database.write(move |t| workspaces::removed(t, workspace)).await
     }
 
     async fn attach(

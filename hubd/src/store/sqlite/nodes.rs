@@ -1,5 +1,6 @@
 //! Nodes.
 
+use cortex_shared::policy::Bound;
 use rusqlite::{Connection, Row, params};
 
 use super::super::{CertificateState, Facts, KeyHash, Node, NodePolicy, StoreError};
@@ -13,12 +14,12 @@ fn read(row: &Row<'_>) -> Result<Node, StoreError> {
         labels: from_json(&row.get::<_, String>("labels")?, "labels")?,
         key: row.get("key")?,
         policy: NodePolicy {
-            mode: row.get::<_, String>("policy")?.parse().map_err(|_| damaged("policy"))?,
+            bound: bound(row, "policy", "policy_network")?,
             until_ms: row.get("policy_until")?,
             reason: row.get("policy_reason")?,
         },
         cordoned: row.get("cordoned")?,
-        ceiling: row.get::<_, String>("ceiling")?.parse().map_err(|_| damaged("ceiling"))?,
+        ceiling: bound(row, "ceiling", "ceiling_network")?,
         joined_at_ms: row.get("joined_at")?,
         last_seen_ms: row.get("last_seen")?,
         revoked_at_ms: row.get("revoked_at")?,
@@ -38,6 +39,13 @@ fn read(row: &Row<'_>) -> Result<Node, StoreError> {
         },
         machine: from_json(&row.get::<_, String>("machine")?, "machine")?,
         clone: clone.map(|text| from_json(&text, "clone suspicion")).transpose()?,
+    })
+}
+
+fn bound(row: &Row<'_>, mode: &str, network: &'static str) -> Result<Bound, StoreError> {
+    Ok(Bound {
+        mode: row.get::<_, String>(mode)?.parse().map_err(|_| damaged("mode"))?,
+        network: row.get::<_, String>(network)?.parse().map_err(|_| damaged(network))?,
     })
 }
 
@@ -70,15 +78,16 @@ pub(super) fn exists(connection: &Connection, name: &str) -> Result<bool, StoreE
 pub(super) fn insert(connection: &Connection, node: &Node) -> Result<(), StoreError> {
     connection.execute(
         "INSERT INTO nodes (id, name, labels, key, policy, ceiling, joined_at, last_seen, \
-          hostname, os, arch, agent_version, policy_until, policy_reason, cordoned, owner) \
-          VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+          hostname, os, arch, agent_version, policy_until, policy_reason, cordoned, owner, \
+          policy_network, ceiling_network) \
+          VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         params![
             node.id.as_bytes().as_slice(),
             node.name,
             to_json(&node.labels)?,
             node.key.as_slice(),
-            node.policy.mode.to_string(),
-            node.ceiling.to_string(),
+            node.policy.bound.mode.to_string(),
+            node.ceiling.mode.to_string(),
             node.joined_at_ms,
             node.last_seen_ms,
             node.facts.hostname,
@@ -89,6 +98,8 @@ pub(super) fn insert(connection: &Connection, node: &Node) -> Result<(), StoreEr
             node.policy.reason,
             node.cordoned,
             node.owner,
+            node.policy.bound.network.to_string(),
+            node.ceiling.network.to_string(),
         ],
     )?;
     certify(connection, node)
@@ -120,13 +131,13 @@ pub(super) fn touch(connection: &Connection, nodes: &[Node]) -> Result<(), Store
         "UPDATE nodes SET last_seen = max(last_seen, ?2), ceiling = ?3, hostname = ?4, os = ?5, \
          arch = ?6, agent_version = ?7, machine = ?8, generation_connected = \
          CASE WHEN generation = ?9 THEN max(generation_connected, ?10) \
-         ELSE generation_connected END WHERE id = ?1",
+         ELSE generation_connected END, ceiling_network = ?11 WHERE id = ?1",
     )?;
     for node in nodes {
         statement.execute(params![
             node.id.as_bytes().as_slice(),
             node.last_seen_ms,
-            node.ceiling.to_string(),
+            node.ceiling.mode.to_string(),
             node.facts.hostname,
             node.facts.os,
             node.facts.arch,
@@ -134,6 +145,7 @@ pub(super) fn touch(connection: &Connection, nodes: &[Node]) -> Result<(), Store
             to_json(&node.machine)?,
             node.certificate.generation.cast_signed(),
             node.certificate.connected,
+            node.ceiling.network.to_string(),
         ])?;
     }
     Ok(())

@@ -14,7 +14,8 @@ use super::{audit, damaged, from_json, node_id, to_json};
 /// The columns of a record, in the order that [`record`] reads them.
 const COLUMNS: &str = "id, node, node_name, actor, role, command, workspace, mode, detached, retry_of, \
      idempotency_key, accepted_at, verdict, exit_code, signal, reason, hint, stdout_bytes, \
-     stderr_bytes, stdout_hash, stderr_hash, duration_ms, started_at, ended_at, late_outcome";
+     stderr_bytes, stdout_hash, stderr_hash, duration_ms, started_at, ended_at, late_outcome, \
+     cancel_wanted";
 
 pub(super) fn accept(t: &Connection, task: &NewTask) -> Result<Acceptance, StoreError> {
     if let Some(key) = &task.key {
@@ -74,7 +75,10 @@ pub(super) fn end(t: &Connection, id: TaskId, end: &TaskEnd) -> Result<(), Store
     let mut statement = t.prepare_cached(
         "UPDATE tasks SET state = ?2, verdict = ?3, exit_code = ?4, signal = ?5, reason = ?6, \
          stdout_bytes = ?7, stderr_bytes = ?8, ended_at = ?9, hint = ?10, stdout_hash = ?11, \
-         stderr_hash = ?12, duration_ms = ?13, started_at = ?14 WHERE id = ?1 AND ended_at IS NULL \
+         stderr_hash = ?12, duration_ms = ?13, started_at = ?14, \
+         idempotency_key = CASE WHEN ?15 THEN NULL ELSE idempotency_key END, \
+         cancel_wanted = cancel_wanted OR ?16 \
+         WHERE id = ?1 AND ended_at IS NULL \
          RETURNING actor, node",
     )?;
     let mut rows = statement.query(params![
@@ -92,6 +96,8 @@ pub(super) fn end(t: &Connection, id: TaskId, end: &TaskEnd) -> Result<(), Store
         end.stderr_hash,
         signed(end.duration_ms),
         end.started_at_ms,
+        end.never_begun,
+        end.cancel_wanted,
     ])?;
     let Some(row) = rows.next()? else { return Ok(()) };
     let (actor, node) = (row.get::<_, String>(0)?, node_id(&row.get::<_, Vec<u8>>(1)?)?);
@@ -115,6 +121,33 @@ pub(super) fn add_late_outcome(
     let Some(actor) = actor else { return Ok(false) };
     append_end(t, id, &actor, "task.late_outcome", node, outcome)?;
     Ok(true)
+}
+
+pub(super) fn want_cancel(t: &Connection, id: TaskId) -> Result<(), StoreError> {
+    t.prepare_cached(
+        "UPDATE tasks SET cancel_wanted = 1 \
+         WHERE id = ? AND stdout_hash IS NULL AND late_outcome IS NULL",
+    )?
+    .execute([id.as_bytes().as_slice()])?;
+    Ok(())
+}
+
+pub(super) fn to_cancel(
+    c: &Connection,
+    node: NodeId,
+    held: &[TaskId],
+) -> Result<Vec<TaskId>, StoreError> {
+    let mut statement = c.prepare_cached(
+        "SELECT 1 FROM tasks WHERE id = ? AND node = ? AND cancel_wanted AND ended_at IS NOT NULL \
+         AND stdout_hash IS NULL AND late_outcome IS NULL",
+    )?;
+    let mut found = Vec::new();
+    for id in held {
+        if statement.exists(params![id.as_bytes().as_slice(), node.as_bytes().as_slice()])? {
+            found.push(*id);
+        }
+    }
+    Ok(found)
 }
 
 pub(super) fn open(c: &Connection) -> Result<Vec<TaskRecord>, StoreError> {
@@ -187,6 +220,8 @@ fn record(row: &Row<'_>) -> Result<TaskRecord, StoreError> {
             duration_ms: row.get::<_, Option<i64>>("duration_ms")?.unwrap_or(0).cast_unsigned(),
             started_at_ms: row.get("started_at")?,
             ended_at_ms: row.get::<_, Option<i64>>("ended_at")?.unwrap_or(0),
+            never_begun: false,
+            cancel_wanted: false,
         }),
     };
     let late: Option<String> = row.get("late_outcome")?;
@@ -206,6 +241,7 @@ fn record(row: &Row<'_>) -> Result<TaskRecord, StoreError> {
         accepted_at_ms: row.get("accepted_at")?,
         end,
         late: late.map(|text| from_json(&text, "late outcome")).transpose()?,
+        cancel_wanted: row.get("cancel_wanted")?,
     })
 }
 

@@ -49,7 +49,7 @@ fn redemption(token: &InviteToken, key: u8) -> NodeRedemption {
         new_id: NodeId::new(),
         wanted_name: String::new(),
         labels: [("env".to_owned(), "dev".to_owned())].into(),
-        ceiling: cortex_shared::policy::Mode::Strict,
+        ceiling: cortex_shared::policy::Bound::LEAST,
         facts: Facts { hostname: "Box".into(), ..Facts::default() },
         machine: Machine::default(),
         certificate: NewCertificate { not_after_ms: 100, authority: [9; 32] },
@@ -112,6 +112,8 @@ fn end(verdict: Verdict, code: u32) -> TaskEnd {
         duration_ms: 4,
         started_at_ms: Some(2),
         ended_at_ms: 3,
+        never_begun: false,
+        cancel_wanted: false,
     }
 }
 

@@ -63,16 +63,49 @@ pub(super) fn create(t: &Connection, workspace: &Workspace) -> Result<(), StoreE
     Ok(())
 }
 
-/// Returns whether the node was not a member before.
+pub(super) fn delete(
+    t: &Connection,
+    workspace: WorkspaceId,
+    now_ms: i64,
+) -> Result<(), StoreError> {
+    let id = workspace.as_bytes().as_slice();
+    t.execute("DELETE FROM members WHERE workspace = ?", [id])?;
+    if t.execute("DELETE FROM workspaces WHERE id = ?", [id])? == 0 {
+        return Err(StoreError::NotFound { what: "workspace", name: workspace.to_string() });
+    }
+    t.execute(
+        "INSERT INTO deleted_workspaces (id, deleted_at) VALUES (?, ?)",
+        params![id, now_ms],
+    )?;
+    Ok(())
+}
+
+pub(super) fn deleted(connection: &Connection) -> Result<Vec<WorkspaceId>, StoreError> {
+    let mut statement = connection.prepare_cached("SELECT id FROM deleted_workspaces")?;
+    let rows = statement.query_and_then([], |row| workspace_id(&row.get::<_, Vec<u8>>(0)?))?;
+    rows.collect()
+}
+
+pub(super) fn removed(t: &Connection, workspace: WorkspaceId) -> Result<(), StoreError> {
+    t.execute("DELETE FROM deleted_workspaces WHERE id = ?", [workspace.as_bytes().as_slice()])?;
+    Ok(())
+}
+
+/// Returns whether the node was not a member before. [`StoreError::NotFound`] if there is no such
+/// workspace.
 pub(super) fn attach(
     t: &Connection,
     workspace: WorkspaceId,
     node: NodeId,
     now_ms: i64,
 ) -> Result<bool, StoreError> {
+    let id = workspace.as_bytes().as_slice();
+    if !t.prepare_cached("SELECT 1 FROM workspaces WHERE id = ?")?.exists([id])? {
+        return Err(StoreError::NotFound { what: "workspace", name: workspace.to_string() });
+    }
     let changed = t.execute(
         "INSERT INTO members VALUES (?,?,?) ON CONFLICT DO NOTHING",
-        params![workspace.as_bytes().as_slice(), node.as_bytes().as_slice(), now_ms],
+        params![id, node.as_bytes().as_slice(), now_ms],
     )?;
     Ok(changed > 0)
 }

@@ -1,6 +1,7 @@
 //! What every engine of a workspace's store does. An engine's tests call [`contract_tests`].
 
 mod fixture;
+mod past;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -17,6 +18,7 @@ use rand::{RngExt as _, SeedableRng as _};
 
 use self::fixture::{Fixture, assert_root, create, link, path, random_op, read_on};
 pub(crate) use self::fixture::{file, op, root_digest};
+pub(crate) use self::past::*;
 use super::*;
 
 /// Opens stores of one kind.
@@ -52,6 +54,14 @@ macro_rules! contract_tests {
             results_stay_within_their_budget,
             a_reader_that_pages_while_the_head_moves_ends_with_the_tree_of_the_head,
             concurrent_commits_are_all_kept,
+            what_is_replaced_or_deleted_can_be_brought_back,
+            a_deleted_directory_comes_back_with_what_was_deleted_with_it,
+            the_whole_tree_comes_back_and_nothing_goes,
+            the_past_is_kept_for_so_long_and_so_many_versions,
+            the_log_is_read_newest_first_in_pages,
+            deletions_are_recorded_for_a_month_and_their_end_is_said,
+            sparse_packs_are_replaced_unless_something_of_them_is_touched,
+            settings_are_kept,
         );
     };
     (@ $engine:expr, $($name:ident,)*) => {
@@ -282,7 +292,7 @@ pub(crate) async fn a_repeated_commit_returns_its_first_result(engine: &impl Eng
     assert_eq!(*fixture.store.watch_head().borrow(), head, "nothing was done twice");
     let fixture = fixture.reopen(engine).await;
     assert_eq!(fixture.store.commit(commit.clone()).await.unwrap(), first);
-    commit.node = NodeId::new();
+    commit.author = Author::Node(NodeId::new());
     let foreign = fixture.store.commit(commit).await;
     assert!(matches!(foreign, Err(StoreError::ForeignCommit { .. })));
 }
@@ -394,12 +404,12 @@ pub(crate) async fn conflicts_are_listed_while_their_copies_exist(engine: &impl 
     fixture.set(vec![create("f", link("won")), copy.clone()]).await;
     // Another member with the same losing content makes the same copy.
     let mut same = fixture.batch(vec![copy]);
-    same.node = NodeId::new();
+    same.author = Author::Node(NodeId::new());
     fixture.store.commit(same).await.unwrap();
     let listed = fixture.store.conflicts().await.unwrap();
     assert_eq!(listed.len(), 1);
     assert_eq!((&listed[0].path, &listed[0].copy), (&path("f"), &path("f.conflict-1")));
-    assert_eq!(listed[0].node, fixture.node);
+    assert_eq!(listed[0].author, Author::Node(fixture.node));
     fixture.set(vec![op("f.conflict-1", Some(&link("lost")), None)]).await;
     assert_eq!(fixture.store.conflicts().await.unwrap(), []);
 }
@@ -473,8 +483,9 @@ pub(crate) async fn a_useless_pack_that_is_touched_again_stays(engine: &impl Eng
         tokio::task::yield_now().await;
     }
     let since_ms = last_ms + 1;
-    assert_eq!(store.useless_packs(None, 0).await.unwrap(), (vec![], None));
-    let (mut found, next) = store.useless_packs(None, since_ms).await.unwrap();
+    assert_eq!(store.unused_packs(None, 0).await.unwrap(), (UnusedPacks::default(), None));
+    let (unused, next) = store.unused_packs(None, since_ms).await.unwrap();
+    let mut found = unused.useless;
     found.sort();
     let mut expected = vec![useless, again];
     expected.sort();

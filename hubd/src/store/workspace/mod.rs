@@ -12,11 +12,13 @@
 //! * Each accepted change takes the next number (`seq`) inside the transaction that makes it durable,
 //!   and nobody hears of it earlier. So a number is never given twice, and a parent's is below that
 //!   of its children.
-//! * Content is let go only when no entry names it and nobody has sent it, asked for it, named it or
+//! * What is replaced or deleted is kept as an old version for as long as the workspace's settings say.
+//! * Content is let go only when no entry and no kept version names it, and nobody has sent it, asked for it, named it or
 //!   ceased to name it for a while.
 //! * What is answered with `Ok` is durable.
 
 pub mod model;
+pub mod past;
 pub mod sqlite;
 
 #[cfg(test)]
@@ -24,8 +26,9 @@ pub(crate) mod contract;
 
 use std::collections::HashSet;
 
-use cortex_shared::entry::Digest;
+use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::ids::{CommitId, NodeId, WorkspaceEpoch};
+use cortex_shared::wire_path::WirePath;
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
@@ -33,7 +36,10 @@ use super::database::DatabaseError;
 
 pub use model::{
     Change, ChangesPage, Commit, CommitResult, Conflict, Found, Head, InvalidOp, Op, PackAdded,
-    PackRecord, RejectReason, Rejection, Summary,
+    PackRecord, RejectReason, Rejection, SparsePack, Summary, UnusedPacks,
+};
+pub use past::{
+    Author, LogEntry, LogFilter, LogPage, LoggedChange, RestorePlan, Usage, WorkspaceSettings,
 };
 
 /// Why the store did not do what it was asked.
@@ -60,6 +66,26 @@ pub enum StoreError {
         asked: u64,
         /// The newest one.
         head: u64,
+    },
+    /// A version of which not everything is kept any more.
+    #[error("version {asked} is no longer kept; the oldest is {oldest}")]
+    VersionForgotten {
+        /// The version that was named.
+        asked: u64,
+        /// The oldest one that is kept as a whole.
+        oldest: u64,
+    },
+    /// A path has no earlier version.
+    #[error("there is no earlier version of {path}")]
+    NothingBefore {
+        /// The path.
+        path: String,
+    },
+    /// More paths than one restoration brings back.
+    #[error("more than {limit} paths at once")]
+    TooMuch {
+        /// How many it would be at most.
+        limit: usize,
     },
     /// The database.
     #[error(transparent)]
@@ -126,17 +152,28 @@ pub trait WorkspaceStore: Send + Sync + 'static {
     /// then on, and the head moves, so that members ask for it.
     fn forget_packs(&self, packs: Vec<Digest>) -> Answer<'_, ()>;
 
-    /// Some packs that nothing needs: no entry names any of their chunks, and none was touched since.
-    /// With the slice to ask for next, if there is more to look at.
-    fn useless_packs(
+    /// Some packs that are useless, as a whole or for the greater part: chunks that neither an entry
+    /// nor a kept version names, and that were not touched since. With the slice to ask for next, if
+    /// there is more to look at.
+    fn unused_packs(
         &self,
         slice: Option<CollectionSlice>,
         untouched_since_ms: i64,
-    ) -> Answer<'_, (Vec<Digest>, Option<CollectionSlice>)>;
+    ) -> Answer<'_, (UnusedPacks, Option<CollectionSlice>)>;
 
     /// Forgets useless packs, but for those of which something has been touched by now; returns the
     /// forgotten ones, whose files may go.
     fn drop_packs(&self, packs: Vec<Digest>, untouched_since_ms: i64) -> Answer<'_, Vec<Digest>>;
+
+    /// Records a pack whose file is durable, made of what is used of others, and forgets those. If of
+    /// what it leaves out something has been touched by now, nothing is changed, and the answer is
+    /// false.
+    fn replace_packs(
+        &self,
+        old: Vec<Digest>,
+        new: PackRecord,
+        untouched_since_ms: i64,
+    ) -> Answer<'_, bool>;
 
     /// Forgets some of the recipes that nothing names any more; returns how many, 0 once there are
     /// none.
@@ -154,7 +191,7 @@ pub trait WorkspaceStore: Send + Sync + 'static {
     fn commit(&self, commit: Commit) -> Answer<'_, CommitResult>;
 
     /// The changes after a version, in order, up to about `budget_bytes` of paths and content but at
-    /// least one. Who reads on from [`ChangesPage::last_seq`] until it reaches the head has the tree
+    /// least one. Not all deletions are known before [`ChangesPage::log_floor`]. Who reads on from [`ChangesPage::last_seq`] until it reaches the head has the tree
     /// of that head, however much it moved meanwhile.
     fn changes(&self, after_seq: u64, budget_bytes: usize) -> Answer<'_, ChangesPage>;
 
@@ -166,4 +203,33 @@ pub trait WorkspaceStore: Send + Sync + 'static {
 
     /// The conflict copies that still exist, oldest first, at most 10,000.
     fn conflicts(&self) -> Answer<'_, Vec<Conflict>>;
+
+    /// Ceases to list conflict copies, which stay files like any other.
+    fn forget_conflicts(&self, copies: Vec<WirePath>) -> Answer<'_, ()>;
+
+    /// What stands at a path.
+    fn entry(&self, path: WirePath) -> Answer<'_, Option<Entry>>;
+
+    /// Changes of the past, newest first: those that led to what stands now, and those of which the
+    /// old version is kept.
+    fn log(&self, filter: LogFilter) -> Answer<'_, LogPage>;
+
+    /// What would bring a path and everything below it (the whole tree for `None`) back to what it was
+    /// at a version. What came later than that stays. Without a version: to what it was before its last
+    /// change; for a directory that was deleted, before its deletion began.
+    fn restore_plan(&self, path: Option<WirePath>, version: Option<u64>)
+    -> Answer<'_, RestorePlan>;
+
+    /// How much of the past is kept, and how much may be stored.
+    fn settings(&self) -> Answer<'_, WorkspaceSettings>;
+
+    /// Changes that.
+    fn set_settings(&self, settings: WorkspaceSettings) -> Answer<'_, ()>;
+
+    /// What is stored, and how far back.
+    fn usage(&self) -> Answer<'_, Usage>;
+
+    /// Lets go of some of the old versions and records of deletions whose time is over; returns how
+    /// many, 0 once there are none.
+    fn trim(&self, now_ms: i64) -> Answer<'_, usize>;
 }

@@ -2,8 +2,10 @@
 
 use cortex_shared::chunk::ChunkRef;
 use cortex_shared::entry::{Digest, Entry, InvalidEntry};
-use cortex_shared::ids::{CommitId, NodeId, WorkspaceEpoch};
+use cortex_shared::ids::{CommitId, WorkspaceEpoch};
 use cortex_shared::wire_path::{InvalidPath, WirePath};
+
+use super::Author;
 
 /// The newest version of a workspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +62,7 @@ pub struct Commit {
     /// The idempotency key.
     pub id: CommitId,
     /// Who commits.
-    pub node: NodeId,
+    pub author: Author,
     /// The history the member works in.
     pub epoch: WorkspaceEpoch,
     /// What to do, in this order.
@@ -162,6 +164,27 @@ pub struct ChangesPage {
     pub last_seq: u64,
     /// The newest version at that moment.
     pub head: Head,
+    /// Deletions up to this one are no longer recorded, but for those of paths that came again: who
+    /// knows an older version has to read everything, from 0, and to miss what is not there.
+    pub log_floor: u64,
+}
+
+/// A pack of which less than half is used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SparsePack {
+    /// Its name.
+    pub hash: Digest,
+    /// What of it is used.
+    pub used: Vec<Digest>,
+}
+
+/// Packs that take more room than they are worth.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UnusedPacks {
+    /// Those that nothing needs.
+    pub useless: Vec<Digest>,
+    /// Those that are used for less than half.
+    pub sparse: Vec<SparsePack>,
 }
 
 /// A conflict copy.
@@ -172,7 +195,7 @@ pub struct Conflict {
     /// The copy beside it.
     pub copy: WirePath,
     /// Who committed the copy.
-    pub node: NodeId,
+    pub author: Author,
     /// When, in milliseconds since the Unix epoch by the hub's clock.
     pub at_ms: i64,
 }

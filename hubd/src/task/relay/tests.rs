@@ -307,6 +307,102 @@ async fn a_cancel_reaches_a_node_that_was_away() {
     assert_eq!(cancel.signal, 2);
 }
 
+/// The next cancel that is on its way to the node.
+async fn next_cancel(outbox: &mut mpsc::Receiver<cortex_proto::v1::HubFrame>) -> (TaskId, u32) {
+    loop {
+        if let Some(hub_frame::Frame::CancelTask(cancel)) = outbox.recv().await.unwrap().frame {
+            return (TaskId::from_slice(&cancel.task_id).unwrap(), cancel.signal);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_cancel_is_said_again_in_each_session_until_there_is_a_verdict() {
+    let mut fixture = fixture_with(Duration::from_secs(600)).await;
+    let task = fixture.start("ann", Role::Operator).await.unwrap();
+    fixture.open(&task);
+    fixture.relay.cancel(&task, 2, Duration::from_secs(1));
+    for _ in 0..3 {
+        assert_eq!(next_cancel(&mut fixture.session.outbox).await, (task.id(), 2));
+        // Nobody knows whether it arrived before the line was cut.
+        fixture.reconnect(&[task.id()]);
+    }
+}
+
+#[tokio::test]
+async fn what_was_given_up_while_its_node_was_away_ends_when_it_is_back_also_after_a_restart() {
+    let mut fixture = fixture_with(SHORT).await;
+    let revoked = fixture.start("bob", Role::Operator).await.unwrap();
+    let cancelled = fixture.start("ann", Role::Operator).await.unwrap();
+    let wanted = fixture.start("ann", Role::Operator).await.unwrap();
+    let tasks = [&revoked, &cancelled, &wanted];
+    for task in tasks {
+        fixture.open(task);
+    }
+    fixture.relay.session_lost(fixture.session.handle.id);
+    fixture.relay.end_of_actor("bob", "bob was revoked");
+    fixture.relay.cancel(&cancelled, 15, Duration::from_secs(1));
+    assert_eq!(end_after_news(&revoked).await.verdict(), TaskVerdict::Cancelled);
+    for task in [&cancelled, &wanted] {
+        assert_eq!(end_after_news(task).await.verdict(), TaskVerdict::StreamLost);
+    }
+    let held: Vec<TaskId> = tasks.iter().map(|task| task.id()).collect();
+    for restarted in [false, true] {
+        if restarted {
+            let scope = TaskScope::new();
+            let (folder, limits) = (fixture.folder.path().join("tasks"), SpoolLimits::default());
+            let spool = Spool::open(folder, limits, &scope).unwrap();
+            let deadlines = Deadlines { start: Duration::ZERO, resume: SHORT };
+            let history = Arc::clone(fixture.relay.history());
+            let store = Arc::clone(&fixture.store);
+            fixture.relay = Relay::new(store, spool, history, scope, deadlines);
+            fixture.relay.recover().await.unwrap();
+        }
+        fixture.reconnect(&held);
+        let mut ended = [(); 2].map(|()| TaskId::new());
+        for id in &mut ended {
+            *id = next_cancel(&mut fixture.session.outbox).await.0;
+        }
+        ended.sort();
+        let mut unwanted = [revoked.id(), cancelled.id()];
+        unwanted.sort();
+        assert_eq!(ended, unwanted, "and not the third");
+    }
+    // Once the node has said how it ended, nobody asks any more.
+    fixture.relay.outcome(revoked.id(), &fixture.session.handle.clone(), exited());
+    wait_for_ack(&mut fixture.session.outbox, revoked.id()).await;
+    fixture.reconnect(&held);
+    assert_eq!(next_cancel(&mut fixture.session.outbox).await.0, cancelled.id());
+    assert!(fixture.session.outbox.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn what_had_come_of_a_lost_command_is_counted() {
+    let fixture = fixture().await;
+    let task = fixture.start("ann", Role::Operator).await.unwrap();
+    let stream = fixture.open(&task);
+    assert!(fixture.relay.node_frame(&task, stream, output(0, "12345")));
+    fixture.relay.session_lost(fixture.session.handle.id);
+    let exit = end_after_news(&task).await;
+    assert_eq!((exit.verdict(), exit.stdout_bytes), (TaskVerdict::StreamLost, 5));
+    let end = fixture.store.task(task.id()).await.unwrap().unwrap().end.unwrap();
+    assert_eq!((end.stdout_bytes, end.is_nodes_word()), (5, false));
+}
+
+#[tokio::test]
+async fn a_node_has_so_many_commands_and_no_more() {
+    let fixture = fixture().await;
+    let mut tasks = Vec::new();
+    for _ in 0..NODE_COMMANDS {
+        // As many frames as are under way must not end the session.
+        tasks.push(fixture.start("ann", Role::Operator).await.unwrap());
+    }
+    let full = fixture.start("bob", Role::Operator).await;
+    assert!(matches!(full, Err(StartRefusal::Full { limit: NODE_COMMANDS, .. })));
+    assert!(fixture.relay.finish(tasks[0].id(), fixture.node, exited()));
+    assert!(fixture.start("bob", Role::Operator).await.is_ok());
+}
+
 #[tokio::test]
 async fn the_next_hub_takes_up_what_the_last_one_left_open() {
     let mut fixture = fixture_with(SHORT).await;
@@ -316,7 +412,7 @@ async fn the_next_hub_takes_up_what_the_last_one_left_open() {
     );
     let stream = fixture.open(&task);
     assert!(fixture.relay.node_frame(&task, stream, output(0, "before")));
-    fixture.relay.spool().flush().await;
+    fixture.relay.spool().flush(task.id()).await;
     // As a crash: nothing of the old relay is asked any more.
     let scope = TaskScope::new();
     let spool = Spool::open(fixture.folder.path().join("tasks"), SpoolLimits::default(), &scope);
@@ -354,6 +450,28 @@ async fn a_key_leads_to_one_task_of_its_actor_and_only_with_the_same_command() {
         matches!(start("ann", 2).await, Err(StartRefusal::KeyReused { task }) if task == again)
     );
     assert!(matches!(start("bob", 1).await, Ok(Begun::New(_))));
+}
+
+#[tokio::test]
+async fn a_task_that_never_began_gives_its_key_back() {
+    let fixture = fixture().await;
+    let key = || Some(IdempotencyKey { key: "k".into(), request_hash: [1; 32] });
+    let start = async |claim: &Claim| {
+        let new = NewTask { key: key(), ..fixture.new_task("ann", Role::Operator) };
+        let session = fixture.session.handle.clone();
+        fixture.relay.start(new, TaskSpec::default(), 1, session, claim).await
+    };
+    let given_up = Claim::default();
+    assert!(given_up.take());
+    assert!(matches!(start(&given_up).await, Err(StartRefusal::GivenUp)));
+    // Its verdict is written beside.
+    let lines = async || fixture.store.audit_page(None, 10).await.unwrap();
+    while !lines().await.iter().any(|line| line.action == "task.ended") {
+        tokio::task::yield_now().await;
+    }
+    let Ok(Begun::New(task)) = start(&Claim::default()).await else { panic!("a new one") };
+    let Ok(Begun::Known(known)) = start(&Claim::default()).await else { panic!("the same") };
+    assert_eq!(known, task.id());
 }
 
 /// The end, whatever is said of interruptions before it.

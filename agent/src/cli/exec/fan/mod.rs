@@ -7,6 +7,7 @@
 //! | module | subject |
 //! |---|---|
 //! | `targets` | which nodes are meant |
+//! | `detached` | commands that are left to themselves |
 //! | `board` | output on its way to the writer, served in turn |
 //! | `output` | the writer |
 //! | `lines`, `grouped`, `files`, `captured` | where output goes |
@@ -14,6 +15,7 @@
 
 mod board;
 mod captured;
+mod detached;
 mod files;
 mod grouped;
 mod lines;
@@ -43,6 +45,7 @@ use crate::cli::printer::{ColorWhen, Format, Printer, complain, progress_is_visi
 use crate::cli::units::parse_size;
 use crate::cli::{Global, Output, hub};
 use board::{Board, Lane, LaneEnd};
+pub(super) use detached::detach;
 use output::Destination;
 use summary::{Course, Fate, Report};
 use targets::Target;
@@ -198,6 +201,16 @@ pub(super) async fn exec(
     }
 }
 
+/// The request for one of the nodes.
+fn start_for(start: &v1::ExecStart, node: &Target) -> v1::ExecStart {
+    let mut start = v1::ExecStart { node: node.id.to_string(), ..start.clone() };
+    if !start.idempotency_key.is_empty() {
+        // One key for all of them would lead to the task of the first.
+        start.idempotency_key = format!("{}@{}", start.idempotency_key, node.id);
+    }
+    start
+}
+
 /// Prints documents on a thread that may block on a slow reader.
 fn print(mut printer: Printer, mut documents: mpsc::Receiver<Document>) -> Result<(), CliError> {
     let mut count = 0;
@@ -324,11 +337,7 @@ impl Fan {
         let (events, writer_events) = mpsc::channel(64);
         let (done, written) = oneshot::channel();
         let output = self.board.open(Lane { name: node.name.clone(), events, done });
-        let mut start = v1::ExecStart { node: node.id.to_string(), ..self.start.clone() };
-        if !start.idempotency_key.is_empty() {
-            // One key for all of them would lead to the task of the first.
-            start.idempotency_key = format!("{}@{}", start.idempotency_key, node.id);
-        }
+        let start = start_for(&self.start, &node);
         let mut stream =
             TaskStream::new(self.client.clone(), start, None, Box::new(output), writer_events);
         let mut cancel = self.cancel.subscribe();

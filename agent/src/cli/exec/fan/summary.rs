@@ -1,5 +1,6 @@
 //! How it went on each node, and what is said of all. Pure.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use cortex_proto::v1;
@@ -9,6 +10,9 @@ use crate::cli::error::{CliError, Exit, printable};
 use crate::cli::exec::check;
 use crate::cli::exec::document::Document;
 use crate::cli::exec::writer::Captured;
+
+/// Most nodes that are named beside one hint.
+const MAX_HINT_NAMES: usize = 5;
 
 /// How it went on one node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,7 +111,9 @@ impl Course {
         };
         match exit.verdict() {
             _ if self.too_much => {
-                Fate::Failed(code.max(1), "it wrote more than --max-output allows".to_owned())
+                let bytes = exit.stdout_bytes.saturating_add(exit.stderr_bytes);
+                let text = format!("it wrote more than --max-output allows: {bytes} bytes in all");
+                Fate::Failed(code.max(1), text)
             }
             v1::TaskVerdict::Cancelled if self.interrupted => Fate::Interrupted,
             v1::TaskVerdict::Failed
@@ -190,6 +196,21 @@ pub(super) fn text(reports: &[Report]) -> String {
                 .expect("writing to a string succeeds");
         }
     }
+    // What commands left behind is worth a word even where all went well; once for all that say it.
+    let mut hints: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for report in reports.iter().filter(|report| {
+        let by_itself = ["exited", "signalled"].contains(&report.document.verdict);
+        by_itself && !report.document.hint.is_empty()
+    }) {
+        hints.entry(&report.document.hint).or_default().push(&report.target.name);
+    }
+    for (hint, names) in hints {
+        let more = names.len().saturating_sub(MAX_HINT_NAMES);
+        let shown = names[..names.len() - more].join(", ");
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        writeln!(text, "hint: on {shown}{more}: {}", printable(hint))
+            .expect("writing to a string succeeds");
+    }
     text
 }
 
@@ -269,6 +290,30 @@ mod tests {
             }
             assert!(!text(&reports).contains(": good"));
         }
+    }
+
+    #[test]
+    fn output_past_the_most_is_counted() {
+        let verdict = v1::TaskVerdict::Cancelled.into();
+        let exit = v1::TaskExit { verdict, stdout_bytes: 7, stderr_bytes: 5, ..Default::default() };
+        let course = Course { too_much: true, ..course(Ok(Some(exit))) };
+        let report = Report::new(target("a"), course);
+        assert!(report.fate.why().unwrap().contains("12 bytes"), "{:?}", report.fate);
+        let document = &report.document;
+        assert!(document.truncated && document.stdout_bytes == 7 && document.stderr_bytes == 5);
+    }
+
+    #[test]
+    fn a_hint_of_many_nodes_is_said_once() {
+        let planted = |name: &str| {
+            let mut report = Report::new(target(name), exited(0));
+            report.document.hint = "look at .envrc".to_owned();
+            report
+        };
+        let reports: Vec<_> = ["a", "b", "c", "d", "e", "f", "g"].map(planted).into();
+        let said = text(&reports);
+        assert!(said.ends_with("hint: on a, b, c, d, e and 2 more: look at .envrc\n"), "{said}");
+        assert_eq!(said.matches("hint:").count(), 1);
     }
 
     #[test]

@@ -9,7 +9,7 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cortex_shared::wire_path::WirePath;
@@ -19,7 +19,8 @@ use rustix::io::Errno;
 use tokio::time::Instant;
 
 use crate::root_dir::{
-    DirHandle, DirIdentity, Directory, Disk, FileHandle, FileKind, FileSystem, Meta, OpenFile,
+    DirHandle, DirIdentity, Directory, Disk, FileHandle, FileKind, FileSystem, Lock, Meta, Names,
+    OpenFile,
 };
 
 /// The process of an engine ended here.
@@ -31,11 +32,11 @@ const TOP: usize = 0;
 /// Changes of names that may be lost together.
 const MAX_JOURNAL: usize = 200;
 
-type Names = BTreeMap<Vec<u8>, usize>;
+type Entries = BTreeMap<Vec<u8>, usize>;
 
 #[derive(Clone, Debug)]
 enum Body {
-    Dir(Names),
+    Dir(Entries),
     File(Vec<u8>),
     Link(Vec<u8>),
 }
@@ -50,6 +51,7 @@ struct Inode {
     born_ns: i64,
     mount: u64,
     links: u64,
+    token: Option<Vec<u8>>,
     /// Content, mode and time as they were synced.
     synced: Option<(Vec<u8>, u32, i64)>,
 }
@@ -71,7 +73,7 @@ struct State {
     kind: Kind,
     inodes: Vec<Inode>,
     /// What the directories held, oldest first, since the journal was written.
-    journal: Vec<Vec<(usize, Names)>>,
+    journal: Vec<Vec<(usize, Entries)>>,
     free_numbers: Vec<u64>,
     next_number: u64,
     /// Which run of the engine's process this is.
@@ -110,13 +112,14 @@ impl SimDisk {
     pub(super) fn new(kind: Kind, seed: u64) -> Self {
         let top = Inode {
             ino: 2,
-            body: Body::Dir(Names::new()),
+            body: Body::Dir(Entries::new()),
             mode: 0o755,
             mtime_ns: 0,
             ctime_ns: 0,
             born_ns: 1,
             mount: 1,
             links: 2,
+            token: None,
             synced: None,
         };
         let state = State {
@@ -302,7 +305,7 @@ impl SimDisk {
             id = match state.child(id, name) {
                 Ok(_) if last && !all => return fail(Errno::EXIST),
                 Ok(child) => child,
-                Err(_) if last || all => state.add(id, name, Body::Dir(Names::new()), mode)?,
+                Err(_) if last || all => state.add(id, name, Body::Dir(Entries::new()), mode)?,
                 Err(error) => return Err(error),
             };
         }
@@ -318,7 +321,7 @@ impl State {
         now - now % self.kind.grain_ns
     }
 
-    fn names(&self, id: usize) -> io::Result<&Names> {
+    fn names(&self, id: usize) -> io::Result<&Entries> {
         match &self.inodes[id].body {
             Body::Dir(names) => Ok(names),
             _ => fail(Errno::NOTDIR),
@@ -390,6 +393,7 @@ impl State {
             born_ns,
             mount,
             links: 1,
+            token: None,
             synced: None,
         });
         let new = self.inodes.len() - 1;
@@ -487,6 +491,11 @@ impl Disk for SimDisk {
         let name = path.file_name().ok_or(Errno::INVAL)?.as_encoded_bytes();
         self.enter(true)?.remove(parent, name, true)
     }
+
+    fn real_path(&self, path: &Path) -> io::Result<PathBuf> {
+        self.find(path)?;
+        Ok(path.to_owned())
+    }
 }
 
 #[derive(Debug)]
@@ -534,8 +543,25 @@ impl Directory for SimDir {
         Ok(FileSystem { free_bytes: 1 << 40, tick_ns: grain.max(10_000_000) })
     }
 
-    fn lock(&self) -> io::Result<bool> {
+    fn lock(&self, _: Lock) -> io::Result<bool> {
         Ok(true)
+    }
+
+    fn token(&self) -> io::Result<Option<Vec<u8>>> {
+        Ok(self.disk.enter(false)?.inodes[self.id].token.clone())
+    }
+
+    fn set_token(&self, token: &[u8]) -> io::Result<()> {
+        self.disk.enter(true)?.inodes[self.id].token = Some(token.to_vec());
+        Ok(())
+    }
+
+    fn set_mode(&self, mode: u32) -> io::Result<()> {
+        let mut state = self.disk.enter(true)?;
+        let now = state.now();
+        let inode = &mut state.inodes[self.id];
+        (inode.mode, inode.ctime_ns) = (mode, now);
+        Ok(())
     }
 
     fn lstat(&self, name: &[u8]) -> io::Result<Meta> {
@@ -547,8 +573,9 @@ impl Directory for SimDir {
         Ok(self.lstat(name)?.size)
     }
 
-    fn names(&self) -> io::Result<Vec<Vec<u8>>> {
-        Ok(self.disk.enter(false)?.names(self.id)?.keys().cloned().collect())
+    fn iter(&self) -> io::Result<Names> {
+        let names = self.disk.enter(false)?.names(self.id)?.clone();
+        Ok(Names::new(names.into_keys().map(Ok)))
     }
 
     fn open_dir(&self, name: &[u8]) -> io::Result<DirHandle> {
@@ -614,7 +641,7 @@ impl Directory for SimDir {
     }
 
     fn make_dir(&self, name: &[u8], mode: u32) -> io::Result<()> {
-        self.disk.enter(true)?.add(self.id, name, Body::Dir(Names::new()), mode & !0o022)?;
+        self.disk.enter(true)?.add(self.id, name, Body::Dir(Entries::new()), mode & !0o022)?;
         Ok(())
     }
 

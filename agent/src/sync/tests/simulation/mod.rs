@@ -78,7 +78,7 @@ fn what_is_mounted_below_a_root_is_not_looked_at() {
     let scanner = Scanner {
         root: &RootDir::new(disk.open(root).unwrap()),
         index: &mut index,
-        ignore: &Ignore,
+        ignore: &Ignore::default(),
         clock: Clock { now_ns: i64::MAX, tick_ns: 1 },
         hot: &HashMap::new(),
         directories: &mut Unwatched,

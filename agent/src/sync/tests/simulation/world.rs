@@ -18,6 +18,8 @@ use super::line::Line;
 use super::user::{Ledger, User, tree};
 use crate::root_dir::Disk as _;
 use crate::sync::ground::{Blocking, Ground};
+use crate::sync::mode::MemberOptions;
+use crate::sync::roots::Roots;
 use crate::sync::status::SyncState;
 use crate::sync::{FlushError, WorkspaceConfig, WorkspaceHandle, start_on};
 
@@ -74,7 +76,15 @@ impl Member {
         };
         let (config, line, scope) = (self.config.clone(), self.line.clone(), TaskScope::new());
         let online = self.online.subscribe();
-        self.handle = Some(start_on(ground, config, line.clone(), line, online, &scope));
+        self.handle = Some(start_on(
+            ground,
+            config,
+            MemberOptions::default(),
+            line.clone(),
+            line,
+            online,
+            &scope,
+        ));
     }
 
     async fn stop(&mut self) {
@@ -140,8 +150,13 @@ impl World {
                 file.write_all_at(b"nobody touches this", 0).unwrap();
                 disk.write_back();
                 let state_dir = home.join("state");
-                let config =
-                    WorkspaceConfig { id: workspace, name: "w".to_owned(), root, state_dir };
+                let config = WorkspaceConfig {
+                    id: workspace,
+                    name: "w".to_owned(),
+                    root,
+                    state_dir,
+                    roots: Roots::default(),
+                };
                 let user = User {
                     name,
                     root: config.root.clone(),

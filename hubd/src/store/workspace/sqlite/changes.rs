@@ -29,7 +29,10 @@ pub(super) fn changes(
     let mut deletions = deletions.query([signed(after_seq)])?;
     let mut paths = Paths::new(connection);
 
-    let mut page = ChangesPage { changes: Vec::new(), last_seq: after_seq, head };
+    let log_floor: i64 =
+        connection.prepare_cached("SELECT log_floor FROM head")?.query_row([], |row| row.get(0))?;
+    let log_floor = unsigned(log_floor)?;
+    let mut page = ChangesPage { changes: Vec::new(), last_seq: after_seq, head, log_floor };
     let mut left = budget_bytes;
     // Rows stay readable until their cursor moves on, so each side's next one is looked at in place.
     let mut entry = entries.next()?;

@@ -1,12 +1,15 @@
 //! Applying commits: the one place where the tree changes.
 
+use cortex_shared::crash::crash_point;
 use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::ids::{CommitId, WorkspaceEpoch};
 use rusqlite::{Connection, params};
 
 use super::super::{Commit, CommitResult, InvalidOp, Op, RejectReason, Rejection, StoreError};
-use super::tree::{ENTRY_COLUMNS, Found, Tree, damaged, digest, entry_from_row, signed, unsigned};
-use super::{HeadRow, content, history, read_head};
+use super::tree::{
+    ENTRY_COLUMNS, Found, Made, Tree, damaged, digest, entry_from_row, signed, unsigned,
+};
+use super::{HeadRow, content, history, past, read_head};
 
 /// Most bytes of entries and missing chunks in one result: more would not fit a message of the
 /// protocol (5 MiB) together with its up to 5,000 rejections.
@@ -36,6 +39,7 @@ pub(super) fn commit(
         head,
         budget: RESULT_BUDGET_BYTES,
         commit,
+        keep_versions: past::settings(connection)?.keep_versions,
         now_ms,
     };
     let old_seq = work.head.seq;
@@ -60,6 +64,7 @@ pub(super) fn commit(
     }
     history::write_head(connection, &work.head, now_ms)?;
     record(connection, commit, &result, now_ms)?;
+    crash_point("sync.commit.written");
     Ok(result)
 }
 
@@ -75,6 +80,7 @@ struct Work<'a> {
     head: HeadRow,
     budget: usize,
     commit: &'a Commit,
+    keep_versions: u32,
     now_ms: i64,
 }
 
@@ -130,9 +136,19 @@ impl Work<'_> {
         self.head.seq += 1;
         let seq = self.head.seq;
         self.count(found.as_ref(), op.new.as_ref());
+        if let Some(found) = &found {
+            let end = past::End {
+                seq,
+                at_ms: self.now_ms,
+                author: &self.commit.author,
+                deleted: op.new.is_none(),
+            };
+            past::keep(self.connection, found.id, &op.path, &end, self.keep_versions)?;
+        }
         match (&op.new, &found) {
             (Some(new), found) => {
-                self.tree.put(&op.path, parent, found.as_ref(), new, seq)?;
+                let made = Made { seq, at_ms: self.now_ms, author: &self.commit.author };
+                self.tree.put(&op.path, parent, found.as_ref(), new, &made)?;
                 self.connection
                     .prepare_cached("DELETE FROM deletions WHERE path = ?1")?
                     .execute([op.path.as_bytes()])?;
@@ -140,8 +156,10 @@ impl Work<'_> {
             (None, Some(found)) => {
                 self.tree.remove(&op.path, parent, found)?;
                 self.connection
-                    .prepare_cached("INSERT OR REPLACE INTO deletions (path, seq) VALUES (?1, ?2)")?
-                    .execute(params![op.path.as_bytes(), signed(seq)])?;
+                    .prepare_cached(
+                        "INSERT OR REPLACE INTO deletions (path, seq, at_ms) VALUES (?1, ?2, ?3)",
+                    )?
+                    .execute(params![op.path.as_bytes(), signed(seq), self.now_ms])?;
             }
             (None, None) => return Err(damaged("two answers for one path")),
         }
@@ -185,7 +203,7 @@ impl Work<'_> {
                     .execute(params![
                         op.path.as_bytes(),
                         path.as_bytes(),
-                        self.commit.node.as_bytes(),
+                        self.commit.author.encode(),
                         self.now_ms,
                     ])?;
             }
@@ -252,7 +270,7 @@ fn record(
         )?
         .execute(params![
             commit.id.as_bytes(),
-            commit.node.as_bytes(),
+            commit.author.encode(),
             now_ms,
             signed(result.seq),
             result.root.as_bytes(),
@@ -295,7 +313,7 @@ fn recorded(connection: &Connection, commit: &Commit) -> Result<Option<CommitRes
         .prepare_cached("SELECT node, seq, root, seqs FROM commits WHERE commit_id = ?1")?;
     let mut rows = statement.query([commit.id.as_bytes()])?;
     let Some(row) = rows.next()? else { return Ok(None) };
-    if row.get::<_, Vec<u8>>(0)? != commit.node.as_bytes() {
+    if row.get::<_, Vec<u8>>(0)? != commit.author.encode() {
         return Err(StoreError::ForeignCommit { commit: commit.id });
     }
     let seqs: Vec<u8> = row.get(3)?;

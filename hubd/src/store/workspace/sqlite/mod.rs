@@ -9,6 +9,8 @@ mod collect;
 mod commit;
 mod content;
 mod history;
+mod log;
+mod past;
 mod schema;
 #[cfg(test)]
 mod tests;
@@ -19,7 +21,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use cortex_shared::clock::unix_ms;
-use cortex_shared::entry::Digest;
+use cortex_shared::crash::crash_point;
+use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::ids::{NodeId, WorkspaceEpoch};
 use cortex_shared::tasks::TaskScope;
 use cortex_shared::wire_path::WirePath;
@@ -30,8 +33,9 @@ use self::content::Presence;
 use self::tree::{damaged, digest, signed, unsigned};
 use super::super::database::{Database, Settings};
 use super::{
-    Answer, ChangesPage, CollectionSlice, Commit, CommitResult, Conflict, Found, Head, PackAdded,
-    PackRecord, StoreError, Summary, WorkspaceStore,
+    Answer, ChangesPage, CollectionSlice, Commit, CommitResult, Conflict, Found, Head, LogFilter,
+    LogPage, PackAdded, PackRecord, RestorePlan, StoreError, Summary, UnusedPacks, Usage,
+    WorkspaceSettings, WorkspaceStore,
 };
 
 /// Page cache of a workspace's writer, in KiB. The database of 100,000 files is about 40 MiB; 8 MiB
@@ -241,21 +245,32 @@ impl WorkspaceStore for SqliteWorkspaceStore {
         })
     }
 
-    fn useless_packs(
+    fn unused_packs(
         &self,
         slice: Option<CollectionSlice>,
         untouched_since_ms: i64,
-    ) -> Answer<'_, (Vec<Digest>, Option<CollectionSlice>)> {
+    ) -> Answer<'_, (UnusedPacks, Option<CollectionSlice>)> {
         let after = slice.map_or(0, |slice| slice.0);
         Box::pin(async move {
             let (packs, next) = self
                 .database
                 .read(move |connection| {
-                    collect::useless_packs(connection, after, untouched_since_ms)
+                    collect::unused_packs(connection, after, untouched_since_ms)
                 })
                 .await?;
             Ok((packs, next.map(CollectionSlice)))
         })
+    }
+
+    fn replace_packs(
+        &self,
+        old: Vec<Digest>,
+        new: PackRecord,
+        untouched_since_ms: i64,
+    ) -> Answer<'_, bool> {
+        Box::pin(self.database.write(move |connection| {
+            collect::replace_packs(connection, &old, &new, untouched_since_ms, unix_ms())
+        }))
     }
 
     fn drop_packs(&self, packs: Vec<Digest>, untouched_since_ms: i64) -> Answer<'_, Vec<Digest>> {
@@ -283,6 +298,7 @@ impl WorkspaceStore for SqliteWorkspaceStore {
         let epoch = commit.epoch;
         let write = move |connection: &Connection| commit::commit(connection, &commit, unix_ms());
         let head_of = move |result: &CommitResult| {
+            crash_point("sync.commit.durable");
             publish(&Head { epoch, seq: result.seq, root: result.root });
         };
         Box::pin(self.database.write_then(write, head_of))
@@ -332,18 +348,60 @@ impl WorkspaceStore for SqliteWorkspaceStore {
             let mut statement = connection.prepare_cached(
                 "SELECT path, copy, node, at_ms FROM conflicts ORDER BY at_ms, copy LIMIT ?1",
             )?;
-            let path =
-                |bytes: Vec<u8>| WirePath::new(bytes).map_err(|_| damaged("an invalid path"));
             let conflicts = statement.query_and_then([CONFLICTS_LISTED], |row| {
                 Ok(Conflict {
-                    path: path(row.get(0)?)?,
-                    copy: path(row.get(1)?)?,
-                    node: NodeId::from_slice(&row.get::<_, Vec<u8>>(2)?)
-                        .map_err(|_| damaged("a node id"))?,
+                    path: past::path_of(row, 0)?,
+                    copy: past::path_of(row, 1)?,
+                    author: past::author(row, 2)?.ok_or(damaged("no author"))?,
                     at_ms: row.get(3)?,
                 })
             })?;
             conflicts.collect()
         }))
+    }
+
+    fn forget_conflicts(&self, copies: Vec<WirePath>) -> Answer<'_, ()> {
+        Box::pin(self.database.write(move |connection| {
+            let mut delete = connection.prepare_cached("DELETE FROM conflicts WHERE copy = ?1")?;
+            for copy in &copies {
+                delete.execute([copy.as_bytes()])?;
+            }
+            Ok(())
+        }))
+    }
+
+    fn entry(&self, path: WirePath) -> Answer<'_, Option<Entry>> {
+        Box::pin(self.database.read(move |connection| past::entry(connection, &path)))
+    }
+
+    fn log(&self, filter: LogFilter) -> Answer<'_, LogPage> {
+        Box::pin(self.database.read(move |connection| log::log(connection, &filter)))
+    }
+
+    fn restore_plan(
+        &self,
+        path: Option<WirePath>,
+        version: Option<u64>,
+    ) -> Answer<'_, RestorePlan> {
+        Box::pin(
+            self.database
+                .read(move |connection| past::restore_plan(connection, path.as_ref(), version)),
+        )
+    }
+
+    fn settings(&self) -> Answer<'_, WorkspaceSettings> {
+        Box::pin(self.database.read(past::settings))
+    }
+
+    fn set_settings(&self, settings: WorkspaceSettings) -> Answer<'_, ()> {
+        Box::pin(self.database.write(move |connection| past::set_settings(connection, &settings)))
+    }
+
+    fn usage(&self) -> Answer<'_, Usage> {
+        Box::pin(self.database.read(past::usage))
+    }
+
+    fn trim(&self, now_ms: i64) -> Answer<'_, usize> {
+        Box::pin(self.database.write(move |connection| past::trim(connection, now_ms)))
     }
 }

@@ -127,6 +127,55 @@ CREATE TABLE wanted (
 INSERT INTO versions (seq, root, at_ms) SELECT seq, root, max(at_ms) FROM commits GROUP BY seq;
 INSERT OR IGNORE INTO versions (seq, root, at_ms) SELECT seq, root, 0 FROM head WHERE seq > 0;
 ",
+    "
+-- Who put an entry there, and when (see past.rs). author: 16 bytes of a node, or 16 zero bytes and an
+-- operator's name; NULL if that was not recorded.
+ALTER TABLE entries ADD COLUMN author BLOB;
+ALTER TABLE entries ADD COLUMN at_ms INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE deletions ADD COLUMN at_ms INTEGER NOT NULL DEFAULT 0;
+UPDATE deletions SET at_ms = CAST(unixepoch('subsec') * 1000 AS INTEGER);
+-- Deletions up to log_floor may no longer be in their table. The past is complete from history_floor
+-- on, but for what stands in thinned.
+ALTER TABLE head ADD COLUMN log_floor INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE head ADD COLUMN history_floor INTEGER NOT NULL DEFAULT 0;
+UPDATE head SET history_floor = seq;
+
+-- What stood at a path from seq on, until ended_seq took its place, or (deleted = 1) took it away. The
+-- columns from kind on are those of entries.
+CREATE TABLE old_versions (
+    seq INTEGER PRIMARY KEY,
+    path BLOB NOT NULL,
+    kind INTEGER NOT NULL,
+    size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    content BLOB,
+    recipe BLOB REFERENCES recipes (digest),
+    target BLOB,
+    author BLOB,
+    at_ms INTEGER NOT NULL,
+    ended_seq INTEGER NOT NULL,
+    ended_at_ms INTEGER NOT NULL,
+    ended_by BLOB,
+    deleted INTEGER NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX old_versions_by_end ON old_versions (ended_seq);
+CREATE INDEX old_versions_by_path ON old_versions (path, seq);
+CREATE INDEX old_versions_by_recipe ON old_versions (recipe) WHERE recipe IS NOT NULL;
+-- Paths of which old versions went because there were too many: all that ended up to until_seq.
+CREATE TABLE thinned (
+    path BLOB PRIMARY KEY,
+    until_seq INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- NULL: the default of the hub, or no limit.
+CREATE TABLE settings (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    quota_bytes INTEGER,
+    keep_ms INTEGER,
+    keep_versions INTEGER
+) STRICT;
+INSERT INTO settings (one) VALUES (1);
+",
 ];
 
 /// Fills a new database with an empty tree; one that has a tree stays as it is.

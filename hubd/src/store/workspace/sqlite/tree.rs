@@ -8,7 +8,7 @@ use cortex_shared::wire_path::WirePath;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::super::super::database::DatabaseError;
-use super::super::StoreError;
+use super::super::{Author, StoreError};
 use super::schema::ROOT_ID;
 
 /// Columns of an entry (`e`) with its recipe (`r`), in the order in which [`entry_from_row`] reads
@@ -77,6 +77,13 @@ pub(super) struct Found {
     pub(super) identity: Digest,
     pub(super) size: u64,
     pub(super) seq: u64,
+}
+
+/// When an entry was put where it stands, and by whom.
+pub(super) struct Made<'a> {
+    pub(super) seq: u64,
+    pub(super) at_ms: i64,
+    pub(super) author: &'a Author,
 }
 
 /// The tree while one commit changes it.
@@ -165,7 +172,7 @@ impl<'a> Tree<'a> {
         parent: (i64, usize),
         found: Option<&Found>,
         entry: &Entry,
-        seq: u64,
+        made: &Made<'_>,
     ) -> Result<(), StoreError> {
         let digest = match entry {
             Entry::Dir => DirDigest::new().finish(),
@@ -189,12 +196,12 @@ impl<'a> Tree<'a> {
         self.connection
             .prepare_cached(
                 "INSERT INTO entries
-                 (parent_id, name, kind, size, mtime_ns, content, recipe, target, digest, seq)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
+                 (parent_id, name, kind, size, mtime_ns, content, recipe, target, digest, seq,
+                 author, at_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)
                  ON CONFLICT (parent_id, name) DO UPDATE SET kind = excluded.kind,
                  size = excluded.size, mtime_ns = excluded.mtime_ns, content = excluded.content,
                  recipe = excluded.recipe, target = excluded.target, digest = excluded.digest,
-                 seq = excluded.seq",
+                 seq = excluded.seq, author = excluded.author, at_ms = excluded.at_ms",
             )?
             .execute(params![
                 parent.0,
@@ -206,7 +213,9 @@ impl<'a> Tree<'a> {
                 recipe.map(|digest| *digest.as_bytes()),
                 target,
                 digest.as_bytes(),
-                signed(seq),
+                signed(made.seq),
+                made.author.encode(),
+                made.at_ms,
             ])?;
         self.touched.insert((parent.1, parent.0));
         Ok(())

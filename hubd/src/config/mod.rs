@@ -1,13 +1,18 @@
 //! The hub's configuration: what was asked for, and what that comes to.
 
+pub mod settings;
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use cortex_shared::telemetry::LogFormat;
 
 use crate::enroll::ca::NODE_CERTIFICATE_LIFE;
 use crate::enroll::limits::DEFAULT_JOIN_RATE;
 use crate::rate::Rate;
 use crate::store::history::HistoryLimits;
+use crate::sync::ContentLimits;
 use crate::task::spool::SpoolLimits;
 
 /// Default port of the gRPC side.
@@ -22,8 +27,8 @@ pub struct HubConfig {
     pub grpc: SocketAddr,
     /// Host name or address that invites tell nodes to dial.
     pub advertise: Option<String>,
-    /// How long a node may say nothing before it sends a heartbeat. A session from which nothing
-    /// came for three times as long has ended.
+    /// How long a node may say nothing before it sends a heartbeat; more where very many nodes are
+    /// connected. A session from which nothing came for three times as long has ended.
     pub heartbeat: Duration,
     /// How long a joining caller waits for an answer at most.
     pub join_deadline: Duration,
@@ -44,8 +49,21 @@ pub struct HubConfig {
     pub spool: SpoolLimits,
     /// How much of the output of each node is kept.
     pub history: HistoryLimits,
+    /// How much of workspaces' content may be in memory, and what stays free on the disk.
+    pub content: ContentLimits,
     /// How long shutdown waits for open calls.
     pub shutdown_grace: Duration,
+    /// What is logged, and how it looks.
+    pub log: LogSettings,
+}
+
+/// What is logged, and how it looks.
+#[derive(Clone, Debug)]
+pub struct LogSettings {
+    /// In the syntax of `tracing_subscriber::EnvFilter`.
+    pub filter: String,
+    /// See there.
+    pub format: LogFormat,
 }
 
 impl HubConfig {
@@ -56,8 +74,9 @@ impl HubConfig {
             data,
             grpc: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), DEFAULT_GRPC_PORT),
             advertise: None,
-            // Below the 60 s after which common NAT boxes forget a connection.
-            heartbeat: Duration::from_secs(15),
+            // A line that went dead without a word is noticed after 12 s, on both sides. Far below the
+            // 60 s after which common NAT boxes forget a connection, too.
+            heartbeat: Duration::from_secs(4),
             join_deadline: Duration::from_secs(15),
             join_queue: 1024,
             join_rate: Some(DEFAULT_JOIN_RATE),
@@ -70,7 +89,9 @@ impl HubConfig {
             resume_grace: Duration::from_secs(10),
             spool: SpoolLimits::default(),
             history: HistoryLimits::default(),
+            content: ContentLimits::default(),
             shutdown_grace: Duration::from_secs(10),
+            log: LogSettings { filter: "info".to_owned(), format: LogFormat::Text },
         }
     }
 

@@ -1,0 +1,457 @@
+//! The settings of the hub: one table, from which its flags, its environment variables, its file and
+//! their documentation are made.
+//!
+//! A value is looked for in this order: flag, environment variable, file, default. Each is checked
+//! where it is read; a key that is not in the table is an error.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use cortex_shared::telemetry::LogFormat;
+
+use super::HubConfig;
+use crate::enroll::ca::NODE_CERTIFICATE_LIVES;
+use crate::rate::Rate;
+
+/// Largest configuration file that is read.
+const MAX_FILE_BYTES: u64 = 1024 * 1024;
+
+/// One line of the table.
+pub struct Setting {
+    /// Its key in the file; with dashes, its flag; in capitals after `CORTEX_HUB_`, its variable.
+    pub name: &'static str,
+    /// The kind of value, as help shows it.
+    pub kind: &'static str,
+    /// What it means and why its default is what it is.
+    pub help: &'static str,
+    show: fn(&HubConfig) -> String,
+    set: fn(&mut HubConfig, &str) -> Result<(), String>,
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is not TOML, or too large.
+    #[error("{} is not a configuration: {problem}", path.display())]
+    Syntax {
+        /// Which.
+        path: PathBuf,
+        /// Where and why.
+        problem: String,
+    },
+    /// A key that means nothing.
+    #[error("{}: there is no setting {name:?}{}", path.display(), meant.as_ref().map_or_else(String::new, |name| format!("; did you mean {name:?}?")))]
+    Unknown {
+        /// Which file.
+        path: PathBuf,
+        /// The key.
+        name: String,
+        /// The nearest there is.
+        meant: Option<String>,
+    },
+    /// A value that cannot be.
+    #[error("{place}: {name}: {problem}")]
+    Value {
+        /// The file, or the environment.
+        place: String,
+        /// Which setting.
+        name: &'static str,
+        /// Why not.
+        problem: String,
+    },
+}
+
+macro_rules! settings {
+    ($($(#[doc = $help:literal])+ $name:ident: $kind:literal $(in $range:expr)? => $($field:ident).+;)+) => {
+        /// Every setting, in the order in which the file shows them.
+        pub const SETTINGS: &[Setting] = &[$(Setting {
+            name: stringify!($name),
+            kind: $kind,
+            help: concat!($($help, "\n"),+),
+            show: |config| config.$($field).+.show(),
+            set: |config, text| {
+                let value = Value::parse(text)?;
+                $(within(&value, &$range)?;)?
+                config.$($field).+ = value;
+                Ok(())
+            },
+        }),+];
+    };
+}
+
+settings! {
+    /// Address and port of the gRPC side, which nodes and operators dial; port 0 takes a free one.
+    /// Loopback unless told otherwise: a hub is opened to a network by somebody who wants that.
+    grpc: "ADDR:PORT" => grpc;
+    /// Host name or address that invites tell nodes to dial, if another than that of `grpc`.
+    advertise: "HOST" => advertise;
+    /// How long a node may say nothing before it sends a heartbeat. A session from which nothing came
+    /// for three times as long has ended. Below the 60 s after which common NAT boxes forget a
+    /// connection.
+    heartbeat: "DURATION" in Duration::from_secs(1)..=Duration::from_secs(300) => heartbeat;
+    /// How long somebody who joins or logs in waits for an answer at most.
+    join_deadline: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(600) => join_deadline;
+    /// Joins and logins that wait for the store at the same time; more are told when to come back.
+    join_queue: "N" in 1..=1_000_000 => join_queue;
+    /// Joins and logins a second that one address may try, with four times as many at once; 0 for no
+    /// limit. A rack that boots behind one address gets in within seconds; a guesser gets nowhere.
+    join_rate: "N" => join_rate;
+    /// How long a node's certificate lives; nodes renew it at half of that.
+    node_certificate_life: "DURATION" in NODE_CERTIFICATE_LIVES => node_certificate_life;
+    /// How long a command waits to be journalled before it is refused, certainly not begun. Longer than
+    /// a slow disk takes, shorter than people wait.
+    accept_deadline: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(600) => accept_deadline;
+    /// How long a node has to begin a command that it was given.
+    task_start_deadline: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(600) => task_start_deadline;
+    /// How long a node or a caller that was cut off has to come back to its commands; 0s ends them at
+    /// once. A restart of the hub, or a change of networks, takes some seconds.
+    resume_grace: "DURATION" in Duration::ZERO..=Duration::from_secs(3600) => resume_grace;
+    /// Output kept of one command, for those who read it later. The oldest goes first.
+    task_output: "SIZE" in 65_536..=u64::MAX => spool.task_bytes;
+    /// Output kept of all commands together. That of the oldest command goes first.
+    all_output: "SIZE" in 1_048_576..=u64::MAX => spool.total_bytes;
+    /// Output kept of each node in its history.
+    history_bytes: "SIZE" in 65_536..=u64::MAX => history.bytes;
+    /// Pieces of output kept of each node in its history.
+    history_pieces: "N" in 100..=u64::MAX => history.segments;
+    /// What stays free on the disk: no content of workspaces is taken beyond it. Without a value a
+    /// hundredth of the disk, 2 GiB at most.
+    disk_reserve: "SIZE" => content.reserve_bytes;
+    /// How long a stop waits for open calls, and again for the databases.
+    shutdown_grace: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(600) => shutdown_grace;
+    /// What is logged: error, warn, info, debug, trace, or a list such as info,cortex_hubd=debug. Read
+    /// again on SIGHUP.
+    log: "FILTER" => log.filter;
+    /// How log lines look: text, or json with one object a line.
+    log_format: "FORMAT" => log.format;
+}
+
+impl Setting {
+    /// The environment variable that sets it.
+    #[must_use]
+    pub fn variable(&self) -> String {
+        format!("CORTEX_HUB_{}", self.name.to_ascii_uppercase())
+    }
+
+    /// The flag that sets it, without its two dashes.
+    #[must_use]
+    pub fn flag(&self) -> String {
+        self.name.replace('_', "-")
+    }
+
+    /// Its value in a configuration; empty for one that is not set.
+    #[must_use]
+    pub fn show(&self, config: &HubConfig) -> String {
+        (self.show)(config)
+    }
+
+    /// Changes a configuration.
+    ///
+    /// # Errors
+    /// What is wrong with the text, for people; the configuration is as it was.
+    pub fn set(&self, config: &mut HubConfig, text: &str) -> Result<(), String> {
+        (self.set)(config, text)
+    }
+}
+
+/// Changes `config` to what the file says.
+///
+/// # Errors
+/// If the file cannot be read, has a key that is not in the table, or a value that cannot be.
+pub fn apply_file(config: &mut HubConfig, path: &Path) -> Result<(), ConfigError> {
+    let syntax = |problem: String| ConfigError::Syntax { path: path.to_owned(), problem };
+    let read = |source| ConfigError::Read { path: path.to_owned(), source };
+    if std::fs::metadata(path).map_err(read)?.len() > MAX_FILE_BYTES {
+        return Err(syntax(format!("larger than {MAX_FILE_BYTES} bytes")));
+    }
+    let text = std::fs::read_to_string(path).map_err(read)?;
+    let table: toml::Table =
+        text.parse().map_err(|error: toml::de::Error| syntax(error.to_string()))?;
+    for (name, value) in table {
+        let Some(setting) = SETTINGS.iter().find(|setting| setting.name == name) else {
+            let names = SETTINGS.iter().map(|setting| setting.name);
+            let meant = crate::node::registry::most_similar(&name, names);
+            return Err(ConfigError::Unknown { path: path.to_owned(), name, meant });
+        };
+        let text = match value {
+            toml::Value::String(text) => Ok(text),
+            toml::Value::Integer(number) => Ok(number.to_string()),
+            other => Err(format!("expected a string or a number, not a {}", other.type_str())),
+        };
+        text.and_then(|text| setting.set(config, &text)).map_err(|problem| ConfigError::Value {
+            place: path.display().to_string(),
+            name: setting.name,
+            problem,
+        })?;
+    }
+    Ok(())
+}
+
+/// Changes `config` to what was said by flags or variables, by the settings' names.
+///
+/// # Errors
+/// If a value cannot be.
+pub fn apply_texts(
+    config: &mut HubConfig,
+    texts: &BTreeMap<&'static str, String>,
+) -> Result<(), ConfigError> {
+    for setting in SETTINGS {
+        if let Some(text) = texts.get(setting.name) {
+            setting.set(config, text).map_err(|problem| ConfigError::Value {
+                place: "flags and environment".to_owned(),
+                name: setting.name,
+                problem,
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// The file with every setting as it is in `config`, each explained. Those that are at their default are
+/// commented out.
+#[must_use]
+pub fn document(config: &HubConfig) -> String {
+    let default = HubConfig::new(config.data.clone());
+    let mut text = String::from(
+        "# Configuration of cortex-hubd. A flag or an environment variable goes before it:\n\
+         # --resume-grace, CORTEX_HUB_RESUME_GRACE. Durations: 500ms, 10s, 5m, 24h, 7d. Sizes: 65536,\n\
+         # 64 KiB, 16 MiB, 1 GiB. `cortex-hubd check --config FILE` says whether it can be used.\n",
+    );
+    for setting in SETTINGS {
+        text.push('\n');
+        for line in setting.help.lines() {
+            text.push_str("# ");
+            text.push_str(line.trim());
+            text.push('\n');
+        }
+        let value = setting.show(config);
+        let commented = if value == setting.show(&default) { "# " } else { "" };
+        let quoted = toml::Value::String(value);
+        text.push_str(&format!("{commented}{} = {quoted}\n", setting.name));
+    }
+    text
+}
+
+/// A kind of value.
+trait Value: Sized {
+    fn parse(text: &str) -> Result<Self, String>;
+    fn show(&self) -> String;
+}
+
+fn within<T: Value + PartialOrd>(value: &T, range: &RangeInclusive<T>) -> Result<(), String> {
+    if range.contains(value) {
+        return Ok(());
+    }
+    Err(format!("expected {} to {}", range.start().show(), range.end().show()))
+}
+
+impl Value for SocketAddr {
+    fn parse(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|_| "expected an address and a port, such as 0.0.0.0:7443".to_owned())
+    }
+
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl Value for Option<String> {
+    fn parse(text: &str) -> Result<Self, String> {
+        Ok((!text.is_empty()).then(|| text.to_owned()))
+    }
+
+    fn show(&self) -> String {
+        self.clone().unwrap_or_default()
+    }
+}
+
+impl Value for String {
+    fn parse(text: &str) -> Result<Self, String> {
+        Ok(text.to_owned())
+    }
+
+    fn show(&self) -> String {
+        self.clone()
+    }
+}
+
+impl Value for usize {
+    fn parse(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|_| "expected a whole number".to_owned())
+    }
+
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
+/// A number, or a size with a unit.
+impl Value for u64 {
+    fn parse(text: &str) -> Result<Self, String> {
+        let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let problem = || "expected a number, or a size such as 64 KiB or 16 MiB".to_owned();
+        let number: Self = text[..digits].parse().map_err(|_| problem())?;
+        let shift = match text[digits..].trim() {
+            "" | "B" => 0,
+            "KiB" => 10,
+            "MiB" => 20,
+            "GiB" => 30,
+            "TiB" => 40,
+            _ => return Err(problem()),
+        };
+        number.checked_mul(1 << shift).ok_or_else(problem)
+    }
+
+    fn show(&self) -> String {
+        let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+        let whole = |shift: &u32| *self > 0 && self.trailing_zeros() >= *shift;
+        units
+            .iter()
+            .find(|(shift, _)| whole(shift))
+            .map_or_else(|| self.to_string(), |(shift, unit)| format!("{} {unit}", self >> shift))
+    }
+}
+
+impl Value for Option<u64> {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text.is_empty() { Ok(None) } else { u64::parse(text).map(Some) }
+    }
+
+    fn show(&self) -> String {
+        self.as_ref().map_or_else(String::new, Value::show)
+    }
+}
+
+impl Value for Duration {
+    fn parse(text: &str) -> Result<Self, String> {
+        if matches!(text, "0" | "0s") { Ok(Self::ZERO) } else { crate::cli::parse_duration(text) }
+    }
+
+    fn show(&self) -> String {
+        let ms = self.as_millis();
+        let units = [(86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1000, "s")];
+        let whole = units.iter().find(|(size, _)| ms.is_multiple_of(*size) && ms > 0);
+        match whole {
+            _ if ms == 0 => "0s".to_owned(),
+            // Days are for lives of weeks; everybody says 24h.
+            Some((size, "d")) if ms / size < 2 => format!("{}h", ms / 3_600_000),
+            Some((size, unit)) => format!("{}{unit}", ms / size),
+            None => format!("{ms}ms"),
+        }
+    }
+}
+
+impl Value for Option<Rate> {
+    fn parse(text: &str) -> Result<Self, String> {
+        let per_second = text.parse().map_err(|_| "expected a whole number".to_owned())?;
+        Ok(crate::enroll::limits::join_rate(per_second))
+    }
+
+    fn show(&self) -> String {
+        self.map_or_else(|| "0".to_owned(), |rate| rate.per_second.to_string())
+    }
+}
+
+impl Value for LogFormat {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err("expected text or json".to_owned()),
+        }
+    }
+
+    fn show(&self) -> String {
+        match self {
+            Self::Text => "text".to_owned(),
+            Self::Json => "json".to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> HubConfig {
+        HubConfig::new(PathBuf::from("/data"))
+    }
+
+    fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("hubd.toml");
+        std::fs::write(&path, text).unwrap();
+        (folder, path)
+    }
+
+    #[test]
+    fn what_is_shown_of_each_setting_sets_it() {
+        for setting in SETTINGS {
+            let mut config = config();
+            let shown = setting.show(&config);
+            assert_eq!(setting.set(&mut config, &shown), Ok(()), "{}", setting.name);
+            assert_eq!(setting.show(&config), shown, "{}", setting.name);
+            assert!(setting.help.len() > 20, "{} is not explained", setting.name);
+        }
+    }
+
+    #[test]
+    fn the_documented_file_is_a_file_that_changes_nothing_until_it_is_changed() {
+        let text = document(&config());
+        let (_folder, path) = file(&text);
+        let mut read = config();
+        apply_file(&mut read, &path).unwrap();
+        assert_eq!(document(&read), text);
+        let (_folder, path) = file(
+            &text
+                .replace("# ", "")
+                .lines()
+                .filter(|l| l.contains(" = \""))
+                .collect::<Vec<_>>()
+                .join("\n"),
+        );
+        apply_file(&mut read, &path).unwrap();
+        assert_eq!(document(&read), text, "every line can be taken into use as it stands");
+    }
+
+    #[test]
+    fn mistakes_in_a_file_are_named() {
+        for (text, said) in [
+            ("resume_grac = \"5s\"", "did you mean \"resume_grace\"?"),
+            ("resume_grace = \"5 parsecs\"", "resume_grace: expected a unit"),
+            ("resume_grace = true", "not a boolean"),
+            ("node_certificate_life = \"1s\"", "expected 10s to 30d"),
+            ("join_queue = 0", "expected 1 to 1000000"),
+            ("task_output = \"1 KB\"", "such as 64 KiB"),
+            ("grpc = \"example.org\"", "an address and a port"),
+            ("grpc = ", "not a configuration"),
+        ] {
+            let (_folder, path) = file(text);
+            let error = apply_file(&mut config(), &path).unwrap_err().to_string();
+            assert!(error.contains(said), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn values_are_taken_from_the_nearest_place() {
+        let (_folder, path) = file("resume_grace = \"5s\"\ntask_output = 131072\njoin_rate = 7");
+        let mut config = config();
+        apply_file(&mut config, &path).unwrap();
+        apply_texts(&mut config, &BTreeMap::from([("resume_grace", "0s".to_owned())])).unwrap();
+        assert_eq!(config.resume_grace, Duration::ZERO);
+        assert_eq!(config.spool.task_bytes, 128 << 10);
+        assert_eq!(config.join_rate.map(|rate| (rate.burst, rate.per_second)), Some((28, 7.0)));
+    }
+}
