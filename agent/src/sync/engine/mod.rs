@@ -16,7 +16,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cortex_shared::clock::unix_ms;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -164,6 +163,12 @@ impl<H: Hub> Engine<H> {
         attached.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
     }
 
+    /// A time to come, in milliseconds since the Unix epoch.
+    fn when_ms(&self, at: Instant) -> i64 {
+        let wait = at.saturating_duration_since(Instant::now());
+        (self.ground.wall_ms)().saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX))
+    }
+
     /// Why a flush that was begun before comes to no end.
     fn stopped(&self) -> FlushError {
         if self.options.borrow().paused { FlushError::Paused } else { FlushError::Stopped }
@@ -276,7 +281,7 @@ impl<H: Hub> Engine<H> {
         work.outdated = true;
         let retry_at = Instant::now() + work.hub_backoff.next_delay_of((self.ground.chance)());
         work.retry_at = Some(retry_at);
-        self.progress.update(|status| status.next_retry_ms = when_ms(retry_at));
+        self.progress.update(|status| status.next_retry_ms = self.when_ms(retry_at));
         work.revisits.extend(work.unseen.drain(..).map(|scope| (retry_at, scope)));
         None
     }
@@ -500,12 +505,6 @@ async fn pausing(
         work.cancel();
     }
     std::future::pending().await
-}
-
-/// A time to come, in milliseconds since the Unix epoch.
-fn when_ms(at: Instant) -> i64 {
-    let wait = at.saturating_duration_since(Instant::now());
-    unix_ms().saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX))
 }
 
 /// The next value; never if there is nobody left to send one.

@@ -9,7 +9,7 @@ use cortex_shared::wire_path::WirePath;
 use tokio::time::Instant;
 
 use super::hold::{is_lost, must_hold};
-use super::{Engine, LATE_WRITES, PROBLEM_RETRY, Round, Work, when_ms};
+use super::{Engine, LATE_WRITES, PROBLEM_RETRY, Round, Work};
 use crate::sync::apply::needs_stage;
 use crate::sync::core::{Core, SyncError, waiting};
 use crate::sync::hub::Hub;
@@ -427,7 +427,7 @@ impl<H: Hub> Engine<H> {
             status.entries = entries;
             status.pending_push = pending;
             status.conflicts = conflicts.unwrap_or(status.conflicts);
-            status.next_retry_ms = next_retry.map_or(0, when_ms);
+            status.next_retry_ms = next_retry.map_or(0, |at| self.when_ms(at));
             if status.state == SyncState::Idle {
                 (status.files_done, status.files_total) = (0, 0);
                 (status.bytes_done, status.bytes_total) = (0, 0);
