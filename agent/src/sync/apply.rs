@@ -352,7 +352,9 @@ impl Applier<'_> {
         let Some(current) = self.expected(change, &parent, leaf)? else {
             return Ok(Placed::Surprise);
         };
-        *stood = current.map(|current| Print::of(&current.meta));
+        // What was changed just before it was read has to be read again at its new place.
+        let is_known = |current: &Current| change.aside.is_none() || !current.stamp.racy;
+        *stood = current.filter(is_known).map(|current| Print::of(&current.meta));
         let mut from = change.from.as_ref();
         if let Some(aside) = &change.aside {
             // Moves whatever stands there, so nothing can be lost.
