@@ -22,9 +22,14 @@ impl Backoff {
 
     /// The next delay.
     pub fn next_delay(&mut self) -> Duration {
+        self.next_delay_of(rand::rng().random_range(0.0..1.0))
+    }
+
+    /// The next delay, where somebody else provides the chance: a number from 0 to 1.
+    pub fn next_delay_of(&mut self, chance: f64) -> Duration {
         let bound = self.bound;
         self.bound = (bound * 2).min(self.ceiling);
-        bound.mul_f64(rand::rng().random_range(0.0..1.0))
+        bound.mul_f64(chance.clamp(0.0, 1.0))
     }
 
     /// Starts again from the first bound. To be called after a stable minute, not after a mere

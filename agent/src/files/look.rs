@@ -1,15 +1,13 @@
 //! Looking at files: list, read, stat.
 
 use std::collections::BinaryHeap;
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
 
 use bytes::Bytes;
 use cortex_shared::wire_path::WirePath;
 
 use super::error::{IS_LINK, IS_SPECIAL};
 use super::{Caller, Done, FileError, Info, Place};
-use crate::root_dir::{DirHandle, FileKind, Meta, file_meta};
+use crate::root_dir::{DirHandle, FileHandle, FileKind, Meta};
 
 /// Content in one piece.
 const PIECE_BYTES: usize = 256 * 1024;
@@ -172,7 +170,7 @@ pub(super) fn read(
         left -= count as u64;
         caller.data(Bytes::from(piece))?;
     }
-    let after = file_meta(&file).map_err(failed)?;
+    let after = file.meta().map_err(failed)?;
     Ok(Done {
         info: Some(info(path.name(), &before, Vec::new())),
         content: Some((at - offset, *hasher.finalize().as_bytes())),
@@ -182,14 +180,12 @@ pub(super) fn read(
 }
 
 /// Fills `piece`, but for the end of the file.
-fn read_full(file: &File, piece: &mut [u8], at: u64) -> std::io::Result<usize> {
+fn read_full(file: &FileHandle, piece: &mut [u8], at: u64) -> std::io::Result<usize> {
     let mut filled = 0;
     while filled < piece.len() {
-        match file.read_at(&mut piece[filled..], at.saturating_add(filled as u64)) {
-            Ok(0) => break,
-            Ok(count) => filled += count,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+        match file.read_at(&mut piece[filled..], at.saturating_add(filled as u64))? {
+            0 => break,
+            count => filled += count,
         }
     }
     Ok(filled)
@@ -201,12 +197,12 @@ pub(super) fn stamp(meta: &Meta) -> (u64, u64, u64, i64) {
 }
 
 /// Opens a regular file, and says what it is otherwise.
-fn open(place: &Place, path: &WirePath) -> Result<(File, Meta), FileError> {
+fn open(place: &Place, path: &WirePath) -> Result<(FileHandle, Meta), FileError> {
     let (parent, leaf) = place.parent_of(path)?;
     let failed = |error| FileError::of(path, error);
     must_be_file(path, parent.lstat(leaf).map_err(failed)?.kind)?;
     let file = parent.open_file(leaf).map_err(failed)?;
-    let meta = file_meta(&file).map_err(failed)?;
+    let meta = file.meta().map_err(failed)?;
     Ok((file, meta))
 }
 
@@ -251,7 +247,7 @@ pub(super) fn stat(
 
 /// BLAKE3 of a file.
 pub(super) fn hash_of(
-    file: &File,
+    file: &FileHandle,
     path: &WirePath,
     caller: &dyn Caller,
 ) -> Result<[u8; 32], FileError> {

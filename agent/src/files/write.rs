@@ -8,15 +8,13 @@
 //! A file that must be the one the caller has seen is exchanged, and what was displaced is looked at
 //! then, when nobody can reach it by name any more: if it is another one after all, it is put back.
 
-use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 
 use cortex_shared::wire_path::WirePath;
-use rustix::fs::{Gid, Mode, Uid};
 
 use super::look::{hash_of, info, must_be_file, stamp};
 use super::{Caller, Done, FileError, Piece, Place};
-use crate::root_dir::{DirHandle, Meta, file_meta};
+use crate::root_dir::{DirHandle, FileHandle, Meta};
 use crate::sync::private_dir::{Draft, Incoming};
 
 /// What must stand at a path for it to be replaced.
@@ -44,8 +42,8 @@ pub(super) fn write(
     let incoming = place.incoming()?;
     let draft = incoming.begin().map_err(|error| FileError::of(path, error))?;
     let (bytes, hash) = receive(draft.file(), path, caller)?;
-    dress(place, draft.file(), mode.or(found.map(|meta| meta.mode & 0o777)))
-        .and_then(|()| draft.file().sync_all())
+    dress(place, &incoming, &draft, mode.or(found.map(|meta| meta.mode & 0o777)))
+        .and_then(|()| draft.file().sync())
         .map_err(|error| FileError::of(path, error))?;
     put(&incoming, draft, &parent, leaf, path, expected, caller)?;
     parent.sync().map_err(|error| FileError::of(path, error))?;
@@ -79,7 +77,7 @@ fn look(
     must_be_file(path, meta.kind)?;
     let Expected::Content(wanted) = expected else { return Ok(Some(meta)) };
     let file = parent.open_file(leaf).map_err(failed)?;
-    let meta = file_meta(&file).map_err(failed)?;
+    let meta = file.meta().map_err(failed)?;
     let now = hash_of(&file, path, caller)?;
     if now != *wanted {
         return Err(FileError::Changed { name: name(), now: Some(now) });
@@ -89,7 +87,7 @@ fn look(
 
 /// Takes the content; its length and hash.
 fn receive(
-    mut file: &File,
+    file: &FileHandle,
     path: &WirePath,
     caller: &mut dyn Caller,
 ) -> Result<(u64, [u8; 32]), FileError> {
@@ -97,7 +95,7 @@ fn receive(
     loop {
         match caller.next()? {
             Piece::Data(data) => {
-                file.write_all(&data).map_err(|error| FileError::of(path, error))?;
+                file.write_all_at(&data, taken).map_err(|error| FileError::of(path, error))?;
                 hasher.update(&data);
                 taken += data.len() as u64;
                 caller.taken(data.len() as u64)?;
@@ -116,12 +114,12 @@ fn receive(
 
 /// Gives a new file its owner and permissions. By its handle: where the private directory lies in
 /// somebody else's, the name may stand for another file by now.
-fn dress(place: &Place, file: &File, mode: Option<u32>) -> io::Result<()> {
+fn dress(place: &Place, incoming: &Incoming, draft: &Draft, mode: Option<u32>) -> io::Result<()> {
     if let Some((uid, gid)) = place.owner {
-        rustix::fs::fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        incoming.dir().set_owner(draft.name(), uid, gid)?;
     }
     if let Some(mode) = mode {
-        rustix::fs::fchmod(file, Mode::from_raw_mode(mode))?;
+        draft.file().set_mode(mode)?;
     }
     Ok(())
 }

@@ -16,13 +16,11 @@ mod tests;
 pub use late::{LateWrites, rescue_late_writes};
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File as OsFile;
 use std::io;
 
 use cortex_shared::chunk::Cutter;
 use cortex_shared::entry::{Entry, File, same};
 use cortex_shared::wire_path::WirePath;
-use rustix::fs::{Mode, Timespec, Timestamps};
 use rustix::io::Errno;
 
 use super::index::{Displaced, Index, IndexError, Seen, Stamp};
@@ -30,7 +28,7 @@ use super::plan::LocalChange;
 use super::private_dir::PrivateDir;
 use super::problem::Finding;
 use super::scan::Scope;
-use crate::root_dir::{DirHandle, FileKind, Meta, RootDir, file_meta};
+use crate::root_dir::{DirHandle, FileHandle, FileKind, Meta, RootDir};
 
 /// Up to so many files or directories are synced one by one; for more the whole file system is.
 const SYNC_ONE_BY_ONE: usize = 32;
@@ -92,10 +90,11 @@ impl Report {
 
 enum Placed {
     Done,
-    /// Done, and another file went to the trash.
-    Displaced(Displaced),
     /// Not what the plan was made for.
     Surprise,
+    /// The same, and somebody's newest work lies in the trash: the next look there puts it back,
+    /// since it is not what was noted under its name.
+    ToBeRescued,
     /// A directory that still holds what is not synced: it stays, and nothing more is to be done.
     Kept,
     /// Its directory does not exist: it could not be made, which has been said, or somebody has just
@@ -103,19 +102,39 @@ enum Placed {
     Blocked,
 }
 
-/// Goes on after the first of two steps, if that was done.
-fn and_then(
-    first: Placed,
-    second: impl FnOnce() -> Result<Placed, PlaceError>,
-) -> Result<Placed, PlaceError> {
-    match first {
-        Placed::Done => second(),
-        Placed::Displaced(file) => Ok(match second()? {
-            Placed::Done => Placed::Displaced(file),
-            undone => undone,
-        }),
-        undone => Ok(undone),
+/// What a file or link of ours looked like when nobody else could reach it. If it looks otherwise
+/// later, somebody has worked on it since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Print {
+    kind: FileKind,
+    dev: u64,
+    ino: u64,
+    size: u64,
+    mtime_ns: i64,
+}
+
+impl Print {
+    fn of(meta: &Meta) -> Self {
+        let Meta { kind, dev, ino, size, mtime_ns, .. } = *meta;
+        Self { kind, dev, ino, size, mtime_ns }
     }
+}
+
+/// A change whose file has its attributes.
+struct Prepared {
+    staged: Staged,
+    /// Open, if it is to be synced by itself.
+    file: Option<FileHandle>,
+    print: Option<Print>,
+    /// What is about to be displaced, under its future name in the trash.
+    displaces: Option<Displaced>,
+}
+
+/// A change that has been made, and the prints of what it left at its path and aside.
+struct Made {
+    change: LocalChange,
+    print: Option<Print>,
+    aside: Option<Print>,
 }
 
 /// Directories to be synced once, at the end of a batch.
@@ -150,56 +169,116 @@ impl Applier<'_> {
     /// report.
     pub fn apply(mut self, batch: Vec<Staged>) -> Result<Report, ApplyError> {
         let mut report = Report::default();
+        let (made, untouched) = self.make(batch, &mut report)?;
+        report.applied = made.len();
+        self.record(made, &untouched, &mut report)?;
+        Ok(report)
+    }
+
+    /// Makes the changes and makes them durable. Also returns the names in the trash under which
+    /// nothing was displaced.
+    fn make(
+        &mut self,
+        batch: Vec<Staged>,
+        report: &mut Report,
+    ) -> Result<(Vec<Made>, Vec<Vec<u8>>), ApplyError> {
         let one_by_one = batch.iter().filter(|s| s.stage_name.is_some()).count() <= SYNC_ONE_BY_ONE;
         let mut ready = Vec::with_capacity(batch.len());
         for staged in batch {
             match self.prepare(&staged) {
                 // Many open files at once would meet the limit of the process.
-                Ok(file) => ready.push((staged, file.filter(|_| one_by_one))),
-                Err(error) => self.give_up(staged, &error, &mut report),
+                Ok((file, print)) => {
+                    let file = file.filter(|_| one_by_one);
+                    let displaces = self.displaces(&staged)?;
+                    ready.push(Prepared { staged, file, print, displaces });
+                }
+                Err(error) => self.give_up(staged, &error, report),
             }
         }
         self.sync_files(&ready, one_by_one)?;
+        // Before it happens: a crash must not leave a file in the trash that nobody looks after.
+        if ready.iter().any(|one| one.displaces.is_some()) {
+            self.index.batch(|writer| {
+                let mut notes = ready.iter().filter_map(|one| one.displaces.as_ref());
+                notes.try_for_each(|file| writer.note_displaced(file))
+            })?;
+        }
         let mut touched = Touched::default();
-        let mut placed = Vec::with_capacity(ready.len());
-        let mut displaced = Vec::new();
-        for (staged, file) in ready {
+        let mut made = Vec::with_capacity(ready.len());
+        let mut untouched = Vec::new();
+        for Prepared { staged, file, print, displaces } in ready {
             drop(file);
-            match self.place_anyway(&staged, &mut touched) {
-                Ok(Placed::Done) => placed.push(staged.change),
-                Ok(Placed::Displaced(file)) => {
-                    displaced.push(file);
-                    placed.push(staged.change);
-                }
+            let (mut stood, name) = (None, displaces.map(|file| file.name));
+            let placed = self.place_anyway(&staged, &mut touched, &mut stood, name.as_deref());
+            match (&placed, name) {
+                (Ok(Placed::Done | Placed::ToBeRescued), Some(_)) => report.displaced += 1,
+                (_, Some(name)) => untouched.push(name),
+                (_, None) => {}
+            }
+            match placed {
+                Ok(Placed::Done) => {}
                 Ok(Placed::Surprise) => {
                     report.dirty.insert(staged.change.path.parent());
                     self.remove_staged(&staged);
+                    continue;
                 }
-                Ok(Placed::Blocked) => self.remove_staged(&staged),
+                Ok(Placed::ToBeRescued) => {
+                    report.dirty.insert(staged.change.path.parent());
+                    continue;
+                }
+                Ok(Placed::Blocked) => {
+                    self.remove_staged(&staged);
+                    continue;
+                }
+                Err(error) => {
+                    self.give_up(staged, &error, report);
+                    continue;
+                }
                 Ok(Placed::Kept) => {
                     let text = "kept: it still holds files that are not synced";
                     report.findings.push(Finding::at(&staged.change.path, "kept", text));
                     report.kept += 1;
+                    continue;
                 }
-                Err(error) => self.give_up(staged, &error, &mut report),
             }
+            let aside = stood.filter(|_| staged.change.aside.is_some());
+            made.push(Made { change: staged.change, print: print.or(stood), aside });
         }
         touched.sync(self.root).map_err(ApplyError::Durability)?;
-        report.applied = placed.len();
-        report.displaced = displaced.len();
-        self.record(placed, displaced, &mut report)?;
-        Ok(report)
+        Ok((made, untouched))
+    }
+
+    /// What a change is about to displace, as far as the index knows it.
+    fn displaces(&self, staged: &Staged) -> Result<Option<Displaced>, IndexError> {
+        let change = &staged.change;
+        let is_displaced = match (&change.from, &change.to, &change.aside) {
+            (Some(Entry::File(_)), Some(Entry::File(_)), None) => staged.stage_name.is_some(),
+            (Some(Entry::File(_)), _, None) => true,
+            _ => false,
+        };
+        if !is_displaced {
+            return Ok(None);
+        }
+        let found = self.index.get(&change.path)?;
+        Ok(found.and_then(|found| found.stamp).map(|stamp| Displaced {
+            name: staged.stage_name.clone().unwrap_or_else(|| self.private.stage_name()),
+            path: change.path.clone(),
+            size: stamp.size,
+            mtime_ns: stamp.mtime_ns,
+        }))
     }
 
     /// Gives a staged file its attributes, before it takes its place: a crash must not leave a file
     /// that looks like an edit.
-    fn prepare(&self, staged: &Staged) -> io::Result<Option<OsFile>> {
-        let Some(stage_name) = &staged.stage_name else { return Ok(None) };
+    fn prepare(&self, staged: &Staged) -> io::Result<(Option<FileHandle>, Option<Print>)> {
+        let Some(stage_name) = &staged.stage_name else { return Ok((None, None)) };
         let stage = self.private.stage();
         if let Some((uid, gid)) = self.owner {
             stage.set_owner(stage_name, uid, gid)?;
         }
-        let Some(Entry::File(entry)) = &staged.change.to else { return Ok(None) };
+        let Some(Entry::File(entry)) = &staged.change.to else {
+            return Ok((None, Some(Print::of(&stage.lstat(stage_name)?))));
+        };
         let file = stage.open_for_writing(stage_name)?;
         // Other permission bits than the executable one are the user's own: they stay.
         let replaced = match &staged.change {
@@ -211,22 +290,17 @@ impl Applier<'_> {
         };
         let mode = match replaced {
             Some(mode) => mode,
-            None => file_meta(&file)?.mode & 0o777,
+            None => file.meta()?.mode & 0o777,
         };
         set_mode(&file, mode, entry.executable)?;
-        let time = timespec(entry.mtime_ns);
-        let times = Timestamps { last_access: time, last_modification: time };
-        rustix::fs::futimens(&file, &times)?;
-        Ok(Some(file))
+        file.set_mtime(entry.mtime_ns)?;
+        let print = Print::of(&file.meta()?);
+        Ok((Some(file), Some(print)))
     }
 
-    fn sync_files(
-        &self,
-        ready: &[(Staged, Option<OsFile>)],
-        one_by_one: bool,
-    ) -> Result<(), ApplyError> {
+    fn sync_files(&self, ready: &[Prepared], one_by_one: bool) -> Result<(), ApplyError> {
         let result = if one_by_one {
-            ready.iter().filter_map(|(_, file)| file.as_ref()).try_for_each(OsFile::sync_all)
+            ready.iter().filter_map(|one| one.file.as_ref()).try_for_each(FileHandle::sync)
         } else {
             self.private.stage().sync_file_system()
         };
@@ -240,24 +314,33 @@ impl Applier<'_> {
         &mut self,
         staged: &Staged,
         touched: &mut Touched,
+        stood: &mut Option<Print>,
+        trash_name: Option<&[u8]>,
     ) -> Result<Placed, PlaceError> {
-        let result = self.place(staged, touched);
+        let result = self.place(staged, touched, stood, trash_name);
         let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
         if !matches!(&result, Err(PlaceError::Io(error)) if denied(error)) {
             return result;
         }
         let Ok((parent, _)) = self.root.parent_of(&staged.change.path) else { return result };
         let Ok(meta) = parent.meta() else { return result };
-        let opened = Mode::from_raw_mode(meta.mode | 0o300);
-        if meta.mode & 0o300 == 0o300 || rustix::fs::fchmod(&parent, opened).is_err() {
+        if meta.mode & 0o300 == 0o300 || parent.set_mode(meta.mode | 0o300).is_err() {
             return result;
         }
-        let result = self.place(staged, touched);
-        rustix::fs::fchmod(&parent, Mode::from_raw_mode(meta.mode)).map_err(io::Error::from)?;
+        let result = self.place(staged, touched, stood, trash_name);
+        parent.set_mode(meta.mode)?;
         result
     }
 
-    fn place(&mut self, staged: &Staged, touched: &mut Touched) -> Result<Placed, PlaceError> {
+    /// Makes one change; tells in `stood` what was found there. What is displaced gets the name in
+    /// the trash.
+    fn place(
+        &mut self,
+        staged: &Staged,
+        touched: &mut Touched,
+        stood: &mut Option<Print>,
+        trash_name: Option<&[u8]>,
+    ) -> Result<Placed, PlaceError> {
         let change = &staged.change;
         let directory = change.path.parent();
         let (parent, leaf) = match self.root.parent_of(&change.path) {
@@ -269,6 +352,9 @@ impl Applier<'_> {
         let Some(current) = self.expected(change, &parent, leaf)? else {
             return Ok(Placed::Surprise);
         };
+        // What was changed just before it was read has to be read again at its new place.
+        let is_known = |current: &Current| change.aside.is_none() || !current.stamp.racy;
+        *stood = current.filter(is_known).map(|current| Print::of(&current.meta));
         let mut from = change.from.as_ref();
         if let Some(aside) = &change.aside {
             // Moves whatever stands there, so nothing can be lost.
@@ -281,12 +367,14 @@ impl Applier<'_> {
         match (from, &change.to) {
             (None, None) => Ok(Placed::Done),
             (Some(Entry::Dir), None) => remove_directory(&parent, leaf),
-            (Some(_), None) => self.displace(change, &parent, leaf, &current),
+            (Some(_), None) => self.displace(change, &parent, leaf, &current, trash_name),
             (None, Some(Entry::Dir)) => self.make_directory(&parent, leaf),
             (Some(Entry::Dir), Some(Entry::Dir)) => Ok(Placed::Done),
             (Some(_), Some(Entry::Dir)) => {
-                let displaced = self.displace(change, &parent, leaf, &current)?;
-                and_then(displaced, || self.make_directory(&parent, leaf))
+                match self.displace(change, &parent, leaf, &current, trash_name)? {
+                    Placed::Done => self.make_directory(&parent, leaf),
+                    undone => Ok(undone),
+                }
             }
             (Some(Entry::File(_)), Some(Entry::File(to))) if staged.stage_name.is_none() => {
                 set_executable(&parent, leaf, &current, to)
@@ -370,29 +458,25 @@ impl Applier<'_> {
         parent: &DirHandle,
         leaf: &[u8],
         current: &Option<Current>,
+        trash_name: Option<&[u8]>,
     ) -> Result<Placed, PlaceError> {
-        let (trash, name) = (self.private.trash(), self.private.trash_name());
+        let trash = self.private.trash();
+        let name = trash_name.map_or_else(|| self.private.stage_name(), <[u8]>::to_vec);
         match parent.rename_new(leaf, trash, &name) {
             Err(error) if vanished(&error) => return Ok(Placed::Surprise),
             result => result?,
         }
         if is_still(trash, &name, change, current)? {
-            return self.displaced(change, name);
+            return Ok(Placed::Done);
         }
-        // If somebody has put yet another file there meanwhile, this one stays in the trash.
         match trash.rename_new(&name, parent, leaf) {
-            Err(error) if !exists(&error) => Err(error.into()),
-            _ => Ok(Placed::Surprise),
+            // Somebody has put yet another file there meanwhile, or taken the directory away.
+            Err(error) if exists(&error) || vanished(&error) => Ok(Placed::ToBeRescued),
+            result => {
+                result?;
+                Ok(Placed::Surprise)
+            }
         }
-    }
-
-    /// Notes what a displaced file looks like, to see whether it is written to in the trash.
-    fn displaced(&self, change: &LocalChange, name: Vec<u8>) -> Result<Placed, PlaceError> {
-        let meta = self.private.trash().lstat(&name)?;
-        Ok(match meta.kind {
-            FileKind::File => Placed::Displaced(Displaced::new(name, &change.path, &meta)),
-            _ => Placed::Done,
-        })
     }
 
     /// Puts a staged file or link in the place of another in one step.
@@ -411,20 +495,23 @@ impl Applier<'_> {
             Err(error) if vanished(&error) => return Ok(Placed::Surprise),
             Err(error) if Errno::from_io_error(&error) == Some(Errno::INVAL) => {
                 // No exchange on this file system: for an instant nothing stands there.
-                let displaced = self.displace(change, parent, leaf, current)?;
-                return and_then(displaced, || self.place_new(stage_name, parent, leaf));
+                return match self.displace(change, parent, leaf, current, Some(stage_name))? {
+                    Placed::Done => self.place_new(stage_name, parent, leaf),
+                    undone => Ok(undone),
+                };
             }
             Err(error) => return Err(error.into()),
         }
         if is_still(stage, stage_name, change, current)? {
-            let name = self.private.discard(stage_name)?;
-            return self.displaced(change, name);
+            self.private.discard(stage_name)?;
+            return Ok(Placed::Done);
         }
         stage.exchange(stage_name, parent, leaf)?;
         if stage.lstat(stage_name)?.ino != ours.ino {
             // Somebody wrote a third time, between the two exchanges. That file would be removed as
             // ours: it is kept.
             self.private.discard(stage_name)?;
+            return Ok(Placed::ToBeRescued);
         }
         Ok(Placed::Surprise)
     }
@@ -432,27 +519,25 @@ impl Applier<'_> {
     /// Tells the index what stands there now, with new stamps: our own renames changed the old ones.
     fn record(
         &mut self,
-        placed: Vec<LocalChange>,
-        displaced: Vec<Displaced>,
+        made: Vec<Made>,
+        untouched: &[Vec<u8>],
         report: &mut Report,
     ) -> Result<(), ApplyError> {
         let clock = self.private.clock().map_err(ApplyError::Durability)?;
         let root = self.root;
         self.index.batch(|writer| {
-            for file in displaced {
-                writer.note_displaced(&file)?;
-            }
-            for change in placed {
+            untouched.iter().try_for_each(|name| writer.forget_displaced(name))?;
+            for Made { change, print, aside: aside_print } in made {
                 let parent = root.parent_of(&change.path).map(|(parent, _)| parent);
                 let stamp_of = |path: &WirePath| {
                     let meta = parent.as_ref().ok()?.lstat(path.name()).ok()?;
                     Some((meta, Stamp::new(&meta, clock.is_racy(&meta))))
                 };
-                let mut see = |path: &WirePath, entry: Option<&Entry>| match entry {
+                let mut see = |path: &WirePath, entry: Option<&Entry>, print| match entry {
                     None => writer.set_local(path, Seen::Absent),
                     Some(Entry::Dir) => writer.set_local(path, Seen::Entry(Entry::Dir, None)),
                     Some(entry) => match stamp_of(path) {
-                        Some((meta, stamp)) if fits(entry, &meta) => {
+                        Some((meta, stamp)) if print == Some(Print::of(&meta)) => {
                             writer.set_local(path, Seen::Entry(entry.clone(), Some(stamp)))
                         }
                         // Somebody was there already.
@@ -463,9 +548,9 @@ impl Applier<'_> {
                     },
                 };
                 if let Some(aside) = &change.aside {
-                    see(aside, change.from.as_ref())?;
+                    see(aside, change.from.as_ref(), aside_print)?;
                 }
-                see(&change.path, change.to.as_ref())?;
+                see(&change.path, change.to.as_ref(), print)?;
             }
             Ok(())
         })?;
@@ -557,26 +642,19 @@ fn is_still(
     match &change.from {
         // The stamp alone proves nothing here.
         Some(Entry::File(file)) if current.stamp.racy => {
-            let cut = Cutter::new()
-                .cut(directory.open_file(name)?, |_, _| Ok::<_, std::convert::Infallible>(()));
+            let cut = Cutter::new().cut(directory.open_file(name)?.reader(), |_, _| {
+                Ok::<_, std::convert::Infallible>(())
+            });
             Ok(cut.is_ok_and(|cut| cut.content == file.content))
         }
         _ => Ok(true),
     }
 }
 
-fn fits(entry: &Entry, meta: &Meta) -> bool {
-    match entry {
-        Entry::File(file) => meta.kind == FileKind::File && meta.size == file.size,
-        Entry::Link { .. } => meta.kind == FileKind::Link,
-        Entry::Dir => meta.kind == FileKind::Dir,
-    }
-}
-
-fn set_mode(file: &OsFile, mode: u32, executable: bool) -> io::Result<()> {
+fn set_mode(file: &FileHandle, mode: u32, executable: bool) -> io::Result<()> {
     // Whoever may read may execute.
     let mode = if executable { mode | ((mode & 0o444) >> 2) | 0o100 } else { mode & !0o111 };
-    Ok(rustix::fs::fchmod(file, Mode::from_raw_mode(mode))?)
+    file.set_mode(mode)
 }
 
 fn set_executable(
@@ -586,15 +664,11 @@ fn set_executable(
     to: &File,
 ) -> Result<Placed, PlaceError> {
     let file = parent.open_file(leaf)?;
-    let meta = file_meta(&file)?;
+    let meta = file.meta()?;
     if current.is_none_or(|current| current.meta != meta) {
         return Ok(Placed::Surprise);
     }
     set_mode(&file, meta.mode & 0o777, to.executable)?;
-    file.sync_all()?;
+    file.sync()?;
     Ok(Placed::Done)
-}
-
-fn timespec(ns: i64) -> Timespec {
-    Timespec { tv_sec: ns.div_euclid(1_000_000_000), tv_nsec: ns.rem_euclid(1_000_000_000) as _ }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::apply::ApplyError;
+use super::ground::Blocking;
 use super::hub::{Hub, HubError, STALL_BYTES, STALL_LIMIT};
 use super::ignore::Ignore;
 use super::index::{Index, IndexError};
@@ -55,16 +56,24 @@ pub(super) struct Core {
 }
 
 /// The place of the [`Core`] between two pieces of work.
-pub(super) struct CoreCell(Option<Box<Core>>);
+pub(super) struct CoreCell {
+    core: Option<Box<Core>>,
+    blocking: Blocking,
+}
 
 impl CoreCell {
-    pub(super) fn new(core: Core) -> Self {
-        Self(Some(Box::new(core)))
+    pub(super) fn new(core: Core, blocking: Blocking) -> Self {
+        Self { core: Some(Box::new(core)), blocking }
+    }
+
+    /// Where its work is done.
+    pub(super) fn blocking(&self) -> Blocking {
+        self.blocking
     }
 
     /// Closes the index and the tree.
     pub(super) fn close(&mut self) {
-        self.0 = None;
+        self.core = None;
     }
 
     /// Does blocking work. The caller must not drop the future before it ends: the core would be
@@ -77,14 +86,13 @@ impl CoreCell {
         T: Send + 'static,
         E: Into<SyncError> + Send + 'static,
     {
-        let mut core = self.0.take().ok_or(SyncError::Panicked)?;
-        let (core, result) = tokio::task::spawn_blocking(move || {
+        let mut core = self.core.take().ok_or(SyncError::Panicked)?;
+        let work = move || {
             let result = work(&mut core);
             (core, result)
-        })
-        .await
-        .map_err(|_| SyncError::Panicked)?;
-        self.0 = Some(core);
+        };
+        let (core, result) = self.blocking.run(work).await?;
+        self.core = Some(core);
         result.map_err(Into::into)
     }
 }
@@ -96,6 +104,7 @@ pub(super) async fn waiting<T, H: Hub>(
     call: impl Future<Output = Result<T, HubError>>,
 ) -> Result<T, SyncError> {
     tokio::select! {
+        biased;
         () = cancel.cancelled() => Err(SyncError::Cancelled),
         result = while_moving(STALL_LIMIT, || hub.moved_bytes(), call) => Ok(result?),
     }

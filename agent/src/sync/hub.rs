@@ -31,6 +31,12 @@ pub enum HubError {
         /// What happened.
         message: String,
     },
+    /// It has no room for more content; everything else it does.
+    #[error("{message}")]
+    Full {
+        /// What is full, for people.
+        message: String,
+    },
     /// It answered no. Trying the same again at once is useless.
     #[error("hub refused: {message} ({code})")]
     Refused {

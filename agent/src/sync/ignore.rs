@@ -74,7 +74,7 @@ impl Ignore {
             Err(error) => return Err(error),
         };
         let mut text = Vec::new();
-        file.take(MAX_RULES_BYTES + 1).read_to_end(&mut text)?;
+        file.reader().take(MAX_RULES_BYTES + 1).read_to_end(&mut text)?;
         Ok(Self::parse(&text))
     }
 

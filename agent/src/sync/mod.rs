@@ -12,6 +12,7 @@
 //! | [`plan`] | pure: from three trees to what has to be done |
 //! | [`index`] | the three trees and the hash cache, on disk |
 //! | [`scan`], `watch`, [`ignore`] | seeing what is here |
+//! | `ground` | what an engine stands on: disk, clocks, threads |
 //! | `transfer`, [`apply`], `moves`, [`private_dir`] | moving content, changing what is here |
 //! | `occupancy` | commands that run here, and what must keep still under them |
 //! | [`hub`], [`tonic_hub`] | the other side |
@@ -28,6 +29,7 @@ pub mod apply;
 mod core;
 mod engine;
 mod explain;
+mod ground;
 pub mod hub;
 pub mod ignore;
 pub mod index;
@@ -58,6 +60,7 @@ use tokio::task::JoinHandle;
 
 use engine::{Command, Engine};
 pub use explain::{ExplainError, Explanation};
+use ground::Ground;
 use hub::Hub;
 use mode::MemberOptions;
 pub use occupancy::{Occupancy, Occupied};
@@ -136,6 +139,18 @@ pub fn start_workspace<H: Hub>(
     online: watch_channel::Receiver<bool>,
     scope: &TaskScope,
 ) -> WorkspaceHandle {
+    start_on(Ground::real(), config, options, hub, large, online, scope)
+}
+
+fn start_on<H: Hub>(
+    ground: Ground,
+    config: WorkspaceConfig,
+    options: MemberOptions,
+    hub: H,
+    large: H,
+    online: watch_channel::Receiver<bool>,
+    scope: &TaskScope,
+) -> WorkspaceHandle {
     let scope = scope.child();
     let (head, head_receiver) = watch_channel::channel(0);
     let (commands, command_receiver) = mpsc::channel(COMMAND_QUEUE);
@@ -149,6 +164,7 @@ pub fn start_workspace<H: Hub>(
     let progress = Arc::new(progress);
     let occupancy = Occupancy::default();
     let engine = Engine {
+        ground,
         occupancy: occupancy.clone(),
         config: config.clone(),
         options: options_receiver,

@@ -153,7 +153,8 @@ impl Mover<'_> {
                 let meta = now.and_then(|(parent, leaf)| parent.lstat(leaf));
                 let place = match (meta, top.stamp, top.row.local) {
                     (Ok(meta), Some(stamp), Some(entry)) if stamp.fits_renamed(&meta) => {
-                        Seen::Entry(entry, Some(Stamp::new(&meta, clock.is_racy(&meta))))
+                        let racy = stamp.racy || clock.is_racy(&meta);
+                        Seen::Entry(entry, Some(Stamp::new(&meta, racy)))
                     }
                     // Somebody was there already.
                     _ => Seen::Unknown,

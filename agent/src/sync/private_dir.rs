@@ -10,37 +10,41 @@
 //! After a crash, what lies in the stage may be a user's file that was being displaced: it is moved
 //! to the trash, never deleted.
 
-use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{DirBuilderExt as _, FileExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use cortex_shared::ids::WorkspaceId;
 
 mod incoming;
 
 pub use self::incoming::{Draft, Incoming};
+use super::ground::Ground;
 use super::scan::Clock;
-use crate::root_dir::{DirHandle, file_meta};
+use crate::root_dir::{DirHandle, Disk, FileHandle};
 
 /// How long displaced files are kept.
 const TRASH_AGE: Duration = Duration::from_secs(24 * 3600);
-/// How much of them is kept: the oldest go first.
+/// How much of them is kept for that long: the oldest go first.
 const TRASH_BYTES: u64 = 1 << 30;
+/// How long those are kept that are too large for it, as long as they leave half of the free room.
+const LARGE_AGE: Duration = Duration::from_secs(3600);
 const PROBE: &[u8] = b"probe";
+/// What begins the names of files in the stage that have never stood in the tree.
+const PART: &[u8] = b"part-";
 const TRASH: &[u8] = b"trash";
 
 /// An open private directory. Owned by the engine of its workspace.
-#[derive(Debug)]
 pub struct PrivateDir {
     path: PathBuf,
     stage: DirHandle,
     trash: DirHandle,
-    probe: File,
+    probe: FileHandle,
     tick_ns: i64,
+    wall_ms: Arc<dyn Fn() -> i64 + Send + Sync>,
     next_name: AtomicU64,
 }
 
@@ -49,18 +53,19 @@ impl PrivateDir {
     ///
     /// # Errors
     /// If there is no place on the root's file system where it can be.
-    pub fn open(
+    pub(super) fn open(
+        ground: &Ground,
         workspace: WorkspaceId,
         state_folder: &Path,
         root_path: &Path,
         root: &DirHandle,
     ) -> io::Result<Self> {
-        in_candidates(workspace, state_folder, root_path, root, |path, top| {
-            Self::open_in(path, top)
+        in_candidates(&*ground.disk, workspace, state_folder, root_path, root, |path, top| {
+            Self::open_in(ground, path, top)
         })
     }
 
-    fn open_in(path: &Path, top: &DirHandle) -> io::Result<Self> {
+    fn open_in(ground: &Ground, path: &Path, top: &DirHandle) -> io::Result<Self> {
         make_parts(top, &[b"stage", TRASH])?;
         let probe = match top.create_new(PROBE, 0o600) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -72,14 +77,18 @@ impl PrivateDir {
             path: path.to_owned(),
             stage: top.open_dir(b"stage")?,
             trash: top.open_dir(TRASH)?,
-            tick_ns: tick_ns(&probe)?,
+            tick_ns: top.file_system()?.tick_ns,
             probe,
+            wall_ms: ground.wall_ms.clone(),
             next_name: AtomicU64::new(0),
         };
         for name in private.stage.names()? {
-            private.discard(&name)?;
+            if name.starts_with(PART) {
+                private.stage.remove_file(&name)?;
+            } else {
+                private.discard(&name)?;
+            }
         }
-        private.empty_trash()?;
         Ok(private)
     }
 
@@ -101,24 +110,41 @@ impl PrivateDir {
         &self.trash
     }
 
-    /// A name that is not in use in the stage.
+    /// A name that is in use neither in the stage nor in the trash; tells when it was made. What is
+    /// displaced by a staged file goes to the trash under its name, after a crash as well.
     pub fn stage_name(&self) -> Vec<u8> {
-        self.next_name.fetch_add(1, Ordering::Relaxed).to_string().into_bytes()
+        trash_name(self.now_ms(), self.next_name.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// A name that is not in use in the trash; tells when it was made.
-    pub fn trash_name(&self) -> Vec<u8> {
-        trash_name(self.next_name.fetch_add(1, Ordering::Relaxed))
+    /// As [`Self::stage_name`], for a large file that is not whole yet: what a crash leaves of it is
+    /// nobody's and is removed. It has to get another name before it takes its place in the tree.
+    pub fn part_name(&self) -> Vec<u8> {
+        [PART, &self.stage_name()].concat()
     }
 
-    /// Moves something from the stage to the trash; returns its name there.
+    /// The name of a file in the stage once it is whole.
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn discard(&self, stage_name: &[u8]) -> io::Result<Vec<u8>> {
-        let name = self.trash_name();
-        self.stage.rename_new(stage_name, &self.trash, &name)?;
+    pub fn whole(&self, stage_name: &[u8]) -> io::Result<Vec<u8>> {
+        if !stage_name.starts_with(PART) {
+            return Ok(stage_name.to_vec());
+        }
+        let name = self.stage_name();
+        self.stage.rename_new(stage_name, &self.stage, &name)?;
         Ok(name)
+    }
+
+    fn now_ms(&self) -> u64 {
+        (self.wall_ms)().max(0).unsigned_abs()
+    }
+
+    /// Moves something from the stage to the trash, under its name.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn discard(&self, stage_name: &[u8]) -> io::Result<()> {
+        self.stage.rename_new(stage_name, &self.trash, stage_name)
     }
 
     /// Reads the file system's clock.
@@ -127,29 +153,31 @@ impl PrivateDir {
     /// Those of the file system.
     pub fn clock(&self) -> io::Result<Clock> {
         self.probe.write_all_at(b"x", 0)?;
-        let meta = file_meta(&self.probe)?;
+        let meta = self.probe.meta()?;
         Ok(Clock { now_ns: meta.mtime_ns.max(meta.ctime_ns), tick_ns: self.tick_ns })
     }
 
-    /// Removes what has been in the trash for a day, and the oldest of what is over a GiB.
+    /// Removes what has been in the trash for a day, and of what takes more than a GiB the oldest. A
+    /// file that is too large for that costs no other its place; it is kept for an hour.
     ///
     /// # Errors
     /// Those of the file system.
     pub fn empty_trash(&self) -> io::Result<()> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let mut kept_bytes = 0;
+        let (now, free) = (self.now_ms(), self.trash.file_system()?.free_bytes);
+        let mut kept = Kept::new(free);
         // The names begin with the time: newest first.
         for name in self.trash.names()?.into_iter().rev() {
-            let Some(meta) = self.trash.try_lstat(&name)? else { continue };
-            kept_bytes += meta.size;
+            let bytes = match self.trash.allocated(&name) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                result => result?,
+            };
             let made_ms = name
                 .split(|&b| b == b'-')
                 .next()
                 .and_then(|digits| std::str::from_utf8(digits).ok())
                 .and_then(|digits| digits.parse().ok())
                 .unwrap_or(0);
-            let old = now.saturating_sub(Duration::from_millis(made_ms)) > TRASH_AGE;
-            if old || kept_bytes > TRASH_BYTES {
+            if !kept.takes(bytes, Duration::from_millis(now.saturating_sub(made_ms))) {
                 self.trash.remove_file(&name)?;
             }
         }
@@ -157,15 +185,42 @@ impl PrivateDir {
     }
 }
 
+/// Room in the trash.
+struct Kept {
+    room: u64,
+    /// For what does not fit there.
+    spare: u64,
+}
+
+impl Kept {
+    fn new(free_bytes: u64) -> Self {
+        Self { room: TRASH_BYTES, spare: free_bytes / 2 }
+    }
+
+    /// Whether a file is kept; the newest has to ask first.
+    fn takes(&mut self, bytes: u64, age: Duration) -> bool {
+        let (place, limit) = if bytes <= self.room {
+            (&mut self.room, TRASH_AGE)
+        } else {
+            (&mut self.spare, LARGE_AGE)
+        };
+        let kept = age <= limit && bytes <= *place;
+        if kept {
+            *place -= bytes;
+        }
+        kept
+    }
+}
+
 /// A name for the trash that tells when it was made.
-fn trash_name(number: impl std::fmt::Display) -> Vec<u8> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    format!("{:015}-{}-{number}", now.as_millis(), std::process::id()).into_bytes()
+fn trash_name(now_ms: u64, number: impl std::fmt::Display) -> Vec<u8> {
+    format!("{now_ms:015}-{}-{number}", std::process::id()).into_bytes()
 }
 
 /// Opens the private directory at the first place that is on the root's file system, and takes what
 /// `open` makes of it.
 fn in_candidates<T>(
+    disk: &dyn Disk,
     workspace: WorkspaceId,
     state_folder: &Path,
     root_path: &Path,
@@ -181,9 +236,19 @@ fn in_candidates<T>(
     candidates.push(root_path.join(".cortex"));
     let mut last_error = io::Error::from(io::ErrorKind::NotFound);
     for path in candidates {
-        match open_top(&path, mount).and_then(|top| top.map(|top| open(&path, &top)).transpose()) {
+        let top = open_top(disk, &path, mount);
+        match top.and_then(|top| top.map(|top| open(&path, &top)).transpose()) {
             Ok(Some(opened)) => return Ok(opened),
             Ok(None) => {}
+            // Whatever else fails here may work the next time, and there may be files in it.
+            Err(error)
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+                ) =>
+            {
+                return Err(error);
+            }
             Err(error) => last_error = error,
         }
     }
@@ -191,16 +256,16 @@ fn in_candidates<T>(
 }
 
 /// Finds or makes a private directory; `None` if it would be on another mount.
-fn open_top(path: &Path, mount: (u64, u64)) -> io::Result<Option<DirHandle>> {
-    let made = match std::fs::DirBuilder::new().mode(0o700).create(path) {
+fn open_top(disk: &dyn Disk, path: &Path, mount: (u64, u64)) -> io::Result<Option<DirHandle>> {
+    let made = match disk.make(path, 0o700) {
         Ok(()) => true,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
         Err(error) => return Err(error),
     };
-    let top = DirHandle::open_ambient(path)?;
+    let top = disk.open(path)?;
     if top.mount()? != mount {
         if made {
-            std::fs::remove_dir(path)?;
+            disk.remove(path)?;
         }
         return Ok(None);
     }
@@ -217,25 +282,6 @@ fn make_parts(top: &DirHandle, names: &[&[u8]]) -> io::Result<()> {
     Ok(())
 }
 
-/// How far apart two changes of a file have to be to surely get different times.
-fn tick_ns(file: &File) -> io::Result<i64> {
-    // ext, xfs, btrfs, tmpfs, overlay, f2fs, zfs, bcachefs: the kernel's tick, at most 10 ms.
-    const FINE: [i64; 8] = [
-        0xef53,
-        0x5846_5342,
-        0x9123_683e,
-        0x0102_1994,
-        0x794c_7630,
-        0xf2f5_2010,
-        0x2fc1_2fc1,
-        0xca45_1a4e,
-    ];
-    #[allow(clippy::unnecessary_cast)] // its width differs between architectures
-    let kind = rustix::fs::fstatfs(file)?.f_type as i64;
-    // Unknown ones may be FAT, whose times are even seconds, or on the other side of a network.
-    Ok(if FINE.contains(&kind) { 10_000_000 } else { 2_000_000_000 })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -247,14 +293,22 @@ mod tests {
         std::fs::create_dir(&state).unwrap();
         std::fs::create_dir(&root).unwrap();
         let handle = DirHandle::open_ambient(&root).unwrap();
-        let open = || PrivateDir::open(WorkspaceId::new(), &state, &root, &handle).unwrap();
+        let ground = Ground::real();
+        let open =
+            || PrivateDir::open(&ground, WorkspaceId::new(), &state, &root, &handle).unwrap();
         let private = open();
         assert_eq!(private.path(), state.join("files"));
-        std::fs::write(private.path().join("stage/7"), b"somebody's").unwrap();
+        let left = String::from_utf8(private.stage_name()).unwrap();
+        std::fs::write(private.path().join("stage").join(&left), b"somebody's").unwrap();
         std::fs::write(private.path().join("trash/000000000000001-1-1"), b"old").unwrap();
+        let part = String::from_utf8(private.part_name()).unwrap();
+        std::fs::write(private.path().join("stage").join(&part), b"half of a large file").unwrap();
         let private = open();
         assert!(private.stage().names().unwrap().is_empty());
-        assert_eq!(private.trash().names().unwrap().len(), 1);
+        let trash = private.trash().names().unwrap();
+        assert_eq!(trash.len(), 2, "what may be somebody's, and what nobody has looked at yet");
+        private.empty_trash().unwrap();
+        assert_eq!(private.trash().names().unwrap(), trash[1..]);
         let first = private.clock().unwrap().now_ns;
         assert!(private.clock().unwrap().now_ns >= first);
     }
@@ -276,8 +330,28 @@ mod tests {
             return;
         };
         let workspace = WorkspaceId::new();
-        let private = PrivateDir::open(workspace, state.path(), &root, &handle).unwrap();
+        let private =
+            PrivateDir::open(&Ground::real(), workspace, state.path(), &root, &handle).unwrap();
         assert_eq!(private.path(), folder.path().join(format!(".root.cortex-{workspace}")));
         assert_eq!(std::fs::read_dir(state.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_large_file_in_the_trash_costs_no_other_its_place() {
+        let (mib, gib, hour) = (1 << 20, 1 << 30, Duration::from_secs(3600));
+        let mut kept = Kept::new(10 * gib);
+        // From the newest to the oldest.
+        for (bytes, age, expected) in [
+            (3 * gib, hour / 2, true),
+            (3 * gib, hour / 2, false),
+            (600 * mib, hour / 2, true),
+            (100 * mib, 2 * hour, true),
+            (3 * gib, 2 * hour, false),
+            (600 * mib, 3 * hour, false),
+            (mib, 23 * hour, true),
+            (mib, 25 * hour, false),
+        ] {
+            assert_eq!(kept.takes(bytes, age), expected, "{bytes} {age:?}");
+        }
     }
 }

@@ -11,10 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::FlockOperation;
-use rustix::io::Errno;
-
-use crate::root_dir::DirHandle;
+use crate::root_dir::{DirHandle, Disk, Lock, real_disk};
 
 /// Directories above a root that are locked: deeper ones protect nothing more in practice.
 const MAX_ANCESTORS: usize = 64;
@@ -82,13 +79,13 @@ impl Roots {
     /// as that handle. Blocking.
     pub(super) fn hold(
         &self,
+        disk: &dyn Disk,
         workspace: &str,
         root: &Path,
         top: &DirHandle,
     ) -> Result<HeldRoot, RootTaken> {
         let path = || root.to_owned();
-        let real =
-            std::fs::canonicalize(root).map_err(|source| RootTaken::Io { path: path(), source })?;
+        let real = disk.real_path(root).map_err(|source| RootTaken::Io { path: path(), source })?;
         {
             let mut table = self.table();
             let taken = table.iter().find(|(other, _)| overlap(other, &real));
@@ -101,7 +98,7 @@ impl Roots {
         // Gives the place back if a lock cannot be had.
         let mut held = HeldRoot { roots: self.clone(), path: real.clone(), _above: Vec::new() };
         for above in real.ancestors().skip(1).take(MAX_ANCESTORS) {
-            match lock_above(above) {
+            match lock_above(disk, above) {
                 Ok(Some(handle)) => held._above.push(handle),
                 Ok(None) => {}
                 Err(()) => {
@@ -109,18 +106,18 @@ impl Roots {
                 }
             }
         }
-        match rustix::fs::flock(top, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(held),
-            Err(Errno::WOULDBLOCK) => {
+        match top.lock(Lock::Alone) {
+            Ok(true) => Ok(held),
+            Ok(false) => {
                 // Where others may be let in, nobody has it for himself: they are further down.
-                match rustix::fs::flock(top, FlockOperation::NonBlockingLockShared) {
-                    Ok(()) => Err(RootTaken::LockedBelow { path: path() }),
-                    Err(_) => Err(RootTaken::Locked { path: path() }),
+                match top.lock(Lock::Shared) {
+                    Ok(true) => Err(RootTaken::LockedBelow { path: path() }),
+                    _ => Err(RootTaken::Locked { path: path() }),
                 }
             }
-            Err(errno) => {
+            Err(error) => {
                 // Some network file systems lock nothing.
-                tracing::warn!(?root, %errno, "cannot lock the root");
+                tracing::warn!(?root, %error, "cannot lock the root");
                 Ok(held)
             }
         }
@@ -129,17 +126,17 @@ impl Roots {
 
 /// Locks a directory above a root together with others; `None` if it need not or cannot be. The
 /// error means that somebody has it for himself.
-fn lock_above(directory: &Path) -> Result<Option<DirHandle>, ()> {
+fn lock_above(disk: &dyn Disk, directory: &Path) -> Result<Option<DirHandle>, ()> {
     // Nobody syncs the whole machine, and a directory that everybody may write to, like /tmp, is
     // cleaned up by programs that pass over what is locked.
-    let Ok(handle) = DirHandle::open_ambient(directory) else { return Ok(None) };
+    let Ok(handle) = disk.open(directory) else { return Ok(None) };
     let shared = handle.meta().is_ok_and(|meta| meta.mode & STICKY == 0);
     if directory.parent().is_none() || !shared {
         return Ok(None);
     }
-    match rustix::fs::flock(&handle, FlockOperation::NonBlockingLockShared) {
-        Ok(()) => Ok(Some(handle)),
-        Err(Errno::WOULDBLOCK) => Err(()),
+    match handle.lock(Lock::Shared) {
+        Ok(true) => Ok(Some(handle)),
+        Ok(false) => Err(()),
         Err(_) => Ok(None),
     }
 }
@@ -153,8 +150,13 @@ pub fn overlap(one: &Path, other: &Path) -> bool {
 /// A path without links, as far as it exists.
 #[must_use]
 pub fn real_path(path: &Path) -> PathBuf {
+    real_path_on(&*real_disk(), path)
+}
+
+/// As [`real_path`], on any disk.
+pub(super) fn real_path_on(disk: &dyn Disk, path: &Path) -> PathBuf {
     for ancestor in path.ancestors() {
-        if let Ok(real) = std::fs::canonicalize(ancestor) {
+        if let Ok(real) = disk.real_path(ancestor) {
             return match path.strip_prefix(ancestor) {
                 Ok(rest) if !rest.as_os_str().is_empty() => real.join(rest),
                 _ => real,
@@ -184,17 +186,17 @@ mod tests {
         let (beside, beside_top) = directory(folder.path(), "outer-not");
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(&inner, &link).unwrap();
-        let held = roots.hold("one", &outer, &outer_top).unwrap();
+        let held = roots.hold(&*real_disk(), "one", &outer, &outer_top).unwrap();
         for path in [&inner, &link, &outer] {
-            let error = roots.hold("two", path, &inner_top).unwrap_err();
+            let error = roots.hold(&*real_disk(), "two", path, &inner_top).unwrap_err();
             assert!(matches!(error, RootTaken::Overlaps { .. }), "{error}");
             assert_eq!(roots.overlapping(path).unwrap().0, "one");
         }
         assert_eq!(roots.overlapping(&outer.join("not/there/yet")).unwrap().0, "one");
-        let _beside = roots.hold("three", &beside, &beside_top).unwrap();
+        let _beside = roots.hold(&*real_disk(), "three", &beside, &beside_top).unwrap();
         drop(held);
         drop(outer_top);
-        let _held = roots.hold("two", &link, &inner_top).unwrap();
+        let _held = roots.hold(&*real_disk(), "two", &link, &inner_top).unwrap();
     }
 
     #[test]
@@ -203,19 +205,19 @@ mod tests {
         let (outer, outer_top) = directory(folder.path(), "outer");
         let (inner, inner_top) = directory(folder.path(), "outer/a/inner");
         let (one, two) = (Roots::default(), Roots::default());
-        let held = one.hold("w", &outer, &outer_top).unwrap();
-        let error = two.hold("w", &inner, &inner_top).unwrap_err();
+        let held = one.hold(&*real_disk(), "w", &outer, &outer_top).unwrap();
+        let error = two.hold(&*real_disk(), "w", &inner, &inner_top).unwrap_err();
         assert!(matches!(error, RootTaken::LockedAbove { .. }), "{error}");
         let again = DirHandle::open_ambient(&outer).unwrap();
-        let error = two.hold("w", &outer, &again).unwrap_err();
+        let error = two.hold(&*real_disk(), "w", &outer, &again).unwrap_err();
         assert!(matches!(error, RootTaken::Locked { .. }), "{error}");
         drop((held, outer_top, again));
-        let _held = two.hold("w", &inner, &inner_top).unwrap();
+        let _held = two.hold(&*real_disk(), "w", &inner, &inner_top).unwrap();
         let outer_top = DirHandle::open_ambient(&outer).unwrap();
-        let error = one.hold("w", &outer, &outer_top).unwrap_err();
+        let error = one.hold(&*real_disk(), "w", &outer, &outer_top).unwrap_err();
         assert!(matches!(error, RootTaken::LockedBelow { .. }), "{error}");
         // Side by side below one directory they do not disturb each other.
         let (beside, beside_top) = directory(folder.path(), "outer/a/beside");
-        let _beside = one.hold("w", &beside, &beside_top).unwrap();
+        let _beside = one.hold(&*real_disk(), "w", &beside, &beside_top).unwrap();
     }
 }

@@ -56,19 +56,20 @@ impl From<Status> for HubError {
             | Code::Cancelled
             | Code::Unknown
             | Code::Aborted
-            | Code::Internal
-            | Code::ResourceExhausted => Self::Unavailable { message },
-            _ => {
-                let code = status
-                    .metadata()
-                    .get(cortex_proto::CODE_TRAILER)
-                    .and_then(|code| code.to_str().ok())
-                    .unwrap_or_default()
-                    .to_owned();
-                Self::Refused { code, message }
-            }
+            | Code::Internal => Self::Unavailable { message },
+            // Other limits are over in a moment.
+            Code::ResourceExhausted => match code_of(&status).as_str() {
+                "disk_full" | "quota_exceeded" => Self::Full { message },
+                _ => Self::Unavailable { message },
+            },
+            _ => Self::Refused { code: code_of(&status), message },
         }
     }
+}
+
+fn code_of(status: &Status) -> String {
+    let code = status.metadata().get(cortex_proto::CODE_TRAILER);
+    code.and_then(|code| code.to_str().ok()).unwrap_or_default().to_owned()
 }
 
 fn workspace_bytes(workspace: WorkspaceId) -> Bytes {

@@ -34,12 +34,6 @@ pub struct LateWrites {
 }
 
 impl Displaced {
-    /// What is to be remembered of a file that was just displaced.
-    pub(super) fn new(name: Vec<u8>, path: &WirePath, meta: &Meta) -> Self {
-        let Meta { size, mtime_ns, .. } = *meta;
-        Self { name, path: path.clone(), size, mtime_ns }
-    }
-
     fn is_unchanged(&self, meta: &Meta) -> bool {
         (self.size, self.mtime_ns) == (meta.size, meta.mtime_ns)
     }
@@ -93,7 +87,7 @@ pub fn rescue_late_writes(
 fn put_back(root: &RootDir, private: &PrivateDir, row: &Displaced) -> io::Result<WirePath> {
     let file = private.trash().open_file(&row.name)?;
     let cut = Cutter::new()
-        .cut(&file, |_, _| Ok::<_, std::convert::Infallible>(()))
+        .cut(file.reader(), |_, _| Ok::<_, std::convert::Infallible>(()))
         .map_err(|error| io::Error::other(format!("{error:?}")))?;
     let entry = Entry::File(File {
         content: cut.content,

@@ -37,7 +37,9 @@ impl Fixture {
         fs::create_dir(&root_path).unwrap();
         fs::create_dir(&state).unwrap();
         let root = RootDir::open(&root_path).unwrap();
-        let private = PrivateDir::open(WorkspaceId::new(), &state, &root_path, root.top()).unwrap();
+        let ground = super::super::ground::Ground::real();
+        let private =
+            PrivateDir::open(&ground, WorkspaceId::new(), &state, &root_path, root.top()).unwrap();
         Self { index: Index::open(&state).unwrap(), folder, root, private }
     }
 
@@ -57,7 +59,7 @@ impl Fixture {
         let stage_name = to.map(|content| {
             let name = self.private.stage_name();
             let staged = self.private.stage().create_new(&name, 0o666).unwrap();
-            std::os::unix::fs::FileExt::write_all_at(&staged, content.as_bytes(), 0).unwrap();
+            staged.write_all_at(content.as_bytes(), 0).unwrap();
             name
         });
         let change = LocalChange { path: path(name), from, to: to.map(file), aside: None };
@@ -198,4 +200,59 @@ fn a_loser_moves_aside_and_the_winner_takes_its_name() {
     assert!(tree.trash().is_empty());
     let copy = tree.index.get(&path("f.conflict")).unwrap().unwrap();
     assert_eq!(copy.row.local, Some(file("loser")));
+}
+
+#[test]
+fn an_edit_of_the_same_length_before_the_index_is_told_is_not_taken_for_ours() {
+    for aside in [false, true] {
+        let mut tree = Fixture::new();
+        tree.known("f", "loser", false);
+        let mut staged = tree.change("f", Some(file("loser")), Some("ours!"));
+        staged.change.aside = aside.then(|| path("f.conflict"));
+        let mut applier = Applier {
+            root: &tree.root,
+            private: &tree.private,
+            index: &mut tree.index,
+            owner: None,
+        };
+        let mut report = Report::default();
+        let (made, untouched) = applier.make(vec![staged], &mut report).unwrap();
+        for name in ["f", "f.conflict"] {
+            if tree.folder.path().join("root").join(name).exists() {
+                fs::write(tree.folder.path().join("root").join(name), "USER!").unwrap();
+            }
+        }
+        applier.record(made, &untouched, &mut report).unwrap();
+        assert!(report.dirty.contains(&None));
+        for name in ["f", "f.conflict"].into_iter().take(1 + usize::from(aside)) {
+            assert!(tree.index.get(&path(name)).unwrap().unwrap().row.unknown, "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_displaced_file_is_remembered_before_a_crash_can_come_in_between() {
+    for to in [Some("new"), None] {
+        let mut tree = Fixture::new();
+        tree.known("f", "old", false);
+        let staged = tree.change("f", Some(file("old")), to);
+        let applier = Applier {
+            root: &tree.root,
+            private: &tree.private,
+            index: &mut tree.index,
+            owner: None,
+        };
+        let mut applier = applier;
+        applier.make(vec![staged], &mut Report::default()).unwrap();
+        // The process ends here: the index is told nothing more.
+        let trash = tree.folder.path().join("state/files/trash");
+        let name = tree.private.trash().names().unwrap().remove(0);
+        fs::write(trash.join(String::from_utf8(name).unwrap()), "written late").unwrap();
+        rescue_late_writes(&tree.root, &tree.private, &mut tree.index).unwrap();
+        assert!(tree.trash().is_empty(), "{to:?}");
+        let there = tree.root.top().names().unwrap();
+        let contents: Vec<_> =
+            there.iter().map(|name| tree.read(std::str::from_utf8(name).unwrap())).collect();
+        assert!(contents.contains(&Some("written late".to_owned())), "{to:?} {contents:?}");
+    }
 }

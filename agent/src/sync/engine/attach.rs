@@ -10,13 +10,14 @@ use std::sync::Arc;
 
 use super::super::WorkspaceConfig;
 use super::super::core::Core;
+use super::super::ground::Ground;
 use super::super::ignore::Ignore;
 use super::super::index::{Index, IndexError};
 use super::super::private_dir::PrivateDir;
-use super::super::roots::{HeldRoot, RootTaken, overlap, real_path};
+use super::super::roots::{HeldRoot, RootTaken, overlap, real_path_on};
 use super::super::watch::{Dirty, Watch};
 use super::replica::{Replica, ReplicaError, check_replica};
-use crate::root_dir::{DirHandle, DirIdentity, RootDir};
+use crate::root_dir::{DirIdentity, RootDir};
 
 /// Why a workspace cannot be worked in.
 #[derive(Debug, thiserror::Error)]
@@ -68,25 +69,29 @@ impl WorkspaceConfig {
 }
 
 /// Opens everything. Blocking.
-pub(super) fn attach(config: &WorkspaceConfig, dirty: Arc<Dirty>) -> Result<Attached, AttachError> {
+pub(super) fn attach(
+    ground: &Ground,
+    config: &WorkspaceConfig,
+    dirty: Arc<Dirty>,
+) -> Result<Attached, AttachError> {
+    let disk = &*ground.disk;
     let path = || config.root.clone();
     let folder = config.state_folder();
-    cortex_shared::durable::create_private_folder(&folder)
+    disk.make_all(&folder, 0o700)
         .map_err(|source| AttachError::State { path: folder.clone(), source })?;
-    let (top, made) = match DirHandle::open_ambient(&config.root) {
+    let (top, made) = match disk.open(&config.root) {
         Ok(top) => (top, false),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if Index::open(&folder)?.root()?.is_some() {
                 return Err(AttachError::Missing { path: path() });
             }
-            let made = std::fs::create_dir_all(&config.root)
-                .and_then(|()| DirHandle::open_ambient(&config.root));
+            let made = disk.make_all(&config.root, 0o777).and_then(|()| disk.open(&config.root));
             (made.map_err(|source| AttachError::Root { path: path(), source })?, true)
         }
         Err(source) => return Err(AttachError::Root { path: path(), source }),
     };
-    let held = config.roots.hold(&config.name, &config.root, &top)?;
-    if overlap(&real_path(&config.root), &real_path(&config.state_dir)) {
+    let held = config.roots.hold(disk, &config.name, &config.root, &top)?;
+    if overlap(&real_path_on(disk, &config.root), &real_path_on(disk, &config.state_dir)) {
         return Err(AttachError::OwnState { path: path(), state: config.state_dir.clone() });
     }
     let identity = top.identity().map_err(|source| AttachError::Root { path: path(), source })?;
@@ -104,7 +109,7 @@ pub(super) fn attach(config: &WorkspaceConfig, dirty: Arc<Dirty>) -> Result<Atta
         Err(ReplicaError::Index(error)) => return Err(error.into()),
         Err(ReplicaError::Root(source)) => return Err(AttachError::Root { path: path(), source }),
     }
-    let private = PrivateDir::open(config.id, &folder, &config.root, &top)
+    let private = PrivateDir::open(ground, config.id, &folder, &config.root, &top)
         .map_err(|source| AttachError::Private { path: path(), source })?;
     tracing::debug!(workspace = %config.name, private = ?private.path(), "attached");
     let meta = top.meta().map_err(|source| AttachError::Root { path: path(), source })?;
@@ -115,19 +120,22 @@ pub(super) fn attach(config: &WorkspaceConfig, dirty: Arc<Dirty>) -> Result<Atta
         Ignore::load(&root).map_err(|source| AttachError::Rules { path: path(), source })?;
     index.set_ignore(ignore.clone())?;
     dirty.set_ignore(ignore.clone());
-    let watch = Watch::new(&config.root, dirty)
-        .inspect_err(|error| tracing::warn!(%error, "cannot watch; looking from time to time"))
-        .ok();
+    let watch = ground.watched.then(|| Watch::new(&config.root, dirty)).and_then(|watch| {
+        watch
+            .inspect_err(|error| tracing::warn!(%error, "cannot watch; looking from time to time"))
+            .ok()
+    });
     let core = Core { root, private: Arc::new(private), index, ignore, watch, owner };
     Ok(Attached { held, core, identity })
 }
 
 /// Checks that the root is still what it was. Blocking.
 pub(super) fn check_root(
+    ground: &Ground,
     config: &WorkspaceConfig,
     identity: DirIdentity,
 ) -> Result<(), AttachError> {
-    match DirHandle::open_ambient(&config.root).and_then(|top| top.identity()) {
+    match ground.disk.open(&config.root).and_then(|top| top.identity()) {
         Ok(now) if now == identity => Ok(()),
         Ok(_) => Err(AttachError::Replaced { path: config.root.clone() }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {

@@ -16,7 +16,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cortex_shared::clock::unix_ms;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -24,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::apply::rescue_late_writes;
 use super::core::{Core, CoreCell, SyncError};
+use super::ground::{Blocking, Ground};
 use super::hub::Hub;
 use super::index::Index;
 use super::mode::MemberOptions;
@@ -69,6 +69,7 @@ pub(super) enum Command {
 }
 
 pub(super) struct Engine<H> {
+    pub(super) ground: Ground,
     pub(super) config: WorkspaceConfig,
     pub(super) options: watch::Receiver<MemberOptions>,
     pub(super) hub: Arc<H>,
@@ -126,12 +127,14 @@ impl<H: Hub> Engine<H> {
             let dirty = Arc::new(Dirty::default());
             let reason = match self.attach(dirty.clone()).await {
                 Ok(Attached { held, core, identity }) => {
-                    let mut work = Work::new(CoreCell::new(core), identity, dirty);
+                    let core = CoreCell::new(core, self.ground.blocking);
+                    let mut work = Work::new(core, identity, dirty);
                     told = None;
                     let pausing = pausing(self.options.clone(), self.cancel.clone());
                     let end = tokio::select! {
-                        end = self.work(&mut work) => end,
+                        biased;
                         never = pausing => match never {},
+                        end = self.work(&mut work) => end,
                     };
                     work.end_transfers().await;
                     drop(held);
@@ -155,11 +158,15 @@ impl<H: Hub> Engine<H> {
     }
 
     async fn attach(&self, dirty: Arc<Dirty>) -> Result<Attached, String> {
-        let config = self.config.clone();
-        tokio::task::spawn_blocking(move || attach(&config, dirty))
-            .await
-            .map_err(|error| error.to_string())?
-            .map_err(|error| error.to_string())
+        let (ground, config) = (self.ground.clone(), self.config.clone());
+        let attached = self.ground.blocking.run(move || attach(&ground, &config, dirty)).await;
+        attached.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
+    }
+
+    /// A time to come, in milliseconds since the Unix epoch.
+    fn when_ms(&self, at: Instant) -> i64 {
+        let wait = at.saturating_duration_since(Instant::now());
+        (self.ground.wall_ms)().saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX))
     }
 
     /// Why a flush that was begun before comes to no end.
@@ -198,6 +205,7 @@ impl<H: Hub> Engine<H> {
         tokio::pin!(retry);
         loop {
             tokio::select! {
+                biased;
                 () = self.cancel.cancelled() => return,
                 () = &mut retry => return,
                 _ = next_value(&mut self.options) => return,
@@ -271,9 +279,9 @@ impl<H: Hub> Engine<H> {
         let problems = work.problems.list();
         self.progress.update(|status| status.problems = problems);
         work.outdated = true;
-        let retry_at = Instant::now() + work.hub_backoff.next_delay();
+        let retry_at = Instant::now() + work.hub_backoff.next_delay_of((self.ground.chance)());
         work.retry_at = Some(retry_at);
-        self.progress.update(|status| status.next_retry_ms = when_ms(retry_at));
+        self.progress.update(|status| status.next_retry_ms = self.when_ms(retry_at));
         work.revisits.extend(work.unseen.drain(..).map(|scope| (retry_at, scope)));
         None
     }
@@ -317,10 +325,8 @@ impl<H: Hub> Engine<H> {
     }
 
     async fn check_root(&self, identity: DirIdentity) -> Result<(), RoundError> {
-        let config = self.config.clone();
-        tokio::task::spawn_blocking(move || check_root(&config, identity))
-            .await
-            .map_err(|_| SyncError::Panicked)??;
+        let (ground, config) = (self.ground.clone(), self.config.clone());
+        self.ground.blocking.run(move || check_root(&ground, &config, identity)).await??;
         Ok(())
     }
 
@@ -377,7 +383,9 @@ impl<H: Hub> Engine<H> {
     async fn look_at(&mut self, work: &mut Work, scope: &Scope) -> Result<(), SyncError> {
         let cancel = self.cancel.clone();
         let scanned = scope.clone();
-        let begun = std::time::Instant::now();
+        let threads = self.ground.blocking == Blocking::Threads;
+        let watched = self.ground.watched;
+        let begun = Instant::now();
         let (root, dirty) = (self.config.root.clone(), work.dirty.clone());
         let hot: HashMap<_, _> =
             work.hot.iter().map(|(path, (hot, _))| (path.clone(), *hot)).collect();
@@ -385,7 +393,7 @@ impl<H: Hub> Engine<H> {
             .core
             .run(move |core| {
                 let mut report = Report::default();
-                if core.watch.is_none() && scanned == Scope::Tree(None) {
+                if watched && core.watch.is_none() && scanned == Scope::Tree(None) {
                     // There may be room for a watcher by now.
                     core.watch = Watch::new(&root, dirty).ok();
                 }
@@ -414,7 +422,7 @@ impl<H: Hub> Engine<H> {
                         directories,
                         cancel: &cancel,
                     };
-                    report = scanner.scan(&scanned)?;
+                    report = scanner.scan(&scanned, threads)?;
                 }
                 Ok::<_, SyncError>((report, core.index.counts().local))
             })
@@ -431,6 +439,7 @@ impl<H: Hub> Engine<H> {
     async fn wait(&mut self, work: &mut Work) -> bool {
         let due = work.next_due();
         tokio::select! {
+            biased;
             () = self.cancel.cancelled() => return false,
             () = work.dirty.changed() => return self.settle(work).await,
             seq = next_value(&mut self.head) => {
@@ -475,6 +484,7 @@ impl<H: Hub> Engine<H> {
             let quiet = if rested && dirty.is_finished() { QUIET_FINISHED } else { QUIET };
             let quiet = (Instant::now() + quiet).min(end);
             tokio::select! {
+                biased;
                 () = self.cancel.cancelled() => return false,
                 () = tokio::time::sleep_until(quiet) => {
                     work.settled_at = Some(Instant::now());
@@ -495,12 +505,6 @@ async fn pausing(
         work.cancel();
     }
     std::future::pending().await
-}
-
-/// A time to come, in milliseconds since the Unix epoch.
-fn when_ms(at: Instant) -> i64 {
-    let wait = at.saturating_duration_since(Instant::now());
-    unix_ms().saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX))
 }
 
 /// The next value; never if there is nobody left to send one.

@@ -9,7 +9,7 @@ use cortex_shared::wire_path::WirePath;
 use tokio::time::Instant;
 
 use super::hold::{is_lost, must_hold};
-use super::{Engine, LATE_WRITES, PROBLEM_RETRY, Round, Work, when_ms};
+use super::{Engine, LATE_WRITES, PROBLEM_RETRY, Round, Work};
 use crate::sync::apply::needs_stage;
 use crate::sync::core::{Core, SyncError, waiting};
 use crate::sync::hub::Hub;
@@ -249,8 +249,9 @@ impl<H: Hub> Engine<H> {
         }
         let root = work.core.run(|core| Ok::<_, SyncError>(core.root.clone())).await?;
         let (hub, workspace) = (self.large.clone(), self.config.id);
+        let blocking = self.ground.blocking;
         work.upload.start(&self.scope, "large uploads", |cancel| async move {
-            send_packs(&*hub, workspace, root, &cancel, parcel).await
+            send_packs(&*hub, workspace, blocking, root, &cancel, parcel).await
         });
         Ok(())
     }
@@ -273,9 +274,9 @@ impl<H: Hub> Engine<H> {
             return work.core.run(clean).await;
         }
         let (hub, workspace) = (self.large.clone(), self.config.id);
-        let progress = self.progress.clone();
+        let (progress, blocking) = (self.progress.clone(), self.ground.blocking);
         work.download.start(&self.scope, "large downloads", |cancel| {
-            download(hub, workspace, cancel, progress, batch)
+            download(hub, workspace, blocking, cancel, progress, batch)
         });
         Ok(())
     }
@@ -421,11 +422,12 @@ impl<H: Hub> Engine<H> {
                 (_, true) => SyncState::Applying,
             };
             status.applied_seq = work.acknowledged_seq.unwrap_or(0);
-            status.head_seq = status.head_seq.max(cursor.seq);
+            // It may be lower than it was: the hub may have been put back from a backup.
+            status.head_seq = cursor.seq;
             status.entries = entries;
             status.pending_push = pending;
             status.conflicts = conflicts.unwrap_or(status.conflicts);
-            status.next_retry_ms = next_retry.map_or(0, when_ms);
+            status.next_retry_ms = next_retry.map_or(0, |at| self.when_ms(at));
             if status.state == SyncState::Idle {
                 (status.files_done, status.files_total) = (0, 0);
                 (status.bytes_done, status.bytes_total) = (0, 0);

@@ -8,15 +8,8 @@
 
 use std::io;
 
-use rustix::fs::XattrFlags;
-use rustix::io::Errno;
-
 use crate::root_dir::DirHandle;
 use crate::sync::index::{Index, IndexError};
-
-const NAME: &std::ffi::CStr = c"user.cortex.replica";
-/// Longest token that is read; ours are shorter.
-const MAX_BYTES: usize = 64;
 
 /// Whether the root is the one that was synced last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,17 +23,17 @@ pub(super) enum Replica {
 pub(super) fn check_replica(top: &DirHandle, index: &mut Index) -> Result<Replica, ReplicaError> {
     let Some(known) = index.replica_token()? else {
         let token = uuid::Uuid::new_v4().simple().to_string().into_bytes();
-        match rustix::fs::fsetxattr(top, NAME, &token, XattrFlags::empty()) {
+        // The index must not know of a token that the root has lost with the power.
+        match top.set_token(&token).and_then(|()| top.sync()) {
             Ok(()) => index.set_replica_token(&token)?,
-            Err(errno) => tracing::debug!(%errno, "the root takes no token"),
+            Err(error) => tracing::debug!(%error, "the root takes no token"),
         }
         return Ok(Replica::Ours);
     };
-    let mut buffer = [0; MAX_BYTES];
-    match rustix::fs::fgetxattr(top, NAME, &mut buffer) {
-        Ok(length) if buffer[..length] == known[..] => Ok(Replica::Ours),
-        Ok(_) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::RANGE) => Ok(Replica::Other),
-        Err(errno) => Err(ReplicaError::Root(errno.into())),
+    match top.token() {
+        Ok(token) if token.as_ref() == Some(&known) => Ok(Replica::Ours),
+        Ok(_) => Ok(Replica::Other),
+        Err(error) => Err(ReplicaError::Root(error)),
     }
 }
 

@@ -123,7 +123,7 @@ impl Work {
             Command::Flush(answer) => {
                 self.flushes.push(Flush { answer, looked: false });
                 // Whoever asks has finished writing.
-                let now = std::time::Instant::now();
+                let now = Instant::now();
                 self.hot.values_mut().for_each(|(hot, _)| hot.until = now);
                 self.dirty.add(Scope::Tree(None));
                 self.outdated = true;
@@ -142,13 +142,13 @@ impl Work {
         self.upload.end().await;
         let left = [self.download.end().await, self.arrived.take()];
         let clean = move || left.into_iter().flatten().for_each(|arrived| arrived.clean());
-        if let Err(error) = tokio::task::spawn_blocking(clean).await {
+        if let Err(error) = self.core.blocking().run(clean).await {
             tracing::error!(%error, "the stage cannot be cleaned; the next start does");
         }
     }
 
     /// Takes over what a scan found besides the index.
-    pub(super) fn seen(&mut self, scope: &Scope, begun: std::time::Instant, report: Report) {
+    pub(super) fn seen(&mut self, scope: &Scope, begun: Instant, report: Report) {
         let covered = |path: Option<&WirePath>| match path {
             Some(path) => scope.covers(path),
             None => *scope == Scope::Tree(None),
@@ -164,10 +164,7 @@ impl Work {
             let first = (HotFile { until: begun, prefix: false }, UNSTABLE_RETRY.0 / 2);
             let (hot, delay) = self.hot.entry(path).or_insert(first);
             *delay = (*delay * 2).min(UNSTABLE_RETRY.1);
-            *hot = HotFile {
-                until: std::time::Instant::now() + *delay,
-                prefix: *delay == UNSTABLE_RETRY.1,
-            };
+            *hot = HotFile { until: Instant::now() + *delay, prefix: *delay == UNSTABLE_RETRY.1 };
             self.revisits.push((now + *delay, Scope::Children(parent)));
         }
         for (path, _) in self

@@ -263,9 +263,13 @@ impl Planner<'_> {
         let wants_dir = is_dir(wanted.entry.as_ref());
         if need.directory && !wants_dir && self.options.mode == MemberMode::TwoWay {
             // A change below keeps the directory alive. What would have taken its name moves aside.
-            wanted.loser = match wanted.entry {
+            wanted.loser = match &wanted.entry {
                 None => Loser::Nobody,
-                Some(_) if is_dir(remote) => Loser::Local,
+                // Also if nothing stands at the hub: a look while somebody replaces a directory by a
+                // file may find the new file and what was below the old directory.
+                Some(entry) if local.is_some_and(|local| same_content(local, entry)) => {
+                    Loser::Local
+                }
                 Some(_) => Loser::Remote,
             };
             wanted.entry = Some(Entry::Dir);

@@ -6,15 +6,15 @@
 //! that file: it goes to the trash.
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
+use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::RequestId;
 
 use super::{TRASH, in_candidates, make_parts, trash_name};
-use crate::root_dir::DirHandle;
+use crate::root_dir::{DirHandle, FileHandle, real_disk};
 use crate::sync::WorkspaceConfig;
 
 const INCOMING: &[u8] = b"incoming";
@@ -40,7 +40,7 @@ impl WorkspaceConfig {
     pub fn incoming(&self, root: &DirHandle) -> io::Result<Incoming> {
         let folder = self.state_folder();
         cortex_shared::durable::create_private_folder(&folder)?;
-        in_candidates(self.id, &folder, &self.root, root, |path, top| {
+        in_candidates(&*real_disk(), self.id, &folder, &self.root, root, |path, top| {
             make_parts(top, &[INCOMING, TRASH])?;
             let incoming = Incoming { dir: top.open_dir(INCOMING)?, trash: top.open_dir(TRASH)? };
             let mut swept = SWEPT.lock().unwrap_or_else(PoisonError::into_inner);
@@ -72,7 +72,8 @@ impl Incoming {
     }
 
     fn discard(&self, name: &[u8]) -> io::Result<()> {
-        self.dir.rename_new(name, &self.trash, &trash_name(RequestId::new()))
+        let now_ms = unix_ms().max(0).unsigned_abs();
+        self.dir.rename_new(name, &self.trash, &trash_name(now_ms, RequestId::new()))
     }
 
     /// A new, empty file.
@@ -101,14 +102,14 @@ enum Rest {
 pub struct Draft {
     incoming: Incoming,
     name: Vec<u8>,
-    file: File,
+    file: FileHandle,
     rest: Rest,
 }
 
 impl Draft {
     /// The file.
     #[must_use]
-    pub fn file(&self) -> &File {
+    pub fn file(&self) -> &FileHandle {
         &self.file
     }
 

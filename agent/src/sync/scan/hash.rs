@@ -1,6 +1,6 @@
 //! Reading a file whole while making sure that it did not change meanwhile.
 
-use std::io::{self, Read, Seek as _, SeekFrom};
+use std::io::{self, Read};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 
 use super::Clock;
-use crate::root_dir::{DirHandle, file_meta};
+use crate::root_dir::{DirHandle, FileHandle};
 use crate::sync::index::Stamp;
 
 /// Hashing is limited by memory bandwidth well before more threads would help.
@@ -26,6 +26,8 @@ pub(super) struct Job {
     pub(super) parent: DirHandle,
     /// It has been changing for long: what it begins with will do, if that stays the same.
     pub(super) prefix: bool,
+    /// What it looked like when it was read last.
+    pub(super) known: Option<Stamp>,
 }
 
 /// What came of it.
@@ -43,32 +45,36 @@ pub(super) enum Outcome {
 pub(super) struct Hashed {
     pub(super) path: WirePath,
     pub(super) outcome: Outcome,
+    pub(super) known: Option<Stamp>,
 }
 
-/// Two threads that read files. Lives within one scan.
-pub(super) struct Pool {
-    jobs: SyncSender<Job>,
-    results: Receiver<Hashed>,
-    waiting: usize,
+/// What reads files: two threads, or whoever asks. Lives within one scan.
+pub(super) enum Pool<'a> {
+    Threads { jobs: SyncSender<Job>, results: Receiver<Hashed>, waiting: usize },
+    Inline(Reader<'a>),
 }
 
-impl Pool {
+impl<'a> Pool<'a> {
     /// Runs `work` with a pool; its threads have ended when this returns.
     pub(super) fn run<T>(
         clock: Clock,
-        cancel: &CancellationToken,
+        cancel: &'a CancellationToken,
+        threads: bool,
         work: impl FnOnce(&mut Self) -> T,
     ) -> T {
+        if !threads {
+            return work(&mut Self::Inline(Reader::new(clock, cancel)));
+        }
         thread::scope(|scope| {
             let (jobs, job_receiver) = sync_channel::<Job>(QUEUE);
             let (result_sender, results) = sync_channel(QUEUE);
             let job_receiver = std::sync::Arc::new(Mutex::new(job_receiver));
             for _ in 0..WORKERS {
                 let (jobs, results) = (job_receiver.clone(), result_sender.clone());
-                scope.spawn(move || worker(&jobs, &results, clock, cancel));
+                scope.spawn(move || worker(&jobs, &results, Reader::new(clock, cancel)));
             }
             drop(result_sender);
-            let mut pool = Self { jobs, results, waiting: 0 };
+            let mut pool = Self::Threads { jobs, results, waiting: 0 };
             let result = work(&mut pool);
             // Closes the queues, so that the workers end.
             drop(pool);
@@ -78,55 +84,71 @@ impl Pool {
 
     /// Queues a file and hands over results meanwhile.
     pub(super) fn submit(&mut self, mut job: Job, mut take: impl FnMut(Hashed)) {
+        let (jobs, results, waiting) = match self {
+            Self::Threads { jobs, results, waiting } => (jobs, results, waiting),
+            Self::Inline(reader) => return take(reader.read(job)),
+        };
         loop {
-            match self.jobs.try_send(job) {
+            match jobs.try_send(job) {
                 Ok(()) => {
-                    self.waiting += 1;
+                    *waiting += 1;
                     break;
                 }
                 Err(TrySendError::Full(back)) => {
                     job = back;
-                    self.receive_one(&mut take);
+                    take(receive_one(results, waiting));
                 }
                 Err(TrySendError::Disconnected(_)) => {
                     unreachable!("workers end only after the pool is dropped")
                 }
             }
         }
-        while let Ok(hashed) = self.results.try_recv() {
-            self.waiting -= 1;
+        while let Ok(hashed) = results.try_recv() {
+            *waiting -= 1;
             take(hashed);
         }
     }
 
     /// Hands over all results that are still to come.
     pub(super) fn finish(&mut self, mut take: impl FnMut(Hashed)) {
-        while self.waiting > 0 {
-            self.receive_one(&mut take);
+        let Self::Threads { results, waiting, .. } = self else { return };
+        while *waiting > 0 {
+            take(receive_one(results, waiting));
         }
-    }
-
-    fn receive_one(&mut self, take: &mut impl FnMut(Hashed)) {
-        let hashed = self.results.recv().expect("workers end only after the pool is dropped");
-        self.waiting -= 1;
-        take(hashed);
     }
 }
 
-fn worker(
-    jobs: &Mutex<Receiver<Job>>,
-    results: &SyncSender<Hashed>,
-    clock: Clock,
-    cancel: &CancellationToken,
-) {
-    let mut cutter = Cutter::new();
+fn receive_one(results: &Receiver<Hashed>, waiting: &mut usize) -> Hashed {
+    *waiting -= 1;
+    results.recv().expect("workers end only after the pool is dropped")
+}
+
+fn worker(jobs: &Mutex<Receiver<Job>>, results: &SyncSender<Hashed>, mut reader: Reader<'_>) {
     loop {
         let next = jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).recv();
-        let Ok(Job { path, parent, prefix }) = next else { return };
-        let outcome = read_stably(&parent, path.name(), prefix, &mut cutter, clock, cancel);
-        if results.send(Hashed { path, outcome }).is_err() {
+        let Ok(job) = next else { return };
+        if results.send(reader.read(job)).is_err() {
             return;
         }
+    }
+}
+
+/// Reads one file after the other.
+pub(super) struct Reader<'a> {
+    cutter: Cutter,
+    clock: Clock,
+    cancel: &'a CancellationToken,
+}
+
+impl<'a> Reader<'a> {
+    fn new(clock: Clock, cancel: &'a CancellationToken) -> Self {
+        Self { cutter: Cutter::new(), clock, cancel }
+    }
+
+    fn read(&mut self, Job { path, parent, prefix, known }: Job) -> Hashed {
+        let Self { cutter, clock, cancel } = self;
+        let outcome = read_stably(&parent, path.name(), prefix, cutter, *clock, cancel);
+        Hashed { path, outcome, known }
     }
 }
 
@@ -158,14 +180,14 @@ fn read_stably(
 ) -> Outcome {
     let result = (|| {
         let file = parent.open_file(name)?;
-        let before = file_meta(&file)?;
-        let reader = Cancellable { inner: (&file).take(before.size), cancel };
+        let before = file.meta()?;
+        let reader = Cancellable { inner: file.reader().take(before.size), cancel };
         let cut = match cutter.cut(reader, |_, _| Ok::<_, std::convert::Infallible>(())) {
             Ok(cut) => cut,
             Err(CutError::Read(error)) => return Err(error),
             Err(CutError::TooLarge) => return Ok(Outcome::TooLarge),
         };
-        let (after, named) = (file_meta(&file)?, parent.lstat(name)?);
+        let (after, named) = (file.meta()?, parent.lstat(name)?);
         let entry = Entry::File(File {
             content: cut.content,
             size: cut.size,
@@ -195,13 +217,8 @@ fn read_stably(
     })
 }
 
-fn hash_again(
-    mut file: &std::fs::File,
-    size: u64,
-    cancel: &CancellationToken,
-) -> io::Result<Digest> {
-    file.seek(SeekFrom::Start(0))?;
+fn hash_again(file: &FileHandle, size: u64, cancel: &CancellationToken) -> io::Result<Digest> {
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(Cancellable { inner: file.take(size), cancel })?;
+    hasher.update_reader(Cancellable { inner: file.reader().take(size), cancel })?;
     Ok(hasher.finalize().into())
 }

@@ -10,12 +10,11 @@ mod hash;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
-use std::io;
-use std::time::Instant;
-
 use cortex_shared::entry::{Entry, MAX_LINK_TARGET_BYTES};
 use cortex_shared::wire_path::WirePath;
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::ignore::Ignore;
@@ -46,7 +45,8 @@ impl Clock {
     /// Whether a file was changed so recently that another change could look the same.
     #[must_use]
     pub fn is_racy(&self, meta: &Meta) -> bool {
-        meta.mtime_ns.max(meta.ctime_ns).saturating_add(self.tick_ns) > self.now_ns
+        // The other time is whatever somebody says, next year as well.
+        meta.ctime_ns.saturating_add(self.tick_ns) > self.now_ns
     }
 }
 
@@ -143,17 +143,18 @@ pub enum ScanError {
 }
 
 impl Scanner<'_> {
-    /// Looks at `scope` and brings the index up to date.
+    /// Looks at `scope` and brings the index up to date; reads files on threads of its own, or by
+    /// itself.
     ///
     /// # Errors
     /// If the index fails or the root cannot be read. Anything else concerns single paths and is in
     /// the report.
-    pub fn scan(self, scope: &Scope) -> Result<Report, ScanError> {
+    pub fn scan(self, scope: &Scope, threads: bool) -> Result<Report, ScanError> {
         let (clock, cancel) = (self.clock, self.cancel);
-        Pool::run(clock, cancel, |pool| {
-            let device = self.root.top().meta().map_err(ScanError::Root)?.dev;
+        Pool::run(clock, cancel, threads, |pool| {
+            let mount = self.root.top().mount().map_err(ScanError::Root)?;
             let mut walk =
-                Walk { scanner: self, pool, device, writes: Vec::new(), report: Report::default() };
+                Walk { scanner: self, pool, mount, writes: Vec::new(), report: Report::default() };
             walk.run(scope)?;
             Ok(walk.report)
         })
@@ -204,8 +205,8 @@ impl Cursor {
 
 struct Walk<'a, 'b> {
     scanner: Scanner<'a>,
-    pool: &'b mut Pool,
-    device: u64,
+    pool: &'b mut Pool<'a>,
+    mount: (u64, u64),
     writes: Vec<Write>,
     report: Report,
 }
@@ -321,8 +322,11 @@ impl Walk<'_, '_> {
         if was_dir && meta.kind != FileKind::Dir && !deep {
             self.writes.push(Write::AbsentBelow(path.clone()));
         }
+        // What is mounted here may be gone tomorrow, with all its files.
+        let mounted = meta.kind == FileKind::Dir
+            && handle.mount_of(name).is_ok_and(|mount| mount != self.mount);
         match meta.kind {
-            FileKind::Dir if meta.dev != self.device => {
+            FileKind::Dir if mounted => {
                 self.find(Finding::at(
                     &path,
                     "other_file_system",
@@ -354,10 +358,10 @@ impl Walk<'_, '_> {
                 let hot = self.scanner.hot.get(&path);
                 if !unchanged && hot.is_none_or(|hot| hot.until <= Instant::now()) {
                     let prefix = hot.is_some_and(|hot| hot.prefix);
+                    let known = row.as_ref().and_then(|row| row.stamp);
                     let mut results = Vec::new();
-                    self.pool.submit(Job { path, parent: handle.clone(), prefix }, |result| {
-                        results.push(result)
-                    });
+                    let job = Job { path, parent: handle.clone(), prefix, known };
+                    self.pool.submit(job, |result| results.push(result));
                     for result in results {
                         self.take(result);
                     }
@@ -490,10 +494,13 @@ impl Walk<'_, '_> {
         Ok(())
     }
 
-    fn take(&mut self, Hashed { path, outcome }: Hashed) {
+    fn take(&mut self, Hashed { path, outcome, known }: Hashed) {
         match outcome {
             Outcome::Stable(entry, stamp) => {
-                if stamp.racy {
+                // One whose time is still to come would be looked at for ever.
+                let clock = self.scanner.clock;
+                let ahead = stamp.ctime_ns > clock.now_ns.saturating_add(clock.tick_ns);
+                if stamp.racy && !(ahead && known == Some(stamp)) {
                     revisit(&mut self.report.racy, path.parent());
                 }
                 self.see(path, Seen::Entry(entry, Some(stamp)));

@@ -79,7 +79,7 @@ impl Fixture {
             directories: &mut self.directories,
             cancel: &CancellationToken::new(),
         };
-        scanner.scan(scope).unwrap()
+        scanner.scan(scope, true).unwrap()
     }
 
     fn scan_all(&mut self) -> Report {
@@ -263,7 +263,7 @@ fn a_cancelled_scan_concludes_nothing_about_what_it_did_not_see() {
         directories: &mut Cancelling(&cancel),
         cancel: &cancel,
     }
-    .scan(&Scope::Tree(None))
+    .scan(&Scope::Tree(None), true)
     .unwrap();
     assert!(report.cancelled);
     assert_eq!(tree.seen(), ["f"]);
@@ -319,4 +319,23 @@ fn a_known_directory_that_nobody_looks_after_is_read_whole() {
     fs::rename(tree.path("other"), tree.path("d")).unwrap();
     tree.scan(&Scope::Children(None));
     assert_eq!(tree.seen(), ["d/", "d/sub/", "d/sub/new"]);
+}
+
+#[test]
+fn a_time_in_the_future_is_not_looked_at_again_and_again() {
+    let mut tree = Fixture::new();
+    tree.write("f", "x");
+    let now = std::time::SystemTime::now();
+    let hour = std::time::Duration::from_secs(3600);
+    fs::File::open(tree.path("f")).unwrap().set_modified(now + hour).unwrap();
+    let meta = RootDir::open(tree.folder.path()).unwrap().top().lstat(b"f").unwrap();
+    // Set by somebody: the kernel's own time tells when that was.
+    tree.now_ns = meta.ctime_ns + 20_000_000;
+    assert!(tree.scan_all().racy.is_empty());
+    assert_eq!(tree.scan_all().changed, 0);
+    // The clock was set back since the file was changed.
+    tree.write("f", "y");
+    tree.now_ns -= 3_600_000_000_000;
+    assert_eq!(tree.scan_all().racy, [Scope::Children(None)]);
+    assert!(tree.scan_all().racy.is_empty());
 }

@@ -45,6 +45,9 @@ pub(super) struct Shared {
     state: Mutex<State>,
     head: watch::Sender<u64>,
     broken: AtomicBool,
+    full: AtomicBool,
+    /// The line breaks after so many packs of one answer.
+    packs_of_an_answer: AtomicUsize,
     /// So many packs are still taken before the line breaks.
     packs_left: AtomicUsize,
     pub(super) commits: AtomicUsize,
@@ -76,6 +79,8 @@ impl MemoryHub {
                 }),
                 head: watch::Sender::new(0),
                 broken: AtomicBool::new(false),
+                full: AtomicBool::new(false),
+                packs_of_an_answer: AtomicUsize::new(usize::MAX),
                 packs_left: AtomicUsize::new(usize::MAX),
                 commits: AtomicUsize::new(0),
                 packs_received: AtomicUsize::new(0),
@@ -166,6 +171,16 @@ impl MemoryHub {
         self.0.broken.store(broken, Ordering::SeqCst);
     }
 
+    /// From now on the line breaks after so many packs of each answer.
+    pub(super) fn break_answers_after(&self, packs: usize) {
+        self.0.packs_of_an_answer.store(packs, Ordering::SeqCst);
+    }
+
+    /// From now on there is no room for packs, or there is again.
+    pub(super) fn set_full(&self, full: bool) {
+        self.0.full.store(full, Ordering::SeqCst);
+    }
+
     /// The line breaks after so many more packs.
     pub(super) fn break_after_packs(&self, packs: usize) {
         self.0.packs_left.store(packs, Ordering::SeqCst);
@@ -187,6 +202,9 @@ impl MemoryHub {
             self.set_broken(true);
         }
         self.check()?;
+        if self.0.full.load(Ordering::SeqCst) {
+            return Err(HubError::Full { message: "the hub's disk is full".to_owned() });
+        }
         let pack = Pack::parse(bytes).map_err(HubError::protocol)?;
         pack.verify().map_err(HubError::protocol)?;
         let mut state = self.state();
@@ -399,12 +417,18 @@ impl Hub for MemoryHub {
             chunks.iter().filter_map(|chunk| state.chunks.get(chunk)).copied().collect();
         names.sort();
         names.dedup();
-        self.0.packs_sent.fetch_add(names.len(), Ordering::SeqCst);
         let mut packs: Vec<_> =
             names.iter().map(|name| Ok(Fetched::Pack(state.packs[name].clone()))).collect();
         if !missing.is_empty() {
             packs.insert(0, Ok(Fetched::Missing(missing)));
         }
+        let whole = self.0.packs_of_an_answer.load(Ordering::SeqCst);
+        if packs.len() > whole {
+            packs.truncate(whole);
+            packs.push(Err(HubError::Unavailable { message: "broken".to_owned() }));
+        }
+        let sent = packs.iter().filter(|answer| matches!(answer, Ok(Fetched::Pack(_)))).count();
+        self.0.packs_sent.fetch_add(sent, Ordering::SeqCst);
         Ok(stream::iter(packs).boxed())
     }
 

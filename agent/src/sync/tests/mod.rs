@@ -6,6 +6,7 @@ mod random;
 mod rules;
 mod safety;
 mod scenarios;
+mod simulation;
 
 use std::collections::BTreeMap;
 use std::fs;

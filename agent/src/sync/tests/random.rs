@@ -137,7 +137,7 @@ impl World {
                     FileKind::Dir => collect(&directory.open_dir(&name).unwrap(), contents),
                     _ => {
                         let file = directory.open_file(&name).unwrap();
-                        contents.insert(std::io::read_to_string(file).unwrap());
+                        contents.insert(std::io::read_to_string(file.reader()).unwrap());
                     }
                 }
             }

@@ -95,3 +95,53 @@ async fn what_is_written_to_a_file_after_it_was_replaced_or_deleted_is_not_lost(
     let status = b.status();
     assert!(status.problems.is_empty(), "{:?}", status.problems);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_hub_takes_deletions_and_is_not_called_unreachable() {
+    let mesh = Mesh::new();
+    let a = mesh.node("a");
+    for name in ["deleted", "edited", "moved"] {
+        a.write(name, format!("content of {name}"));
+    }
+    a.flush().await;
+    mesh.hub.set_full(true);
+    a.write("new", "no room for this");
+    a.write("edited", "nor for this");
+    fs::rename(a.path("moved"), a.path("there")).unwrap();
+    fs::remove_file(a.path("deleted")).unwrap();
+    a.flush().await;
+    let names = || mesh.hub.tree().keys().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(names(), ["edited", "there"]);
+    let status = a.status();
+    assert_eq!(status.state, SyncState::Idle);
+    let problems: Vec<_> = status
+        .problems
+        .iter()
+        .map(|problem| (problem.path.as_ref().unwrap().to_string(), problem.code))
+        .collect();
+    assert_eq!(problems, [("edited".into(), "hub_full"), ("new".into(), "hub_full")]);
+    assert!(status.problems[0].message.contains("disk is full"), "{status:?}");
+    mesh.hub.set_full(false);
+    a.flush().await;
+    assert_eq!(names(), ["edited", "new", "there"]);
+    assert!(a.status().problems.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_that_breaks_after_each_pack_gets_to_its_end() {
+    let mesh = Mesh::new();
+    let a = mesh.node("a");
+    // Three packs of small files, and a large one of several.
+    for number in 0..100 {
+        a.write(&format!("small {number}"), noise(number, 100_000));
+    }
+    a.write("large", noise(1000, 12 << 20));
+    a.flush().await;
+    mesh.hub.break_answers_after(1);
+    let b = mesh.node("b");
+    b.until(|status| status.state == SyncState::Idle && status.entries == 101).await;
+    assert_eq!(a.tree(), b.tree());
+    // No pack more often than the line broke: 10 MB and 12 MiB in packs of 4 MiB.
+    let sent = mesh.hub.traffic()[2];
+    assert!(sent <= 40, "{sent}");
+}

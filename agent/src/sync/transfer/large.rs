@@ -1,8 +1,10 @@
 //! Large files on their way here: what the lane is to fetch next, and what it has brought.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::backoff::Backoff;
+use cortex_shared::entry::Entry;
 use cortex_shared::ids::WorkspaceId;
 use tokio_util::sync::CancellationToken;
 
@@ -10,11 +12,16 @@ use super::lane::JOB_BYTES;
 use super::pull::fetch;
 use super::stage::Stage;
 use crate::sync::core::SyncError;
-use crate::sync::hub::Hub;
+use crate::sync::ground::Blocking;
+use crate::sync::hub::{Hub, HubError};
 use crate::sync::plan::LocalChange;
 use crate::sync::private_dir::PrivateDir;
 use crate::sync::problem::Finding;
 use crate::sync::status::Progress;
+
+/// How often content is asked for without anything arriving, and the pauses in between.
+const ATTEMPTS: u32 = 5;
+const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
 /// What is locked here is only ever locked by one blocking thread at a time.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -26,7 +33,6 @@ pub(in crate::sync) struct Batch {
     stage: Stage,
     /// By number in the stage.
     changes: Vec<LocalChange>,
-    needed: Vec<Digest>,
     bytes: u64,
 }
 
@@ -96,23 +102,15 @@ impl Large {
     }
 
     /// Leaves a file that has been begun to the next job.
-    pub(super) fn add(
-        &mut self,
-        stage: &mut Stage,
-        number: usize,
-        change: LocalChange,
-        needed: Vec<Digest>,
-    ) {
+    pub(super) fn add(&mut self, stage: &mut Stage, number: usize, change: LocalChange) {
         let Some(Entry::File(file)) = &change.to else { return };
         let batch = self.next.get_or_insert_with(|| Batch {
             stage: Stage::empty(self.private.clone()),
             changes: Vec::new(),
-            needed: Vec::new(),
             bytes: 0,
         });
         stage.move_to(number, file, &mut batch.stage);
         batch.bytes = batch.bytes.saturating_add(file.size);
-        batch.needed.extend(needed);
         batch.changes.push(change);
     }
 
@@ -122,22 +120,52 @@ impl Large {
     }
 }
 
-/// The job: fetches the content and checks it.
+/// The job: takes the content from here as far as it is here, fetches the rest, and checks it.
 pub(in crate::sync) async fn download<H: Hub>(
     hub: Arc<H>,
     workspace: WorkspaceId,
+    blocking: Blocking,
     cancel: CancellationToken,
     progress: Arc<Progress>,
     batch: Batch,
 ) -> Result<Arrived, SyncError> {
-    let Batch { stage, changes, mut needed, .. } = batch;
-    needed.sort_unstable();
-    needed.dedup();
+    let Batch { mut stage, changes, .. } = batch;
+    let stop = cancel.clone();
+    let take = move || {
+        for (number, change) in changes.iter().enumerate() {
+            if let Some(Entry::File(file)) = &change.to
+                && let Err(error) = stage.take_sources(number, file, &stop)
+            {
+                tracing::debug!(path = %change.path, %error, "cannot take content from here");
+            }
+        }
+        (stage, changes)
+    };
+    let (stage, changes) = blocking.run(take).await?;
     let stage = Arc::new(Mutex::new(stage));
-    let fetched = fetch(&*hub, workspace, &cancel, &progress, &stage, &needed).await;
-    let work = move || {
+    let mut pauses = Backoff::new(RETRY.0, RETRY.1);
+    let (mut missing, mut attempts) = (usize::MAX, 0);
+    // A line that breaks costs what was on its way, not what has arrived.
+    let fetched = loop {
+        let needed = lock(&stage).needed();
+        if needed.len() < missing {
+            (missing, attempts) = (needed.len(), 0);
+            pauses.reset();
+        }
+        attempts += 1;
+        match fetch(&*hub, workspace, blocking, &cancel, &progress, &stage, &needed).await {
+            Err(SyncError::Hub(HubError::Unavailable { .. })) if attempts < ATTEMPTS => {
+                let pause = tokio::time::sleep(pauses.next_delay_of(1.0));
+                if cancel.run_until_cancelled(pause).await.is_none() {
+                    break Err(SyncError::Cancelled);
+                }
+            }
+            result => break result,
+        }
+    };
+    let finish = move || {
         let Ok(stage) = Arc::try_unwrap(stage) else { return Err(SyncError::Panicked) };
-        let stage = stage.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut stage = stage.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = fetched {
             stage.clean();
             return Err(error);
@@ -146,11 +174,11 @@ pub(in crate::sync) async fn download<H: Hub>(
             .into_iter()
             .enumerate()
             .map(|(number, change)| {
-                let finished = stage.finished(number, &change);
+                let finished = stage.finished(number, &change, &cancel);
                 (change, Some(finished))
             })
             .collect();
         Ok(Arrived { stage, files })
     };
-    tokio::task::spawn_blocking(work).await.map_err(|_| SyncError::Panicked)?
+    blocking.run(finish).await?
 }

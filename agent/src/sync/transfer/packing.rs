@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::os::unix::fs::FileExt as _;
 
 use bytes::Bytes;
 use cortex_shared::chunk::ChunkRef;
@@ -15,8 +14,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::root_dir::RootDir;
+use crate::root_dir::{FileHandle, RootDir};
 use crate::sync::core::{SyncError, waiting};
+use crate::sync::ground::Blocking;
 use crate::sync::hub::{Hub, HubError};
 
 /// Finished packs that wait for the line; with the one being built this bounds memory to 16 MiB.
@@ -43,22 +43,31 @@ impl Parcel {
 pub(in crate::sync) async fn send_packs<H: Hub>(
     hub: &H,
     workspace: WorkspaceId,
+    blocking: Blocking,
     root: RootDir,
     cancel: &CancellationToken,
     parcel: Parcel,
 ) -> Result<HashSet<WirePath>, SyncError> {
-    let Parcel { files, missing } = parcel;
     let (sender, receiver) = mpsc::channel(QUEUED_PACKS);
-    let packer = Packer {
-        root,
-        sender,
-        missing,
-        sent: Vec::new(),
-        failed: HashSet::new(),
-        cancel: cancel.clone(),
+    let mut packer = Packer::new(root, cancel.clone(), parcel)?;
+    let packed = async move {
+        loop {
+            let work = move || {
+                let pack = packer.next_pack();
+                (packer, pack)
+            };
+            let (back, pack) = blocking.run(work).await?;
+            packer = back;
+            let Some((name, pack)) = pack else { break };
+            packer.sent.push(name);
+            // If nobody wants it any more, who reads the answers knows why.
+            if sender.send(pack).await.is_err() {
+                break;
+            }
+        }
+        Ok::<_, SyncError>((packer.sent, packer.failed))
     };
-    let packer = tokio::task::spawn_blocking(move || packer.run(files));
-    let acknowledged = async {
+    let acknowledged = async move {
         let packs = ReceiverStream::new(receiver).boxed();
         let mut acks = waiting(cancel, hub, hub.put_packs(workspace, packs)).await?;
         let mut names = Vec::new();
@@ -69,81 +78,107 @@ pub(in crate::sync) async fn send_packs<H: Hub>(
                 None => break Ok::<_, SyncError>(names),
             }
         }
-    }
-    .await;
-    // The queue is closed by now, so the packer ends; its files are not left open behind us.
-    let (sent, failed) = packer.await.map_err(|_| SyncError::Panicked)??;
+    };
+    let (packed, acknowledged) = futures_util::future::join(packed, acknowledged).await;
+    let (sent, failed) = packed?;
     if acknowledged? != sent {
         return Err(HubError::protocol("acknowledged other packs than were sent").into());
     }
     Ok(failed)
 }
 
+/// A file that is being read.
+struct Open {
+    path: WirePath,
+    file: FileHandle,
+    chunks: std::vec::IntoIter<ChunkRef>,
+    /// Where the next chunk begins.
+    offset: u64,
+}
+
+/// Makes one pack after the other.
 struct Packer {
     root: RootDir,
-    sender: mpsc::Sender<Bytes>,
+    files: std::vec::IntoIter<(WirePath, Vec<ChunkRef>)>,
+    open: Option<Open>,
     /// Chunks that are still to be packed.
     missing: HashSet<Digest>,
+    builder: PackBuilder,
+    buffer: Vec<u8>,
     /// Names of the packs handed over.
     sent: Vec<Digest>,
+    /// Paths that could not be read as they should be.
     failed: HashSet<WirePath>,
     cancel: CancellationToken,
 }
 
 impl Packer {
-    /// Names of the packs, and the paths that could not be read as they should be.
-    fn run(
-        mut self,
-        files: Vec<(WirePath, Vec<ChunkRef>)>,
-    ) -> io::Result<(Vec<Digest>, HashSet<WirePath>)> {
-        let mut builder = PackBuilder::new(COMPRESSION_LEVEL)?;
-        let mut buffer = Vec::new();
-        let mut open = true;
-        for (path, chunks) in files {
-            if !open || self.cancel.is_cancelled() {
-                break;
+    fn new(root: RootDir, cancel: CancellationToken, parcel: Parcel) -> io::Result<Self> {
+        let Parcel { files, missing } = parcel;
+        Ok(Self {
+            root,
+            files: files.into_iter(),
+            open: None,
+            missing,
+            builder: PackBuilder::new(COMPRESSION_LEVEL)?,
+            buffer: Vec::new(),
+            sent: Vec::new(),
+            failed: HashSet::new(),
+            cancel,
+        })
+    }
+
+    /// The next pack with its name; `None` after the last.
+    fn next_pack(&mut self) -> Option<(Digest, Bytes)> {
+        loop {
+            if self.cancel.is_cancelled() {
+                return None;
             }
+            if self.open.is_none() && !self.open_next() {
+                return self.builder.finish();
+            }
+            let open = self.open.as_mut()?;
+            let Some(chunk) = open.chunks.next() else {
+                self.open = None;
+                continue;
+            };
+            let start = open.offset;
+            open.offset += u64::from(chunk.len);
+            if !self.missing.contains(&chunk.hash) {
+                continue;
+            }
+            self.buffer.resize(chunk.len as usize, 0);
+            let read = open.file.read_exact_at(&mut self.buffer, start);
+            if read.is_err() || Digest::of(&self.buffer) != chunk.hash {
+                self.failed.insert(open.path.clone());
+                self.open = None;
+                continue;
+            }
+            self.missing.remove(&chunk.hash);
+            if self.builder.push(chunk, &self.buffer) == InPack::Full {
+                let full = self.builder.finish();
+                self.builder.push(chunk, &self.buffer);
+                return full;
+            }
+        }
+    }
+
+    /// Opens the next file of which something is missing; false if there is none.
+    fn open_next(&mut self) -> bool {
+        for (path, chunks) in self.files.by_ref() {
             if !chunks.iter().any(|chunk| self.missing.contains(&chunk.hash)) {
                 continue;
             }
-            let file = self.root.parent_of(&path).and_then(|(dir, leaf)| dir.open_file(leaf));
-            let Ok(file) = file else {
-                self.failed.insert(path);
-                continue;
-            };
-            let mut offset = 0;
-            for chunk in chunks {
-                let start = offset;
-                offset += u64::from(chunk.len);
-                if !self.missing.contains(&chunk.hash) {
-                    continue;
+            match self.root.parent_of(&path).and_then(|(dir, leaf)| dir.open_file(leaf)) {
+                Ok(file) => {
+                    self.open = Some(Open { path, file, chunks: chunks.into_iter(), offset: 0 });
+                    return true;
                 }
-                buffer.resize(chunk.len as usize, 0);
-                let read = file.read_exact_at(&mut buffer, start);
-                if read.is_err() || Digest::of(&buffer) != chunk.hash {
+                Err(_) => {
                     self.failed.insert(path);
-                    break;
-                }
-                if builder.push(chunk, &buffer) == InPack::Full {
-                    open = self.send(&mut builder);
-                    builder.push(chunk, &buffer);
-                }
-                self.missing.remove(&chunk.hash);
-                if !open {
-                    break;
                 }
             }
         }
-        if open {
-            self.send(&mut builder);
-        }
-        Ok((self.sent, self.failed))
-    }
-
-    /// Hands over a pack; false if nobody wants it any more.
-    fn send(&mut self, builder: &mut PackBuilder) -> bool {
-        let Some((name, pack)) = builder.finish() else { return true };
-        self.sent.push(name);
-        self.sender.blocking_send(pack).is_ok()
+        false
     }
 }

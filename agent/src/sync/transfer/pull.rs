@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::entry::{Digest, Entry, same};
 use cortex_shared::ids::WorkspaceId;
 use cortex_shared::wire_path::WirePath;
 use futures_util::StreamExt as _;
@@ -20,8 +20,9 @@ use super::large::{Large, lock};
 use super::stage::{Stage, StageError};
 use crate::sync::apply::{Applier, Staged, needs_stage};
 use crate::sync::core::{SyncError, waiting};
+use crate::sync::ground::Blocking;
 use crate::sync::hub::{Fetched, Hub, MAX_HASHES};
-use crate::sync::index::{Index, IndexError};
+use crate::sync::index::{Index, IndexError, IndexRow};
 use crate::sync::occupancy::Occupancy;
 use crate::sync::plan::LocalChange;
 use crate::sync::problem::Finding;
@@ -34,6 +35,8 @@ const GROUP_CHANGES: usize = 2048;
 const GROUP_BYTES: u64 = 64 * 1024 * 1024;
 /// What stays free on the file system, so that an application there can go on.
 const RESERVE_BYTES: u64 = 64 * 1024 * 1024;
+/// Files with the same content that are looked at to see whether one of them stays.
+const HOLDERS: u32 = 16;
 
 /// Why a change is left.
 const HELD: &str = "programs outside the sandbox obey this name, so it is not replaced while a strict \
@@ -111,8 +114,15 @@ async fn pull_group<H: Hub>(
     let begun = begin(session, stage, changes, group.clone(), large).await?;
     pulled.findings.extend(begun.findings);
     pulled.waiting.extend(begun.waiting);
-    fetch(session.hub, session.workspace, session.cancel, session.progress, stage, &begun.needed)
-        .await?;
+    let blocking = session.core.blocking();
+    let Session { hub, workspace, cancel, progress, .. } = session;
+    let fetched = fetch(*hub, *workspace, blocking, cancel, progress, stage, &begun.needed).await;
+    // What has arrived before the line broke is made use of: a line that breaks all the time gets to
+    // its end that way. But nothing is taken away for what is not here yet.
+    let broken = fetched.is_err();
+    if let Err(SyncError::Cancelled) = fetched {
+        return fetched;
+    }
     let (stage, changes) = (stage.clone(), changes.clone());
     let (cancel, occupancy) = (session.cancel.clone(), session.occupancy.clone());
     let mut ready = begun.ready;
@@ -131,6 +141,9 @@ async fn pull_group<H: Hub>(
                     return Err(SyncError::Cancelled);
                 }
                 let change = changes[number].clone();
+                if broken && (change.to.is_none() || stage.is_waiting(number)) {
+                    continue;
+                }
                 if replacing.is_none() && Occupancy::concerns(&change.path) {
                     occupied = true;
                     findings.push(Finding::at(&change.path, "command_runs", HELD));
@@ -145,13 +158,16 @@ async fn pull_group<H: Hub>(
                 } else if let Some(name) = ready.remove(&number) {
                     batch.push(Staged { change, stage_name: Some(name) });
                 } else {
-                    match stage.take_finished(number, &change) {
+                    match stage.take_finished(number, &change, &cancel) {
                         Ok(name) => batch.push(Staged { change, stage_name: Some(name) }),
                         Err(finding) => findings.push(finding),
                     }
                 }
             }
             drop(stage);
+            if cancel.is_cancelled() {
+                return Err(SyncError::Cancelled);
+            }
             let applier = Applier {
                 root: &core.root,
                 private: &core.private,
@@ -170,7 +186,7 @@ async fn pull_group<H: Hub>(
     pulled.kept += report.kept;
     pulled.dirty.extend(report.scopes());
     pulled.findings.extend(report.findings);
-    Ok(())
+    fetched
 }
 
 #[derive(Default)]
@@ -201,8 +217,7 @@ async fn begin<H: Hub>(
         .run(move |core| {
             let mut begun = Begun::default();
             let mut asked = HashSet::new();
-            let space = rustix::fs::fstatvfs(core.root.top()).map_err(std::io::Error::from)?;
-            let mut room = Room::new(space.f_bavail.saturating_mul(space.f_frsize));
+            let mut room = Room::new(core.root.top().file_system()?.free_bytes);
             let (mut stage, mut large) = (lock(&stage), lock(&large));
             for number in group {
                 if cancel.is_cancelled() {
@@ -210,6 +225,7 @@ async fn begin<H: Hub>(
                 }
                 let change = &changes[number];
                 let bytes = size_of(change);
+                let mut can_wait = true;
                 if bytes > LARGE_BYTES {
                     match large.arrived(change) {
                         Some(Ok(name)) => {
@@ -221,13 +237,14 @@ async fn begin<H: Hub>(
                             begun.skipped.insert(number);
                             continue;
                         }
+                        None if large.has_room(bytes) => {}
                         // What can be copied here has to be copied before its source goes.
-                        None if !large.has_room(bytes) && !is_here(&core.index, change)? => {
+                        None if goes_from_here(&core.index, change)? => can_wait = false,
+                        None => {
                             begun.skipped.insert(number);
                             begun.waiting.push(change.path.clone());
                             continue;
                         }
-                        None => {}
                     }
                 }
                 if !room.take(bytes) {
@@ -239,12 +256,12 @@ async fn begin<H: Hub>(
                     begun.skipped.insert(number);
                     continue;
                 }
-                match stage.begin(number, change, core) {
+                match stage.begin(number, change, core, can_wait, &cancel) {
                     Ok(needed) if bytes > LARGE_BYTES && !needed.is_empty() => {
                         begun.skipped.insert(number);
                         begun.waiting.push(change.path.clone());
                         if large.has_room(bytes) {
-                            large.add(&mut stage, number, change.clone(), needed);
+                            large.add(&mut stage, number, change.clone());
                         }
                     }
                     Ok(needed) => {
@@ -286,6 +303,7 @@ impl Room {
 pub(super) async fn fetch<H: Hub>(
     hub: &H,
     workspace: WorkspaceId,
+    blocking: Blocking,
     cancel: &CancellationToken,
     progress: &Progress,
     stage: &Arc<Mutex<Stage>>,
@@ -302,9 +320,7 @@ pub(super) async fn fetch<H: Hub>(
                 None => break,
             };
             let stage = stage.clone();
-            let taken = tokio::task::spawn_blocking(move || lock(&stage).take_pack(pack))
-                .await
-                .map_err(|_| SyncError::Panicked)?;
+            let taken = blocking.run(move || lock(&stage).take_pack(pack)).await?;
             match taken {
                 Ok(bytes) => progress.fetched(bytes),
                 // Its chunks are as good as missing; the others are not.
@@ -315,12 +331,12 @@ pub(super) async fn fetch<H: Hub>(
     Ok(())
 }
 
-/// Whether a file with the content of a change is here.
-fn is_here(index: &Index, change: &LocalChange) -> Result<bool, IndexError> {
-    match &change.to {
-        Some(Entry::File(file)) => Ok(!index.with_content(&file.content, 1)?.is_empty()),
-        _ => Ok(false),
-    }
+/// Whether the content of a change is here, but only in files that are about to go.
+fn goes_from_here(index: &Index, change: &LocalChange) -> Result<bool, IndexError> {
+    let Some(Entry::File(file)) = &change.to else { return Ok(false) };
+    let holders = index.with_content(&file.content, HOLDERS)?;
+    let stays = |row: &IndexRow| same(row.row.local.as_ref(), row.row.remote.as_ref());
+    Ok(!holders.is_empty() && !holders.iter().any(stays))
 }
 
 fn size_of(change: &LocalChange) -> u64 {

@@ -7,6 +7,7 @@ use std::collections::HashSet;
 
 use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::ids::CommitId;
+use cortex_shared::wire_path::WirePath;
 
 use super::lane::{JOB_BYTES, LARGE_BYTES};
 use super::packing::{Parcel, send_packs};
@@ -40,6 +41,10 @@ pub(in crate::sync) struct Pushed {
     /// Where those files are.
     pub(in crate::sync) dirty: Vec<Scope>,
     pub(in crate::sync) findings: Vec<Finding>,
+    /// What the hub has at these paths goes on standing there: its conflict copy was not made.
+    kept: HashSet<WirePath>,
+    /// The hub has no room for content; in its words.
+    full: Option<String>,
     /// Content of large files that the hub lacks, for a job of its own. Their operations were left
     /// out, and so were those of others for which this job has no room.
     pub(in crate::sync) large: Parcel,
@@ -57,7 +62,13 @@ pub(in crate::sync) async fn push<H: Hub>(
     while ops.peek().is_some() {
         let mut batch = Vec::new();
         let (mut bytes, mut content) = (0, 0);
+        let mut copied = HashSet::new();
         while let Some(op) = ops.next_if(|op| {
+            // A loser gives way only once its copy is known to be there.
+            if copied.contains(&op.path) {
+                return false;
+            }
+            copied.extend(op.conflict_of.clone());
             let (more_bytes, more_content) = weight(op);
             let fits = batch.len() < COMMIT_OPS
                 && bytes + more_bytes <= COMMIT_BYTES
@@ -87,9 +98,10 @@ async fn push_batch<H: Hub>(
     mut ops: Vec<PushOp>,
     pushed: &mut Pushed,
 ) -> Result<(), SyncError> {
+    ops.retain(|op| !pushed.kept.contains(&op.path));
     let missing = missing_chunks(session, &ops).await?;
     if !missing.is_empty() {
-        ops.retain(|op| !leave_to_lane(op, &missing, pushed));
+        retain(&mut ops, pushed, |op, pushed| !leave_to_lane(op, &missing, pushed));
     }
     let mut parcel = Parcel::default();
     for op in &ops {
@@ -100,15 +112,32 @@ async fn push_batch<H: Hub>(
             parcel.files.push((op.path.clone(), file.chunks().collect()));
         }
     }
-    if !parcel.missing.is_empty() {
+    if !parcel.missing.is_empty() && pushed.full.is_none() {
         let root = session.core.run(|core| Ok::<_, SyncError>(core.root.clone())).await?;
-        let failed =
-            send_packs(session.hub, session.workspace, root, session.cancel, parcel).await?;
-        for path in &failed {
-            pushed.dirty.push(Scope::Children(path.parent()));
+        let Session { hub, workspace, cancel, .. } = session;
+        let blocking = session.core.blocking();
+        match send_packs(*hub, *workspace, blocking, root, cancel, parcel).await {
+            Ok(failed) => {
+                for path in &failed {
+                    pushed.dirty.push(Scope::Children(path.parent()));
+                }
+                pushed.changed += failed.len();
+                retain(&mut ops, pushed, |op, _| !failed.contains(&op.path));
+            }
+            // Whatever needs no room goes on: deletions may even make some.
+            Err(SyncError::Hub(HubError::Full { message })) => pushed.full = Some(message),
+            Err(error) => return Err(error),
         }
-        pushed.changed += failed.len();
-        ops.retain(|op| !failed.contains(&op.path));
+    }
+    if let Some(message) = pushed.full.clone() {
+        retain(&mut ops, pushed, |op, pushed| {
+            let lacks = matches!(&op.new, Some(Entry::File(file))
+                if file.chunks().any(|chunk| missing.contains(&chunk.hash)));
+            if lacks {
+                pushed.findings.push(Finding::at(&op.path, "hub_full", &message));
+            }
+            !lacks
+        });
     }
     if ops.is_empty() {
         return Ok(());
@@ -131,6 +160,21 @@ async fn push_batch<H: Hub>(
     let committed =
         waiting(session.cancel, session.hub, session.hub.commit(session.workspace, commit)).await?;
     record(session, epoch, ops, committed, pushed).await
+}
+
+/// Leaves operations out. One that would replace what should have got a conflict copy goes with it.
+fn retain(
+    ops: &mut Vec<PushOp>,
+    pushed: &mut Pushed,
+    mut keep: impl FnMut(&PushOp, &mut Pushed) -> bool,
+) {
+    ops.retain(|op| {
+        let kept = keep(op, pushed);
+        if !kept {
+            pushed.kept.extend(op.conflict_of.clone());
+        }
+        kept
+    });
 }
 
 /// Whether the content of an operation is left to the lane of large files.
@@ -189,6 +233,7 @@ async fn record<H: Hub>(
     for Rejected { index, reason, current } in rejected {
         is_rejected[index] = true;
         let op = &ops[index];
+        pushed.kept.extend(op.conflict_of.clone());
         match reason {
             RejectReason::Conflict => learned.push((op.path.clone(), op.expected.clone(), current)),
             RejectReason::NoParent | RejectReason::NotEmpty => pushed.outdated = true,

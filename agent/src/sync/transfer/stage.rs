@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -10,19 +9,33 @@ use cortex_shared::chunk::ChunkRef;
 use cortex_shared::entry::{Digest, Entry, File};
 use cortex_shared::pack::{InvalidPack, Pack};
 use cortex_shared::wire_path::WirePath;
+use tokio_util::sync::CancellationToken;
 
-use crate::root_dir::RootDir;
+use crate::root_dir::FileHandle;
 use crate::sync::core::Core;
 use crate::sync::index::IndexError;
 use crate::sync::plan::LocalChange;
 use crate::sync::private_dir::PrivateDir;
 use crate::sync::problem::Finding;
 
+use super::lane::LARGE_BYTES;
+
 /// Local files that are tried as a source of the same content.
 const SOURCES: u32 = 4;
+/// What is copied or hashed between two looks whether to stop.
+const PIECE_BYTES: usize = 8 * 1024 * 1024;
+
+/// A file here that holds some or all of the content that is wanted. It is open, so that it can be
+/// read even if it is taken away meanwhile.
+struct Source {
+    file: FileHandle,
+    /// What it held when it was hashed.
+    held: File,
+}
 
 struct StagedFile {
     name: Vec<u8>,
+    sources: Vec<Source>,
     created: bool,
     /// Places in the file that wait for a chunk.
     waiting: usize,
@@ -68,8 +81,15 @@ impl Stage {
                     waiting += 1;
                 }
             }
-            let name = private.stage_name();
-            files.push(Some(StagedFile { name, created: false, waiting, broken: None }));
+            let large = matches!(&change.to, Some(Entry::File(file)) if file.size > LARGE_BYTES);
+            let name = if large { private.part_name() } else { private.stage_name() };
+            files.push(Some(StagedFile {
+                name,
+                sources: Vec::new(),
+                created: false,
+                waiting,
+                broken: None,
+            }));
         }
         Self { private, files, wanted }
     }
@@ -97,13 +117,15 @@ impl Stage {
         moved
     }
 
-    /// Begins the file or link of a change and takes what can be had from here. Returns the chunks
-    /// that have to be fetched for it.
+    /// Begins the file or link of a change and takes what can be had from here, unless that may take
+    /// long and can wait until [`Self::take_sources`]. Returns the chunks that are missing then.
     pub(super) fn begin(
         &mut self,
         number: usize,
         change: &LocalChange,
         core: &Core,
+        can_wait: bool,
+        cancel: &CancellationToken,
     ) -> Result<Vec<Digest>, StageError> {
         if self.files[number].is_none() {
             return Ok(Vec::new());
@@ -122,10 +144,13 @@ impl Stage {
         self.create(number)?;
         self.settle_zeros(number, file);
         if self.is_waiting(number) {
-            self.copy_same_content(number, file, core)?;
-        }
-        if self.is_waiting(number) {
-            self.copy_shared_chunks(number, file, &change.path, core)?;
+            let sources = sources(file, &change.path, core)?;
+            if let Some(staged) = &mut self.files[number] {
+                staged.sources = sources;
+            }
+            if file.size <= LARGE_BYTES || !can_wait {
+                self.take_sources(number, file, cancel)?;
+            }
         }
         if !self.is_waiting(number) {
             return Ok(Vec::new());
@@ -138,7 +163,8 @@ impl Stage {
         Ok(file.chunks().filter(is_here).map(|chunk| chunk.hash).collect())
     }
 
-    fn is_waiting(&self, number: usize) -> bool {
+    /// Whether something is still missing to a file.
+    pub(super) fn is_waiting(&self, number: usize) -> bool {
         self.files[number].as_ref().is_some_and(|file| file.waiting > 0)
     }
 
@@ -153,14 +179,19 @@ impl Stage {
     }
 
     /// The name in the stage of a file to which nothing is missing, or what is wrong with it.
-    pub(super) fn finished(&self, number: usize, change: &LocalChange) -> Result<Vec<u8>, Finding> {
+    pub(super) fn finished(
+        &mut self,
+        number: usize,
+        change: &LocalChange,
+        cancel: &CancellationToken,
+    ) -> Result<Vec<u8>, Finding> {
         let missing = || {
             let text =
                 "the hub does not have all of its content at present; it asks the members for it";
             Finding::at(&change.path, "content_missing", text)
         };
         let failed = |error: &str| Finding::at(&change.path, "stage_failed", error);
-        let staged = self.files[number].as_ref().ok_or_else(missing)?;
+        let staged = self.files[number].as_mut().ok_or_else(missing)?;
         if let Some(error) = &staged.broken {
             return Err(failed(error));
         }
@@ -168,12 +199,16 @@ impl Stage {
             return Err(missing());
         }
         let Some(Entry::File(file)) = &change.to else { return Ok(staged.name.clone()) };
-        let check = || -> io::Result<bool> {
+        let mut check = || -> io::Result<bool> {
             let handle = self.private.stage().open_for_writing(&staged.name)?;
             // Also makes the hole at the end, if there is one.
             handle.set_len(file.size)?;
             // A single chunk is the content, and its hash has been checked.
-            Ok(file.recipe.is_empty() || hash_of(&handle)? == file.content)
+            let whole = file.recipe.is_empty() || hash_of(&handle, cancel)? == file.content;
+            if whole {
+                staged.name = self.private.whole(&staged.name)?;
+            }
+            Ok(whole)
         };
         match check() {
             Ok(true) => Ok(staged.name.clone()),
@@ -187,8 +222,9 @@ impl Stage {
         &mut self,
         number: usize,
         change: &LocalChange,
+        cancel: &CancellationToken,
     ) -> Result<Vec<u8>, Finding> {
-        let name = self.finished(number, change)?;
+        let name = self.finished(number, change, cancel)?;
         self.taken(number);
         Ok(name)
     }
@@ -266,49 +302,59 @@ impl Stage {
         }
     }
 
-    /// Copies the content from a file here that has the same: a rename or a copy costs no transfer.
-    fn copy_same_content(
+    /// The chunks that are still wanted.
+    pub(super) fn needed(&self) -> Vec<Digest> {
+        let mut needed: Vec<_> = self.wanted.keys().copied().collect();
+        needed.sort_unstable();
+        needed
+    }
+
+    /// Takes what the sources hold: the whole content, which makes a rename or a copy cost no
+    /// transfer, or some chunks.
+    pub(super) fn take_sources(
         &mut self,
         number: usize,
         file: &File,
-        core: &Core,
-    ) -> Result<(), StageError> {
-        for source in core.index.with_content(&file.content, SOURCES)? {
-            let Some(staged) = &self.files[number] else { return Ok(()) };
-            let target = self.private.stage().open_for_writing(&staged.name)?;
-            if copy(&core.root, &source.row.path, target, file).unwrap_or(false) {
-                for chunk in file.chunks() {
-                    self.settle(number, &chunk.hash, None);
+        cancel: &CancellationToken,
+    ) -> io::Result<()> {
+        let Some(staged) = &mut self.files[number] else { return Ok(()) };
+        let sources = std::mem::take(&mut staged.sources);
+        if sources.is_empty() {
+            return Ok(());
+        }
+        let target = self.private.stage().open_for_writing(&staged.name)?;
+        for Source { file: source, held } in sources {
+            if held.content == file.content {
+                if copy(&source, &target, file, cancel).unwrap_or(false) {
+                    for chunk in file.chunks() {
+                        self.settle(number, &chunk.hash, None);
+                    }
+                    return Ok(());
                 }
-                return Ok(());
+            } else {
+                self.copy_shared_chunks(number, file, (&source, &held), &target, cancel)?;
             }
         }
         Ok(())
     }
 
-    /// Copies chunks from the version of the file that stands here.
+    /// Copies chunks from another version of the file.
     fn copy_shared_chunks(
         &mut self,
         number: usize,
         file: &File,
-        path: &WirePath,
-        core: &Core,
-    ) -> Result<(), StageError> {
-        if file.recipe.is_empty() {
-            return Ok(());
-        }
-        let Some(Entry::File(old)) = core.index.get(path)?.and_then(|found| found.row.local) else {
-            return Ok(());
-        };
-        let opened = core.root.parent_of(path).and_then(|(dir, leaf)| dir.open_file(leaf));
-        let Ok(source) = opened else { return Ok(()) };
+        (source, held): (&FileHandle, &File),
+        target: &FileHandle,
+        cancel: &CancellationToken,
+    ) -> io::Result<()> {
         let at: HashMap<Digest, u64> =
-            with_offsets(&old).map(|(chunk, offset)| (chunk.hash, offset)).collect();
-        let Some(staged) = &self.files[number] else { return Ok(()) };
-        let target = self.private.stage().open_for_writing(&staged.name)?;
+            with_offsets(held).map(|(chunk, offset)| (chunk.hash, offset)).collect();
         let mut buffer = Vec::new();
         for (chunk, offset) in with_offsets(file) {
             let Some(&from) = at.get(&chunk.hash) else { continue };
+            if cancel.is_cancelled() {
+                return Err(stopped());
+            }
             buffer.resize(chunk.len as usize, 0);
             // It may have been changed since it was hashed: the hash decides.
             if source.read_exact_at(&mut buffer, from).is_ok() && Digest::of(&buffer) == chunk.hash
@@ -319,6 +365,22 @@ impl Stage {
         }
         Ok(())
     }
+}
+
+/// Opens the files here that hold the content, and the version of the file that stands here.
+fn sources(file: &File, path: &WirePath, core: &Core) -> Result<Vec<Source>, StageError> {
+    let mut rows = core.index.with_content(&file.content, SOURCES)?;
+    if !file.recipe.is_empty() {
+        rows.extend(core.index.get(path)?);
+    }
+    let open = |row: crate::sync::index::IndexRow| {
+        let (parent, leaf) = core.root.parent_of(&row.row.path).ok()?;
+        match row.row.local {
+            Some(Entry::File(held)) => Some(Source { file: parent.open_file(leaf).ok()?, held }),
+            _ => None,
+        }
+    };
+    Ok(rows.into_iter().filter_map(open).collect())
 }
 
 /// Why files cannot be put together, as opposed to a single one.
@@ -350,32 +412,73 @@ fn with_offsets(file: &File) -> impl Iterator<Item = (ChunkRef, u64)> + '_ {
 
 /// Copies a whole file; false if it turns out not to have the wanted content.
 fn copy(
-    root: &RootDir,
-    path: &WirePath,
-    mut target: std::fs::File,
+    source: &FileHandle,
+    target: &FileHandle,
     wanted: &File,
+    cancel: &CancellationToken,
 ) -> io::Result<bool> {
-    let (parent, leaf) = root.parent_of(path)?;
-    let mut source = parent.open_file(leaf)?;
-    // In the kernel, sharing blocks where the file system can.
-    let copied = io::copy(&mut io::Read::take(&mut source, wanted.size), &mut target)?;
-    if copied == wanted.size && hash_of(&target)? == wanted.content {
+    let mut copied = 0;
+    while copied < wanted.size {
+        if cancel.is_cancelled() {
+            return Err(stopped());
+        }
+        let piece = usize::try_from(wanted.size - copied).unwrap_or(usize::MAX).min(PIECE_BYTES);
+        match target.copy_from(source, copied, piece)? {
+            0 => break,
+            more => copied += more as u64,
+        }
+    }
+    if copied == wanted.size && hash_of(target, cancel)? == wanted.content {
         return Ok(true);
     }
     target.set_len(0)?;
     Ok(false)
 }
 
-fn hash_of(file: &std::fs::File) -> io::Result<Digest> {
+fn hash_of(file: &FileHandle, cancel: &CancellationToken) -> io::Result<Digest> {
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 256 * 1024];
     let mut offset = 0;
     loop {
+        if cancel.is_cancelled() {
+            return Err(stopped());
+        }
         let read = file.read_at(&mut buffer, offset)?;
         if read == 0 {
             return Ok(hasher.finalize().into());
         }
         hasher.update(&buffer[..read]);
         offset += read as u64;
+    }
+}
+
+/// Told to nobody: whoever stops does not ask.
+fn stopped() -> io::Error {
+    io::Error::other("stopped")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::root_dir::DirHandle;
+
+    #[test]
+    fn copying_a_file_ends_as_soon_as_it_is_told_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let top = DirHandle::open_ambient(folder.path()).unwrap();
+        let content = vec![7; 3 * PIECE_BYTES];
+        let source = top.create_new(b"source", 0o600).unwrap();
+        source.write_all_at(&content, 0).unwrap();
+        let (size, recipe) = (content.len() as u64, cortex_shared::chunk::Recipe::default());
+        let content = Digest::of(&content);
+        let wanted = File { content, size, executable: false, mtime_ns: 0, recipe };
+        let go_on = CancellationToken::new();
+        let target = top.create_new(b"target", 0o600).unwrap();
+        assert!(copy(&source, &target, &wanted, &go_on).unwrap());
+        let stop = CancellationToken::new();
+        stop.cancel();
+        let other = top.create_new(b"other", 0o600).unwrap();
+        assert!(copy(&source, &other, &wanted, &stop).is_err());
+        assert!(hash_of(&target, &stop).is_err());
     }
 }

@@ -35,7 +35,9 @@ pub(in crate::sync) async fn supply<H: Hub>(
     tracing::info!(chunks = missing.len(), "sending content that the hub has lost");
     let root = session.core.run(|core| Ok::<_, IndexError>(core.root.clone())).await?;
     let parcel = Parcel { files, missing };
-    let failed = send_packs(session.hub, session.workspace, root, session.cancel, parcel).await?;
+    let blocking = session.core.blocking();
+    let failed =
+        send_packs(session.hub, session.workspace, blocking, root, session.cancel, parcel).await?;
     Ok(failed.into_iter().map(|path| Scope::Children(path.parent())).collect())
 }
 

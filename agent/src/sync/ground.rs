@@ -1,0 +1,74 @@
+//! What an engine stands on: the disk, clocks, chance and threads. In a simulation all of them are
+//! its own, so that one seed always makes the same history.
+
+use std::fmt;
+use std::sync::Arc;
+
+use cortex_shared::clock::unix_ms;
+use rand::RngExt as _;
+
+use super::core::SyncError;
+use crate::root_dir::{Disk, real_disk};
+
+/// Where blocking work is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Blocking {
+    /// On threads made for it.
+    Threads,
+    /// At once, by the task that asks for it.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the simulation"))]
+    Inline,
+}
+
+impl Blocking {
+    /// Does a piece of blocking work.
+    pub(super) async fn run<T: Send + 'static>(
+        self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, SyncError> {
+        match self {
+            Self::Threads => {
+                tokio::task::spawn_blocking(work).await.map_err(|_| SyncError::Panicked)
+            }
+            Self::Inline => {
+                // As if it took a moment: others have their turn.
+                tokio::task::yield_now().await;
+                Ok(work())
+            }
+        }
+    }
+}
+
+/// See the module. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Ground {
+    /// Where the root and the private directory are.
+    pub(super) disk: Arc<dyn Disk>,
+    /// Where blocking work is done.
+    pub(super) blocking: Blocking,
+    /// Whether the kernel tells of changes.
+    pub(super) watched: bool,
+    /// The time of day in milliseconds since the Unix epoch: to tell when, never to compare.
+    pub(super) wall_ms: Arc<dyn Fn() -> i64 + Send + Sync>,
+    /// A number from 0 to 1, to spread what would otherwise happen at once.
+    pub(super) chance: Arc<dyn Fn() -> f64 + Send + Sync>,
+}
+
+impl fmt::Debug for Ground {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ground").field("disk", &self.disk).finish_non_exhaustive()
+    }
+}
+
+impl Ground {
+    /// The machine itself.
+    pub(super) fn real() -> Self {
+        Self {
+            disk: real_disk(),
+            blocking: Blocking::Threads,
+            watched: true,
+            wall_ms: Arc::new(unix_ms),
+            chance: Arc::new(|| rand::rng().random_range(0.0..1.0)),
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Somebody who works in a tree, and remembers what he wrote and what he took away.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rand::RngExt as _;
+use rand::rngs::StdRng;
+
+use super::disk::SimDisk;
+use crate::root_dir::{DirHandle, Disk as _, FileHandle, FileKind};
+
+/// Few, so that everybody works on the same files.
+const NAMES: [&str; 3] = ["a", "b.txt", "A"];
+
+/// What all users wrote and took away.
+#[derive(Debug, Default)]
+pub(super) struct Ledger {
+    next: u64,
+    pub(super) written: BTreeSet<String>,
+    /// Contents that somebody removed who had them in front of him.
+    pub(super) removed: BTreeSet<String>,
+    pub(super) deeds: Vec<String>,
+}
+
+/// The users of one member.
+#[derive(Clone)]
+pub(super) struct User {
+    pub(super) name: String,
+    pub(super) root: PathBuf,
+    /// Outside of the root, on the same disk.
+    pub(super) aside: PathBuf,
+    pub(super) ledger: Arc<Mutex<Ledger>>,
+    /// A file that a program has open, and goes on writing to wherever it is by now.
+    pub(super) open: Arc<Mutex<Option<FileHandle>>>,
+}
+
+pub(super) fn read(file: &FileHandle) -> String {
+    std::io::read_to_string(file.reader()).unwrap_or_else(|error| error.to_string())
+}
+
+impl User {
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn path(&self, random: &mut StdRng) -> Vec<&'static str> {
+        let depth = [1, 1, 2, 2, 3][random.random_range(0..5)];
+        (0..depth).map(|_| NAMES[random.random_range(0..NAMES.len())]).collect()
+    }
+
+    fn parent(&self, disk: &SimDisk, path: &[&str], make: bool) -> io::Result<DirHandle> {
+        let mut directory = disk.open(&self.root)?;
+        for name in &path[..path.len() - 1] {
+            let name = name.as_bytes();
+            if make && directory.try_lstat(name)?.is_none() {
+                directory.make_dir(name, 0o755)?;
+            }
+            directory = directory.open_dir(name)?;
+        }
+        Ok(directory)
+    }
+
+    /// New content, not longer or shorter than any other.
+    fn content(&self) -> String {
+        let mut ledger = self.ledger();
+        ledger.next += 1;
+        format!("content {:06}", ledger.next)
+    }
+
+    /// Does something. What cannot be done is left.
+    pub(super) fn act(&self, disk: &SimDisk, random: &mut StdRng) {
+        let path = self.path(random);
+        let deed = match random.random_range(0..100) {
+            0..35 => self.save(disk, &path),
+            35..50 => self.write(disk, &path, random.random_bool(0.3)),
+            50..62 => self.remove(disk, &path),
+            62..74 => {
+                let other = self.path(random);
+                self.rename(disk, &path, &other)
+            }
+            74..80 => self.toggle_executable(disk, &path),
+            80..85 => self.touch(disk, &path),
+            85..88 => self.link(disk, &path),
+            88..91 => self.open(disk, &path),
+            91..95 => self.write_open(random.random_bool(0.5)),
+            _ => self.make_directory(disk, &path),
+        };
+        if let Ok(deed) = deed {
+            let (name, path) = (&self.name, path.join("/"));
+            self.ledger().deeds.push(format!("{name}: {deed} {path}"));
+        }
+    }
+
+    /// Notes what lies aside and takes it away for good.
+    fn note_removed(&self, directory: &DirHandle, name: &[u8]) -> io::Result<()> {
+        match directory.lstat(name)?.kind {
+            FileKind::Dir => {
+                let below = directory.open_dir(name)?;
+                for name in below.names()? {
+                    self.note_removed(&below, &name)?;
+                }
+                directory.remove_dir(name)
+            }
+            FileKind::File => {
+                let content = read(&directory.open_file(name)?);
+                self.ledger().removed.insert(content);
+                directory.remove_file(name)
+            }
+            FileKind::Link | FileKind::Other => directory.remove_file(name),
+        }
+    }
+
+    /// Saves as editors do, by a rename over the old file.
+    pub(super) fn save(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+        let parent = self.parent(disk, path, true)?;
+        let name = path[path.len() - 1].as_bytes();
+        let content = self.content();
+        let aside = disk.open(&self.aside)?;
+        let file = aside.create_new(content.as_bytes(), 0o644)?;
+        file.write_all_at(content.as_bytes(), 0)?;
+        file.sync()?;
+        if aside.rename_new(content.as_bytes(), &parent, name).is_err() {
+            aside.exchange(content.as_bytes(), &parent, name)?;
+            self.note_removed(&aside, content.as_bytes())?;
+        }
+        parent.sync()?;
+        self.ledger().written.insert(content.clone());
+        Ok(format!("saves {content} at"))
+    }
+
+    /// Writes into the file that stands there, and may hide it.
+    fn write(&self, disk: &SimDisk, path: &[&str], sneaky: bool) -> io::Result<String> {
+        let parent = self.parent(disk, path, false)?;
+        let file = parent.open_for_writing(path[path.len() - 1].as_bytes())?;
+        let (old, before) = (read(&file), file.meta()?);
+        let content = self.content();
+        file.set_len(0)?;
+        file.write_all_at(content.as_bytes(), 0)?;
+        if sneaky {
+            file.set_mtime(before.mtime_ns)?;
+        }
+        file.sync()?;
+        let mut ledger = self.ledger();
+        ledger.removed.insert(old);
+        ledger.written.insert(content.clone());
+        Ok(format!("writes {content} into{}", if sneaky { " (unseen)" } else { "" }))
+    }
+
+    fn open(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+        let parent = self.parent(disk, path, false)?;
+        let file = parent.open_for_writing(path[path.len() - 1].as_bytes())?;
+        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        Ok("opens".to_owned())
+    }
+
+    fn write_open(&self, close: bool) -> io::Result<String> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = open.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        if file.meta()?.links == 0 {
+            *open = None;
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let (old, content) = (read(file), self.content());
+        file.write_all_at(content.as_bytes(), 0)?;
+        file.sync()?;
+        if close {
+            *open = None;
+        }
+        let mut ledger = self.ledger();
+        ledger.removed.insert(old);
+        ledger.written.insert(content.clone());
+        Ok(format!("writes {content} into what is open, not"))
+    }
+
+    pub(super) fn remove(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+        let parent = self.parent(disk, path, false)?;
+        let aside = disk.open(&self.aside)?;
+        let name = self.content();
+        parent.rename_new(path[path.len() - 1].as_bytes(), &aside, name.as_bytes())?;
+        self.note_removed(&aside, name.as_bytes())?;
+        Ok("removes".to_owned())
+    }
+
+    fn rename(&self, disk: &SimDisk, from: &[&str], to: &[&str]) -> io::Result<String> {
+        let (old, new) = (self.parent(disk, from, false)?, self.parent(disk, to, false)?);
+        let name = |path: &[&str]| path[path.len() - 1].as_bytes().to_vec();
+        old.rename_new(&name(from), &new, &name(to))?;
+        Ok(format!("renames to {} from", to.join("/")))
+    }
+
+    pub(super) fn toggle_executable(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+        let parent = self.parent(disk, path, false)?;
+        let file = parent.open_for_writing(path[path.len() - 1].as_bytes())?;
+        file.set_mode(file.meta()?.mode ^ 0o111)?;
+        file.sync()?;
+        Ok("toggles the mode of".to_owned())
+    }
+
+    fn touch(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+        let parent = self.parent(disk, path, false)?;
+        let file = parent.open_for_writing(path[path.len() - 1].as_bytes())?;
+        file.set_mtime(file.meta()?.mtime_ns + 3_600_000_000_000)?;
+        file.sync()?;
+        Ok("touches".to_owned())
+    }
+
+    pub(super) fn link(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+        let parent = self.parent(disk, path, true)?;
+        parent.make_link(path[path.len() - 1].as_bytes(), b"a")?;
+        Ok("links".to_owned())
+    }
+
+    pub(super) fn make_directory(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+        let parent = self.parent(disk, path, true)?;
+        parent.make_dir(path[path.len() - 1].as_bytes(), 0o755)?;
+        Ok("makes".to_owned())
+    }
+}
+
+/// Everything below a directory: path, and what stands there.
+pub(super) fn tree(disk: &SimDisk, root: &Path) -> Vec<(String, String)> {
+    fn collect(directory: &DirHandle, prefix: &str, tree: &mut Vec<(String, String)>) {
+        for name in directory.names().unwrap() {
+            let path = format!("{prefix}{}", name.escape_ascii());
+            let meta = directory.lstat(&name).unwrap();
+            let below = format!("{path}/");
+            match meta.kind {
+                FileKind::Dir => {
+                    tree.push((path, "directory".to_owned()));
+                    collect(&directory.open_dir(&name).unwrap(), &below, tree);
+                }
+                FileKind::Link => {
+                    let target = directory.read_link(&name).unwrap();
+                    tree.push((path, format!("link to {}", target.escape_ascii())));
+                }
+                FileKind::File | FileKind::Other => {
+                    let content = read(&directory.open_file(&name).unwrap());
+                    let executable = if meta.executable() { "*" } else { "" };
+                    tree.push((path, format!("{content}{executable}")));
+                }
+            }
+        }
+    }
+    let mut found = Vec::new();
+    collect(&disk.open(root).unwrap(), "", &mut found);
+    found
+}

@@ -1,0 +1,417 @@
+//! One history: what happens, and what has to be true in the end.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use cortex_shared::ids::WorkspaceId;
+use cortex_shared::tasks::TaskScope;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use super::super::memory_hub::MemoryHub;
+use super::disk::{Kind, SimDisk};
+use super::line::Line;
+use super::user::{Ledger, User, tree};
+use crate::root_dir::Disk as _;
+use crate::sync::ground::{Blocking, Ground};
+use crate::sync::mode::MemberOptions;
+use crate::sync::roots::Roots;
+use crate::sync::status::SyncState;
+use crate::sync::{FlushError, WorkspaceConfig, WorkspaceHandle, start_on};
+
+/// Storms of one history.
+const STORMS: usize = 3;
+/// The longest it may take until nothing moves any more, in virtual time.
+const ROUNDS: usize = 60;
+const ROUND: Duration = Duration::from_secs(31);
+const LIMIT: Duration = Duration::from_secs(3600);
+
+/// What is the same whenever a seed is repeated.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Outcome {
+    tree: Vec<(String, String)>,
+    traffic: [usize; 3],
+    changes: Vec<u64>,
+    deeds: Vec<String>,
+}
+
+struct Member {
+    config: WorkspaceConfig,
+    disk: SimDisk,
+    line: Line,
+    user: User,
+    online: watch::Sender<bool>,
+    handle: Option<WorkspaceHandle>,
+    begun: tokio::time::Instant,
+    /// The index as it was a while ago: what a power failure may bring back.
+    old_index: Option<Vec<(PathBuf, Vec<u8>)>>,
+}
+
+pub(super) struct World {
+    random: StdRng,
+    hub: MemoryHub,
+    ledger: Arc<Mutex<Ledger>>,
+    members: Vec<Member>,
+    backup: Option<Box<dyn FnOnce()>>,
+    _folder: tempfile::TempDir,
+}
+
+impl Member {
+    fn start(&mut self) {
+        let line = self.line.clone();
+        let begun = self.begun;
+        let wall = move || {
+            1_700_000_000_000 + i64::try_from(begun.elapsed().as_millis()).unwrap_or(i64::MAX / 2)
+        };
+        let ground = Ground {
+            disk: Arc::new(self.disk.engine()),
+            blocking: Blocking::Inline,
+            watched: false,
+            wall_ms: Arc::new(wall),
+            chance: Arc::new(move || line.chance()),
+        };
+        let (config, line, scope) = (self.config.clone(), self.line.clone(), TaskScope::new());
+        let online = self.online.subscribe();
+        self.handle = Some(start_on(
+            ground,
+            config,
+            MemberOptions::default(),
+            line.clone(),
+            line,
+            online,
+            &scope,
+        ));
+    }
+
+    async fn stop(&mut self) {
+        let Some(handle) = self.handle.take() else { return };
+        tokio::time::timeout(Duration::from_secs(5), handle.stop()).await.expect("it stops");
+    }
+
+    fn handle(&self) -> &WorkspaceHandle {
+        self.handle.as_ref().expect("it runs")
+    }
+
+    fn index_files(&self) -> [PathBuf; 2] {
+        ["index.db", "index.db-wal"].map(|name| self.config.state_folder().join(name))
+    }
+
+    fn remember_index(&mut self) {
+        let read = |path: PathBuf| std::fs::read(&path).ok().map(|bytes| (path, bytes));
+        self.old_index = Some(self.index_files().into_iter().filter_map(read).collect());
+    }
+
+    fn bring_back_index(&mut self) {
+        let Some(files) = self.old_index.take() else { return };
+        for path in self.index_files() {
+            std::fs::remove_file(&path).ok();
+        }
+        for (path, bytes) in files {
+            std::fs::write(path, bytes).unwrap();
+        }
+    }
+
+    async fn flush(&self) -> Result<(), FlushError> {
+        tokio::time::timeout(LIMIT, self.handle().flush()).await.expect("a flush ends")
+    }
+
+    fn tree(&self) -> Vec<(String, String)> {
+        tree(&self.disk, &self.config.root)
+    }
+}
+
+impl World {
+    pub(super) fn new(seed: u64) -> Self {
+        let mut random = StdRng::seed_from_u64(seed);
+        // Only the indexes are real files: in memory, if there is such a place.
+        let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        let hub = MemoryHub::new();
+        let ledger = Arc::new(Mutex::new(Ledger::default()));
+        let workspace = WorkspaceId::new();
+        let members = (0..random.random_range(3..=5))
+            .map(|number| {
+                let kind = Kind {
+                    grain_ns: [1, 1, 4_000_000, 2_000_000_000][random.random_range(0..4)],
+                    reuses_numbers: random.random_bool(0.5),
+                    folds_case: false,
+                };
+                let disk = SimDisk::new(kind, random.random());
+                let name = format!("n{number}");
+                let home = folder.path().join(&name);
+                let (root, aside) = (home.join("root"), home.join("aside"));
+                disk.make_all(&root, 0o755).unwrap();
+                disk.make_all(&aside, 0o755).unwrap();
+                let beside = disk.open(&home).unwrap();
+                let file = beside.create_new(b"beside", 0o600).unwrap();
+                file.write_all_at(b"nobody touches this", 0).unwrap();
+                disk.write_back();
+                let state_dir = home.join("state");
+                let config = WorkspaceConfig {
+                    id: workspace,
+                    name: "w".to_owned(),
+                    root,
+                    state_dir,
+                    roots: Roots::default(),
+                };
+                let user = User {
+                    name,
+                    root: config.root.clone(),
+                    aside,
+                    ledger: ledger.clone(),
+                    open: Arc::default(),
+                };
+                let mut member = Member {
+                    config,
+                    disk,
+                    line: Line::new(hub.clone(), random.random()),
+                    user,
+                    online: watch::Sender::new(true),
+                    handle: None,
+                    begun: tokio::time::Instant::now(),
+                    old_index: None,
+                };
+                member.start();
+                member
+            })
+            .collect();
+        Self { random, hub, ledger, members, backup: None, _folder: folder }
+    }
+
+    /// One member makes all kinds of changes, and the process of another ends after so many changes
+    /// of its disk while it applies them. Whether it came to that.
+    pub(super) async fn apply_until(changes: u64, power_loss: bool) -> bool {
+        let mut world = Self::new(7);
+        world.calm().await;
+        let save = |world: &Self, path: &[&str]| {
+            let member = &world.members[0];
+            member.user.save(&member.disk, path).unwrap();
+        };
+        for path in [["replaced"].as_slice(), &["deleted"], &["d", "below"], &["f"], &["kept"]] {
+            save(&world, path);
+        }
+        world.calm().await;
+        save(&world, &["replaced"]);
+        save(&world, &["new"]);
+        save(&world, &["e", "deep", "new"]);
+        let Member { user, disk, .. } = &world.members[0];
+        user.remove(disk, &["deleted"]).unwrap();
+        user.remove(disk, &["d"]).unwrap();
+        user.remove(disk, &["f"]).unwrap();
+        user.make_directory(disk, &["f"]).unwrap();
+        user.link(disk, &["link"]).unwrap();
+        user.toggle_executable(disk, &["kept"]).unwrap();
+        world.members[0].flush().await.unwrap();
+        world.members[1].disk.set_fuse(changes);
+        world.members[1].handle().head_moved(*world.hub.subscribe().borrow());
+        sleep(ROUND).await;
+        let ended = world.members[1].disk.is_dead();
+        if ended {
+            world.crash(1, power_loss).await;
+        }
+        world.calm().await;
+        world.check().await;
+        for member in &mut world.members {
+            member.stop().await;
+        }
+        ended
+    }
+
+    /// Storms and calms.
+    pub(super) async fn live(&mut self) -> Outcome {
+        for _ in 0..STORMS {
+            for _ in 0..self.random.random_range(5..40) {
+                self.step().await;
+            }
+            self.calm().await;
+            self.check().await;
+        }
+        let outcome = Outcome {
+            tree: self.members[0].tree(),
+            traffic: self.hub.traffic(),
+            changes: self.members.iter().map(|member| member.disk.changes()).collect(),
+            deeds: std::mem::take(&mut self.ledger().deeds),
+        };
+        for member in &mut self.members {
+            member.stop().await;
+        }
+        outcome
+    }
+
+    fn ledger(&self) -> std::sync::MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, deed: String) {
+        self.ledger().deeds.push(deed);
+    }
+
+    async fn step(&mut self) {
+        let number = self.random.random_range(0..self.members.len());
+        let choice = self.random.random_range(0..100);
+        let (chance, amount) = (self.random.random_bool(0.5), self.random.random_range(0..40_u32));
+        let member = &mut self.members[number];
+        let name = member.user.name.clone();
+        match choice {
+            0..50 => member.user.act(&member.disk, &mut self.random),
+            50..56 => {
+                self.note(format!("{name}: line {chance}"));
+                self.members[number].line.set_up(chance);
+                self.members[number].online.send_replace(chance);
+            }
+            56..60 => self.members[number].line.set_loss(if chance { amount } else { 0 }),
+            60..66 => {
+                // An offline member answers at once that it is.
+                member.flush().await.ok();
+            }
+            66..72 => {
+                self.note(format!("{name}: ends after {amount} changes"));
+                self.members[number].disk.set_fuse(u64::from(amount));
+            }
+            72..76 => {
+                self.note(format!("{name}: is killed, power loss {chance}"));
+                self.crash(number, chance).await;
+            }
+            76..79 => {
+                member.stop().await;
+                member.start();
+            }
+            79..81 => member.disk.write_back(),
+            91..93 if chance => {
+                self.note(format!("{name}: disk fails once in {}", 20 + amount * 10));
+                self.members[number].disk.set_error_rate(20 + amount * 10);
+            }
+            91..93 => member.remember_index(),
+            93..94 => self.backup = Some(Box::new(self.hub.backup())),
+            94..96 => {
+                if let Some(restore) = self.backup.take() {
+                    self.note("the hub is put back from a backup".to_owned());
+                    restore();
+                }
+            }
+            81..91 | 96..98 => {
+                let user = member.user.clone();
+                let intruder = move |disk: &SimDisk, random: &mut StdRng| user.act(disk, random);
+                member.disk.set_intruder(3 + 2 * amount, Box::new(intruder));
+            }
+            _ => sleep(Duration::from_secs(10) * amount).await,
+        }
+        let pause = [0, 20, 100, 1000, 10_000][self.random.random_range(0..5)];
+        sleep(Duration::from_millis(self.random.random_range(0..=pause))).await;
+        self.tend().await;
+    }
+
+    /// Starts those again whose process has ended, and tells all what the hub tells.
+    async fn tend(&mut self) {
+        for number in 0..self.members.len() {
+            if self.members[number].disk.is_dead() {
+                let power = self.random.random_bool(0.5);
+                self.note(format!("{}: ended, power loss {power}", self.members[number].user.name));
+                self.crash(number, power).await;
+            }
+        }
+        let seq = *self.hub.subscribe().borrow();
+        for member in &self.members {
+            if *member.online.borrow() {
+                member.handle().head_moved(seq);
+            }
+        }
+    }
+
+    async fn crash(&mut self, number: usize, power: bool) {
+        let old_index = power && self.random.random_bool(0.5);
+        let member = &mut self.members[number];
+        member.disk.kill();
+        member.stop().await;
+        if power {
+            member.disk.lose_power();
+        }
+        if old_index {
+            member.bring_back_index();
+        }
+        member.start();
+    }
+
+    /// Everything works, and nobody does anything, until nothing moves any more.
+    async fn calm(&mut self) {
+        self.note("calm".to_owned());
+        for member in &self.members {
+            member.line.set_up(true);
+            member.line.set_loss(0);
+            member.online.send_replace(true);
+            member.disk.calm();
+        }
+        for round in 0.. {
+            sleep(ROUND).await;
+            self.tend().await;
+            let mut held = 0;
+            for member in &self.members {
+                held += member.handle().confirm_deletions().unwrap();
+            }
+            let trees: Vec<_> = self.members.iter().map(Member::tree).collect();
+            let idle = |member: &Member| {
+                let status = member.handle().status().borrow().clone();
+                status.state == SyncState::Idle && status.applied_seq == status.head_seq
+            };
+            if held == 0
+                && trees.windows(2).all(|pair| pair[0] == pair[1])
+                && self.members.iter().all(idle)
+            {
+                return;
+            }
+            if round >= ROUNDS {
+                let states: Vec<_> =
+                    self.members.iter().map(|m| m.handle().status().borrow().clone()).collect();
+                panic!("no end:\n{trees:#?}\n{states:#?}\n{:#?}", self.ledger().deeds);
+            }
+        }
+    }
+
+    /// What has to be true when nothing moves.
+    async fn check(&mut self) {
+        let before: Vec<_> = self.members.iter().map(Member::tree).collect();
+        let traffic = self.hub.traffic();
+        for member in &self.members {
+            member.flush().await.unwrap();
+        }
+        let after: Vec<_> = self.members.iter().map(Member::tree).collect();
+        let ledger = self.ledger();
+        let deeds = &ledger.deeds;
+        assert_eq!(before, after, "a second look changes nothing\n{deeds:#?}");
+        assert_eq!(traffic, self.hub.traffic(), "a second look sends nothing\n{deeds:#?}");
+        let present: BTreeSet<String> = after[0]
+            .iter()
+            .map(|(_, shown)| shown.trim_end_matches('*').to_owned())
+            .filter(|shown| shown != "directory" && !shown.starts_with("link to "))
+            .collect();
+        let made_up: Vec<_> = present.difference(&ledger.written).collect();
+        assert!(made_up.is_empty(), "nobody wrote {made_up:?}\n{deeds:#?}");
+        let lost: Vec<_> = ledger.written.iter().filter(|c| !ledger.removed.contains(*c)).collect();
+        let lost: Vec<_> = lost.into_iter().filter(|c| !present.contains(*c)).collect();
+        let places: Vec<_> = self
+            .members
+            .iter()
+            .flat_map(|member| tree(&member.disk, Path::new("/")))
+            .filter(|(_, shown)| lost.iter().any(|lost| shown.starts_with(lost.as_str())))
+            .collect();
+        assert!(lost.is_empty(), "lost {lost:?}: {places:?}\n{:#?}\n{deeds:#?}", after[0]);
+        for member in &self.members {
+            let home = member.config.root.parent().expect("it has one");
+            let beside = tree(&member.disk, home);
+            let strange: Vec<_> = beside
+                .iter()
+                .map(|(path, _)| path.split('/').next().unwrap_or_default())
+                .filter(|name| !["root", "aside", "beside", "state"].contains(name))
+                .collect();
+            assert!(strange.is_empty(), "outside of the root: {strange:?}");
+            assert!(beside.contains(&("beside".to_owned(), "nobody touches this".to_owned())));
+            let problems = member.handle().status().borrow().problems.clone();
+            let problems: Vec<_> =
+                problems.iter().filter(|problem| problem.code != "watch_limit").collect();
+            assert!(problems.is_empty(), "{problems:?}\n{deeds:#?}");
+        }
+    }
+}
