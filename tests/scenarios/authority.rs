@@ -4,7 +4,7 @@ use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 use cortex_tests::mesh::{As, Mesh, Operator};
-use cortex_tests::process::{Daemon, Outcome, run};
+use cortex_tests::process::{Outcome, run};
 use cortex_tests::{is_root, wait};
 use rustix::process::Signal;
 
@@ -157,9 +157,8 @@ fn a_revoked_operator_loses_running_commands_at_once_and_for_good() {
     let mut mesh = Mesh::start();
     let operator = mesh.operator("operator");
     let _node = mesh.node("a", As::Me);
-    let mut command = operator.command(&["exec", "a", "-s", "echo started; sleep 300"]);
-    let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
-    client.line("that it started", |line| (line == "started").then_some(()));
+    let mut client =
+        operator.begin(&["exec", "a", "-s", "echo started; sleep 300"], &mesh.path("client.log"));
     let _revoked: Outcome = mesh.hubd(&["operator", "revoke", "operator-1"]).ok();
     assert_ne!(client.wait().code(), Some(0));
     let listed = mesh.hubd(&["node", "list", "-o", "json"]).ok().json();

@@ -110,9 +110,8 @@ fn without_a_grace_a_command_ends_with_its_line() {
     let operator = mesh.operator("operator");
     let (proxy, _node) = distant(&mesh);
     let mark = mark();
-    let mut command = operator.command(&["exec", "a", "-s", &sleeper(&mark)]);
-    let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
-    client.line("that it started", |line| (line == "started").then_some(()));
+    let mut client =
+        operator.begin(&["exec", "a", "-s", &sleeper(&mark)], &mesh.path("client.log"));
     leave(&proxy);
     assert_eq!(client.wait().code(), Some(125));
     wait::until("its end", || !runs(&mark));
@@ -126,9 +125,8 @@ fn an_agent_that_is_stopped_is_not_the_commands_doing() {
     let operator = mesh.operator("operator");
     let mut node = mesh.node("a", As::Me);
     let mark = mark();
-    let mut command = operator.command(&["exec", "a", "-s", &sleeper(&mark)]);
-    let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
-    client.line("that it started", |line| (line == "started").then_some(()));
+    let mut client =
+        operator.begin(&["exec", "a", "-s", &sleeper(&mark)], &mesh.path("client.log"));
     node.stop();
     assert_eq!(client.wait().code(), Some(125));
     assert!(!runs(&mark));
@@ -239,9 +237,7 @@ fn a_line_that_went_dead_without_a_word_is_noticed_in_time() {
     let operator = mesh.operator("operator");
     let (proxy, node) = distant(&mesh);
     let log = mesh.path("client.log");
-    let mut command = operator.command(&["exec", "a", "-s", "echo started; sleep 300"]);
-    let mut client = Daemon::start("client", &mut command, &log);
-    client.line("that it started", |line| (line == "started").then_some(()));
+    let mut client = operator.begin(&["exec", "a", "-s", "echo started; sleep 300"], &log);
     proxy.set(Fault::Stall);
     let begun = Instant::now();
     let said =

@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use cortex_tests::is_root;
 use cortex_tests::mesh::{As, Mesh, Operator};
-use cortex_tests::process::{Daemon, Outcome, run};
+use cortex_tests::process::{Outcome, run};
 use rustix::process::Signal;
 
 fn exec(operator: &Operator, node: &str, script: &str) -> Outcome {
@@ -67,9 +67,7 @@ fn interrupting_the_client_ends_the_command_on_the_node() {
     let mark = format!("cortex-mark-{}", rand::random::<u64>());
     // Told by the marked process itself: before its exec it has no mark.
     let script = format!("exec -a {mark} bash -c 'echo started; sleep 300; true' & wait");
-    let mut command = operator.command(&["exec", "a", "-s", &script]);
-    let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
-    client.line("that it started", |line| (line == "started").then_some(()));
+    let mut client = operator.begin(&["exec", "a", "-s", &script], &mesh.path("client.log"));
     assert!(runs(&mark), "the command runs");
     client.signal(Signal::INT);
     assert_eq!(client.wait().code(), Some(130));
@@ -90,9 +88,8 @@ fn losing_the_node_is_told_at_once_and_is_not_the_commands_failure() {
     let mut mesh = Mesh::start();
     let operator = mesh.operator("operator");
     let mut node = mesh.node("a", As::Me);
-    let mut command = operator.command(&["exec", "a", "-s", "echo started; sleep 300"]);
-    let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
-    client.line("that it started", |line| (line == "started").then_some(()));
+    let mut client =
+        operator.begin(&["exec", "a", "-s", "echo started; sleep 300"], &mesh.path("client.log"));
     node.kill();
     let (begun, log) = (std::time::Instant::now(), mesh.path("client.log"));
     let said =

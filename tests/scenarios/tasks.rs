@@ -124,9 +124,8 @@ fn a_node_that_stays_away_fails_its_command_in_time_and_its_word_is_added_later(
     let operator = mesh.operator("operator");
     let proxy = Proxy::start(mesh.address().parse().unwrap());
     let _node = mesh.node_through("a", &proxy.address().to_string());
-    let mut command = operator.command(&["exec", "a", "-s", "echo started; sleep 2; exit 9"]);
-    let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
-    client.line("that it started", |line| (line == "started").then_some(()));
+    let mut client = operator
+        .begin(&["exec", "a", "-s", "echo started; sleep 2; exit 9"], &mesh.path("client.log"));
     proxy.set(Fault::Refuse);
     proxy.cut();
     assert_eq!(client.wait().code(), Some(125));
@@ -150,9 +149,8 @@ fn kill_on_disconnect_ends_the_command_on_the_node() {
     let node = mesh.node_through("a", &proxy.address().to_string());
     let mark = format!("cortex-mark-{}", rand::random::<u64>());
     let script = format!("exec -a {mark} sleep 300 & echo started; wait");
-    let mut command = operator.command(&["exec", "a", "--on-disconnect", "kill", "-s", &script]);
-    let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
-    client.line("that it started", |line| (line == "started").then_some(()));
+    let mut client = operator
+        .begin(&["exec", "a", "--on-disconnect", "kill", "-s", &script], &mesh.path("client.log"));
     proxy.cut();
     let code = client.wait().code();
     assert_eq!(code, Some(125), "nobody cancelled it: {}", node.log());
@@ -167,9 +165,8 @@ fn an_agent_that_died_is_not_waited_for() {
     let mut mesh = Mesh::start();
     let operator = mesh.operator("operator");
     let mut node = mesh.node("a", As::Me);
-    let mut command = operator.command(&["exec", "a", "-s", "echo started; sleep 300"]);
-    let mut client = Daemon::start("client", &mut command, &mesh.path("client.log"));
-    client.line("that it started", |line| (line == "started").then_some(()));
+    let mut client =
+        operator.begin(&["exec", "a", "-s", "echo started; sleep 300"], &mesh.path("client.log"));
     node.kill();
     node.run();
     assert_eq!(client.wait().code(), Some(125));

@@ -489,6 +489,18 @@ impl Operator {
         command
     }
 
+    /// Starts a command of this operator that says `started` when what it runs has begun, and waits for
+    /// that; what it says besides is in `log`.
+    ///
+    /// # Panics
+    /// If it does not say so.
+    #[must_use]
+    pub fn begin(&self, arguments: &[&str], log: &Path) -> Daemon {
+        let mut client = Daemon::start("client", &mut self.command(arguments), log);
+        client.line("that it started", |line| (line == "started").then_some(()));
+        client
+    }
+
     /// Runs a command of this operator to its end.
     #[must_use]
     pub fn agent(&self, arguments: &[&str]) -> Outcome {

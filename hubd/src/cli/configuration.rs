@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::builder::ValueParser;
-use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
 use super::{DataArg, output};
@@ -71,7 +70,6 @@ impl Args for Settings {
 impl FromArgMatches for Settings {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let said = SETTINGS.iter().filter_map(|setting| {
-            debug_assert!(matches.value_source(setting.name) != Some(ValueSource::DefaultValue));
             matches.get_one::<String>(setting.name).map(|text| (setting.name, text.clone()))
         });
         Ok(Self(said.collect()))
