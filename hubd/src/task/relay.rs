@@ -158,6 +158,23 @@ impl Relay {
         self.lock().values().filter(|running| running.task.record.node == node).count()
     }
 
+    /// Where each of them is.
+    #[must_use]
+    pub fn states(&self) -> Vec<cortex_proto::v1::TaskState> {
+        let tasks: Vec<_> = self.lock().values().map(|one| Arc::clone(&one.task)).collect();
+        tasks.iter().map(|task| task.state().0).collect()
+    }
+
+    /// How many there are on each node that has any.
+    #[must_use]
+    pub fn running_by_node(&self) -> HashMap<NodeId, usize> {
+        let mut counts = HashMap::new();
+        for running in self.lock().values() {
+            *counts.entry(running.task.record.node).or_default() += 1;
+        }
+        counts
+    }
+
     /// A task without a verdict.
     #[must_use]
     pub fn get(&self, id: TaskId) -> Option<Arc<Task>> {
