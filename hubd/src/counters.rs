@@ -103,7 +103,7 @@ pub static HTTP_ANSWERS: [Counter; 5] = [const { Counter::new() }; 5];
 pub static OUTPUT_BYTES: Counter = Counter::new();
 /// Bytes of standard input that callers have sent.
 pub static INPUT_BYTES: Counter = Counter::new();
-/// Commands that got a verdict: finished, failed, cancelled.
+/// Commands that got a verdict, by what they became (`TaskEndState`): finished, failed, cancelled.
 pub static TASKS_ENDED: [Counter; 3] = [const { Counter::new() }; 3];
 /// Commands that were accepted.
 pub static TASKS_ACCEPTED: Counter = Counter::new();
@@ -111,10 +111,10 @@ pub static TASKS_ACCEPTED: Counter = Counter::new();
 pub static SESSIONS_BEGUN: Counter = Counter::new();
 /// Errors of the hub's own, each of which stands in the log with its id.
 pub static INTERNAL_ERRORS: Counter = Counter::new();
-/// Commits of members that became versions.
+/// Commits of members.
 pub static COMMITS: Counter = Counter::new();
-/// Commits of members that did not.
-pub static COMMITS_REFUSED: Counter = Counter::new();
+/// Changes of paths in them that were rejected, most of them for somebody else's change before them.
+pub static CHANGES_REJECTED: Counter = Counter::new();
 /// Bytes of packs that came from members.
 pub static PACK_BYTES_IN: Counter = Counter::new();
 /// Bytes of packs that went to members.

@@ -144,8 +144,7 @@ impl Sessions {
     ///
     /// # Errors
     /// [`TooMany`].
-    pub fn offer(&self, holder: SessionHolder) -> Result<SessionSecret, TooMany> {
-        let now = Instant::now();
+    pub fn offer(&self, holder: SessionHolder, now: Instant) -> Result<SessionSecret, TooMany> {
         let mut memory = self.lock();
         memory.forget_what_is_over(now);
         if memory.codes.len() >= MAX_ALL {
@@ -158,18 +157,17 @@ impl Sessions {
 
     /// Who a code is for, if it is good. It is used up by that.
     #[must_use]
-    pub fn take_code(&self, code: &str) -> Option<SessionHolder> {
+    pub fn take_code(&self, code: &str, now: Instant) -> Option<SessionHolder> {
         let hash = hash_of(code, CODE_PREFIX)?;
         let code = self.lock().codes.remove(&hash)?;
-        (Instant::now() < code.until).then_some(code.holder)
+        (now < code.until).then_some(code.holder)
     }
 
     /// Opens a session. Beyond so many of one holder, its oldest ends.
     ///
     /// # Errors
     /// [`TooMany`] of everybody.
-    pub fn open(&self, holder: SessionHolder) -> Result<SessionSecret, TooMany> {
-        let now = Instant::now();
+    pub fn open(&self, holder: SessionHolder, now: Instant) -> Result<SessionSecret, TooMany> {
         let mut memory = self.lock();
         memory.forget_what_is_over(now);
         let own = memory.sessions.iter().filter(|(_, one)| one.holder.name() == holder.name());
@@ -191,9 +189,8 @@ impl Sessions {
 
     /// Who a session speaks for, and how long it lasts at most.
     #[must_use]
-    pub fn find(&self, session: &str) -> Option<(SessionHolder, Duration)> {
+    pub fn find(&self, session: &str, now: Instant) -> Option<(SessionHolder, Duration)> {
         let hash = hash_of(session, SESSION_PREFIX)?;
-        let now = Instant::now();
         let mut memory = self.lock();
         let session = memory.sessions.get_mut(&hash)?;
         if session.is_over(now) {
@@ -219,8 +216,7 @@ impl Sessions {
 
     /// How many sessions are open.
     #[must_use]
-    pub fn count(&self) -> usize {
-        let now = Instant::now();
+    pub fn count(&self, now: Instant) -> usize {
         self.lock().sessions.values().filter(|session| !session.is_over(now)).count()
     }
 }
@@ -252,53 +248,51 @@ mod tests {
 
     const LIFE: Duration = Duration::from_secs(8 * 3600);
 
-    #[tokio::test(start_paused = true)]
-    async fn a_code_opens_one_session_and_only_in_time() {
-        let sessions = Sessions::new(LIFE);
-        let code = sessions.offer(ann()).unwrap();
-        assert!(sessions.find(code.expose()).is_none(), "a code is no session");
-        assert_eq!(sessions.take_code(code.expose()), Some(ann()));
-        assert_eq!(sessions.take_code(code.expose()), None, "it is used up");
-        let late = sessions.offer(ann()).unwrap();
-        tokio::time::advance(CODE_LIFE).await;
-        assert_eq!(sessions.take_code(late.expose()), None);
+    #[test]
+    fn a_code_opens_one_session_and_only_in_time() {
+        let (sessions, now) = (Sessions::new(LIFE), Instant::now());
+        let code = sessions.offer(ann(), now).unwrap();
+        assert!(sessions.find(code.expose(), now).is_none(), "a code is no session");
+        assert_eq!(sessions.take_code(code.expose(), now), Some(ann()));
+        assert_eq!(sessions.take_code(code.expose(), now), None, "it is used up");
+        let late = sessions.offer(ann(), now).unwrap();
+        assert_eq!(sessions.take_code(late.expose(), now + CODE_LIFE), None);
         for bad in ["", "cxl_", "cxl_x", &"x".repeat(100_000), &late.expose()[4..]] {
-            assert_eq!(sessions.take_code(bad), None);
+            assert_eq!(sessions.take_code(bad, now), None);
         }
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_session_ends_when_it_is_idle_or_old_or_closed() {
-        let sessions = Sessions::new(LIFE);
-        let idle = sessions.open(ann()).unwrap();
-        let used = sessions.open(ann()).unwrap();
+    #[test]
+    fn a_session_ends_when_it_is_idle_or_old_or_closed() {
+        let (sessions, mut now) = (Sessions::new(LIFE), Instant::now());
+        let idle = sessions.open(ann(), now).unwrap();
+        let used = sessions.open(ann(), now).unwrap();
         for _ in 0..16 {
-            assert!(sessions.find(used.expose()).is_some());
-            tokio::time::advance(IDLE / 2).await;
+            assert!(sessions.find(used.expose(), now).is_some());
+            now += IDLE / 2;
         }
-        assert!(sessions.find(idle.expose()).is_none());
-        assert!(sessions.find(used.expose()).is_none(), "it is over eight hours after it began");
-        let closed = sessions.open(ann()).unwrap();
+        assert!(sessions.find(idle.expose(), now).is_none());
+        assert!(sessions.find(used.expose(), now).is_none(), "eight hours after it began");
+        let closed = sessions.open(ann(), now).unwrap();
         assert!(sessions.close(closed.expose()) && !sessions.close(closed.expose()));
-        assert!(sessions.find(closed.expose()).is_none());
-        assert_eq!(sessions.count(), 0);
+        assert!(sessions.find(closed.expose(), now).is_none());
+        assert_eq!(sessions.count(now), 0);
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn one_operator_has_so_many_sessions_and_the_oldest_goes() {
-        let sessions = Sessions::new(LIFE);
-        let bob = SessionHolder::Local { uid: 0 };
-        let of_bob = sessions.open(bob).unwrap();
+    #[test]
+    fn one_operator_has_so_many_sessions_and_the_oldest_goes() {
+        let (sessions, mut now) = (Sessions::new(LIFE), Instant::now());
+        let of_bob = sessions.open(SessionHolder::Local { uid: 0 }, now).unwrap();
         let mut all = Vec::new();
         for _ in 0..=MAX_OF_ONE {
-            all.push(sessions.open(ann()).unwrap());
-            tokio::time::advance(Duration::from_secs(1)).await;
+            all.push(sessions.open(ann(), now).unwrap());
+            now += Duration::from_secs(1);
         }
-        assert!(sessions.find(all[0].expose()).is_none());
-        assert!(all[1..].iter().all(|session| sessions.find(session.expose()).is_some()));
-        assert!(sessions.find(of_bob.expose()).is_some());
+        assert!(sessions.find(all[0].expose(), now).is_none());
+        assert!(all[1..].iter().all(|session| sessions.find(session.expose(), now).is_some()));
+        assert!(sessions.find(of_bob.expose(), now).is_some());
         sessions.close_all_of(&ann());
-        assert_eq!(sessions.count(), 1);
+        assert_eq!(sessions.count(now), 1);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use cortex_proto::v1;
 use cortex_shared::clock::unix_ms;
 use serde_json::json;
+use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use super::auth::AdmittedOperator;
@@ -34,7 +35,7 @@ pub(super) async fn create(
     service.store.record_audit(line).await.map_err(from_store)?;
     let code = service
         .sessions
-        .offer(holder)
+        .offer(holder, Instant::now())
         .map_err(|error| refuse(Code::ResourceExhausted, "too_many_logins", error.to_string()))?;
     Ok(v1::CreateLoginLinkResponse {
         url: format!("{}/login#{}", http.url(), code.expose()),

@@ -6,6 +6,7 @@ use std::time::Duration;
 use http::header::{AUTHORIZATION, COOKIE, HOST, ORIGIN};
 use http::request::Parts;
 use http::{HeaderMap, Method, StatusCode};
+use tokio::time::Instant;
 
 use super::error::Problem;
 use super::routes::not_logged_in;
@@ -69,7 +70,9 @@ pub(super) fn peer_of(
         Shown::Nothing => return Ok((connection.clone(), None)),
         Shown::Bearer(secret) | Shown::Cookie(secret) => secret,
     };
-    let (Some((holder, _)), Some(address)) = (sessions.find(&secret), connection.address()) else {
+    let (Some((holder, _)), Some(address)) =
+        (sessions.find(&secret, Instant::now()), connection.address())
+    else {
         return Err(not_logged_in());
     };
     Ok((Peer::Session { address, holder }, Some(secret)))

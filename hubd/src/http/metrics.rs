@@ -16,6 +16,7 @@ use prometheus::proto::{Bucket, Histogram, Metric, MetricFamily, MetricType};
 use prometheus::{Encoder as _, IntCounterVec, IntGaugeVec, Opts, TextEncoder};
 use sha2::Digest as _;
 use subtle::ConstantTimeEq as _;
+use tokio::time::Instant;
 
 use super::api::Api;
 use super::credentials::bearer;
@@ -203,7 +204,7 @@ fn of_state(api: &Api, phase: Phase) -> prometheus::Result<Vec<MetricFamily>> {
         single(
             "cortex_http_logins",
             "Open logins of browsers and programs.",
-            i64::try_from(api.sessions.count()).unwrap_or(i64::MAX),
+            i64::try_from(api.sessions.count(Instant::now())).unwrap_or(i64::MAX),
         )?,
         single(
             "cortex_http_connections",
@@ -243,11 +244,11 @@ fn of_counters() -> prometheus::Result<Vec<MetricFamily>> {
             "direction",
             &[("output", counters::OUTPUT_BYTES.get()), ("input", counters::INPUT_BYTES.get())],
         )?,
-        counter(
-            "cortex_sync_commits_total",
-            "Commits of members: those that became versions, and those that did not.",
-            "outcome",
-            &[("committed", counters::COMMITS.get()), ("refused", counters::COMMITS_REFUSED.get())],
+        count("cortex_sync_commits_total", "Commits of members.", counters::COMMITS.get())?,
+        count(
+            "cortex_sync_changes_rejected_total",
+            "Changes of paths that were rejected.",
+            counters::CHANGES_REJECTED.get(),
         )?,
         counter(
             "cortex_sync_pack_bytes_total",

@@ -34,6 +34,7 @@ use super::to_reader::End;
 use super::unwanted::Unwanted;
 use super::verdict::{journal_entry, tidy};
 use super::verdicts::Unrecorded;
+use crate::counters;
 use crate::node::registry::SessionHandle;
 use crate::store::{Acceptance, NewTask, Store, StoreError, TaskRecord};
 
@@ -253,7 +254,7 @@ impl Relay {
             role: new.role.to_string(),
         });
         match self.store.accept_task(new).await? {
-            Acceptance::New => {}
+            Acceptance::New => counters::TASKS_ACCEPTED.add(1),
             Acceptance::Known(id) => return Ok(Begun::Known(id)),
             Acceptance::KeyReused(task) => return Err(StartRefusal::KeyReused { task }),
         }
@@ -533,6 +534,7 @@ impl Relay {
             if exit.stdout_bytes + exit.stderr_bytes > 0 {
                 tokio::time::timeout(SPOOL_PATIENCE, spool.flush(task.id())).await.ok();
             }
+            counters::TASKS_ENDED[end.verdict.state() as usize].add(1);
             let end = match store.end_task(task.id(), end.clone()).await {
                 Ok(()) => {
                     unwanted.journalled(task.id());

@@ -5,6 +5,7 @@ use std::time::Duration;
 use cortex_shared::clock::unix_ms;
 use http::StatusCode;
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::{Api, view};
 use crate::grpc::auth::{AdmittedOperator, Peer};
@@ -27,7 +28,7 @@ pub(in crate::http) async fn open(
         Problem::new(StatusCode::FORBIDDEN, "invalid_code", text)
             .hint("each is good once, for five minutes; get another: cortex-agent login-link")
     };
-    let holder = api.sessions.take_code(&login.code).ok_or_else(refused)?;
+    let holder = api.sessions.take_code(&login.code, Instant::now()).ok_or_else(refused)?;
     let Some(address) = call.peer.address() else { return Err(refused()) };
     // It may have been revoked since it was given the code.
     let peer = Peer::Session { address, holder: holder.clone() };
@@ -36,11 +37,15 @@ pub(in crate::http) async fn open(
     let detail = json!({ "address": address.ip().to_string(), "bearer": login.bearer });
     let line = operator.actor().audit(now, "session.opened", &operator.name, detail);
     api.service.store.record_audit(line).await.map_err(from_store)?;
-    let secret = api.sessions.open(holder).map_err(|error| {
+    let secret = api.sessions.open(holder, Instant::now()).map_err(|error| {
         Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_logins", error.to_string())
     })?;
     tracing::info!(operator = %operator.name, %address, "session opened");
-    let left = api.sessions.find(secret.expose()).map(|(_, left)| left).unwrap_or_default();
+    let left = api
+        .sessions
+        .find(secret.expose(), Instant::now())
+        .map(|(_, left)| left)
+        .unwrap_or_default();
     let mut session = describe(api, &operator, Some(left));
     if login.bearer {
         session.token = Some(secret.expose().to_owned());
@@ -54,7 +59,8 @@ pub(in crate::http) async fn show(
     call: &Call,
     _: NoQuery,
 ) -> Result<view::Session, Problem> {
-    let session = call.session.as_ref().and_then(|secret| api.sessions.find(secret));
+    let session =
+        call.session.as_ref().and_then(|secret| api.sessions.find(secret, Instant::now()));
     Ok(describe(api, call.caller()?, session.map(|(_, left)| left)))
 }
 
