@@ -10,6 +10,7 @@
 #       --hub HOST:PORT --ca PIN    what `cortex-hubd invite create` printed
 #       --token-file F, --token-stdin, or CORTEX_TOKEN in the environment
 #       [--name N] [--label K=V]... [--workspace-root DIR]
+#       [--no-service]              join only; something else than systemd starts the agent
 #   install.sh uninstall [--purge]  take back what it did; --purge: and all data
 #
 # For all:
@@ -37,7 +38,7 @@ usage() {
 
 # Everything is read before anything is done: a script that arrives by halves does nothing.
 main() {
-  what=programs dry=false purge=false token_stdin=false
+  what=programs dry=false purge=false token_stdin=false no_service=false
   user='' prefix='' from='' tls_pin='' grpc='' http='' advertise='' hub='' pin='' token_file='' name='' workspace_root='' labels=''
   case ${1:-} in
     hub | agent | uninstall) what=$1; shift ;;
@@ -49,6 +50,7 @@ main() {
       --dry-run) dry=true ;;
       --purge) purge=true ;;
       --token-stdin) token_stdin=true ;;
+      --no-service) no_service=true ;;
       --prefix | --from | --pin | --grpc | --http | --advertise | --hub | --ca | --token-file | --name | --label | --workspace-root)
         [ $# -ge 2 ] || usage "$1 needs a value"
         case $1 in
@@ -232,6 +234,12 @@ The hub runs. Next, here:
 TEXT
 }
 
+# Whether there is a systemd that services can be given to.
+can_serve() {
+  command -v systemctl >/dev/null || return 1
+  [ -z "$user" ] || systemctl --user show-environment >/dev/null 2>&1
+}
+
 install_agent() {
   programs cortex-agent
   state=/var/lib/cortex-agent
@@ -243,10 +251,10 @@ install_agent() {
     [ -n "$pin" ] || usage "--ca is missing"
     join
   fi
-  # A node without systemd is a node all the same, once somebody starts it.
-  if ! { $dry || command -v systemctl >/dev/null; }; then
-    echo "there is no systemd on this machine; start the node with what it has:"
-    echo "  CORTEX_STATE=$state $bin/cortex-agent run"
+  # A node without systemd is a node all the same, once something starts it.
+  if $no_service || ! { $dry || can_serve; }; then
+    $no_service || echo "systemd cannot be used here; start the node with what there is:"
+    echo "CORTEX_STATE=$state $bin/cortex-agent run"
     return
   fi
   service cortex-agent install ${user:+--user}

@@ -416,7 +416,7 @@ impl Hub {
             tracing::warn!("the databases did not close in time");
         }
         if let Some(http) = self.http {
-            http.shutdown().await;
+            http.shutdown(self.grace).await;
         }
         tracing::info!("hub stopped");
     }

@@ -15,6 +15,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use rand::TryRng as _;
 use sha2::Digest as _;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use zeroize::Zeroize as _;
 
 use crate::store::KeyHash;
@@ -101,6 +102,33 @@ struct Session {
     begun: Instant,
     until: Instant,
     used: Instant,
+    ended: CancellationToken,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.ended.cancel();
+    }
+}
+
+/// An open session, as it was found.
+#[derive(Clone, Debug)]
+pub struct FoundSession {
+    /// Whom it speaks for.
+    pub holder: SessionHolder,
+    /// When it ends at the latest.
+    pub until: Instant,
+    ended: CancellationToken,
+}
+
+impl FoundSession {
+    /// Waits until it has ended: closed, or over.
+    pub async fn ended(&self) {
+        tokio::select! {
+            () = self.ended.cancelled() => {}
+            () = tokio::time::sleep_until(self.until) => {}
+        }
+    }
 }
 
 impl Session {
@@ -133,6 +161,12 @@ impl Sessions {
     #[must_use]
     pub fn new(life: Duration) -> Self {
         Self { memory: Mutex::default(), life }
+    }
+
+    /// How long a session lasts at most.
+    #[must_use]
+    pub fn life(&self) -> Duration {
+        self.life
     }
 
     /// Held for map operations only.
@@ -182,14 +216,15 @@ impl Sessions {
             return Err(TooMany);
         }
         let (secret, hash) = secret(SESSION_PREFIX);
-        let session = Session { holder, begun: now, until: now + self.life, used: now };
+        let ended = CancellationToken::new();
+        let session = Session { holder, begun: now, until: now + self.life, used: now, ended };
         memory.sessions.insert(hash, session);
         Ok(secret)
     }
 
-    /// Who a session speaks for, and how long it lasts at most.
+    /// An open session. Finding it is using it.
     #[must_use]
-    pub fn find(&self, session: &str, now: Instant) -> Option<(SessionHolder, Duration)> {
+    pub fn find(&self, session: &str, now: Instant) -> Option<FoundSession> {
         let hash = hash_of(session, SESSION_PREFIX)?;
         let mut memory = self.lock();
         let session = memory.sessions.get_mut(&hash)?;
@@ -198,7 +233,11 @@ impl Sessions {
             return None;
         }
         session.used = now;
-        Some((session.holder.clone(), session.until - now))
+        Some(FoundSession {
+            holder: session.holder.clone(),
+            until: session.until,
+            ended: session.ended.clone(),
+        })
     }
 
     /// Ends a session; whether there was one.

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::error::Problem;
 use super::routes::not_logged_in;
-use crate::authority::sessions::{SessionSecret, Sessions};
+use crate::authority::sessions::{FoundSession, SessionSecret, Sessions};
 use crate::grpc::auth::Peer;
 
 /// The prefix makes browsers take it only over TLS, for this host alone and for all paths.
@@ -18,7 +18,7 @@ const COOKIE_NAME: &str = "__Host-cortex";
 
 /// What came with a request.
 #[derive(Debug, PartialEq, Eq)]
-enum Shown {
+enum Credential {
     Nothing,
     Bearer(String),
     Cookie(String),
@@ -35,29 +35,38 @@ pub(super) fn clear_cookie() -> String {
     format!("{COOKIE_NAME}=; Path=/; Max-Age=0; HttpOnly; Secure; SameSite=Strict")
 }
 
-fn shown(headers: &HeaderMap) -> Shown {
+fn credential(headers: &HeaderMap) -> Credential {
     if let Some(value) = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok())
         && let Some((scheme, token)) = value.split_once(' ')
         && scheme.eq_ignore_ascii_case("bearer")
     {
-        return Shown::Bearer(token.trim().to_owned());
+        return Credential::Bearer(token.trim().to_owned());
     }
     let cookies = headers.get_all(COOKIE).iter().filter_map(|value| value.to_str().ok());
     let mut pairs =
         cookies.flat_map(|line| line.split(';')).filter_map(|pair| pair.split_once('='));
     let found = pairs.find(|(name, _)| name.trim() == COOKIE_NAME);
-    found.map_or(Shown::Nothing, |(_, value)| Shown::Cookie(value.trim().to_owned()))
+    found.map_or(Credential::Nothing, |(_, value)| Credential::Cookie(value.trim().to_owned()))
 }
 
 /// A bearer token that is no session's.
 pub(super) fn bearer(headers: &HeaderMap) -> Option<String> {
-    match shown(headers) {
-        Shown::Bearer(token) => Some(token),
-        Shown::Cookie(_) | Shown::Nothing => None,
+    match credential(headers) {
+        Credential::Bearer(token) => Some(token),
+        Credential::Cookie(_) | Credential::Nothing => None,
     }
 }
 
-/// Who sends a request, and the session's secret if it is by one.
+/// A session that a request showed.
+#[derive(Clone)]
+pub(crate) struct Shown {
+    /// Its secret.
+    pub(super) secret: String,
+    /// What it is.
+    pub(super) session: FoundSession,
+}
+
+/// Who sends a request, and the session if it is by one.
 ///
 /// # Errors
 /// If a session was shown that is not open (any more): never less than what was shown is taken.
@@ -65,17 +74,15 @@ pub(super) fn peer_of(
     parts: &Parts,
     connection: &Peer,
     sessions: &Sessions,
-) -> Result<(Peer, Option<String>), Problem> {
-    let secret = match shown(&parts.headers) {
-        Shown::Nothing => return Ok((connection.clone(), None)),
-        Shown::Bearer(secret) | Shown::Cookie(secret) => secret,
+) -> Result<(Peer, Option<Shown>), Problem> {
+    let secret = match credential(&parts.headers) {
+        Credential::Nothing => return Ok((connection.clone(), None)),
+        Credential::Bearer(secret) | Credential::Cookie(secret) => secret,
     };
-    let (Some((holder, _)), Some(address)) =
-        (sessions.find(&secret, Instant::now()), connection.address())
-    else {
-        return Err(not_logged_in());
-    };
-    Ok((Peer::Session { address, holder }, Some(secret)))
+    let session = sessions.find(&secret, Instant::now()).ok_or_else(not_logged_in)?;
+    let address = connection.address().ok_or_else(not_logged_in)?;
+    let peer = Peer::Session { address, holder: session.holder.clone() };
+    Ok((peer, Some(Shown { secret, session })))
 }
 
 /// Refuses what another site's page makes a browser send. Browsers say where a request that changes
@@ -87,7 +94,7 @@ pub(super) fn check_origin(parts: &Parts) -> Result<(), Problem> {
     let refused = |detail: &str| Problem::new(StatusCode::FORBIDDEN, "foreign_origin", detail);
     let mut origins = parts.headers.get_all(ORIGIN).iter();
     match (origins.next(), origins.next()) {
-        (None, _) if matches!(shown(&parts.headers), Shown::Cookie(_)) => {
+        (None, _) if matches!(credential(&parts.headers), Credential::Cookie(_)) => {
             Err(refused("a request with a cookie that changes something needs an Origin"))
         }
         (None, _) => Ok(()),
@@ -157,13 +164,13 @@ mod tests {
 
     #[test]
     fn credentials_are_found_among_others() {
-        let found = |headers: &[(&str, &str)]| shown(&parts("GET", headers).headers);
-        assert_eq!(found(&[]), Shown::Nothing);
-        let cookie = Shown::Cookie("cxs_1".into());
+        let found = |headers: &[(&str, &str)]| credential(&parts("GET", headers).headers);
+        assert_eq!(found(&[]), Credential::Nothing);
+        let cookie = Credential::Cookie("cxs_1".into());
         assert_eq!(found(&[("cookie", "a=b; __Host-cortex=cxs_1; c=d")]), cookie);
         assert_eq!(found(&[("cookie", "a=b"), ("cookie", "__Host-cortex=cxs_1")]), cookie);
-        assert_eq!(found(&[("cookie", "x__Host-cortex=cxs_1")]), Shown::Nothing);
-        assert_eq!(found(&[("authorization", "bearer  t")]), Shown::Bearer("t".into()));
-        assert_eq!(found(&[("authorization", "Basic x")]), Shown::Nothing);
+        assert_eq!(found(&[("cookie", "x__Host-cortex=cxs_1")]), Credential::Nothing);
+        assert_eq!(found(&[("authorization", "bearer  t")]), Credential::Bearer("t".into()));
+        assert_eq!(found(&[("authorization", "Basic x")]), Credential::Nothing);
     }
 }

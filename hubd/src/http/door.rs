@@ -16,7 +16,7 @@ use http::request::Parts;
 use http::{HeaderValue, Response, StatusCode};
 
 use super::api::Api;
-use super::credentials::{check_origin, peer_of};
+use super::credentials::{Shown, check_origin, peer_of};
 use super::error::Problem;
 use super::health::{self, Readiness};
 use super::metrics::{self, MetricsToken};
@@ -76,22 +76,17 @@ impl Door {
         self.api.get().ok_or_else(starting)
     }
 
-    /// Lets a request in as this call of the Operator service, or says why not. Whoever answers with a
-    /// stream ends it with [`Entry::over`].
-    pub(super) fn admit(
-        &self,
-        method: &'static str,
-        parts: &Parts,
-    ) -> Result<(Entry, Peer, Option<String>), Problem> {
+    /// Lets a request in as this call of the Operator service, or says why not.
+    pub(super) fn admit(&self, method: &'static str, parts: &Parts) -> Result<Visit, Problem> {
         let api = self.api()?;
         check_origin(parts)?;
         let connection = parts.extensions.get::<Peer>().ok_or_else(not_logged_in)?;
-        let (peer, secret) = peer_of(parts, connection, &self.sessions)?;
+        let (peer, session) = peer_of(parts, connection, &self.sessions)?;
         if matches!(peer, Peer::Anonymous(_)) {
             return Err(not_logged_in());
         }
         match api.auth.admit_operator(method, peer.clone()) {
-            Ok(entry) => Ok((entry, peer, secret)),
+            Ok(entry) => Ok(Visit { entry, peer, session }),
             Err(status) => {
                 if let (Peer::Session { holder, .. }, tonic::Code::Unauthenticated) =
                     (&peer, status.code())
@@ -101,6 +96,33 @@ impl Door {
                 }
                 Err(status.into())
             }
+        }
+    }
+}
+
+/// A request that was let in.
+pub(super) struct Visit {
+    /// Who it is.
+    pub(super) entry: Entry,
+    /// The connection, or the session on it.
+    pub(super) peer: Peer,
+    /// The session, if it is by one.
+    pub(super) session: Option<Shown>,
+}
+
+impl Visit {
+    /// Waits until whoever asked may go on no longer, and says why: whoever answers with a stream ends it
+    /// then. Safe to give up and to begin again.
+    pub(super) async fn over(&self) -> Problem {
+        let logged_out = async {
+            match &self.session {
+                Some(shown) => shown.session.ended().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            status = self.entry.over() => status.into(),
+            () = logged_out => not_logged_in(),
         }
     }
 }
@@ -170,15 +192,16 @@ async fn carry_out(
 ) -> Result<Response<Body>, Problem> {
     let (parts, body) = request.into_parts();
     let api = Arc::clone(door.api()?);
-    let (entry, peer, session) = match route.who {
+    let (visit, peer) = match route.who {
         Who::Caller(method) => {
-            let (entry, peer, session) = door.admit(method, &parts)?;
-            (Some(entry), peer, session)
+            let visit = door.admit(method, &parts)?;
+            let peer = visit.peer.clone();
+            (Some(visit), peer)
         }
         Who::Anyone => {
             check_origin(&parts)?;
             let peer = parts.extensions.get::<Peer>().cloned();
-            (None, peer.ok_or_else(not_logged_in)?, None)
+            (None, peer.ok_or_else(not_logged_in)?)
         }
     };
     let work = async {
@@ -187,9 +210,9 @@ async fn carry_out(
             None => Vec::new(),
         };
         let call = Call {
-            caller: entry.as_ref().map(|entry| entry.operator.clone()),
+            caller: visit.as_ref().map(|visit| visit.entry.operator.clone()),
             peer,
-            session,
+            session: visit.as_ref().and_then(|visit| visit.session.clone()),
             path: path.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
             query: parts.uri.query().unwrap_or_default().to_owned(),
             body,
@@ -197,14 +220,16 @@ async fn carry_out(
         (route.handle)(api, call).await
     };
     let over = async {
-        match &entry {
-            Some(entry) => entry.over().await,
+        match &visit {
+            Some(visit) => visit.over().await,
             None => std::future::pending().await,
         }
     };
     tokio::select! {
+        // First: logging out ends its own session, and is answered.
+        biased;
         response = work => response,
-        status = over => Err(status.into()),
+        problem = over => Err(problem),
         () = tokio::time::sleep(door.request_time) => Err(Problem::new(
             StatusCode::GATEWAY_TIMEOUT,
             "deadline",
@@ -238,8 +263,8 @@ fn metrics(door: &Door, request: Request) -> Result<Response<Body>, Problem> {
     let (parts, _) = request.into_parts();
     let connection = parts.extensions.get::<Peer>().ok_or_else(not_logged_in)?;
     if !metrics::may_see(door.metrics_token.as_ref(), connection, &parts.headers) {
-        let (entry, ..) = door.admit("/cortex.v1.Operator/HubStatus", &parts)?;
-        if !entry.operator.scope.is_everything() {
+        let visit = door.admit("/cortex.v1.Operator/HubStatus", &parts)?;
+        if !visit.entry.operator.scope.is_everything() {
             let text = "these numbers are of the whole mesh, and this operator sees a part of it";
             return Err(Problem::new(StatusCode::FORBIDDEN, "scope_too_narrow", text));
         }

@@ -34,6 +34,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cortex_shared::clock::unix_ms;
 use cortex_shared::tasks::TaskScope;
@@ -192,10 +193,13 @@ impl HttpSide {
         self.certificate.reload()
     }
 
-    /// Ends it, once everything else has ended. What is under way has a few seconds.
-    pub async fn shutdown(self) {
+    /// Ends it, once everything else has ended. What is under way has a few seconds, and no longer than
+    /// `grace`.
+    pub async fn shutdown(self, grace: Duration) {
         self.scope.cancel();
-        self.scope.finish().await;
+        if tokio::time::timeout(grace, self.scope.finish()).await.is_err() {
+            tracing::warn!(tasks = self.scope.running(), "http did not end in time");
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::api::{Api, history, hub, nodes, session, tasks, view, workspaces};
+use super::credentials::Shown;
 use super::error::{Problem, internal};
 use crate::grpc::auth::{AdmittedOperator, Peer};
 
@@ -70,8 +71,8 @@ pub(crate) struct Call {
     pub(super) caller: Option<AdmittedOperator>,
     /// The connection, or the session on it.
     pub(super) peer: Peer,
-    /// The session's secret, where one was shown.
-    pub(super) session: Option<String>,
+    /// The session, where one was shown.
+    pub(super) session: Option<Shown>,
     /// The parts of the path that have names.
     pub(super) path: BTreeMap<String, String>,
     /// What stands behind the question mark.

@@ -41,11 +41,7 @@ pub(in crate::http) async fn open(
         Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_logins", error.to_string())
     })?;
     tracing::info!(operator = %operator.name, %address, "session opened");
-    let left = api
-        .sessions
-        .find(secret.expose(), Instant::now())
-        .map(|(_, left)| left)
-        .unwrap_or_default();
+    let left = api.sessions.life();
     let mut session = describe(api, &operator, Some(left));
     if login.bearer {
         session.token = Some(secret.expose().to_owned());
@@ -59,9 +55,9 @@ pub(in crate::http) async fn show(
     call: &Call,
     _: NoQuery,
 ) -> Result<view::Session, Problem> {
-    let session =
-        call.session.as_ref().and_then(|secret| api.sessions.find(secret, Instant::now()));
-    Ok(describe(api, call.caller()?, session.map(|(_, left)| left)))
+    let end = call.session.as_ref().map(|shown| shown.session.until);
+    let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+    Ok(describe(api, call.caller()?, left))
 }
 
 pub(in crate::http) async fn close(
@@ -69,12 +65,12 @@ pub(in crate::http) async fn close(
     call: &Call,
     _: NoQuery,
 ) -> Result<Reply<view::Done>, Problem> {
-    if let Some(secret) = &call.session
-        && api.sessions.close(secret)
-    {
+    if let Some(shown) = &call.session {
         let caller = call.caller()?;
         let line = caller.actor().audit(unix_ms(), "session.closed", &caller.name, json!({}));
         api.service.store.record_audit(line).await.map_err(from_store)?;
+        // Nothing is waited for after this: this request ends with its session.
+        api.sessions.close(&shown.secret);
     }
     Ok(Reply::from(view::Done { done: true }).with_cookie(clear_cookie()))
 }
