@@ -7,10 +7,13 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 use super::support::{Login, TestHub};
 use super::*;
+use crate::config::HttpConfig;
 use crate::grpc::auth::expected::may_call;
+use crate::store::fault::{Fault, FaultStore, Faults};
 
 /// An answer.
 #[derive(Debug)]
@@ -46,16 +49,8 @@ impl Answer {
     }
 }
 
-/// Sends a request on a connection of its own, which has to be that of the mesh's authority, and reads the
-/// answer.
-async fn send(
-    hub: &TestHub,
-    login: Option<&Login>,
-    method: &str,
-    path: &str,
-    headers: &[&str],
-    body: &str,
-) -> Answer {
+/// A connection to the HTTP side, which has to be that of the mesh's authority.
+async fn dial(hub: &TestHub, login: Option<&Login>) -> TlsStream<TcpStream> {
     let mut roots = RootCertStore::empty();
     roots.add(hub.authority()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -73,7 +68,31 @@ async fn send(
     let address = hub.hub.http().unwrap().address();
     let tcp = TcpStream::connect(address).await.unwrap();
     let name = ServerName::try_from("localhost").unwrap();
-    let mut stream = TlsConnector::from(Arc::new(tls)).connect(name, tcp).await.unwrap();
+    TlsConnector::from(Arc::new(tls)).connect(name, tcp).await.unwrap()
+}
+
+/// Sends a request on a connection of its own, and reads the answer.
+async fn send(
+    hub: &TestHub,
+    login: Option<&Login>,
+    method: &str,
+    path: &str,
+    headers: &[&str],
+    body: &str,
+) -> Answer {
+    let stream = dial(hub, login).await;
+    let answer = send_on(stream, method, path, headers, body).await;
+    answer.unwrap_or_else(|| panic!("no answer to {method} {path}"))
+}
+
+/// The same on this connection; nothing if it is closed instead.
+async fn send_on(
+    mut stream: TlsStream<TcpStream>,
+    method: &str,
+    path: &str,
+    headers: &[&str],
+    body: &str,
+) -> Option<Answer> {
     let mut request =
         format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n");
     for header in headers {
@@ -83,15 +102,15 @@ async fn send(
         request.push_str("content-type: application/json\r\n");
     }
     request.push_str(&format!("content-length: {}\r\n\r\n{body}", body.len()));
-    stream.write_all(request.as_bytes()).await.unwrap();
+    // It may be closed by now.
+    stream.write_all(request.as_bytes()).await.ok();
     let mut bytes = Vec::new();
     // A server that closes at once may leave out the farewell of TLS.
     stream.read_to_end(&mut bytes).await.ok();
     let text = String::from_utf8(bytes).unwrap();
-    let (headers, body) =
-        text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {text:?}"));
+    let (headers, body) = text.split_once("\r\n\r\n")?;
     let status = headers.split(' ').nth(1).unwrap().parse().unwrap();
-    Answer { status, headers: headers.to_owned(), body: body.to_owned() }
+    Some(Answer { status, headers: headers.to_owned(), body: body.to_owned() })
 }
 
 async fn get(hub: &TestHub, path: &str, headers: &[&str]) -> Answer {
@@ -303,5 +322,59 @@ async fn numbers_are_for_this_machine_and_health_is_for_everybody() {
     ] {
         assert!(numbers.body.lines().any(|found| found == line), "{line}: {}", numbers.body);
     }
+    hub.hub.shutdown().await;
+}
+
+/// A hub with this HTTP side, on a store that does as it is told.
+async fn hub_with(change: impl FnOnce(&mut HttpConfig)) -> (TestHub, Faults) {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut config, faults) = (config(folder.path()), Faults::default());
+    change(&mut config.http);
+    let handle = faults.clone();
+    let hub = Hub::start_on(config, |store| Arc::new(FaultStore::new(store, handle))).await;
+    (TestHub { hub: hub.unwrap(), folder }, faults)
+}
+
+#[tokio::test]
+async fn one_connection_too_many_is_closed_and_those_that_are_there_go_on() {
+    let (hub, _) = hub_with(|http| http.connections = 1).await;
+    let mut first = dial(&hub, None).await;
+    let ask = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    let mut answer = [0; 15];
+    for _ in 0..2 {
+        first.write_all(ask).await.unwrap();
+        first.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200 OK");
+        let mut byte = [0];
+        let mut rest = Vec::new();
+        while !rest.ends_with(b"\r\n\r\nok\n") {
+            first.read_exact(&mut byte).await.unwrap();
+            rest.push(byte[0]);
+        }
+        let refused = send_on(dial(&hub, None).await, "GET", "/healthz", &[], "").await;
+        assert!(refused.is_none(), "{refused:?}");
+    }
+    drop(first);
+    // Its place is free once the hub has seen its end.
+    while send_on(dial(&hub, None).await, "GET", "/healthz", &[], "").await.is_none() {}
+    hub.hub.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_store_that_stalls_costs_a_request_its_time_and_nobody_else_any() {
+    let (hub, faults) = hub_with(|http| http.request_time = Duration::from_millis(200)).await;
+    let session = bearer(&hub, None).await;
+    faults.set(Fault::Stall);
+    let late = get(&hub, "/api/v1/tasks", &[&session]).await;
+    assert_eq!((late.status, late.code().as_str()), (504, "deadline"));
+    get(&hub, "/api/v1/nodes", &[&session]).await.ok();
+    get(&hub, "/metrics", &[]).await.ok();
+    assert_eq!(get(&hub, "/readyz", &[]).await.status, 200);
+    faults.set(Fault::Fail);
+    let failed = get(&hub, "/api/v1/tasks", &[&session]).await;
+    assert_eq!((failed.status, failed.code().as_str()), (500, "internal"));
+    assert_eq!(failed.json()["error_id"].as_str().unwrap().len(), 8);
+    faults.set(Fault::None);
+    get(&hub, "/api/v1/tasks", &[&session]).await.ok();
     hub.hub.shutdown().await;
 }
