@@ -240,10 +240,9 @@ async fn carry_out(
 
 async fn read(parts: &Parts, body: Body, limit: usize) -> Result<Vec<u8>, Problem> {
     // What a page of another site can send without asking is no JSON.
-    let json = parts.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    if !json
-        .is_some_and(|kind| kind.split(';').next().is_some_and(|k| k.trim() == "application/json"))
-    {
+    let kind = parts.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let kind = kind.and_then(|kind| kind.split(';').next()).map(str::trim);
+    if kind != Some("application/json") {
         let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
         return Err(Problem::new(status, "not_json", "the body has to be application/json"));
     }

@@ -14,8 +14,13 @@ use serde::Serialize;
 use tonic::{Code, Status};
 
 /// Why a request was not carried out.
+#[derive(Clone, Debug)]
+pub(crate) struct Problem(Box<Document>);
+
+/// Why a request was not carried out.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
-pub(crate) struct Problem {
+#[schemars(rename = "Problem")]
+pub(super) struct Document {
     /// `urn:cortex:problem:` and the code.
     r#type: String,
     /// The HTTP status in words.
@@ -40,7 +45,7 @@ pub(crate) struct Problem {
 impl Problem {
     /// A problem with its stable word and a text for people.
     pub(crate) fn new(status: StatusCode, code: &str, detail: impl Into<String>) -> Self {
-        Self {
+        Self(Box::new(Document {
             r#type: format!("urn:cortex:problem:{code}"),
             title: status.canonical_reason().unwrap_or("Error"),
             status: status.as_u16(),
@@ -49,18 +54,18 @@ impl Problem {
             hint: None,
             error_id: None,
             retry_after_s: None,
-        }
+        }))
     }
 
     /// Adds what helps.
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
+        self.0.hint = Some(hint.into());
         self
     }
 
     /// Adds after how many seconds a repetition may succeed.
     pub(crate) fn retry_after(mut self, seconds: u64) -> Self {
-        self.retry_after_s = Some(seconds);
+        self.0.retry_after_s = Some(seconds);
         self
     }
 
@@ -72,7 +77,7 @@ impl Problem {
     /// Its stable word.
     #[cfg(test)]
     pub(crate) fn code(&self) -> &str {
-        &self.code
+        &self.0.code
     }
 }
 
@@ -107,25 +112,26 @@ impl From<Status> for Problem {
         let code = trailer(CODE_TRAILER).unwrap_or_else(|| "internal".to_owned());
         let after = retry_after(status.metadata()).map(|after| after.as_secs() + 1);
         let mut problem = Self::new(status_of(&status, &code), &code, status.message());
-        (problem.hint, problem.retry_after_s) = (trailer(HINT_TRAILER), after);
-        problem.error_id = trailer(ERROR_ID_TRAILER);
+        (problem.0.hint, problem.0.retry_after_s) = (trailer(HINT_TRAILER), after);
+        problem.0.error_id = trailer(ERROR_ID_TRAILER);
         problem
     }
 }
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response<Body> {
-        let body = serde_json::to_vec(&self).unwrap_or_default();
+        let Self(document) = self;
+        let body = serde_json::to_vec(&document).unwrap_or_default();
         let mut response = Response::new(Body::from(body));
         *response.status_mut() =
-            StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            StatusCode::from_u16(document.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        if let Some(seconds) = self.retry_after_s {
+        if let Some(seconds) = document.retry_after_s {
             headers.insert(RETRY_AFTER, seconds.into());
         }
-        if self.status == StatusCode::UNAUTHORIZED.as_u16() {
+        if document.status == StatusCode::UNAUTHORIZED.as_u16() {
             let scheme = HeaderValue::from_static("Bearer realm=\"cortex\"");
             headers.insert(http::header::WWW_AUTHENTICATE, scheme);
         }
@@ -139,7 +145,7 @@ mod tests {
     use crate::grpc::status::{internal as grpc_internal, invalid, offline, too_often};
 
     fn shown(problem: Problem) -> serde_json::Value {
-        serde_json::to_value(&problem).unwrap()
+        serde_json::to_value(&problem.0).unwrap()
     }
 
     #[test]

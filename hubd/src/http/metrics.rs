@@ -55,7 +55,7 @@ pub(super) fn may_see(
 ) -> bool {
     let local =
         connection.address().is_some_and(|address| address.ip().to_canonical().is_loopback());
-    let shown = bearer(headers).map(|shown| sha2::Sha256::digest(shown));
+    let shown = bearer(headers).map(sha2::Sha256::digest);
     let knows = match (token, shown) {
         (Some(token), Some(shown)) => bool::from(token.0.ct_eq(&shown)),
         _ => false,

@@ -9,7 +9,7 @@ use schemars::SchemaGenerator;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
-use super::error::Problem;
+use super::error::Document;
 use super::routes::{ROUTES, Route, Who};
 
 /// The document; the same for everybody.
@@ -28,7 +28,7 @@ pub(super) fn document() -> Value {
     settings.definitions_path = "/components/schemas".into();
     settings.meta_schema = None;
     let mut generator = settings.into_generator();
-    let problem = generator.subschema_for::<Problem>();
+    let problem = generator.subschema_for::<Document>();
     let mut paths = Map::new();
     for route in ROUTES {
         let operation = operation(route, &mut generator);
