@@ -256,16 +256,18 @@ fn prometheus_finds_nothing_wrong_with_the_metrics() {
 }
 
 #[test]
-fn a_hub_that_ends_says_so_until_it_is_gone() {
+fn a_hub_that_comes_back_has_the_same_key_and_no_logins() {
     let mut mesh = Mesh::start();
     let ready = curl(&mesh, "/readyz", &["-f"]).ok();
     assert_eq!(ready.text(), "ready\n");
     let mut operator = mesh.operator("operator");
     let _node = mesh.node("south", cortex_tests::mesh::As::Me);
     let session = log_in(&mesh, &operator);
+    let key = status(&mesh)["http_pin"].clone();
     assert!(mesh.hub().terminate().success());
     // A new hub on the same data has the same key, and no logins.
     mesh.start_hub();
+    assert_eq!(status(&mesh)["http_pin"], key);
     let refused = curl(&mesh, "/api/v1/nodes", &["-H", &session]).ok().json();
     assert_eq!(refused["code"], "not_logged_in");
     mesh.wait_online("south");

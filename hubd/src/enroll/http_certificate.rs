@@ -231,3 +231,44 @@ fn read(files: &CertificateFiles) -> Result<CertifiedKey, HttpCertificateError> 
     let provider = rustls::crypto::ring::default_provider();
     CertifiedKey::from_der(chain, key_der, &provider).map_err(HttpCertificateError::Mismatch)
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::CertificateParams;
+
+    use super::*;
+
+    /// Writes a certificate with a new key, and returns the key in PEM.
+    fn write(files: &CertificateFiles) -> String {
+        let key = KeyPair::generate().unwrap();
+        let names = CertificateParams::new(vec!["hub.example.org".to_owned()]).unwrap();
+        fs::write(&files.certificate, names.self_signed(&key).unwrap().pem()).unwrap();
+        fs::write(&files.key, key.serialize_pem()).unwrap();
+        key.serialize_pem()
+    }
+
+    #[test]
+    fn files_are_read_again_and_what_cannot_be_used_changes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name| folder.path().join(name);
+        let files = CertificateFiles { certificate: path("chain.pem"), key: path("key.pem") };
+        let missing = HttpCertificate::of_files(files.clone()).unwrap_err();
+        assert!(matches!(missing, HttpCertificateError::File { .. }), "{missing}");
+        let first_key = write(&files);
+        let certificate = HttpCertificate::of_files(files.clone()).unwrap();
+        let first = certificate.pin().unwrap();
+        assert!(first.to_string().starts_with("sha256//"), "{first}");
+        write(&files);
+        assert_eq!(certificate.pin().unwrap(), first, "until somebody says so");
+        certificate.reload().unwrap();
+        let second = certificate.pin().unwrap();
+        assert_ne!(second, first);
+        fs::write(&files.key, first_key).unwrap();
+        let error = certificate.reload().unwrap_err();
+        assert!(matches!(error, HttpCertificateError::Mismatch(_)), "{error}");
+        fs::write(&files.certificate, "no certificate").unwrap();
+        let error = certificate.reload().unwrap_err();
+        assert!(matches!(error, HttpCertificateError::NotPem { .. }), "{error}");
+        assert_eq!(certificate.pin().unwrap(), second);
+    }
+}
