@@ -57,7 +57,7 @@ async fn the_document_and_the_router_know_the_same_routes() {
     assert_eq!(table.len(), ROUTES.len(), "a route stands twice");
     let router = door::router(&door());
     for (verb, path) in &documented {
-        let path = path.replace('{', "").replace('}', "");
+        let path = path.replace(['{', '}'], "");
         let response = ask(&router, &verb.to_uppercase(), &path).await;
         // The hub behind it is not ready; the route is there.
         assert_eq!(code(response).await, "starting", "{verb} {path}");
