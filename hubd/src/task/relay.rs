@@ -10,6 +10,8 @@
 //! its output had come, and node and reader each come back with what they have. So nothing here that
 //! a restart loses has to be kept.
 
+mod counts;
+
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -157,23 +159,6 @@ impl Relay {
     #[must_use]
     pub fn running_on(&self, node: NodeId) -> usize {
         self.lock().values().filter(|running| running.task.record.node == node).count()
-    }
-
-    /// Where each of them is.
-    #[must_use]
-    pub fn states(&self) -> Vec<cortex_proto::v1::TaskState> {
-        let tasks: Vec<_> = self.lock().values().map(|one| Arc::clone(&one.task)).collect();
-        tasks.iter().map(|task| task.state().0).collect()
-    }
-
-    /// How many there are on each node that has any.
-    #[must_use]
-    pub fn running_by_node(&self) -> HashMap<NodeId, usize> {
-        let mut counts = HashMap::new();
-        for running in self.lock().values() {
-            *counts.entry(running.task.record.node).or_default() += 1;
-        }
-        counts
     }
 
     /// A task without a verdict.
