@@ -5,6 +5,7 @@
 //! children's names, kinds and digests, so equal root digests mean equal trees, and two trees that
 //! differ are compared by descending only where digests differ.
 
+use crate::wire_path::WirePath;
 use crate::chunk::{ChunkRef, InvalidRecipe, Recipe};
 use crate::text::hex;
 
@@ -190,6 +191,29 @@ impl Entry {
             Self::Dir => &mut hasher,
         };
         hasher.finalize().into()
+    }
+
+    /// Whether this is a link whose target is absolute, or leaves the root of the paths as written, where
+    /// it stands at `path`.
+    #[must_use]
+    pub fn leads_outside(&self, path: &WirePath) -> bool {
+        let Self::Link { target } = self else { return false };
+        if target.first() == Some(&b'/') {
+            return true;
+        }
+        // Directories above the link, which `..` may use up.
+        let mut depth = path.depth() - 1;
+        for component in target.split(|&byte| byte == b'/') {
+            match component {
+                b"" | b"." => {}
+                b".." => match depth.checked_sub(1) {
+                    Some(less) => depth = less,
+                    None => return true,
+                },
+                _ => depth += 1,
+            }
+        }
+        false
     }
 
     /// Whether two entries are the same but for their modification time.

@@ -12,6 +12,7 @@ use std::time::Duration;
 use cortex_proto::v1;
 use cortex_shared::ids::WorkspaceId;
 use cortex_shared::labels;
+use cortex_shared::library::LIBRARY_NAME;
 use cortex_shared::tasks::TaskScope;
 use cortex_shared::wire_path::WirePath;
 use serde::{Deserialize, Serialize};
@@ -21,10 +22,11 @@ use tokio::time::Instant;
 use super::report;
 use super::request::Refusal;
 use crate::client::{HubClient, Purpose};
+use crate::library::{Library, hang_door};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
-use crate::sync::mode::MemberOptions;
+use crate::sync::mode::{MemberMode, MemberOptions};
 use crate::sync::roots::{Roots, overlap, real_path};
-use crate::sync::status::SyncState;
+use crate::sync::status::{SyncState, SyncStatus};
 use crate::sync::tonic_hub::TonicHub;
 use crate::sync::{
     self, ExplainError, Explanation, FlushError, Occupied, WorkspaceConfig, WorkspaceHandle,
@@ -48,8 +50,20 @@ impl Membership {
     /// Reads what the hub sent.
     pub(super) fn from_wire(wire: &v1::Membership) -> Result<Self, &'static str> {
         let id = WorkspaceId::from_slice(&wire.workspace_id).map_err(|_| "workspace id")?;
+        if id == WorkspaceId::LIBRARY {
+            return Err("workspace id");
+        }
         labels::check_name(&wire.name).map_err(|_| "workspace name")?;
         Ok(Self { id, name: wire.name.clone() })
+    }
+
+    /// That of the library, of which every node is a member.
+    fn library() -> Self {
+        Self { id: WorkspaceId::LIBRARY, name: LIBRARY_NAME.to_owned() }
+    }
+
+    fn is_library(&self) -> bool {
+        self.id == WorkspaceId::LIBRARY
     }
 }
 
@@ -69,6 +83,8 @@ struct Inner {
     changes: watch::Sender<u64>,
     engines: Mutex<BTreeMap<WorkspaceId, Engine>>,
     roots: Roots,
+    /// Where skills are placed, unless the owner wants none.
+    library: Option<Library>,
     /// What the owner decided, by name; also of workspaces this node is no member of yet.
     options: Mutex<BTreeMap<String, MemberOptions>>,
 }
@@ -98,6 +114,8 @@ impl Workspaces {
     ) -> Result<Self, ConfigError> {
         let known: Vec<Membership> = read_json(&list_path(&state))?.unwrap_or_default();
         let options = read_json(&options_path(&state))?.unwrap_or_default();
+        let incoming = state.path().join("library");
+        let library = settings.library_dir().map(|place| Library::new(place, incoming));
         let workspaces = Self {
             inner: Arc::new(Inner {
                 state,
@@ -108,6 +126,7 @@ impl Workspaces {
                 changes: watch::Sender::new(0),
                 engines: Mutex::new(BTreeMap::new()),
                 roots: Roots::default(),
+                library,
                 options: Mutex::new(options),
             }),
         };
@@ -117,13 +136,18 @@ impl Workspaces {
         Ok(workspaces)
     }
 
-    /// The hub's complete list. Engines are started and stopped soon after.
-    pub(super) fn set_memberships(&self, mut list: Vec<Membership>) {
+    /// The hub's complete list, with the library if it says that there is one. Engines are started and
+    /// stopped soon after.
+    pub(super) fn set_memberships(&self, mut list: Vec<Membership>, library: bool) {
         if list.len() > MAX_WORKSPACES {
             tracing::error!(count = list.len(), "the hub sent too many memberships");
             list.truncate(MAX_WORKSPACES);
         }
         self.inner.wanted.send_if_modified(|wanted| {
+            // A hub that says nothing of a library takes none away.
+            if library || wanted.iter().any(Membership::is_library) {
+                list.push(Membership::library());
+            }
             let changed = *wanted != list;
             if changed {
                 *wanted = list;
@@ -149,6 +173,8 @@ impl Workspaces {
             Some(id) => engines.get(&id),
             None => engines.values().find(|engine| engine.name == name),
         };
+        // Nobody works in what arrives for the library.
+        let engine = engine.filter(|engine| engine.config.id != WorkspaceId::LIBRARY);
         let engine = engine.ok_or_else(|| Refusal::NoSuchWorkspace { name: name.to_owned() })?;
         if !engine.root.is_dir() {
             let reason = format!("{} is not a directory", engine.root.display());
@@ -166,8 +192,8 @@ impl Workspaces {
         change: bool,
     ) -> Result<WorkspaceConfig, Refusal> {
         let engines = lock(&self.inner.engines);
-        let engine =
-            engines.get(&id).ok_or_else(|| Refusal::NoSuchWorkspace { name: name.to_owned() })?;
+        let engine = engines.get(&id).filter(|_| id != WorkspaceId::LIBRARY);
+        let engine = engine.ok_or_else(|| Refusal::NoSuchWorkspace { name: name.to_owned() })?;
         let status = engine.handle.status();
         let status = status.borrow();
         if change && status.state == SyncState::Halted {
@@ -209,7 +235,19 @@ impl Workspaces {
     /// What this node does with a workspace.
     #[must_use]
     pub fn options(&self, name: &str) -> MemberOptions {
-        lock(&self.inner.options).get(name).copied().unwrap_or_default()
+        let options = lock(&self.inner.options).get(name).copied().unwrap_or_default();
+        if name == LIBRARY_NAME {
+            // What is changed there is undone, whatever somebody has decided.
+            return MemberOptions { mode: MemberMode::Mirror, ..options };
+        }
+        options
+    }
+
+    /// Where skills are, if there are some on this node.
+    #[must_use]
+    pub fn library_dir(&self) -> Option<PathBuf> {
+        let library = self.inner.library.as_ref().filter(|library| library.is_placed())?;
+        Some(library.dir().to_owned())
     }
 
     /// Decides what this node does with a workspace; durable, and kept even if it is no member now.
@@ -233,6 +271,7 @@ impl Workspaces {
         write_json(&options_path(&self.inner.state), &changed)?;
         *table = changed;
         drop(table);
+        let options = self.options(name);
         if let Some(handle) = self.handle_of(name) {
             handle.set_options(options);
         }
@@ -369,7 +408,9 @@ impl Workspaces {
             }
         }
         for membership in list {
-            if lock(&self.inner.engines).contains_key(&membership.id) {
+            if lock(&self.inner.engines).contains_key(&membership.id)
+                || (membership.is_library() && self.inner.library.is_none())
+            {
                 continue;
             }
             let engine = self.start_engine(membership, scope);
@@ -378,8 +419,42 @@ impl Workspaces {
         self.inner.changes.send_modify(|count| *count += 1);
     }
 
+    /// Places what has arrived of the library, and hangs the doors to it.
+    async fn place_library(&self) {
+        let Some(library) = self.inner.library.clone() else { return };
+        let placed = tokio::task::spawn_blocking(move || library.place()).await;
+        if let Ok(Err(error)) = placed {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            tracing::error!(%error, cause, "the library cannot be placed");
+        }
+        let roots: Vec<PathBuf> = {
+            let engines = lock(&self.inner.engines);
+            let settled = engines.values().filter(|engine| {
+                engine.config.id != WorkspaceId::LIBRARY
+                    && settled_at(&engine.handle.status().borrow()).is_some()
+            });
+            settled.map(|engine| engine.root.clone()).collect()
+        };
+        for root in roots {
+            self.hang_door(root).await;
+        }
+    }
+
+    /// Makes links of a workspace that lead to skills lead there, once there are some.
+    async fn hang_door(&self, root: PathBuf) {
+        let Some(place) = self.library_dir() else { return };
+        let shown = root.clone();
+        let hung = tokio::task::spawn_blocking(move || hang_door(&root, &place)).await;
+        if let Ok(Err(error)) = hung {
+            tracing::warn!(root = %shown.display(), %error, "links to skills lead nowhere here");
+        }
+    }
+
     fn start_engine(&self, membership: &Membership, scope: &TaskScope) -> Engine {
-        let root = lock(&self.inner.settings).workspace_path(&membership.name);
+        let root = match &self.inner.library {
+            Some(library) if membership.is_library() => library.incoming().to_owned(),
+            _ => lock(&self.inner.settings).workspace_path(&membership.name),
+        };
         tracing::info!(workspace = membership.name, root = %root.display(), "workspace started");
         let config = WorkspaceConfig {
             id: membership.id,
@@ -396,16 +471,36 @@ impl Workspaces {
         let mut status = handle.status();
         let changes = self.inner.changes.clone();
         let stop = scope.token().clone();
+        let follower = self.clone();
+        let (is_library, own_root) = (membership.is_library(), root.clone());
         scope.spawn("workspace status", async move {
+            let mut settled = None;
             let follow = async {
                 while status.changed().await.is_ok() {
                     changes.send_modify(|count| *count += 1);
+                    let now = settled_at(&status.borrow_and_update());
+                    if now.is_some() && now != settled {
+                        if is_library {
+                            follower.place_library().await;
+                        } else {
+                            follower.hang_door(own_root.clone()).await;
+                        }
+                    }
+                    settled = now;
                 }
             };
             stop.run_until_cancelled(follow).await;
         });
         Engine { config, name: membership.name.clone(), root, handle: Arc::new(handle), scope }
     }
+}
+
+/// The version at which a workspace is here completely, as long as there is nothing left to do.
+fn settled_at(status: &SyncStatus) -> Option<u64> {
+    let complete = status.state == SyncState::Idle
+        && status.applied_seq == status.head_seq
+        && status.problems.is_empty();
+    complete.then_some(status.applied_seq)
 }
 
 fn options_path(state: &StateDir) -> PathBuf {
@@ -478,6 +573,7 @@ mod tests {
             workspace_root: folder.join("ws"),
             ceiling: Bound::LEAST,
             workspace_paths: BTreeMap::new(),
+            library: crate::config::LibraryPlace::Default,
             sandbox: crate::config::SandboxSettings::default(),
             commands: crate::config::CommandSettings::default(),
         };
@@ -506,7 +602,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let scope = TaskScope::new();
         let workspaces = workspaces(folder.path(), &scope);
-        workspaces.set_memberships(vec![member("app")]);
+        workspaces.set_memberships(vec![member("app")], false);
         until_names_are(&workspaces, &["app"]).await;
         let at = |path: &str| folder.path().join(path);
         assert_eq!(workspaces.place("app", None).unwrap(), at("ws/app"));
@@ -521,7 +617,7 @@ mod tests {
         ));
         // A chosen place is kept for the day on which the node becomes a member.
         assert_eq!(workspaces.place("web", Some(&at("web"))).unwrap(), at("web"));
-        workspaces.set_memberships(vec![member("web")]);
+        workspaces.set_memberships(vec![member("web")], false);
         until_names_are(&workspaces, &["web"]).await;
         assert!(workspaces.root_of(None, "app").is_err());
         assert_eq!(workspaces.place("web", None).unwrap(), at("web"));
@@ -534,7 +630,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let scope = TaskScope::new();
         let first = workspaces(folder.path(), &scope);
-        first.set_memberships(vec![member("app")]);
+        first.set_memberships(vec![member("app")], false);
         until_names_are(&first, &["app"]).await;
         scope.cancel();
         scope.finish().await;

@@ -16,6 +16,7 @@ pub mod node;
 pub mod operator;
 mod past;
 mod rotation;
+mod skills;
 pub mod status;
 pub mod sync;
 mod tasks;
