@@ -499,6 +499,7 @@ mod tests {
             workspace_root: "/srv/cortex".into(),
             ceiling: Bound { network: Network::Full, ..Bound::LEAST },
             workspace_paths: BTreeMap::from([("app".to_owned(), PathBuf::from("/home/ann/app"))]),
+            library: LibraryPlace::At("/srv/skills".into()),
             sandbox: SandboxSettings { require_cgroup: true },
             commands: CommandSettings { cut_off_limit_s: Some(3600) },
         }

@@ -5,9 +5,9 @@
 //! children's names, kinds and digests, so equal root digests mean equal trees, and two trees that
 //! differ are compared by descending only where digests differ.
 
-use crate::wire_path::WirePath;
 use crate::chunk::{ChunkRef, InvalidRecipe, Recipe};
 use crate::text::hex;
+use crate::wire_path::WirePath;
 
 /// Longest link target, the kernel's `PATH_MAX`.
 pub const MAX_LINK_TARGET_BYTES: usize = 4096;

@@ -76,7 +76,8 @@ mod tests {
             let path = WirePath::new(path).unwrap();
             assert_eq!(link_target(&path, "lint"), target.as_bytes());
             assert_eq!(linked_skill(&path, target.as_bytes()), Some("lint".to_owned()));
-            for other in ["", "lint", "x/lint", "../lint", "../../../../.cortex/library/lint", "/"] {
+            for other in ["", "lint", "x/lint", "../lint", "../../../../.cortex/library/lint", "/"]
+            {
                 assert_eq!(linked_skill(&path, other.as_bytes()), None, "{other}");
             }
         }

@@ -19,7 +19,9 @@ use super::token::TokenArgs;
 use super::{Global, Output, hub};
 use crate::audit::{Audit, AuditEvent};
 use crate::client::{HubAddress, Trust, pin_of};
-use crate::config::{CommandSettings, LibraryPlace, SandboxSettings, Settings, default_workspace_root};
+use crate::config::{
+    CommandSettings, LibraryPlace, SandboxSettings, Settings, default_workspace_root,
+};
 use crate::identity::{IdentityKey, MachineFacts, NodeIdentity, authorities_of, holder_of};
 use crate::link::{proto_mode, proto_network};
 

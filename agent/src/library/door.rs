@@ -10,7 +10,7 @@ use std::path::Path;
 use cortex_shared::library::DOOR_NAME;
 use cortex_shared::wire_path::PRIVATE_NAME;
 
-use crate::root_dir::{DirHandle, FileKind};
+use crate::root_dir::{FileKind, RootDir};
 
 /// What the door is called while it is being changed.
 const NEW_DOOR: &[u8] = b"library.new";
@@ -21,7 +21,8 @@ const NEW_DOOR: &[u8] = b"library.new";
 /// Those of the file system; something that is no link is left alone, and is one of them.
 pub(crate) fn hang_door(root: &Path, place: &Path) -> io::Result<()> {
     let target = place.as_os_str().as_bytes();
-    let root = DirHandle::open_ambient(root)?;
+    let root = RootDir::open(root)?;
+    let root = root.top();
     match root.make_dir(PRIVATE_NAME, 0o755) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}

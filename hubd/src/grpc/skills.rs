@@ -31,13 +31,17 @@ pub(super) async fn promote(
         .map_err(|error| invalid(format!("invalid path: {error}")))?;
     let workspace = workspaces::find(service, &request.workspace, operator)?;
     everywhere(service, operator, &skill, "promote")?;
-    let promotion =
-        Promotion { workspace, path, skill, expected, by: operator.actor() };
+    let promotion = Promotion { workspace, path, skill, expected, by: operator.actor() };
     let (skills, wanted) = (Arc::clone(&service.skills), promotion.clone());
     let promote = async move { skills.promote(wanted).await };
     let promoted = run_to_end(&service.scope, "promotion", promote).await?.map_err(|error| {
-        status(error, &format!("cortex-agent workspace promote {} {} --as {} --expect",
-            promotion.workspace.name, promotion.path, promotion.skill))
+        status(
+            error,
+            &format!(
+                "cortex-agent workspace promote {} {} --as {} --expect",
+                promotion.workspace.name, promotion.path, promotion.skill
+            ),
+        )
     })?;
     Ok(v1::PromoteSkillResponse {
         version: Some(wire(service, operator, &promoted.version)),
@@ -154,7 +158,8 @@ fn everywhere(
     }
     let detail = json!({ "reason": "scope_too_narrow", "wanted": wanted });
     service.refusals.record(&operator.actor(), "skill.change_refused", skill, detail);
-    let text = format!("every node has the library: an operator with a scope cannot {wanted} skills");
+    let text =
+        format!("every node has the library: an operator with a scope cannot {wanted} skills");
     Err(refuse(Code::PermissionDenied, "scope_too_narrow", text))
 }
 

@@ -245,10 +245,13 @@ impl Skills {
                 Ok(())
             }
             Err(SyncError::Store(StoreError::NotWhole {
-                reason: RejectReason::MissingChunks, ..
+                reason: RejectReason::MissingChunks,
+                ..
             })) => {
                 self.store.abandon_skill(version.id).await?;
-                Err(SkillError::ContentLost { what: format!("{}@{}", version.skill, version.version) })
+                Err(SkillError::ContentLost {
+                    what: format!("{}@{}", version.skill, version.version),
+                })
             }
             // It may be there or not: whoever comes next looks.
             Err(error) => Err(error.into()),
@@ -358,8 +361,11 @@ fn audit(
     workspace: Option<&Workspace>,
     unchanged: bool,
 ) -> NewAudit {
-    let action =
-        if version.restored_from.is_some() && !unchanged { "skill.restored" } else { "skill.promoted" };
+    let action = if version.restored_from.is_some() && !unchanged {
+        "skill.restored"
+    } else {
+        "skill.promoted"
+    };
     let detail = json!({
         "version": version.version,
         "digest": version.digest.to_string(),

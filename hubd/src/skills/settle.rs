@@ -32,7 +32,8 @@ impl Skills {
         let (_, place) = place_of(version)?;
         if library.entry(place).await?.is_none() {
             tracing::warn!(
-                skill = version.skill, version = version.version,
+                skill = version.skill,
+                version = version.version,
                 "a version that was begun and did not come to be is forgotten"
             );
             return Ok(self.store.abandon_skill(version.id).await?);
@@ -44,7 +45,8 @@ impl Skills {
             self.settle_link(version, &source).await?;
         }
         tracing::info!(
-            skill = version.skill, version = version.version,
+            skill = version.skill,
+            version = version.version,
             "a version that was begun is finished"
         );
         self.finish(version.clone(), workspace.as_ref()).await?;

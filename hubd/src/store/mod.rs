@@ -33,7 +33,8 @@ pub use records::{
     Acceptance, Actor, AuditHead, AuditLine, Caller, Facts, IdempotencyKey, Invite, InviteKind,
     KeyHash, LabelChange, LabelRefusal, LateOutcome, NewAudit, NewInvite, NewTask, Node,
     NodePolicy, NodeRedemption, Operator, OperatorRecord, OperatorRedemption, RedeemRefusal, Scope,
-    ShownCommand, SkillOrigin, SkillVersion, TaskEnd, TaskEndState, TaskQuery, TaskRecord, Verdict, Workspace,
+    ShownCommand, SkillOrigin, SkillVersion, TaskEnd, TaskEndState, TaskQuery, TaskRecord, Verdict,
+    Workspace,
 };
 pub use source::{InvalidRange, SourceRange};
 

@@ -102,7 +102,8 @@ impl WorkspaceHub {
         let all: Vec<Digest> = wanted.iter().copied().collect();
         for asked in all.chunks(CHUNKS_ASKED) {
             let present = self.store.have(asked.to_vec()).await?;
-            missing.extend(asked.iter().zip(present).filter(|(_, has)| !has).map(|(hash, _)| *hash));
+            missing
+                .extend(asked.iter().zip(present).filter(|(_, has)| !has).map(|(hash, _)| *hash));
         }
         // The files must stay where they are until they have their second names, and those until they are
         // recorded.

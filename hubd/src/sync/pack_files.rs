@@ -123,7 +123,12 @@ impl PackFiles {
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn link_from(&self, other: &Self, hash: &Digest, bytes: &[u8]) -> Result<(), PackFileError> {
+    pub fn link_from(
+        &self,
+        other: &Self,
+        hash: &Digest,
+        bytes: &[u8],
+    ) -> Result<(), PackFileError> {
         let path = self.path(hash);
         let linked = other.paths(hash).iter().any(|theirs| match fs::hard_link(theirs, &path) {
             Ok(()) => true,

@@ -130,7 +130,10 @@ impl WorkspaceHub {
     }
 
     /// Writes to the store, and once more without the ballast if the disk is full to its end.
-    pub(super) async fn write<'a, T>(&'a self, write: impl Fn() -> Answer<'a, T>) -> Result<T, SyncError> {
+    pub(super) async fn write<'a, T>(
+        &'a self,
+        write: impl Fn() -> Answer<'a, T>,
+    ) -> Result<T, SyncError> {
         match write().await {
             Err(error) if error.is_disk_full() && self.space.give_up_ballast() => {
                 self.pressure.no_room();

@@ -23,8 +23,8 @@ use super::database::{Database, DatabaseError, Settings};
 use super::{
     Acceptance, AuditHead, AuditLine, CaState, CloneSuspicion, Invite, LabelChange, LabelRefusal,
     NewAudit, NewInvite, NewTask, Node, NodePolicy, NodeRedemption, Operator, OperatorRecord,
-    OperatorRedemption, RedeemRefusal, RenewOutcome, Renewal, SkillVersion, Store, StoreError, TaskEnd,
-    TaskQuery, TaskRecord, Workspace,
+    OperatorRedemption, RedeemRefusal, RenewOutcome, Renewal, SkillVersion, Store, StoreError,
+    TaskEnd, TaskQuery, TaskRecord, Workspace,
 };
 
 const SETTINGS: Settings = Settings {
