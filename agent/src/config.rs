@@ -7,7 +7,6 @@
 //! | `STATE/agent.json` | [`Settings`] | `join`, `ceiling set`, `workspace attach` |
 //! | `STATE/agent.lock`, `STATE/agent.sock` | one daemon per state; its local socket | `run` |
 //! | `STATE/workspaces/ID/` | index of a workspace, see [`crate::sync`] | `run` |
-//! | `STATE/library/` | skills as they arrive, see [`crate::library`] | `run` |
 //! | `CONFIG/contexts/NAME/`, `CONFIG/current-context` | operators' logins, see [`contexts`] | `login` |
 //!
 //! Every file is replaced whole and durably; a crash leaves the old one or the new one.

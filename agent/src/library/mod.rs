@@ -1,13 +1,13 @@
 //! The library of skills on this node: what the hub sent, placed where commands and people find it.
 //!
 //! ```text
-//! STATE/library/SKILL/VERSION/…     what a sync engine keeps equal to the hub, in mode mirror
+//! INCOMING/SKILL/VERSION/…          what a sync engine keeps equal to the hub, in mode mirror
 //! PLACE/.versions/SKILL@VERSION/…   a version that is here whole: the same files, read-only
 //! PLACE/SKILL                       a link to the current one of those
 //! WORKSPACE/.cortex/library         the door: a link to PLACE, for the links that promotions leave behind
 //! ```
 //!
-//! A sync engine brings file by file, so its directory is a mixture while it works. Only when it is at a
+//! INCOMING is `.NAME.incoming` beside PLACE, so on the same file system. A sync engine brings file by file, so its directory is a mixture while it works. Only when it is at a
 //! version of the library completely is anything placed, and a skill changes in one rename: whoever looks
 //! sees the old version or the new one. A crash leaves one of them, and perhaps directories that nothing
 //! leads to, which the next placement removes; without a hub, what was placed last stays.
@@ -20,6 +20,7 @@ mod door;
 mod tree;
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, symlink};
@@ -66,10 +67,15 @@ pub struct Library {
 }
 
 impl Library {
-    /// A library that arrives in `incoming`, and is placed in `place`. Both are absolute.
+    /// A library that is placed in `place`, an absolute path, and arrives beside it.
     #[must_use]
-    pub fn new(place: PathBuf, incoming: PathBuf) -> Self {
-        Self { place, incoming }
+    pub fn new(place: PathBuf) -> Self {
+        let mut name = place.file_name().unwrap_or_default().to_owned();
+        if !name.as_encoded_bytes().starts_with(b".") {
+            name = OsString::from_iter([OsStr::new("."), &name]);
+        }
+        name.push(".incoming");
+        Self { incoming: place.with_file_name(name), place }
     }
 
     /// Where commands and people find it.
@@ -224,7 +230,7 @@ fn is_dir(path: &Path) -> bool {
     path.symlink_metadata().is_ok_and(|found| found.is_dir())
 }
 
-fn names(folder: &Path) -> Result<Vec<std::ffi::OsString>, LibraryError> {
+fn names(folder: &Path) -> Result<Vec<OsString>, LibraryError> {
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.map_err(at("list", folder))?,
@@ -251,9 +257,9 @@ mod tests {
     impl Shelf {
         fn new() -> Self {
             let folder = tempfile::tempdir().unwrap();
-            let incoming = folder.path().join("incoming");
-            fs::create_dir(&incoming).unwrap();
-            let library = Library::new(folder.path().join("place/library"), incoming);
+            let library = Library::new(folder.path().join("place/library"));
+            fs::create_dir_all(&library.incoming).unwrap();
+            assert_eq!(library.incoming, folder.path().join("place/.library.incoming"));
             Self { _folder: folder, library }
         }
 

@@ -114,8 +114,7 @@ impl Workspaces {
     ) -> Result<Self, ConfigError> {
         let known: Vec<Membership> = read_json(&list_path(&state))?.unwrap_or_default();
         let options = read_json(&options_path(&state))?.unwrap_or_default();
-        let incoming = state.path().join("library");
-        let library = settings.library_dir().map(|place| Library::new(place, incoming));
+        let library = settings.library_dir().map(Library::new);
         let workspaces = Self {
             inner: Arc::new(Inner {
                 state,
@@ -463,6 +462,13 @@ impl Workspaces {
             state_dir: self.inner.state.path().to_owned(),
             roots: self.inner.roots.clone(),
         };
+        if membership.is_library()
+            && !root.exists()
+            && let Err(error) = config.forget()
+        {
+            // It was moved. What is known of the old place says nothing of the new one.
+            tracing::error!(%error, "the index of the library stays");
+        }
         let line = || TonicHub::new(self.inner.hub.connect_lazy_counted(Purpose::Bulk));
         let scope = scope.child();
         let online = self.inner.online.subscribe();
