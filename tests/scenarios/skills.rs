@@ -294,7 +294,7 @@ fn a_hub_that_is_killed_at_any_point_of_a_promotion_has_done_it_or_not() {
         }
         until("the link has come", link);
     }
-    assert_eq!(trio.mesh.audit("skill.promoted").len(), HUB_POINTS.len() + 3);
+    assert_eq!(trio.mesh.audit("skill.promoted").len(), HUB_POINTS.len());
 }
 
 /// Where an agent dies on the way of a new version.

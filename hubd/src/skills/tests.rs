@@ -322,8 +322,7 @@ async fn a_version_comes_back_for_as_long_as_it_is_kept() {
     library.collect(unix_ms(), unix_ms() + 1).await.unwrap();
     let back = hub.skills.restore("lint", None, Some(2), &ann()).await.unwrap();
     assert_eq!((back.version, back.restored_from), (3, Some(1)));
-    let names =
-        ["lint", "lint/3", "lint/3/a", "lint/3/deep", "lint/3/deep/er", "lint/3/deep/er/b"];
+    let names = ["lint", "lint/3", "lint/3/a", "lint/3/deep", "lint/3/deep/er", "lint/3/deep/er/b"];
     assert_eq!(hub.library().await, names);
     let current = hub.skills.restore("lint", Some(3), None, &ann()).await;
     assert!(matches!(current, Err(SkillError::IsCurrent { .. })));
