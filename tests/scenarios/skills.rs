@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cortex_tests::is_root;
 use cortex_tests::mesh::{As, Mesh, Node, Operator};
@@ -46,6 +47,17 @@ impl Trio {
 
     fn root(&self) -> PathBuf {
         self.nodes[0].workspace("w")
+    }
+
+    /// Nodes that have lost their hub again and again take their time to come back; a new process does not.
+    fn start_nodes_anew(&mut self) {
+        for node in &mut self.nodes {
+            node.kill();
+            node.run();
+        }
+        for node in &self.nodes {
+            self.mesh.wait_online(&node.name);
+        }
     }
 
     /// A file of a skill as a node has it placed.
@@ -259,6 +271,7 @@ fn a_hub_that_is_killed_at_any_point_of_a_promotion_has_done_it_or_not() {
         }
         trio.mesh.kill_hub();
         trio.mesh.start_hub_that_crashes_at(point);
+        trio.start_nodes_anew();
         let outcome = if removes {
             trio.admin.agent(&["skill", "remove", &skill, "--yes"])
         } else {
@@ -267,9 +280,7 @@ fn a_hub_that_is_killed_at_any_point_of_a_promotion_has_done_it_or_not() {
         assert_ne!(outcome.code, 0, "{point}");
         assert_eq!(trio.mesh.hub().wait().signal(), Some(9), "it passes {point}");
         trio.mesh.start_hub();
-        for node in ["a", "b", "c"] {
-            trio.mesh.wait_online(node);
-        }
+        trio.start_nodes_anew();
         if removes {
             trio.until_all_have(&format!("{skill}/run.sh"), None);
             continue;
@@ -349,6 +360,58 @@ fn what_a_member_changed_in_a_directory_that_was_promoted_meanwhile_is_not_lost(
         until("it is on all members", || holds(&b, text) && holds(&trio.root(), text));
     }
     trio.until_all_have("lint/data/text", Some("one"));
+}
+
+/// Looks for a file in these places, one after another, all the time until it is told to stop; says how
+/// often it was in none.
+fn watch_closely(places: &[PathBuf], stop: &AtomicBool) -> usize {
+    let mut missing = 0;
+    while !stop.load(Ordering::Relaxed) {
+        // Where it goes to is looked at last, so that it cannot move on in between.
+        missing += usize::from(!places.iter().any(|place| fs::read(place).is_ok()));
+    }
+    missing
+}
+
+#[test]
+fn on_every_member_the_files_are_in_the_workspace_or_in_the_library_all_the_time() {
+    let trio = Trio::new();
+    for round in 0..5 {
+        let (path, skill) = (format!("dir-{round}"), format!("skill-{round}"));
+        trio.write(&path, &skill);
+        fs::write(trio.root().join(&path).join("large"), noise(round, 8 << 20)).unwrap();
+        let _flushed: Outcome =
+            trio.nodes[0].agent(&["workspace", "flush", "w", "--patience", "30s"]).ok();
+        let b = trio.nodes[1].workspace("w").join(&path);
+        until("b has it", || b.join("large").exists());
+        trio.settle();
+        let stop = AtomicBool::new(false);
+        let places = [0, 1].map(|node| {
+            let node = &trio.nodes[node];
+            [
+                node.workspace("w").join(&path).join("run.sh"),
+                node.workspace(".library").join(&skill).join("run.sh"),
+            ]
+        });
+        let missing: usize = std::thread::scope(|scope| {
+            let watching = places.map(|places| {
+                let stop = &stop;
+                scope.spawn(move || watch_closely(&places, stop))
+            });
+            let _promoted: Outcome = trio.promote(&path, &skill, &[]).ok();
+            for node in 0..2 {
+                let path = trio.nodes[node].workspace("w").join(&path);
+                until("it is a link", || fs::read_link(&path).is_ok());
+            }
+            stop.store(true, Ordering::Relaxed);
+            watching.into_iter().map(|watching| watching.join().unwrap()).sum()
+        });
+        assert_eq!(missing, 0, "round {round}");
+        for node in 0..2 {
+            let large = trio.nodes[node].workspace("w").join(&path).join("large");
+            assert_eq!(fs::read(large).unwrap(), noise(round, 8 << 20), "over the link");
+        }
+    }
 }
 
 #[test]

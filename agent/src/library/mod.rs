@@ -17,6 +17,7 @@
 //! [`Library::place`].
 
 mod door;
+mod freshness;
 mod tree;
 
 use std::collections::BTreeMap;
@@ -31,6 +32,7 @@ use cortex_shared::durable;
 use cortex_shared::library::version_at;
 
 pub(crate) use self::door::hang_door;
+pub use self::freshness::{Freshness, Ticket};
 use self::tree::{is_copy_of, make_copy, remove_tree};
 
 /// Where versions lie; no skill has this name.

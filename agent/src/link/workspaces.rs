@@ -23,7 +23,7 @@ use super::report;
 use super::request::Refusal;
 use crate::client::{HubClient, Purpose};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
-use crate::library::{Library, hang_door};
+use crate::library::{Freshness, Library, hang_door};
 use crate::sync::mode::{MemberMode, MemberOptions};
 use crate::sync::roots::{Roots, overlap, real_path};
 use crate::sync::status::{SyncState, SyncStatus};
@@ -34,6 +34,8 @@ use crate::sync::{
 
 /// Shortest time between two reports of one node.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// How soon a library that is not up to date is looked at again.
+const LIBRARY_RETRY: Duration = Duration::from_secs(1);
 /// Most workspaces of one node; a hub that sends more is not believed.
 const MAX_WORKSPACES: usize = 1024;
 
@@ -85,6 +87,10 @@ struct Inner {
     roots: Roots,
     /// Where skills are placed, unless the owner wants none.
     library: Option<Library>,
+    /// For whoever needs it to be as new as something else.
+    freshness: Freshness,
+    /// Held by whoever places it.
+    placing: tokio::sync::Mutex<()>,
     /// What the owner decided, by name; also of workspaces this node is no member of yet.
     options: Mutex<BTreeMap<String, MemberOptions>>,
 }
@@ -126,12 +132,18 @@ impl Workspaces {
                 engines: Mutex::new(BTreeMap::new()),
                 roots: Roots::default(),
                 library,
+                freshness: Freshness::default(),
+                placing: tokio::sync::Mutex::default(),
                 options: Mutex::new(options),
             }),
         };
         let keeper = workspaces.clone();
         let own_scope = scope.clone();
         scope.spawn("workspaces", async move { keeper.keep(own_scope).await });
+        let (refresher, stop) = (workspaces.clone(), scope.token().clone());
+        scope.spawn("library", async move {
+            stop.run_until_cancelled(refresher.refresh_library()).await;
+        });
         Ok(workspaces)
     }
 
@@ -418,25 +430,50 @@ impl Workspaces {
         self.inner.changes.send_modify(|count| *count += 1);
     }
 
-    /// Places what has arrived of the library, and hangs the doors to it.
-    async fn place_library(&self) {
-        let Some(library) = self.inner.library.clone() else { return };
+    /// Brings the library up to date whenever somebody needs it to be.
+    async fn refresh_library(&self) {
+        loop {
+            let ticket = self.inner.freshness.asked().await;
+            if self.refresh_library_once().await {
+                self.inner.freshness.finish(ticket);
+                lock(&self.inner.engines).values().for_each(|engine| engine.handle.plan_again());
+            } else {
+                tokio::time::sleep(LIBRARY_RETRY).await;
+            }
+        }
+    }
+
+    /// Whether the library that is placed is as new as the hub's was after the call.
+    async fn refresh_library_once(&self) -> bool {
+        let Some(handle) = self.handle_of(LIBRARY_NAME) else { return false };
+        if handle.flush().await.is_err() || settled_at(&handle.status().borrow()).is_none() {
+            return false;
+        }
+        self.place_library().await
+    }
+
+    /// Places what has arrived of the library, and hangs the doors to it. Whether all of it is placed.
+    async fn place_library(&self) -> bool {
+        let Some(library) = self.inner.library.clone() else { return false };
+        let placing = self.inner.placing.lock().await;
         let placed = tokio::task::spawn_blocking(move || library.place()).await;
-        if let Ok(Err(error)) = placed {
-            let cause = std::error::Error::source(&error).map(ToString::to_string);
+        drop(placing);
+        if let Ok(Err(error)) = &placed {
+            let cause = std::error::Error::source(error).map(ToString::to_string);
             tracing::error!(%error, cause, "the library cannot be placed");
         }
         let roots: Vec<PathBuf> = {
             let engines = lock(&self.inner.engines);
-            let settled = engines.values().filter(|engine| {
+            let open = engines.values().filter(|engine| {
                 engine.config.id != WorkspaceId::LIBRARY
-                    && settled_at(&engine.handle.status().borrow()).is_some()
+                    && engine.handle.status().borrow().state != SyncState::Halted
             });
-            settled.map(|engine| engine.root.clone()).collect()
+            open.map(|engine| engine.root.clone()).filter(|root| root.is_dir()).collect()
         };
         for root in roots {
             self.hang_door(root).await;
         }
+        matches!(placed, Ok(Ok(())))
     }
 
     /// Makes links of a workspace that lead to skills lead there, once there are some.
@@ -461,6 +498,7 @@ impl Workspaces {
             root: root.clone(),
             state_dir: self.inner.state.path().to_owned(),
             roots: self.inner.roots.clone(),
+            library: self.inner.library.as_ref().map(|_| self.inner.freshness.clone()),
         };
         if membership.is_library()
             && !root.exists()
@@ -487,7 +525,8 @@ impl Workspaces {
                     let now = settled_at(&status.borrow_and_update());
                     if now.is_some() && now != settled {
                         if is_library {
-                            follower.place_library().await;
+                            // Who needs it asks again.
+                            let _placed: bool = follower.place_library().await;
                         } else {
                             follower.hang_door(own_root.clone()).await;
                         }
@@ -503,9 +542,10 @@ impl Workspaces {
 
 /// The version at which a workspace is here completely, as long as there is nothing left to do.
 fn settled_at(status: &SyncStatus) -> Option<u64> {
+    // That the kernel does not tell of changes here does not concern what comes from the hub.
     let complete = status.state == SyncState::Idle
         && status.applied_seq == status.head_seq
-        && status.problems.is_empty();
+        && status.problems.iter().all(|problem| problem.code == "watch_limit");
     complete.then_some(status.applied_seq)
 }
 
