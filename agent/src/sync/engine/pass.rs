@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::entry::{Digest, Entry, same};
 use cortex_shared::library::linked_skill;
 use cortex_shared::wire_path::WirePath;
 use tokio::time::Instant;
@@ -516,6 +516,7 @@ fn plan_window(
     for row in &mut window.rows {
         if let (Some(Entry::Dir), Some(Entry::Link { target })) = (&row.local, &row.remote)
             && linked_skill(&row.path, target).is_some()
+            && !same(row.base.as_ref(), row.remote.as_ref())
         {
             skill_links.push(row.path.clone());
             // Neither it nor what is below is touched, as if nobody knew what is there.

@@ -43,6 +43,12 @@ async fn a_directory_stays_until_the_skill_is_here_that_takes_its_place() {
     b.until(|status| status.applied_seq == seq && status.problems.is_empty()).await;
     assert_eq!(fs::read_link(b.path("d/tool")).unwrap(), Path::new("../.cortex/library/tool"));
     settle(&[&a, &b]).await;
+
+    // Whoever puts a directory in the place of the link waits for nothing.
+    fs::remove_file(b.path("d/tool")).unwrap();
+    b.write("d/tool/run", "mine");
+    settle(&[&b, &a]).await;
+    assert_eq!(a.read("d/tool/run"), "mine");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
