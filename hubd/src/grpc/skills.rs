@@ -169,8 +169,8 @@ fn wire(
     caller: &AdmittedOperator,
     version: &SkillVersion,
 ) -> v1::SkillVersion {
-    let visible = workspaces::visible(service, caller);
-    let origin = visible.into_iter().find(|workspace| workspace.id == version.origin.workspace);
+    let origin = service.members.membership.get(version.origin.workspace);
+    let origin = origin.filter(|origin| workspaces::sees(&service.registry, origin, caller));
     let path = origin.as_ref().map(|_| version.origin.path.as_bytes().to_vec());
     v1::SkillVersion {
         skill: version.skill.clone(),
