@@ -149,7 +149,7 @@ fn a_promoted_directory_is_on_every_node_and_commands_read_it_there() {
 
 #[test]
 fn versions_follow_one_another_and_come_back() {
-    let trio = Trio::new();
+    let mut trio = Trio::new();
     trio.write("lint", "one");
     let _first: Outcome = trio.promote("lint", "lint", &[]).ok();
     trio.write("lint2", "two");
@@ -184,6 +184,14 @@ fn versions_follow_one_another_and_come_back() {
     assert_eq!(listed, Value::Array(Vec::new()));
     let _restored: Outcome = trio.operator.agent(&["skill", "restore", "lint"]).ok();
     trio.until_all_have("lint/data/text", Some("one"));
+    // Everybody may look; who does not command all nodes changes nothing.
+    let scoped = trio.mesh.operator_with("operator", &["--scope", "env=dev"]);
+    for (operator, name) in [(trio.mesh.operator("viewer"), "viewer"), (scoped, "scoped")] {
+        let shown = operator.agent(&["skill", "show", "lint", "-o", "json"]).ok().json();
+        assert_eq!(shown["workspace"].is_null(), name == "scoped", "{shown}");
+        let refused = operator.agent(&["skill", "restore", "lint", "--version", "2"]);
+        assert_eq!(refused.code, 5, "{name}: {}", refused.stderr);
+    }
     let numbers: Vec<u64> =
         trio.versions("lint").iter().map(|v| v["version"].as_u64().unwrap()).collect();
     assert_eq!(numbers, [5, 4, 3, 2, 1]);

@@ -203,7 +203,7 @@ fn status(error: SkillError, again: &str) -> Status {
         ),
         SkillError::SkillChanged { surprise } => {
             let status = refuse(Code::Aborted, "skill_changed", text);
-            match &**surprise {
+            match surprise {
                 Surprise::None { skill, .. } => {
                     with_hint(status, &format!("look at it: cortex-agent skill show {skill}"))
                 }

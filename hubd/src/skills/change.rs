@@ -28,7 +28,7 @@ pub struct Promotion {
     pub path: WirePath,
     /// The skill's name.
     pub skill: String,
-    /// The version that is known to be current, 0 for none; see [`super::check::may_replace`].
+    /// The version that is known to be current, 0 for none; see `check::may_replace`.
     pub expected: Option<u64>,
     /// Who wants it.
     pub by: Actor,
@@ -146,7 +146,7 @@ impl Skills {
             return Err(SkillError::NoSuchSkill { skill: skill.to_owned() });
         };
         if let Some(expected) = expected.filter(|expected| *expected != current.version) {
-            return Err(Surprise::Version { current, expected }.into());
+            return Err(Surprise::Version { current: Box::new(current), expected }.into());
         }
         let now_ms = unix_ms();
         let detail = json!({ "version": current.version });
@@ -180,7 +180,7 @@ impl Skills {
         let is = current.as_ref().map_or(0, |current| current.version);
         if let Some(expected) = expected.filter(|expected| *expected != is) {
             return Err(match current {
-                Some(current) => Surprise::Version { current, expected },
+                Some(current) => Surprise::Version { current: Box::new(current), expected },
                 None => Surprise::None { skill: skill.to_owned(), expected },
             }
             .into());

@@ -143,9 +143,9 @@ pub(super) fn may_replace(
         (None, Some(expected)) => Err(Surprise::None { skill: skill.to_owned(), expected }),
         (Some(current), Some(expected)) if current.version == expected => Ok(()),
         (Some(current), Some(expected)) => {
-            Err(Surprise::Version { current: current.clone(), expected })
+            Err(Surprise::Version { current: Box::new(current.clone()), expected })
         }
         (Some(current), None) if current.origin == *origin => Ok(()),
-        (Some(current), None) => Err(Surprise::OtherOrigin { current: current.clone() }),
+        (Some(current), None) => Err(Surprise::OtherOrigin { current: Box::new(current.clone()) }),
     }
 }

@@ -24,7 +24,7 @@ pub enum SkillError {
     #[error("{surprise}")]
     SkillChanged {
         /// What is in the way.
-        surprise: Box<Surprise>,
+        surprise: Surprise,
     },
     /// A link in the directory leads out of it: elsewhere it would lead to something else.
     #[error("the link {path} leads out of the directory")]
@@ -108,7 +108,7 @@ pub enum Surprise {
     )]
     Version {
         /// What is current.
-        current: SkillVersion,
+        current: Box<SkillVersion>,
         /// What the caller expected; 0 for none.
         expected: u64,
     },
@@ -119,7 +119,7 @@ pub enum Surprise {
     )]
     OtherOrigin {
         /// What is current.
-        current: SkillVersion,
+        current: Box<SkillVersion>,
     },
 }
 
@@ -136,7 +136,7 @@ impl Surprise {
 
 impl From<Surprise> for SkillError {
     fn from(surprise: Surprise) -> Self {
-        Self::SkillChanged { surprise: Box::new(surprise) }
+        Self::SkillChanged { surprise }
     }
 }
 

@@ -16,10 +16,10 @@
 //! 6. the version is recorded as current, with its line in the audit log.
 //!
 //! Whoever comes next, at the start of the hub at the latest and before any member is served, looks for
-//! what is pending ([`Skills::settle`]): before 4 it is forgotten, after it what is missing is done. So there
+//! what is pending (`settle`): before 4 it is forgotten, after it what is missing is done. So there
 //! is no moment at which the files are neither in the workspace nor in the library.
 //!
-//! One change of the library at a time, for all skills ([`Skills::order`]). Nothing else of the hub waits
+//! One change of the library at a time, for all skills (`Skills::order`). Nothing else of the hub waits
 //! for it, but members of the workspace that is promoted from, who commit nothing during 3 to 5.
 
 mod change;
@@ -62,7 +62,7 @@ impl Skills {
     /// served.
     ///
     /// # Errors
-    /// Those of the store, and of the library where something was begun.
+    /// Those of the store. What could not be finished for another reason is tried again later.
     pub async fn open(
         store: Arc<dyn Store>,
         content: Arc<Workspaces>,
@@ -72,7 +72,15 @@ impl Skills {
         let skills = Self { store, content, members, keep_for, order: Mutex::default() };
         let known = skills.store.skills(None).await?;
         if !known.is_empty() {
-            skills.settle(known).await?;
+            match skills.settle(known).await {
+                Err(error @ SkillError::Store(_)) => return Err(error),
+                // A tree that cannot be opened now keeps nobody from the others; whoever changes the
+                // library tries again.
+                Err(error) => {
+                    tracing::error!(%error, "what was begun in the library is not finished")
+                }
+                Ok(()) => {}
+            }
             skills.members.membership.begin_library();
         }
         Ok(skills)
