@@ -14,6 +14,9 @@
 //! | [`node`] | known nodes, live sessions, memberships |
 //! | [`task`] | commands: journalled, relayed, each with one verdict |
 //! | [`sync`] | workspace versions and content |
+//! | [`events`] | what happens, for those who want to hear of it |
+//! | [`worker`] | background work under a supervisor |
+//! | [`error_id`] | the hub's own errors: an id for the caller, the chain of causes for the log |
 //! | [`store`] | what is remembered, behind traits in words of the domain |
 //! | [`mod@bench`] | emulated nodes that measure a hub of their own; no part of a serving hub |
 //!
@@ -40,6 +43,8 @@ pub mod bench;
 mod cli;
 pub mod config;
 pub mod enroll;
+pub mod error_id;
+pub mod events;
 pub mod grpc;
 pub mod hub;
 pub mod node;
@@ -48,6 +53,7 @@ pub mod service;
 pub mod store;
 pub mod sync;
 pub mod task;
+pub mod worker;
 
 /// The program, called by `main` and by the test binaries.
 #[must_use]

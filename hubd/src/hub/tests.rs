@@ -1,8 +1,10 @@
 mod authority;
 mod chains;
+mod events;
 mod identity;
 mod invites;
 mod joining;
+mod logs;
 mod matrix;
 mod rotation;
 mod stall;
