@@ -150,7 +150,11 @@ mod tests {
             ("a shared workspace", former(labels("x"), &[dev.id, prod.id]), [true; 4]),
             ("another's", former(labels("dev"), &[prod.id]), [true, true, false, false]),
             ("an empty one", former(labels("dev"), &[]), [true; 4]),
-            ("an unknown one", NewEvent::of_workspace(WorkspaceId::new(), "w"), [true, true, false, false]),
+            (
+                "an unknown one",
+                NewEvent::of_workspace(WorkspaceId::new(), "w"),
+                [true, true, false, false],
+            ),
         ] {
             let event = Event { cursor: Cursor(1), at_ms: 1, kind: Kind::NodeOnline, about };
             let may: Vec<bool> =

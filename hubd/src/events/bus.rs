@@ -322,9 +322,8 @@ impl Subscription {
     pub async fn next(&mut self) -> Result<Delivery, StoreError> {
         loop {
             if let Some(event) = self.page.front() {
-                let in_a_row = event.cursor.0 == self.at + 1
-                    || event.kind == Kind::HubStarted
-                    || self.at == 0;
+                let in_a_row =
+                    event.cursor.0 == self.at + 1 || event.kind == Kind::HubStarted || self.at == 0;
                 if !in_a_row {
                     let to = event.cursor.0 - 1;
                     return Ok(self.missed(Some(to - self.at), to));

@@ -457,8 +457,7 @@ where
 {
     type Response = Response<Body>;
     type Error = S::Error;
-    type Future =
-        Either<Either<InCall<S::Future>, Guarded<InCall<S::Future>>>, Refused<S::Error>>;
+    type Future = Either<Either<InCall<S::Future>, Guarded<InCall<S::Future>>>, Refused<S::Error>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(context)

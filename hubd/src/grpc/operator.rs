@@ -16,7 +16,10 @@ use tonic::{Request, Response, Status, Streaming};
 use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
 use super::status::{from_lookup, internal};
-use super::{authority, convert, events, exec, files, history, invites, past, rotation, tasks, workers, workspaces};
+use super::{
+    authority, convert, events, exec, files, history, invites, past, rotation, tasks, workers,
+    workspaces,
+};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;

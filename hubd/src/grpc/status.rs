@@ -256,7 +256,10 @@ pub fn from_decision(error: DecisionError) -> Status {
         }
         DecisionError::NotRecorded(source) => {
             let id = error_id::report(&source);
-            with_hint(with_error_id(Code::Internal, "not_recorded", &text, id), "repeat the command")
+            with_hint(
+                with_error_id(Code::Internal, "not_recorded", &text, id),
+                "repeat the command",
+            )
         }
         DecisionError::Forget(ForgetRefusal::Unknown) => {
             refuse(Code::NotFound, "node_not_found", text)

@@ -26,19 +26,15 @@ pub(super) async fn run(
         Ok(status) => Ok(info(status)),
         Err(_) => {
             let name: String = request.name.chars().take(MAX_NAME_BYTES).collect();
-            let status = refuse(
-                Code::NotFound,
-                "worker_not_found",
-                format!("there is no worker {name:?}"),
-            );
+            let status =
+                refuse(Code::NotFound, "worker_not_found", format!("there is no worker {name:?}"));
             Err(with_hint(status, "list them: cortex-hubd worker list"))
         }
     }
 }
 
 fn info(status: WorkerStatus) -> v1::WorkerInfo {
-    let millis =
-        |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let millis = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     let running_since_ms = match status.state {
         State::Running { since_ms } => since_ms,
         State::Waiting | State::Failing => 0,

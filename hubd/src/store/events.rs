@@ -121,7 +121,8 @@ impl EventStore {
             let keep = i64::try_from(keep).unwrap_or(i64::MAX);
             let by_number: i64 = t.query_row(by_number, [keep], |row| row.get(0))?;
             // From the oldest on: clocks are set, and one young event keeps those after it.
-            let young = "SELECT coalesce(min(cursor), 9223372036854775807) FROM events WHERE at >= ?1";
+            let young =
+                "SELECT coalesce(min(cursor), 9223372036854775807) FROM events WHERE at >= ?1";
             let young: i64 = t.query_row(young, [before_ms], |row| row.get(0))?;
             let old = "SELECT coalesce(max(cursor), 0) FROM events WHERE cursor < ?1";
             let by_age: i64 = t.query_row(old, [young], |row| row.get(0))?;

@@ -176,7 +176,7 @@ async fn ten_thousand_subscriptions_that_are_abandoned_leave_nothing_behind() {
     let bus = EventBus::in_memory(limits(100));
     publish(&bus, 0..200);
     let open = |n: usize| {
-        let (bus, after) = (Arc::clone(&bus), (n % 2 == 0).then_some(Cursor(0)));
+        let (bus, after) = (Arc::clone(&bus), n.is_multiple_of(2).then_some(Cursor(0)));
         async move {
             let mut subscription = bus.subscribe(&format!("user {}", n % 50), after).unwrap();
             // Some wait, some stopped in the midst.

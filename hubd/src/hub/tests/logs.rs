@@ -83,9 +83,8 @@ async fn an_error_of_the_hub_stands_in_the_log_under_the_id_that_its_caller_was_
     let _logging = tracing::subscriber::set_default(lines.clone());
     let (folder, faults) = (tempfile::tempdir().unwrap(), Faults::default());
     let handle = faults.clone();
-    let hub = Hub::start_on(config(folder.path()), |store| {
-        Arc::new(FaultStore::new(store, handle)) as _
-    });
+    let hub =
+        Hub::start_on(config(folder.path()), |store| Arc::new(FaultStore::new(store, handle)) as _);
     let hub = TestHub { hub: hub.await.unwrap(), folder };
     let mut admin = hub.local().await;
     faults.set(Fault::Fail);
