@@ -38,6 +38,7 @@ fn a_follower_goes_on_over_restarts_and_a_crash_and_gets_each_event_once() {
     mesh.kill_hub();
     mesh.start_hub();
     events.extend(until(&mut follower, "hub.started"));
+    events.extend(until(&mut follower, "node.online"));
     drop(node);
     events.extend(until(&mut follower, "node.offline"));
 
