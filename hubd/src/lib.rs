@@ -2,7 +2,7 @@
 //! remembers. It never merges files and never interprets output.
 //!
 //! ```text
-//! main → cli → hub → grpc → task, enroll → node, sync → store
+//! main → cli → hub → grpc, worker → task, enroll → node, sync → events, store
 //! ```
 //!
 //! | module | subject |
