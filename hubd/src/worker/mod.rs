@@ -14,7 +14,9 @@ mod supervisor;
 mod tasks;
 
 pub use certificates::expired_certificates;
-pub use supervisor::{Due, Plan, Report, RunError, State, Supervisor, Trigger, WorkerStatus};
+pub use supervisor::{
+    Due, LastRun, NoSuchWorker, Plan, Report, RunError, State, Supervisor, Trigger, WorkerStatus,
+};
 #[cfg(test)]
 pub(crate) use tasks::revocations;
 pub use tasks::{Periods, WorkOf, register};
