@@ -58,6 +58,7 @@ pub fn report_of(
     error: &(dyn std::error::Error + 'static),
 ) -> String {
     static RECENT: LazyLock<Mutex<Recent>> = LazyLock::new(Mutex::default);
+    crate::counters::INTERNAL_ERRORS.add(1);
     let (caller, method) = CALL.try_with(Clone::clone).unwrap_or_default();
     let about: Vec<_> = about.iter().map(|(key, value)| format!("{key}={value}")).collect();
     let (about, error) = (about.join(" "), chain(error));

@@ -2,13 +2,14 @@
 //! remembers. It never merges files and never interprets output.
 //!
 //! ```text
-//! main → cli → hub → grpc, worker → task, enroll → node, sync → events, store
+//! main → cli → hub → http → grpc, worker → task, enroll → node, sync → events, store
 //! ```
 //!
 //! | module | subject |
 //! |---|---|
 //! | `cli` | the command line; everything but `serve` and `init` talks to a running hub |
 //! | [`hub`] | the daemon: put together, listening, taken apart in order |
+//! | [`http`] | installing nodes, health, metrics, API and web page, by the same authority as gRPC |
 //! | [`grpc`] | the only place where protocol and domain meet; who may call what (`auth`) |
 //! | [`enroll`] | invites redeemed, and the certificate authority |
 //! | [`node`] | known nodes, live sessions, memberships |
@@ -18,6 +19,7 @@
 //! | [`worker`] | background work under a supervisor |
 //! | [`error_id`] | the hub's own errors: an id for the caller, the chain of causes for the log |
 //! | [`store`] | what is remembered, behind traits in words of the domain |
+//! | [`counters`] | what the program has done, for metrics |
 //! | [`mod@bench`] | emulated nodes that measure a hub of their own; no part of a serving hub |
 //!
 //! A call passes [`grpc::accept`] (who is it), [`grpc::auth`] (may it) and [`grpc::convert`] (is it
@@ -42,10 +44,12 @@ pub mod authority;
 pub mod bench;
 mod cli;
 pub mod config;
+pub mod counters;
 pub mod enroll;
 pub mod error_id;
 pub mod events;
 pub mod grpc;
+pub mod http;
 pub mod hub;
 pub mod node;
 pub mod rate;

@@ -21,3 +21,4 @@ mod sync_rules;
 mod targets;
 mod tasks;
 mod terminal;
+mod web;

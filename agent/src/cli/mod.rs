@@ -19,6 +19,7 @@ mod join;
 mod leave;
 mod local;
 mod login;
+mod login_link;
 mod node;
 mod persist;
 mod policy;
@@ -114,6 +115,7 @@ enum Verb {
     Status(status::StatusArgs),
     Doctor(doctor::DoctorArgs),
     Login(login::LoginArgs),
+    LoginLink(login_link::LoginLinkArgs),
     Logout(context::LogoutArgs),
     Whoami(whoami::WhoamiArgs),
     Context(context::ContextArgs),
@@ -180,6 +182,7 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Status(args) => done(Box::pin(status::status(&global, args)).await),
             Verb::Doctor(args) => Box::pin(doctor::doctor(&global, args)).await,
             Verb::Login(args) => done(Box::pin(login::login(&global, args)).await),
+            Verb::LoginLink(args) => done(login_link::login_link(&global, args).await),
             Verb::Logout(args) => done(context::logout(&global, args)),
             Verb::Whoami(args) => done(Box::pin(whoami::whoami(&global, args)).await),
             Verb::Context(args) => done(context::context(&global, args)),

@@ -15,15 +15,17 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
+use super::place::HttpPlace;
 use super::status::{from_lookup, internal};
 use super::{
-    authority, convert, events, exec, files, history, invites, past, rotation, tasks, workers,
-    workspaces,
+    authority, convert, events, exec, files, history, invites, login_link, past, rotation, tasks,
+    workers, workspaces,
 };
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
 use crate::authority::refused::RefusalLog;
+use crate::authority::sessions::Sessions;
 use crate::enroll::authorities::Authorities;
 use crate::events::EventFeed;
 use crate::node::files::FileExchange;
@@ -69,6 +71,10 @@ pub struct OperatorService {
     pub accept_deadline: Duration,
     /// Where nodes reach this hub.
     pub address: HubAddress,
+    /// Where its HTTP side is reached, if it has one.
+    pub http: Option<HttpPlace>,
+    /// Sessions at the HTTP side.
+    pub sessions: Arc<Sessions>,
     /// When the hub started.
     pub started_at_ms: i64,
 }
@@ -80,6 +86,15 @@ pub struct HubAddress {
     pub bound: SocketAddr,
     /// The host name to tell them, if another than the bound address.
     pub advertise: Option<String>,
+}
+
+impl HubAddress {
+    /// What others call this machine: a name, or an address as it stands in a URL.
+    #[must_use]
+    pub fn host(&self) -> String {
+        let whole = self.to_string();
+        whole.rsplit_once(':').map_or_else(|| whole.clone(), |(host, _)| host.to_owned())
+    }
 }
 
 impl std::fmt::Display for HubAddress {
@@ -136,7 +151,7 @@ impl Operator for OperatorService {
                 .issuing()
                 .sign_anew(&operator.name, operator.role, certificate, unix_ms())
                 .map_err(|error| internal(&error))?,
-            Some(Peer::Anonymous(_) | Peer::Local { .. }) | None => None,
+            Some(Peer::Anonymous(_) | Peer::Local { .. } | Peer::Session { .. }) | None => None,
         };
         Ok(Response::new(v1::WhoAmIResponse {
             name: operator.name,
@@ -172,7 +187,18 @@ impl Operator for OperatorService {
             running_tasks: count(running),
             workspaces: count(workspaces::visible(self, &operator).len()),
             grpc_address: self.address.to_string(),
+            http_url: self.http.as_ref().map(|http| http.url().to_owned()).unwrap_or_default(),
+            http_pin: login_link::pin(self),
         }))
+    }
+
+    async fn create_login_link(
+        &self,
+        request: Request<v1::CreateLoginLinkRequest>,
+    ) -> Result<Response<v1::CreateLoginLinkResponse>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
+        let holder = request.extensions().get::<Peer>().and_then(Peer::session_holder);
+        login_link::create(self, &operator, holder).await.map(Response::new)
     }
 
     async fn list_nodes(

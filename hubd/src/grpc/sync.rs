@@ -21,6 +21,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedNode, admitted};
 use super::status::{disk_full, from_database, internal, invalid, no_room, over_quota, refuse};
+use crate::counters;
 use crate::events::{EventBus, Kind, NewEvent};
 use crate::store::workspace::{Found, StoreError};
 use crate::sync::{SyncError, WorkspaceHub, Workspaces};
@@ -115,6 +116,7 @@ impl SyncService {
         let Member { workspace, .. } = self.member(node, &put.workspace_id).await?;
         let room = workspace.incoming_room(node, put.pack.len()).await;
         Ok(Box::pin(async move {
+            counters::PACK_BYTES_IN.add(put.pack.len() as u64);
             let ack = workspace.put_pack(put.pack, room).await.map_err(status)?;
             let pack_hash = convert::wire_digest(&ack.hash);
             Ok(v1::PutPackAck { pack_hash, duplicate: ack.duplicate })
@@ -216,6 +218,8 @@ impl Sync for SyncService {
         let copies: Vec<_> = commit.copies().collect();
         let result = workspace.commit(commit).await.map_err(status)?;
         drop(room);
+        counters::COMMITS.add(1);
+        counters::CHANGES_REJECTED.add(result.rejected.len() as u64);
         let made = |index: &u32| !result.rejected.iter().any(|other| other.index == *index);
         let made = copies.into_iter().filter(|(index, _)| made(index)).map(|(_, copy)| copy);
         self.tell_conflicts(workspace.id(), &made.collect::<Vec<_>>());
@@ -275,6 +279,7 @@ impl Sync for SyncService {
                 async move {
                     service.check_member(node, workspace.id())?;
                     let pack = workspace.read_pack(pack).await.map_err(status)?;
+                    counters::PACK_BYTES_OUT.add(pack.as_ref().map_or(0, |pack| pack.len() as u64));
                     Ok(pack.map_or_else(
                         || absent(&chunks),
                         |pack| v1::Pack { pack, missing: Bytes::new() },

@@ -2,7 +2,7 @@
 
 /// Each method with those who may call it, in this order: `-` whoever has no certificate, `n` a node,
 /// `v` viewer, `t` agent-token, `o` operator, `s` admin with a scope, `a` admin.
-pub(crate) const EXPECTED: [(&str, &str); 62] = [
+pub(crate) const EXPECTED: [(&str, &str); 63] = [
     ("Enroll/JoinNode", "-nvtosa"),
     ("Enroll/LoginOperator", "-nvtosa"),
     ("Enroll/RecoverNode", "-nvtosa"),
@@ -22,6 +22,7 @@ pub(crate) const EXPECTED: [(&str, &str); 62] = [
     ("Sync/AckApplied", "n"),
     ("Operator/WhoAmI", "vtosa"),
     ("Operator/HubStatus", "vtosa"),
+    ("Operator/CreateLoginLink", "vtosa"),
     ("Operator/ListNodes", "vtosa"),
     ("Operator/WatchNodes", "vtosa"),
     ("Operator/ListWorkspaces", "vtosa"),
