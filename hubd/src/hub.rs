@@ -77,6 +77,12 @@ pub enum StartError {
         /// Its data directory.
         path: String,
     },
+    /// Somebody began to put a backup back here, and did not finish.
+    #[error("the restore into {path} did not finish: run cortex-hubd db restore again")]
+    RestoreUnfinished {
+        /// The data directory.
+        path: String,
+    },
     /// An address cannot be listened on.
     #[error("cannot listen on {address}")]
     Listen {
@@ -133,6 +139,9 @@ impl HubData {
             TryLockError::WouldBlock => StartError::Locked { path: shown(layout.root()) },
             TryLockError::Error(source) => StartError::Data { path: shown(&layout.lock()), source },
         })?;
+        if layout.restoring().exists() {
+            return Err(StartError::RestoreUnfinished { path: shown(layout.root()) });
+        }
         let databases = TaskScope::new();
         let store = Arc::new(SqliteStore::open(layout.database(), &databases).await?);
         let mesh = store.mesh().await?;

@@ -15,6 +15,7 @@
 //! | [`task`] | commands: journalled, relayed, each with one verdict |
 //! | [`sync`] | workspace versions and content |
 //! | [`store`] | what is remembered, behind traits in words of the domain |
+//! | [`backup`] | all of what is durable: copied while the hub runs, put back, checked |
 //! | [`mod@bench`] | emulated nodes that measure a hub of their own; no part of a serving hub |
 //!
 //! A call passes [`grpc::accept`] (who is it), [`grpc::auth`] (may it) and [`grpc::convert`] (is it
@@ -36,6 +37,7 @@ use zeroizing_alloc::ZeroAlloc;
 pub const ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
 pub mod authority;
+pub mod backup;
 pub mod bench;
 mod cli;
 pub mod config;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, clippy::cast_possible_truncation)]
 
 mod authority;
+mod backup;
 mod endings;
 mod exec;
 mod faults;

@@ -5,6 +5,7 @@ mod authority;
 mod bench;
 mod ca;
 mod configuration;
+mod database;
 mod output;
 mod serve;
 mod service;
@@ -105,6 +106,11 @@ a file (--config). A flag goes before a variable, and a variable before the file
     Audit {
         #[command(subcommand)]
         command: AuditCommand,
+    },
+    /// All that the hub remembers: back it up, put it back, check it
+    Db {
+        #[command(subcommand)]
+        command: database::DbCommand,
     },
     /// Run the hub as a systemd service
     Service {
@@ -261,6 +267,7 @@ pub(crate) fn run() -> ExitCode {
                 configuration::print_default();
                 Ok(())
             }
+            Command::Db { command } => database::db(command).await,
             Command::Service { command } => service::service(command),
             Command::Init(data) => serve::init(&data.config()).await,
             Command::Status { data, format } => admin::status(&data.config(), format).await,

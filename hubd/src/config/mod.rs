@@ -167,6 +167,12 @@ impl DataLayout {
         self.0.join("history.db")
     }
 
+    /// What a restore that has not ended yet has put together; while it is there, no hub starts.
+    #[must_use]
+    pub fn restoring(&self) -> PathBuf {
+        self.0.join("restoring")
+    }
+
     /// Workspace content.
     #[must_use]
     pub fn workspaces(&self) -> PathBuf {
