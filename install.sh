@@ -15,6 +15,7 @@
 #   --user         for this user alone (the default unless root): programs in ~/.local/bin
 #   --prefix DIR   programs in DIR/bin [/usr/local]
 #   --from PATH    a folder with the programs, or an archive of a release [this folder's build]
+#   --sha256 HEX   what the archive has to be; without it, what SHA256SUMS beside it says, if there is one
 #   --dry-run      print every step and do none
 #
 # Every step can be repeated: run it again to upgrade, or after an interruption.
@@ -35,7 +36,7 @@ usage() {
 # Everything is read before anything is done: a script that arrives by halves does nothing.
 main() {
   what=programs dry=false purge=false token_stdin=false
-  user='' prefix='' from='' grpc='' advertise='' hub='' pin='' token_file='' name='' workspace_root='' labels=''
+  user='' prefix='' from='' sha256='' grpc='' advertise='' hub='' pin='' token_file='' name='' workspace_root='' labels=''
   case ${1:-} in
     hub | agent | uninstall) what=$1; shift ;;
   esac
@@ -46,11 +47,12 @@ main() {
       --dry-run) dry=true ;;
       --purge) purge=true ;;
       --token-stdin) token_stdin=true ;;
-      --prefix | --from | --grpc | --advertise | --hub | --ca | --token-file | --name | --label | --workspace-root)
+      --prefix | --from | --sha256 | --grpc | --advertise | --hub | --ca | --token-file | --name | --label | --workspace-root)
         [ $# -ge 2 ] || usage "$1 needs a value"
         case $1 in
           --prefix) prefix=$2 ;;
           --from) from=$2 ;;
+          --sha256) sha256=$2 ;;
           --grpc) grpc=$2 ;;
           --advertise) advertise=$2 ;;
           --hub) hub=$2 ;;
@@ -72,7 +74,8 @@ main() {
   fi
   bin=$prefix/bin
   scratch=''
-  trap 'rm -rf "$scratch"' EXIT
+  temporary=''
+  trap 'rm -rf "$scratch" "$temporary"' EXIT
   trap 'exit 130' INT TERM HUP
 
   case $what in
@@ -108,9 +111,13 @@ find_programs() {
     found=$(cd "$from" && pwd)
   elif [ -n "$from" ]; then
     [ -r "$from" ] || fail "there is no $from"
+    check_archive
     scratch=$(mktemp -d)
     tar -xzf "$from" -C "$scratch" --strip-components=1 || fail "$from is not an archive of a release"
     found=$scratch
+    if [ ! -e "$found/SHA256SUMS" ] || [ ! -e "$found/RELEASE" ]; then
+      fail "$from is not an archive of a release"
+    fi
   elif [ -x "$here/cortex-agent" ]; then
     found=$here
   else
@@ -123,11 +130,27 @@ find_programs() {
     done
     [ -n "$found" ] || fail "there is no local build" "cargo build --release, or --from with a release"
   fi
-  # A release says what its files are.
+  # A release says what its files are, and for which machines.
   if [ -e "$found/SHA256SUMS" ]; then
     (cd "$found" && sha256sum --check --quiet --ignore-missing SHA256SUMS) ||
       fail "the programs in $found are not what SHA256SUMS says" "fetch the release again"
   fi
+  if [ -e "$found/RELEASE" ]; then
+    made_for=$(sed -n 's/^architecture=//p' "$found/RELEASE")
+    [ "$made_for" = "$(uname -m)" ] ||
+      fail "this release is for $made_for, and this machine is $(uname -m)" "take the release for it"
+  fi
+}
+
+# The archive is what the caller says, or what the list beside it says.
+check_archive() {
+  if [ -z "$sha256" ] && [ -e "$(dirname "$from")/SHA256SUMS" ]; then
+    sha256=$(sed -n "s/^\([0-9a-f]*\)  $(basename "$from" | sed 's/[.[\*^$/]/\\&/g')\$/\1/p" "$(dirname "$from")/SHA256SUMS")
+    [ -n "$sha256" ] || fail "SHA256SUMS beside $from does not name it" "fetch both again, or give --sha256"
+  fi
+  [ -n "$sha256" ] || return 0
+  is=$(sha256sum <"$from" | cut -d ' ' -f 1)
+  [ "$is" = "$sha256" ] || fail "$from has the SHA-256 $is, not $sha256" "fetch it again"
 }
 
 # Puts programs into place: beside the target and renamed over it, so that a running program keeps its
@@ -147,8 +170,11 @@ programs() {
     if ! $dry; then rm -f "$bin/.$program".*; fi
     step cp "$found/$program" "$temporary"
     step chmod 755 "$temporary"
+    # A machine that loses its power has the old program or the new one, whole.
+    step sync "$temporary"
     step mv -f "$temporary" "$bin/$program"
   done
+  temporary=''
 }
 
 has_systemctl() {

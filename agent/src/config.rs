@@ -292,6 +292,9 @@ pub struct Settings {
     pub sandbox: SandboxSettings,
     /// About commands.
     pub commands: CommandSettings,
+    /// What the daemon logs, such as `debug` or `info,cortex_agent::sync=debug`; `info` if it is not said.
+    /// `CORTEX_LOG` goes before it. Read again on SIGHUP.
+    pub log: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -309,6 +312,8 @@ struct RawSettings {
     sandbox: SandboxSettings,
     #[serde(default)]
     commands: CommandSettings,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    log: Option<String>,
 }
 
 impl Settings {
@@ -328,6 +333,7 @@ impl Settings {
             workspace_paths: raw.workspace_paths,
             sandbox: raw.sandbox,
             commands: raw.commands,
+            log: raw.log,
         };
         let roots = settings.workspace_paths.values().chain([&settings.workspace_root]);
         for root in roots {
@@ -351,6 +357,7 @@ impl Settings {
             workspace_paths: self.workspace_paths.clone(),
             sandbox: self.sandbox,
             commands: self.commands,
+            log: self.log.clone(),
         };
         write_json(&state.settings(), &raw)
     }
@@ -444,6 +451,7 @@ mod tests {
             workspace_paths: BTreeMap::from([("app".to_owned(), PathBuf::from("/home/ann/app"))]),
             sandbox: SandboxSettings { require_cgroup: true },
             commands: CommandSettings { cut_off_limit_s: Some(3600) },
+            log: None,
         }
     }
 

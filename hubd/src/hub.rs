@@ -56,8 +56,11 @@ use crate::task::spool::Spool;
 const STREAMS_PER_CONNECTION: u32 = 4096;
 /// How often changed "last seen" times are written.
 const LAST_SEEN_INTERVAL: Duration = Duration::from_secs(1);
-/// Nodes told to go away come back within this time, spread evenly.
-const RECONNECT_SPREAD: Duration = Duration::from_secs(2);
+/// The first of the nodes told to go away comes back after this time, which the next hub takes to start.
+const FIRST_RECONNECT: Duration = Duration::from_millis(200);
+/// How long after the last node was to come back it is still expected: a handshake of a thousand takes
+/// some tenths of a second, a slow line some more.
+const ARRIVAL_GRACE: Duration = Duration::from_secs(3);
 
 /// Why the hub could not start.
 #[derive(Debug, thiserror::Error)]
@@ -174,10 +177,13 @@ pub struct Hub {
     address: SocketAddr,
     pin: CaPin,
     registry: Arc<Registry>,
+    relay: Arc<Relay>,
     store: Arc<dyn Store>,
     audit: Arc<AuditLog>,
     scope: TaskScope,
     grace: Duration,
+    reconnect_spread: Duration,
+    certificate: Arc<HubCertificate>,
     data: HubData,
 }
 
@@ -239,7 +245,14 @@ impl Hub {
             Deadlines { start: config.task_start_deadline, resume: config.resume_grace };
         let history = HistoryStore::open(data.layout.history(), &data.databases).await?;
         let history = History::start(history, config.history, &scope);
-        let relay = Relay::new(Arc::clone(&store), spool, history, scope.clone(), deadlines);
+        let relay = Relay::new(
+            Arc::clone(&store),
+            spool,
+            history,
+            scope.clone(),
+            deadlines,
+            config.commands,
+        );
         relay.recover().await?;
         let operators = Operators::load(Arc::clone(&store), Arc::clone(&relay)).await?;
         let decisions = NodeDecisions::new(
@@ -275,8 +288,8 @@ impl Hub {
         let socket = data.layout.socket();
         let local = accept::bind_local(&socket)
             .map_err(|source| StartError::Data { path: socket.display().to_string(), source })?;
-        let certificate = HubCertificate::new(Arc::clone(&authorities), unix_ms)?;
-        let tls = accept::TlsSettings::new(Arc::clone(&authorities), certificate)?;
+        let certificate = Arc::new(HubCertificate::new(Arc::clone(&authorities), unix_ms)?);
+        let tls = accept::TlsSettings::new(Arc::clone(&authorities), Arc::clone(&certificate))?;
 
         let refusals = RefusalLog::new(Arc::clone(&store), scope.clone());
         let files = Arc::new(FileExchange::default());
@@ -296,11 +309,17 @@ impl Hub {
             accept_deadline: config.accept_deadline,
             address: HubAddress { bound: address, advertise: config.advertise.clone() },
             started_at_ms,
+            arrivals_until: tokio::time::Instant::now()
+                + FIRST_RECONNECT
+                + config.reconnect_spread
+                + ARRIVAL_GRACE,
+            drain_wait: config.drain_wait,
+            permissive_longest: config.permissive_longest,
         };
         let node = NodeService {
             files,
             registry: Arc::clone(&registry),
-            relay,
+            relay: Arc::clone(&relay),
             members: Arc::clone(&members),
             validator: Arc::clone(&validator),
             authorities: Arc::clone(&authorities),
@@ -332,8 +351,20 @@ impl Hub {
         save_last_seen(Arc::clone(&registry), Arc::clone(&store), &scope);
         tracing::info!(%address, %mesh, "hub serves");
         let pin = authorities.pin();
-        let grace = config.shutdown_grace;
-        Ok(Self { address, pin, registry, store, audit, scope, grace, data })
+        let (grace, reconnect_spread) = (config.shutdown_grace, config.reconnect_spread);
+        Ok(Self {
+            address,
+            pin,
+            registry,
+            relay,
+            store,
+            audit,
+            scope,
+            grace,
+            reconnect_spread,
+            certificate,
+            data,
+        })
     }
 
     /// The address of the gRPC side, with the port that was chosen if none was given.
@@ -354,21 +385,37 @@ impl Hub {
         self.data.authority_certificate()
     }
 
+    /// Makes the hub a new certificate, for the connections that begin from here on.
+    ///
+    /// # Errors
+    /// If signing fails; the old one stays.
+    pub fn renew_certificate(&self) -> Result<(), CaError> {
+        self.certificate.renew()
+    }
+
     /// The pin of the mesh's authority.
     #[must_use]
     pub fn pin(&self) -> CaPin {
         self.pin
     }
 
-    /// Stops in order: nodes are told when to come back, sessions end, calls finish, the databases are
+    /// Ends when somebody has asked the hub to drain, and nothing runs any more or the wait is over. Safe
+    /// to give up at any time.
+    pub async fn drained(&self) {
+        self.relay.draining().over(|| self.relay.running()).await;
+    }
+
+    /// Stops in order: new commands are refused, nodes are told when to come back, sessions end, calls finish, the databases are
     /// closed. Tasks that run keep running on their nodes, for the next hub to take up; without a resume
     /// grace each gets its verdict here. The work before that and the
     /// closing take no longer than the grace time each; what did not finish in it is said.
     pub async fn shutdown(self) {
+        self.relay.draining().begin(Duration::ZERO);
         let sessions = self.registry.sessions();
-        let spread = u64::try_from(RECONNECT_SPREAD.as_millis()).unwrap_or(u64::MAX);
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let (first, spread) = (ms(FIRST_RECONNECT), ms(self.reconnect_spread));
         for (index, session) in (0_u64..).zip(&sessions) {
-            let reconnect_after_ms = 200 + index * spread / sessions.len().max(1) as u64;
+            let reconnect_after_ms = first + index * spread / sessions.len().max(1) as u64;
             // One that is gone needs no telling.
             session.send(hub_frame::Frame::Drain(Drain { reconnect_after_ms })).ok();
         }

@@ -21,3 +21,5 @@ mod sync_rules;
 mod targets;
 mod tasks;
 mod terminal;
+mod units;
+mod upgrade;

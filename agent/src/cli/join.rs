@@ -127,6 +127,7 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
         workspace_paths: BTreeMap::new(),
         sandbox: SandboxSettings::default(),
         commands: CommandSettings::default(),
+        log: None,
     };
     settings.save(&state)?;
     // Written down first: nobody joins a mesh without a trace.

@@ -480,6 +480,7 @@ mod tests {
             workspace_paths: BTreeMap::new(),
             sandbox: crate::config::SandboxSettings::default(),
             commands: crate::config::CommandSettings::default(),
+            log: None,
         };
         settings.save(&state).unwrap();
         let hub = HubClient::new(settings.hub.clone(), Trust::Pins(Vec::new()), None).unwrap();

@@ -19,9 +19,6 @@ use crate::task::relay::Relay;
 
 /// How long a permissive policy lasts unless told otherwise.
 pub const DEFAULT_PERMISSIVE: Duration = Duration::from_secs(3600);
-/// How long a permissive policy lasts at most: what is needed for longer belongs into the sandbox's
-/// own rules.
-pub const MAX_PERMISSIVE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Longest wait for the end of a policy before the clock is looked at again: it may have been set.
 const CLOCK_LOOK: Duration = Duration::from_secs(60);
 /// Wait after the store did not take the end of a policy. The policy is not in force meanwhile.

@@ -312,7 +312,14 @@ mod tests {
         let history = History::start(history, HistoryLimits::default(), &scope);
         let deadlines = Deadlines { start: Duration::from_secs(9), resume: Duration::from_secs(9) };
         let store_of_relay = Arc::clone(&faulty) as _;
-        let relay = Relay::new(store_of_relay, spool.unwrap(), history, scope.clone(), deadlines);
+        let relay = Relay::new(
+            store_of_relay,
+            spool.unwrap(),
+            history,
+            scope.clone(),
+            deadlines,
+            Default::default(),
+        );
         let operators = Operators::load(faulty, relay).await.unwrap();
         Fixture { _folder: folder, store, faults, operators, scope }
     }

@@ -59,9 +59,10 @@ pub(super) async fn status(config: &HubConfig, format: Format) -> anyhow::Result
         "running_tasks": status.running_tasks,
         "workspaces": status.workspaces,
         "grpc_address": status.grpc_address,
+        "draining": status.draining,
     });
     let text = format!(
-        "hub {} of mesh {}\naddress     {}\nup since    {}\nnodes       {} online of {}\ntasks       {} running\nworkspaces  {}",
+        "hub {} of mesh {}\naddress     {}\nup since    {}\nnodes       {} online of {}\ntasks       {} running{}\nworkspaces  {}",
         status.version,
         status.mesh_id,
         status.grpc_address,
@@ -69,6 +70,7 @@ pub(super) async fn status(config: &HubConfig, format: Format) -> anyhow::Result
         status.nodes_online,
         status.nodes_known,
         status.running_tasks,
+        if status.draining { ", and no new ones are taken" } else { "" },
         status.workspaces,
     );
     output::show(format, &document, &text);

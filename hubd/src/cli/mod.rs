@@ -6,6 +6,7 @@ mod bench;
 mod ca;
 mod configuration;
 mod database;
+mod drain;
 mod output;
 mod serve;
 mod service;
@@ -57,7 +58,8 @@ impl DataArg {
 enum Command {
     /// Run the hub until SIGTERM or SIGINT
     #[command(after_help = "\
-SIGTERM and SIGINT stop it in order; SIGHUP reads the configuration again and changes what is logged.
+SIGTERM and SIGINT stop it in order; SIGHUP reads the configuration again, changes what is logged, and
+makes the hub a new certificate.
 Each setting can also be given as an environment variable, CORTEX_HUB_ and its name in capitals, or in
 a file (--config). A flag goes before a variable, and a variable before the file.")]
     Serve(Box<serve::ServeArgs>),
@@ -77,6 +79,15 @@ a file (--config). A flag goes before a variable, and a variable before the file
         #[command(flatten)]
         format: Format,
     },
+    /// Stop the running hub once its commands have ended, for the next one
+    #[command(after_help = "\
+It takes no new commands from now on: their callers are told to ask again in a moment, and cortex-agent does
+so by itself. After --wait, what still runs goes on and is handed to the next hub, with every byte. Where
+systemd runs the hub, it starts the next one at once: this is how an upgrade is taken into use.
+
+Example:
+  cortex-hubd drain --wait 10m")]
+    Drain(drain::DrainArgs),
     /// The mesh's certificate authority
     Ca {
         #[command(subcommand)]
@@ -271,6 +282,7 @@ pub(crate) fn run() -> ExitCode {
             Command::Service { command } => service::service(command),
             Command::Init(data) => serve::init(&data.config()).await,
             Command::Status { data, format } => admin::status(&data.config(), format).await,
+            Command::Drain(args) => drain::drain(args).await,
             Command::Ca { command } => ca::ca(command).await,
             Command::Invite { command } => admin::invite(command).await,
             Command::Operator { command } => admin::operator(command).await,

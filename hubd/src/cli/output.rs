@@ -41,6 +41,14 @@ impl Unreachable {
     }
 }
 
+/// A node was not empty in time.
+#[derive(Debug, thiserror::Error)]
+#[error("{node} is cordoned and still runs {running} commands")]
+pub(super) struct StillRuns {
+    pub(super) node: String,
+    pub(super) running: u32,
+}
+
 /// How data is printed.
 #[derive(Args, Clone, Copy)]
 pub(super) struct Format {
@@ -174,7 +182,8 @@ pub(super) fn complain(error: &anyhow::Error) {
         .downcast_ref::<tonic::Status>()
         .and_then(|status| status.metadata().get(cortex_proto::HINT_TRAILER))
         .and_then(|hint| hint.to_str().ok())
-        .or_else(|| error.downcast_ref().map(Unreachable::hint));
+        .or_else(|| error.downcast_ref().map(Unreachable::hint))
+        .or_else(|| error.is::<StillRuns>().then_some("cortex-hubd node uncordon takes it back"));
     if let Some(hint) = hint {
         writeln!(out, "hint: {hint}").ok();
     }
@@ -185,6 +194,9 @@ pub(super) fn exit_code(error: &anyhow::Error) -> ExitCode {
     use tonic::Code;
     if let Some(unreachable) = error.downcast_ref::<Unreachable>() {
         return ExitCode::from(if unreachable.is_forbidden() { 5 } else { 6 });
+    }
+    if error.is::<StillRuns>() {
+        return ExitCode::from(6);
     }
     if let Some(failed) = error.downcast_ref::<BackupError>() {
         return ExitCode::from(match failed {

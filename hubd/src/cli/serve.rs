@@ -40,7 +40,8 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            _ = hang_up.recv() => reload(&args.configuration, &logging),
+            () = hub.drained() => break,
+            _ = hang_up.recv() => reload(&args.configuration, &logging, &hub),
             () = watchdog.due() => service::notify(&[NotifyState::Watchdog]),
         }
     }
@@ -49,8 +50,8 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Takes the settings into use that can change while the hub runs: what is logged.
-fn reload(configuration: &Configuration, logging: &Logging) {
+/// Takes into use what can change while the hub runs: what is logged, and its certificate.
+fn reload(configuration: &Configuration, logging: &Logging, hub: &Hub) {
     if let Ok(now) = NotifyState::monotonic_usec_now() {
         service::notify(&[NotifyState::Reloading, now]);
     }
@@ -58,6 +59,10 @@ fn reload(configuration: &Configuration, logging: &Logging) {
     match changed {
         Ok(()) => tracing::info!("configuration read again"),
         Err(error) => tracing::error!(error = format!("{error:#}"), "configuration not changed"),
+    }
+    match hub.renew_certificate() {
+        Ok(()) => tracing::info!("the hub has a new certificate"),
+        Err(error) => tracing::error!(%error, "the hub keeps its certificate"),
     }
     service::notify(&[NotifyState::Ready]);
 }

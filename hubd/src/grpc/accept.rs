@@ -59,9 +59,9 @@ impl TlsSettings {
     /// If rustls refuses them.
     pub fn new(
         authorities: Arc<Authorities>,
-        certificate: HubCertificate,
+        certificate: Arc<HubCertificate>,
     ) -> Result<Self, rustls::Error> {
-        let (ring, certificate) = (authorities.ring(), Arc::new(certificate));
+        let ring = authorities.ring();
         let config = server_config(&ring, Arc::clone(&certificate))?;
         Ok(Self { authorities, certificate, current: Mutex::new((ring, config)) })
     }

@@ -34,6 +34,9 @@ const MAX_CANCEL_GRACE: Duration = Duration::from_secs(60);
 /// Time the caller has to send its first frame.
 const FIRST_FRAME: Duration = Duration::from_secs(10);
 
+/// How soon a command that met a hub which drains is asked for again, at least and at most.
+const DRAINED_RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
+
 /// Most of a specification that is kept to repeat it.
 const MAX_KEPT_SPEC_BYTES: usize = 64 * 1024;
 
@@ -156,7 +159,10 @@ async fn start_task(
     let workspace = allowed(service, &operator, &node, &spec)
         .inspect_err(|refusal| record_refusal(service, &operator, &node, &spec, refusal))?;
     spec.workspace_id = workspace.map(|id| id.as_bytes().to_vec().into()).unwrap_or_default();
-    let session = view.session.ok_or_else(|| offline(&node.name))?;
+    let session = match view.session {
+        Some(session) => session,
+        None => service.returning(node.id).await.ok_or_else(|| offline(&node.name))?,
+    };
     let new = NewTask {
         id: TaskId::new(),
         node: node.id,
@@ -432,6 +438,14 @@ fn from_start(refusal: StartRefusal) -> Status {
         StartRefusal::TooMany { .. } | StartRefusal::Full { .. } => with_hint(
             refuse(Code::ResourceExhausted, "too_many_commands", refusal.to_string()),
             "wait until one of them has ended, or cancel it",
+        ),
+        StartRefusal::Draining { wait } => with_retry_after(
+            with_hint(
+                refuse(Code::Unavailable, cortex_proto::CODE_DRAINING, refusal.to_string()),
+                "ask again in a moment",
+            ),
+            // The one after it may be there sooner than the last command of this one ends.
+            wait.clamp(DRAINED_RETRY.0, DRAINED_RETRY.1),
         ),
         StartRefusal::KeyReused { .. } => with_hint(
             refuse(Code::AlreadyExists, "idempotency_key_reused", refusal.to_string()),

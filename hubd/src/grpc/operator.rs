@@ -9,6 +9,7 @@ use std::time::Duration;
 use cortex_proto::v1;
 use cortex_proto::v1::operator_server::Operator;
 use cortex_shared::clock::unix_ms;
+use cortex_shared::ids::NodeId;
 use cortex_shared::policy::Bound;
 use futures_util::Stream;
 use tonic::{Request, Response, Status, Streaming};
@@ -16,14 +17,16 @@ use tonic::{Request, Response, Status, Streaming};
 use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
 use super::status::{from_lookup, internal};
-use super::{authority, convert, exec, files, history, invites, past, rotation, tasks, workspaces};
+use super::{
+    authority, convert, draining, exec, files, history, invites, past, rotation, tasks, workspaces,
+};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
 use crate::authority::refused::RefusalLog;
 use crate::enroll::authorities::Authorities;
 use crate::node::files::FileExchange;
-use crate::node::registry::{NodeView, Registry};
+use crate::node::registry::{NodeView, Registry, SessionHandle};
 use crate::store::Store;
 use crate::sync::Workspaces;
 use crate::sync::members::Members;
@@ -62,6 +65,12 @@ pub struct OperatorService {
     pub address: HubAddress,
     /// When the hub started.
     pub started_at_ms: i64,
+    /// Until when nodes that were there before it started come back.
+    pub arrivals_until: tokio::time::Instant,
+    /// How long a drain waits for commands that run, unless its caller says.
+    pub drain_wait: Duration,
+    /// Longest time for which commands may be allowed more than STRICT.
+    pub permissive_longest: Duration,
 }
 
 /// Where nodes reach this hub.
@@ -101,6 +110,23 @@ impl OperatorService {
     /// The node that is meant, of those that the caller sees.
     pub(super) fn node(&self, wanted: &str, caller: &AdmittedOperator) -> Result<NodeView, Status> {
         self.registry.find(wanted, |node| caller.sees(node)).map_err(from_lookup)
+    }
+
+    /// The session of a node that is not connected, but may be on its way back because the hub was just
+    /// restarted: nobody who asks for it then shall notice. `None` at once for any other.
+    pub(super) async fn returning(&self, node: NodeId) -> Option<SessionHandle> {
+        let mut changes = self.registry.changes();
+        let coming = async {
+            loop {
+                let view = self.registry.get(node)?;
+                let was_here = view.address.is_some() || view.node.last_seen_ms == 0;
+                if view.session.is_some() || was_here {
+                    return view.session;
+                }
+                changes.changed().await.ok()?;
+            }
+        };
+        tokio::time::timeout_at(self.arrivals_until, coming).await.ok().flatten()
     }
 }
 
@@ -162,7 +188,16 @@ impl Operator for OperatorService {
             running_tasks: count(running),
             workspaces: count(workspaces::visible(self, &operator).len()),
             grpc_address: self.address.to_string(),
+            draining: self.relay.draining().until().is_some(),
         }))
+    }
+
+    async fn drain_hub(
+        &self,
+        request: Request<v1::DrainHubRequest>,
+    ) -> Result<Response<v1::DrainHubResponse>, Status> {
+        let operator = admitted(&request)?;
+        draining::drain_hub(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_nodes(

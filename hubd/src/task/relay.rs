@@ -25,8 +25,9 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::budget::Budget;
+use super::draining::Draining;
 use super::history::History;
-use super::limits::{HUB_COMMANDS, Limits, NODE_COMMANDS, Slot, Slots};
+use super::limits::{CommandLimits, Slot, Slots};
 pub use super::running::{DEFAULT_CANCEL_GRACE, Task};
 use super::spool::Spool;
 pub use super::start::{Begun, Claim, StartRefusal};
@@ -88,9 +89,11 @@ pub struct Relay {
     history: Arc<History>,
     scope: TaskScope,
     deadlines: Deadlines,
+    limits: CommandLimits,
     late: mpsc::Sender<LateReport>,
     unrecorded: Arc<Unrecorded>,
     unwanted: Arc<Unwanted>,
+    draining: Draining,
 }
 
 impl Relay {
@@ -102,10 +105,12 @@ impl Relay {
         history: Arc<History>,
         scope: TaskScope,
         deadlines: Deadlines,
+        limits: CommandLimits,
     ) -> Arc<Self> {
         let (late, reports) = mpsc::channel(LATE_REPORTS);
         scope.spawn("late outcomes", record_late(Arc::clone(&store), reports, scope.clone()));
-        let (tasks, slots, budget) = (Mutex::default(), Arc::default(), Arc::default());
+        let (tasks, slots) = (Mutex::default(), Arc::default());
+        let budget = Arc::new(Budget::new(&limits));
         let unwanted = Unwanted::new(Arc::clone(&store), scope.clone());
         let unrecorded = Unrecorded::new(Arc::clone(&store), scope.clone(), Arc::clone(&unwanted));
         let unrecorded = Arc::new(unrecorded);
@@ -118,14 +123,22 @@ impl Relay {
             history,
             scope,
             deadlines,
+            limits,
             late,
             unrecorded,
             unwanted,
+            draining: Draining::default(),
         })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TaskId, Running>> {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether new commands are taken.
+    #[must_use]
+    pub fn draining(&self) -> &Draining {
+        &self.draining
     }
 
     /// How long a lost stream can be resumed.
@@ -180,7 +193,7 @@ impl Relay {
                 tracing::warn!(task = %record.id, %error, "the output of a task cannot be read");
                 [0; 2]
             });
-            let limits = Limits::of(record.role);
+            let limits = self.limits.of(record.role);
             let left = limits.output_bytes.saturating_sub(received[0].saturating_add(received[1]));
             // Whatever the limit is: it runs.
             let slot = self.slots.take(&record.actor, usize::MAX);
@@ -213,16 +226,20 @@ impl Relay {
         session: SessionHandle,
         claim: &Claim,
     ) -> Result<Begun, StartRefusal> {
-        let limits = Limits::of(new.role);
+        if let Some(until) = self.draining.until() {
+            return Err(StartRefusal::Draining { wait: until - Instant::now() });
+        }
+        let limits = self.limits.of(new.role);
         let slot = self.slots.take(&new.actor.name, limits.commands).ok_or_else(|| {
             StartRefusal::TooMany { actor: new.actor.name.clone(), limit: limits.commands }
         })?;
-        if self.running() >= HUB_COMMANDS {
-            return Err(StartRefusal::Full { whose: "this hub".into(), limit: HUB_COMMANDS });
+        let CommandLimits { hub, node, .. } = self.limits;
+        if self.running() >= hub {
+            return Err(StartRefusal::Full { whose: "this hub".into(), limit: hub });
         }
-        if self.running_on(new.node) >= NODE_COMMANDS {
+        if self.running_on(new.node) >= node {
             let whose = format!("node {:?}", new.node_name);
-            return Err(StartRefusal::Full { whose, limit: NODE_COMMANDS });
+            return Err(StartRefusal::Full { whose, limit: node });
         }
         let window = (!new.detached).then_some(initial_credit);
         let share = self.budget.take(new.node, window.unwrap_or(DEFAULT_OUTPUT_CREDIT));

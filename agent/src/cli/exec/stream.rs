@@ -29,6 +29,7 @@ use super::writer::{OutputTo, WriterEvent};
 use crate::cli::error::{CliError, Exit, printable};
 use crate::cli::persist::{PATIENCE, is_passing, jittered, next_delay};
 use crate::cli::printer::{ColorWhen, complain};
+use crate::client::connect_error_in;
 
 /// Time between TERM and KILL for an interrupted command.
 const GRACE: Duration = Duration::from_secs(2);
@@ -44,6 +45,8 @@ type Opened = Result<Response<Streaming<v1::ExecDown>>, Status>;
 /// See the module.
 pub(super) struct TaskStream {
     client: OperatorClient<Channel>,
+    /// What was asked for, until the hub has taken it.
+    start: Option<v1::ExecStart>,
     opening: Option<Pin<Box<dyn Future<Output = Opened> + Send>>>,
     down: Option<Streaming<v1::ExecDown>>,
     up: mpsc::Sender<v1::ExecUp>,
@@ -102,9 +105,10 @@ impl TaskStream {
     ) -> Self {
         let granted = start.initial_credit;
         let on_terminal = start.spec.as_ref().is_some_and(|spec| spec.terminal.is_some());
-        let (up, opening) = call(&client, exec_up::Frame::Start(start));
+        let (up, opening) = call(&client, exec_up::Frame::Start(start.clone()));
         Self {
             client,
+            start: Some(start),
             opening: Some(opening),
             down: None,
             up,
@@ -183,6 +187,18 @@ impl TaskStream {
         let code = status.metadata().get(cortex_proto::CODE_TRAILER);
         let known = !self.accepted.task_id.is_empty() && self.accepted.resume_grace_ms > 0;
         let lost_at = *self.lost_at.get_or_insert_with(Instant::now);
+        // Certainly not begun: the next hub gets it. Between the two there is none to connect to.
+        let draining = code.is_some_and(|code| code == cortex_proto::CODE_DRAINING);
+        let absent = || connect_error_in(&status).is_some_and(|error| !error.is_permanent());
+        let waits = draining || self.retry.is_some() && absent();
+        if waits && self.start.is_some() && lost_at.elapsed() <= PATIENCE {
+            if self.retry.is_none() {
+                self.say("note: the hub is being restarted; the command waits for the next one");
+            }
+            let delay = next_delay(&status, self.retry.map(|(_, delay)| delay));
+            self.retry = Some((Instant::now() + jittered(delay), delay));
+            return Ok(());
+        }
         if code.is_some() && !is_passing(&status) {
             return Err(status.into());
         }
@@ -208,6 +224,11 @@ impl TaskStream {
     fn reconnect(&mut self) {
         // In an hour, as far as the wait is concerned: the answer comes first.
         self.retry = self.retry.map(|(at, delay)| (at + Duration::from_secs(3600), delay));
+        if let Some(start) = &self.start {
+            let (up, opening) = call(&self.client, exec_up::Frame::Start(start.clone()));
+            (self.up, self.opening) = (up, Some(opening));
+            return;
+        }
         let attach = v1::ExecAttach {
             task_id: self.accepted.task_id.clone(),
             stdout_offset: self.received[0],
@@ -338,9 +359,12 @@ impl TaskStream {
     fn accept(&mut self, message: v1::ExecDown) -> Result<Option<v1::TaskExit>, CliError> {
         match message.frame {
             Some(exec_down::Frame::Accepted(accepted)) => {
+                let begins = self.start.take().is_some();
                 if self.lost_at.take().is_some() {
                     self.retry = None;
-                    self.note("connected to the hub again; the output goes on");
+                    if !begins {
+                        self.note("connected to the hub again; the output goes on");
+                    }
                 }
                 self.accepted = accepted;
             }

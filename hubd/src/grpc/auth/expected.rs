@@ -2,7 +2,7 @@
 
 /// Each method with those who may call it, in this order: `-` whoever has no certificate, `n` a node,
 /// `v` viewer, `t` agent-token, `o` operator, `s` admin with a scope, `a` admin.
-pub(crate) const EXPECTED: [(&str, &str); 59] = [
+pub(crate) const EXPECTED: [(&str, &str); 60] = [
     ("Enroll/JoinNode", "-nvtosa"),
     ("Enroll/LoginOperator", "-nvtosa"),
     ("Enroll/RecoverNode", "-nvtosa"),
@@ -62,6 +62,7 @@ pub(crate) const EXPECTED: [(&str, &str); 59] = [
     ("Operator/VerifyAudit", "a"),
     ("Operator/CaStatus", "a"),
     ("Operator/RotateCa", "a"),
+    ("Operator/DrainHub", "a"),
 ];
 
 /// Whether the caller of this letter may call the method of this path.

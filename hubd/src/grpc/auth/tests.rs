@@ -27,7 +27,8 @@ async fn layer(nodes: Vec<Node>, records: Vec<OperatorRecord>) -> (tempfile::Tem
     let deadlines = Deadlines { start: second, resume: second };
     let history = HistoryStore::open(folder.path().join("history.db"), &scope).await.unwrap();
     let history = History::start(history, HistoryLimits::default(), &scope);
-    let relay = Relay::new(Arc::clone(&store), spool, history, scope, deadlines);
+    let relay =
+        Relay::new(Arc::clone(&store), spool, history, scope, deadlines, Default::default());
     let refusals = RefusalLog::new(Arc::clone(&store), TaskScope::new());
     let operators = Operators::load(store, relay).await.unwrap();
     operators.apply(records);
