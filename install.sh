@@ -199,16 +199,20 @@ TEXT
 }
 
 install_agent() {
-  programs cortex-agent
-  has_systemctl "cortex-agent run"
   state=/var/lib/cortex-agent
   [ -z "$user" ] || state=${XDG_DATA_HOME:-$HOME/.local/share}/cortex-agent
-  if [ -e "$state/agent.json" ]; then
-    [ -z "$hub" ] || echo "this machine is a node already: --hub and what belongs to it is not used"
-  else
+  joined=false
+  [ ! -e "$state/agent.json" ] || joined=true
+  if ! $joined; then
     [ -n "$hub" ] || usage "--hub is missing"
     [ -n "$pin" ] || usage "--ca is missing"
+  fi
+  programs cortex-agent
+  has_systemctl "cortex-agent run"
+  if ! $joined; then
     join
+  elif [ -n "$hub" ]; then
+    echo "this machine is a node already: --hub and what belongs to it is not used"
   fi
   service cortex-agent install ${user:+--user}
 }

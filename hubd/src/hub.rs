@@ -58,6 +58,9 @@ const STREAMS_PER_CONNECTION: u32 = 4096;
 const LAST_SEEN_INTERVAL: Duration = Duration::from_secs(1);
 /// The first of the nodes told to go away comes back after this time, which the next hub takes to start.
 const FIRST_RECONNECT: Duration = Duration::from_millis(200);
+/// How long a hub that stops waits for commands that are just beginning: a slow disk and a slow sandbox
+/// together, but not a node that does not answer.
+const BEGINNING_GRACE: Duration = Duration::from_secs(2);
 /// How long after the last node was to come back it is still expected: a handshake of a thousand takes
 /// some tenths of a second, a slow line some more.
 const ARRIVAL_GRACE: Duration = Duration::from_secs(3);
@@ -411,6 +414,11 @@ impl Hub {
     /// closing take no longer than the grace time each; what did not finish in it is said.
     pub async fn shutdown(self) {
         self.relay.draining().begin(Duration::ZERO);
+        // Nodes leave once they are told; what was begun for them until now is to reach them first.
+        let settled = self.relay.settled();
+        if tokio::time::timeout(self.grace.min(BEGINNING_GRACE), settled).await.is_err() {
+            tracing::warn!("a command that was just to begin did not in time");
+        }
         let sessions = self.registry.sessions();
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let (first, spread) = (ms(FIRST_RECONNECT), ms(self.reconnect_spread));

@@ -8,6 +8,7 @@ use cortex_tests::mesh::{As, Mesh, Operator};
 use cortex_tests::process::{Daemon, Outcome};
 use cortex_tests::tree;
 use cortex_tests::wait::until;
+use rustix::process::Signal;
 
 use super::sync::noise;
 
@@ -162,8 +163,12 @@ fn a_hub_that_drains_lets_commands_end_and_hands_new_ones_to_the_next() {
     let mut drain = begin_drain(&mesh);
     // Refused, with the time after which to ask again; the client does so by itself.
     let log = mesh.path("waiting.log");
-    let mut command = operator.command(&["exec", "a", "-s", "echo ran"]);
-    let mut waiting = Daemon::start("client", &mut command, &log);
+    // With input, all of which has to reach the command that the next hub takes.
+    let input = mesh.path("input");
+    fs::write(&input, noise(1, 300_000)).unwrap();
+    let mut command = operator.command(&["exec", "-i", "a", "-s", "cksum; echo ran"]);
+    let input = fs::File::open(&input).unwrap().into();
+    let mut waiting = Daemon::start_with("client", &mut command, &log, input);
     until("it is told", || {
         fs::read_to_string(&log).unwrap_or_default().contains("the hub is being restarted")
     });
@@ -175,7 +180,13 @@ fn a_hub_that_drains_lets_commands_end_and_hands_new_ones_to_the_next() {
     assert_eq!((&drained["stopped"], &drained["handed_over"]), (&true.into(), &0.into()));
     assert!(mesh.hub().wait().success());
     mesh.start_hub();
-    waiting.line("its output", |line| (line == "ran").then_some(()));
+    let sum = waiting.line("its output", |line| line.ends_with(" 300000").then(|| line.to_owned()));
+    let here = std::process::Command::new("cksum")
+        .stdin(fs::File::open(mesh.path("input")).unwrap())
+        .output()
+        .unwrap();
+    assert_eq!(sum.trim(), String::from_utf8_lossy(&here.stdout).trim());
+    waiting.line("its end", |line| (line == "ran").then_some(()));
     assert!(waiting.wait().success());
     let listed = mesh.hubd(&["audit", "list", "-o", "json", "--action", "hub.drained"]).ok();
     assert_eq!(listed.json().as_array().map(Vec::len), Some(1));
@@ -216,4 +227,38 @@ fn a_node_is_drained_by_the_hub_s_own_command_line_too() {
     assert!(running.wait().success(), "no command was ended");
     let _back: Outcome = mesh.hubd(&["node", "uncordon", "a"]).ok();
     let _runs: Outcome = operator.agent(&["exec", "a", "--", "true"]).ok();
+}
+
+#[test]
+fn sighup_renews_certificates_changes_what_is_logged_and_ends_nothing() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let mut node = mesh.node("a", As::Me);
+    let mut running = long(&operator, &mesh, 3);
+    mesh.hub().signal(Signal::HUP);
+    let log = mesh.path("hub.log");
+    until("the hub has another certificate", || {
+        fs::read_to_string(&log).unwrap().contains("the hub has a new certificate")
+    });
+    let status = node.agent(&["status", "-o", "json"]).ok().json();
+    let before = status["generation"].as_u64().unwrap_or_else(|| panic!("{status}"));
+    let settings = node.home().join("state/agent.json");
+    let mut changed: serde_json::Value =
+        serde_json::from_slice(&fs::read(&settings).unwrap()).unwrap();
+    changed["log"] = "debug".into();
+    fs::write(&settings, changed.to_string()).unwrap();
+    node.daemon().signal(Signal::HUP);
+    until("the node has another certificate", || {
+        node.log().contains("the certificate was renewed")
+    });
+    let status = node.agent(&["status", "-o", "json"]).ok().json();
+    assert_eq!(status["generation"], before + 1, "{status}");
+    assert!(node.log().contains("filter=\"debug\""), "{}", node.log());
+    running.line("the end", |line| (line == "ended").then_some(()));
+    assert!(running.wait().success());
+    // Connections that begin now are those of the new certificates.
+    node.stop();
+    node.run();
+    mesh.wait_online("a");
+    let _ran: Outcome = operator.agent(&["exec", "a", "--", "true"]).ok();
 }

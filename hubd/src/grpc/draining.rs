@@ -16,8 +16,8 @@ use super::status::{from_store, invalid};
 /// Longest wait for commands: who wants to wait longer cordons nodes.
 const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
 
-/// Takes no new commands from now on, or takes them again. The hub itself waits and stops
-/// (`Hub::drained`). In the audit log first.
+/// Takes no new commands from now on, or takes them again; in the audit log first. Answers when the wait is
+/// over: the hub itself waits beside it, and stops (`Hub::drained`). A caller that goes away ends nothing.
 pub(super) async fn drain_hub(
     service: &OperatorService,
     operator: &AdmittedOperator,
@@ -52,5 +52,13 @@ pub(super) async fn drain_hub(
         Ok(())
     };
     run_to_end(&service.scope, "drain", draining).await?.map_err(from_store)?;
-    Ok(v1::DrainHubResponse { running_tasks: u32::try_from(running).unwrap_or(u32::MAX), wait_ms })
+    let (relay, stopping) = (&service.relay, service.scope.token());
+    let undone = tokio::select! {
+        biased;
+        () = relay.draining().undone() => true,
+        () = relay.draining().over(|| relay.running()) => false,
+        () = stopping.cancelled() => false,
+    };
+    let running_tasks = u32::try_from(service.relay.running()).unwrap_or(u32::MAX);
+    Ok(v1::DrainHubResponse { running_tasks, undone })
 }

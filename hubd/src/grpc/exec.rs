@@ -21,7 +21,7 @@ use self::reader::{Missed, Reader};
 use super::auth::AdmittedOperator;
 use super::detached::run_to_end;
 use super::operator::{BoxStream, OperatorService};
-use super::status::{from_store, invalid, offline, refuse, with_hint, with_retry_after};
+use super::status::{draining, from_store, invalid, offline, refuse, with_hint, with_retry_after};
 use super::{convert, tasks};
 use crate::node::registry::NodeView;
 use crate::store::{IdempotencyKey, NewTask, Node, TaskRecord};
@@ -33,9 +33,6 @@ use crate::task::verdict::wire_exit;
 const MAX_CANCEL_GRACE: Duration = Duration::from_secs(60);
 /// Time the caller has to send its first frame.
 const FIRST_FRAME: Duration = Duration::from_secs(10);
-
-/// How soon a command that met a hub which drains is asked for again, at least and at most.
-const DRAINED_RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
 
 /// Most of a specification that is kept to repeat it.
 const MAX_KEPT_SPEC_BYTES: usize = 64 * 1024;
@@ -161,7 +158,7 @@ async fn start_task(
     spec.workspace_id = workspace.map(|id| id.as_bytes().to_vec().into()).unwrap_or_default();
     let session = match view.session {
         Some(session) => session,
-        None => service.returning(node.id).await.ok_or_else(|| offline(&node.name))?,
+        None => service.returning(&node).await?,
     };
     let new = NewTask {
         id: TaskId::new(),
@@ -439,14 +436,7 @@ fn from_start(refusal: StartRefusal) -> Status {
             refuse(Code::ResourceExhausted, "too_many_commands", refusal.to_string()),
             "wait until one of them has ended, or cancel it",
         ),
-        StartRefusal::Draining { wait } => with_retry_after(
-            with_hint(
-                refuse(Code::Unavailable, cortex_proto::CODE_DRAINING, refusal.to_string()),
-                "ask again in a moment",
-            ),
-            // The one after it may be there sooner than the last command of this one ends.
-            wait.clamp(DRAINED_RETRY.0, DRAINED_RETRY.1),
-        ),
+        StartRefusal::Draining { wait } => draining(wait, &refusal.to_string()),
         StartRefusal::KeyReused { .. } => with_hint(
             refuse(Code::AlreadyExists, "idempotency_key_reused", refusal.to_string()),
             "choose another key, or repeat exactly the same command",

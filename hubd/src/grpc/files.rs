@@ -77,7 +77,7 @@ pub(super) async fn begin(
     request.workspace_id = workspace;
     let session = match view.session {
         Some(session) => session,
-        None => service.returning(node.id).await.ok_or_else(|| offline(&node.name))?,
+        None => service.returning(&node).await?,
     };
     let call = service.files.begin(node.id, &operator.name).map_err(|refusal| {
         let status = refuse(Code::ResourceExhausted, "too_many_files", refusal.to_string());

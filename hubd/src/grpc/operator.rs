@@ -9,14 +9,13 @@ use std::time::Duration;
 use cortex_proto::v1;
 use cortex_proto::v1::operator_server::Operator;
 use cortex_shared::clock::unix_ms;
-use cortex_shared::ids::NodeId;
 use cortex_shared::policy::Bound;
 use futures_util::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
-use super::status::{from_lookup, internal};
+use super::status::{self, from_lookup, internal};
 use super::{
     authority, convert, draining, exec, files, history, invites, past, rotation, tasks, workspaces,
 };
@@ -27,7 +26,7 @@ use crate::authority::refused::RefusalLog;
 use crate::enroll::authorities::Authorities;
 use crate::node::files::FileExchange;
 use crate::node::registry::{NodeView, Registry, SessionHandle};
-use crate::store::Store;
+use crate::store::{Node, Store};
 use crate::sync::Workspaces;
 use crate::sync::members::Members;
 use crate::task::relay::Relay;
@@ -113,12 +112,13 @@ impl OperatorService {
     }
 
     /// The session of a node that is not connected, but may be on its way back because the hub was just
-    /// restarted: nobody who asks for it then shall notice. `None` at once for any other.
-    pub(super) async fn returning(&self, node: NodeId) -> Option<SessionHandle> {
+    /// restarted: nobody who asks for it then shall notice. Any other is offline, or has gone because this
+    /// hub is about to stop.
+    pub(super) async fn returning(&self, node: &Node) -> Result<SessionHandle, Status> {
         let mut changes = self.registry.changes();
         let coming = async {
             loop {
-                let view = self.registry.get(node)?;
+                let view = self.registry.get(node.id)?;
                 let was_here = view.address.is_some() || view.node.last_seen_ms == 0;
                 if view.session.is_some() || was_here {
                     return view.session;
@@ -126,7 +126,18 @@ impl OperatorService {
                 changes.changed().await.ok()?;
             }
         };
-        tokio::time::timeout_at(self.arrivals_until, coming).await.ok().flatten()
+        let session = tokio::select! {
+            biased;
+            () = self.relay.draining().begun() => None,
+            session = tokio::time::timeout_at(self.arrivals_until, coming) => session.ok().flatten(),
+        };
+        session.ok_or_else(|| match self.relay.draining().until() {
+            Some(until) => {
+                let wait = until - tokio::time::Instant::now();
+                status::draining(wait, "the hub is being restarted; nothing was begun")
+            }
+            None => status::offline(&node.name),
+        })
     }
 }
 

@@ -45,6 +45,9 @@ const LATE_REPORTS: usize = 256;
 /// no verdict; only who comes back after a crash in this very moment may then lack something.
 const SPOOL_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How often a hub that stops looks whether all commands have begun: that takes some milliseconds.
+const SETTLING_LOOK: Duration = Duration::from_millis(5);
+
 /// Why a task is interrupted. Its stream often breaks before the session does, and for the same reason.
 const CONNECTION_LOST: &str =
     "the connection to the node was lost; the command may still be running there";
@@ -141,6 +144,15 @@ impl Relay {
         &self.draining
     }
 
+    /// Ends once no command is just being begun here, or at its node. For a hub that stops: a node that is
+    /// told to leave begins nothing for which it has no stream yet.
+    pub async fn settled(&self) {
+        self.draining.settled().await;
+        while self.lock().values().any(|running| running.task.is_beginning()) {
+            tokio::time::sleep(SETTLING_LOOK).await;
+        }
+    }
+
     /// How long a lost stream can be resumed.
     #[must_use]
     pub fn resume_grace(&self) -> Duration {
@@ -226,9 +238,7 @@ impl Relay {
         session: SessionHandle,
         claim: &Claim,
     ) -> Result<Begun, StartRefusal> {
-        if let Some(until) = self.draining.until() {
-            return Err(StartRefusal::Draining { wait: until - Instant::now() });
-        }
+        let _begins = self.draining.enter().map_err(|wait| StartRefusal::Draining { wait })?;
         let limits = self.limits.of(new.role);
         let slot = self.slots.take(&new.actor.name, limits.commands).ok_or_else(|| {
             StartRefusal::TooMany { actor: new.actor.name.clone(), limit: limits.commands }
