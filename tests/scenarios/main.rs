@@ -4,6 +4,7 @@
 
 mod authority;
 mod endings;
+mod events;
 mod exec;
 mod faults;
 mod files;

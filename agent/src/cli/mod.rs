@@ -8,6 +8,7 @@ mod completion;
 mod context;
 mod doctor;
 pub mod error;
+mod events;
 mod exec;
 mod files;
 mod history;
@@ -135,6 +136,7 @@ enum Verb {
     Invite(invite::InviteArgs),
     Policy(policy::PolicyArgs),
     Audit(audit::AuditArgs),
+    Events(events::EventsArgs),
     Version(version::VersionArgs),
     Completion(completion::CompletionArgs),
 }
@@ -202,6 +204,7 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Invite(args) => done(Box::pin(invite::invite(&global, args)).await),
             Verb::Policy(args) => done(Box::pin(policy::policy(&global, args)).await),
             Verb::Audit(args) => done(Box::pin(audit::audit(&global, args)).await),
+            Verb::Events(args) => done(Box::pin(events::events(&global, args)).await),
             Verb::Version(args) => done(version::version(&global, args)),
             Verb::Completion(args) => {
                 done(completion::completion(&global, args, &mut Cli::command()))
@@ -318,6 +321,8 @@ mod tests {
             "policy set n1 strict --net full --reason text --for 8h",
             "audit list --after 3 --limit 10 --action policy.set -o jsonl",
             "audit verify -o json",
+            "events -f -o jsonl --since 5 --kind node --kind task.ended",
+            "events",
             "identity show -o json",
             "identity renew",
             "identity recover",

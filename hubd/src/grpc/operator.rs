@@ -18,8 +18,8 @@ use super::listing::{Selector, list_nodes, watch};
 use super::place::HttpPlace;
 use super::status::{from_lookup, internal};
 use super::{
-    authority, convert, exec, files, history, invites, login_link, past, rotation, skills, tasks,
-    workspaces,
+    authority, convert, events, exec, files, history, invites, login_link, past, rotation, skills,
+    tasks, workers, workspaces,
 };
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
@@ -27,6 +27,7 @@ use crate::authority::operators::Operators;
 use crate::authority::refused::RefusalLog;
 use crate::authority::sessions::Sessions;
 use crate::enroll::authorities::Authorities;
+use crate::events::EventFeed;
 use crate::node::files::FileExchange;
 use crate::node::registry::{NodeView, Registry};
 use crate::skills::Skills;
@@ -34,6 +35,7 @@ use crate::store::Store;
 use crate::sync::Workspaces;
 use crate::sync::members::Members;
 use crate::task::relay::Relay;
+use crate::worker::Supervisor;
 
 /// See the module. Clones share everything.
 #[derive(Clone)]
@@ -62,6 +64,10 @@ pub struct OperatorService {
     pub audit: Arc<AuditLog>,
     /// The mesh.
     pub authorities: Arc<Authorities>,
+    /// Background work.
+    pub workers: Arc<Supervisor>,
+    /// What happens.
+    pub events: EventFeed,
     /// Owns streams that outlive their call.
     pub scope: cortex_shared::tasks::TaskScope,
     /// How long a command waits to be journalled.
@@ -133,6 +139,7 @@ impl Operator for OperatorService {
     type ReadHistoryStream = BoxStream<v1::ReadHistoryResponse>;
     type ReadTaskStream = BoxStream<v1::ReadTaskResponse>;
     type ListAuditStream = BoxStream<v1::AuditEntry>;
+    type WatchEventsStream = BoxStream<v1::EventFrame>;
     type WatchNodesStream = BoxStream<v1::ListNodesResponse>;
     type WorkspaceStatusStream = BoxStream<v1::WorkspaceStatusResponse>;
 
@@ -561,6 +568,29 @@ impl Operator for OperatorService {
     ) -> Result<Response<v1::RestoreSkillResponse>, Status> {
         let operator = admitted(&request)?;
         skills::restore(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn watch_events(
+        &self,
+        request: Request<v1::WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        let operator = admitted(&request)?;
+        events::watch(self, &operator, request.into_inner()).map(Response::new)
+    }
+
+    async fn list_workers(
+        &self,
+        _: Request<v1::ListWorkersRequest>,
+    ) -> Result<Response<v1::ListWorkersResponse>, Status> {
+        Ok(Response::new(workers::list(self)))
+    }
+
+    async fn run_worker(
+        &self,
+        request: Request<v1::RunWorkerRequest>,
+    ) -> Result<Response<v1::WorkerInfo>, Status> {
+        let operator = admitted(&request)?;
+        workers::run(self, &operator, request.into_inner()).await.map(Response::new)
     }
 }
 

@@ -13,6 +13,7 @@ use cortex_proto::v1::sync_server::{Sync, SyncServer};
 use cortex_proto::{MAX_MESSAGE_BYTES, v1};
 use cortex_shared::entry::Digest;
 use cortex_shared::ids::{NodeId, WorkspaceId};
+use cortex_shared::wire_path::WirePath;
 use futures_util::stream::{self, Stream, StreamExt as _, TryStreamExt as _};
 use prost::Message as _;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use super::auth::{AdmittedNode, admitted};
 use super::status::{disk_full, from_database, internal, invalid, no_room, over_quota, refuse};
 use crate::counters;
+use crate::events::{EventBus, Kind, NewEvent};
 use crate::store::workspace::{Found, StoreError};
 use crate::sync::{SyncError, WorkspaceHub, Workspaces};
 
@@ -55,6 +57,7 @@ impl Membership for crate::node::membership::Membership {
 pub struct SyncService {
     workspaces: Arc<Workspaces>,
     membership: Arc<dyn Membership>,
+    events: Arc<EventBus>,
 }
 
 /// A member and the workspace it asks for.
@@ -67,8 +70,22 @@ struct Member {
 impl SyncService {
     /// Serves these workspaces to their members.
     #[must_use]
-    pub fn new(workspaces: Arc<Workspaces>, membership: Arc<dyn Membership>) -> Self {
-        Self { workspaces, membership }
+    pub fn new(
+        workspaces: Arc<Workspaces>,
+        membership: Arc<dyn Membership>,
+        events: Arc<EventBus>,
+    ) -> Self {
+        Self { workspaces, membership, events }
+    }
+
+    /// Tells of conflicts, once for each commit: names of members are for those who see them to look up.
+    fn tell_conflicts(&self, workspace: WorkspaceId, copies: &[(WirePath, WirePath)]) {
+        let Some((path, copy)) = copies.first() else { return };
+        let name = self.membership.workspace_name(workspace).unwrap_or_default();
+        let shown = |path: &WirePath| String::from_utf8_lossy(path.as_bytes()).into_owned();
+        let about = NewEvent::of_workspace(workspace, &name).with("copies", copies.len());
+        let about = about.with("path", shown(path)).with("copy", shown(copy));
+        self.events.publish(Kind::WorkspaceConflict, about);
     }
 
     /// The service with the message limits of the protocol.
@@ -213,10 +230,14 @@ impl Sync for SyncService {
         let room = workspace.incoming_room(node, request.encoded_len()).await;
         same_history(&workspace, request.known.as_ref()).await?;
         let commit = convert::commit(request, node)?;
+        let copies: Vec<_> = commit.copies().collect();
         let result = workspace.commit(commit).await.map_err(status)?;
         drop(room);
         counters::COMMITS.add(1);
         counters::CHANGES_REJECTED.add(result.rejected.len() as u64);
+        let made = |index: &u32| !result.rejected.iter().any(|other| other.index == *index);
+        let made = copies.into_iter().filter(|(index, _)| made(index)).map(|(_, copy)| copy);
+        self.tell_conflicts(workspace.id(), &made.collect::<Vec<_>>());
         Ok(Response::new(convert::wire_result(result)))
     }
 

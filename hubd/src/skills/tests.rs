@@ -17,6 +17,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use super::change::{commit, place_of, put_link};
 use super::check::{Content, create, digest_of};
 use super::*;
+use crate::events::{EventBus, EventLimits};
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::sqlite::SqliteStore;
@@ -53,7 +54,8 @@ impl Hub {
         let membership = Arc::new(Membership::default());
         membership.reload(&*store).await.unwrap();
         let registry = Arc::new(Registry::new(Vec::new()));
-        let members = Members::new(membership, registry, store.clone(), content.clone());
+        let events = EventBus::in_memory(EventLimits::default());
+        let members = Members::new(membership, registry, store.clone(), content.clone(), events);
         let members = Arc::new(members);
         let workspace = match members.membership.by_name("w") {
             Some(workspace) => workspace,

@@ -155,6 +155,7 @@ passed_on! {
     fn create_invite(invite: NewInvite, audit: NewAudit) -> ();
     fn invites() -> Vec<Invite>;
     fn revoke_invite(id: InviteId, now_ms: i64, audit: NewAudit) -> ();
+    fn forget_invites(before_ms: i64) -> u64;
     fn redeem_node(redemption: NodeRedemption) -> Result<Node, RedeemRefusal>;
     fn redeem_operator(redemption: OperatorRedemption) -> Result<Operator, RedeemRefusal>;
     fn nodes() -> Vec<Node>;

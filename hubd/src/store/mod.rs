@@ -7,6 +7,7 @@
 //! No handler of a live session waits for the store, except where its answer means "durable".
 
 pub mod database;
+pub mod events;
 pub mod fault;
 #[cfg(test)]
 pub(crate) mod fixtures;
@@ -101,6 +102,10 @@ pub trait Store: Send + Sync + 'static {
         now_ms: i64,
         audit: NewAudit,
     ) -> Result<(), StoreError>;
+
+    /// Forgets invites that nobody can use any more since before a time: those that have expired or were
+    /// revoked by then. How many there were.
+    async fn forget_invites(&self, before_ms: i64) -> Result<u64, StoreError>;
 
     /// Turns an invite into a node, as one compare-and-set. The same invite and key again gives the
     /// same node and uses nothing up.

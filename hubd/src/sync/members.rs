@@ -10,6 +10,7 @@ use cortex_shared::library::LIBRARY_NAME;
 use serde_json::json;
 
 use super::{SyncError, Workspaces};
+use crate::events::{EventBus, Kind, NewEvent};
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::{Actor, Scope, Store, StoreError, Workspace};
@@ -32,6 +33,7 @@ pub struct Members {
     registry: Arc<Registry>,
     store: Arc<dyn Store>,
     content: Arc<Workspaces>,
+    events: Arc<EventBus>,
 }
 
 impl Members {
@@ -42,8 +44,17 @@ impl Members {
         registry: Arc<Registry>,
         store: Arc<dyn Store>,
         content: Arc<Workspaces>,
+        events: Arc<EventBus>,
     ) -> Self {
-        Self { membership, registry, store, content }
+        Self { membership, registry, store, content, events }
+    }
+
+    fn tell_member(&self, kind: Kind, workspace: WorkspaceId, node: NodeId, by: &Actor) {
+        let name = self.membership.name_of(workspace).unwrap_or_default();
+        if let Some(view) = self.registry.get(node) {
+            let about = NewEvent::of_workspace(workspace, &name).of_member(&view.node).by(by);
+            self.events.publish(kind, about);
+        }
     }
 
     /// Makes a workspace that belongs to this scope; durable when this returns.
@@ -57,6 +68,8 @@ impl Members {
         by: &Actor,
     ) -> Result<Workspace, StoreError> {
         let workspace = self.membership.create(&*self.store, name, scope, by).await?;
+        let about = NewEvent::of_workspace(workspace.id, &workspace.name).by(by);
+        self.events.publish(Kind::WorkspaceCreated, about);
         self.registry.notify();
         Ok(workspace)
     }
@@ -75,6 +88,7 @@ impl Members {
         if !self.membership.attach(&*self.store, workspace, node, by, allowed).await? {
             return Ok(false);
         }
+        self.tell_member(Kind::WorkspaceAttached, workspace, node, by);
         self.send_memberships(node).await;
         self.registry.notify();
         Ok(true)
@@ -91,6 +105,7 @@ impl Members {
         by: &Actor,
     ) -> Result<(), StoreError> {
         self.membership.detach(&*self.store, workspace, node, by).await?;
+        self.tell_member(Kind::WorkspaceDetached, workspace, node, by);
         self.send_memberships(node).await;
         self.registry.notify();
         Ok(())
@@ -103,6 +118,8 @@ impl Members {
     /// Those of the store; the workspace is then as it was.
     pub async fn delete(&self, workspace: &Workspace, by: &Actor) -> Result<(), StoreError> {
         let members = self.membership.delete(&*self.store, workspace, by).await?;
+        let about = NewEvent::of_former_workspace(workspace).by(by);
+        self.events.publish(Kind::WorkspaceDeleted, about);
         for node in members {
             self.send_memberships(node).await;
         }
@@ -111,15 +128,17 @@ impl Members {
         Ok(())
     }
 
-    /// Removes what is left of workspaces whose removal the hub did not finish.
+    /// Removes what is left of workspaces whose removal the hub did not finish. How many there were.
     ///
     /// # Errors
     /// Those of the store.
-    pub async fn finish_deletions(&self) -> Result<(), StoreError> {
-        for workspace in self.store.deleted_workspaces().await? {
+    pub async fn finish_deletions(&self) -> Result<usize, StoreError> {
+        let deleted = self.store.deleted_workspaces().await?;
+        let count = deleted.len();
+        for workspace in deleted {
             self.remove_content(workspace).await;
         }
-        Ok(())
+        Ok(count)
     }
 
     async fn remove_content(&self, workspace: WorkspaceId) {

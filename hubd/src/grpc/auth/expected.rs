@@ -2,7 +2,7 @@
 
 /// Each method with those who may call it, in this order: `-` whoever has no certificate, `n` a node,
 /// `v` viewer, `t` agent-token, `o` operator, `s` admin with a scope, `a` admin.
-pub(crate) const EXPECTED: [(&str, &str); 65] = [
+pub(crate) const EXPECTED: [(&str, &str); 68] = [
     ("Enroll/JoinNode", "-nvtosa"),
     ("Enroll/LoginOperator", "-nvtosa"),
     ("Enroll/RecoverNode", "-nvtosa"),
@@ -68,6 +68,9 @@ pub(crate) const EXPECTED: [(&str, &str); 65] = [
     ("Operator/VerifyAudit", "a"),
     ("Operator/CaStatus", "a"),
     ("Operator/RotateCa", "a"),
+    ("Operator/WatchEvents", "vtosa"),
+    ("Operator/ListWorkers", "a"),
+    ("Operator/RunWorker", "a"),
 ];
 
 /// Whether the caller of this letter may call the method of this path.

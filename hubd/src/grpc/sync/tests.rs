@@ -64,7 +64,11 @@ impl Fixture {
                 .unwrap();
         let members = Arc::new(Members::default());
         let workspaces = Arc::new(workspaces);
-        let service = SyncService::new(workspaces.clone(), members.clone());
+        let service = SyncService::new(
+            workspaces.clone(),
+            members.clone(),
+            EventBus::in_memory(Default::default()),
+        );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let identify = |mut request: Request<()>| {

@@ -97,6 +97,10 @@ impl Store for SqliteStore {
         self.database.write(move |t| invites::revoke(t, &id, now_ms, &audit)).await
     }
 
+    async fn forget_invites(&self, before_ms: i64) -> Result<u64, StoreError> {
+        self.database.write(move |t| invites::forget(t, before_ms)).await
+    }
+
     async fn redeem_node(
         &self,
         redemption: NodeRedemption,

@@ -69,6 +69,16 @@ pub struct Commit {
     pub ops: Vec<Result<Op, InvalidOp>>,
 }
 
+impl Commit {
+    /// Conflict copies among what is to be done, each with its index and the path that kept its name.
+    pub fn copies(&self) -> impl Iterator<Item = (u32, (WirePath, WirePath))> {
+        (0_u32..).zip(&self.ops).filter_map(|(index, op)| {
+            let op = op.as_ref().ok().filter(|op| op.new.is_some())?;
+            Some((index, (op.conflict_of.clone()?, op.path.clone())))
+        })
+    }
+}
+
 /// Why an operation was not applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
