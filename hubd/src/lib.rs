@@ -15,6 +15,7 @@
 //! | [`node`] | known nodes, live sessions, memberships |
 //! | [`task`] | commands: journalled, relayed, each with one verdict |
 //! | [`sync`] | workspace versions and content |
+//! | [`skills`] | the library: directories of workspaces that every node has |
 //! | [`store`] | what is remembered, behind traits in words of the domain |
 //! | [`counters`] | what the program has done, for metrics |
 //! | [`mod@bench`] | emulated nodes that measure a hub of their own; no part of a serving hub |
@@ -49,6 +50,7 @@ pub mod hub;
 pub mod node;
 pub mod rate;
 pub mod service;
+pub mod skills;
 pub mod store;
 pub mod sync;
 pub mod task;

@@ -53,6 +53,8 @@ pub struct HubConfig {
     pub spool: SpoolLimits,
     /// How much of the output of each node is kept.
     pub history: HistoryLimits,
+    /// How long an old version of a skill is kept.
+    pub skills_keep_for: Duration,
     /// How much of workspaces' content may be in memory, and what stays free on the disk.
     pub content: ContentLimits,
     /// How long shutdown waits for open calls.
@@ -94,6 +96,7 @@ impl HubConfig {
             resume_grace: Duration::from_secs(10),
             spool: SpoolLimits::default(),
             history: HistoryLimits::default(),
+            skills_keep_for: Duration::from_secs(90 * 24 * 3600),
             content: ContentLimits::default(),
             shutdown_grace: Duration::from_secs(10),
             log: LogSettings { filter: "info".to_owned(), format: LogFormat::Text },

@@ -227,6 +227,11 @@ pub const TABLE: &[(&str, Level)] = &[
     ("/cortex.v1.Operator/ShowWorkspace", Level::Look),
     ("/cortex.v1.Operator/SetWorkspace", Level::Administer),
     ("/cortex.v1.Operator/DeleteWorkspace", Level::Administer),
+    ("/cortex.v1.Operator/PromoteSkill", Level::Manage),
+    ("/cortex.v1.Operator/ListSkills", Level::Look),
+    ("/cortex.v1.Operator/ShowSkill", Level::Look),
+    ("/cortex.v1.Operator/RemoveSkill", Level::Govern),
+    ("/cortex.v1.Operator/RestoreSkill", Level::Manage),
 ];
 
 /// What a caller has proved to be, and what ends its calls.
