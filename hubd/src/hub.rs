@@ -47,6 +47,7 @@ use crate::node::files::FileExchange;
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::service::Inherited;
+use crate::skills::{SkillError, Skills};
 use crate::store::events::EventStore;
 use crate::store::history::HistoryStore;
 use crate::store::sqlite::SqliteStore;
@@ -105,6 +106,9 @@ pub enum StartError {
     /// The folder of workspace content.
     #[error("cannot open the workspaces")]
     Sync(#[from] SyncError),
+    /// What was begun in the library could not be finished.
+    #[error("cannot open the library of skills")]
+    Skills(#[from] SkillError),
     /// TLS.
     #[error("cannot set up TLS")]
     Tls(#[from] rustls::Error),
@@ -252,6 +256,15 @@ impl Hub {
             Arc::clone(&events),
         ));
         members.finish_deletions().await?;
+        let skills = Arc::new(
+            Skills::open(
+                Arc::clone(&store),
+                Arc::clone(&content),
+                Arc::clone(&members),
+                config.skills_keep_for,
+            )
+            .await?,
+        );
         let tasks = data.layout.tasks();
         let spool = Spool::open(tasks.clone(), config.spool, &data.databases)
             .map_err(|source| StartError::Data { path: tasks.display().to_string(), source })?;
@@ -309,6 +322,7 @@ impl Hub {
             relay: Arc::clone(&relay),
             members: Arc::clone(&members),
             content: Arc::clone(&content),
+            skills,
             decisions: Arc::clone(&decisions),
             operators: Arc::clone(&operators),
             audit: Arc::clone(&audit),

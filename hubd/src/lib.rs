@@ -15,6 +15,7 @@
 //! | [`node`] | known nodes, live sessions, memberships |
 //! | [`task`] | commands: journalled, relayed, each with one verdict |
 //! | [`sync`] | workspace versions and content |
+//! | [`skills`] | the library: directories of workspaces that every node has |
 //! | [`events`] | what happens, for those who want to hear of it |
 //! | [`worker`] | background work under a supervisor |
 //! | [`error_id`] | the hub's own errors: an id for the caller, the chain of causes for the log |
@@ -54,6 +55,7 @@ pub mod hub;
 pub mod node;
 pub mod rate;
 pub mod service;
+pub mod skills;
 pub mod store;
 pub mod sync;
 pub mod task;

@@ -15,6 +15,7 @@ mod join;
 mod partition;
 mod sandbox;
 mod secrets;
+mod skills;
 mod sync;
 mod sync_hub;
 mod sync_rules;

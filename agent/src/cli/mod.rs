@@ -26,6 +26,7 @@ mod policy;
 pub mod printer;
 mod run;
 mod service;
+mod skill;
 mod status;
 mod task;
 mod token;
@@ -131,6 +132,7 @@ enum Verb {
     Rm(files::RmArgs),
     Mkdir(files::MkdirArgs),
     Workspace(workspace::WorkspaceArgs),
+    Skill(skill::SkillArgs),
     Invite(invite::InviteArgs),
     Policy(policy::PolicyArgs),
     Audit(audit::AuditArgs),
@@ -198,6 +200,7 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Rm(args) => done(Box::pin(files::rm(&global, args)).await),
             Verb::Mkdir(args) => done(Box::pin(files::mkdir(&global, args)).await),
             Verb::Workspace(args) => done(Box::pin(workspace::workspace(&global, args)).await),
+            Verb::Skill(args) => done(Box::pin(skill::skill(&global, args)).await),
             Verb::Invite(args) => done(Box::pin(invite::invite(&global, args)).await),
             Verb::Policy(args) => done(Box::pin(policy::policy(&global, args)).await),
             Verb::Audit(args) => done(Box::pin(audit::audit(&global, args)).await),

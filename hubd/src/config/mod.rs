@@ -55,6 +55,8 @@ pub struct HubConfig {
     pub spool: SpoolLimits,
     /// How much of the output of each node is kept.
     pub history: HistoryLimits,
+    /// How long an old version of a skill is kept.
+    pub skills_keep_for: Duration,
     /// How much is kept of events.
     pub events: EventLimits,
     /// How often background work is done.
@@ -100,6 +102,7 @@ impl HubConfig {
             resume_grace: Duration::from_secs(10),
             spool: SpoolLimits::default(),
             history: HistoryLimits::default(),
+            skills_keep_for: Duration::from_secs(90 * 24 * 3600),
             events: EventLimits::default(),
             workers: Periods::default(),
             content: ContentLimits::default(),

@@ -184,6 +184,8 @@ settings! {
     /// What stays free on the disk: no content of workspaces is taken beyond it. Without a value a
     /// hundredth of the disk, 2 GiB at most.
     disk_reserve: "SIZE" => content.reserve_bytes;
+    /// How long a version of a skill can be restored after another took its place, or it was removed.
+    skills_keep_for: "DURATION" in Duration::ZERO..=Duration::from_secs(100 * 365 * 24 * 3600) => skills_keep_for;
     /// How long a stop waits for open calls, and again for the databases.
     shutdown_grace: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(600) => shutdown_grace;
     /// What is logged: error, warn, info, debug, trace, or a list such as info,cortex_hubd=debug. Read

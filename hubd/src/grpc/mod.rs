@@ -19,6 +19,7 @@ pub mod operator;
 mod past;
 pub mod place;
 mod rotation;
+mod skills;
 pub mod status;
 pub mod sync;
 mod tasks;

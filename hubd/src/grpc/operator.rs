@@ -18,8 +18,8 @@ use super::listing::{Selector, list_nodes, watch};
 use super::place::HttpPlace;
 use super::status::{from_lookup, internal};
 use super::{
-    authority, convert, events, exec, files, history, invites, login_link, past, rotation, tasks,
-    workers, workspaces,
+    authority, convert, events, exec, files, history, invites, login_link, past, rotation, skills,
+    tasks, workers, workspaces,
 };
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
@@ -30,6 +30,7 @@ use crate::enroll::authorities::Authorities;
 use crate::events::EventFeed;
 use crate::node::files::FileExchange;
 use crate::node::registry::{NodeView, Registry};
+use crate::skills::Skills;
 use crate::store::Store;
 use crate::sync::Workspaces;
 use crate::sync::members::Members;
@@ -53,6 +54,8 @@ pub struct OperatorService {
     pub members: Arc<Members>,
     /// Workspace content.
     pub content: Arc<Workspaces>,
+    /// The library.
+    pub skills: Arc<Skills>,
     /// Decisions about nodes.
     pub decisions: Arc<NodeDecisions>,
     /// Who may call.
@@ -525,6 +528,46 @@ impl Operator for OperatorService {
     ) -> Result<Response<v1::DeleteWorkspaceResponse>, Status> {
         let operator = admitted(&request)?;
         workspaces::delete(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn promote_skill(
+        &self,
+        request: Request<v1::PromoteSkillRequest>,
+    ) -> Result<Response<v1::PromoteSkillResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::promote(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_skills(
+        &self,
+        request: Request<v1::ListSkillsRequest>,
+    ) -> Result<Response<v1::ListSkillsResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::list(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn show_skill(
+        &self,
+        request: Request<v1::ShowSkillRequest>,
+    ) -> Result<Response<v1::ShowSkillResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::show(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn remove_skill(
+        &self,
+        request: Request<v1::RemoveSkillRequest>,
+    ) -> Result<Response<v1::RemoveSkillResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::remove(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn restore_skill(
+        &self,
+        request: Request<v1::RestoreSkillRequest>,
+    ) -> Result<Response<v1::RestoreSkillResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::restore(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn watch_events(
