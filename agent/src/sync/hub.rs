@@ -127,6 +127,8 @@ pub enum RejectReason {
     MissingChunks,
     /// It will never be applied.
     Invalid,
+    /// A deletion, one of so many that an operator has to allow them.
+    Held,
 }
 
 /// An operation that was not applied.

@@ -186,6 +186,7 @@ fn domain_rejected(rejected: v1::OpRejected) -> Result<Rejected, HubError> {
         v1::RejectReason::NoParent => RejectReason::NoParent,
         v1::RejectReason::NotEmpty => RejectReason::NotEmpty,
         v1::RejectReason::MissingChunks => RejectReason::MissingChunks,
+        v1::RejectReason::Held => RejectReason::Held,
         // A reason that is not known yet is no reason to repeat the operation.
         v1::RejectReason::Invalid | v1::RejectReason::Unspecified => RejectReason::Invalid,
     };

@@ -203,7 +203,10 @@ impl WorkspaceHub {
         let refused = result.rejected.into_iter().filter_map(|rejection| {
             let op = ops.get(rejection.index as usize)?;
             let why = match rejection.reason {
-                RejectReason::Conflict | RejectReason::Invalid => NotRestored::Changed,
+                // Deletions of operators are not held: they are somebody's word themselves.
+                RejectReason::Conflict | RejectReason::Invalid | RejectReason::Held => {
+                    NotRestored::Changed
+                }
                 RejectReason::NoParent | RejectReason::NotEmpty => NotRestored::InTheWay,
                 RejectReason::MissingChunks => NotRestored::ContentLost,
             };

@@ -8,7 +8,7 @@ use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::wire_path::WirePath;
 use tokio::time::Instant;
 
-use super::hold::{is_lost, must_hold};
+use super::hold::{REFUSED_RETRY, is_lost, must_hold};
 use super::{Engine, LATE_WRITES, PROBLEM_RETRY, Round, Work};
 use crate::sync::apply::needs_stage;
 use crate::sync::core::{Core, SyncError, waiting};
@@ -92,7 +92,9 @@ impl<H: Hub> Engine<H> {
                 self.progress.state(SyncState::Downloading);
                 let Refreshed { cursor, anew, wanted, confirm_deletes } =
                     refresh(&mut self.session(work)).await?;
-                work.deletions_confirmed |= confirm_deletes && work.held > 0;
+                if confirm_deletes {
+                    (work.deletions_confirmed, work.refused_until) = (true, None);
+                }
                 work.outdated = false;
                 if anew && work.cursor.is_some() {
                     // What is here is all there is to compare with: it had better be seen afresh.
@@ -212,7 +214,12 @@ impl<H: Hub> Engine<H> {
                 let Some(cursor) = work.cursor else { return Ok(sweep) };
                 let mut pushed = push(&mut self.session(work), cursor.epoch, plan.push).await?;
                 self.send_large(work, std::mem::take(&mut pushed.large)).await?;
-                if losses > 0 {
+                if pushed.held > 0 {
+                    work.refused_until = Some(Instant::now() + REFUSED_RETRY);
+                    work.deletions_confirmed = false;
+                    // So that another sweep counts and tells what is held now.
+                    sweep.progress = true;
+                } else if losses > 0 {
                     work.deletions.add(Instant::now(), losses);
                 }
                 sweep.unpushed += unpushed - pushed.accepted.min(unpushed);
@@ -340,7 +347,12 @@ impl<H: Hub> Engine<H> {
 
     /// Whether the deletions that are to be sent now are held back.
     async fn must_hold(&self, work: &mut Work) -> Result<bool, SyncError> {
-        let recent = work.deletions.recent(Instant::now());
+        let now = Instant::now();
+        work.refused_until = work.refused_until.filter(|until| *until > now);
+        if work.refused_until.is_some() {
+            return Ok(true);
+        }
+        let recent = work.deletions.recent(now);
         let confirmed = work.deletions_confirmed;
         work.core.run(move |core| must_hold(&mut core.index, recent, confirmed)).await
     }
@@ -354,10 +366,11 @@ impl<H: Hub> Engine<H> {
         }
         let mut plan_findings = Vec::new();
         if sweep.held > 0 {
+            let (held, name) = (sweep.held, &self.config.name);
+            let by = if work.refused_until.is_some() { " by the hub" } else { "" };
             let message = format!(
-                "{} deletions are held back because they are so many; confirm them \
-                 (cortex-agent workspace confirm-deletes {}), or restore the files",
-                sweep.held, self.config.name
+                "{held} deletions are held back{by} because they are so many; an operator can confirm \
+                 them (cortex-agent workspace confirm-deletes {name}), or restore the files"
             );
             plan_findings.push(Finding { path: None, code: "mass_delete_held", message });
         }
@@ -399,7 +412,10 @@ impl<H: Hub> Engine<H> {
         }
         if sweep.held > 0 {
             // They may be held only because of others that came shortly before.
-            let due = [work.problem_retry_at, work.deletions.next_forgotten()];
+            let due = match work.refused_until {
+                Some(until) => [work.problem_retry_at, Some(until)],
+                None => [work.problem_retry_at, work.deletions.next_forgotten()],
+            };
             work.problem_retry_at = due.into_iter().flatten().min();
         }
         self.acknowledge(work, sweep).await?;

@@ -140,6 +140,7 @@ fn wire_rejection(rejection: Rejection) -> v1::OpRejected {
         RejectReason::NotEmpty => v1::RejectReason::NotEmpty,
         RejectReason::MissingChunks => v1::RejectReason::MissingChunks,
         RejectReason::Invalid => v1::RejectReason::Invalid,
+        RejectReason::Held => v1::RejectReason::Held,
     };
     v1::OpRejected {
         index: rejection.index,

@@ -2,7 +2,7 @@
 
 use cortex_shared::chunk::ChunkRef;
 use cortex_shared::entry::{Digest, Entry, InvalidEntry};
-use cortex_shared::ids::{CommitId, WorkspaceEpoch};
+use cortex_shared::ids::{CommitId, NodeId, WorkspaceEpoch};
 use cortex_shared::wire_path::{InvalidPath, WirePath};
 
 use super::Author;
@@ -83,6 +83,8 @@ pub enum RejectReason {
     MissingChunks = 4,
     /// A path, link, recipe or digest that cannot be.
     Invalid = 5,
+    /// A deletion, one of so many that an operator has to allow them.
+    Held = 6,
 }
 
 /// An operation that was not applied.
@@ -197,5 +199,16 @@ pub struct Conflict {
     /// Who committed the copy.
     pub author: Author,
     /// When, in milliseconds since the Unix epoch by the hub's clock.
+    pub at_ms: i64,
+}
+
+/// A member whose deletions are held because they are so many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeldMember {
+    /// Which.
+    pub node: NodeId,
+    /// How many losses there were in the commit that was refused last.
+    pub losses: u64,
+    /// When that was, in milliseconds since the Unix epoch by the hub's clock.
     pub at_ms: i64,
 }
