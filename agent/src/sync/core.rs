@@ -6,6 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cortex_shared::entry::Digest;
 use tokio_util::sync::CancellationToken;
 
 use super::apply::ApplyError;
@@ -50,6 +51,8 @@ pub(super) struct Core {
     pub(super) private: Arc<PrivateDir>,
     pub(super) index: Index,
     pub(super) ignore: Ignore,
+    /// The version of the hub's rules that those come from: its content, `None` without one.
+    pub(super) rules_base: Option<Digest>,
     /// `None` if the kernel gives us no watcher at all.
     pub(super) watch: Option<Watch>,
     pub(super) owner: Option<(u32, u32)>,

@@ -125,7 +125,9 @@ pub(super) fn attach(
             .inspect_err(|error| tracing::warn!(%error, "cannot watch; looking from time to time"))
             .ok()
     });
-    let core = Core { root, private: Arc::new(private), index, ignore, watch, owner };
+    // Until the first look it is not known what they come from.
+    let rules_base = None;
+    let core = Core { root, private: Arc::new(private), index, ignore, rules_base, watch, owner };
     Ok(Attached { held, core, identity })
 }
 

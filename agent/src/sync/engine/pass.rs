@@ -4,11 +4,13 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use cortex_shared::crash::crash_point;
 use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::wire_path::WirePath;
 use tokio::time::Instant;
 
 use super::hold::{REFUSED_RETRY, is_lost, must_hold};
+use super::rules::{are_in_place, are_outdated, concerns_rules, is_rules, not_taken_over};
 use super::{Engine, LATE_WRITES, PROBLEM_RETRY, Round, Work};
 use crate::sync::apply::needs_stage;
 use crate::sync::core::{Core, SyncError, waiting};
@@ -16,7 +18,7 @@ use crate::sync::hub::Hub;
 use crate::sync::index::{Index, IndexError};
 use crate::sync::mode::MemberMode;
 use crate::sync::moves::apply_moves;
-use crate::sync::plan::{Options, Plan, conflict_of, plan};
+use crate::sync::plan::{LocalChange, Options, Plan, conflict_of, plan};
 use crate::sync::problem::{Finding, Stage};
 use crate::sync::scan::Scope;
 use crate::sync::status::SyncState;
@@ -104,6 +106,10 @@ impl<H: Hub> Engine<H> {
                 work.cursor = Some(cursor);
                 in_vain = if before == work.cursor { in_vain + 1 } else { 0 };
                 self.supply(work, wanted).await?;
+                // What the hub has may be what stands here already.
+                if self.adopt_rules(work).await? {
+                    return Ok(Round::More);
+                }
             }
             let sweep = Box::pin(self.sweep(work)).await?;
             self.report(work, &sweep);
@@ -192,8 +198,21 @@ impl<H: Hub> Engine<H> {
         }
         let mut after = None;
         let hold = self.must_hold(work).await?;
+        let outdated_rules = work.core.run(are_outdated).await?;
         loop {
-            let Planned { plan, losses, kept_there, next } = self.plan(work, after, hold).await?;
+            let Planned { mut plan, losses, kept_there, next } =
+                self.plan(work, after, hold).await?;
+            if outdated_rules {
+                let planned = plan.push.len();
+                plan.push.retain(concerns_rules);
+                sweep.unpushed += planned - plan.push.len();
+                let first = plan.local.extract_if(.., |change| is_rules(&change.path)).collect();
+                if self.take_rules_over(work, first, large, &mut sweep).await? {
+                    // All else is to be seen by them.
+                    sweep.unapplied += plan.local.len();
+                    return Ok(sweep);
+                }
+            }
             sweep.held += plan.held_deletions;
             sweep.unapplied += plan.skipped;
             sweep.withheld += plan.withheld;
@@ -236,9 +255,31 @@ impl<H: Hub> Engine<H> {
             }
             match next {
                 Some(next) if !sweep.interrupted => after = Some(next),
-                _ => return Ok(sweep),
+                _ => break,
             }
         }
+        if outdated_rules && !sweep.interrupted && !work.core.run(are_in_place).await? {
+            sweep.push_findings.push(not_taken_over());
+        }
+        Ok(sweep)
+    }
+
+    /// Puts the newest rules in their place before anything else; whether they are there then.
+    async fn take_rules_over(
+        &self,
+        work: &mut Work,
+        changes: Vec<LocalChange>,
+        large: &Arc<Mutex<Large>>,
+        sweep: &mut Sweep,
+    ) -> Result<bool, SyncError> {
+        if changes.is_empty() {
+            return Ok(false);
+        }
+        let count = changes.len();
+        let pulled = pull(&mut self.session(work), changes, large, || false).await?;
+        sweep.unapplied += count.saturating_sub(pulled.applied + pulled.kept);
+        take_pulled(work, pulled, sweep);
+        work.core.run(are_in_place).await
     }
 
     async fn large(&self, work: &mut Work) -> Result<Arc<Mutex<Large>>, SyncError> {
@@ -395,7 +436,9 @@ impl<H: Hub> Engine<H> {
     async fn acknowledge(&self, work: &mut Work, sweep: &Sweep) -> Result<(), SyncError> {
         let Some(cursor) = work.cursor else { return Ok(()) };
         if sweep.unapplied == 0 && work.acknowledged_seq != Some(cursor.seq) {
+            crash_point("sync.apply.acknowledging");
             waiting(&self.cancel, &*self.hub, self.hub.ack_applied(self.config.id, cursor)).await?;
+            crash_point("sync.apply.acknowledged");
             work.acknowledged_seq = Some(cursor.seq);
             self.progress.update(|status| {
                 status.applied_seq = cursor.seq;

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use cortex_shared::entry::{Digest, Entry, same};
 use cortex_shared::ids::{WorkspaceEpoch, WorkspaceId};
 use cortex_shared::pack::Pack;
-use cortex_shared::wire_path::WirePath;
+use cortex_shared::wire_path::{RULES_NAME, WirePath};
 use futures_util::StreamExt as _;
 use futures_util::stream::{self, BoxStream};
 use tokio::sync::watch;
@@ -364,8 +364,15 @@ impl Hub for MemoryHub {
         self.0.commits.fetch_add(1, Ordering::SeqCst);
         let mut rejected = Vec::new();
         let mut changes = 0;
+        let rules = WirePath::new(RULES_NAME).unwrap();
+        let now = match state.entries.get(&rules) {
+            Some(Entry::File(file)) => Some(file.content),
+            _ => None,
+        };
         for (index, op) in commit.ops.iter().enumerate() {
-            match state.apply(op) {
+            let may = now == commit.rules
+                || [Some(&op.path), op.conflict_of.as_ref()].contains(&Some(&rules));
+            match if may { state.apply(op) } else { Err(RejectReason::Rules) } {
                 Ok(changed) => {
                     changes += u64::from(changed);
                     if let Some(original) = &op.conflict_of {

@@ -151,11 +151,15 @@ async fn push_batch<H: Hub>(
     if ops.is_empty() {
         return Ok(());
     }
-    let known = session.core.run(|core| core.index.known_head()).await?;
+    let (known, rules) = session
+        .core
+        .run(|core| Ok::<_, SyncError>((core.index.known_head()?, core.rules_base)))
+        .await?;
     let commit = Commit {
         id: CommitId::new(),
         epoch,
         known,
+        rules,
         ops: ops
             .iter()
             .map(|op| CommitOp {
@@ -245,7 +249,9 @@ async fn record<H: Hub>(
         pushed.kept.extend(op.conflict_of.clone());
         match reason {
             RejectReason::Conflict => learned.push((op.path.clone(), op.expected.clone(), current)),
-            RejectReason::NoParent | RejectReason::NotEmpty => pushed.outdated = true,
+            RejectReason::NoParent | RejectReason::NotEmpty | RejectReason::Rules => {
+                pushed.outdated = true;
+            }
             RejectReason::MissingChunks => {
                 let text = "the hub lost content that it had; it is sent again";
                 pushed.findings.push(Finding::at(&op.path, "missing_chunks", text));

@@ -146,6 +146,7 @@ impl Caller {
         let epoch = self.head().await?.epoch;
         let commit_id = CommitId::new().as_bytes().to_vec().into();
         let request = v1::CommitRequest {
+            rules: None,
             workspace_id: self.workspace_id(),
             commit_id,
             epoch,
@@ -313,6 +314,7 @@ async fn who_is_no_member_gets_nothing_from_any_method() {
     let epoch = Bytes::from_static(&[0; 16]);
     let (workspace_id, commit_id) = (stranger.workspace_id(), epoch.clone());
     let commit = v1::CommitRequest {
+        rules: None,
         workspace_id: workspace_id.clone(),
         commit_id,
         epoch: epoch.clone(),
@@ -427,6 +429,7 @@ async fn refusals_have_stable_codes_and_hurt_nobody_else() {
 
     let epoch = member.head().await.unwrap().epoch;
     let mut request = v1::CommitRequest {
+        rules: None,
         workspace_id: member.workspace_id(),
         commit_id: CommitId::new().as_bytes().to_vec().into(),
         epoch: Bytes::from_static(&[7; 16]),

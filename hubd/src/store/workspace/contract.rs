@@ -64,6 +64,7 @@ macro_rules! contract_tests {
             deletions_are_recorded_for_a_month_and_their_end_is_said,
             sparse_packs_are_replaced_unless_something_of_them_is_touched,
             settings_are_kept,
+            who_goes_by_other_rules_changes_nothing_but_the_rules,
             too_many_deletions_of_a_member_are_held_and_all_else_goes_on,
             deletions_count_together_within_a_minute_however_they_are_cut,
             what_only_moves_is_no_loss,

@@ -17,6 +17,8 @@
 //!   ceased to name it for a while.
 //! * What a member deletes is judged as [`cortex_shared::mass_delete`] says, whatever the member says of
 //!   it; too many deletions are rejected as [`RejectReason::Held`] while all else of the commit is applied.
+//! * A member that went by other rules of what is left out than the tree has changes nothing but the
+//!   rules ([`RejectReason::Rules`]): it would delete, or send, what is left out by now.
 //! * What is answered with `Ok` is durable.
 
 pub mod model;
@@ -37,8 +39,9 @@ use tokio::sync::watch;
 use super::database::DatabaseError;
 
 pub use model::{
-    Change, ChangesPage, Commit, CommitResult, Conflict, Found, Head, HeldMember, InvalidOp, Op,
-    PackAdded, PackRecord, RejectReason, Rejection, SparsePack, Summary, UnusedPacks,
+    Change, ChangesPage, Commit, CommitResult, Conflict, Found, Head, HeldMember, InvalidOp,
+    KnownRules, Op, PackAdded, PackRecord, RejectReason, Rejection, SparsePack, Summary,
+    UnusedPacks,
 };
 pub use past::{
     Author, LogEntry, LogFilter, LogPage, LoggedChange, RestorePlan, Usage, WorkspaceSettings,

@@ -56,6 +56,18 @@ pub enum InvalidOp {
     Malformed,
 }
 
+/// Which version of a workspace's rules a member went by: the content of its
+/// [`cortex_shared::wire_path::RULES_NAME`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KnownRules {
+    /// It does not say, or need not: an operator, or an older program.
+    Unsaid,
+    /// This content.
+    Content(Digest),
+    /// There were none.
+    Nothing,
+}
+
 /// A batch of operations.
 #[derive(Clone, Debug)]
 pub struct Commit {
@@ -65,6 +77,8 @@ pub struct Commit {
     pub author: Author,
     /// The history the member works in.
     pub epoch: WorkspaceEpoch,
+    /// The rules of what is left out that the member went by.
+    pub rules: KnownRules,
     /// What to do, in this order.
     pub ops: Vec<Result<Op, InvalidOp>>,
 }
@@ -85,6 +99,8 @@ pub enum RejectReason {
     Invalid = 5,
     /// A deletion, one of so many that an operator has to allow them.
     Held = 6,
+    /// The workspace has other rules of what is left out than the member went by.
+    Rules = 7,
 }
 
 /// An operation that was not applied.

@@ -1,11 +1,11 @@
-//! What a member deletes is judged, whatever it says.
+//! What a member deletes is judged, whatever it says; and by which rules it went.
 
 use cortex_shared::entry::Entry;
 use cortex_shared::ids::NodeId;
 
 use super::super::*;
 use super::Engine;
-use super::fixture::{Fixture, create, file, op};
+use super::fixture::{Fixture, create, file, op, path};
 
 /// Content of a file, not equal to that of another.
 fn content(number: usize) -> Vec<u8> {
@@ -136,4 +136,53 @@ pub(crate) async fn an_operators_word_lets_as_many_go_as_it_was_given_for(engine
     // It was for those; the next ones are judged like any.
     fixture.set(deletions(200..300)).await;
     assert_eq!(held(&fixture.commit(deletions(300..301)).await), 1);
+}
+
+pub(crate) async fn who_goes_by_other_rules_changes_nothing_but_the_rules(engine: &impl Engine) {
+    let fixture = filled(engine, 2).await;
+    let (first, second) = (content(0), content(1));
+    let (old, new) = (file(&first), file(&second));
+    let by = |rules: KnownRules, ops: Vec<Op>| Commit { rules, ..fixture.batch(ops) };
+    let content_of = |entry: &Entry| match entry {
+        Entry::File(file) => KnownRules::Content(file.content),
+        _ => KnownRules::Nothing,
+    };
+    let rules = ".cortexignore";
+    let copy =
+        Op { conflict_of: Some(path(rules)), ..create(".cortexignore.conflict-1", Entry::Dir) };
+    // What stands there, what the member went by, what it does, and whether it may. What is deeper down
+    // is a file like any other.
+    let below = ("d/.cortexignore", None, KnownRules::Nothing, true);
+    for (at, stands, knows, may) in [
+        (rules, None, KnownRules::Nothing, true),
+        (rules, None, content_of(&old), false),
+        (rules, Some(&old), content_of(&old), true),
+        (rules, Some(&old), content_of(&new), false),
+        (rules, Some(&old), KnownRules::Nothing, false),
+        (rules, Some(&old), KnownRules::Unsaid, true),
+        (rules, Some(&Entry::Dir), KnownRules::Nothing, true),
+        below,
+    ] {
+        let fixture = filled(engine, 2).await;
+        fixture.set(vec![create("d", Entry::Dir), create("d/.cortexignore", old.clone())]).await;
+        let stands: Vec<_> = stands.map(|entry| create(at, entry.clone())).into_iter().collect();
+        fixture.set(stands).await;
+        let ops = vec![create("x", Entry::Dir), op("f0", Some(&old), None), copy.clone()];
+        let commit = Commit { rules: knows, ..fixture.batch(ops) };
+        let result = fixture.store.commit(commit.clone()).await.unwrap();
+        let refused: Vec<_> = result.rejected.iter().map(|r| (r.index, r.reason)).collect();
+        let all = [(0, RejectReason::Rules), (1, RejectReason::Rules)];
+        assert_eq!(refused, if may { &[][..] } else { &all }, "{at} {knows:?}");
+        assert_eq!(fixture.store.commit(commit).await.unwrap(), result, "repeated");
+    }
+    // Who changes the rules may do more in the same commit, by what stood there before.
+    let change = by(
+        content_of(&old),
+        vec![op(rules, Some(&old), Some(new.clone())), create("y", Entry::Dir)],
+    );
+    fixture.set(vec![create(rules, old.clone())]).await;
+    assert_eq!(fixture.store.commit(change).await.unwrap().rejected, []);
+    let late = by(content_of(&old), vec![op(rules, Some(&old), None)]);
+    let late = fixture.store.commit(late).await.unwrap();
+    assert_eq!(late.rejected[0].reason, RejectReason::Conflict, "the rules are compared and set");
 }

@@ -3,10 +3,14 @@
 use cortex_shared::crash::crash_point;
 use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::ids::{CommitId, NodeId, WorkspaceEpoch};
+use cortex_shared::wire_path::RULES_NAME;
 use rusqlite::{Connection, params};
 
-use super::super::{Commit, CommitResult, InvalidOp, Op, RejectReason, Rejection, StoreError};
+use super::super::{
+    Commit, CommitResult, InvalidOp, KnownRules, Op, RejectReason, Rejection, StoreError,
+};
 use super::hold::{self, Removed, Verdict};
+use super::schema::ROOT_ID;
 use super::tree::{
     ENTRY_COLUMNS, Found, Made, Tree, damaged, digest, entry_from_row, signed, unsigned,
 };
@@ -102,6 +106,8 @@ struct Work<'a> {
     removed: Removed,
     /// No deletion is accepted.
     holds: bool,
+    /// The member went by other rules than the tree has: nothing but those may it change.
+    other_rules: bool,
 }
 
 impl<'a> Work<'a> {
@@ -111,9 +117,12 @@ impl<'a> Work<'a> {
         head: HeadRow,
         now_ms: i64,
     ) -> Result<Self, StoreError> {
+        let tree = Tree::new(connection);
+        let other_rules = has_other_rules(&tree, commit.rules)?;
         Ok(Self {
             connection,
-            tree: Tree::new(connection),
+            tree,
+            other_rules,
             head,
             budget: RESULT_BUDGET_BYTES,
             commit,
@@ -146,6 +155,9 @@ impl<'a> Work<'a> {
         let Ok(op) = op else {
             return Ok(Outcome::Rejected(RejectReason::Invalid, None, Vec::new()));
         };
+        if self.other_rules && !concerns_rules(op) {
+            return Ok(Outcome::Rejected(RejectReason::Rules, None, Vec::new()));
+        }
         let Some(parent) = self.tree.parent(&op.path)? else {
             return Ok(match op.new {
                 // Nothing can stand there, which is what the member wants.
@@ -305,6 +317,28 @@ impl<'a> Work<'a> {
     }
 }
 
+/// Whether a member went by other rules than the tree has.
+fn has_other_rules(tree: &Tree<'_>, known: KnownRules) -> Result<bool, StoreError> {
+    if known == KnownRules::Unsaid {
+        return Ok(false);
+    }
+    let now = match tree.find(ROOT_ID, RULES_NAME)? {
+        Some(found) => match tree.entry(found.id)? {
+            Entry::File(file) => KnownRules::Content(file.content),
+            Entry::Link { .. } | Entry::Dir => KnownRules::Nothing,
+        },
+        None => KnownRules::Nothing,
+    };
+    Ok(now != known)
+}
+
+fn concerns_rules(op: &Op) -> bool {
+    [Some(&op.path), op.conflict_of.as_ref()]
+        .into_iter()
+        .flatten()
+        .any(|path| path.as_bytes() == RULES_NAME)
+}
+
 /// About how many bytes an entry takes in a message.
 pub(super) fn entry_bytes(entry: &Entry) -> usize {
     64 + match entry {
@@ -413,8 +447,8 @@ fn recorded_rejections(
 }
 
 fn reject_reason(number: i64) -> Result<RejectReason, StoreError> {
-    use RejectReason::{Conflict, Held, Invalid, MissingChunks, NoParent, NotEmpty};
-    [Conflict, NoParent, NotEmpty, MissingChunks, Invalid, Held]
+    use RejectReason::{Conflict, Held, Invalid, MissingChunks, NoParent, NotEmpty, Rules};
+    [Conflict, NoParent, NotEmpty, MissingChunks, Invalid, Held, Rules]
         .into_iter()
         .find(|reason| *reason as i64 == number)
         .ok_or(damaged("an unknown reason of a rejection"))
