@@ -15,6 +15,7 @@ mod partition;
 mod sandbox;
 mod secrets;
 mod sync;
+mod sync_crash;
 mod sync_hub;
 mod sync_rules;
 mod targets;
