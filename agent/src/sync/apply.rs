@@ -25,6 +25,7 @@ use cortex_shared::entry::{Entry, File, same};
 use cortex_shared::wire_path::WirePath;
 use rustix::io::Errno;
 
+use super::case;
 use super::index::{Displaced, Index, IndexError, Seen, Stamp};
 use super::plan::LocalChange;
 use super::private_dir::PrivateDir;
@@ -224,6 +225,12 @@ impl Applier<'_> {
             }
             match placed {
                 Ok(Placed::Done) => {}
+                // Looking again would find nothing new.
+                Ok(Placed::Surprise) if self.collides(&staged.change) => {
+                    self.remove_staged(&staged);
+                    report.findings.push(case::finding(&staged.change.path));
+                    continue;
+                }
                 Ok(Placed::Surprise) => {
                     report.dirty.insert(staged.change.path.parent());
                     self.remove_staged(&staged);
@@ -253,6 +260,13 @@ impl Applier<'_> {
         }
         touched.sync(self.root).map_err(ApplyError::Durability)?;
         Ok((made, untouched))
+    }
+
+    /// Whether something stands in the way of a change whose name differs only in case.
+    fn collides(&self, change: &LocalChange) -> bool {
+        let Ok((parent, leaf)) = self.root.parent_of(&change.path) else { return false };
+        let names = [Some(leaf), change.aside.as_ref().map(WirePath::name)];
+        names.into_iter().flatten().any(|name| parent.other_spelling(name).unwrap_or(false))
     }
 
     /// What a change is about to displace, as far as the index knows it.

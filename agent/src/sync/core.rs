@@ -48,6 +48,8 @@ pub(super) enum SyncError {
 /// The state that blocking work needs.
 pub(super) struct Core {
     pub(super) root: RootDir,
+    /// The file system takes names for one that differ only in case.
+    pub(super) folds_case: bool,
     pub(super) private: Arc<PrivateDir>,
     pub(super) index: Index,
     pub(super) ignore: Ignore,

@@ -13,6 +13,7 @@ use super::hold::{REFUSED_RETRY, is_lost, must_hold};
 use super::rules::{are_in_place, are_outdated, concerns_rules, is_rules, not_taken_over};
 use super::{Engine, LATE_WRITES, PROBLEM_RETRY, Round, Work};
 use crate::sync::apply::needs_stage;
+use crate::sync::case::{self, hold_collisions};
 use crate::sync::core::{Core, SyncError, waiting};
 use crate::sync::hub::Hub;
 use crate::sync::index::{Index, IndexError};
@@ -38,6 +39,8 @@ const MAX_SWEEPS: usize = 50;
 const MAX_IN_VAIN: usize = 3;
 /// Links of one sweep that are told.
 const MAX_LINKS_TOLD: usize = 100;
+/// Names that differ only in case of one sweep that are told.
+const MAX_COLLISIONS_TOLD: usize = 100;
 
 /// A plan for one window.
 struct Planned {
@@ -46,6 +49,8 @@ struct Planned {
     losses: usize,
     /// Directories that stay at the hub because something that is left out here is in them.
     kept_there: usize,
+    /// New paths that are held because of others that differ only in case.
+    collisions: Vec<WirePath>,
     /// The last row of the window, if there are more.
     next: Option<WirePath>,
 }
@@ -68,6 +73,8 @@ struct Sweep {
     /// Paths that stay different because of the member's mode.
     withheld: usize,
     held_links: Vec<WirePath>,
+    /// Of names that differ only in case, those that are held.
+    collisions: Vec<WirePath>,
     /// A path that is planned for has the name of a conflict copy.
     conflicts: bool,
     /// Large files on their way here: what was wrong with them is not known to be over.
@@ -200,7 +207,7 @@ impl<H: Hub> Engine<H> {
         let hold = self.must_hold(work).await?;
         let outdated_rules = work.core.run(are_outdated).await?;
         loop {
-            let Planned { mut plan, losses, kept_there, next } =
+            let Planned { mut plan, losses, kept_there, collisions, next } =
                 self.plan(work, after, hold).await?;
             if outdated_rules {
                 let planned = plan.push.len();
@@ -218,6 +225,8 @@ impl<H: Hub> Engine<H> {
             sweep.withheld += plan.withheld;
             sweep.kept += kept_there;
             sweep.conflicts |= has_conflict_names(&plan);
+            let room = MAX_COLLISIONS_TOLD.saturating_sub(sweep.collisions.len());
+            sweep.collisions.extend(collisions.into_iter().take(room));
             let room = MAX_LINKS_TOLD.saturating_sub(sweep.held_links.len());
             sweep.held_links.extend(plan.held_links.iter().take(room).cloned());
             work.count_conflicts |= sweep.conflicts;
@@ -383,7 +392,14 @@ impl<H: Hub> Engine<H> {
     ) -> Result<Planned, SyncError> {
         let mode = self.options.borrow().mode;
         let options = Options { hold_deletions: hold, mode, ..Options::default() };
-        work.core.run(move |core| plan_window(&core.index, after.as_ref(), options)).await
+        let plan = move |core: &mut Core| {
+            let mut planned = plan_window(&core.index, after.as_ref(), options)?;
+            if core.folds_case {
+                planned.collisions = hold_collisions(&core.root, &mut planned.plan)?;
+            }
+            Ok::<_, SyncError>(planned)
+        };
+        work.core.run(plan).await
     }
 
     /// Whether the deletions that are to be sent now are held back.
@@ -419,6 +435,7 @@ impl<H: Hub> Engine<H> {
             let text = "a link that leaves the workspace is neither sent nor placed";
             Finding::at(path, "link_outside", text)
         }));
+        plan_findings.extend(sweep.collisions.iter().map(case::finding));
         work.problems.replace(Stage::Plan, |_| true, plan_findings);
         work.problems.replace(Stage::Push, |_| true, sweep.push_findings.clone());
         let told_again = |path: Option<&WirePath>| path.is_none_or(|p| !sweep.waiting.contains(p));
@@ -562,5 +579,5 @@ fn plan_window(
         losses += usize::from(is_lost(index, op.expected.as_ref())?);
     }
     let next = window.truncated.then(|| window.rows.last().map(|row| row.path.clone())).flatten();
-    Ok(Planned { plan, losses, kept_there: kept_there.len(), next })
+    Ok(Planned { plan, losses, kept_there: kept_there.len(), collisions: Vec::new(), next })
 }
