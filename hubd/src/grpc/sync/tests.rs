@@ -288,7 +288,7 @@ async fn content_of_one_member_arrives_at_another_byte_for_byte() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_incompressible_pack_of_the_largest_size_passes_both_ways() {
+async fn t25_an_incompressible_pack_of_the_largest_size_passes_both_ways() {
     let fixture = Fixture::new().await;
     let mut member = fixture.member();
     let data = noise(2, MAX_RAW_BYTES);
