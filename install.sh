@@ -4,17 +4,21 @@
 #   install.sh                      the two programs only
 #   install.sh hub                  and the hub as a service
 #       [--grpc ADDR:PORT]          where nodes and operators reach it [127.0.0.1:7443]
+#       [--http ADDR:PORT]          where machines install from, and browsers look [that address, :7480]
 #       [--advertise HOST]          what invites tell them to dial
-#   install.sh agent                and this machine as a node
+#   install.sh agent                and this machine as a node; `cortex-hubd invite create` prints the line
 #       --hub HOST:PORT --ca PIN    what `cortex-hubd invite create` printed
 #       --token-file F, --token-stdin, or CORTEX_TOKEN in the environment
 #       [--name N] [--label K=V]... [--workspace-root DIR]
+#       [--no-service]              join only; something else than systemd starts the agent
 #   install.sh uninstall [--purge]  take back what it did; --purge: and all data
 #
 # For all:
 #   --user         for this user alone (the default unless root): programs in ~/.local/bin
 #   --prefix DIR   programs in DIR/bin [/usr/local]
 #   --from PATH    a folder with the programs, or an archive of a release [this folder's build]
+#   --from URL     a hub, https://HOST:PORT: its agent is downloaded, for this machine, and checked
+#   --pin PIN      the key that this hub has to have, as curl takes it (sha256//...)
 #   --dry-run      print every step and do none
 #
 # Every step can be repeated: run it again to upgrade, or after an interruption.
@@ -34,8 +38,8 @@ usage() {
 
 # Everything is read before anything is done: a script that arrives by halves does nothing.
 main() {
-  what=programs dry=false purge=false token_stdin=false
-  user='' prefix='' from='' grpc='' advertise='' hub='' pin='' token_file='' name='' workspace_root='' labels=''
+  what=programs dry=false purge=false token_stdin=false no_service=false
+  user='' prefix='' from='' tls_pin='' grpc='' http='' advertise='' hub='' pin='' token_file='' name='' workspace_root='' labels=''
   case ${1:-} in
     hub | agent | uninstall) what=$1; shift ;;
   esac
@@ -46,12 +50,15 @@ main() {
       --dry-run) dry=true ;;
       --purge) purge=true ;;
       --token-stdin) token_stdin=true ;;
-      --prefix | --from | --grpc | --advertise | --hub | --ca | --token-file | --name | --label | --workspace-root)
+      --no-service) no_service=true ;;
+      --prefix | --from | --pin | --grpc | --http | --advertise | --hub | --ca | --token-file | --name | --label | --workspace-root)
         [ $# -ge 2 ] || usage "$1 needs a value"
         case $1 in
           --prefix) prefix=$2 ;;
           --from) from=$2 ;;
+          --pin) tls_pin=$2 ;;
           --grpc) grpc=$2 ;;
+          --http) http=$2 ;;
           --advertise) advertise=$2 ;;
           --hub) hub=$2 ;;
           --ca) pin=$2 ;;
@@ -101,9 +108,55 @@ service() {
   fi
 }
 
+# Fetches a file from the hub, by the key that it has to have, if one was given.
+fetch() {
+  if [ -n "$tls_pin" ]; then
+    set -- "$@" --insecure --pinnedpubkey "$tls_pin"
+  fi
+  step curl -fsS --proto =https --retry 3 --connect-timeout 20 -o "$@"
+}
+
+# Sets `found` to a folder with the agent that the hub has for this machine.
+download() {
+  command -v curl >/dev/null || fail "there is no curl on this machine" "install it, or the agent by hand"
+  case $(uname -s)-$(uname -m) in
+    Linux-x86_64 | Linux-amd64) platform=linux-x86_64 ;;
+    Linux-aarch64 | Linux-arm64) platform=linux-aarch64 ;;
+    *) fail "there is no agent for $(uname -s) on $(uname -m)" ;;
+  esac
+  # Beside where it goes: other places may not be for programs.
+  step mkdir -p "$bin"
+  found=$bin/.cortex-download
+  if ! $dry; then
+    rm -rf "$bin"/.cortex-download.*
+    found=$(mktemp -d "$bin/.cortex-download.XXXXXX")
+    scratch=$found
+  fi
+  fetch "$found/cortex-agent" "$from/v1/agent/$platform" ||
+    fail "the agent cannot be downloaded from $from"
+  fetch "$found/SHA256SUMS" "$from/v1/agent/$platform.sha256" ||
+    fail "the hash of the agent cannot be downloaded from $from"
+  step chmod 755 "$found/cortex-agent"
+}
+
 # Sets `found` to a folder with the programs.
 find_programs() {
-  here=$(cd "$(dirname "$0")" && pwd)
+  case $0 in
+    # Given to a shell on its standard input: no folder is this script's.
+    *install.sh) here=$(cd "$(dirname "$0")" && pwd) ;;
+    *)
+      here=/nonexistent
+      [ -n "$from" ] || fail "--from is missing" "--from with the hub, such as https://HOST:7480"
+      ;;
+  esac
+  case $from in
+    https://*)
+      download
+      check_sums
+      return
+      ;;
+    *://*) usage "--from takes https:// only" ;;
+  esac
   if [ -n "$from" ] && [ -d "$from" ]; then
     found=$(cd "$from" && pwd)
   elif [ -n "$from" ]; then
@@ -123,7 +176,11 @@ find_programs() {
     done
     [ -n "$found" ] || fail "there is no local build" "cargo build --release, or --from with a release"
   fi
-  # A release says what its files are.
+  check_sums
+}
+
+# A release says what its files are, and so does a hub.
+check_sums() {
   if [ -e "$found/SHA256SUMS" ]; then
     (cd "$found" && sha256sum --check --quiet --ignore-missing SHA256SUMS) ||
       fail "the programs in $found are not what SHA256SUMS says" "fetch the release again"
@@ -136,6 +193,10 @@ programs() {
   find_programs
   step mkdir -p "$bin"
   for program in "$@"; do
+    if $dry && [ ! -e "$found" ]; then
+      echo "+ put $program into $bin"
+      continue
+    fi
     [ -x "$found/$program" ] || fail "there is no $program in $found"
     "$found/$program" --version >/dev/null 2>&1 ||
       fail "$found/$program does not run on this machine ($(uname -m))" "take the release for it"
@@ -161,6 +222,7 @@ install_hub() {
   has_systemctl "cortex-hubd serve"
   set -- install ${user:+--user}
   [ -z "$grpc" ] || set -- "$@" --grpc "$grpc"
+  [ -z "$http" ] || set -- "$@" --http "$http"
   [ -z "$advertise" ] || set -- "$@" --advertise "$advertise"
   service cortex-hubd "$@"
   if $dry; then return; fi
@@ -172,9 +234,14 @@ The hub runs. Next, here:
 TEXT
 }
 
+# Whether there is a systemd that services can be given to.
+can_serve() {
+  command -v systemctl >/dev/null || return 1
+  [ -z "$user" ] || systemctl --user show-environment >/dev/null 2>&1
+}
+
 install_agent() {
   programs cortex-agent
-  has_systemctl "cortex-agent run"
   state=/var/lib/cortex-agent
   [ -z "$user" ] || state=${XDG_DATA_HOME:-$HOME/.local/share}/cortex-agent
   if [ -e "$state/agent.json" ]; then
@@ -183,6 +250,12 @@ install_agent() {
     [ -n "$hub" ] || usage "--hub is missing"
     [ -n "$pin" ] || usage "--ca is missing"
     join
+  fi
+  # A node without systemd is a node all the same, once something starts it.
+  if $no_service || ! { $dry || can_serve; }; then
+    $no_service || echo "systemd cannot be used here; start the node with what there is:"
+    echo "CORTEX_STATE=$state $bin/cortex-agent run"
+    return
   fi
   service cortex-agent install ${user:+--user}
 }

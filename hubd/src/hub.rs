@@ -28,6 +28,7 @@ use crate::authority::audit::{AuditError, AuditLog};
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
 use crate::authority::refused::RefusalLog;
+use crate::authority::sessions::Sessions;
 use crate::config::{DataLayout, HubConfig};
 use crate::enroll::authorities::{Authorities, RotationError};
 use crate::enroll::ca::CaError;
@@ -40,9 +41,12 @@ use crate::grpc::enroll::EnrollService;
 use crate::grpc::node::NodeService;
 use crate::grpc::operator::{HubAddress, OperatorService};
 use crate::grpc::sync::SyncService;
+use crate::http::{Ground, HttpError, HttpSide};
 use crate::node::files::FileExchange;
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
+use crate::service::Inherited;
+use crate::skills::{SkillError, Skills};
 use crate::store::history::HistoryStore;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
@@ -101,9 +105,15 @@ pub enum StartError {
     /// The folder of workspace content.
     #[error("cannot open the workspaces")]
     Sync(#[from] SyncError),
+    /// What was begun in the library could not be finished.
+    #[error("cannot open the library of skills")]
+    Skills(#[from] SkillError),
     /// TLS.
     #[error("cannot set up TLS")]
     Tls(#[from] rustls::Error),
+    /// The HTTP side.
+    #[error("the HTTP side cannot be started")]
+    Http(#[from] HttpError),
 }
 
 /// What is durable about a hub, opened and locked: enough for `init`, and what a running hub
@@ -169,6 +179,8 @@ pub struct Hub {
     audit: Arc<AuditLog>,
     scope: TaskScope,
     grace: Duration,
+    /// Ends last, so that whoever asks how the hub is gets an answer to the end.
+    http: Option<HttpSide>,
     data: HubData,
 }
 
@@ -178,7 +190,7 @@ impl Hub {
     /// # Errors
     /// See [`StartError`]. Nothing is listened on then.
     pub async fn start(config: HubConfig) -> Result<Self, StartError> {
-        Self::start_with(config, None, |store| store).await
+        Self::start_with(config, Inherited::default(), |store| store).await
     }
 
     /// The same, on whatever `prepare` makes of the store: for tests and benchmarks, which let it fail.
@@ -189,23 +201,39 @@ impl Hub {
         config: HubConfig,
         prepare: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>,
     ) -> Result<Self, StartError> {
-        Self::start_with(config, None, prepare).await
+        Self::start_with(config, Inherited::default(), prepare).await
     }
 
-    /// The same, on a socket that listens already, if there is one: the address of the configuration is
+    /// The same, on sockets that listen already, if there are any: the addresses of the configuration are
     /// not used then.
     ///
     /// # Errors
     /// As [`Hub::start`].
     pub async fn start_with(
         config: HubConfig,
-        inherited: Option<std::net::TcpListener>,
+        inherited: Inherited,
         prepare: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>,
     ) -> Result<Self, StartError> {
         let data = HubData::open(&config).await?;
         let store = prepare(Arc::clone(&data.store) as _);
         let authorities = Arc::clone(&data.authorities);
         let started_at_ms = unix_ms();
+        let listen_error = |source| StartError::Listen { address: config.grpc, source };
+        let listener = match inherited.grpc {
+            Some(listener) => TcpListener::from_std(listener),
+            None => TcpListener::bind(config.grpc).await,
+        }
+        .map_err(listen_error)?;
+        let bound = listener.local_addr().map_err(listen_error)?;
+        let address = HubAddress { bound, advertise: config.advertise.clone() };
+        let sessions = Arc::new(Sessions::new(config.http.session_life));
+        let ground = Ground {
+            authorities: &authorities,
+            key: &data.layout.http_key(),
+            host: &address.host(),
+            sessions: &sessions,
+        };
+        let http = HttpSide::start(&config.http, inherited.http, ground).await?;
         let scope = TaskScope::new();
         let registry = Arc::new(Registry::new(store.nodes().await?));
         let membership = Arc::new(Membership::default());
@@ -223,6 +251,15 @@ impl Hub {
             Arc::clone(&content),
         ));
         members.finish_deletions().await?;
+        let skills = Arc::new(
+            Skills::open(
+                Arc::clone(&store),
+                Arc::clone(&content),
+                Arc::clone(&members),
+                config.skills_keep_for,
+            )
+            .await?,
+        );
         let tasks = data.layout.tasks();
         let spool = Spool::open(tasks.clone(), config.spool, &data.databases)
             .map_err(|source| StartError::Data { path: tasks.display().to_string(), source })?;
@@ -256,18 +293,12 @@ impl Hub {
             scope.clone(),
         ));
 
-        let listen_error = |source| StartError::Listen { address: config.grpc, source };
-        let listener = match inherited {
-            Some(listener) => TcpListener::from_std(listener),
-            None => TcpListener::bind(config.grpc).await,
-        }
-        .map_err(listen_error)?;
-        let address = listener.local_addr().map_err(listen_error)?;
         let socket = data.layout.socket();
         let local = accept::bind_local(&socket)
             .map_err(|source| StartError::Data { path: socket.display().to_string(), source })?;
         let certificate = HubCertificate::new(Arc::clone(&authorities), unix_ms)?;
-        let tls = accept::TlsSettings::new(Arc::clone(&authorities), certificate)?;
+        let tls =
+            accept::TlsSettings::new(Arc::clone(&authorities), Arc::new(certificate), &[b"h2"])?;
 
         let refusals = RefusalLog::new(Arc::clone(&store), scope.clone());
         let files = Arc::new(FileExchange::default());
@@ -279,13 +310,16 @@ impl Hub {
             relay: Arc::clone(&relay),
             members: Arc::clone(&members),
             content: Arc::clone(&content),
+            skills,
             decisions: Arc::clone(&decisions),
             operators: Arc::clone(&operators),
             audit: Arc::clone(&audit),
             authorities: Arc::clone(&authorities),
             scope: scope.clone(),
             accept_deadline: config.accept_deadline,
-            address: HubAddress { bound: address, advertise: config.advertise.clone() },
+            address,
+            http: http.as_ref().map(|http| http.place().clone()),
+            sessions,
             started_at_ms,
         };
         let node = NodeService {
@@ -302,6 +336,7 @@ impl Hub {
         };
         let enroll = EnrollService { validator, limits, authorities: Arc::clone(&authorities) };
         let sync = SyncService::new(Arc::clone(&content), membership);
+        let by_http = operator.clone();
         let routes = Routes::new(limited(EnrollServer::new(enroll)))
             .add_service(limited_node(NodeServer::new(node)))
             .add_service(limited_operator(OperatorServer::new(operator)))
@@ -313,6 +348,9 @@ impl Hub {
             operators: Arc::clone(&operators),
             refusals,
         };
+        if let Some(http) = &http {
+            http.open(by_http, auth.clone());
+        }
         let incoming = accept::accept_tls(listener, tls, mesh, &scope);
         serve(incoming, routes.clone(), auth.clone(), &scope);
         serve(accept::accept_local(local, &scope), routes, auth, &scope);
@@ -321,16 +359,22 @@ impl Hub {
         audit.keep_marking(&scope);
         hint_heads(&content, members, &scope);
         save_last_seen(Arc::clone(&registry), Arc::clone(&store), &scope);
-        tracing::info!(%address, %mesh, "hub serves");
+        tracing::info!(address = %bound, %mesh, "hub serves");
         let pin = authorities.pin();
         let grace = config.shutdown_grace;
-        Ok(Self { address, pin, registry, store, audit, scope, grace, data })
+        Ok(Self { address: bound, pin, registry, store, audit, scope, grace, http, data })
     }
 
     /// The address of the gRPC side, with the port that was chosen if none was given.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The HTTP side, if the configuration has one.
+    #[must_use]
+    pub fn http(&self) -> Option<&HttpSide> {
+        self.http.as_ref()
     }
 
     /// The administration socket.
@@ -356,6 +400,9 @@ impl Hub {
     /// grace each gets its verdict here. The work before that and the
     /// closing take no longer than the grace time each; what did not finish in it is said.
     pub async fn shutdown(self) {
+        if let Some(http) = &self.http {
+            http.readiness().drain();
+        }
         let sessions = self.registry.sessions();
         let spread = u64::try_from(RECONNECT_SPREAD.as_millis()).unwrap_or(u64::MAX);
         for (index, session) in (0_u64..).zip(&sessions) {
@@ -381,6 +428,9 @@ impl Hub {
         if tokio::time::timeout(self.grace, closing).await.is_err() {
             // What was acknowledged is in the log, which the next start folds.
             tracing::warn!("the databases did not close in time");
+        }
+        if let Some(http) = self.http {
+            http.shutdown(self.grace).await;
         }
         tracing::info!("hub stopped");
     }

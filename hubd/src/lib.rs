@@ -2,19 +2,22 @@
 //! remembers. It never merges files and never interprets output.
 //!
 //! ```text
-//! main → cli → hub → grpc → task, enroll → node, sync → store
+//! main → cli → hub → http → grpc → task, enroll → node, sync → store
 //! ```
 //!
 //! | module | subject |
 //! |---|---|
 //! | `cli` | the command line; everything but `serve` and `init` talks to a running hub |
 //! | [`hub`] | the daemon: put together, listening, taken apart in order |
+//! | [`http`] | installing nodes, health, metrics, API and web page, by the same authority as gRPC |
 //! | [`grpc`] | the only place where protocol and domain meet; who may call what (`auth`) |
 //! | [`enroll`] | invites redeemed, and the certificate authority |
 //! | [`node`] | known nodes, live sessions, memberships |
 //! | [`task`] | commands: journalled, relayed, each with one verdict |
 //! | [`sync`] | workspace versions and content |
+//! | [`skills`] | the library: directories of workspaces that every node has |
 //! | [`store`] | what is remembered, behind traits in words of the domain |
+//! | [`counters`] | what the program has done, for metrics |
 //! | [`mod@bench`] | emulated nodes that measure a hub of their own; no part of a serving hub |
 //!
 //! A call passes [`grpc::accept`] (who is it), [`grpc::auth`] (may it) and [`grpc::convert`] (is it
@@ -39,12 +42,15 @@ pub mod authority;
 pub mod bench;
 mod cli;
 pub mod config;
+pub mod counters;
 pub mod enroll;
 pub mod grpc;
+pub mod http;
 pub mod hub;
 pub mod node;
 pub mod rate;
 pub mod service;
+pub mod skills;
 pub mod store;
 pub mod sync;
 pub mod task;

@@ -8,16 +8,36 @@ use std::time::Duration;
 
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-/// The listening socket that was handed over, if one was: connections made while no hub ran wait in it.
+/// Listening sockets that were handed over: connections made while no hub ran wait in them.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// The gRPC side's.
+    pub grpc: Option<TcpListener>,
+    /// The HTTP side's.
+    pub http: Option<TcpListener>,
+}
+
+/// The listening sockets that were handed over, by their names (`FileDescriptorName=`). One of another name
+/// is the gRPC side's: before there were two, it had none.
 ///
 /// # Errors
 /// If something else than a listening TCP socket was handed over.
-pub fn inherited_listener() -> std::io::Result<Option<TcpListener>> {
-    let listener = listenfd::ListenFd::from_env().take_tcp_listener(0)?;
-    if let Some(listener) = &listener {
-        listener.set_nonblocking(true)?;
+pub fn inherited_listeners() -> std::io::Result<Inherited> {
+    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let names: Vec<&str> = names.split(':').collect();
+    let mut handed = listenfd::ListenFd::from_env();
+    let mut inherited = Inherited::default();
+    for index in 0..handed.len() {
+        let listener = handed.take_tcp_listener(index)?;
+        if let Some(listener) = &listener {
+            listener.set_nonblocking(true)?;
+        }
+        match names.get(index) {
+            Some(&"http") => inherited.http = listener,
+            _ => inherited.grpc = listener,
+        }
     }
-    Ok(listener)
+    Ok(inherited)
 }
 
 /// Tells the service manager how the hub is.

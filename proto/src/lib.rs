@@ -62,6 +62,8 @@ pub const HTTP2_FRAME_BYTES: u32 = 256 * 1024;
 pub const CODE_TRAILER: &str = "cortex-code";
 /// Trailer with the command that helps.
 pub const HINT_TRAILER: &str = "cortex-hint";
+/// Trailer with the id under which an error of the hub's own stands in its log.
+pub const ERROR_ID_TRAILER: &str = "cortex-error-id";
 /// Trailer with the milliseconds after which a repetition may succeed.
 pub const RETRY_AFTER_TRAILER: &str = "cortex-retry-after-ms";
 

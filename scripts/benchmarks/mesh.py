@@ -55,7 +55,7 @@ class Mesh:
     def _start_hub(self):
         data = self._folder / "hub"
         self.hub = self._world.start(
-            [HUB, "serve", "--grpc", "127.0.0.1:0", "--data", data], self._folder / "hub.log",
+            [HUB, "serve", "--grpc", "127.0.0.1:0", "--http", "off", "--data", data], self._folder / "hub.log",
             stdout=subprocess.PIPE)
         line = self.hub.stdout.readline().decode()
         if "listening on" not in line:

@@ -100,7 +100,7 @@ fn d1_to_d8_a_member_that_is_killed_at_any_point_of_applying_loses_nothing() {
         change(&a, round);
         let flushed = pair.a.agent(&["workspace", "flush", "w", "--patience", "20s"]);
         assert_eq!(flushed.code, 0, "{}", flushed.stderr);
-        pair.b.run_until_crash_at(point);
+        pair.b.run_to_crash_at(point);
         let ended = pair.b.daemon().wait();
         assert_eq!(ended.signal(), Some(9), "it passes {point}");
         // Each path has its old or its new content, whole.

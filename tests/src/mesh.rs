@@ -29,6 +29,7 @@ pub struct Mesh {
     scratch: TempDir,
     hub: Option<Daemon>,
     address: String,
+    http: String,
     operators: u32,
     serve: Vec<String>,
     hub_log: Option<String>,
@@ -80,7 +81,8 @@ impl Mesh {
             .expect("there is room for scratch files");
         let serve = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let address = format!("{address}:0");
-        let mut mesh = Self { scratch, hub: None, address, operators: 0, serve, hub_log };
+        let http = address.clone();
+        let mut mesh = Self { scratch, hub: None, address, http, operators: 0, serve, hub_log };
         mesh.start_hub();
         mesh
     }
@@ -103,7 +105,8 @@ impl Mesh {
 
     fn start_hub_with(&mut self, environment: &[(&str, &str)]) {
         let mut command = Command::new(program("hubd-under-test"));
-        command.args(["serve", "--grpc", &self.address, "--data"]).arg(self.path("hub"));
+        command.args(["serve", "--grpc", &self.address, "--http", &self.http, "--data"]);
+        command.arg(self.path("hub"));
         command.args(&self.serve).envs(environment.iter().copied());
         if let Some(filter) = &self.hub_log {
             command.env("CORTEX_LOG", filter);
@@ -111,6 +114,9 @@ impl Mesh {
         let mut hub = Daemon::start("hub", &mut command, &self.path("hub.log"));
         self.address = hub
             .line("its address", |line| line.strip_prefix("grpc listening on ").map(str::to_owned));
+        self.http = hub.line("its web side", |line| {
+            line.strip_prefix("http listening on ").map(str::to_owned)
+        });
         self.hub = Some(hub);
     }
 
@@ -131,6 +137,12 @@ impl Mesh {
     #[must_use]
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Address and port of the hub's HTTP side.
+    #[must_use]
+    pub fn http(&self) -> &str {
+        &self.http
     }
 
     /// A path in the scratch directory.
@@ -431,7 +443,7 @@ impl Node {
     }
 
     /// Starts the daemon, to kill itself when it passes this point (`cortex_shared::crash`).
-    pub fn run_until_crash_at(&mut self, point: &str) {
+    pub fn run_to_crash_at(&mut self, point: &str) {
         let mut command = self.command(&["run"]);
         command.env(cortex_shared::crash::CRASH_AT, point);
         self.daemon = Some(Daemon::start(&self.name, &mut command, &self.log));

@@ -76,6 +76,7 @@ struct Created {
     expires_at: String,
     expires_at_ms: i64,
     command: String,
+    join_command: String,
 }
 
 #[derive(Serialize)]
@@ -178,13 +179,20 @@ async fn create(global: &Global, args: CreateArgs) -> Result<(), CliError> {
         expires_at: printer::time(answer.expires_at_ms),
         expires_at_ms: answer.expires_at_ms,
         command: answer.command,
+        join_command: answer.join_command,
     };
-    let lines = [
+    let installed = match created.join_command == created.command {
+        true => String::new(),
+        false => created.join_command.clone(),
+    };
+    let mut lines = vec![
         ("token", created.token.clone()),
         ("id", created.id.clone()),
         ("ca pin", created.ca_pin.clone()),
         ("valid until", printer::time(created.expires_at_ms)),
         ("on the node", created.command.clone()),
+        ("where the agent is", installed),
     ];
+    lines.retain(|(_, value)| !value.is_empty());
     global.printer(args.output).show(&created, &lines)
 }

@@ -18,12 +18,14 @@ mod join;
 mod leave;
 mod local;
 mod login;
+mod login_link;
 mod node;
 mod persist;
 mod policy;
 pub mod printer;
 mod run;
 mod service;
+mod skill;
 mod status;
 mod task;
 mod token;
@@ -113,6 +115,7 @@ enum Verb {
     Status(status::StatusArgs),
     Doctor(doctor::DoctorArgs),
     Login(login::LoginArgs),
+    LoginLink(login_link::LoginLinkArgs),
     Logout(context::LogoutArgs),
     Whoami(whoami::WhoamiArgs),
     Context(context::ContextArgs),
@@ -128,6 +131,7 @@ enum Verb {
     Rm(files::RmArgs),
     Mkdir(files::MkdirArgs),
     Workspace(workspace::WorkspaceArgs),
+    Skill(skill::SkillArgs),
     Invite(invite::InviteArgs),
     Policy(policy::PolicyArgs),
     Audit(audit::AuditArgs),
@@ -178,6 +182,7 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Status(args) => done(Box::pin(status::status(&global, args)).await),
             Verb::Doctor(args) => Box::pin(doctor::doctor(&global, args)).await,
             Verb::Login(args) => done(Box::pin(login::login(&global, args)).await),
+            Verb::LoginLink(args) => done(login_link::login_link(&global, args).await),
             Verb::Logout(args) => done(context::logout(&global, args)),
             Verb::Whoami(args) => done(Box::pin(whoami::whoami(&global, args)).await),
             Verb::Context(args) => done(context::context(&global, args)),
@@ -193,6 +198,7 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Rm(args) => done(Box::pin(files::rm(&global, args)).await),
             Verb::Mkdir(args) => done(Box::pin(files::mkdir(&global, args)).await),
             Verb::Workspace(args) => done(Box::pin(workspace::workspace(&global, args)).await),
+            Verb::Skill(args) => done(Box::pin(skill::skill(&global, args)).await),
             Verb::Invite(args) => done(Box::pin(invite::invite(&global, args)).await),
             Verb::Policy(args) => done(Box::pin(policy::policy(&global, args)).await),
             Verb::Audit(args) => done(Box::pin(audit::audit(&global, args)).await),

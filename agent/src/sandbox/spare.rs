@@ -26,9 +26,12 @@ use super::stage_handle::Stage;
 
 /// How long one waits for a command.
 const KEPT_FOR: Duration = Duration::from_secs(30);
-/// From the start of a command to the making of the next sandbox: a command that ends at once is not
-/// to share the processors with it.
-const MADE_AFTER: Duration = Duration::from_millis(5);
+/// From the start of a command to the making of the next sandbox, unless the command ends before: one
+/// that ends at once is not to share the processors with it.
+const MADE_AFTER: Duration = Duration::from_millis(20);
+/// From the end of a command to the making of the next sandbox: its end is on its way to the hub and
+/// the operator then, and whoever runs the next one at once is back in a few milliseconds.
+const MADE_AFTER_END: Duration = Duration::from_millis(1);
 
 /// The sandbox kept for the next command, if there is one.
 #[derive(Debug, Default)]
@@ -102,8 +105,9 @@ pub(super) struct NextSpare {
 }
 
 impl NextSpare {
-    /// Has it made soon, unless there is one.
-    pub(super) fn make(self) {
+    /// Has it made soon, unless there is one: after a moment, or when `over` tells that the command
+    /// is.
+    pub(super) fn make(self, over: oneshot::Receiver<()>) {
         let Some(spares) = self.spares.upgrade() else { return };
         {
             let mut slot = spares.slot();
@@ -114,13 +118,23 @@ impl NextSpare {
         }
         let making = Making(self.spares.clone());
         let stop = spares.tasks.token().clone();
-        spares.tasks.spawn("spare sandbox", self.make_and_keep(making, stop));
+        spares.tasks.spawn("spare sandbox", self.make_and_keep(making, over, stop));
     }
 
-    async fn make_and_keep(self, making: Making, stop: CancellationToken) {
+    async fn make_and_keep(
+        self,
+        making: Making,
+        over: oneshot::Receiver<()>,
+        stop: CancellationToken,
+    ) {
+        let over = async {
+            over.await.ok();
+            tokio::time::sleep(MADE_AFTER_END).await;
+        };
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(MADE_AFTER) => {}
+            () = over => {}
         }
         let (keeper, mut gone) = oneshot::channel();
         match self.start(keeper) {

@@ -12,6 +12,7 @@ use std::process::{ExitStatus, Stdio};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use tokio::net::UnixDatagram;
 use tokio::process::Child;
+use tokio::sync::oneshot;
 
 use super::cgroup::Group;
 use super::channel::{self, Document};
@@ -58,7 +59,8 @@ impl Stage {
             .spawn()?;
         rustix::io::ioctl_fionbio(&ours, true)?;
         let control = UnixDatagram::from_std(ours.into())?;
-        let handle = StageHandle { control, control_open: true, monitor, next: None };
+        let handle =
+            StageHandle { control, control_open: true, monitor, next: None, _running: None };
         Ok(Self { handle, group })
     }
 
@@ -104,6 +106,8 @@ pub struct StageHandle {
     monitor: Child,
     /// Has the next sandbox made once this command runs.
     next: Option<NextSpare>,
+    /// Its drop tells the maker of the next sandbox that this command is over.
+    _running: Option<oneshot::Sender<()>>,
 }
 
 /// What happens to a started command, in this order: `Started`, `Ended`, `Over`; or one of the
@@ -151,7 +155,9 @@ impl StageHandle {
                         if matches!(message, StageMessage::Started)
                             && let Some(next) = self.next.take()
                         {
-                            next.make();
+                            let (running, over) = oneshot::channel();
+                            self._running = Some(running);
+                            next.make(over);
                         }
                         return Ok(message);
                     }

@@ -10,3 +10,4 @@ pub mod audit;
 pub mod nodes;
 pub mod operators;
 pub mod refused;
+pub mod sessions;

@@ -72,6 +72,7 @@ impl BenchHub {
         let folder = tempfile::Builder::new().prefix("cortex-bench-").tempdir()?;
         let mut config = HubConfig::new(folder.path().to_owned());
         config.grpc.set_port(0);
+        config.http.listen = None;
         // Everybody comes from one address here.
         config.join_rate = None;
         change(&mut config);

@@ -112,7 +112,8 @@ impl HubProcess {
 /// Starts a hub and waits until it listens.
 async fn serve(data: PathBuf, address: SocketAddr) -> Result<(Child, SocketAddr), BenchError> {
     let mut child = Command::new(std::env::current_exe()?)
-        .args(["serve", "--join-rate", "0", "--grpc", &address.to_string(), "--data"])
+        .args(["serve", "--join-rate", "0", "--http", "off", "--grpc"])
+        .args([&address.to_string(), "--data"])
         .arg(data)
         // A line for each of thousands of sessions would be part of what is measured.
         .env("CORTEX_LOG", "error")

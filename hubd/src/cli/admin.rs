@@ -62,12 +62,15 @@ pub(super) async fn status(config: &HubConfig, format: Format) -> anyhow::Result
         "running_tasks": status.running_tasks,
         "workspaces": status.workspaces,
         "grpc_address": status.grpc_address,
+        "http_url": status.http_url,
+        "http_pin": status.http_pin,
     });
     let text = format!(
-        "hub {} of mesh {}\naddress     {}\nup since    {}\nnodes       {} online of {}\ntasks       {} running\nworkspaces  {}",
+        "hub {} of mesh {}\naddress     {}\nhttp        {}\nup since    {}\nnodes       {} online of {}\ntasks       {} running\nworkspaces  {}",
         status.version,
         status.mesh_id,
         status.grpc_address,
+        if status.http_url.is_empty() { "off" } else { &status.http_url },
         time(status.started_at_ms).unwrap_or_default(),
         status.nodes_online,
         status.nodes_known,
@@ -107,8 +110,12 @@ pub(super) async fn invite(command: InviteCommand) -> anyhow::Result<()> {
                 "ca_pin": invite.ca_pin,
                 "expires_at": time(invite.expires_at_ms),
                 "command": invite.command,
+                "join_command": invite.join_command,
             });
             output::show(format, &document, &invite.command);
+            if invite.join_command != invite.command {
+                output::note(&format!("where the agent is installed: {}", invite.join_command));
+            }
         }
         InviteCommand::List { data, format } => {
             let invites = connect(&data.config())
@@ -179,6 +186,20 @@ pub(super) async fn operator(command: OperatorCommand) -> anyhow::Result<()> {
         "command": invite.command,
     });
     output::show(format, &document, &invite.command);
+    Ok(())
+}
+
+/// A link that logs a browser in as the hub's own administrator.
+pub(super) async fn login_link(config: &HubConfig, format: Format) -> anyhow::Result<()> {
+    let mut hub = connect(config).await?;
+    let link = hub.create_login_link(v1::CreateLoginLinkRequest {}).await?.into_inner();
+    let document = json!({
+        "url": link.url,
+        "code": link.code,
+        "expires_at": time(link.expires_at_ms),
+        "http_pin": link.http_pin,
+    });
+    output::show(format, &document, &link.url);
     Ok(())
 }
 

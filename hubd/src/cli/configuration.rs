@@ -91,6 +91,7 @@ pub(super) fn check(configuration: &Configuration) -> anyhow::Result<()> {
     let config = configuration.read()?;
     cortex_shared::telemetry::check_filter(&config.log.filter)
         .map_err(|problem| anyhow::anyhow!("log: {problem}"))?;
+    config.http.certificate_files().map_err(|problem| anyhow::anyhow!(problem))?;
     output::print(settings::document(&config).trim_end());
     Ok(())
 }

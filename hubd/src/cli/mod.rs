@@ -27,7 +27,7 @@ use output::Format;
     version,
     after_help = "\
 Examples:
-  cortex-hubd serve                       run the hub on 127.0.0.1:7443
+  cortex-hubd serve                       run the hub on 127.0.0.1:7443, and its web page on :7480
   cortex-hubd invite create --uses 5      print the line that admits five nodes
   cortex-hubd operator create ann --role admin
 
@@ -71,6 +71,13 @@ a file (--config). A flag goes before a variable, and a variable before the file
     Init(DataArg),
     /// Show what the running hub does
     Status {
+        #[command(flatten)]
+        data: DataArg,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Print a link that logs a browser in as administrator, once and within five minutes
+    LoginLink {
         #[command(flatten)]
         data: DataArg,
         #[command(flatten)]
@@ -264,6 +271,7 @@ pub(crate) fn run() -> ExitCode {
             Command::Service { command } => service::service(command),
             Command::Init(data) => serve::init(&data.config()).await,
             Command::Status { data, format } => admin::status(&data.config(), format).await,
+            Command::LoginLink { data, format } => admin::login_link(&data.config(), format).await,
             Command::Ca { command } => ca::ca(command).await,
             Command::Invite { command } => admin::invite(command).await,
             Command::Operator { command } => admin::operator(command).await,

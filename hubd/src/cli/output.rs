@@ -123,6 +123,12 @@ pub(super) fn print(line: &str) {
     writeln!(anstream::stdout(), "{line}").ok();
 }
 
+/// Says something that is not data.
+pub(super) fn note(line: &str) {
+    // Nothing is left to be done if even this cannot be written.
+    writeln!(anstream::stderr(), "{line}").ok();
+}
+
 /// Says what failed and why, and which command helps.
 pub(super) fn complain(error: &anyhow::Error) {
     let mut out = anstream::stderr();

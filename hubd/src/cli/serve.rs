@@ -31,16 +31,19 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let mut hang_up = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
-    let inherited = service::inherited_listener().context("cannot use the inherited socket")?;
+    let inherited = service::inherited_listeners().context("cannot use the inherited sockets")?;
     let hub = Hub::start_with(config, inherited, |store| store).await?;
     output::print(&format!("grpc listening on {}", hub.address()));
+    if let Some(http) = hub.http() {
+        output::print(&format!("http listening on {}", http.address()));
+    }
     service::notify(&[NotifyState::Ready]);
     let mut watchdog = Watchdog::from_environment();
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            _ = hang_up.recv() => reload(&args.configuration, &logging),
+            _ = hang_up.recv() => reload(&args.configuration, &logging, &hub),
             () = watchdog.due() => service::notify(&[NotifyState::Watchdog]),
         }
     }
@@ -49,12 +52,17 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Takes the settings into use that can change while the hub runs: what is logged.
-fn reload(configuration: &Configuration, logging: &Logging) {
+/// Takes the settings into use that can change while the hub runs: what is logged, and what is in the
+/// files of the HTTP side's certificate.
+fn reload(configuration: &Configuration, logging: &Logging, hub: &Hub) {
     if let Ok(now) = NotifyState::monotonic_usec_now() {
         service::notify(&[NotifyState::Reloading, now]);
     }
     let changed = configuration.read().and_then(|config| Ok(logging.change(&config.log.filter)?));
+    let changed = changed.and_then(|()| match hub.http() {
+        Some(http) => Ok(http.reload()?),
+        None => Ok(()),
+    });
     match changed {
         Ok(()) => tracing::info!("configuration read again"),
         Err(error) => tracing::error!(error = format!("{error:#}"), "configuration not changed"),

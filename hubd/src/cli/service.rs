@@ -8,6 +8,7 @@ use clap::{Args, Subcommand};
 use cortex_shared::systemd::{self, Scope, Step, systemctl};
 
 use super::output;
+use crate::config::http::DEFAULT_HTTP_PORT;
 use crate::config::{DEFAULT_GRPC_PORT, HubConfig, settings};
 
 const USER: &str = "cortex-hubd";
@@ -15,6 +16,10 @@ const DATA: &str = "/var/lib/cortex-hubd";
 const SYSTEM_SERVICE: &str = include_str!("../../../packaging/systemd/cortex-hubd.service");
 const USER_SERVICE: &str = include_str!("../../../packaging/systemd/cortex-hubd.user.service");
 const SOCKET: &str = include_str!("../../../packaging/systemd/cortex-hubd.socket");
+const HTTP_SOCKET: &str = include_str!("../../../packaging/systemd/cortex-hubd-http.socket");
+
+/// The units: two sockets, and the service that is given both.
+const UNITS: [&str; 3] = ["cortex-hubd.socket", "cortex-hubd-http.socket", "cortex-hubd.service"];
 
 #[derive(Subcommand)]
 pub(super) enum ServiceCommand {
@@ -36,6 +41,10 @@ pub(super) struct InstallArgs {
     /// Address and port that nodes and operators dial [default: 127.0.0.1:7443]
     #[arg(long, value_name = "ADDR:PORT")]
     grpc: Option<SocketAddr>,
+    /// Address and port of the HTTP side: installing nodes, API, web page [default: the address of
+    /// --grpc, port 7480]
+    #[arg(long, value_name = "ADDR:PORT")]
+    http: Option<SocketAddr>,
     /// Host name or address that invites tell nodes to dial, if another than --grpc
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
@@ -90,12 +99,15 @@ fn install(args: &InstallArgs, program: &str) -> anyhow::Result<Vec<Step>> {
     config.advertise.clone_from(&args.advertise);
     let listen = args.grpc.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], DEFAULT_GRPC_PORT)));
     config.grpc = listen;
+    let http = args.http.unwrap_or_else(|| SocketAddr::new(listen.ip(), DEFAULT_HTTP_PORT));
+    config.http.listen = Some(http);
     let service = match scope {
         Scope::System => SYSTEM_SERVICE,
         Scope::User => USER_SERVICE,
     };
     let file = systemd::configuration_folder(scope)?.join("hubd.toml");
     let socket = units.join("cortex-hubd.socket");
+    let http_socket = units.join("cortex-hubd-http.socket");
     let mut steps = Vec::new();
     if scope == Scope::System {
         steps.push(Step::CreateUser { name: USER, home: PathBuf::from(DATA) });
@@ -110,32 +122,38 @@ fn install(args: &InstallArgs, program: &str) -> anyhow::Result<Vec<Step>> {
         Some(_) => Step::Write { path: socket, text },
         None => Step::WriteNew { path: socket, text },
     });
+    let text = HTTP_SOCKET.replace("@LISTEN@", &http.to_string());
+    steps.push(match args.http.or(args.grpc) {
+        Some(_) => Step::Write { path: http_socket, text },
+        None => Step::WriteNew { path: http_socket, text },
+    });
     steps.push(Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])));
-    steps.push(Step::Run(systemctl(
-        scope,
-        &["enable", "cortex-hubd.socket", "cortex-hubd.service"],
-    )));
+    let [grpc, http, service] = UNITS;
+    steps.push(Step::Run(systemctl(scope, &["enable", grpc, http, service])));
     if scope == Scope::User {
         steps.push(Step::Try(vec!["loginctl".to_owned(), "enable-linger".to_owned()]));
     }
-    if args.grpc.is_some() {
-        // A socket is bound anew only while nothing uses it.
-        let both = ["stop", "cortex-hubd.service", "cortex-hubd.socket"];
-        steps.push(Step::RunWithSystemd(systemctl(scope, &both)));
-    }
-    steps.push(Step::RunWithSystemd(systemctl(scope, &["start", "cortex-hubd.socket"])));
-    steps.push(Step::RunWithSystemd(systemctl(scope, &["restart", "cortex-hubd.service"])));
+    // A socket is bound anew only while nothing uses it, and one that is new only while the service is down;
+    // connections wait in those that stay.
+    let down: &[&str] = match args.grpc.or(args.http) {
+        Some(_) => &["stop", service, grpc, http],
+        None => &["stop", service],
+    };
+    steps.push(Step::RunWithSystemd(systemctl(scope, down)));
+    steps.push(Step::RunWithSystemd(systemctl(scope, &["start", grpc, http])));
+    steps.push(Step::RunWithSystemd(systemctl(scope, &["restart", service])));
     Ok(steps)
 }
 
 fn uninstall(args: &UninstallArgs) -> anyhow::Result<Vec<Step>> {
     let scope = scope(args.user)?;
     let units = systemd::unit_folder(scope)?;
-    let both = ["disable", "--now", "cortex-hubd.service", "cortex-hubd.socket"];
+    let [grpc, http, service] = UNITS;
     let mut steps = vec![
-        Step::Try(systemctl(scope, &both)),
-        Step::Remove(units.join("cortex-hubd.service")),
-        Step::Remove(units.join("cortex-hubd.socket")),
+        Step::Try(systemctl(scope, &["disable", "--now", service, grpc, http])),
+        Step::Remove(units.join(service)),
+        Step::Remove(units.join(grpc)),
+        Step::Remove(units.join(http)),
         Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])),
     ];
     if args.purge {

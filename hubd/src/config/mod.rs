@@ -1,5 +1,6 @@
 //! The hub's configuration: what was asked for, and what that comes to.
 
+pub mod http;
 pub mod settings;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use cortex_shared::telemetry::LogFormat;
 
+pub use self::http::HttpConfig;
 use crate::enroll::ca::NODE_CERTIFICATE_LIFE;
 use crate::enroll::limits::DEFAULT_JOIN_RATE;
 use crate::rate::Rate;
@@ -27,6 +29,8 @@ pub struct HubConfig {
     pub grpc: SocketAddr,
     /// Host name or address that invites tell nodes to dial.
     pub advertise: Option<String>,
+    /// The HTTP side.
+    pub http: HttpConfig,
     /// How long a node may say nothing before it sends a heartbeat; more where very many nodes are
     /// connected. A session from which nothing came for three times as long has ended.
     pub heartbeat: Duration,
@@ -49,6 +53,8 @@ pub struct HubConfig {
     pub spool: SpoolLimits,
     /// How much of the output of each node is kept.
     pub history: HistoryLimits,
+    /// How long an old version of a skill is kept.
+    pub skills_keep_for: Duration,
     /// How much of workspaces' content may be in memory, and what stays free on the disk.
     pub content: ContentLimits,
     /// How long shutdown waits for open calls.
@@ -74,6 +80,7 @@ impl HubConfig {
             data,
             grpc: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), DEFAULT_GRPC_PORT),
             advertise: None,
+            http: HttpConfig::default(),
             // A line that went dead without a word is noticed after 12 s, on both sides. Far below the
             // 60 s after which common NAT boxes forget a connection, too.
             heartbeat: Duration::from_secs(4),
@@ -89,6 +96,7 @@ impl HubConfig {
             resume_grace: Duration::from_secs(10),
             spool: SpoolLimits::default(),
             history: HistoryLimits::default(),
+            skills_keep_for: Duration::from_secs(90 * 24 * 3600),
             content: ContentLimits::default(),
             shutdown_grace: Duration::from_secs(10),
             log: LogSettings { filter: "info".to_owned(), format: LogFormat::Text },
@@ -153,6 +161,12 @@ impl DataLayout {
     #[must_use]
     pub fn lock(&self) -> PathBuf {
         self.0.join("lock")
+    }
+
+    /// The key of the HTTP side's own certificate.
+    #[must_use]
+    pub fn http_key(&self) -> PathBuf {
+        self.0.join("http.key")
     }
 
     /// The latest output of each task.

@@ -13,6 +13,7 @@ use std::time::Duration;
 use cortex_shared::telemetry::LogFormat;
 
 use super::HubConfig;
+use super::http::HttpUrl;
 use crate::enroll::ca::NODE_CERTIFICATE_LIVES;
 use crate::rate::Rate;
 
@@ -97,6 +98,35 @@ settings! {
     grpc: "ADDR:PORT" => grpc;
     /// Host name or address that invites tell nodes to dial, if another than that of `grpc`.
     advertise: "HOST" => advertise;
+    /// Address and port of the HTTP side: installing nodes, health, metrics, API and web page; port 0 takes
+    /// a free one, and `off` has none. Loopback unless told otherwise.
+    http: "ADDR:PORT" => http.listen;
+    /// Where the HTTP side is reached, if a proxy or another name stands before it, such as
+    /// https://hub.example.org. Lines that invites print then rely on the certificate of that place, and
+    /// pin no key.
+    http_url: "URL" => http.url;
+    /// File with the certificate chain of the HTTP side, in PEM, instead of one that the mesh's authority
+    /// signs; with `http_key`. Read again on SIGHUP.
+    http_certificate: "FILE" => http.certificate;
+    /// File with the key of `http_certificate`, in PEM.
+    http_key: "FILE" => http.key;
+    /// Folder with the agents that nodes download (`cortex-agent`, or `cortex-agent-linux-x86_64` and the
+    /// like). Without a value, the folder of the hub's own program, then /usr/lib/cortex.
+    http_agents: "DIR" => http.agents;
+    /// Connections to the HTTP side at the same time; one more is closed. A thousand machines may install
+    /// at once.
+    http_connections: "N" in 8..=1_000_000 => http.connections;
+    /// Largest header of a request over HTTP, in bytes.
+    http_header_bytes: "N" in 8192..=1_048_576 => http.header_bytes;
+    /// Largest body of a request over HTTP, in bytes; nothing that is sent is large.
+    http_request_bytes: "N" in 1024..=16_777_216 => http.request_bytes;
+    /// How long a request over HTTP may take, downloads and streams aside.
+    http_request_time: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(600) => http.request_time;
+    /// How long a login of a browser lasts at most; it ends after an hour without use. A working day.
+    http_session_life: "DURATION" in Duration::from_secs(60)..=Duration::from_secs(7 * 86_400) => http.session_life;
+    /// File with a token by which /metrics is read from elsewhere than this machine, sent as
+    /// `Authorization: Bearer`.
+    http_metrics_token: "FILE" => http.metrics_token;
     /// How long a node may say nothing before it sends a heartbeat. A session from which nothing came
     /// for three times as long has ended. Below the 60 s after which common NAT boxes forget a
     /// connection.
@@ -129,6 +159,8 @@ settings! {
     /// What stays free on the disk: no content of workspaces is taken beyond it. Without a value a
     /// hundredth of the disk, 2 GiB at most.
     disk_reserve: "SIZE" => content.reserve_bytes;
+    /// How long a version of a skill can be restored after another took its place, or it was removed.
+    skills_keep_for: "DURATION" in Duration::ZERO..=Duration::from_secs(100 * 365 * 24 * 3600) => skills_keep_for;
     /// How long a stop waits for open calls, and again for the databases.
     shutdown_grace: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(600) => shutdown_grace;
     /// What is logged: error, warn, info, debug, trace, or a list such as info,cortex_hubd=debug. Read
@@ -264,6 +296,36 @@ impl Value for SocketAddr {
 
     fn show(&self) -> String {
         self.to_string()
+    }
+}
+
+impl Value for Option<SocketAddr> {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text == "off" { Ok(None) } else { SocketAddr::parse(text).map(Some) }
+    }
+
+    fn show(&self) -> String {
+        self.map_or_else(|| "off".to_owned(), |address| address.to_string())
+    }
+}
+
+impl Value for Option<HttpUrl> {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text.is_empty() { Ok(None) } else { text.parse().map(Some) }
+    }
+
+    fn show(&self) -> String {
+        self.as_ref().map_or_else(String::new, |url| url.as_str().to_owned())
+    }
+}
+
+impl Value for Option<PathBuf> {
+    fn parse(text: &str) -> Result<Self, String> {
+        Ok((!text.is_empty()).then(|| PathBuf::from(text)))
+    }
+
+    fn show(&self) -> String {
+        self.as_ref().map_or_else(String::new, |path| path.display().to_string())
     }
 }
 

@@ -312,6 +312,26 @@ impl CertificateAuthority {
         Ok(CertifiedKey::new(chain, key))
     }
 
+    /// A certificate of this key for these hosts and addresses, and for nobody of the mesh.
+    pub(super) fn issue_for_http(
+        &self,
+        key: &KeyPair,
+        names: &[SanType],
+        now_ms: i64,
+    ) -> Result<CertifiedKey, CaError> {
+        let mut params = base_params(now_ms, HUB_CERTIFICATE_LIFE);
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        params.subject_alt_names = names.to_vec();
+        let certificate = params.signed_by(key, &self.issuer)?.der().clone();
+        let key = PrivateKeyDer::try_from(key.serialize_der())
+            .ok()
+            .and_then(|key| any_supported_type(&key).ok())
+            .ok_or(CaError::InvalidRequest)?;
+        Ok(CertifiedKey::new(vec![certificate], key))
+    }
+
     fn leaf_params(
         &self,
         holder: Holder,

@@ -3,6 +3,7 @@
 
 pub mod authorities;
 pub mod ca;
+pub mod http_certificate;
 pub mod hub_certificate;
 pub mod limits;
 pub mod refusals;

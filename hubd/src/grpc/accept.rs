@@ -15,7 +15,7 @@ use bytes::Bytes;
 use cortex_shared::ids::MeshId;
 use cortex_shared::peer::{CaPin, PeerIdentity};
 use cortex_shared::tasks::TaskScope;
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::server::{NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig};
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -29,7 +29,6 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use super::auth::Peer;
 use crate::enroll::authorities::{Authorities, Ring};
 use crate::enroll::ca::generation_in;
-use crate::enroll::hub_certificate::HubCertificate;
 use crate::store::KeyHash;
 
 /// Connections that have not said anything yet; beyond that, new ones are closed.
@@ -48,22 +47,25 @@ const READY: usize = 64;
 /// authorities: a handshake that begins after one was added or retired heeds that.
 pub struct TlsSettings {
     authorities: Arc<Authorities>,
-    certificate: Arc<HubCertificate>,
+    certificate: Arc<dyn ResolvesServerCert>,
+    protocols: &'static [&'static [u8]],
     current: Mutex<(Arc<Ring>, Arc<ServerConfig>)>,
 }
 
 impl TlsSettings {
-    /// Settings for the authorities there are now, and whatever becomes of them.
+    /// Settings for the authorities there are now, and whatever becomes of them; `protocols` are those
+    /// spoken over TLS, by their registered names, the preferred one first.
     ///
     /// # Errors
     /// If rustls refuses them.
     pub fn new(
         authorities: Arc<Authorities>,
-        certificate: HubCertificate,
+        certificate: Arc<dyn ResolvesServerCert>,
+        protocols: &'static [&'static [u8]],
     ) -> Result<Self, rustls::Error> {
-        let (ring, certificate) = (authorities.ring(), Arc::new(certificate));
-        let config = server_config(&ring, Arc::clone(&certificate))?;
-        Ok(Self { authorities, certificate, current: Mutex::new((ring, config)) })
+        let ring = authorities.ring();
+        let config = server_config(&ring, Arc::clone(&certificate), protocols)?;
+        Ok(Self { authorities, certificate, protocols, current: Mutex::new((ring, config)) })
     }
 
     /// What the next handshake uses.
@@ -71,7 +73,7 @@ impl TlsSettings {
         let ring = self.authorities.ring();
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if !Arc::ptr_eq(&current.0, &ring) {
-            match server_config(&ring, Arc::clone(&self.certificate)) {
+            match server_config(&ring, Arc::clone(&self.certificate), self.protocols) {
                 Ok(config) => *current = (ring, config),
                 Err(error) => tracing::error!(%error, "cannot follow the certificate authorities"),
             }
@@ -82,7 +84,8 @@ impl TlsSettings {
 
 fn server_config(
     ring: &Ring,
-    certificate: Arc<HubCertificate>,
+    certificate: Arc<dyn ResolvesServerCert>,
+    protocols: &[&[u8]],
 ) -> Result<Arc<ServerConfig>, rustls::Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = RootCertStore::empty();
@@ -100,7 +103,7 @@ fn server_config(
         .with_cert_resolver(certificate);
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
     Ok(Arc::new(config))
 }
 

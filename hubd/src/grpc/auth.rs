@@ -21,7 +21,7 @@ use cortex_shared::ids::NodeId;
 use cortex_shared::peer::{Holder, PeerIdentity};
 use cortex_shared::policy::Role;
 use futures_util::future::{Either, Ready, ready};
-use http::{Request, Response};
+use http::{Request, Response, Uri};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, body::Body};
@@ -31,6 +31,7 @@ use self::guard::{Ends, Guarded, guard};
 use super::status::{from_node, from_operator, refuse, with_hint};
 use crate::authority::operators::{OperatorRefusal, Operators};
 use crate::authority::refused::RefusalLog;
+use crate::authority::sessions::SessionHolder;
 use crate::node::registry::{NodeRefusal, Registry};
 use crate::store::{Actor, KeyHash, Node, Scope};
 
@@ -59,6 +60,13 @@ pub enum Peer {
         /// Its user.
         uid: u32,
     },
+    /// A browser or program with a session of the HTTP side.
+    Session {
+        /// Where the connection comes from.
+        address: SocketAddr,
+        /// Who opened it.
+        holder: SessionHolder,
+    },
 }
 
 impl Peer {
@@ -66,7 +74,9 @@ impl Peer {
     #[must_use]
     pub fn address(&self) -> Option<SocketAddr> {
         match self {
-            Self::Anonymous(address) | Self::Certified { address, .. } => Some(*address),
+            Self::Anonymous(address)
+            | Self::Certified { address, .. }
+            | Self::Session { address, .. } => Some(*address),
             Self::Local { .. } => None,
         }
     }
@@ -76,7 +86,25 @@ impl Peer {
     pub fn generation(&self) -> Option<u64> {
         match self {
             Self::Certified { generation, .. } => *generation,
-            Self::Anonymous(_) | Self::Local { .. } => None,
+            Self::Anonymous(_) | Self::Local { .. } | Self::Session { .. } => None,
+        }
+    }
+
+    /// Whom a session that this caller asks for would speak for; nobody for nodes and strangers, and for
+    /// a session itself, which must not outlive its end in another.
+    #[must_use]
+    pub fn session_holder(&self) -> Option<SessionHolder> {
+        match self {
+            Self::Certified { identity, key, not_after_ms, .. } => match &identity.holder {
+                Holder::Operator { name, .. } => Some(SessionHolder::Operator {
+                    name: name.clone(),
+                    key: *key,
+                    not_after_ms: *not_after_ms,
+                }),
+                Holder::Node(_) | Holder::Hub => None,
+            },
+            Self::Local { uid } => Some(SessionHolder::Local { uid: *uid }),
+            Self::Anonymous(_) | Self::Session { .. } => None,
         }
     }
 }
@@ -158,6 +186,7 @@ pub const TABLE: &[(&str, Level)] = &[
     ("/cortex.v1.Sync/AckApplied", Level::Node),
     ("/cortex.v1.Operator/WhoAmI", Level::Look),
     ("/cortex.v1.Operator/HubStatus", Level::Look),
+    ("/cortex.v1.Operator/CreateLoginLink", Level::Look),
     ("/cortex.v1.Operator/ListNodes", Level::Look),
     ("/cortex.v1.Operator/WatchNodes", Level::Look),
     ("/cortex.v1.Operator/Exec", Level::Command),
@@ -198,6 +227,11 @@ pub const TABLE: &[(&str, Level)] = &[
     ("/cortex.v1.Operator/ShowWorkspace", Level::Look),
     ("/cortex.v1.Operator/SetWorkspace", Level::Administer),
     ("/cortex.v1.Operator/DeleteWorkspace", Level::Administer),
+    ("/cortex.v1.Operator/PromoteSkill", Level::Manage),
+    ("/cortex.v1.Operator/ListSkills", Level::Look),
+    ("/cortex.v1.Operator/ShowSkill", Level::Look),
+    ("/cortex.v1.Operator/RemoveSkill", Level::Govern),
+    ("/cortex.v1.Operator/RestoreSkill", Level::Manage),
 ];
 
 /// What a caller has proved to be, and what ends its calls.
@@ -262,6 +296,35 @@ const RECORDED: [&str; 8] = [
     "certificate_expired",
 ];
 
+/// An operator who was let in by [`AuthLayer::admit_operator`], for one call.
+pub struct Entry {
+    /// Who it is.
+    pub operator: AdmittedOperator,
+    until: CancellationToken,
+    ends: Ends,
+}
+
+impl Entry {
+    /// Waits until the call may go on no longer, and says why. Safe to give up and to begin again.
+    pub async fn over(&self) -> Status {
+        tokio::select! {
+            () = self.until.cancelled() => (self.ends.refusal)(),
+            () = guard::certificate_end(self.ends.not_after_ms) => expired(),
+        }
+    }
+}
+
+fn local(uid: u32) -> Caller {
+    let operator = AdmittedOperator {
+        name: "local".into(),
+        role: Role::Admin,
+        scope: Scope::default(),
+        uid: Some(uid),
+        certificate_not_after_ms: None,
+    };
+    Caller::Operator(operator, CancellationToken::new())
+}
+
 /// Checks every call against the table and against what is known of its caller.
 #[derive(Clone)]
 pub struct AuthLayer {
@@ -292,34 +355,52 @@ impl AuthLayer {
                         life_left(not_after_ms).ok_or_else(expired)?;
                         Caller::Node(AdmittedNode { node_id: *node_id }, calls, not_after_ms)
                     }
-                    Holder::Operator { name, .. } => {
-                        let admission = self.operators.admit(name, key).map_err(from_operator)?;
-                        life_left(*not_after_ms).ok_or_else(expired)?;
-                        let operator = AdmittedOperator {
-                            name: name.clone(),
-                            role: admission.role,
-                            scope: admission.scope,
-                            uid: None,
-                            certificate_not_after_ms: Some(*not_after_ms),
-                        };
-                        Caller::Operator(operator, admission.calls)
-                    }
+                    Holder::Operator { name, .. } => self.operator(name, key, *not_after_ms)?,
                     // The hub's own certificate is for serving; nobody calls with it.
                     Holder::Hub => Caller::Nobody,
                 }
             }
-            Some(Peer::Local { uid }) => {
-                let operator = AdmittedOperator {
-                    name: "local".into(),
-                    role: Role::Admin,
-                    scope: Scope::default(),
-                    uid: Some(*uid),
-                    certificate_not_after_ms: None,
-                };
-                Caller::Operator(operator, CancellationToken::new())
-            }
+            Some(Peer::Local { uid }) => local(*uid),
+            Some(Peer::Session { holder, .. }) => match holder {
+                SessionHolder::Operator { name, key, not_after_ms } => {
+                    self.operator(name, key, *not_after_ms)?
+                }
+                SessionHolder::Local { uid } => local(*uid),
+            },
             Some(Peer::Anonymous(_)) | None => Caller::Nobody,
         })
+    }
+
+    /// The operator of this name and key, by the hub's own record of it.
+    fn operator(&self, name: &str, key: &KeyHash, not_after_ms: i64) -> Result<Caller, Status> {
+        let admission = self.operators.admit(name, key).map_err(from_operator)?;
+        life_left(not_after_ms).ok_or_else(expired)?;
+        let operator = AdmittedOperator {
+            name: name.to_owned(),
+            role: admission.role,
+            scope: admission.scope,
+            uid: None,
+            certificate_not_after_ms: Some(not_after_ms),
+        };
+        Ok(Caller::Operator(operator, admission.calls))
+    }
+
+    /// Decides on an operator's call that comes by another door than gRPC, as if this method had been
+    /// called there.
+    ///
+    /// # Errors
+    /// As over gRPC; what is refused for want of authority is recorded.
+    pub fn admit_operator(&self, method: &'static str, peer: Peer) -> Result<Entry, Status> {
+        let mut request = Request::new(());
+        *request.uri_mut() = Uri::from_static(method);
+        request.extensions_mut().insert(peer);
+        let admitted = self.admit(&mut request)?;
+        let operator = request.extensions_mut().remove::<AdmittedOperator>();
+        let (Some(operator), Some(Admitted { until, ends })) = (operator, admitted) else {
+            // Not a method for operators: nobody comes in by it here.
+            return Err(refuse(Code::Unauthenticated, "no_certificate", "not admitted"));
+        };
+        Ok(Entry { operator, until, ends })
     }
 
     /// Decides on a call, and puts what the caller has proved to be where its handler finds it.
@@ -332,18 +413,18 @@ impl AuthLayer {
     fn record<B>(&self, request: &Request<B>, status: &Status) {
         let word = status.metadata().get(CODE_TRAILER).and_then(|word| word.to_str().ok());
         let Some(word) = word.filter(|word| RECORDED.contains(word)) else { return };
-        let Some(Peer::Certified { address, identity, .. }) = request.extensions().get::<Peer>()
-        else {
-            return;
-        };
-        let actor = match &identity.holder {
-            Holder::Operator { name, .. } => Actor::from(name.as_str()),
-            Holder::Node(id) => {
-                let name = self.registry.get(*id).map(|view| view.node.name);
-                let name = name.unwrap_or_else(|| id.to_string());
-                Actor::from(format!("node:{name}").as_str())
-            }
-            Holder::Hub => return,
+        let (address, actor) = match request.extensions().get::<Peer>() {
+            Some(Peer::Session { address, holder }) => (address, Actor::from(holder.name())),
+            Some(Peer::Certified { address, identity, .. }) => match &identity.holder {
+                Holder::Operator { name, .. } => (address, Actor::from(name.as_str())),
+                Holder::Node(id) => {
+                    let name = self.registry.get(*id).map(|view| view.node.name);
+                    let name = name.unwrap_or_else(|| id.to_string());
+                    (address, Actor::from(format!("node:{name}").as_str()))
+                }
+                Holder::Hub => return,
+            },
+            Some(Peer::Anonymous(_) | Peer::Local { .. }) | None => return,
         };
         let method = request.uri().path().rsplit('/').next().unwrap_or_default();
         let detail = json!({ "reason": word, "address": address.ip().to_string() });

@@ -53,7 +53,9 @@ pub(super) async fn create(
     Ok(v1::CreateInviteResponse {
         token: token.expose(),
         id: token.id().to_string(),
-        command: line(service, "join", &token, &ca_pin),
+        command: install_line(service, &token, &ca_pin)
+            .unwrap_or_else(|| line(service, "join", &token, &ca_pin)),
+        join_command: line(service, "join", &token, &ca_pin),
         ca_pin,
         expires_at_ms,
     })
@@ -168,6 +170,23 @@ async fn record(
 fn line(service: &OperatorService, verb: &str, token: &InviteToken, pins: &str) -> String {
     let address = &service.address;
     format!("CORTEX_TOKEN={} cortex-agent {verb} {address} --ca {pins}", token.expose())
+}
+
+/// The line that installs the agent from here and joins, where the HTTP side can be reached. It accepts the
+/// hub's key and no other, for the script and for the program; the shell puts the token into the script's
+/// environment.
+fn install_line(service: &OperatorService, token: &InviteToken, pins: &str) -> Option<String> {
+    let address = &service.address;
+    let http = service.http.as_ref().filter(|http| http.is_reached_like(address.bound))?;
+    let (url, token) = (http.url(), token.expose());
+    let (pinned, pin) = match http.pin() {
+        Some(pin) => (format!(" -k --pinnedpubkey {pin}"), format!(" --pin {pin}")),
+        None => Default::default(),
+    };
+    Some(format!(
+        "curl -fsS{pinned} {url}/install.sh | CORTEX_TOKEN={token} sh -s -- agent \
+         --hub {address} --ca {pins} --from {url}{pin}"
+    ))
 }
 
 fn sources(texts: &[String]) -> Result<BTreeSet<SourceRange>, Status> {

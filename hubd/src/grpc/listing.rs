@@ -11,8 +11,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::auth::AdmittedOperator;
-use super::operator::{BoxStream, node_info};
+use super::operator::{BoxStream, OperatorService, node_info};
 use super::status::{from_lookup, invalid};
+use super::workspaces;
 use crate::node::registry::{NodeView, Registry};
 use crate::task::relay::Relay;
 
@@ -83,13 +84,23 @@ impl Selector {
     }
 }
 
-/// The nodes that are meant, of those that the caller sees.
+/// The nodes that are meant, of those that the caller sees: one pass over the registry, and one over
+/// the commands that run.
 pub(super) fn list_nodes(
     registry: &Registry,
     relay: &Relay,
     selector: &Selector,
     caller: &AdmittedOperator,
 ) -> Result<v1::ListNodesResponse, Status> {
+    let views = select(registry, selector, caller)?;
+    Ok(v1::ListNodesResponse { nodes: with_tasks(relay, views) })
+}
+
+fn select(
+    registry: &Registry,
+    selector: &Selector,
+    caller: &AdmittedOperator,
+) -> Result<Vec<NodeView>, Status> {
     let mut views = match selector {
         Selector::All | Selector::Labels(_) => registry.all(),
         Selector::One(node) => {
@@ -100,11 +111,75 @@ pub(super) fn list_nodes(
     if let Selector::Labels(wanted) = selector {
         views.retain(|view| wanted.iter().all(|(k, v)| view.node.labels.get(k) == Some(v)));
     }
+    Ok(views)
+}
+
+fn with_tasks(relay: &Relay, views: Vec<NodeView>) -> Vec<v1::NodeInfo> {
+    let running = relay.running_by_node();
     let info = |view: NodeView| {
-        let running = relay.running_on(view.node.id);
-        node_info(view, u32::try_from(running).unwrap_or(u32::MAX))
+        let count = running.get(&view.node.id).copied().unwrap_or_default();
+        node_info(view, u32::try_from(count).unwrap_or(u32::MAX))
     };
-    Ok(v1::ListNodesResponse { nodes: views.into_iter().map(info).collect() })
+    views.into_iter().map(info).collect()
+}
+
+/// Some of a list that is sorted by name, and the name after which the next ones come.
+pub(crate) struct Page<T> {
+    /// The items.
+    pub(crate) items: Vec<T>,
+    /// Absent on the last page.
+    pub(crate) next: Option<String>,
+}
+
+impl<T> Page<T> {
+    /// At most `limit` of all that come after the name `after`.
+    fn cut(all: Vec<T>, name: impl Fn(&T) -> &str, after: &str, limit: usize) -> Self {
+        let mut items: Vec<T> = all.into_iter().filter(|item| name(item) > after).collect();
+        let more = items.len() > limit;
+        items.truncate(limit);
+        let next = items.last().filter(|_| more).map(|item| name(item).to_owned());
+        Self { items, next }
+    }
+}
+
+impl OperatorService {
+    /// Some of the nodes that a selector means, of those that the caller sees and, if it says so, of
+    /// those that are online or not; sorted by name, from the one after `after`.
+    ///
+    /// # Errors
+    /// As for listing all of them.
+    pub(crate) fn page_of_nodes(
+        &self,
+        caller: &AdmittedOperator,
+        selector: &str,
+        online: Option<bool>,
+        after: &str,
+        limit: usize,
+    ) -> Result<Page<v1::NodeInfo>, Status> {
+        let mut views = select(&self.registry, &Selector::parse(selector)?, caller)?;
+        views.retain(|view| online.is_none_or(|online| view.session.is_some() == online));
+        let page = Page::cut(views, |view| &view.node.name, after, limit);
+        Ok(Page { items: with_tasks(&self.relay, page.items), next: page.next })
+    }
+
+    /// Some of the workspaces that the caller sees, likewise.
+    ///
+    /// # Errors
+    /// Those of the content's databases.
+    pub(crate) async fn page_of_workspaces(
+        &self,
+        caller: &AdmittedOperator,
+        after: &str,
+        limit: usize,
+    ) -> Result<Page<v1::WorkspaceInfo>, Status> {
+        let visible = workspaces::visible(self, caller);
+        let page = Page::cut(visible, |workspace| &workspace.name, after, limit);
+        let mut items = Vec::with_capacity(page.items.len());
+        for workspace in page.items {
+            items.push(workspaces::describe(self, &workspace, caller).await?);
+        }
+        Ok(Page { items, next: page.next })
+    }
 }
 
 #[cfg(test)]

@@ -15,15 +15,21 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
+use super::place::HttpPlace;
 use super::status::{from_lookup, internal};
-use super::{authority, convert, exec, files, history, invites, past, rotation, tasks, workspaces};
+use super::{
+    authority, convert, exec, files, history, invites, login_link, past, rotation, skills, tasks,
+    workspaces,
+};
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
 use crate::authority::operators::Operators;
 use crate::authority::refused::RefusalLog;
+use crate::authority::sessions::Sessions;
 use crate::enroll::authorities::Authorities;
 use crate::node::files::FileExchange;
 use crate::node::registry::{NodeView, Registry};
+use crate::skills::Skills;
 use crate::store::Store;
 use crate::sync::Workspaces;
 use crate::sync::members::Members;
@@ -46,6 +52,8 @@ pub struct OperatorService {
     pub members: Arc<Members>,
     /// Workspace content.
     pub content: Arc<Workspaces>,
+    /// The library.
+    pub skills: Arc<Skills>,
     /// Decisions about nodes.
     pub decisions: Arc<NodeDecisions>,
     /// Who may call.
@@ -60,6 +68,10 @@ pub struct OperatorService {
     pub accept_deadline: Duration,
     /// Where nodes reach this hub.
     pub address: HubAddress,
+    /// Where its HTTP side is reached, if it has one.
+    pub http: Option<HttpPlace>,
+    /// Sessions at the HTTP side.
+    pub sessions: Arc<Sessions>,
     /// When the hub started.
     pub started_at_ms: i64,
 }
@@ -71,6 +83,15 @@ pub struct HubAddress {
     pub bound: SocketAddr,
     /// The host name to tell them, if another than the bound address.
     pub advertise: Option<String>,
+}
+
+impl HubAddress {
+    /// What others call this machine: a name, or an address as it stands in a URL.
+    #[must_use]
+    pub fn host(&self) -> String {
+        let whole = self.to_string();
+        whole.rsplit_once(':').map_or_else(|| whole.clone(), |(host, _)| host.to_owned())
+    }
 }
 
 impl std::fmt::Display for HubAddress {
@@ -126,7 +147,7 @@ impl Operator for OperatorService {
                 .issuing()
                 .sign_anew(&operator.name, operator.role, certificate, unix_ms())
                 .map_err(|error| internal(&error))?,
-            Some(Peer::Anonymous(_) | Peer::Local { .. }) | None => None,
+            Some(Peer::Anonymous(_) | Peer::Local { .. } | Peer::Session { .. }) | None => None,
         };
         Ok(Response::new(v1::WhoAmIResponse {
             name: operator.name,
@@ -162,7 +183,18 @@ impl Operator for OperatorService {
             running_tasks: count(running),
             workspaces: count(workspaces::visible(self, &operator).len()),
             grpc_address: self.address.to_string(),
+            http_url: self.http.as_ref().map(|http| http.url().to_owned()).unwrap_or_default(),
+            http_pin: login_link::pin(self),
         }))
+    }
+
+    async fn create_login_link(
+        &self,
+        request: Request<v1::CreateLoginLinkRequest>,
+    ) -> Result<Response<v1::CreateLoginLinkResponse>, Status> {
+        let operator: AdmittedOperator = admitted(&request)?;
+        let holder = request.extensions().get::<Peer>().and_then(Peer::session_holder);
+        login_link::create(self, &operator, holder).await.map(Response::new)
     }
 
     async fn list_nodes(
@@ -489,6 +521,46 @@ impl Operator for OperatorService {
     ) -> Result<Response<v1::DeleteWorkspaceResponse>, Status> {
         let operator = admitted(&request)?;
         workspaces::delete(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn promote_skill(
+        &self,
+        request: Request<v1::PromoteSkillRequest>,
+    ) -> Result<Response<v1::PromoteSkillResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::promote(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_skills(
+        &self,
+        request: Request<v1::ListSkillsRequest>,
+    ) -> Result<Response<v1::ListSkillsResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::list(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn show_skill(
+        &self,
+        request: Request<v1::ShowSkillRequest>,
+    ) -> Result<Response<v1::ShowSkillResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::show(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn remove_skill(
+        &self,
+        request: Request<v1::RemoveSkillRequest>,
+    ) -> Result<Response<v1::RemoveSkillResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::remove(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn restore_skill(
+        &self,
+        request: Request<v1::RestoreSkillRequest>,
+    ) -> Result<Response<v1::RestoreSkillResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::restore(self, &operator, request.into_inner()).await.map(Response::new)
     }
 }
 

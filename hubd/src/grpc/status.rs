@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use cortex_proto::{CODE_TRAILER, HINT_TRAILER, RETRY_AFTER_TRAILER};
+use cortex_proto::{CODE_TRAILER, ERROR_ID_TRAILER, HINT_TRAILER, RETRY_AFTER_TRAILER};
 use cortex_shared::text::shorten;
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
@@ -68,8 +68,14 @@ pub fn internal(error: &(dyn std::error::Error + 'static)) -> Status {
         chain.push_str(&error.to_string());
         source = error.source();
     }
+    crate::counters::INTERNAL_ERRORS.add(1);
     tracing::error!(error_id = %id, error = %chain, "internal error");
-    refuse(Code::Internal, "internal", format!("the hub failed (error id {id})"))
+    let text = format!("the hub failed (error id {id})");
+    let mut status = refuse(Code::Internal, "internal", text);
+    if let Ok(id) = MetadataValue::try_from(id) {
+        status.metadata_mut().insert(ERROR_ID_TRAILER, id);
+    }
+    status
 }
 
 /// How errors of the store look to a caller.

@@ -20,6 +20,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedNode, admitted};
 use super::status::{disk_full, from_database, internal, invalid, no_room, over_quota, refuse};
+use crate::counters;
 use crate::store::workspace::{Found, StoreError};
 use crate::sync::{SyncError, WorkspaceHub, Workspaces};
 
@@ -94,10 +95,22 @@ impl SyncService {
         Err(refuse(Code::PermissionDenied, "not_a_member", text))
     }
 
+    /// The same for whoever wants to write: nobody writes to the library, which the hub makes of what
+    /// operators promote.
+    async fn writer(&self, node: NodeId, workspace_id: &[u8]) -> Result<Member, Status> {
+        let member = self.member(node, workspace_id).await?;
+        if member.workspace.id() == WorkspaceId::LIBRARY {
+            let text = "nodes read the library and do not write to it";
+            return Err(refuse(Code::PermissionDenied, "library_read_only", text));
+        }
+        Ok(member)
+    }
+
     async fn put_pack(&self, node: NodeId, put: v1::PutPack) -> Result<PutFuture, Status> {
-        let Member { workspace, .. } = self.member(node, &put.workspace_id).await?;
+        let Member { workspace, .. } = self.writer(node, &put.workspace_id).await?;
         let room = workspace.incoming_room(node, put.pack.len()).await;
         Ok(Box::pin(async move {
+            counters::PACK_BYTES_IN.add(put.pack.len() as u64);
             let ack = workspace.put_pack(put.pack, room).await.map_err(status)?;
             let pack_hash = convert::wire_digest(&ack.hash);
             Ok(v1::PutPackAck { pack_hash, duplicate: ack.duplicate })
@@ -150,7 +163,11 @@ impl Sync for SyncService {
             name: self.membership.workspace_name(workspace.id()).unwrap_or_default(),
             applied_seq: workspace.applied(node).await.map_err(status)?,
             confirm_deletes: workspace.take_word(node).await.map_err(status)?,
-            wanted: convert::wire_hashes(&workspace.wanted().await.map_err(status)?),
+            // Nobody could send what the library has lost.
+            wanted: match workspace.id() {
+                WorkspaceId::LIBRARY => Bytes::new(),
+                _ => convert::wire_hashes(&workspace.wanted().await.map_err(status)?),
+            },
         }))
     }
 
@@ -192,12 +209,14 @@ impl Sync for SyncService {
     ) -> Result<Response<v1::CommitResponse>, Status> {
         let AdmittedNode { node_id } = admitted(&request)?;
         let request = request.into_inner();
-        let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
+        let Member { node, workspace } = self.writer(node_id, &request.workspace_id).await?;
         let room = workspace.incoming_room(node, request.encoded_len()).await;
         same_history(&workspace, request.known.as_ref()).await?;
         let commit = convert::commit(request, node)?;
         let result = workspace.commit(commit).await.map_err(status)?;
         drop(room);
+        counters::COMMITS.add(1);
+        counters::CHANGES_REJECTED.add(result.rejected.len() as u64);
         Ok(Response::new(convert::wire_result(result)))
     }
 
@@ -254,6 +273,7 @@ impl Sync for SyncService {
                 async move {
                     service.check_member(node, workspace.id())?;
                     let pack = workspace.read_pack(pack).await.map_err(status)?;
+                    counters::PACK_BYTES_OUT.add(pack.as_ref().map_or(0, |pack| pack.len() as u64));
                     Ok(pack.map_or_else(
                         || absent(&chunks),
                         |pack| v1::Pack { pack, missing: Bytes::new() },
@@ -319,6 +339,7 @@ pub(super) fn status(error: SyncError) -> Status {
                 StoreError::VersionForgotten { .. } => {
                     refuse(Code::NotFound, "version_forgotten", text)
                 }
+                StoreError::NotWhole { .. } => refuse(Code::Aborted, "changed", text),
                 StoreError::NothingBefore { .. } => refuse(Code::NotFound, "nothing_before", text),
                 StoreError::TooMuch { .. } => refuse(Code::ResourceExhausted, "too_much", text),
                 StoreError::Database(error) => from_database(error),

@@ -7,6 +7,7 @@ mod matrix;
 mod rotation;
 mod stall;
 mod support;
+mod web;
 
 use cortex_shared::ids::{NodeId, TaskId};
 use cortex_shared::policy::Bound;
@@ -18,6 +19,10 @@ fn config(data: &std::path::Path) -> HubConfig {
     HubConfig {
         grpc: "127.0.0.1:0".parse().unwrap(),
         resume_grace: Duration::from_millis(100),
+        http: crate::config::HttpConfig {
+            listen: Some("127.0.0.1:0".parse().unwrap()),
+            ..Default::default()
+        },
         ..HubConfig::new(data.to_owned())
     }
 }

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::authority::{ForgetRefusal, NodeRefusal, policy_update};
 use self::identity::Arrived;
 pub use self::identity::{Arrival, ArrivalRefusal};
+use crate::counters;
 use crate::store::{Node, Presented};
 
 /// Frames that may wait for a node on its control stream. They are small and the node always reads
@@ -268,6 +269,7 @@ impl Registry {
         known.seen();
         let node = known.node.clone();
         drop(nodes);
+        counters::SESSIONS_BEGUN.add(1);
         if let Some(older) = older {
             // It may be gone already, which is as good.
             older.send(hub_frame::Frame::Superseded(Superseded { by_epoch: handle.epoch })).ok();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use cortex_proto::v1::{self, HeadMoved, Memberships, hub_frame};
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, WorkspaceId};
+use cortex_shared::library::LIBRARY_NAME;
 use serde_json::json;
 
 use super::{SyncError, Workspaces};
@@ -190,31 +191,52 @@ impl Members {
         let Some(session) = self.registry.get(node).and_then(|view| view.session) else { return };
         let mut workspaces = Vec::new();
         for workspace in self.membership.of_node(node) {
-            match self.content.summary(workspace.id).await {
-                Ok(summary) => workspaces.push(v1::Membership {
-                    workspace_id: workspace.id.as_bytes().to_vec().into(),
-                    name: workspace.name,
-                    head_seq: summary.head.seq,
-                    workspace_epoch: summary.head.epoch.as_bytes().to_vec().into(),
-                }),
-                // The node keeps its copy as it is; the others are told.
-                Err(error) => {
-                    tracing::error!(workspace = %workspace.name, %error, "workspace cannot be opened");
-                }
+            workspaces.extend(self.wire_membership(workspace.id, workspace.name).await);
+        }
+        let library = if self.membership.has_library() {
+            self.wire_membership(WorkspaceId::LIBRARY, LIBRARY_NAME.to_owned()).await
+        } else {
+            None
+        };
+        // A session that has just ended needs no list.
+        session.send(hub_frame::Frame::Memberships(Memberships { workspaces, library })).ok();
+    }
+
+    /// The same to every connected node.
+    pub async fn send_memberships_to_all(&self) {
+        for session in self.registry.sessions() {
+            self.send_memberships(session.node).await;
+        }
+    }
+
+    async fn wire_membership(&self, id: WorkspaceId, name: String) -> Option<v1::Membership> {
+        match self.content.summary(id).await {
+            Ok(summary) => Some(v1::Membership {
+                workspace_id: id.as_bytes().to_vec().into(),
+                name,
+                head_seq: summary.head.seq,
+                workspace_epoch: summary.head.epoch.as_bytes().to_vec().into(),
+            }),
+            // The node keeps its copy as it is; the others are told.
+            Err(error) => {
+                tracing::error!(workspace = %name, %error, "workspace cannot be opened");
+                None
             }
         }
-        // A session that has just ended needs no list.
-        session.send(hub_frame::Frame::Memberships(Memberships { workspaces })).ok();
     }
 
     /// Hints at a newer version to every connected member.
     pub fn head_moved(&self, workspace: WorkspaceId, seq: u64) {
-        for node in self.membership.members(workspace) {
-            if let Some(session) = self.registry.get(node).and_then(|view| view.session) {
-                let workspace_id = workspace.as_bytes().to_vec().into();
-                // Losing a hint costs time, nothing else.
-                session.send(hub_frame::Frame::HeadMoved(HeadMoved { workspace_id, seq })).ok();
-            }
+        let sessions = if workspace == WorkspaceId::LIBRARY {
+            self.registry.sessions()
+        } else {
+            let members = self.membership.members(workspace).into_iter();
+            members.filter_map(|node| self.registry.get(node)?.session).collect()
+        };
+        for session in sessions {
+            let workspace_id = workspace.as_bytes().to_vec().into();
+            // Losing a hint costs time, nothing else.
+            session.send(hub_frame::Frame::HeadMoved(HeadMoved { workspace_id, seq })).ok();
         }
         self.registry.notify();
     }

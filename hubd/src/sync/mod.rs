@@ -18,6 +18,7 @@
 //! next start. A row whose file is gone or damaged is forgotten, then or when the file is read, and
 //! members are asked for its content again (`WorkspaceHub::wanted`).
 
+pub mod adopt;
 pub mod budget;
 pub mod collection;
 pub mod heads;

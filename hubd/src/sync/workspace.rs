@@ -51,7 +51,7 @@ pub struct WorkspaceHub {
     pub(super) pressure: Arc<Pressure>,
     /// Bytes of all packs, and how many there may be. Packs that come at the same time may exceed the
     /// quota by what is on its way.
-    stored_bytes: AtomicU64,
+    pub(super) stored_bytes: AtomicU64,
     quota_bytes: AtomicU64,
     /// Shared by those that bring packs, from the look whether a pack is known to its record; alone
     /// for the collection, from forgetting packs to removing their files. Otherwise a pack that is
@@ -59,6 +59,8 @@ pub struct WorkspaceHub {
     pub(super) collection: RwLock<()>,
     /// When it was last said that deletions are held: not for each commit of who never ceases.
     hold_told: Mutex<Option<Instant>>,
+    /// Shared by those that change the tree; alone for whoever needs it to stand still (`adopt`).
+    pub(super) still: RwLock<()>,
 }
 
 impl WorkspaceHub {
@@ -96,6 +98,7 @@ impl WorkspaceHub {
             quota_bytes: AtomicU64::new(NO_QUOTA),
             collection: RwLock::new(()),
             hold_told: Mutex::default(),
+            still: RwLock::new(()),
         });
         hub.reconcile().await?;
         hub.count_bytes().await?;
@@ -115,7 +118,7 @@ impl WorkspaceHub {
     }
 
     /// Turns content away for which there is no room.
-    fn admit(&self, bytes: usize) -> Result<(), SyncError> {
+    pub(super) fn admit(&self, bytes: usize) -> Result<(), SyncError> {
         let quota_bytes = self.quota_bytes.load(Ordering::Relaxed);
         let stored_bytes = self.stored_bytes.load(Ordering::Relaxed);
         let refusal = if stored_bytes.saturating_add(bytes as u64) > quota_bytes {
@@ -130,7 +133,10 @@ impl WorkspaceHub {
     }
 
     /// Writes to the store, and once more without the ballast if the disk is full to its end.
-    async fn write<'a, T>(&'a self, write: impl Fn() -> Answer<'a, T>) -> Result<T, SyncError> {
+    pub(super) async fn write<'a, T>(
+        &'a self,
+        write: impl Fn() -> Answer<'a, T>,
+    ) -> Result<T, SyncError> {
         match write().await {
             Err(error) if error.is_disk_full() && self.space.give_up_ballast() => {
                 self.pressure.no_room();
@@ -351,7 +357,7 @@ impl WorkspaceHub {
         Ok(None)
     }
 
-    async fn read_file(&self, pack: Digest) -> Result<Option<Bytes>, SyncError> {
+    pub(super) async fn read_file(&self, pack: Digest) -> Result<Option<Bytes>, SyncError> {
         let files = self.files.clone();
         blocking(move || Ok(files.read(&pack)?)).await
     }
@@ -366,6 +372,7 @@ impl WorkspaceHub {
     /// # Errors
     /// Those of the store.
     pub async fn commit(&self, commit: Commit) -> Result<CommitResult, SyncError> {
+        let _moving = self.still.read().await;
         let author = commit.author.clone();
         let result = self.write(|| self.store.commit(commit.clone())).await?;
         let held = result.rejected.iter().filter(|op| op.reason == RejectReason::Held).count();

@@ -10,6 +10,8 @@
 //! its output had come, and node and reader each come back with what they have. So nothing here that
 //! a restart loses has to be kept.
 
+mod counts;
+
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -34,6 +36,7 @@ use super::to_reader::End;
 use super::unwanted::Unwanted;
 use super::verdict::{journal_entry, tidy};
 use super::verdicts::Unrecorded;
+use crate::counters;
 use crate::node::registry::SessionHandle;
 use crate::store::{Acceptance, NewTask, Store, StoreError, TaskRecord};
 
@@ -236,7 +239,7 @@ impl Relay {
             role: new.role.to_string(),
         });
         match self.store.accept_task(new).await? {
-            Acceptance::New => {}
+            Acceptance::New => counters::TASKS_ACCEPTED.add(1),
             Acceptance::Known(id) => return Ok(Begun::Known(id)),
             Acceptance::KeyReused(task) => return Err(StartRefusal::KeyReused { task }),
         }
@@ -516,6 +519,7 @@ impl Relay {
             if exit.stdout_bytes + exit.stderr_bytes > 0 {
                 tokio::time::timeout(SPOOL_PATIENCE, spool.flush(task.id())).await.ok();
             }
+            counters::TASKS_ENDED[end.verdict.state() as usize].add(1);
             let end = match store.end_task(task.id(), end.clone()).await {
                 Ok(()) => {
                     unwanted.journalled(task.id());

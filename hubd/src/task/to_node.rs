@@ -13,6 +13,7 @@ use cortex_shared::replay::Piece;
 use tokio::sync::Notify;
 
 use super::to_reader::FlowViolation;
+use crate::counters;
 
 /// Signals that may wait for a node.
 const MAX_SIGNALS: usize = 16;
@@ -204,6 +205,7 @@ impl ToNode {
         if untaken > STDIN_WINDOW_BYTES || state.input.ends || state.input_unknown {
             return Err(FlowViolation);
         }
+        counters::INPUT_BYTES.add(data.len() as u64);
         if !data.is_empty() {
             state.input.push(data);
         }

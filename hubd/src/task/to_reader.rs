@@ -16,6 +16,8 @@ use cortex_proto::{MAX_OUTPUT_CREDIT, MAX_OUTPUT_FRAME_BYTES};
 use cortex_shared::replay::{Piece, Replay};
 use tokio::sync::Notify;
 
+use crate::counters;
+
 /// A peer sent more than it was granted, or a frame that is too large.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the peer broke the task's flow control")]
@@ -322,6 +324,7 @@ impl ToReader {
         // What was known already, or is wanted by nobody, takes no room.
         let more = state.top_up();
         drop(state);
+        counters::OUTPUT_BYTES.add(piece.data.len() as u64);
         self.ready.notify_one();
         Ok((Some(piece), more))
     }

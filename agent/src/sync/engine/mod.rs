@@ -43,7 +43,7 @@ const QUIET: Duration = Duration::from_millis(50);
 const QUIET_FINISHED: Duration = Duration::from_millis(5);
 /// That little is enough after a rest of this length: who saves all the time is not followed save by
 /// save.
-const RESTED: Duration = Duration::from_millis(500);
+const RESTED: Duration = Duration::from_millis(100);
 /// The longest a change waits for quiet.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// How often a halted workspace looks whether its root is back.
@@ -66,6 +66,8 @@ pub(super) enum Command {
     Flush(oneshot::Sender<Result<(), FlushError>>),
     /// Push the deletions that are held.
     ConfirmDeletions,
+    /// What was waited for may have come.
+    PlanAgain,
 }
 
 pub(super) struct Engine<H> {

@@ -1,11 +1,12 @@
 //! One pass: learn what changed at the hub, then plan and do until nothing is left to do.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cortex_shared::crash::crash_point;
-use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::entry::{Digest, Entry, same};
+use cortex_shared::library::linked_skill;
 use cortex_shared::wire_path::WirePath;
 use tokio::time::Instant;
 
@@ -51,6 +52,8 @@ struct Planned {
     kept_there: usize,
     /// New paths that are held because of others that differ only in case.
     collisions: Vec<WirePath>,
+    /// Directories in whose place a link to a skill is to be put.
+    skill_links: Vec<WirePath>,
     /// The last row of the window, if there are more.
     next: Option<WirePath>,
 }
@@ -75,6 +78,10 @@ struct Sweep {
     held_links: Vec<WirePath>,
     /// Of names that differ only in case, those that are held.
     collisions: Vec<WirePath>,
+    /// Directories in whose place a link to a skill is to be put, and those of them that stay until the
+    /// skill is here.
+    skill_links: BTreeSet<WirePath>,
+    awaited_skills: BTreeSet<WirePath>,
     /// A path that is planned for has the name of a conflict copy.
     conflicts: bool,
     /// Large files on their way here: what was wrong with them is not known to be over.
@@ -207,7 +214,7 @@ impl<H: Hub> Engine<H> {
         let hold = self.must_hold(work).await?;
         let outdated_rules = work.core.run(are_outdated).await?;
         loop {
-            let Planned { mut plan, losses, kept_there, collisions, next } =
+            let Planned { mut plan, losses, kept_there, skill_links, collisions, next } =
                 self.plan(work, after, hold).await?;
             if outdated_rules {
                 let planned = plan.push.len();
@@ -220,6 +227,7 @@ impl<H: Hub> Engine<H> {
                     return Ok(sweep);
                 }
             }
+            self.await_skills(work, skill_links, &mut sweep);
             sweep.held += plan.held_deletions;
             sweep.unapplied += plan.skipped;
             sweep.withheld += plan.withheld;
@@ -270,6 +278,7 @@ impl<H: Hub> Engine<H> {
         if outdated_rules && !sweep.interrupted && !work.core.run(are_in_place).await? {
             sweep.push_findings.push(not_taken_over());
         }
+        work.awaited_skills.retain(|path, _| sweep.skill_links.contains(path));
         Ok(sweep)
     }
 
@@ -289,6 +298,18 @@ impl<H: Hub> Engine<H> {
         sweep.unapplied += count.saturating_sub(pulled.applied + pulled.kept);
         take_pulled(work, pulled, sweep);
         work.core.run(are_in_place).await
+    }
+
+    /// Asks for the skills that links lead to which are to be put in the place of directories.
+    fn await_skills(&self, work: &mut Work, links: Vec<WirePath>, sweep: &mut Sweep) {
+        let Some(library) = &self.config.library else { return };
+        for path in links {
+            let ticket = *work.awaited_skills.entry(path.clone()).or_insert_with(|| library.ask());
+            if !library.is_done(ticket) {
+                sweep.awaited_skills.insert(path.clone());
+            }
+            sweep.skill_links.insert(path);
+        }
     }
 
     async fn large(&self, work: &mut Work) -> Result<Arc<Mutex<Large>>, SyncError> {
@@ -392,8 +413,15 @@ impl<H: Hub> Engine<H> {
     ) -> Result<Planned, SyncError> {
         let mode = self.options.borrow().mode;
         let options = Options { hold_deletions: hold, mode, ..Options::default() };
+        let library = self.config.library.clone();
+        let tickets = work.awaited_skills.clone();
+        let waits = move |path: &WirePath| match (&library, tickets.get(path)) {
+            (Some(library), Some(ticket)) => !library.is_done(*ticket),
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
         let plan = move |core: &mut Core| {
-            let mut planned = plan_window(&core.index, after.as_ref(), options)?;
+            let mut planned = plan_window(&core.index, after.as_ref(), options, &waits)?;
             if core.folds_case {
                 planned.collisions = hold_collisions(&core.root, &mut planned.plan)?;
             }
@@ -436,6 +464,10 @@ impl<H: Hub> Engine<H> {
             Finding::at(path, "link_outside", text)
         }));
         plan_findings.extend(sweep.collisions.iter().map(case::finding));
+        plan_findings.extend(sweep.awaited_skills.iter().take(MAX_LINKS_TOLD).map(|path| {
+            let text = "it becomes a link to a skill, once the library here is new enough";
+            Finding::at(path, "skill_awaited", text)
+        }));
         work.problems.replace(Stage::Plan, |_| true, plan_findings);
         work.problems.replace(Stage::Push, |_| true, sweep.push_findings.clone());
         let told_again = |path: Option<&WirePath>| path.is_none_or(|p| !sweep.waiting.contains(p));
@@ -551,8 +583,20 @@ fn plan_window(
     index: &Index,
     after: Option<&WirePath>,
     options: Options,
+    waits: &dyn Fn(&WirePath) -> bool,
 ) -> Result<Planned, IndexError> {
-    let window = index.window(after, WINDOW_ROWS)?;
+    let mut window = index.window(after, WINDOW_ROWS)?;
+    let mut skill_links = Vec::new();
+    for row in &mut window.rows {
+        if let (Some(Entry::Dir), Some(Entry::Link { target })) = (&row.local, &row.remote)
+            && linked_skill(&row.path, target).is_some()
+            && !same(row.base.as_ref(), row.remote.as_ref())
+        {
+            skill_links.push(row.path.clone());
+            // Neither it nor what is below is touched, as if nobody knew what is there.
+            row.unknown |= waits(&row.path);
+        }
+    }
     let options = Options { truncated: window.truncated, context: window.context, ..options };
     let failure = std::cell::RefCell::new(None);
     let look_up = |path: &WirePath| match index.get(path) {
@@ -579,5 +623,6 @@ fn plan_window(
         losses += usize::from(is_lost(index, op.expected.as_ref())?);
     }
     let next = window.truncated.then(|| window.rows.last().map(|row| row.path.clone())).flatten();
-    Ok(Planned { plan, losses, kept_there: kept_there.len(), collisions: Vec::new(), next })
+    let kept_there = kept_there.len();
+    Ok(Planned { plan, losses, kept_there, skill_links, collisions: Vec::new(), next })
 }

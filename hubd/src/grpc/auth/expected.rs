@@ -2,7 +2,7 @@
 
 /// Each method with those who may call it, in this order: `-` whoever has no certificate, `n` a node,
 /// `v` viewer, `t` agent-token, `o` operator, `s` admin with a scope, `a` admin.
-pub(crate) const EXPECTED: [(&str, &str); 59] = [
+pub(crate) const EXPECTED: [(&str, &str); 65] = [
     ("Enroll/JoinNode", "-nvtosa"),
     ("Enroll/LoginOperator", "-nvtosa"),
     ("Enroll/RecoverNode", "-nvtosa"),
@@ -22,6 +22,7 @@ pub(crate) const EXPECTED: [(&str, &str); 59] = [
     ("Sync/AckApplied", "n"),
     ("Operator/WhoAmI", "vtosa"),
     ("Operator/HubStatus", "vtosa"),
+    ("Operator/CreateLoginLink", "vtosa"),
     ("Operator/ListNodes", "vtosa"),
     ("Operator/WatchNodes", "vtosa"),
     ("Operator/ListWorkspaces", "vtosa"),
@@ -29,6 +30,8 @@ pub(crate) const EXPECTED: [(&str, &str); 59] = [
     ("Operator/ListConflicts", "vtosa"),
     ("Operator/WorkspaceLog", "vtosa"),
     ("Operator/ShowWorkspace", "vtosa"),
+    ("Operator/ListSkills", "vtosa"),
+    ("Operator/ShowSkill", "vtosa"),
     ("Operator/ListTasks", "vtosa"),
     ("Operator/GetTask", "vtosa"),
     ("Operator/WaitTask", "vtosa"),
@@ -47,6 +50,8 @@ pub(crate) const EXPECTED: [(&str, &str); 59] = [
     ("Operator/ConfirmDeletes", "osa"),
     ("Operator/ResolveConflict", "osa"),
     ("Operator/RestoreWorkspace", "osa"),
+    ("Operator/PromoteSkill", "osa"),
+    ("Operator/RestoreSkill", "osa"),
     ("Operator/RevokeNode", "sa"),
     ("Operator/ForgetNode", "sa"),
     ("Operator/SetNodePolicy", "sa"),
@@ -55,6 +60,7 @@ pub(crate) const EXPECTED: [(&str, &str); 59] = [
     ("Operator/ListOperators", "a"),
     ("Operator/RevokeOperator", "a"),
     ("Operator/CreateOperator", "a"),
+    ("Operator/RemoveSkill", "a"),
     ("Operator/CreateInvite", "a"),
     ("Operator/ListInvites", "a"),
     ("Operator/RevokeInvite", "a"),

@@ -32,7 +32,7 @@ pub(super) struct Ends {
 }
 
 /// Waits for the end of a certificate's life, by the clock as it is set then.
-async fn certificate_end(not_after_ms: Option<i64>) {
+pub(super) async fn certificate_end(not_after_ms: Option<i64>) {
     let Some(not_after_ms) = not_after_ms else { return std::future::pending().await };
     while let Some(left) = life_left(not_after_ms) {
         tokio::time::sleep(left.min(CLOCK_LOOK)).await;

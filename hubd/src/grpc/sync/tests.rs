@@ -303,6 +303,22 @@ async fn t25_an_incompressible_pack_of_the_largest_size_passes_both_ways() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_read_the_library_and_do_not_write_to_it() {
+    let fixture = Fixture { id: WorkspaceId::LIBRARY, ..Fixture::new().await };
+    let mut node = fixture.member();
+    let put = node.put(vec![packed(&[b"x"]).0.remove(0)]).await.unwrap_err();
+    let ops = vec![create("planted", v1::entry::Kind::Dir(v1::DirEntry {}))];
+    let commit = node.commit(ops).await.unwrap_err();
+    for refusal in [put, commit] {
+        assert_eq!((refusal.code(), code(&refusal)), (Code::PermissionDenied, "library_read_only"));
+    }
+    assert_eq!(node.head().await.unwrap().seq, 0);
+    assert!(node.changes(0).await.unwrap().iter().all(|page| page.changes.is_empty()));
+    node.ack(0).await.unwrap();
+    fixture.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_is_no_member_gets_nothing_from_any_method() {
     let fixture = Fixture::new().await;
     fixture

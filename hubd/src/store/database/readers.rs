@@ -8,6 +8,7 @@ use rusqlite::{Connection, OpenFlags};
 use tokio::sync::Semaphore;
 
 use super::{BUSY_TIMEOUT, Database, DatabaseError};
+use crate::counters;
 
 /// Readings at the same time. More would wait for the same disk and processors.
 const CONNECTIONS: u32 = 4;
@@ -60,10 +61,11 @@ impl Database {
         T: Send + 'static,
         E: From<DatabaseError> + Send + 'static,
     {
+        let begun = std::time::Instant::now();
         let permit = Arc::clone(&self.readers.permits).acquire_owned().await;
         let permit = permit.map_err(|_| DatabaseError::Closed)?;
         let (path, idle) = (self.readers.path.clone(), Arc::clone(&self.readers.idle));
-        tokio::task::spawn_blocking(move || {
+        let read = tokio::task::spawn_blocking(move || {
             // Held by the thread, not by the caller: it may go away while the reading goes on.
             let _permit = permit;
             let pooled = idle.lock().pop();
@@ -78,7 +80,9 @@ impl Database {
             result
         })
         .await
-        .map_err(|_| DatabaseError::Writer)?
+        .map_err(|_| DatabaseError::Writer)?;
+        counters::STORE_READS.observe(begun.elapsed());
+        read
     }
 }
 

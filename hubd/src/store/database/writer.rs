@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::{Database, DatabaseError};
+use crate::counters;
 
 /// Requests that may wait before callers have to wait for a place: some commands for each of hundreds
 /// of nodes. What they hold in memory is bounded by those who let them in, not here.
@@ -143,10 +144,13 @@ impl Database {
         T: Send + 'static,
         E: Error + From<DatabaseError> + Send + 'static,
     {
+        let begun = std::time::Instant::now();
         let (reply, answer) = oneshot::channel();
         let job = TypedJob { work: Some(work), result: None, after, reply };
         self.requests.send(Box::new(job)).await.map_err(|_| DatabaseError::Closed)?;
-        answer.await.map_err(|_| DatabaseError::Writer)?
+        let answer = answer.await.map_err(|_| DatabaseError::Writer)?;
+        counters::STORE_WRITES.observe(begun.elapsed());
+        answer
     }
 }
 

@@ -162,6 +162,15 @@ pub struct Found {
     pub missing: Vec<Digest>,
 }
 
+/// A directory with everything below it, as it was at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subtree {
+    /// Its digest, which is equal for equal directories wherever they stand.
+    pub digest: Digest,
+    /// What is below it, in the order of a walk, by paths from the root of the workspace.
+    pub entries: Vec<(WirePath, Entry)>,
+}
+
 /// One change of the tree, as a member reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {

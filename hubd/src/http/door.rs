@@ -1,0 +1,295 @@
+//! Every request passes here: it has so much time and so large a body, comes from no other site's page,
+//! and is carried out for an operator that may make the call it stands for.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::extract::{RawPathParams, Request};
+use axum::middleware::map_response;
+use axum::response::IntoResponse as _;
+use axum::routing::{MethodFilter, get, on};
+use http::header::{CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY};
+use http::header::{X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
+use http::request::Parts;
+use http::{HeaderValue, Response, StatusCode};
+
+use super::api::Api;
+use super::credentials::{Shown, check_origin, peer_of};
+use super::error::Problem;
+use super::health::{self, Readiness};
+use super::metrics::{self, MetricsToken};
+use super::provision::{self, Agents};
+use super::routes::{Call, ROUTES, Route, Verb, Who, not_logged_in};
+use super::{login, openapi};
+use crate::authority::sessions::Sessions;
+use crate::config::HttpConfig;
+use crate::counters;
+use crate::grpc::auth::{Entry, Peer};
+
+/// See the module.
+pub(super) struct Door {
+    readiness: Arc<Readiness>,
+    /// There once the hub is ready.
+    api: OnceLock<Arc<Api>>,
+    sessions: Arc<Sessions>,
+    agents: Agents,
+    metrics_token: Option<MetricsToken>,
+    request_bytes: usize,
+    request_time: Duration,
+}
+
+impl Door {
+    pub(super) fn new(
+        config: &HttpConfig,
+        sessions: Arc<Sessions>,
+        agents: Agents,
+        metrics_token: Option<MetricsToken>,
+    ) -> Self {
+        Self {
+            readiness: Arc::default(),
+            api: OnceLock::new(),
+            sessions,
+            agents,
+            metrics_token,
+            request_bytes: config.request_bytes,
+            request_time: config.request_time,
+        }
+    }
+
+    pub(super) fn readiness(&self) -> &Arc<Readiness> {
+        &self.readiness
+    }
+
+    pub(super) fn open(&self, api: Api) {
+        // A second call would find the first one's, which is as good.
+        drop(self.api.set(Arc::new(api)));
+        self.readiness.ready();
+    }
+
+    /// The hub, if it is ready.
+    pub(super) fn api(&self) -> Result<&Arc<Api>, Problem> {
+        if let Some(refusal) = self.readiness.refusal() {
+            return Err(refusal);
+        }
+        self.api.get().ok_or_else(starting)
+    }
+
+    /// Lets a request in as this call of the Operator service, or says why not.
+    pub(super) fn admit(&self, method: &'static str, parts: &Parts) -> Result<Visit, Problem> {
+        let api = self.api()?;
+        check_origin(parts)?;
+        let connection = parts.extensions.get::<Peer>().ok_or_else(not_logged_in)?;
+        let (peer, session) = peer_of(parts, connection, &self.sessions)?;
+        if matches!(peer, Peer::Anonymous(_)) {
+            return Err(not_logged_in());
+        }
+        match api.auth.admit_operator(method, peer.clone()) {
+            Ok(entry) => Ok(Visit { entry, peer, session }),
+            Err(status) => {
+                if let (Peer::Session { holder, .. }, tonic::Code::Unauthenticated) =
+                    (&peer, status.code())
+                {
+                    // Its login no longer counts, and neither does whatever stands on it.
+                    self.sessions.close_all_of(holder);
+                }
+                Err(status.into())
+            }
+        }
+    }
+}
+
+/// A request that was let in.
+pub(super) struct Visit {
+    /// Who it is.
+    pub(super) entry: Entry,
+    /// The connection, or the session on it.
+    pub(super) peer: Peer,
+    /// The session, if it is by one.
+    pub(super) session: Option<Shown>,
+}
+
+impl Visit {
+    /// Waits until whoever asked may go on no longer, and says why: whoever answers with a stream ends it
+    /// then. Safe to give up and to begin again.
+    pub(super) async fn over(&self) -> Problem {
+        let logged_out = async {
+            match &self.session {
+                Some(shown) => shown.session.ended().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            status = self.entry.over() => status.into(),
+            () = logged_out => not_logged_in(),
+        }
+    }
+}
+
+/// The router of everything.
+pub(super) fn router(door: &Arc<Door>) -> Router {
+    let with = |door: &Arc<Door>| Arc::clone(door);
+    let (ready, measured, served) = (with(door), with(door), with(door));
+    let mut router = Router::new()
+        .route("/healthz", get(|| async { health::healthz() }))
+        .route("/readyz", get(move || async move { health::readyz(ready.readiness()) }))
+        .route(
+            "/metrics",
+            get(move |request: Request| async move { answer(metrics(&measured, request)) }),
+        )
+        .route("/install.sh", get(|| async { provision::script() }))
+        .route(
+            "/v1/agent/{platform}",
+            get(move |path: RawPathParams, request: Request| async move {
+                answer(provision::file(&served.agents, &first(&path), request.headers()).await)
+            }),
+        )
+        .route("/login", get(|| async { login::page() }))
+        .route("/login.js", get(|| async { login::script() }))
+        .route("/api/v1/openapi.json", get(|| async { openapi::response() }));
+    for route in ROUTES {
+        let door = Arc::clone(door);
+        let handle = move |path: RawPathParams, request: Request| async move {
+            answer(carry_out(&door, route, &path, request).await)
+        };
+        router = router.route(route.path, on(filter(route.verb), handle));
+    }
+    router
+        .fallback(|| async {
+            Problem::new(StatusCode::NOT_FOUND, "no_such_path", "there is nothing here")
+        })
+        .method_not_allowed_fallback(|| async {
+            let status = StatusCode::METHOD_NOT_ALLOWED;
+            Problem::new(status, "method_not_allowed", "this cannot be asked in this way")
+        })
+        .layer(map_response(finish))
+}
+
+fn filter(verb: Verb) -> MethodFilter {
+    match verb {
+        Verb::Get => MethodFilter::GET,
+        Verb::Post => MethodFilter::POST,
+        Verb::Put => MethodFilter::PUT,
+        Verb::Delete => MethodFilter::DELETE,
+    }
+}
+
+fn answer(result: Result<Response<Body>, Problem>) -> Response<Body> {
+    result.unwrap_or_else(Problem::into_response)
+}
+
+fn first(path: &RawPathParams) -> String {
+    path.iter().next().map(|(_, value)| value.to_owned()).unwrap_or_default()
+}
+
+/// Carries out a line of the table.
+async fn carry_out(
+    door: &Arc<Door>,
+    route: &'static Route,
+    path: &RawPathParams,
+    request: Request,
+) -> Result<Response<Body>, Problem> {
+    let (parts, body) = request.into_parts();
+    let api = Arc::clone(door.api()?);
+    let (visit, peer) = match route.who {
+        Who::Caller(method) => {
+            let visit = door.admit(method, &parts)?;
+            let peer = visit.peer.clone();
+            (Some(visit), peer)
+        }
+        Who::Anyone => {
+            check_origin(&parts)?;
+            let peer = parts.extensions.get::<Peer>().cloned();
+            (None, peer.ok_or_else(not_logged_in)?)
+        }
+    };
+    let work = async {
+        let body = match route.body {
+            Some(_) => read(&parts, body, door.request_bytes).await?,
+            None => Vec::new(),
+        };
+        let call = Call {
+            caller: visit.as_ref().map(|visit| visit.entry.operator.clone()),
+            peer,
+            session: visit.as_ref().and_then(|visit| visit.session.clone()),
+            path: path.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
+            query: parts.uri.query().unwrap_or_default().to_owned(),
+            body,
+        };
+        (route.handle)(api, call).await
+    };
+    let over = async {
+        match &visit {
+            Some(visit) => visit.over().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        // First: logging out ends its own session, and is answered.
+        biased;
+        response = work => response,
+        problem = over => Err(problem),
+        () = tokio::time::sleep(door.request_time) => Err(Problem::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            "deadline",
+            "this took too long; what was begun may still happen",
+        )),
+    }
+}
+
+async fn read(parts: &Parts, body: Body, limit: usize) -> Result<Vec<u8>, Problem> {
+    // What a page of another site can send without asking is no JSON.
+    let kind = parts.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let kind = kind.and_then(|kind| kind.split(';').next()).map(str::trim);
+    if kind != Some("application/json") {
+        let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        return Err(Problem::new(status, "not_json", "the body has to be application/json"));
+    }
+    let too_large = || {
+        let text = format!("a request has {limit} bytes at most");
+        Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", text)
+    };
+    let length = parts.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok());
+    if length.and_then(|length| length.parse().ok()).is_some_and(|length: usize| length > limit) {
+        return Err(too_large());
+    }
+    Ok(to_bytes(body, limit).await.map_err(|_| too_large())?.to_vec())
+}
+
+fn metrics(door: &Door, request: Request) -> Result<Response<Body>, Problem> {
+    let api = door.api.get().ok_or_else(starting)?;
+    let (parts, _) = request.into_parts();
+    let connection = parts.extensions.get::<Peer>().ok_or_else(not_logged_in)?;
+    if !metrics::may_see(door.metrics_token.as_ref(), connection, &parts.headers) {
+        let visit = door.admit("/cortex.v1.Operator/HubStatus", &parts)?;
+        if !visit.entry.operator.scope.is_everything() {
+            let text = "these numbers are of the whole mesh, and this operator sees a part of it";
+            return Err(Problem::new(StatusCode::FORBIDDEN, "scope_too_narrow", text));
+        }
+    }
+    metrics::response(api, door.readiness.phase())
+}
+
+fn starting() -> Problem {
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, "starting", "the hub is starting").retry_after(1)
+}
+
+/// What every answer has, whoever made it.
+async fn finish(mut response: Response<Body>) -> Response<Body> {
+    let class = usize::from(response.status().as_u16() / 100).saturating_sub(1);
+    if let Some(counter) = counters::HTTP_ANSWERS.get(class) {
+        counter.add(1);
+    }
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (X_FRAME_OPTIONS, "DENY"),
+        (REFERRER_POLICY, "no-referrer"),
+        (CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
+    ] {
+        // A page says more precisely what it needs.
+        headers.entry(name).or_insert(HeaderValue::from_static(value));
+    }
+    response
+}

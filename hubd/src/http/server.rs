@@ -1,0 +1,190 @@
+//! Serving connections: how many at once, how long one may be silent, and the end of all of them.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use bytes::Bytes;
+use cortex_shared::tasks::TaskScope;
+use http::Request;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::body::Incoming as RequestBody;
+use hyper::rt::Executor;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tonic::transport::server::Connected as _;
+use tower::ServiceExt as _;
+
+use crate::config::HttpConfig;
+use crate::counters;
+use crate::grpc::accept::{Incoming, PeerStream};
+
+/// Time a connection has for the header of a request.
+const HEADER_TIME: Duration = Duration::from_secs(15);
+/// Requests that one HTTP/2 connection may have open.
+const STREAMS: u32 = 64;
+/// How long a connection on which nothing moves is kept, beyond the time that a request may take.
+const QUIET: Duration = Duration::from_secs(30);
+/// How long what is under way has at the end.
+const ENDING: Duration = Duration::from_secs(5);
+
+/// What a connection may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    connections: usize,
+    header_bytes: usize,
+    quiet: Duration,
+}
+
+impl Limits {
+    pub(super) fn of(config: &HttpConfig) -> Self {
+        Self {
+            connections: config.connections,
+            header_bytes: config.header_bytes,
+            quiet: config.request_time + QUIET,
+        }
+    }
+}
+
+/// Serves connections until the scope is cancelled; each in a task of its own.
+pub(super) fn serve(mut incoming: Incoming, router: Router, limits: Limits, scope: &TaskScope) {
+    let places = Arc::new(Semaphore::new(limits.connections));
+    let own = scope.clone();
+    scope.spawn("http", async move {
+        while let Some(Ok(stream)) = incoming.recv().await {
+            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                // As good as any other: the one that has just come is turned away.
+                counters::HTTP_TURNED_AWAY.add(1);
+                continue;
+            };
+            let (router, scope) = (router.clone(), own.clone());
+            own.spawn("http connection", async move {
+                counters::HTTP_CONNECTIONS.add(1);
+                serve_one(stream, router, limits, &scope).await;
+                counters::HTTP_CONNECTIONS.sub(1);
+                drop(place);
+            });
+        }
+    });
+}
+
+async fn serve_one(stream: PeerStream, router: Router, limits: Limits, scope: &TaskScope) {
+    let peer = stream.connect_info();
+    let moved = Arc::new(Moved::new());
+    let seen = Arc::clone(&moved);
+    let service = service_fn(move |mut request: Request<RequestBody>| {
+        request.extensions_mut().insert(peer.clone());
+        let (router, moved) = (router.clone(), Arc::clone(&seen));
+        async move {
+            moved.now();
+            let Ok(response) = router.oneshot(request).await;
+            moved.now();
+            Ok::<_, Infallible>(response.map(|body| Watched { body, moved }))
+        }
+    });
+    let mut builder = auto::Builder::new(InScope(scope.clone()));
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIME)
+        .max_buf_size(limits.header_bytes.max(8192));
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS)
+        .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX))
+        .keep_alive_interval(Some(Duration::from_secs(20)))
+        .keep_alive_timeout(Duration::from_secs(20));
+    let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let mut ending = None;
+    loop {
+        let until = ending.unwrap_or_else(|| moved.last() + limits.quiet);
+        tokio::select! {
+            ended = connection.as_mut() => {
+                if let Err(error) = ended {
+                    tracing::debug!(error, "http connection ended");
+                }
+                return;
+            }
+            () = scope.token().cancelled(), if ending.is_none() => {
+                connection.as_mut().graceful_shutdown();
+                ending = Some(Instant::now() + ENDING);
+            }
+            () = tokio::time::sleep_until(until) => {
+                if ending.is_some() || moved.last() + limits.quiet <= Instant::now() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Streams of HTTP/2 are tasks of their own, and belong to somebody like every other.
+#[derive(Clone)]
+struct InScope(TaskScope);
+
+impl<F> Executor<F> for InScope
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, task: F) {
+        self.0.spawn("http stream", task);
+    }
+}
+
+/// When something last moved on a connection: a request came, or a piece of an answer was taken. A peer
+/// that does not read what it asked for moves nothing.
+struct Moved {
+    begun: Instant,
+    after_ms: AtomicU64,
+}
+
+impl Moved {
+    fn new() -> Self {
+        Self { begun: Instant::now(), after_ms: AtomicU64::new(0) }
+    }
+
+    fn now(&self) {
+        let after = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.after_ms.store(after, Ordering::Relaxed);
+    }
+
+    fn last(&self) -> Instant {
+        self.begun + Duration::from_millis(self.after_ms.load(Ordering::Relaxed))
+    }
+}
+
+/// The body of an answer, which notes that it is read.
+struct Watched {
+    body: Body,
+    moved: Arc<Moved>,
+}
+
+impl HttpBody for Watched {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        self.moved.now();
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
