@@ -20,6 +20,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use cortex_shared::durable;
+use cortex_shared::library::LIBRARY_NAME;
 use cortex_shared::policy::{Bound, Mode, Network};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
@@ -276,6 +277,42 @@ pub struct CommandSettings {
     pub cut_off_limit_s: Option<u64>,
 }
 
+/// Where the library of skills is placed on this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum LibraryPlace {
+    /// In `.library` below the directory of workspaces.
+    #[default]
+    Default,
+    /// Nowhere, and nothing of it is fetched.
+    Off,
+    /// In this directory.
+    At(PathBuf),
+}
+
+impl LibraryPlace {
+    /// As it is stored and written: nothing, `off`, or a path.
+    fn to_raw(&self) -> Option<PathBuf> {
+        match self {
+            Self::Default => None,
+            Self::Off => Some("off".into()),
+            Self::At(path) => Some(path.clone()),
+        }
+    }
+
+    /// The place that is meant by what somebody has written: `default`, `off`, or an absolute path.
+    ///
+    /// # Errors
+    /// If it is none of these.
+    pub fn parse(text: &Path) -> Result<Self, String> {
+        match text {
+            text if text == Path::new("default") => Ok(Self::Default),
+            text if text == Path::new("off") => Ok(Self::Off),
+            text if text.is_absolute() => Ok(Self::At(text.to_owned())),
+            text => Err(format!("{} is not an absolute path", text.display())),
+        }
+    }
+}
+
 /// What the node's owner decided.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -288,6 +325,8 @@ pub struct Settings {
     pub ceiling: Bound,
     /// Workspaces that live elsewhere, by name.
     pub workspace_paths: BTreeMap<String, PathBuf>,
+    /// Where the library of skills is placed.
+    pub library: LibraryPlace,
     /// About the sandbox.
     pub sandbox: SandboxSettings,
     /// About commands.
@@ -305,6 +344,8 @@ struct RawSettings {
     ceiling_network: Network,
     #[serde(default)]
     workspace_paths: BTreeMap<String, PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    library: Option<PathBuf>,
     #[serde(default)]
     sandbox: SandboxSettings,
     #[serde(default)]
@@ -326,6 +367,10 @@ impl Settings {
             workspace_root: raw.workspace_root,
             ceiling: Bound { mode: raw.ceiling, network: raw.ceiling_network },
             workspace_paths: raw.workspace_paths,
+            library: match raw.library {
+                Some(text) => LibraryPlace::parse(&text).map_err(damaged)?,
+                None => LibraryPlace::Default,
+            },
             sandbox: raw.sandbox,
             commands: raw.commands,
         };
@@ -349,6 +394,7 @@ impl Settings {
             ceiling: self.ceiling.mode,
             ceiling_network: self.ceiling.network,
             workspace_paths: self.workspace_paths.clone(),
+            library: self.library.to_raw(),
             sandbox: self.sandbox,
             commands: self.commands,
         };
@@ -371,6 +417,16 @@ impl Settings {
         change(&mut settings);
         settings.save(state)?;
         Ok(settings)
+    }
+
+    /// Where the library of skills is placed; `None` if it is not.
+    #[must_use]
+    pub fn library_dir(&self) -> Option<PathBuf> {
+        match &self.library {
+            LibraryPlace::Default => Some(self.workspace_root.join(LIBRARY_NAME)),
+            LibraryPlace::Off => None,
+            LibraryPlace::At(path) => Some(path.clone()),
+        }
     }
 
     /// Where the workspace of this name lives. The name has been checked, so it is one component.
@@ -442,6 +498,7 @@ mod tests {
             workspace_root: "/srv/cortex".into(),
             ceiling: Bound { network: Network::Full, ..Bound::LEAST },
             workspace_paths: BTreeMap::from([("app".to_owned(), PathBuf::from("/home/ann/app"))]),
+            library: LibraryPlace::At("/srv/skills".into()),
             sandbox: SandboxSettings { require_cgroup: true },
             commands: CommandSettings { cut_off_limit_s: Some(3600) },
         }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use cortex_proto::v1;
 use cortex_shared::tasks::TaskScope;
+use cortex_shared::telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
@@ -112,6 +113,7 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     scope.spawn("readiness", announce_ready(link, scope.token().clone()));
 
     scope.spawn("watchdog", keep_alive(scope.token().clone()));
+    scope.spawn("log repeats", tell_left_out(scope.token().clone()));
     tokio::select! {
         signal = stop.next() => tracing::info!(signal, "stopping"),
         () = left.cancelled() => tracing::info!("this node leaves its mesh: stopping"),
@@ -151,6 +153,13 @@ async fn keep_alive(stop: CancellationToken) {
     signs.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while stop.run_until_cancelled(signs.tick()).await.is_some() {
         notify(&[sd_notify::NotifyState::Watchdog]);
+    }
+}
+
+/// Says now and then how many repeated lines were left out of the log.
+async fn tell_left_out(stop: CancellationToken) {
+    while stop.run_until_cancelled(tokio::time::sleep(telemetry::WITHIN)).await.is_some() {
+        telemetry::tell_left_out();
     }
 }
 

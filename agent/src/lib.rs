@@ -1,7 +1,7 @@
 //! The agent of cortex mesh: the daemon of a node, and the command line of operators.
 //!
 //! ```text
-//! main → cli → daemon → control, link → exec, sync, files → sandbox, client, root_dir, identity, audit,
+//! main → cli → daemon → control, link → exec, library, sync, files → sandbox, client, root_dir, identity, audit,
 //! config
 //! ```
 //!
@@ -13,6 +13,7 @@
 //! | [`link`] | the session with the hub, and what it makes this node do |
 //! | [`exec`], [`sandbox`] | one command; the walls around it |
 //! | [`files`] | looking at files of workspaces, and changing them, from afar |
+//! | [`library`] | the skills of the mesh, placed read-only |
 //! | [`sync`], [`root_dir`] | workspaces; a directory handle that nothing can leave |
 //! | [`client`] | channels to the hub, which has to prove itself first |
 //! | [`identity`], [`config`] | keys, certificates and settings on disk |
@@ -35,6 +36,7 @@ pub mod daemon;
 pub mod exec;
 pub mod files;
 pub mod identity;
+pub mod library;
 pub mod link;
 pub mod root_dir;
 pub mod sandbox;

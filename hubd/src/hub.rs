@@ -35,6 +35,7 @@ use crate::enroll::ca::CaError;
 use crate::enroll::hub_certificate::HubCertificate;
 use crate::enroll::limits::JoinLimits;
 use crate::enroll::validator::{Admitted, Validator};
+use crate::events::{EventBus, EventFeed, Kind, Knowledge, NewEvent};
 use crate::grpc::accept::{self, Incoming};
 use crate::grpc::auth::AuthLayer;
 use crate::grpc::enroll::EnrollService;
@@ -46,6 +47,8 @@ use crate::node::files::FileExchange;
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::service::Inherited;
+use crate::skills::{SkillError, Skills};
+use crate::store::events::EventStore;
 use crate::store::history::HistoryStore;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
@@ -54,11 +57,10 @@ use crate::sync::{SyncError, Workspaces};
 use crate::task::history::History;
 use crate::task::relay::{Deadlines, Relay};
 use crate::task::spool::Spool;
+use crate::worker::{self, Supervisor, WorkOf};
 
 /// Streams one connection may have open: a node's running tasks, or an operator's commands.
 const STREAMS_PER_CONNECTION: u32 = 4096;
-/// How often changed "last seen" times are written.
-const LAST_SEEN_INTERVAL: Duration = Duration::from_secs(1);
 /// Nodes told to go away come back within this time, spread evenly.
 const RECONNECT_SPREAD: Duration = Duration::from_secs(2);
 
@@ -104,6 +106,9 @@ pub enum StartError {
     /// The folder of workspace content.
     #[error("cannot open the workspaces")]
     Sync(#[from] SyncError),
+    /// What was begun in the library could not be finished.
+    #[error("cannot open the library of skills")]
+    Skills(#[from] SkillError),
     /// TLS.
     #[error("cannot set up TLS")]
     Tls(#[from] rustls::Error),
@@ -173,6 +178,7 @@ pub struct Hub {
     registry: Arc<Registry>,
     store: Arc<dyn Store>,
     audit: Arc<AuditLog>,
+    events: Arc<EventBus>,
     scope: TaskScope,
     grace: Duration,
     /// Ends last, so that whoever asks how the hub is gets an answer to the end.
@@ -232,6 +238,8 @@ impl Hub {
         let http = HttpSide::start(&config.http, inherited.http, ground).await?;
         let scope = TaskScope::new();
         let registry = Arc::new(Registry::new(store.nodes().await?));
+        let events = EventStore::open(data.layout.events(), &data.databases).await?;
+        let events = EventBus::start(events, config.events, &data.databases).await?;
         let membership = Arc::new(Membership::default());
         membership.reload(&*store).await?;
         let content = Arc::new(Workspaces::open(
@@ -245,8 +253,18 @@ impl Hub {
             Arc::clone(&registry),
             Arc::clone(&store),
             Arc::clone(&content),
+            Arc::clone(&events),
         ));
         members.finish_deletions().await?;
+        let skills = Arc::new(
+            Skills::open(
+                Arc::clone(&store),
+                Arc::clone(&content),
+                Arc::clone(&members),
+                config.skills_keep_for,
+            )
+            .await?,
+        );
         let tasks = data.layout.tasks();
         let spool = Spool::open(tasks.clone(), config.spool, &data.databases)
             .map_err(|source| StartError::Data { path: tasks.display().to_string(), source })?;
@@ -254,14 +272,17 @@ impl Hub {
             Deadlines { start: config.task_start_deadline, resume: config.resume_grace };
         let history = HistoryStore::open(data.layout.history(), &data.databases).await?;
         let history = History::start(history, config.history, &scope);
-        let relay = Relay::new(Arc::clone(&store), spool, history, scope.clone(), deadlines);
+        let (journal, told) = (Arc::clone(&store), Arc::clone(&events));
+        let relay = Relay::new(journal, spool, history, told, scope.clone(), deadlines);
         relay.recover().await?;
-        let operators = Operators::load(Arc::clone(&store), Arc::clone(&relay)).await?;
+        let told = Arc::clone(&events);
+        let operators = Operators::load(Arc::clone(&store), Arc::clone(&relay), told).await?;
         let decisions = NodeDecisions::new(
             Arc::clone(&registry),
             Arc::clone(&relay),
             Arc::clone(&membership),
             Arc::clone(&store),
+            Arc::clone(&events),
         );
         let audit = AuditLog::new(Arc::clone(&store), data.layout.audit_mark());
         audit.begin().await?;
@@ -276,6 +297,7 @@ impl Hub {
                 registry: Arc::clone(&registry),
                 membership: Arc::clone(&membership),
                 operators: Arc::clone(&operators),
+                events: Arc::clone(&events),
             },
             scope.clone(),
         ));
@@ -289,6 +311,9 @@ impl Hub {
 
         let refusals = RefusalLog::new(Arc::clone(&store), scope.clone());
         let files = Arc::new(FileExchange::default());
+        let workers = Supervisor::new(Arc::clone(&events), scope.clone());
+        let knowledge =
+            Knowledge { registry: Arc::clone(&registry), membership: Arc::clone(&membership) };
         let operator = OperatorService {
             files: Arc::clone(&files),
             refusals: Arc::clone(&refusals),
@@ -297,10 +322,13 @@ impl Hub {
             relay: Arc::clone(&relay),
             members: Arc::clone(&members),
             content: Arc::clone(&content),
+            skills,
             decisions: Arc::clone(&decisions),
             operators: Arc::clone(&operators),
             audit: Arc::clone(&audit),
             authorities: Arc::clone(&authorities),
+            workers: Arc::clone(&workers),
+            events: EventFeed { bus: Arc::clone(&events), knowledge },
             scope: scope.clone(),
             accept_deadline: config.accept_deadline,
             address,
@@ -311,17 +339,18 @@ impl Hub {
         let node = NodeService {
             files,
             registry: Arc::clone(&registry),
-            relay,
+            relay: Arc::clone(&relay),
             members: Arc::clone(&members),
             validator: Arc::clone(&validator),
             authorities: Arc::clone(&authorities),
             decisions: Arc::clone(&decisions),
             store: Arc::clone(&store),
+            events: Arc::clone(&events),
             scope: scope.clone(),
             heartbeat: config.heartbeat,
         };
         let enroll = EnrollService { validator, limits, authorities: Arc::clone(&authorities) };
-        let sync = SyncService::new(Arc::clone(&content), membership);
+        let sync = SyncService::new(Arc::clone(&content), membership, Arc::clone(&events));
         let by_http = operator.clone();
         let routes = Routes::new(limited(EnrollServer::new(enroll)))
             .add_service(limited_node(NodeServer::new(node)))
@@ -340,15 +369,23 @@ impl Hub {
         let incoming = accept::accept_tls(listener, tls, mesh, &scope);
         serve(incoming, routes.clone(), auth.clone(), &scope);
         serve(accept::accept_local(local, &scope), routes, auth, &scope);
-        decisions.end_policies(&scope);
-        operators.keep_recording(&scope);
-        audit.keep_marking(&scope);
-        hint_heads(&content, members, &scope);
-        save_last_seen(Arc::clone(&registry), Arc::clone(&store), &scope);
+        hint_heads(&content, Arc::clone(&members), &scope);
+        let work = WorkOf {
+            registry: Arc::clone(&registry),
+            store: Arc::clone(&store),
+            decisions,
+            operators,
+            audit: Arc::clone(&audit),
+            content,
+            members,
+            history: Arc::clone(relay.history()),
+            events: Arc::clone(&events),
+        };
+        worker::register(&workers, work, config.workers);
         tracing::info!(address = %bound, %mesh, "hub serves");
         let pin = authorities.pin();
         let grace = config.shutdown_grace;
-        Ok(Self { address: bound, pin, registry, store, audit, scope, grace, http, data })
+        Ok(Self { address: bound, pin, registry, store, audit, events, scope, grace, http, data })
     }
 
     /// The address of the gRPC side, with the port that was chosen if none was given.
@@ -396,6 +433,7 @@ impl Hub {
             // One that is gone needs no telling.
             session.send(hub_frame::Frame::Drain(Drain { reconnect_after_ms })).ok();
         }
+        self.events.publish(Kind::HubStopping, NewEvent::of_hub());
         self.scope.cancel();
         if tokio::time::timeout(self.grace, self.scope.finish()).await.is_err() {
             tracing::warn!(tasks = self.scope.running(), "not everything finished in time");
@@ -408,6 +446,9 @@ impl Hub {
             }
             if let Err(error) = self.audit.move_mark().await {
                 tracing::warn!(%error, "the mark of the audit log was not moved");
+            }
+            if let Err(error) = self.events.finish().await {
+                tracing::warn!(%error, "the last events were not written");
             }
             self.data.close().await;
         };
@@ -470,30 +511,6 @@ fn hint_heads(content: &Workspaces, members: Arc<Members>, scope: &TaskScope) {
                         members.head_moved(workspace, head.seq);
                     }
                 }
-            }
-        }
-    });
-}
-
-/// Writes "last seen" beside everyone's path, at most once a second.
-fn save_last_seen(registry: Arc<Registry>, store: Arc<dyn Store>, scope: &TaskScope) {
-    let mut changes = registry.changes();
-    let cancel = scope.token().clone();
-    scope.spawn("last seen", async move {
-        loop {
-            tokio::select! {
-                () = cancel.cancelled() => return,
-                changed = changes.changed() => if changed.is_err() { return },
-            }
-            let unsaved = registry.take_unsaved();
-            if !unsaved.is_empty()
-                && let Err(error) = store.touch_nodes(unsaved).await
-            {
-                tracing::warn!(%error, "last-seen times not written");
-            }
-            tokio::select! {
-                () = cancel.cancelled() => return,
-                () = tokio::time::sleep(LAST_SEEN_INTERVAL) => {}
             }
         }
     });

@@ -2,7 +2,7 @@
 //! remembers. It never merges files and never interprets output.
 //!
 //! ```text
-//! main → cli → hub → http → grpc → task, enroll → node, sync → store
+//! main → cli → hub → http → grpc, worker → task, enroll → node, sync → events, store
 //! ```
 //!
 //! | module | subject |
@@ -15,6 +15,10 @@
 //! | [`node`] | known nodes, live sessions, memberships |
 //! | [`task`] | commands: journalled, relayed, each with one verdict |
 //! | [`sync`] | workspace versions and content |
+//! | [`skills`] | the library: directories of workspaces that every node has |
+//! | [`events`] | what happens, for those who want to hear of it |
+//! | [`worker`] | background work under a supervisor |
+//! | [`error_id`] | the hub's own errors: an id for the caller, the chain of causes for the log |
 //! | [`store`] | what is remembered, behind traits in words of the domain |
 //! | [`counters`] | what the program has done, for metrics |
 //! | [`mod@bench`] | emulated nodes that measure a hub of their own; no part of a serving hub |
@@ -43,15 +47,19 @@ mod cli;
 pub mod config;
 pub mod counters;
 pub mod enroll;
+pub mod error_id;
+pub mod events;
 pub mod grpc;
 pub mod http;
 pub mod hub;
 pub mod node;
 pub mod rate;
 pub mod service;
+pub mod skills;
 pub mod store;
 pub mod sync;
 pub mod task;
+pub mod worker;
 
 /// The program, called by `main` and by the test binaries.
 #[must_use]

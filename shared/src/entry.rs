@@ -7,6 +7,7 @@
 
 use crate::chunk::{ChunkRef, InvalidRecipe, Recipe};
 use crate::text::hex;
+use crate::wire_path::WirePath;
 
 /// Longest link target, the kernel's `PATH_MAX`.
 pub const MAX_LINK_TARGET_BYTES: usize = 4096;
@@ -190,6 +191,29 @@ impl Entry {
             Self::Dir => &mut hasher,
         };
         hasher.finalize().into()
+    }
+
+    /// Whether this is a link whose target is absolute, or leaves the root of the paths as written, where
+    /// it stands at `path`.
+    #[must_use]
+    pub fn leads_outside(&self, path: &WirePath) -> bool {
+        let Self::Link { target } = self else { return false };
+        if target.first() == Some(&b'/') {
+            return true;
+        }
+        // Directories above the link, which `..` may use up.
+        let mut depth = path.depth() - 1;
+        for component in target.split(|&byte| byte == b'/') {
+            match component {
+                b"" | b"." => {}
+                b".." => match depth.checked_sub(1) {
+                    Some(less) => depth = less,
+                    None => return true,
+                },
+                _ => depth += 1,
+            }
+        }
+        false
     }
 
     /// Whether two entries are the same but for their modification time.

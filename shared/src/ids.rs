@@ -96,6 +96,12 @@ id_type!(
     CommitId, "commit id"
 );
 
+impl WorkspaceId {
+    /// The library of the mesh (see [`crate::library`]): the one workspace that nobody made and that has
+    /// every node as a member. No random identifier is equal to it.
+    pub const LIBRARY: Self = Self(Uuid::from_bytes(*b"cortex's library"));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

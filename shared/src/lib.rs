@@ -7,6 +7,7 @@
 //! | [`labels`], [`policy`] | names, labels, modes and roles |
 //! | [`secret`], [`peer`] | invite tokens; identities in certificates |
 //! | [`wire_path`], [`entry`] | names, paths, entries and tree digests of a workspace |
+//! | [`library`] | names of the mesh-wide library of skills |
 //! | [`chunk`], [`pack`] | how content is cut, and the unit in which it travels and rests |
 //! | [`replay`] | output under way, which can be sent again |
 //! | [`durable`], [`crash`] | files that survive a crash; crashing on purpose |
@@ -29,6 +30,7 @@ pub mod durable;
 pub mod entry;
 pub mod ids;
 pub mod labels;
+pub mod library;
 pub mod pack;
 pub mod patience;
 pub mod peer;

@@ -4,6 +4,7 @@
 
 mod authority;
 mod endings;
+mod events;
 mod exec;
 mod faults;
 mod files;
@@ -15,6 +16,7 @@ mod page;
 mod partition;
 mod sandbox;
 mod secrets;
+mod skills;
 mod sync;
 mod sync_hub;
 mod sync_rules;

@@ -442,6 +442,13 @@ impl Node {
         self.daemon = Some(Daemon::start(&self.name, &mut command, &self.log));
     }
 
+    /// Starts the daemon, to kill itself when it passes this point (`cortex_shared::crash`).
+    pub fn run_to_crash_at(&mut self, point: &str) {
+        let mut command = self.command(&["run"]);
+        command.env(cortex_shared::crash::CRASH_AT, point);
+        self.daemon = Some(Daemon::start(&self.name, &mut command, &self.log));
+    }
+
     /// The daemon.
     ///
     /// # Panics

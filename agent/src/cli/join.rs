@@ -19,7 +19,9 @@ use super::token::TokenArgs;
 use super::{Global, Output, hub};
 use crate::audit::{Audit, AuditEvent};
 use crate::client::{HubAddress, Trust, pin_of};
-use crate::config::{CommandSettings, SandboxSettings, Settings, default_workspace_root};
+use crate::config::{
+    CommandSettings, LibraryPlace, SandboxSettings, Settings, default_workspace_root,
+};
 use crate::identity::{IdentityKey, MachineFacts, NodeIdentity, authorities_of, holder_of};
 use crate::link::{proto_mode, proto_network};
 
@@ -53,6 +55,10 @@ pub(crate) struct JoinArgs {
     /// Where workspaces live, in a directory each [default: ~/cortex]
     #[arg(long, value_name = "DIR")]
     workspace_root: Option<PathBuf>,
+    /// Where the library of skills is placed: a directory, or `off` for nowhere [default:
+    /// WORKSPACE-ROOT/.library]
+    #[arg(long, value_name = "DIR", value_parser = parse_library)]
+    library: Option<LibraryPlace>,
     /// This machine's own upper bound for what commands may do, whatever the hub allows
     #[arg(long, value_name = "strict|permissive", default_value_t)]
     ceiling: Mode,
@@ -125,6 +131,7 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
         workspace_root,
         ceiling,
         workspace_paths: BTreeMap::new(),
+        library: args.library.unwrap_or_default(),
         sandbox: SandboxSettings::default(),
         commands: CommandSettings::default(),
     };
@@ -148,6 +155,10 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
     };
     let sentence = format!("joined as {} ({})", joined.name, joined.node_id);
     printer.say(&sentence, &joined)
+}
+
+fn parse_library(text: &str) -> Result<LibraryPlace, String> {
+    LibraryPlace::parse(std::path::Path::new(text))
 }
 
 /// What a new node would like to be.

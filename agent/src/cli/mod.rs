@@ -8,6 +8,7 @@ mod completion;
 mod context;
 mod doctor;
 pub mod error;
+mod events;
 mod exec;
 mod files;
 mod history;
@@ -25,6 +26,7 @@ mod policy;
 pub mod printer;
 mod run;
 mod service;
+mod skill;
 mod status;
 mod task;
 mod token;
@@ -130,9 +132,11 @@ enum Verb {
     Rm(files::RmArgs),
     Mkdir(files::MkdirArgs),
     Workspace(workspace::WorkspaceArgs),
+    Skill(skill::SkillArgs),
     Invite(invite::InviteArgs),
     Policy(policy::PolicyArgs),
     Audit(audit::AuditArgs),
+    Events(events::EventsArgs),
     Version(version::VersionArgs),
     Completion(completion::CompletionArgs),
 }
@@ -196,9 +200,11 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Rm(args) => done(Box::pin(files::rm(&global, args)).await),
             Verb::Mkdir(args) => done(Box::pin(files::mkdir(&global, args)).await),
             Verb::Workspace(args) => done(Box::pin(workspace::workspace(&global, args)).await),
+            Verb::Skill(args) => done(Box::pin(skill::skill(&global, args)).await),
             Verb::Invite(args) => done(Box::pin(invite::invite(&global, args)).await),
             Verb::Policy(args) => done(Box::pin(policy::policy(&global, args)).await),
             Verb::Audit(args) => done(Box::pin(audit::audit(&global, args)).await),
+            Verb::Events(args) => done(Box::pin(events::events(&global, args)).await),
             Verb::Version(args) => done(version::version(&global, args)),
             Verb::Completion(args) => {
                 done(completion::completion(&global, args, &mut Cli::command()))
@@ -315,6 +321,8 @@ mod tests {
             "policy set n1 strict --net full --reason text --for 8h",
             "audit list --after 3 --limit 10 --action policy.set -o jsonl",
             "audit verify -o json",
+            "events -f -o jsonl --since 5 --kind node --kind task.ended",
+            "events",
             "identity show -o json",
             "identity renew",
             "identity recover",

@@ -89,6 +89,7 @@ mod tests {
             commands: Default::default(),
             ceiling: all,
             workspace_paths: std::collections::BTreeMap::new(),
+            library: crate::config::LibraryPlace::Default,
         };
         settings.save(&state).unwrap();
         let own = rustix::process::geteuid().as_raw();

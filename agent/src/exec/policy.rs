@@ -6,7 +6,7 @@ use std::time::Duration;
 use cortex_shared::policy::Mode;
 
 use super::request::{CommandRequest, RequestedLimits};
-use crate::sandbox::{Command, HOME_INSIDE, Limits, Program};
+use crate::sandbox::{Command, HOME_INSIDE, LIBRARY_INSIDE, Limits, Program};
 
 /// Longest argument, and longest name with value of a variable. The kernel's own limit is 128 KiB.
 pub const MAX_ARGUMENT_BYTES: usize = 64 * 1024;
@@ -32,6 +32,9 @@ const MIN_MEMORY_BYTES: u64 = 16 * 1024 * 1024;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// What a permissive command keeps of the agent's own environment.
 const KEPT: [&str; 7] = ["PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ"];
+
+/// The variable that says where the library of skills is.
+const LIBRARY_VARIABLE: &[u8] = b"CORTEX_LIBRARY";
 
 /// Names and values.
 type Environment = Vec<(Vec<u8>, Vec<u8>)>;
@@ -68,7 +71,17 @@ pub(super) fn resolve(
     check_arguments(&request)?;
     let terminal = request.terminal.as_ref();
     let kind = terminal.map(|terminal| check_terminal_kind(&terminal.kind)).transpose()?;
-    let env = environment(request.mode, kind, &request.env, agent_env)?;
+    let mut env = environment(request.mode, kind, &request.env, agent_env)?;
+    if let (Some(library), false) =
+        (&request.library, env.iter().any(|(name, _)| name == LIBRARY_VARIABLE))
+    {
+        use std::os::unix::ffi::OsStrExt as _;
+        let place = match request.mode {
+            Mode::Strict => LIBRARY_INSIDE.into(),
+            Mode::Permissive => library.as_os_str().as_bytes().to_vec(),
+        };
+        env.push((LIBRARY_VARIABLE.to_vec(), place));
+    }
     let program = match (request.argv.is_empty(), request.script) {
         (false, None) => Program::Arguments(request.argv),
         (true, Some(script)) => Program::Script(check_script(script)?),
@@ -103,6 +116,7 @@ pub(super) fn resolve(
         stdin: request.stdin,
         terminal: request.terminal.map(|terminal| terminal.size),
         read_only: request.read_only_paths,
+        library: request.library,
         forbidden: request.forbidden_paths,
         require_control_group: request.require_control_group,
     };

@@ -35,6 +35,9 @@ pub struct CommandRequest {
     pub forbidden_paths: Vec<PathBuf>,
     /// Directories of this machine that the command sees read-only, at the same path.
     pub read_only_paths: Vec<PathBuf>,
+    /// The library of skills on this machine, which the command sees read-only at
+    /// [`crate::sandbox::LIBRARY_INSIDE`] and, as far as that is possible, at its own path.
+    pub library: Option<PathBuf>,
     /// The node's owner wants no command without a control group to limit it as a whole.
     pub require_control_group: bool,
 }

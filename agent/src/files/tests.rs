@@ -89,6 +89,7 @@ impl Yard {
             root: scratch.path().join("root"),
             state_dir: scratch.path().join("state"),
             roots: Default::default(),
+            library: None,
         };
         let place = Place::open(config, &[scratch.path().join("state")]).unwrap();
         Self { scratch, place }
@@ -466,6 +467,7 @@ fn a_workspace_that_would_show_what_must_stay_hidden_is_no_place() {
         root,
         state_dir: scratch.path().join("state"),
         roots: Default::default(),
+        library: None,
     };
     fs::create_dir_all(scratch.path().join("state/inner")).unwrap();
     let forbidden = [scratch.path().join("state")];

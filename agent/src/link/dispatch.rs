@@ -268,7 +268,9 @@ impl Dispatcher {
                         })
                         .ok()
                 });
-                self.inner.workspaces.set_memberships(members.collect());
+                // Its name and its id are known: nothing else of it is believed.
+                let library = list.library.is_some();
+                self.inner.workspaces.set_memberships(members.collect(), library);
             }
             hub_frame::Frame::Policy(update) => {
                 let now = clocks(&self.inner.identity);
@@ -421,7 +423,12 @@ impl Dispatcher {
             permit.note_refusal(refusal);
         }
         let require_control_group = requires_control_group(&self.inner.state);
-        command.map(|command| crate::exec::CommandRequest { require_control_group, ..command })
+        let library = self.inner.workspaces.library_dir();
+        command.map(|command| crate::exec::CommandRequest {
+            require_control_group,
+            library,
+            ..command
+        })
     }
 
     /// Begins what an operator wants of files here; it ends with the session.

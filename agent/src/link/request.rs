@@ -97,6 +97,7 @@ pub(super) fn command(
         }),
         forbidden_paths,
         read_only_paths: Vec::new(),
+        library: None,
         require_control_group: false,
     })
 }

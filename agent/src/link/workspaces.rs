@@ -12,6 +12,7 @@ use std::time::Duration;
 use cortex_proto::v1;
 use cortex_shared::ids::WorkspaceId;
 use cortex_shared::labels;
+use cortex_shared::library::LIBRARY_NAME;
 use cortex_shared::tasks::TaskScope;
 use cortex_shared::wire_path::WirePath;
 use serde::{Deserialize, Serialize};
@@ -22,9 +23,10 @@ use super::report;
 use super::request::Refusal;
 use crate::client::{HubClient, Purpose};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
-use crate::sync::mode::MemberOptions;
+use crate::library::{Freshness, Library, hang_door};
+use crate::sync::mode::{MemberMode, MemberOptions};
 use crate::sync::roots::{Roots, overlap, real_path};
-use crate::sync::status::SyncState;
+use crate::sync::status::{SyncState, SyncStatus};
 use crate::sync::tonic_hub::TonicHub;
 use crate::sync::{
     self, ExplainError, Explanation, FlushError, Occupied, WorkspaceConfig, WorkspaceHandle,
@@ -32,6 +34,8 @@ use crate::sync::{
 
 /// Shortest time between two reports of one node.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// How soon a library that is not up to date is looked at again.
+const LIBRARY_RETRY: Duration = Duration::from_secs(1);
 /// Most workspaces of one node; a hub that sends more is not believed.
 const MAX_WORKSPACES: usize = 1024;
 
@@ -48,8 +52,20 @@ impl Membership {
     /// Reads what the hub sent.
     pub(super) fn from_wire(wire: &v1::Membership) -> Result<Self, &'static str> {
         let id = WorkspaceId::from_slice(&wire.workspace_id).map_err(|_| "workspace id")?;
+        if id == WorkspaceId::LIBRARY {
+            return Err("workspace id");
+        }
         labels::check_name(&wire.name).map_err(|_| "workspace name")?;
         Ok(Self { id, name: wire.name.clone() })
+    }
+
+    /// That of the library, of which every node is a member.
+    fn library() -> Self {
+        Self { id: WorkspaceId::LIBRARY, name: LIBRARY_NAME.to_owned() }
+    }
+
+    fn is_library(&self) -> bool {
+        self.id == WorkspaceId::LIBRARY
     }
 }
 
@@ -69,6 +85,12 @@ struct Inner {
     changes: watch::Sender<u64>,
     engines: Mutex<BTreeMap<WorkspaceId, Engine>>,
     roots: Roots,
+    /// Where skills are placed, unless the owner wants none.
+    library: Option<Library>,
+    /// For whoever needs it to be as new as something else.
+    freshness: Freshness,
+    /// Held by whoever places it.
+    placing: tokio::sync::Mutex<()>,
     /// What the owner decided, by name; also of workspaces this node is no member of yet.
     options: Mutex<BTreeMap<String, MemberOptions>>,
 }
@@ -98,6 +120,7 @@ impl Workspaces {
     ) -> Result<Self, ConfigError> {
         let known: Vec<Membership> = read_json(&list_path(&state))?.unwrap_or_default();
         let options = read_json(&options_path(&state))?.unwrap_or_default();
+        let library = settings.library_dir().map(Library::new);
         let workspaces = Self {
             inner: Arc::new(Inner {
                 state,
@@ -108,22 +131,34 @@ impl Workspaces {
                 changes: watch::Sender::new(0),
                 engines: Mutex::new(BTreeMap::new()),
                 roots: Roots::default(),
+                library,
+                freshness: Freshness::default(),
+                placing: tokio::sync::Mutex::default(),
                 options: Mutex::new(options),
             }),
         };
         let keeper = workspaces.clone();
         let own_scope = scope.clone();
         scope.spawn("workspaces", async move { keeper.keep(own_scope).await });
+        let (refresher, stop) = (workspaces.clone(), scope.token().clone());
+        scope.spawn("library", async move {
+            stop.run_until_cancelled(refresher.refresh_library()).await;
+        });
         Ok(workspaces)
     }
 
-    /// The hub's complete list. Engines are started and stopped soon after.
-    pub(super) fn set_memberships(&self, mut list: Vec<Membership>) {
+    /// The hub's complete list, with the library if it says that there is one. Engines are started and
+    /// stopped soon after.
+    pub(super) fn set_memberships(&self, mut list: Vec<Membership>, library: bool) {
         if list.len() > MAX_WORKSPACES {
             tracing::error!(count = list.len(), "the hub sent too many memberships");
             list.truncate(MAX_WORKSPACES);
         }
         self.inner.wanted.send_if_modified(|wanted| {
+            // A hub that says nothing of a library takes none away.
+            if library || wanted.iter().any(Membership::is_library) {
+                list.push(Membership::library());
+            }
             let changed = *wanted != list;
             if changed {
                 *wanted = list;
@@ -149,6 +184,8 @@ impl Workspaces {
             Some(id) => engines.get(&id),
             None => engines.values().find(|engine| engine.name == name),
         };
+        // Nobody works in what arrives for the library.
+        let engine = engine.filter(|engine| engine.config.id != WorkspaceId::LIBRARY);
         let engine = engine.ok_or_else(|| Refusal::NoSuchWorkspace { name: name.to_owned() })?;
         if !engine.root.is_dir() {
             let reason = format!("{} is not a directory", engine.root.display());
@@ -166,8 +203,8 @@ impl Workspaces {
         change: bool,
     ) -> Result<WorkspaceConfig, Refusal> {
         let engines = lock(&self.inner.engines);
-        let engine =
-            engines.get(&id).ok_or_else(|| Refusal::NoSuchWorkspace { name: name.to_owned() })?;
+        let engine = engines.get(&id).filter(|_| id != WorkspaceId::LIBRARY);
+        let engine = engine.ok_or_else(|| Refusal::NoSuchWorkspace { name: name.to_owned() })?;
         let status = engine.handle.status();
         let status = status.borrow();
         if change && status.state == SyncState::Halted {
@@ -209,7 +246,19 @@ impl Workspaces {
     /// What this node does with a workspace.
     #[must_use]
     pub fn options(&self, name: &str) -> MemberOptions {
-        lock(&self.inner.options).get(name).copied().unwrap_or_default()
+        let options = lock(&self.inner.options).get(name).copied().unwrap_or_default();
+        if name == LIBRARY_NAME {
+            // What is changed there is undone, whatever somebody has decided.
+            return MemberOptions { mode: MemberMode::Mirror, ..options };
+        }
+        options
+    }
+
+    /// Where skills are, if there are some on this node.
+    #[must_use]
+    pub fn library_dir(&self) -> Option<PathBuf> {
+        let library = self.inner.library.as_ref().filter(|library| library.is_placed())?;
+        Some(library.dir().to_owned())
     }
 
     /// Decides what this node does with a workspace; durable, and kept even if it is no member now.
@@ -233,6 +282,7 @@ impl Workspaces {
         write_json(&options_path(&self.inner.state), &changed)?;
         *table = changed;
         drop(table);
+        let options = self.options(name);
         if let Some(handle) = self.handle_of(name) {
             handle.set_options(options);
         }
@@ -369,7 +419,9 @@ impl Workspaces {
             }
         }
         for membership in list {
-            if lock(&self.inner.engines).contains_key(&membership.id) {
+            if lock(&self.inner.engines).contains_key(&membership.id)
+                || (membership.is_library() && self.inner.library.is_none())
+            {
                 continue;
             }
             let engine = self.start_engine(membership, scope);
@@ -378,8 +430,67 @@ impl Workspaces {
         self.inner.changes.send_modify(|count| *count += 1);
     }
 
+    /// Brings the library up to date whenever somebody needs it to be.
+    async fn refresh_library(&self) {
+        loop {
+            let ticket = self.inner.freshness.asked().await;
+            if self.refresh_library_once().await {
+                self.inner.freshness.finish(ticket);
+                lock(&self.inner.engines).values().for_each(|engine| engine.handle.plan_again());
+            } else {
+                tokio::time::sleep(LIBRARY_RETRY).await;
+            }
+        }
+    }
+
+    /// Whether the library that is placed is as new as the hub's was after the call.
+    async fn refresh_library_once(&self) -> bool {
+        let Some(handle) = self.handle_of(LIBRARY_NAME) else { return false };
+        if handle.flush().await.is_err() || settled_at(&handle.status().borrow()).is_none() {
+            return false;
+        }
+        self.place_library().await
+    }
+
+    /// Places what has arrived of the library, and hangs the doors to it. Whether all of it is placed.
+    async fn place_library(&self) -> bool {
+        let Some(library) = self.inner.library.clone() else { return false };
+        let placing = self.inner.placing.lock().await;
+        let placed = tokio::task::spawn_blocking(move || library.place()).await;
+        drop(placing);
+        if let Ok(Err(error)) = &placed {
+            let cause = std::error::Error::source(error).map(ToString::to_string);
+            tracing::error!(%error, cause, "the library cannot be placed");
+        }
+        let roots: Vec<PathBuf> = {
+            let engines = lock(&self.inner.engines);
+            let open = engines.values().filter(|engine| {
+                engine.config.id != WorkspaceId::LIBRARY
+                    && engine.handle.status().borrow().state != SyncState::Halted
+            });
+            open.map(|engine| engine.root.clone()).filter(|root| root.is_dir()).collect()
+        };
+        for root in roots {
+            self.hang_door(root).await;
+        }
+        matches!(placed, Ok(Ok(())))
+    }
+
+    /// Makes links of a workspace that lead to skills lead there, once there are some.
+    async fn hang_door(&self, root: PathBuf) {
+        let Some(place) = self.library_dir() else { return };
+        let shown = root.clone();
+        let hung = tokio::task::spawn_blocking(move || hang_door(&root, &place)).await;
+        if let Ok(Err(error)) = hung {
+            tracing::warn!(root = %shown.display(), %error, "links to skills lead nowhere here");
+        }
+    }
+
     fn start_engine(&self, membership: &Membership, scope: &TaskScope) -> Engine {
-        let root = lock(&self.inner.settings).workspace_path(&membership.name);
+        let root = match &self.inner.library {
+            Some(library) if membership.is_library() => library.incoming().to_owned(),
+            _ => lock(&self.inner.settings).workspace_path(&membership.name),
+        };
         tracing::info!(workspace = membership.name, root = %root.display(), "workspace started");
         let config = WorkspaceConfig {
             id: membership.id,
@@ -387,7 +498,15 @@ impl Workspaces {
             root: root.clone(),
             state_dir: self.inner.state.path().to_owned(),
             roots: self.inner.roots.clone(),
+            library: self.inner.library.as_ref().map(|_| self.inner.freshness.clone()),
         };
+        if membership.is_library()
+            && !root.exists()
+            && let Err(error) = config.forget()
+        {
+            // It was moved. What is known of the old place says nothing of the new one.
+            tracing::error!(%error, "the index of the library stays");
+        }
         let line = || TonicHub::new(self.inner.hub.connect_lazy_counted(Purpose::Bulk));
         let scope = scope.child();
         let online = self.inner.online.subscribe();
@@ -396,16 +515,38 @@ impl Workspaces {
         let mut status = handle.status();
         let changes = self.inner.changes.clone();
         let stop = scope.token().clone();
+        let follower = self.clone();
+        let (is_library, own_root) = (membership.is_library(), root.clone());
         scope.spawn("workspace status", async move {
+            let mut settled = None;
             let follow = async {
                 while status.changed().await.is_ok() {
                     changes.send_modify(|count| *count += 1);
+                    let now = settled_at(&status.borrow_and_update());
+                    if now.is_some() && now != settled {
+                        if is_library {
+                            // Who needs it asks again.
+                            let _placed: bool = follower.place_library().await;
+                        } else {
+                            follower.hang_door(own_root.clone()).await;
+                        }
+                    }
+                    settled = now;
                 }
             };
             stop.run_until_cancelled(follow).await;
         });
         Engine { config, name: membership.name.clone(), root, handle: Arc::new(handle), scope }
     }
+}
+
+/// The version at which a workspace is here completely, as long as there is nothing left to do.
+fn settled_at(status: &SyncStatus) -> Option<u64> {
+    // That the kernel does not tell of changes here does not concern what comes from the hub.
+    let complete = status.state == SyncState::Idle
+        && status.applied_seq == status.head_seq
+        && status.problems.iter().all(|problem| problem.code == "watch_limit");
+    complete.then_some(status.applied_seq)
 }
 
 fn options_path(state: &StateDir) -> PathBuf {
@@ -478,6 +619,7 @@ mod tests {
             workspace_root: folder.join("ws"),
             ceiling: Bound::LEAST,
             workspace_paths: BTreeMap::new(),
+            library: crate::config::LibraryPlace::Default,
             sandbox: crate::config::SandboxSettings::default(),
             commands: crate::config::CommandSettings::default(),
         };
@@ -506,7 +648,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let scope = TaskScope::new();
         let workspaces = workspaces(folder.path(), &scope);
-        workspaces.set_memberships(vec![member("app")]);
+        workspaces.set_memberships(vec![member("app")], false);
         until_names_are(&workspaces, &["app"]).await;
         let at = |path: &str| folder.path().join(path);
         assert_eq!(workspaces.place("app", None).unwrap(), at("ws/app"));
@@ -521,7 +663,7 @@ mod tests {
         ));
         // A chosen place is kept for the day on which the node becomes a member.
         assert_eq!(workspaces.place("web", Some(&at("web"))).unwrap(), at("web"));
-        workspaces.set_memberships(vec![member("web")]);
+        workspaces.set_memberships(vec![member("web")], false);
         until_names_are(&workspaces, &["web"]).await;
         assert!(workspaces.root_of(None, "app").is_err());
         assert_eq!(workspaces.place("web", None).unwrap(), at("web"));
@@ -534,7 +676,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let scope = TaskScope::new();
         let first = workspaces(folder.path(), &scope);
-        first.set_memberships(vec![member("app")]);
+        first.set_memberships(vec![member("app")], false);
         until_names_are(&first, &["app"]).await;
         scope.cancel();
         scope.finish().await;

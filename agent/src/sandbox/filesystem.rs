@@ -8,6 +8,7 @@
 //! | `/proc` | private and read-only, with what it tells about the whole machine covered |
 //! | `/dev` | six harmless nodes, private terminals and shared memory |
 //! | `/tmp`, the home | private, of limited size, gone with the command |
+//! | `/library` | the library of skills, read-only, once there is one |
 //! | `/workspace` | the workspace, writable, without set-user-id bits and device nodes |
 //!
 //! Every mount costs time at the start and at the end of each command, so there is one only where
@@ -16,7 +17,7 @@
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags};
@@ -24,8 +25,8 @@ use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags};
 use super::mounts::{Detached, make_directories, open_below};
 use super::protect;
 use super::spec::{
-    Context as _, HOME_INSIDE, Identity, Network, SetupError, Spec, Step, StrictSpec,
-    WORKSPACE_INSIDE,
+    Context as _, HOME_INSIDE, Identity, LIBRARY_INSIDE, LibrarySpec, Network, SetupError, Spec,
+    Step, StrictSpec, WORKSPACE_INSIDE,
 };
 use super::syscalls::{self, MountAttributes, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY};
 use super::workspace;
@@ -143,8 +144,12 @@ impl Root {
     pub(super) fn complete(
         &self,
         mounted: Option<OwnedFd>,
+        library: Option<OwnedFd>,
         spec: &Spec,
     ) -> Result<Vec<PathBuf>, SetupError> {
+        if let Some(wanted) = &spec.library {
+            self.add_library(library, wanted)?;
+        }
         let workspace = match (mounted, &spec.workspace) {
             (Some(tree), _) => Detached::from_descriptor(tree)?,
             (None, Some(workspace)) => {
@@ -164,6 +169,37 @@ impl Root {
         .step(Step::FileSystem, "make the root read-only")?;
         self.enter()?;
         Ok(pinned)
+    }
+
+    /// Adds the library, and a link to it at its path on the host, which the links in workspaces lead
+    /// to. That path may be taken by something else inside; what is in the library is then found at its
+    /// one place only.
+    fn add_library(&self, tree: Option<OwnedFd>, wanted: &LibrarySpec) -> Result<(), SetupError> {
+        let tree = match tree {
+            Some(tree) => Some(tree),
+            None => workspace::mount_library(&wanted.path)?,
+        };
+        let Some(tree) = tree else { return Ok(()) };
+        Detached::from_descriptor(tree)?.attach(&self.root, inside(LIBRARY_INSIDE))?;
+        // It is not there then; what is in the library is.
+        self.link_library(&wanted.path).ok();
+        Ok(())
+    }
+
+    /// Nothing on the way is followed: the root is the host's until the new one is entered.
+    fn link_library(&self, path: &Path) -> rustix::io::Result<()> {
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut directory = rustix::fs::openat(&self.root, ".", flags, Mode::empty())?;
+        for component in parent.components() {
+            let Component::Normal(component) = component else { continue };
+            match rustix::fs::mkdirat(&directory, component, Mode::from_raw_mode(0o755)) {
+                Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+                Err(error) => return Err(error),
+            }
+            directory = rustix::fs::openat(&directory, component, flags, Mode::empty())?;
+        }
+        rustix::fs::symlinkat(LIBRARY_INSIDE, &directory, name)
     }
 
     /// Makes it the root, and lets go of the old one.

@@ -68,7 +68,7 @@ fn run(sandbox: &Sandbox<'_>) -> Result<(), SetupError> {
         .step(Step::Process, "create a pipe")?;
 
     let Some(mut job) = Job::receive(control)? else { return Ok(()) };
-    let pinned = root.complete(job.workspace.take(), &job.spec)?;
+    let pinned = root.complete(job.workspace.take(), job.library.take(), &job.spec)?;
     let watch = Watch::begin(pinned)?;
     if let Some(size) = job.spec.terminal {
         job.terminal = Some(terminal::open(size, control)?);

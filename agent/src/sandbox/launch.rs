@@ -21,7 +21,9 @@ use super::planted::Before;
 use super::protect;
 use super::remedy::Refusal;
 use super::spare::{NextSpare, Spares};
-use super::spec::{Action, Confinement, Identity, Limits, Network, ProbeFacts, Spec, StrictSpec};
+use super::spec::{
+    Action, Confinement, Identity, LibrarySpec, Limits, Network, ProbeFacts, Spec, StrictSpec,
+};
 use super::stage_handle::{Stage, StageHandle};
 use super::terminal::TerminalSize;
 use super::workspace::{self, WorkspaceRefusal};
@@ -75,6 +77,8 @@ pub struct Command {
     pub terminal: Option<TerminalSize>,
     /// Directories of this machine that it sees read-only, at the same path.
     pub read_only: Vec<PathBuf>,
+    /// The library of skills, which it sees read-only.
+    pub library: Option<PathBuf>,
     /// Directories that no workspace may contain or lie in.
     pub forbidden: Vec<PathBuf>,
     /// Refuse it where there is no control group to limit it as a whole.
@@ -199,6 +203,7 @@ impl Launcher {
         }
         fds.extend(files.script.as_ref().map(OwnedFd::as_fd));
         fds.extend(files.tree.as_ref().map(OwnedFd::as_fd));
+        fds.extend(files.library.as_ref().map(OwnedFd::as_fd));
 
         let spare = if is_probe { None } else { self.spares.take(&files.confinement) };
         let mut given = None;
@@ -301,6 +306,8 @@ struct Files {
     script: Option<OwnedFd>,
     /// The workspace, where this process can mount it.
     tree: Option<OwnedFd>,
+    /// The library, likewise.
+    library: Option<OwnedFd>,
     before: Option<Before>,
 }
 
@@ -356,11 +363,23 @@ impl Files {
             tree = Some(mounted.map_err(|error| LaunchError::Refused((&error).into()))?);
             workspace.mounted = true;
         }
+        let (mut library, mut library_tree) = (None, None);
+        if let (Confinement::Strict(StrictSpec { identity, .. }), Some(path)) =
+            (&confinement, command.library)
+        {
+            if identity.assumed {
+                let tree = workspace::mount_library(&path);
+                library_tree = tree.map_err(|error| LaunchError::Refused((&error).into()))?;
+            }
+            let mounted = library_tree.is_some();
+            library = (mounted || !identity.assumed).then_some(LibrarySpec { path, mounted });
+        }
         let spec = Spec {
             action,
             env: command.env,
             cwd: OsString::from_vec(command.cwd).into(),
             workspace,
+            library,
             limits: command.limits,
             stdin: command.stdin && command.terminal.is_none(),
             terminal: command.terminal,
@@ -368,7 +387,7 @@ impl Files {
         let spec = Document::new(&spec)
             .map_err(io_error("write the specification"))?
             .ok_or(LaunchError::TooLong)?;
-        Ok(Self { confinement, spec, script, tree, before })
+        Ok(Self { confinement, spec, script, tree, library: library_tree, before })
     }
 }
 

@@ -57,7 +57,8 @@ pub use planted::Before;
 pub use probe::Capabilities;
 pub use remedy::Refusal;
 pub use spec::{
-    Ending, HOME_INSIDE, Identity, Limits, Network, SetupError, Step, WORKSPACE_INSIDE,
+    Ending, HOME_INSIDE, Identity, LIBRARY_INSIDE, Limits, Network, SetupError, Step,
+    WORKSPACE_INSIDE,
 };
 pub use stage::{stage_main, stage_requested};
 pub use stage_handle::{StageHandle, StageMessage};

@@ -130,6 +130,7 @@ fn empty_command(abstract_socket: Vec<u8>, hidden: &[PathBuf]) -> Command {
         stdin: false,
         terminal: None,
         read_only: Vec::new(),
+        library: None,
         forbidden: hidden.to_vec(),
         require_control_group: false,
     }

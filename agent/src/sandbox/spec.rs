@@ -19,6 +19,8 @@ pub(super) const STAGE_NAME: &str = "cortex-sandbox";
 pub(super) const MAPPER_NAME: &str = "cortex-namespace";
 /// Where the workspace appears inside.
 pub const WORKSPACE_INSIDE: &str = "/workspace";
+/// Where the library of skills appears inside.
+pub const LIBRARY_INSIDE: &str = "/library";
 /// The home directory inside: private to the command and gone with it.
 pub const HOME_INSIDE: &str = "/home/cortex";
 /// Most bytes of a serialised [`Spec`]. Arguments and environment of 1 MiB, as JSON numbers.
@@ -46,6 +48,7 @@ pub(super) struct Spec {
     /// Relative to the workspace, or to the private directory where there is none.
     pub(super) cwd: PathBuf,
     pub(super) workspace: Option<WorkspaceSpec>,
+    pub(super) library: Option<LibrarySpec>,
     pub(super) limits: Limits,
     /// A pipe for standard input comes with the specification; otherwise the command reads
     /// end-of-file.
@@ -112,6 +115,15 @@ pub(super) struct WorkspaceSpec {
     pub(super) mounted: bool,
     /// What in it is kept from the command, in the order of the names. Empty in permissive mode.
     pub(super) pins: Vec<Pin>,
+}
+
+/// The library of skills, seen read-only.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct LibrarySpec {
+    /// Where it is on the host.
+    pub(super) path: PathBuf,
+    /// It comes with the specification as a detached mount.
+    pub(super) mounted: bool,
 }
 
 /// A name in a workspace that is kept from the command.

@@ -60,6 +60,8 @@ pub(super) struct Job {
     pub(super) script: Option<OwnedFd>,
     /// The workspace, where the agent has mounted it.
     pub(super) workspace: Option<OwnedFd>,
+    /// The library, likewise.
+    pub(super) library: Option<OwnedFd>,
     /// The command's side of its terminal, once that is open.
     pub(super) terminal: Option<OwnedFd>,
 }
@@ -85,7 +87,9 @@ impl Job {
         let script = if has_script { Some(next("the script")?) } else { None };
         let mounted = spec.workspace.as_ref().is_some_and(|workspace| workspace.mounted);
         let workspace = if mounted { Some(next("the workspace")?) } else { None };
-        Ok(Some(Self { spec, stdout, stderr, stdin, script, workspace, terminal: None }))
+        let mounted = spec.library.as_ref().is_some_and(|library| library.mounted);
+        let library = if mounted { Some(next("the library")?) } else { None };
+        Ok(Some(Self { spec, stdout, stderr, stdin, script, workspace, library, terminal: None }))
     }
 }
 

@@ -21,7 +21,9 @@ use super::git_files::{self, Setting};
 const GIT_ACTIVE: [&str; 5] = ["hooks", "config", "config.worktree", "commondir", "gitdir"];
 
 /// Other names at the top of a workspace that programs outside obey.
-const OBEYED: [&str; 16] = [
+const OBEYED: [&str; 17] = [
+    // Links to skills lead over it.
+    ".cortex",
     ".vscode",
     ".idea",
     ".claude",

@@ -9,7 +9,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::mount::OpenTreeFlags;
 
 use super::spec::{Context as _, SetupError, Step, WorkspaceSpec};
-use super::syscalls::{self, MountAttributes, NO_DEV, NO_SUID};
+use super::syscalls::{self, MountAttributes, NO_DEV, NO_SUID, READ_ONLY};
 
 /// Directories of the system that are no workspace, nor is anything that contains one of them.
 const SYSTEM: [&str; 14] = [
@@ -221,6 +221,33 @@ pub(super) fn mount(
             .step(Step::MappedWorkspace, "map the owner of the workspace to the command's user")?;
     }
     Ok(tree)
+}
+
+/// A detached mount of the library of skills, read-only; `None` if it is not there, or is a link.
+pub(super) fn mount_library(path: &Path) -> Result<Option<OwnedFd>, SetupError> {
+    let step = Step::FileSystem;
+    let attempt = format!("open the library {path:?}");
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory = match rustix::fs::openat(CWD, path, flags, Mode::empty()) {
+        Ok(directory) => directory,
+        Err(
+            rustix::io::Errno::NOENT
+            | rustix::io::Errno::ACCESS
+            | rustix::io::Errno::NOTDIR
+            | rustix::io::Errno::LOOP,
+        ) => return Ok(None),
+        Err(error) => return Err(error).step(step, attempt),
+    };
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = rustix::mount::open_tree(&directory, "", flags)
+        .step(step, "copy the mount of the library")?;
+    let set = READ_ONLY | NO_SUID | NO_DEV;
+    let attributes = MountAttributes { set, private: true, this_mount_only: true };
+    syscalls::mount_set_attributes(tree.as_fd(), attributes)
+        .step(step, "restrict the library's mount")?;
+    Ok(Some(tree))
 }
 
 /// A detached, private copy of the mount of a workspace, restricted before anybody can see it.

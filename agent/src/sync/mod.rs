@@ -58,6 +58,7 @@ use cortex_shared::wire_path::WirePath;
 use tokio::sync::{mpsc, oneshot, watch as watch_channel};
 use tokio::task::JoinHandle;
 
+use crate::library::Freshness;
 use engine::{Command, Engine};
 pub use explain::{ExplainError, Explanation};
 use ground::Ground;
@@ -83,6 +84,9 @@ pub struct WorkspaceConfig {
     pub state_dir: PathBuf,
     /// The roots of all workspaces of this agent.
     pub roots: Roots,
+    /// Has to be as new as a link to a skill before that takes the place of a directory; `None` where
+    /// there is no library, and links lead nowhere anyway.
+    pub library: Option<Freshness>,
 }
 
 /// Why a flush did not come to its end.
@@ -261,6 +265,12 @@ impl WorkspaceHandle {
     /// If the index cannot be read.
     pub fn explain(&self, path: &WirePath) -> Result<Explanation, ExplainError> {
         explain::explain(&self.config, &self.status.borrow().clone(), path)
+    }
+
+    /// Something outside of the workspace that it waited for may have come: it plans again, soon.
+    pub fn plan_again(&self) {
+        // One that is too busy to be told plans anyway.
+        self.commands.try_send(Command::PlanAgain).ok();
     }
 
     /// Lets deletions that are held because they are so many go to the hub, soon. Returns how many

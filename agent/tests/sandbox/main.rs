@@ -11,6 +11,7 @@ mod calls;
 mod denials;
 mod endings;
 mod input;
+mod library;
 mod output;
 mod protected;
 mod refusals;

@@ -18,11 +18,9 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use cortex_shared::clock::unix_ms;
 use cortex_shared::durable;
-use cortex_shared::tasks::TaskScope;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::Mutex;
@@ -31,8 +29,6 @@ use crate::store::{Actor, AuditHead, AuditLine, Store, StoreError};
 
 /// Lines read at a time.
 pub const PAGE_LINES: u32 = 256;
-/// How often the mark is moved.
-const MARK_INTERVAL: Duration = Duration::from_secs(60);
 /// A mark is far smaller.
 const MAX_MARK_BYTES: u64 = 1024;
 
@@ -311,22 +307,6 @@ impl AuditLog {
             }
         }
         self.write_mark(&head).await
-    }
-
-    /// Moves the mark from time to time, until the scope ends.
-    pub fn keep_marking(self: &Arc<Self>, scope: &TaskScope) {
-        let (log, cancel) = (Arc::clone(self), scope.token().clone());
-        scope.spawn("audit mark", async move {
-            loop {
-                if let Err(error) = log.move_mark().await {
-                    tracing::warn!(%error, "the mark of the audit log was not moved");
-                }
-                tokio::select! {
-                    () = cancel.cancelled() => return,
-                    () = tokio::time::sleep(MARK_INTERVAL) => {}
-                }
-            }
-        });
     }
 
     async fn read_mark(&self) -> Result<FoundMark, AuditError> {

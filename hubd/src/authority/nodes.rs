@@ -8,10 +8,10 @@ use std::time::Duration;
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::NodeId;
 use cortex_shared::policy::{Bound, Mode, Network};
-use cortex_shared::tasks::TaskScope;
 use serde_json::json;
 use tokio::sync::Mutex;
 
+use crate::events::{EventBus, Kind, NewEvent};
 use crate::node::membership::Membership;
 use crate::node::registry::{ForgetRefusal, Registry};
 use crate::store::{Actor, LabelChange, LabelRefusal, Node, NodePolicy, Store, StoreError};
@@ -22,10 +22,6 @@ pub const DEFAULT_PERMISSIVE: Duration = Duration::from_secs(3600);
 /// How long a permissive policy lasts at most: what is needed for longer belongs into the sandbox's
 /// own rules.
 pub const MAX_PERMISSIVE: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Longest wait for the end of a policy before the clock is looked at again: it may have been set.
-const CLOCK_LOOK: Duration = Duration::from_secs(60);
-/// Wait after the store did not take the end of a policy. The policy is not in force meanwhile.
-const STORE_RETRY: Duration = Duration::from_secs(5);
 
 /// Why a decision was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +48,7 @@ pub struct NodeDecisions {
     relay: Arc<Relay>,
     membership: Arc<Membership>,
     store: Arc<dyn Store>,
+    events: Arc<EventBus>,
     /// One at a time: memory and store see them in the same order.
     order: Mutex<()>,
     /// Decisions that withdraw something and wait for the store.
@@ -112,9 +109,10 @@ impl NodeDecisions {
         relay: Arc<Relay>,
         membership: Arc<Membership>,
         store: Arc<dyn Store>,
+        events: Arc<EventBus>,
     ) -> Arc<Self> {
         let (order, withdrawing) = (Mutex::default(), Withdrawing::default());
-        Arc::new(Self { registry, relay, membership, store, order, withdrawing })
+        Arc::new(Self { registry, relay, membership, store, events, order, withdrawing })
     }
 
     /// Ends a node's session, commands and calls at once, for good.
@@ -123,7 +121,8 @@ impl NodeDecisions {
     /// [`DecisionError::NotRecorded`].
     pub async fn revoke(&self, node: &Node, reason: &str, by: &Actor) -> Result<(), DecisionError> {
         let detail = json!({ "node_id": node.id.to_string(), "reason": reason });
-        self.end(node, "the node was revoked", by, "node.revoked", detail).await
+        let about = NewEvent::of_node(node).by(by).with("reason", reason);
+        self.end(node, "the node was revoked", by, (Kind::NodeRevoked, about), detail).await
     }
 
     /// The same, by the node's own wish.
@@ -133,7 +132,8 @@ impl NodeDecisions {
     pub async fn leave(&self, node: &Node) -> Result<(), DecisionError> {
         let by = Actor::from(format!("node:{}", node.name).as_str());
         let detail = json!({ "node_id": node.id.to_string() });
-        self.end(node, "the node has left the mesh", &by, "node.left", detail).await
+        let about = NewEvent::of_node(node).by(&by);
+        self.end(node, "the node has left the mesh", &by, (Kind::NodeLeft, about), detail).await
     }
 
     async fn end(
@@ -141,12 +141,16 @@ impl NodeDecisions {
         node: &Node,
         told: &str,
         by: &Actor,
-        action: &'static str,
+        (kind, about): (Kind, NewEvent),
         detail: serde_json::Value,
     ) -> Result<(), DecisionError> {
+        // The words of the audit log and of events are the same.
+        let action = kind.word();
         // The commands first: afterwards there is no session to tell the node by.
         self.relay.end_on_node(node.id, told);
         self.registry.revoke(node.id);
+        // It is in force, whatever becomes of its record.
+        self.events.publish(kind, about);
         let now = unix_ms();
         let audit = by.audit(now, action, &node.name, detail);
         let _order = self.order.lock().await;
@@ -165,11 +169,12 @@ impl NodeDecisions {
         let _order = self.order.lock().await;
         let record = self.registry.forget(node.id)?;
         if let Err(error) = self.store.forget_node(node.id, audit).await {
-            self.registry.add(record);
+            self.registry.add(record.clone());
             return Err(error.into());
         }
         self.membership.forgotten(node.id).await;
         tracing::info!(node = %node.name, id = %node.id, by = %by.name, "node forgotten");
+        self.events.publish(Kind::NodeForgotten, NewEvent::of_former_node(&record).by(by));
         Ok(())
     }
 
@@ -190,6 +195,7 @@ impl NodeDecisions {
         let _order = self.order.lock().await;
         let labels = self.store.label_node(node.id, change, audit).await??;
         self.registry.set_labels(node.id, labels);
+        self.tell(Kind::NodeLabelled, node.id, by);
         Ok(())
     }
 
@@ -203,6 +209,10 @@ impl NodeDecisions {
         let _order = self.order.lock().await;
         self.store.rename_node(node.id, name.clone(), audit).await?;
         self.registry.rename(node.id, name);
+        if let Some(view) = self.registry.get(node.id) {
+            let about = NewEvent::of_node(&view.node).by(by).with("before", &*node.name);
+            self.events.publish(Kind::NodeRenamed, about);
+        }
         Ok(())
     }
 
@@ -222,6 +232,7 @@ impl NodeDecisions {
         if cordoned {
             let _withdrawal = self.withdrawing.begin(node.id, Withdrawn::Commands);
             self.registry.set_cordoned(node.id, true);
+            self.tell(Kind::NodeCordoned, node.id, by);
             let _order = self.order.lock().await;
             let recorded = self.store.cordon_node(node.id, true, audit).await;
             return recorded.map_err(DecisionError::NotRecorded);
@@ -230,6 +241,7 @@ impl NodeDecisions {
         self.store.cordon_node(node.id, false, audit).await?;
         if !self.withdrawing.is_on(node.id, Withdrawn::Commands) {
             self.registry.set_cordoned(node.id, false);
+            self.tell(Kind::NodeUncordoned, node.id, by);
         }
         Ok(())
     }
@@ -262,6 +274,9 @@ impl NodeDecisions {
         let withdrawals: Vec<_> =
             taken.iter().map(|(what, _)| self.withdrawing.begin(node.id, *what)).collect();
         let reduced = self.reduce(node.id, &policy);
+        if reduced {
+            self.tell_policy(node.id, by);
+        }
         let _order = self.order.lock().await;
         if let Err(error) = self.store.set_node_policy(node.id, policy.clone(), audit).await {
             return Err(if reduced || given.is_empty() {
@@ -274,10 +289,26 @@ impl NodeDecisions {
         let withdrawn = |what: &Withdrawn| self.withdrawing.is_on(node.id, *what);
         if !given.is_empty() && !given.iter().any(|(what, _)| withdrawn(what)) {
             self.registry.set_policy(node.id, policy.clone());
+            self.tell_policy(node.id, by);
             let (by, reason) = (&by.name, &policy.reason);
             tracing::warn!(node = %node.name, %by, reason, policy = %policy.bound, "policy allows more");
         }
         Ok(())
+    }
+
+    fn tell(&self, kind: Kind, node: NodeId, by: &Actor) {
+        if let Some(view) = self.registry.get(node) {
+            self.events.publish(kind, NewEvent::of_node(&view.node).by(by));
+        }
+    }
+
+    fn tell_policy(&self, node: NodeId, by: &Actor) {
+        let Some(node) = self.registry.get(node).map(|view| view.node) else { return };
+        let NodePolicy { bound, until_ms, reason } = &node.policy;
+        let about = NewEvent::of_node(&node).by(by).with("reason", &**reason);
+        let about = about.with("mode", bound.mode.to_string());
+        let about = about.with("network", bound.network.to_string());
+        self.events.publish(Kind::PolicySet, about.with("until_ms", *until_ms));
     }
 
     /// Takes away at once what a new policy does not allow; whether anything was.
@@ -295,37 +326,25 @@ impl NodeDecisions {
         true
     }
 
-    /// Writes down the end of each policy that has one when its time is over, and tells its node. The
-    /// end itself needs nobody: a policy that is over is strict wherever it is read, even if the hub
-    /// was down at that moment. Ends with the scope.
-    pub fn end_policies(self: &Arc<Self>, scope: &TaskScope) {
-        let (decisions, cancel) = (Arc::clone(self), scope.token().clone());
-        scope.spawn("policy end", async move {
-            tokio::select! {
-                () = cancel.cancelled() => {}
-                () = decisions.end_policies_for_ever() => {}
+    /// Writes down the end of each policy whose time is over, and tells its node. The end itself needs
+    /// nobody: a policy that is over is strict wherever it is read, even if the hub was down at that
+    /// moment. Returns how many ended, and when the next one will.
+    ///
+    /// # Errors
+    /// Those of the store; the others are ended all the same.
+    pub async fn end_policies(&self) -> Result<(usize, Option<Duration>), StoreError> {
+        let (ended, next) = self.registry.ended_policies(unix_ms());
+        let (count, mut failed) = (ended.len(), None);
+        for node in ended {
+            if let Err(error) = self.end_policy(&node).await {
+                tracing::error!(node = %node.name, %error, "the end of a policy was not recorded");
+                failed = Some(error);
             }
-        });
-    }
-
-    async fn end_policies_for_ever(&self) {
-        loop {
-            let (ended, next) = self.registry.ended_policies(unix_ms());
-            let mut wait = CLOCK_LOOK;
-            if let Some(next) = next {
-                let left = u64::try_from(next - unix_ms()).unwrap_or_default();
-                wait = wait.min(Duration::from_millis(left));
-            }
-            for node in ended {
-                if let Err(error) = self.end_policy(&node).await {
-                    tracing::error!(node = %node.name, %error, "the end of a policy was not recorded");
-                    wait = wait.min(STORE_RETRY);
-                }
-            }
-            tokio::select! {
-                () = self.registry.policy_changed() => {}
-                () = tokio::time::sleep(wait) => {}
-            }
+        }
+        let left = |next: i64| u64::try_from(next - unix_ms()).unwrap_or_default();
+        match failed {
+            Some(error) => Err(error),
+            None => Ok((count, next.map(|next| Duration::from_millis(left(next))))),
         }
     }
 
@@ -346,6 +365,7 @@ impl NodeDecisions {
         self.store.set_node_policy(node.id, NodePolicy::default(), audit).await?;
         self.registry.set_policy(node.id, NodePolicy::default());
         tracing::info!(node = %node.name, "policy ended");
+        self.tell(Kind::PolicyEnded, node.id, &Actor::hub());
         Ok(())
     }
 }

@@ -10,22 +10,18 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use cortex_shared::backoff::Backoff;
 use cortex_shared::clock::unix_ms;
 use cortex_shared::policy::Role;
-use cortex_shared::tasks::TaskScope;
 use serde_json::json;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::nodes::DecisionError;
+use crate::events::{EventBus, Kind, NewEvent};
 use crate::store::{Actor, KeyHash, NewAudit, OperatorRecord, Scope, Store, StoreError};
 use crate::task::relay::Relay;
 
-/// First and longest bound of the wait before revocations are offered to the store again.
-const RECORD_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// Why a command of a revoked operator ends.
 const REVOKED: &str = "the operator who asked for it was revoked";
 
@@ -79,6 +75,7 @@ pub struct Operators {
     memory: Mutex<Memory>,
     store: Arc<dyn Store>,
     relay: Arc<Relay>,
+    events: Arc<EventBus>,
     /// One change at a time, from the store's answer to memory.
     order: tokio::sync::Mutex<()>,
     /// A revocation was not recorded.
@@ -90,12 +87,17 @@ impl Operators {
     ///
     /// # Errors
     /// Those of the store.
-    pub async fn load(store: Arc<dyn Store>, relay: Arc<Relay>) -> Result<Arc<Self>, StoreError> {
+    pub async fn load(
+        store: Arc<dyn Store>,
+        relay: Arc<Relay>,
+        events: Arc<EventBus>,
+    ) -> Result<Arc<Self>, StoreError> {
         let records = store.operators().await?;
         let operators = Self {
             memory: Mutex::default(),
             store,
             relay,
+            events,
             order: tokio::sync::Mutex::default(),
             record_again: Notify::new(),
         };
@@ -193,6 +195,7 @@ impl Operators {
         calls.cancel();
         drop(memory);
         self.relay.end_of_actor(name, REVOKED);
+        self.events.publish(Kind::OperatorRevoked, NewEvent::of_mesh().with("operator", name));
     }
 
     /// Records the revocation of an operator, if there is one that is not recorded.
@@ -211,40 +214,28 @@ impl Operators {
         recorded
     }
 
-    /// Offers revocations that were not recorded to the store again, until it has them. Ends with the
-    /// scope.
-    pub fn keep_recording(self: &Arc<Self>, scope: &TaskScope) {
-        let (operators, cancel) = (Arc::clone(self), scope.token().clone());
-        scope.spawn("revocations", async move {
-            tokio::select! {
-                () = cancel.cancelled() => {}
-                () = operators.record_for_ever() => {}
-            }
-        });
+    /// Waits until a revocation was not recorded. For one waiter.
+    pub async fn unrecorded(&self) {
+        self.record_again.notified().await;
     }
 
-    async fn record_for_ever(&self) {
-        loop {
-            self.record_again.notified().await;
-            let mut backoff = Backoff::new(RECORD_AGAIN.0, RECORD_AGAIN.1);
-            loop {
-                let names: Vec<String> = self.lock().unrecorded.keys().cloned().collect();
-                if names.is_empty() {
-                    break;
+    /// Offers revocations that were not recorded to the store again; returns how many it took.
+    ///
+    /// # Errors
+    /// Those of the store, if it did not take all of them.
+    pub async fn record_revocations(&self) -> Result<usize, StoreError> {
+        let names: Vec<String> = self.lock().unrecorded.keys().cloned().collect();
+        let (mut recorded, mut failed) = (0, None);
+        for name in names {
+            match self.record_revocation(&name).await {
+                Ok(()) => {
+                    recorded += 1;
+                    tracing::info!(operator = %name, "a revocation was recorded late");
                 }
-                tokio::time::sleep(backoff.next_delay()).await;
-                for name in names {
-                    match self.record_revocation(&name).await {
-                        Ok(()) => {
-                            tracing::info!(operator = %name, "a revocation was recorded late")
-                        }
-                        Err(error) => {
-                            tracing::error!(operator = %name, %error, "a revocation is not recorded yet");
-                        }
-                    }
-                }
+                Err(error) => failed = Some(error),
             }
         }
+        failed.map_or(Ok(recorded), Err)
     }
 }
 
@@ -280,10 +271,14 @@ impl Known {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use cortex_shared::labels::Labels;
     use cortex_shared::secret::InviteToken;
+    use cortex_shared::tasks::TaskScope;
 
     use super::*;
+    use crate::events::EventLimits;
     use crate::store::fault::{Fault, FaultStore, Faults};
     use crate::store::history::{HistoryLimits, HistoryStore};
     use crate::store::sqlite::SqliteStore;
@@ -291,6 +286,7 @@ mod tests {
     use crate::task::history::History;
     use crate::task::relay::Deadlines;
     use crate::task::spool::{Spool, SpoolLimits};
+    use crate::worker::{Supervisor, revocations};
 
     /// Operators on a store that does as it is told.
     struct Fixture {
@@ -312,8 +308,11 @@ mod tests {
         let history = History::start(history, HistoryLimits::default(), &scope);
         let deadlines = Deadlines { start: Duration::from_secs(9), resume: Duration::from_secs(9) };
         let store_of_relay = Arc::clone(&faulty) as _;
-        let relay = Relay::new(store_of_relay, spool.unwrap(), history, scope.clone(), deadlines);
-        let operators = Operators::load(faulty, relay).await.unwrap();
+        let events = EventBus::in_memory(EventLimits::default());
+        let told = Arc::clone(&events);
+        let relay =
+            Relay::new(store_of_relay, spool.unwrap(), history, told, scope.clone(), deadlines);
+        let operators = Operators::load(faulty, relay, events).await.unwrap();
         Fixture { _folder: folder, store, faults, operators, scope }
     }
 
@@ -370,7 +369,8 @@ mod tests {
         let (old, new) = ([1; 32], [2; 32]);
         f.login("ann", old).await;
         let unused = f.invite("ann").await;
-        f.operators.keep_recording(&f.scope);
+        let supervisor = Supervisor::new(Arc::clone(&f.operators.events), f.scope.clone());
+        revocations(&supervisor, &f.operators);
         f.faults.set(Fault::Fail);
         let refused = f.operators.revoke("ann", &Actor::hub()).await.unwrap_err();
         assert!(matches!(refused, DecisionError::NotRecorded(_)), "{refused}");

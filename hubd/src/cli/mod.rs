@@ -8,6 +8,7 @@ mod configuration;
 mod output;
 mod serve;
 mod service;
+mod worker;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,6 +20,7 @@ use cortex_shared::policy::Role;
 use crate::config::HubConfig;
 use authority::{AuditCommand, NodeCommand, PolicyCommand};
 use output::Format;
+use worker::WorkerCommand;
 
 /// The hub of a cortex mesh: admits nodes, relays commands, orders and stores workspace changes.
 #[derive(Parser)]
@@ -87,6 +89,11 @@ a file (--config). A flag goes before a variable, and a variable before the file
     Ca {
         #[command(subcommand)]
         command: CaCommand,
+    },
+    /// The hub's background work
+    Worker {
+        #[command(subcommand)]
+        command: WorkerCommand,
     },
     /// Invites for nodes
     Invite {
@@ -278,6 +285,7 @@ pub(crate) fn run() -> ExitCode {
             Command::Node { command } => authority::node(command).await,
             Command::Policy { command } => authority::policy(command).await,
             Command::Audit { command } => authority::audit(command).await,
+            Command::Worker { command } => worker::worker(command).await,
         }
         .map(|()| ExitCode::SUCCESS)
     });

@@ -12,10 +12,12 @@ use cortex_shared::telemetry::LogFormat;
 pub use self::http::HttpConfig;
 use crate::enroll::ca::NODE_CERTIFICATE_LIFE;
 use crate::enroll::limits::DEFAULT_JOIN_RATE;
+use crate::events::EventLimits;
 use crate::rate::Rate;
 use crate::store::history::HistoryLimits;
 use crate::sync::ContentLimits;
 use crate::task::spool::SpoolLimits;
+use crate::worker::Periods;
 
 /// Default port of the gRPC side.
 pub const DEFAULT_GRPC_PORT: u16 = 7443;
@@ -53,6 +55,12 @@ pub struct HubConfig {
     pub spool: SpoolLimits,
     /// How much of the output of each node is kept.
     pub history: HistoryLimits,
+    /// How long an old version of a skill is kept.
+    pub skills_keep_for: Duration,
+    /// How much is kept of events.
+    pub events: EventLimits,
+    /// How often background work is done.
+    pub workers: Periods,
     /// How much of workspaces' content may be in memory, and what stays free on the disk.
     pub content: ContentLimits,
     /// How long shutdown waits for open calls.
@@ -94,6 +102,9 @@ impl HubConfig {
             resume_grace: Duration::from_secs(10),
             spool: SpoolLimits::default(),
             history: HistoryLimits::default(),
+            skills_keep_for: Duration::from_secs(90 * 24 * 3600),
+            events: EventLimits::default(),
+            workers: Periods::default(),
             content: ContentLimits::default(),
             shutdown_grace: Duration::from_secs(10),
             log: LogSettings { filter: "info".to_owned(), format: LogFormat::Text },
@@ -176,6 +187,12 @@ impl DataLayout {
     #[must_use]
     pub fn history(&self) -> PathBuf {
         self.0.join("history.db")
+    }
+
+    /// The latest events.
+    #[must_use]
+    pub fn events(&self) -> PathBuf {
+        self.0.join("events.db")
     }
 
     /// Workspace content.

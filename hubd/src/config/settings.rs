@@ -156,9 +156,36 @@ settings! {
     history_bytes: "SIZE" in 65_536..=u64::MAX => history.bytes;
     /// Pieces of output kept of each node in its history.
     history_pieces: "N" in 100..=u64::MAX => history.segments;
+    /// Events in memory. Who follows events more slowly than they come is served from the disk.
+    events_in_memory: "N" in 16..=1_000_000 => events.in_memory;
+    /// Events kept on disk, for those who come back; some hundred bytes each.
+    events_kept: "N" in 100..=100_000_000 => events.kept;
+    /// How long they are kept.
+    events_keep_for: "DURATION" in Duration::from_secs(60)..=Duration::from_secs(366 * 24 * 3600) => events.keep_for;
+    /// How often one operator may follow events at the same time.
+    event_subscriptions: "N" in 1..=100_000 => events.subscriptions;
+    /// Least time between two times that the mesh monitor writes down when nodes were last seen.
+    worker_mesh_monitor: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(3600) => workers.mesh_monitor;
+    /// How often the mark of the audit log is moved. Younger lines can be cut off unseen if the hub is
+    /// killed.
+    worker_audit_anchor: "DURATION" in Duration::from_secs(1)..=Duration::from_secs(86_400) => workers.audit_anchor;
+    /// How often content is looked for that nothing names any more. Each look reads all entries.
+    worker_pack_collection: "DURATION" in Duration::from_secs(60)..=Duration::from_secs(30 * 86_400) => workers.pack_collection;
+    /// How often the history of forgotten nodes and old events are removed.
+    worker_history_trim: "DURATION" in Duration::from_secs(60)..=Duration::from_secs(30 * 86_400) => workers.history_trim;
+    /// How often invites are forgotten that are of no use any more.
+    worker_invite_expiry: "DURATION" in Duration::from_secs(60)..=Duration::from_secs(30 * 86_400) => workers.invite_expiry;
+    /// How long an invite that expired or was revoked is still listed.
+    invite_keep: "DURATION" in Duration::from_secs(3600)..=Duration::from_secs(3660 * 86_400) => workers.invite_keep;
+    /// How often certificates are looked for that expired while their nodes were away.
+    worker_certificate_sweep: "DURATION" in Duration::from_secs(60)..=Duration::from_secs(30 * 86_400) => workers.certificate_sweep;
+    /// How often what is left of deleted workspaces is removed.
+    worker_mirror_cleanup: "DURATION" in Duration::from_secs(60)..=Duration::from_secs(30 * 86_400) => workers.mirror_cleanup;
     /// What stays free on the disk: no content of workspaces is taken beyond it. Without a value a
     /// hundredth of the disk, 2 GiB at most.
     disk_reserve: "SIZE" => content.reserve_bytes;
+    /// How long a version of a skill can be restored after another took its place, or it was removed.
+    skills_keep_for: "DURATION" in Duration::ZERO..=Duration::from_secs(100 * 365 * 24 * 3600) => skills_keep_for;
     /// How long a stop waits for open calls, and again for the databases.
     shutdown_grace: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(600) => shutdown_grace;
     /// What is logged: error, warn, info, debug, trace, or a list such as info,cortex_hubd=debug. Read

@@ -26,6 +26,7 @@ use super::ca::{CaError, CertificateRequest, Issued};
 use super::limits::JoinLimits;
 use super::refusals::Refusals;
 use crate::authority::operators::Operators;
+use crate::events::{EventBus, Kind, NewEvent};
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::{
@@ -98,6 +99,8 @@ pub struct Admitted {
     pub membership: Arc<Membership>,
     /// Operators.
     pub operators: Arc<Operators>,
+    /// Where it is told.
+    pub events: Arc<EventBus>,
 }
 
 /// See the module.
@@ -172,12 +175,19 @@ impl Validator {
         let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.admitted.registry));
         let membership = Arc::clone(&self.admitted.membership);
         let refusals = self.refusals.of(&request.token, request.caller);
+        let (events, invite) = (Arc::clone(&self.admitted.events), request.token.id().to_string());
         let node = self
             .detached(async move {
                 let node = refusals.watch(store.redeem_node(redemption).await?).await?;
                 // The invite may have made it a member; what is known in memory follows the store.
                 membership.joined(&*store, node.id).await?;
-                registry.add(node.clone());
+                // Not for one that is known already: it asks again because an answer was lost.
+                if registry.add(node.clone()) {
+                    let used = NewEvent::of_mesh().with("invite", &*invite);
+                    events.publish(Kind::InviteUsed, used.with("admitted", &*node.name));
+                    let joined = NewEvent::of_node(&node).with("hostname", &*node.facts.hostname);
+                    events.publish(Kind::NodeJoined, joined);
+                }
                 // One that is known already, whose answer was lost, has got another certificate.
                 registry.renewed(&node);
                 Ok::<_, EnrollError>(node)
@@ -220,6 +230,10 @@ impl Validator {
         let issued =
             ring.issuing().issue_to_operator(&operator.name, role, certificate, unix_ms())?;
         tracing::info!(operator = %operator.name, role = %operator.role, "operator logged in");
+        let told = NewEvent::of_mesh().with("operator", &*operator.name);
+        let told = told.with("role", operator.role.to_string());
+        let invite = token.id().to_string();
+        self.admitted.events.publish(Kind::OperatorLoggedIn, told.with("invite", invite));
         Ok((operator, issued))
     }
 

@@ -20,7 +20,7 @@ use rustls::{RootCertStore, ServerConfig};
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::Connected;
 use x509_parser::extensions::GeneralName;
@@ -37,6 +37,13 @@ const MAX_SILENT: usize = 16 * 1024;
 const FIRST_BYTE_DEADLINE: Duration = Duration::from_secs(5);
 /// Handshakes under way at once; more wait for a place.
 const MAX_HANDSHAKES: usize = 512;
+/// Handshakes that are worked on at once. Each takes a processor for about a millisecond, and whatever else
+/// is to be done stands in line behind those that are ready: this many are a small part of a second, even
+/// where the hub has a small part of a processor.
+const TURNS: usize = 32;
+/// After this time a handshake is taken to wait for its peer, and another one has its turn. So distant
+/// peers do not hold up others: hundreds begin in a second, wherever they are.
+const TURN: Duration = Duration::from_millis(100);
 /// Time a handshake may take.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// Connections that are ready but not yet taken by the server.
@@ -202,6 +209,7 @@ pub fn accept_tls(
 ) -> Incoming {
     let (ready, incoming) = mpsc::channel(READY);
     let places = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let turns = Arc::new(Semaphore::new(TURNS));
     let silent = Arc::new(Semaphore::new(MAX_SILENT));
     let (own_scope, cancel) = (scope.clone(), scope.token().clone());
     scope.spawn("accept", async move {
@@ -222,20 +230,22 @@ pub fn accept_tls(
                 continue;
             };
             let (acceptor, ready) = (TlsAcceptor::from(settings.config()), ready.clone());
-            let places = Arc::clone(&places);
+            let (places, turns) = (Arc::clone(&places), Arc::clone(&turns));
             own_scope.spawn("handshake", async move {
                 // A connection that says nothing takes no place from those that do.
                 let spoke = tokio::time::timeout(FIRST_BYTE_DEADLINE, tcp.readable()).await;
                 if !matches!(spoke, Ok(Ok(()))) {
                     return;
                 }
-                drop(waiting);
                 let Ok(place) = places.acquire_owned().await else { return };
+                // Only now: those that wait for a place are bounded as well.
+                drop(waiting);
+                let Ok(turn) = turns.acquire_owned().await else { return };
                 // Small frames must not wait for more: latency is what people feel.
                 tcp.set_nodelay(true).ok();
                 cortex_shared::dead_line::notice(&tcp).ok();
-                let tls = match tokio::time::timeout(HANDSHAKE_DEADLINE, acceptor.accept(tcp)).await
-                {
+                let handshake = in_turn(acceptor.accept(tcp), turn);
+                let tls = match tokio::time::timeout(HANDSHAKE_DEADLINE, handshake).await {
                     Ok(Ok(tls)) => tls,
                     Ok(Err(error)) => {
                         tracing::debug!(%address, %error, "handshake failed");
@@ -279,6 +289,17 @@ pub fn accept_tls(
         }
     });
     incoming
+}
+
+/// Gives the turn back when the work is done, or has taken so long that it must be waiting for somebody.
+async fn in_turn<F: Future>(work: F, turn: OwnedSemaphorePermit) -> F::Output {
+    let mut work = std::pin::pin!(work);
+    tokio::select! {
+        biased;
+        done = &mut work => return done,
+        () = tokio::time::sleep(TURN) => drop(turn),
+    }
+    work.await
 }
 
 /// Accepts connections of root and of the hub's own user on the administration socket.
@@ -337,4 +358,28 @@ pub fn bind_local(path: &Path) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
     Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_peer_that_is_slow_keeps_its_turn_for_a_moment_only() {
+        let turns = Arc::new(Semaphore::new(1));
+        let turn = || Arc::clone(&turns).try_acquire_owned();
+        let (answer, peer) = tokio::sync::oneshot::channel::<()>();
+        let slow = in_turn(peer, turn().unwrap());
+        let another = async {
+            assert!(turn().is_err(), "it is worked on");
+            let began = tokio::time::Instant::now();
+            let next = turns.acquire().await.unwrap();
+            assert!(began.elapsed() >= TURN / 2, "it waits for its peer");
+            drop(next);
+            answer.send(()).unwrap();
+        };
+        tokio::join!(slow, another).0.unwrap();
+        in_turn(std::future::ready(()), turn().unwrap()).await;
+        assert!(turn().is_ok(), "it is done");
+    }
 }

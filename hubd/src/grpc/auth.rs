@@ -32,6 +32,7 @@ use super::status::{from_node, from_operator, refuse, with_hint};
 use crate::authority::operators::{OperatorRefusal, Operators};
 use crate::authority::refused::RefusalLog;
 use crate::authority::sessions::SessionHolder;
+use crate::error_id::{InCall, in_call};
 use crate::node::registry::{NodeRefusal, Registry};
 use crate::store::{Actor, KeyHash, Node, Scope};
 
@@ -227,6 +228,14 @@ pub const TABLE: &[(&str, Level)] = &[
     ("/cortex.v1.Operator/ShowWorkspace", Level::Look),
     ("/cortex.v1.Operator/SetWorkspace", Level::Administer),
     ("/cortex.v1.Operator/DeleteWorkspace", Level::Administer),
+    ("/cortex.v1.Operator/PromoteSkill", Level::Manage),
+    ("/cortex.v1.Operator/ListSkills", Level::Look),
+    ("/cortex.v1.Operator/ShowSkill", Level::Look),
+    ("/cortex.v1.Operator/RemoveSkill", Level::Govern),
+    ("/cortex.v1.Operator/RestoreSkill", Level::Manage),
+    ("/cortex.v1.Operator/WatchEvents", Level::Look),
+    ("/cortex.v1.Operator/ListWorkers", Level::Govern),
+    ("/cortex.v1.Operator/RunWorker", Level::Govern),
 ];
 
 /// What a caller has proved to be, and what ends its calls.
@@ -480,6 +489,21 @@ impl AuthLayer {
     }
 }
 
+/// Who asks, as the audit log names them but for nodes, which are named by their id, and what.
+fn named<B>(request: &Request<B>) -> (String, &'static str) {
+    let path = request.uri().path();
+    let method = TABLE.iter().find(|(method, _)| *method == path).map_or("", |(method, _)| method);
+    let caller = match request.extensions().get::<AdmittedNode>() {
+        Some(node) => format!("node:{}", node.node_id),
+        None => request
+            .extensions()
+            .get::<AdmittedOperator>()
+            .map(|operator| operator.name.clone())
+            .unwrap_or_default(),
+    };
+    (caller, method)
+}
+
 /// What the handler of an admitted request finds; absent only if the layer is not in place.
 pub fn admitted<T: Clone + Send + Sync + 'static, B>(
     request: &tonic::Request<B>,
@@ -514,20 +538,23 @@ where
 {
     type Response = Response<Body>;
     type Error = S::Error;
-    type Future = Either<Either<S::Future, Guarded<S::Future>>, Refused<S::Error>>;
+    type Future = Either<Either<InCall<S::Future>, Guarded<InCall<S::Future>>>, Refused<S::Error>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(context)
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        match self.layer.admit(&mut request) {
-            Ok(None) => Either::Left(Either::Left(self.inner.call(request))),
-            Ok(Some(Admitted { until, ends })) => {
-                Either::Left(Either::Right(guard(self.inner.call(request), until, ends)))
-            }
-            Err(status) => Either::Right(ready(Ok(status.into_http()))),
-        }
+        let admitted = match self.layer.admit(&mut request) {
+            Ok(admitted) => admitted,
+            Err(status) => return Either::Right(ready(Ok(status.into_http()))),
+        };
+        let (caller, method) = named(&request);
+        let call = in_call(caller, method, self.inner.call(request));
+        Either::Left(match admitted {
+            None => Either::Left(call),
+            Some(Admitted { until, ends }) => Either::Right(guard(call, until, ends)),
+        })
     }
 }
 

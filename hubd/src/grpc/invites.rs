@@ -16,6 +16,7 @@ use super::auth::AdmittedOperator;
 use super::operator::OperatorService;
 use super::status::{from_store, invalid};
 use super::{convert, workspaces};
+use crate::events::{Kind, NewEvent};
 use crate::store::{Invite, InviteKind, NewInvite, SourceRange, StoreError};
 
 /// Life of an invite unless told otherwise.
@@ -106,6 +107,8 @@ pub(super) async fn revoke(
     let line = caller.actor().audit(now, "invite.revoked", id.to_string(), json!({}));
     service.store.revoke_invite(id.clone(), now, line).await.map_err(from_store)?;
     tracing::info!(invite = %id, by = %caller.name, "invite revoked");
+    let about = NewEvent::of_mesh().by(&caller.actor()).with("invite", id.to_string());
+    service.events.bus.publish(Kind::InviteRevoked, about);
     Ok(v1::RevokeInviteResponse {})
 }
 
@@ -163,6 +166,8 @@ async fn record(
     let audit = caller.actor().audit(invite.created_at_ms, "invite.created", id.clone(), detail);
     service.store.create_invite(invite, audit).await.map_err(from_store)?;
     tracing::info!(invite = %id, kind, by = %caller.name, "invite created");
+    let about = NewEvent::of_mesh().by(&caller.actor()).with("invite", id).with("for", kind);
+    service.events.bus.publish(Kind::InviteCreated, about);
     Ok(())
 }
 

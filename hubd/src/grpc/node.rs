@@ -27,6 +27,7 @@ use super::{convert, files};
 use crate::authority::nodes::NodeDecisions;
 use crate::enroll::authorities::Authorities;
 use crate::enroll::validator::Validator;
+use crate::events::{EventBus, Kind, NewEvent};
 use crate::node::files::FileExchange;
 use crate::node::registry::{ArrivalRefusal, NodeRefusal, Registry, policy_update};
 use crate::node::session::{self, SessionGuard};
@@ -62,6 +63,8 @@ pub struct NodeService {
     pub decisions: Arc<NodeDecisions>,
     /// Where copies of identities are recorded.
     pub store: Arc<dyn Store>,
+    /// Where it is told what happens.
+    pub events: Arc<EventBus>,
     /// Owns the session tasks.
     pub scope: TaskScope,
     /// Interval told to nodes.
@@ -94,6 +97,10 @@ impl NodeService {
             return;
         };
         tracing::warn!(node = %name, %id, ?suspicion, ?holder, "a copied identity was refused");
+        if let Some(view) = self.registry.get(id) {
+            let told = NewEvent::of_node(&view.node).with("hostname", &*suspicion.machine.hostname);
+            self.events.publish(Kind::NodeCloneSuspected, told);
+        }
         let (store, suspicion) = (Arc::clone(&self.store), suspicion.as_ref().clone());
         self.scope.spawn("clone suspicion", async move {
             if let Err(error) = store.suspect_clone(id, suspicion).await {
@@ -150,6 +157,7 @@ impl Node for NodeService {
             ends.handle.clone(),
             Arc::clone(&self.registry),
             Arc::clone(&self.relay),
+            Arc::clone(&self.events),
         );
         let heartbeat = heartbeat_for(self.registry.online(), self.heartbeat);
         let policy = policy_update(&node.policy, unix_ms());
@@ -178,6 +186,10 @@ impl Node for NodeService {
         let members = Arc::clone(&self.members);
         self.scope.spawn("memberships", async move { members.send_memberships(node_id).await });
         tracing::info!(node = %node.name, id = %node_id, session = %ends.handle.id, "node connected");
+        let address = peer.as_ref().and_then(Peer::address);
+        let online = NewEvent::of_node(&node).with("agent_version", &*node.facts.agent_version);
+        let online = online.with("address", address.map(|address| address.to_string()));
+        self.events.publish(Kind::NodeOnline, online.with("epoch", ends.handle.epoch));
         if skew_ms.unsigned_abs() > WORTHY_SKEW_MS {
             tracing::warn!(node = %node.name, skew_ms, "the node's clock and the hub's differ");
         }

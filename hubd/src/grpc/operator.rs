@@ -18,8 +18,8 @@ use super::listing::{Selector, list_nodes, watch};
 use super::place::HttpPlace;
 use super::status::{from_lookup, internal};
 use super::{
-    authority, convert, exec, files, history, invites, login_link, past, rotation, tasks,
-    workspaces,
+    authority, convert, events, exec, files, history, invites, login_link, past, rotation, skills,
+    tasks, workers, workspaces,
 };
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
@@ -27,12 +27,15 @@ use crate::authority::operators::Operators;
 use crate::authority::refused::RefusalLog;
 use crate::authority::sessions::Sessions;
 use crate::enroll::authorities::Authorities;
+use crate::events::EventFeed;
 use crate::node::files::FileExchange;
 use crate::node::registry::{NodeView, Registry};
+use crate::skills::Skills;
 use crate::store::Store;
 use crate::sync::Workspaces;
 use crate::sync::members::Members;
 use crate::task::relay::Relay;
+use crate::worker::Supervisor;
 
 /// See the module. Clones share everything.
 #[derive(Clone)]
@@ -51,6 +54,8 @@ pub struct OperatorService {
     pub members: Arc<Members>,
     /// Workspace content.
     pub content: Arc<Workspaces>,
+    /// The library.
+    pub skills: Arc<Skills>,
     /// Decisions about nodes.
     pub decisions: Arc<NodeDecisions>,
     /// Who may call.
@@ -59,6 +64,10 @@ pub struct OperatorService {
     pub audit: Arc<AuditLog>,
     /// The mesh.
     pub authorities: Arc<Authorities>,
+    /// Background work.
+    pub workers: Arc<Supervisor>,
+    /// What happens.
+    pub events: EventFeed,
     /// Owns streams that outlive their call.
     pub scope: cortex_shared::tasks::TaskScope,
     /// How long a command waits to be journalled.
@@ -130,6 +139,7 @@ impl Operator for OperatorService {
     type ReadHistoryStream = BoxStream<v1::ReadHistoryResponse>;
     type ReadTaskStream = BoxStream<v1::ReadTaskResponse>;
     type ListAuditStream = BoxStream<v1::AuditEntry>;
+    type WatchEventsStream = BoxStream<v1::EventFrame>;
     type WatchNodesStream = BoxStream<v1::ListNodesResponse>;
     type WorkspaceStatusStream = BoxStream<v1::WorkspaceStatusResponse>;
 
@@ -518,6 +528,69 @@ impl Operator for OperatorService {
     ) -> Result<Response<v1::DeleteWorkspaceResponse>, Status> {
         let operator = admitted(&request)?;
         workspaces::delete(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn promote_skill(
+        &self,
+        request: Request<v1::PromoteSkillRequest>,
+    ) -> Result<Response<v1::PromoteSkillResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::promote(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_skills(
+        &self,
+        request: Request<v1::ListSkillsRequest>,
+    ) -> Result<Response<v1::ListSkillsResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::list(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn show_skill(
+        &self,
+        request: Request<v1::ShowSkillRequest>,
+    ) -> Result<Response<v1::ShowSkillResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::show(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn remove_skill(
+        &self,
+        request: Request<v1::RemoveSkillRequest>,
+    ) -> Result<Response<v1::RemoveSkillResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::remove(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn restore_skill(
+        &self,
+        request: Request<v1::RestoreSkillRequest>,
+    ) -> Result<Response<v1::RestoreSkillResponse>, Status> {
+        let operator = admitted(&request)?;
+        skills::restore(self, &operator, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn watch_events(
+        &self,
+        request: Request<v1::WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        let operator = admitted(&request)?;
+        events::watch(self, &operator, request.into_inner()).map(Response::new)
+    }
+
+    async fn list_workers(
+        &self,
+        _: Request<v1::ListWorkersRequest>,
+    ) -> Result<Response<v1::ListWorkersResponse>, Status> {
+        Ok(Response::new(workers::list(self)))
+    }
+
+    async fn run_worker(
+        &self,
+        request: Request<v1::RunWorkerRequest>,
+    ) -> Result<Response<v1::WorkerInfo>, Status> {
+        let operator = admitted(&request)?;
+        workers::run(self, &operator, request.into_inner()).await.map(Response::new)
     }
 }
 

@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 use crate::authority::nodes::DecisionError;
 use crate::authority::operators::OperatorRefusal;
 use crate::enroll::validator::EnrollError;
+use crate::error_id;
 use crate::node::registry::{ArrivalRefusal, ForgetRefusal, NodeLookup, NodeRefusal, SessionEnded};
 use crate::store::{
     CloneSuspicion, DatabaseError, LabelRefusal, Machine, RedeemRefusal, RenewRefusal, Scope,
@@ -60,18 +61,12 @@ pub fn invalid(text: impl Into<String>) -> Status {
 
 /// An error of the hub's own: the caller gets an id, the log gets the chain.
 pub fn internal(error: &(dyn std::error::Error + 'static)) -> Status {
-    let id = format!("{:08x}", rand::random::<u32>());
-    let mut chain = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        chain.push_str(": ");
-        chain.push_str(&error.to_string());
-        source = error.source();
-    }
-    crate::counters::INTERNAL_ERRORS.add(1);
-    tracing::error!(error_id = %id, error = %chain, "internal error");
-    let text = format!("the hub failed (error id {id})");
-    let mut status = refuse(Code::Internal, "internal", text);
+    with_error_id(Code::Internal, "internal", "the hub failed", error_id::report(error))
+}
+
+/// A refusal whose reason stands in the log, under this id.
+fn with_error_id(code: Code, word: &'static str, text: &str, id: String) -> Status {
+    let mut status = refuse(code, word, format!("{text} (error id {id})"));
     if let Ok(id) = MetadataValue::try_from(id) {
         status.metadata_mut().insert(ERROR_ID_TRAILER, id);
     }
@@ -121,7 +116,7 @@ pub fn from_database(error: &DatabaseError) -> Status {
 
 /// How a full disk looks to a caller: it need not give up.
 pub fn disk_full(error: &(dyn std::error::Error + 'static)) -> Status {
-    tracing::error!(error, "the disk is full");
+    error_id::report(error);
     no_room()
 }
 
@@ -260,8 +255,11 @@ pub fn from_decision(error: DecisionError) -> Status {
             from_store(StoreError::NotFound { what, name })
         }
         DecisionError::NotRecorded(source) => {
-            tracing::error!(error = %source, "a decision is in force but was not recorded");
-            with_hint(refuse(Code::Internal, "not_recorded", text), "repeat the command")
+            let id = error_id::report(&source);
+            with_hint(
+                with_error_id(Code::Internal, "not_recorded", &text, id),
+                "repeat the command",
+            )
         }
         DecisionError::Forget(ForgetRefusal::Unknown) => {
             refuse(Code::NotFound, "node_not_found", text)

@@ -13,6 +13,7 @@ use cortex_proto::v1::sync_server::{Sync, SyncServer};
 use cortex_proto::{MAX_MESSAGE_BYTES, v1};
 use cortex_shared::entry::Digest;
 use cortex_shared::ids::{NodeId, WorkspaceId};
+use cortex_shared::wire_path::WirePath;
 use futures_util::stream::{self, Stream, StreamExt as _, TryStreamExt as _};
 use prost::Message as _;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use super::auth::{AdmittedNode, admitted};
 use super::status::{disk_full, from_database, internal, invalid, no_room, over_quota, refuse};
 use crate::counters;
+use crate::events::{EventBus, Kind, NewEvent};
 use crate::store::workspace::{Found, StoreError};
 use crate::sync::{SyncError, WorkspaceHub, Workspaces};
 
@@ -55,6 +57,7 @@ impl Membership for crate::node::membership::Membership {
 pub struct SyncService {
     workspaces: Arc<Workspaces>,
     membership: Arc<dyn Membership>,
+    events: Arc<EventBus>,
 }
 
 /// A member and the workspace it asks for.
@@ -67,8 +70,22 @@ struct Member {
 impl SyncService {
     /// Serves these workspaces to their members.
     #[must_use]
-    pub fn new(workspaces: Arc<Workspaces>, membership: Arc<dyn Membership>) -> Self {
-        Self { workspaces, membership }
+    pub fn new(
+        workspaces: Arc<Workspaces>,
+        membership: Arc<dyn Membership>,
+        events: Arc<EventBus>,
+    ) -> Self {
+        Self { workspaces, membership, events }
+    }
+
+    /// Tells of conflicts, once for each commit: names of members are for those who see them to look up.
+    fn tell_conflicts(&self, workspace: WorkspaceId, copies: &[(WirePath, WirePath)]) {
+        let Some((path, copy)) = copies.first() else { return };
+        let name = self.membership.workspace_name(workspace).unwrap_or_default();
+        let shown = |path: &WirePath| String::from_utf8_lossy(path.as_bytes()).into_owned();
+        let about = NewEvent::of_workspace(workspace, &name).with("copies", copies.len());
+        let about = about.with("path", shown(path)).with("copy", shown(copy));
+        self.events.publish(Kind::WorkspaceConflict, about);
     }
 
     /// The service with the message limits of the protocol.
@@ -95,8 +112,19 @@ impl SyncService {
         Err(refuse(Code::PermissionDenied, "not_a_member", text))
     }
 
+    /// The same for whoever wants to write: nobody writes to the library, which the hub makes of what
+    /// operators promote.
+    async fn writer(&self, node: NodeId, workspace_id: &[u8]) -> Result<Member, Status> {
+        let member = self.member(node, workspace_id).await?;
+        if member.workspace.id() == WorkspaceId::LIBRARY {
+            let text = "nodes read the library and do not write to it";
+            return Err(refuse(Code::PermissionDenied, "library_read_only", text));
+        }
+        Ok(member)
+    }
+
     async fn put_pack(&self, node: NodeId, put: v1::PutPack) -> Result<PutFuture, Status> {
-        let Member { workspace, .. } = self.member(node, &put.workspace_id).await?;
+        let Member { workspace, .. } = self.writer(node, &put.workspace_id).await?;
         let room = workspace.incoming_room(node, put.pack.len()).await;
         Ok(Box::pin(async move {
             counters::PACK_BYTES_IN.add(put.pack.len() as u64);
@@ -152,7 +180,11 @@ impl Sync for SyncService {
             name: self.membership.workspace_name(workspace.id()).unwrap_or_default(),
             applied_seq: workspace.applied(node).await.map_err(status)?,
             confirm_deletes: workspace.take_confirmation(node),
-            wanted: convert::wire_hashes(&workspace.wanted().await.map_err(status)?),
+            // Nobody could send what the library has lost.
+            wanted: match workspace.id() {
+                WorkspaceId::LIBRARY => Bytes::new(),
+                _ => convert::wire_hashes(&workspace.wanted().await.map_err(status)?),
+            },
         }))
     }
 
@@ -194,14 +226,18 @@ impl Sync for SyncService {
     ) -> Result<Response<v1::CommitResponse>, Status> {
         let AdmittedNode { node_id } = admitted(&request)?;
         let request = request.into_inner();
-        let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
+        let Member { node, workspace } = self.writer(node_id, &request.workspace_id).await?;
         let room = workspace.incoming_room(node, request.encoded_len()).await;
         same_history(&workspace, request.known.as_ref()).await?;
         let commit = convert::commit(request, node)?;
+        let copies: Vec<_> = commit.copies().collect();
         let result = workspace.commit(commit).await.map_err(status)?;
         drop(room);
         counters::COMMITS.add(1);
         counters::CHANGES_REJECTED.add(result.rejected.len() as u64);
+        let made = |index: &u32| !result.rejected.iter().any(|other| other.index == *index);
+        let made = copies.into_iter().filter(|(index, _)| made(index)).map(|(_, copy)| copy);
+        self.tell_conflicts(workspace.id(), &made.collect::<Vec<_>>());
         Ok(Response::new(convert::wire_result(result)))
     }
 
@@ -324,6 +360,7 @@ pub(super) fn status(error: SyncError) -> Status {
                 StoreError::VersionForgotten { .. } => {
                     refuse(Code::NotFound, "version_forgotten", text)
                 }
+                StoreError::NotWhole { .. } => refuse(Code::Aborted, "changed", text),
                 StoreError::NothingBefore { .. } => refuse(Code::NotFound, "nothing_before", text),
                 StoreError::TooMuch { .. } => refuse(Code::ResourceExhausted, "too_much", text),
                 StoreError::Database(error) => from_database(error),

@@ -18,7 +18,7 @@ use crate::store::Workspace;
 
 /// Whether a caller sees a workspace: one that has a member within its scope. One without members has
 /// content nevertheless, or will have some; it is for the scope it was made in.
-fn sees(registry: &Registry, workspace: &Workspace, caller: &AdmittedOperator) -> bool {
+pub(super) fn sees(registry: &Registry, workspace: &Workspace, caller: &AdmittedOperator) -> bool {
     caller.scope.is_everything()
         || (workspace.members.is_empty() && workspace.scope == caller.scope)
         || workspace.members.iter().any(|node| sees_node(registry, *node, caller))

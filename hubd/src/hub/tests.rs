@@ -1,8 +1,10 @@
 mod authority;
 mod chains;
+mod events;
 mod identity;
 mod invites;
 mod joining;
+mod logs;
 mod matrix;
 mod rotation;
 mod stall;
@@ -16,7 +18,10 @@ use super::*;
 use crate::store::{NewTask, TaskEnd, Verdict};
 
 fn config(data: &std::path::Path) -> HubConfig {
+    // Some tests write down what happened long ago.
+    let invite_keep = Duration::from_secs(365 * 24 * 3600);
     HubConfig {
+        workers: crate::worker::Periods { invite_keep, ..Default::default() },
         grpc: "127.0.0.1:0".parse().unwrap(),
         resume_grace: Duration::from_millis(100),
         http: crate::config::HttpConfig {

@@ -2,10 +2,12 @@
 //! handler of a live session asks the store.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, WorkspaceId};
+use cortex_shared::library::LIBRARY_NAME;
 use serde_json::json;
 
 use crate::store::{Actor, NewAudit, Scope, Store, StoreError, Workspace};
@@ -17,6 +19,8 @@ pub struct Membership {
     /// One change at a time, from the store's answer to memory: of two that cross, the later one in the
     /// store is the later one here.
     order: tokio::sync::Mutex<()>,
+    /// There is a library, of which every node is a member.
+    library: AtomicBool,
 }
 
 impl Membership {
@@ -58,7 +62,18 @@ impl Membership {
         self.workspaces.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All workspaces by name.
+    /// From now on there is a library; whether that is new.
+    pub fn begin_library(&self) -> bool {
+        !self.library.swap(true, Ordering::AcqRel)
+    }
+
+    /// Whether there is a library.
+    #[must_use]
+    pub fn has_library(&self) -> bool {
+        self.library.load(Ordering::Acquire)
+    }
+
+    /// All workspaces by name. The library is none of them.
     #[must_use]
     pub fn all(&self) -> Vec<Workspace> {
         let mut all: Vec<_> = self.lock().values().cloned().collect();
@@ -86,15 +101,21 @@ impl Membership {
         all
     }
 
-    /// Whether a node is a member of a workspace.
+    /// Whether a node is a member of a workspace, or reads the library.
     #[must_use]
     pub fn is_member(&self, node: NodeId, workspace: WorkspaceId) -> bool {
+        if workspace == WorkspaceId::LIBRARY {
+            return self.has_library();
+        }
         self.lock().get(&workspace).is_some_and(|w| w.members.contains(&node))
     }
 
     /// The name of a workspace.
     #[must_use]
     pub fn name_of(&self, workspace: WorkspaceId) -> Option<String> {
+        if workspace == WorkspaceId::LIBRARY {
+            return Some(LIBRARY_NAME.to_owned());
+        }
         self.lock().get(&workspace).map(|w| w.name.clone())
     }
 

@@ -10,13 +10,16 @@ mod authority;
 mod identity;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use cortex_proto::v1::{HubFrame, SandboxReport, Superseded, SyncStatus, hub_frame};
+use cortex_proto::v1::{HubFrame, SandboxReport, Superseded, SyncState, SyncStatus, hub_frame};
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, SessionId, WorkspaceId};
+use cortex_shared::labels::Labels;
 use cortex_shared::policy::Bound;
+use cortex_shared::text::shorten;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -29,6 +32,9 @@ use crate::store::{Node, Presented};
 /// Frames that may wait for a node on its control stream. They are small and the node always reads
 /// them; a full queue means a dead peer.
 pub const OUTBOX_FRAMES: usize = 512;
+
+/// Of a longer reason the beginning is told.
+const MAX_REASON_BYTES: usize = 512;
 
 /// Longest text that can name a node: a name of 63 characters, or an id.
 const MAX_WANTED_BYTES: usize = 64;
@@ -172,10 +178,17 @@ impl Registry {
         self.changed.send_modify(|version| *version += 1);
     }
 
-    /// Makes a node known.
-    pub fn add(&self, node: Node) {
-        self.lock().entry(node.id).or_insert_with(|| Known::new(node));
+    /// Makes a node known; whether it was not before.
+    pub fn add(&self, node: Node) -> bool {
+        let new = match self.lock().entry(node.id) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(place) => {
+                place.insert(Known::new(node));
+                true
+            }
+        };
         self.notify();
+        new
     }
 
     /// All nodes by name.
@@ -190,6 +203,12 @@ impl Registry {
     #[must_use]
     pub fn get(&self, id: NodeId) -> Option<NodeView> {
         self.lock().get(&id).map(Known::view)
+    }
+
+    /// The labels of a node.
+    #[must_use]
+    pub fn labels_of(&self, id: NodeId) -> Option<Labels> {
+        self.lock().get(&id).map(|known| known.node.labels.clone())
     }
 
     /// The node of this name, or the only one whose id begins like this, of those that the caller may
@@ -300,16 +319,29 @@ impl Registry {
         self.notify();
     }
 
-    /// Keeps what a node reports of its workspaces, if the report is of its current session.
-    pub fn report_sync(&self, node: NodeId, session: SessionId, reports: Vec<SyncStatus>) {
+    /// Keeps what a node reports of its workspaces, if the report is of its current session. Returns what
+    /// of it somebody may have to do something about.
+    pub fn report_sync(
+        &self,
+        node: NodeId,
+        session: SessionId,
+        reports: Vec<SyncStatus>,
+    ) -> Vec<(WorkspaceId, SyncNews)> {
         let mut nodes = self.lock();
-        let Some(known) = of_session(&mut nodes, node, session) else { return };
-        known.sync = reports
+        let Some(known) = of_session(&mut nodes, node, session) else { return Vec::new() };
+        let reports: HashMap<WorkspaceId, SyncStatus> = reports
             .into_iter()
             .filter_map(|r| Some((WorkspaceId::from_slice(&r.workspace_id).ok()?, r)))
             .collect();
+        let news = reports.iter().flat_map(|(id, now)| {
+            let news = sync_news(known.sync.get(id), now);
+            news.into_iter().map(|news| (*id, news))
+        });
+        let news = news.collect();
+        known.sync = reports;
         drop(nodes);
         self.notify();
+        news
     }
 
     /// What a node last reported of a workspace in its current session.
@@ -328,6 +360,29 @@ impl Registry {
             .collect()
     }
 
+    /// Writing these did not succeed: they are to be written again.
+    pub fn save_again(&self, ids: &[NodeId]) {
+        let mut nodes = self.lock();
+        for id in ids {
+            if let Some(known) = nodes.get_mut(id) {
+                known.unsaved = true;
+            }
+        }
+    }
+
+    /// Waits until there are records to be written.
+    pub async fn unsaved(&self) {
+        let mut changes = self.changed.subscribe();
+        loop {
+            changes.mark_unchanged();
+            if self.lock().values().any(|known| known.unsaved) {
+                return;
+            }
+            // The sender is in `self`: it does not go away meanwhile.
+            changes.changed().await.ok();
+        }
+    }
+
     /// How many nodes are connected.
     #[must_use]
     pub fn online(&self) -> usize {
@@ -339,6 +394,35 @@ impl Registry {
     pub fn sessions(&self) -> Vec<SessionHandle> {
         self.lock().values().filter_map(|known| known.session.clone()).collect()
     }
+}
+
+/// What a member reports that somebody may have to do something about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SyncNews {
+    /// It holds so many deletions.
+    Held(u64),
+    /// It holds none any more.
+    Released,
+    /// It has halted, for this reason.
+    Halted(String),
+}
+
+fn sync_news(before: Option<&SyncStatus>, now: &SyncStatus) -> Vec<SyncNews> {
+    let held = |status: &SyncStatus| status.held_deletions > 0;
+    let halted = |status: &SyncStatus| status.state() == SyncState::Halted;
+    let was = |what: fn(&SyncStatus) -> bool| before.is_some_and(what);
+    let mut news = Vec::new();
+    match (was(held), held(now)) {
+        (false, true) => news.push(SyncNews::Held(now.held_deletions)),
+        (true, false) => news.push(SyncNews::Released),
+        _ => {}
+    }
+    if halted(now) && !was(halted) {
+        let mut reason = now.halted_reason.clone();
+        shorten(&mut reason, MAX_REASON_BYTES);
+        news.push(SyncNews::Halted(reason));
+    }
+    news
 }
 
 /// A node, if this is its current session: an older one has nothing to say any more.
@@ -466,6 +550,32 @@ mod tests {
         }
         assert_eq!(ends.handle.send(frame()), Err(SessionEnded));
         assert!(ends.cancel.is_cancelled());
+    }
+
+    #[test]
+    fn holds_and_halts_of_members_are_news_once() {
+        let one = node("a");
+        let id = one.id;
+        let registry = Registry::new(vec![one]);
+        let session = begin(&registry, id).handle.id;
+        let workspace = WorkspaceId::new();
+        let report = |held_deletions, state: SyncState| {
+            let status = SyncStatus {
+                workspace_id: workspace.as_bytes().to_vec().into(),
+                state: state.into(),
+                held_deletions,
+                halted_reason: "x".repeat(10_000),
+                ..SyncStatus::default()
+            };
+            let news = registry.report_sync(id, session, vec![status]);
+            news.into_iter().map(|(_, news)| news).collect::<Vec<_>>()
+        };
+        assert_eq!(report(0, SyncState::Idle), []);
+        assert_eq!(report(7, SyncState::Idle), [SyncNews::Held(7)]);
+        assert_eq!(report(8, SyncState::Idle), []);
+        let halted = SyncNews::Halted("x".repeat(MAX_REASON_BYTES));
+        assert_eq!(report(0, SyncState::Halted), [SyncNews::Released, halted]);
+        assert_eq!(report(0, SyncState::Halted), []);
     }
 
     #[test]

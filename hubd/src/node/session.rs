@@ -5,16 +5,18 @@
 //! stops. Every way out passes [`SessionGuard`], which takes the session out of the registry (if it
 //! is still the current one) and tells everyone who waits for one of its tasks.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cortex_proto::v1::{Heartbeat, NodeFrame, hub_frame, node_frame};
-use cortex_shared::ids::TaskId;
+use cortex_shared::ids::{TaskId, WorkspaceId};
 use futures_util::{Stream, StreamExt as _};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::registry::{Registry, SessionHandle};
+use super::registry::{Registry, SessionHandle, SyncNews};
+use crate::events::{EventBus, Kind, NewEvent};
 use crate::grpc::convert;
 use crate::task::relay::Relay;
 
@@ -23,13 +25,33 @@ pub struct SessionGuard {
     handle: SessionHandle,
     registry: Arc<Registry>,
     relay: Arc<Relay>,
+    events: Arc<EventBus>,
 }
 
 impl SessionGuard {
     /// Guards a session that has just begun.
     #[must_use]
-    pub fn new(handle: SessionHandle, registry: Arc<Registry>, relay: Arc<Relay>) -> Self {
-        Self { handle, registry, relay }
+    pub fn new(
+        handle: SessionHandle,
+        registry: Arc<Registry>,
+        relay: Arc<Relay>,
+        events: Arc<EventBus>,
+    ) -> Self {
+        Self { handle, registry, relay, events }
+    }
+
+    fn tell(&self, workspace: WorkspaceId, name: &str, news: SyncNews) {
+        let Some(view) = self.registry.get(self.handle.node) else { return };
+        let about = NewEvent::of_workspace(workspace, name).of_member(&view.node);
+        match news {
+            SyncNews::Held(deletions) => {
+                self.events.publish(Kind::WorkspaceHold, about.with("deletions", deletions));
+            }
+            SyncNews::Released => self.events.publish(Kind::WorkspaceReleased, about),
+            SyncNews::Halted(reason) => {
+                self.events.publish(Kind::WorkspaceHalted, about.with("reason", reason));
+            }
+        }
     }
 }
 
@@ -37,6 +59,10 @@ impl Drop for SessionGuard {
     fn drop(&mut self) {
         self.handle.close();
         let current = self.registry.end_session(self.handle.node, self.handle.id);
+        let view = self.registry.get(self.handle.node).filter(|_| current);
+        if let Some(view) = view {
+            self.events.publish(Kind::NodeOffline, NewEvent::of_node(&view.node));
+        }
         self.relay.session_lost(self.handle.id);
         tracing::info!(node = %self.handle.node, session = %self.handle.id, current, "node left");
     }
@@ -105,7 +131,18 @@ fn handle(guard: &SessionGuard, frame: NodeFrame) -> Result<(), super::registry:
             }
         }
         Some(node_frame::Frame::SyncReport(report)) => {
-            guard.registry.report_sync(guard.handle.node, guard.handle.id, report.workspaces);
+            let names: HashMap<_, _> = report
+                .workspaces
+                .iter()
+                .filter_map(|status| {
+                    let id = WorkspaceId::from_slice(&status.workspace_id).ok()?;
+                    Some((id, status.workspace.clone()))
+                })
+                .collect();
+            let (node, session) = (guard.handle.node, guard.handle.id);
+            for (id, news) in guard.registry.report_sync(node, session, report.workspaces) {
+                guard.tell(id, names.get(&id).map_or("", String::as_str), news);
+            }
         }
         Some(node_frame::Frame::CeilingChanged(changed)) => {
             let ceiling = convert::bound(changed.ceiling, changed.network);

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use cortex_shared::ids::{MeshId, NodeId, TaskId, WorkspaceId};
+use cortex_shared::ids::{CommitId, MeshId, NodeId, TaskId, WorkspaceId};
 use cortex_shared::labels::Labels;
 use cortex_shared::secret::InviteId;
 use tokio::sync::watch;
@@ -155,6 +155,7 @@ passed_on! {
     fn create_invite(invite: NewInvite, audit: NewAudit) -> ();
     fn invites() -> Vec<Invite>;
     fn revoke_invite(id: InviteId, now_ms: i64, audit: NewAudit) -> ();
+    fn forget_invites(before_ms: i64) -> u64;
     fn redeem_node(redemption: NodeRedemption) -> Result<Node, RedeemRefusal>;
     fn redeem_operator(redemption: OperatorRedemption) -> Result<Operator, RedeemRefusal>;
     fn nodes() -> Vec<Node>;
@@ -179,6 +180,11 @@ passed_on! {
     fn workspace_removed(workspace: WorkspaceId) -> ();
     fn attach(workspace: WorkspaceId, node: NodeId, audit: NewAudit) -> ();
     fn detach(workspace: WorkspaceId, node: NodeId, audit: NewAudit) -> ();
+    fn skills(skill: Option<String>) -> Vec<SkillVersion>;
+    fn begin_skill(version: SkillVersion) -> ();
+    fn finish_skill(id: CommitId, now_ms: i64, audit: NewAudit) -> ();
+    fn abandon_skill(id: CommitId) -> ();
+    fn remove_skill(id: CommitId, now_ms: i64, audit: NewAudit) -> ();
     fn revoke_node(id: NodeId, now_ms: i64, audit: NewAudit) -> ();
     fn forget_node(id: NodeId, audit: NewAudit) -> ();
     fn label_node(id: NodeId, change: LabelChange, audit: NewAudit) -> Result<Labels, LabelRefusal>;

@@ -120,6 +120,35 @@ impl HistoryStore {
         self.read(node, "seq < ?2 ORDER BY seq DESC", before, limit).await
     }
 
+    /// Every node that something is kept of.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn nodes(&self) -> Result<Vec<NodeId>, StoreError> {
+        let read = |c: &Connection| {
+            let mut statement = c.prepare_cached("SELECT node FROM rings")?;
+            let nodes = statement.query_and_then([], |row| -> Result<_, StoreError> {
+                let id = NodeId::from_slice(&row.get::<_, Vec<u8>>(0)?);
+                Ok(id.map_err(|_| DatabaseError::Damaged { what: "node id" })?)
+            })?;
+            nodes.collect()
+        };
+        self.database.read(read).await
+    }
+
+    /// Removes what is kept of a node.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn forget(&self, node: NodeId) -> Result<(), StoreError> {
+        let forget = move |t: &Connection| -> Result<_, StoreError> {
+            t.execute("DELETE FROM segments WHERE node = ?", [node.as_bytes().as_slice()])?;
+            t.execute("DELETE FROM rings WHERE node = ?", [node.as_bytes().as_slice()])?;
+            Ok(())
+        };
+        self.database.write(forget).await
+    }
+
     async fn read(
         &self,
         node: NodeId,
@@ -221,5 +250,9 @@ mod tests {
         let newest = store.before(two, u64::MAX, 2).await.unwrap();
         let before = store.before(two, newest[1].0, 2).await.unwrap();
         assert_eq!((kept(newest), kept(before)), (vec![19, 18], vec![17, 16]));
+        store.forget(one).await.unwrap();
+        assert_eq!(store.nodes().await.unwrap(), [two]);
+        assert_eq!(kept(store.after(one, 0, 100).await.unwrap()), [0_u8; 0]);
+        assert_eq!(kept(store.after(two, 0, 100).await.unwrap()).len(), 6);
     }
 }

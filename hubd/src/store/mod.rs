@@ -7,6 +7,7 @@
 //! No handler of a live session waits for the store, except where its answer means "durable".
 
 pub mod database;
+pub mod events;
 pub mod fault;
 #[cfg(test)]
 pub(crate) mod fixtures;
@@ -20,7 +21,7 @@ pub mod workspace;
 use std::collections::BTreeSet;
 
 use async_trait::async_trait;
-use cortex_shared::ids::{MeshId, NodeId, TaskId, WorkspaceId};
+use cortex_shared::ids::{CommitId, MeshId, NodeId, TaskId, WorkspaceId};
 use cortex_shared::labels::Labels;
 use cortex_shared::secret::InviteId;
 
@@ -33,7 +34,8 @@ pub use records::{
     Acceptance, Actor, AuditHead, AuditLine, Caller, Facts, IdempotencyKey, Invite, InviteKind,
     KeyHash, LabelChange, LabelRefusal, LateOutcome, NewAudit, NewInvite, NewTask, Node,
     NodePolicy, NodeRedemption, Operator, OperatorRecord, OperatorRedemption, RedeemRefusal, Scope,
-    ShownCommand, TaskEnd, TaskEndState, TaskQuery, TaskRecord, Verdict, Workspace,
+    ShownCommand, SkillOrigin, SkillVersion, TaskEnd, TaskEndState, TaskQuery, TaskRecord, Verdict,
+    Workspace,
 };
 pub use source::{InvalidRange, SourceRange};
 
@@ -100,6 +102,10 @@ pub trait Store: Send + Sync + 'static {
         now_ms: i64,
         audit: NewAudit,
     ) -> Result<(), StoreError>;
+
+    /// Forgets invites that nobody can use any more since before a time: those that have expired or were
+    /// revoked by then. How many there were.
+    async fn forget_invites(&self, before_ms: i64) -> Result<u64, StoreError>;
 
     /// Turns an invite into a node, as one compare-and-set. The same invite and key again gives the
     /// same node and uses nothing up.
@@ -193,6 +199,30 @@ pub trait Store: Send + Sync + 'static {
         &self,
         workspace: WorkspaceId,
         node: NodeId,
+        audit: NewAudit,
+    ) -> Result<(), StoreError>;
+
+    /// Versions of one skill, or of all: by name, then oldest first. What is pending is among them.
+    async fn skills(&self, skill: Option<String>) -> Result<Vec<SkillVersion>, StoreError>;
+    /// Records a version as pending: it is about to be made, and nobody else makes it.
+    /// [`StoreError::Exists`] if somebody has.
+    async fn begin_skill(&self, version: SkillVersion) -> Result<(), StoreError>;
+    /// Makes a pending version the current one of its skill, at this time; no change, and no line in the
+    /// audit log, if it is not pending.
+    async fn finish_skill(
+        &self,
+        id: CommitId,
+        now_ms: i64,
+        audit: NewAudit,
+    ) -> Result<(), StoreError>;
+    /// Forgets a pending version: it was not made.
+    async fn abandon_skill(&self, id: CommitId) -> Result<(), StoreError>;
+    /// Ends the current version of a skill, which has none from then on; [`StoreError::NotFound`] if this
+    /// is not a current one.
+    async fn remove_skill(
+        &self,
+        id: CommitId,
+        now_ms: i64,
         audit: NewAudit,
     ) -> Result<(), StoreError>;
 

@@ -1,6 +1,7 @@
 //! The records of the store.
 
 mod authority;
+mod skills;
 mod tasks;
 
 use std::collections::BTreeSet;
@@ -15,6 +16,7 @@ use cortex_shared::secret::{InviteId, SecretHash};
 use super::identity::{CertificateState, CloneSuspicion, Machine, NewCertificate};
 use super::source::SourceRange;
 pub use authority::{Actor, LabelChange, LabelRefusal, NodePolicy, OperatorRecord, Scope};
+pub use skills::{SkillOrigin, SkillVersion};
 pub use tasks::{
     Acceptance, IdempotencyKey, LateOutcome, NewTask, ShownCommand, TaskEnd, TaskEndState,
     TaskQuery, TaskRecord, Verdict,

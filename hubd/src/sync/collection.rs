@@ -1,12 +1,12 @@
 //! Letting go of what is of no use any more: old versions whose time is over, content that nothing names,
 //! and what interrupted writes left.
 //!
-//! One worker looks at all workspaces, one after another: when the hub starts, every hour, and at once
+//! A worker (`crate::worker`) looks at all workspaces, one after another: when the hub starts, every hour, and at once
 //! where content was turned away for want of room. A crash in the middle leaves files that the next start
 //! adopts, and the next collection lets go again.
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cortex_shared::clock::unix_ms;
@@ -15,15 +15,12 @@ use cortex_shared::entry::Digest;
 use cortex_shared::ids::WorkspaceId;
 use cortex_shared::pack::{MAX_RAW_BYTES, Pack, PackBuilder, Pushed};
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
+use tokio::time::Instant;
 
 use super::workspace::{WorkspaceHub, blocking, record};
 use super::{Opener, SyncError};
 use crate::store::workspace::SparsePack;
 
-/// How often useless content is looked for: rarely against the days for which it is kept, since each
-/// look reads all entries.
-const COLLECTION_PERIOD: Duration = Duration::from_secs(3600);
 /// How long content stays that nothing names, in milliseconds: the 72 hours for which members may
 /// rely on what they were told, and one more, within which a touch is not always recorded anew. This is
 /// also how long content waits for a commit that never comes.
@@ -32,8 +29,9 @@ const CONTENT_KEPT_MS: i64 = 73 * 3600 * 1000;
 /// member that was told of content which went then is told so by the commit, and sends it again.
 const CONTENT_KEPT_WITHOUT_ROOM_MS: i64 = 10 * 60 * 1000;
 /// How soon another collection follows for want of room, if the last one made some; otherwise twice as
-/// long each time, up to a quarter of the period.
+/// long each time, up to the second of these.
 const NEXT_WITHOUT_ROOM: Duration = Duration::from_secs(60);
+const LONGEST_WITHOUT_ROOM: Duration = Duration::from_secs(15 * 60);
 /// A file that nobody has written to for this long was left by an interrupted write.
 const WRITES_TAKE: Duration = Duration::from_secs(3600);
 /// Packs that are let go in one transaction.
@@ -57,9 +55,31 @@ pub struct Collected {
 pub(super) struct Pressure {
     turned_away: Notify,
     asked: Notify,
+    next: Mutex<NextCollection>,
+}
+
+/// What is known of the next collection.
+#[derive(Clone, Copy, Debug)]
+struct NextCollection {
+    /// It is for want of room.
+    for_room: bool,
+    /// Not before this, for want of room.
+    not_before: Option<Instant>,
+    /// After the one before, the next for want of room had to wait so long.
+    pause: Duration,
+}
+
+impl Default for NextCollection {
+    fn default() -> Self {
+        Self { for_room: false, not_before: None, pause: NEXT_WITHOUT_ROOM }
+    }
 }
 
 impl Pressure {
+    fn next(&self) -> MutexGuard<'_, NextCollection> {
+        self.next.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Content was turned away.
     pub(super) fn no_room(&self) {
         self.turned_away.notify_one();
@@ -69,67 +89,86 @@ impl Pressure {
     pub(super) fn keep_less(&self) {
         self.asked.notify_one();
     }
-}
 
-/// Collects in all workspaces until the hub closes.
-pub(super) async fn collect_regularly(opener: Arc<Opener>, closing: CancellationToken) {
-    let mut kept_ms = CONTENT_KEPT_MS;
-    let mut pause = NEXT_WITHOUT_ROOM;
-    loop {
-        let mut made_room = false;
-        let all = async {
-            let ballast = opener.space.clone();
-            if let Err(error) = blocking(move || Ok(ballast.keep_ballast()?)).await {
-                tracing::warn!(%error, "there is no ballast on this disk");
+    /// Waits until a collection is to follow for want of room. For one waiter.
+    pub(super) async fn wait(&self) {
+        let not_before = self.next().not_before;
+        let without_room = async {
+            if let Some(not_before) = not_before {
+                tokio::time::sleep_until(not_before).await;
             }
-            for id in opener.on_disk().await {
-                made_room |= collect_one(&opener, id, kept_ms).await;
-            }
+            self.turned_away.notified().await;
         };
         tokio::select! {
-            () = all => {}
-            () = closing.cancelled() => return,
+            () = without_room => {}
+            () = self.asked.notified() => {}
         }
+        self.next().for_room = true;
+    }
+
+    /// Notes that a collection has ended.
+    fn ended(&self, for_room: bool, made_room: bool) {
+        let mut next = self.next();
         // Where there is nothing to let go, looking again and again helps nobody.
-        pause = if made_room || kept_ms == CONTENT_KEPT_MS {
+        next.pause = if made_room || !for_room {
             NEXT_WITHOUT_ROOM
         } else {
-            (pause * 2).min(COLLECTION_PERIOD / 4)
+            (next.pause * 2).min(LONGEST_WITHOUT_ROOM)
         };
-        let without_room = async {
-            tokio::time::sleep(pause).await;
-            opener.pressure.turned_away.notified().await;
-        };
-        let wait = async {
-            tokio::select! {
-                () = tokio::time::sleep(COLLECTION_PERIOD) => CONTENT_KEPT_MS,
-                () = without_room => CONTENT_KEPT_WITHOUT_ROOM_MS,
-                () = opener.pressure.asked.notified() => CONTENT_KEPT_WITHOUT_ROOM_MS,
-            }
-        };
-        kept_ms = tokio::select! {
-            kept_ms = wait => kept_ms,
-            () = closing.cancelled() => return,
-        };
+        next.not_before = Some(Instant::now() + next.pause);
     }
 }
 
-/// Whether room was made.
-async fn collect_one(opener: &Opener, id: WorkspaceId, kept_ms: i64) -> bool {
+/// What a collection of all workspaces has done.
+#[derive(Default)]
+struct All {
+    workspaces: usize,
+    done: Collected,
+    failed: Option<SyncError>,
+}
+
+/// Collects in all workspaces, one after another. What it did, in words.
+pub(super) async fn collect_all(opener: &Opener) -> Result<String, SyncError> {
+    let for_room = std::mem::take(&mut opener.pressure.next().for_room);
+    let kept_ms = if for_room { CONTENT_KEPT_WITHOUT_ROOM_MS } else { CONTENT_KEPT_MS };
+    let ballast = opener.space.clone();
+    if let Err(error) = blocking(move || Ok(ballast.keep_ballast()?)).await {
+        tracing::warn!(%error, "there is no ballast on this disk");
+    }
+    let mut all = All::default();
+    for id in opener.on_disk().await {
+        collect_one(opener, id, kept_ms, &mut all).await;
+    }
+    let All { workspaces, done: Collected { trimmed, dropped, rewritten }, failed } = all;
+    opener.pressure.ended(for_room, dropped + rewritten > 0);
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(format!(
+            "{workspaces} workspaces: {trimmed} old versions and {dropped} packs let go, {rewritten} rewritten"
+        )),
+    }
+}
+
+async fn collect_one(opener: &Opener, id: WorkspaceId, kept_ms: i64, all: &mut All) {
     let collected = async {
         let now_ms = unix_ms();
         opener.workspace(id).await?.collect(now_ms, now_ms - kept_ms).await
     };
+    all.workspaces += 1;
     match collected.await {
-        Ok(done) if done == Collected::default() => return false,
+        Ok(done) if done == Collected::default() => {}
         Ok(Collected { trimmed, dropped, rewritten }) => {
             tracing::info!(workspace = %id, trimmed, dropped, rewritten, "collected");
-            return dropped + rewritten > 0;
+            all.done.trimmed += trimmed;
+            all.done.dropped += dropped;
+            all.done.rewritten += rewritten;
         }
         Err(SyncError::Deleted) => {}
-        Err(error) => tracing::error!(workspace = %id, %error, "collection failed"),
+        Err(error) => {
+            tracing::error!(workspace = %id, %error, "collection failed");
+            all.failed = Some(error);
+        }
     }
-    false
 }
 
 impl WorkspaceHub {

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use cortex_proto::v1::{self, HeadMoved, Memberships, hub_frame};
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{NodeId, WorkspaceId};
+use cortex_shared::library::LIBRARY_NAME;
 use serde_json::json;
 
 use super::{SyncError, Workspaces};
+use crate::events::{EventBus, Kind, NewEvent};
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::{Actor, Scope, Store, StoreError, Workspace};
@@ -31,6 +33,7 @@ pub struct Members {
     registry: Arc<Registry>,
     store: Arc<dyn Store>,
     content: Arc<Workspaces>,
+    events: Arc<EventBus>,
 }
 
 impl Members {
@@ -41,8 +44,17 @@ impl Members {
         registry: Arc<Registry>,
         store: Arc<dyn Store>,
         content: Arc<Workspaces>,
+        events: Arc<EventBus>,
     ) -> Self {
-        Self { membership, registry, store, content }
+        Self { membership, registry, store, content, events }
+    }
+
+    fn tell_member(&self, kind: Kind, workspace: WorkspaceId, node: NodeId, by: &Actor) {
+        let name = self.membership.name_of(workspace).unwrap_or_default();
+        if let Some(view) = self.registry.get(node) {
+            let about = NewEvent::of_workspace(workspace, &name).of_member(&view.node).by(by);
+            self.events.publish(kind, about);
+        }
     }
 
     /// Makes a workspace that belongs to this scope; durable when this returns.
@@ -56,6 +68,8 @@ impl Members {
         by: &Actor,
     ) -> Result<Workspace, StoreError> {
         let workspace = self.membership.create(&*self.store, name, scope, by).await?;
+        let about = NewEvent::of_workspace(workspace.id, &workspace.name).by(by);
+        self.events.publish(Kind::WorkspaceCreated, about);
         self.registry.notify();
         Ok(workspace)
     }
@@ -74,6 +88,7 @@ impl Members {
         if !self.membership.attach(&*self.store, workspace, node, by, allowed).await? {
             return Ok(false);
         }
+        self.tell_member(Kind::WorkspaceAttached, workspace, node, by);
         self.send_memberships(node).await;
         self.registry.notify();
         Ok(true)
@@ -90,6 +105,7 @@ impl Members {
         by: &Actor,
     ) -> Result<(), StoreError> {
         self.membership.detach(&*self.store, workspace, node, by).await?;
+        self.tell_member(Kind::WorkspaceDetached, workspace, node, by);
         self.send_memberships(node).await;
         self.registry.notify();
         Ok(())
@@ -102,6 +118,8 @@ impl Members {
     /// Those of the store; the workspace is then as it was.
     pub async fn delete(&self, workspace: &Workspace, by: &Actor) -> Result<(), StoreError> {
         let members = self.membership.delete(&*self.store, workspace, by).await?;
+        let about = NewEvent::of_former_workspace(workspace).by(by);
+        self.events.publish(Kind::WorkspaceDeleted, about);
         for node in members {
             self.send_memberships(node).await;
         }
@@ -110,15 +128,17 @@ impl Members {
         Ok(())
     }
 
-    /// Removes what is left of workspaces whose removal the hub did not finish.
+    /// Removes what is left of workspaces whose removal the hub did not finish. How many there were.
     ///
     /// # Errors
     /// Those of the store.
-    pub async fn finish_deletions(&self) -> Result<(), StoreError> {
-        for workspace in self.store.deleted_workspaces().await? {
+    pub async fn finish_deletions(&self) -> Result<usize, StoreError> {
+        let deleted = self.store.deleted_workspaces().await?;
+        let count = deleted.len();
+        for workspace in deleted {
             self.remove_content(workspace).await;
         }
-        Ok(())
+        Ok(count)
     }
 
     async fn remove_content(&self, workspace: WorkspaceId) {
@@ -171,31 +191,52 @@ impl Members {
         let Some(session) = self.registry.get(node).and_then(|view| view.session) else { return };
         let mut workspaces = Vec::new();
         for workspace in self.membership.of_node(node) {
-            match self.content.summary(workspace.id).await {
-                Ok(summary) => workspaces.push(v1::Membership {
-                    workspace_id: workspace.id.as_bytes().to_vec().into(),
-                    name: workspace.name,
-                    head_seq: summary.head.seq,
-                    workspace_epoch: summary.head.epoch.as_bytes().to_vec().into(),
-                }),
-                // The node keeps its copy as it is; the others are told.
-                Err(error) => {
-                    tracing::error!(workspace = %workspace.name, %error, "workspace cannot be opened");
-                }
+            workspaces.extend(self.wire_membership(workspace.id, workspace.name).await);
+        }
+        let library = if self.membership.has_library() {
+            self.wire_membership(WorkspaceId::LIBRARY, LIBRARY_NAME.to_owned()).await
+        } else {
+            None
+        };
+        // A session that has just ended needs no list.
+        session.send(hub_frame::Frame::Memberships(Memberships { workspaces, library })).ok();
+    }
+
+    /// The same to every connected node.
+    pub async fn send_memberships_to_all(&self) {
+        for session in self.registry.sessions() {
+            self.send_memberships(session.node).await;
+        }
+    }
+
+    async fn wire_membership(&self, id: WorkspaceId, name: String) -> Option<v1::Membership> {
+        match self.content.summary(id).await {
+            Ok(summary) => Some(v1::Membership {
+                workspace_id: id.as_bytes().to_vec().into(),
+                name,
+                head_seq: summary.head.seq,
+                workspace_epoch: summary.head.epoch.as_bytes().to_vec().into(),
+            }),
+            // The node keeps its copy as it is; the others are told.
+            Err(error) => {
+                tracing::error!(workspace = %name, %error, "workspace cannot be opened");
+                None
             }
         }
-        // A session that has just ended needs no list.
-        session.send(hub_frame::Frame::Memberships(Memberships { workspaces })).ok();
     }
 
     /// Hints at a newer version to every connected member.
     pub fn head_moved(&self, workspace: WorkspaceId, seq: u64) {
-        for node in self.membership.members(workspace) {
-            if let Some(session) = self.registry.get(node).and_then(|view| view.session) {
-                let workspace_id = workspace.as_bytes().to_vec().into();
-                // Losing a hint costs time, nothing else.
-                session.send(hub_frame::Frame::HeadMoved(HeadMoved { workspace_id, seq })).ok();
-            }
+        let sessions = if workspace == WorkspaceId::LIBRARY {
+            self.registry.sessions()
+        } else {
+            let members = self.membership.members(workspace).into_iter();
+            members.filter_map(|node| self.registry.get(node)?.session).collect()
+        };
+        for session in sessions {
+            let workspace_id = workspace.as_bytes().to_vec().into();
+            // Losing a hint costs time, nothing else.
+            session.send(hub_frame::Frame::HeadMoved(HeadMoved { workspace_id, seq })).ok();
         }
         self.registry.notify();
     }

@@ -18,6 +18,7 @@
 //! next start. A row whose file is gone or damaged is forgotten, then or when the file is read, and
 //! members are asked for its content again (`WorkspaceHub::wanted`).
 
+pub mod adopt;
 pub mod budget;
 pub mod collection;
 pub mod heads;
@@ -40,7 +41,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::budget::Budget;
 pub use self::budget::ContentLimits;
-use self::collection::{Pressure, collect_regularly};
+use self::collection::{Pressure, collect_all};
 use self::heads::HeadBoard;
 pub use self::heads::MovedHeads;
 pub use self::pack_files::PackFileError;
@@ -173,9 +174,21 @@ impl Workspaces {
             pressure: Arc::default(),
             open: OpenWorkspaces::default(),
         });
-        let closing = scope.token().clone();
-        scope.spawn("pack collection", collect_regularly(Arc::clone(&opener), closing));
         Ok(Self(opener))
+    }
+
+    /// Waits until somebody is in want of room, or wants less to be kept. For one waiter.
+    pub async fn pressed_for_room(&self) {
+        self.0.pressure.wait().await;
+    }
+
+    /// Lets go of what is of no use any more, in all workspaces; sooner than usual after
+    /// [`Workspaces::pressed_for_room`]. What it did, in words.
+    ///
+    /// # Errors
+    /// If it failed in a workspace; it goes on with the others first.
+    pub async fn collect(&self) -> Result<String, SyncError> {
+        collect_all(&self.0).await
     }
 
     /// A workspace, opened if it is not yet, and created empty if there is none on disk. Whether

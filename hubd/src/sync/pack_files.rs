@@ -118,6 +118,34 @@ impl PackFiles {
         Ok(())
     }
 
+    /// Gives a pack of another workspace a second name here; where the file system cannot, writes
+    /// `bytes`, its content. When this returns, it survives power loss.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn link_from(
+        &self,
+        other: &Self,
+        hash: &Digest,
+        bytes: &[u8],
+    ) -> Result<(), PackFileError> {
+        let path = self.path(hash);
+        let linked = other.paths(hash).iter().any(|theirs| match fs::hard_link(theirs, &path) {
+            Ok(()) => true,
+            Err(error) => error.kind() == io::ErrorKind::AlreadyExists,
+        });
+        if !linked {
+            let pack = Pack::parse(bytes.to_vec().into()).map_err(|error| {
+                PackFileError::new("copy", &path, io::Error::other(error.to_string()))
+            })?;
+            return self.write(&pack);
+        }
+        crash_point("sync.pack.linked");
+        self.flush
+            .flush(|| durable::sync_folder(&self.packs))
+            .map_err(|error| PackFileError::new("flush", &self.packs, error))
+    }
+
     /// Removes what interrupted writes left in `tmp/` and nobody has written to since.
     ///
     /// # Errors

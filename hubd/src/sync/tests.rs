@@ -386,7 +386,7 @@ async fn a_full_hub_takes_no_content_but_deletions_which_make_room() {
 }
 
 #[tokio::test]
-async fn all_workspaces_on_disk_are_collected_when_the_hub_starts() {
+async fn all_workspaces_on_disk_are_collected_whether_they_are_open_or_not() {
     let folder = tempfile::tempdir().unwrap();
     let id = WorkspaceId::new();
     let hub = Hub::open(folder.path(), id).await;
@@ -396,12 +396,11 @@ async fn all_workspaces_on_disk_are_collected_when_the_hub_starts() {
     std::fs::create_dir(folder.path().join("not-a-workspace")).unwrap();
     let scope = TaskScope::new();
     let limits = ContentLimits::default();
-    let _workspaces =
-        Workspaces::open(folder.path(), limits, scope.clone(), scope.clone()).unwrap();
+    let workspaces = Workspaces::open(folder.path(), limits, scope.clone(), scope.clone()).unwrap();
     // Nobody asks for it: only the collection opens it, which sweeps.
-    while tmp.join("left").exists() {
-        tokio::task::yield_now().await;
-    }
+    let done = workspaces.collect().await.unwrap();
+    assert!(done.starts_with("1 workspaces: "), "{done}");
+    assert!(!tmp.join("left").exists());
     scope.cancel();
     scope.finish().await;
 }

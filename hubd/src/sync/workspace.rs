@@ -48,12 +48,14 @@ pub struct WorkspaceHub {
     pub(super) pressure: Arc<Pressure>,
     /// Bytes of all packs, and how many there may be. Packs that come at the same time may exceed the
     /// quota by what is on its way.
-    stored_bytes: AtomicU64,
+    pub(super) stored_bytes: AtomicU64,
     quota_bytes: AtomicU64,
     /// Shared by those that bring packs, from the look whether a pack is known to its record; alone
     /// for the collection, from forgetting packs to removing their files. Otherwise a pack that is
     /// sent anew just then would lose its new file.
     pub(super) collection: RwLock<()>,
+    /// Shared by those that change the tree; alone for whoever needs it to stand still (`adopt`).
+    pub(super) still: RwLock<()>,
     /// Members that may send the deletions they hold, and have not been told yet.
     confirmed: Mutex<HashSet<NodeId>>,
 }
@@ -92,6 +94,7 @@ impl WorkspaceHub {
             stored_bytes: AtomicU64::new(0),
             quota_bytes: AtomicU64::new(NO_QUOTA),
             collection: RwLock::new(()),
+            still: RwLock::new(()),
             confirmed: Mutex::default(),
         });
         hub.reconcile().await?;
@@ -112,7 +115,7 @@ impl WorkspaceHub {
     }
 
     /// Turns content away for which there is no room.
-    fn admit(&self, bytes: usize) -> Result<(), SyncError> {
+    pub(super) fn admit(&self, bytes: usize) -> Result<(), SyncError> {
         let quota_bytes = self.quota_bytes.load(Ordering::Relaxed);
         let stored_bytes = self.stored_bytes.load(Ordering::Relaxed);
         let refusal = if stored_bytes.saturating_add(bytes as u64) > quota_bytes {
@@ -127,7 +130,10 @@ impl WorkspaceHub {
     }
 
     /// Writes to the store, and once more without the ballast if the disk is full to its end.
-    async fn write<'a, T>(&'a self, write: impl Fn() -> Answer<'a, T>) -> Result<T, SyncError> {
+    pub(super) async fn write<'a, T>(
+        &'a self,
+        write: impl Fn() -> Answer<'a, T>,
+    ) -> Result<T, SyncError> {
         match write().await {
             Err(error) if error.is_disk_full() && self.space.give_up_ballast() => {
                 self.pressure.no_room();
@@ -336,7 +342,7 @@ impl WorkspaceHub {
         Ok(None)
     }
 
-    async fn read_file(&self, pack: Digest) -> Result<Option<Bytes>, SyncError> {
+    pub(super) async fn read_file(&self, pack: Digest) -> Result<Option<Bytes>, SyncError> {
         let files = self.files.clone();
         blocking(move || Ok(files.read(&pack)?)).await
     }
@@ -351,6 +357,7 @@ impl WorkspaceHub {
     /// # Errors
     /// Those of the store.
     pub async fn commit(&self, commit: Commit) -> Result<CommitResult, SyncError> {
+        let _moving = self.still.read().await;
         self.write(|| self.store.commit(commit.clone())).await
     }
 

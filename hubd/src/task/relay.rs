@@ -37,8 +37,9 @@ use super::unwanted::Unwanted;
 use super::verdict::{journal_entry, tidy};
 use super::verdicts::Unrecorded;
 use crate::counters;
+use crate::events::{EventBus, Kind, NewEvent};
 use crate::node::registry::SessionHandle;
-use crate::store::{Acceptance, NewTask, Store, StoreError, TaskRecord};
+use crate::store::{Acceptance, NewTask, Store, StoreError, TaskEnd, TaskRecord};
 
 /// Late reports of nodes that may wait for the journal. What does not fit is repeated by its node.
 const LATE_REPORTS: usize = 256;
@@ -89,6 +90,7 @@ pub struct Relay {
     store: Arc<dyn Store>,
     spool: Arc<Spool>,
     history: Arc<History>,
+    events: Arc<EventBus>,
     scope: TaskScope,
     deadlines: Deadlines,
     late: mpsc::Sender<LateReport>,
@@ -103,11 +105,14 @@ impl Relay {
         store: Arc<dyn Store>,
         spool: Arc<Spool>,
         history: Arc<History>,
+        events: Arc<EventBus>,
         scope: TaskScope,
         deadlines: Deadlines,
     ) -> Arc<Self> {
         let (late, reports) = mpsc::channel(LATE_REPORTS);
-        scope.spawn("late outcomes", record_late(Arc::clone(&store), reports, scope.clone()));
+        let recording =
+            record_late(Arc::clone(&store), Arc::clone(&events), reports, scope.clone());
+        scope.spawn("late outcomes", recording);
         let (tasks, slots, budget) = (Mutex::default(), Arc::default(), Arc::default());
         let unwanted = Unwanted::new(Arc::clone(&store), scope.clone());
         let unrecorded = Unrecorded::new(Arc::clone(&store), scope.clone(), Arc::clone(&unwanted));
@@ -119,6 +124,7 @@ impl Relay {
             store,
             spool,
             history,
+            events,
             scope,
             deadlines,
             late,
@@ -253,6 +259,11 @@ impl Relay {
             return Err(StartRefusal::GivenUp);
         }
         self.spool.begin(id);
+        self.tell(Kind::TaskAccepted, &task, |about| {
+            let TaskRecord { mode, detached, workspace, .. } = &task.record;
+            let about = about.with("mode", mode.to_string()).with("detached", *detached);
+            if workspace.is_empty() { about } else { about.with("workspace", &**workspace) }
+        });
         // First into the table, then to the node: if the session ends in between, either the table
         // is searched after this, or the send fails.
         self.lock().insert(id, Running { task: Arc::clone(&task), _slot: Some(slot) });
@@ -270,6 +281,10 @@ impl Relay {
             }
         });
         Ok(Begun::New(task))
+    }
+
+    fn tell(&self, kind: Kind, task: &Task, more: impl FnOnce(NewEvent) -> NewEvent) {
+        self.events.publish(kind, more(about(&task.record)));
     }
 
     /// Does something later, unless the task ends first or the hub stops.
@@ -290,7 +305,13 @@ impl Relay {
     pub fn open_stream(&self, node: NodeId, hello: &TaskIoHello) -> Option<(Arc<Task>, u64)> {
         let id = TaskId::from_slice(&hello.task_id).ok()?;
         let task = self.get(id).filter(|task| task.record.node == node)?;
-        let stream = if hello.resume { task.resume(hello)? } else { task.open()? };
+        let stream = if hello.resume {
+            let stream = task.resume(hello)?;
+            self.tell(Kind::TaskResumed, &task, |about| about);
+            stream
+        } else {
+            task.open()?
+        };
         task.heard();
         Some((task, stream))
     }
@@ -302,7 +323,11 @@ impl Relay {
         }
         task.heard();
         match frame {
-            task_io_up::Frame::Started(started) => task.start(started),
+            task_io_up::Frame::Started(started) => {
+                if task.start(started) {
+                    self.tell(Kind::TaskStarted, task, |about| about);
+                }
+            }
             task_io_up::Frame::Output(output) => {
                 let violation = match task.output(output) {
                     Ok(None) => None,
@@ -387,6 +412,7 @@ impl Relay {
 
     fn interrupt(self: &Arc<Self>, task: &Arc<Task>, session: Option<SessionId>, reason: &str) {
         if let Some(number) = task.interrupt(session, reason, self.deadlines.resume) {
+            self.tell(Kind::TaskInterrupted, task, |about| about.with("reason", reason));
             self.await_node(task, number, reason);
         }
     }
@@ -513,7 +539,7 @@ impl Relay {
         end.cancel_wanted = task.is_cancelled() && !end.is_nodes_word();
         let unwanted = Arc::clone(&self.unwanted);
         let (store, spool) = (Arc::clone(&self.store), Arc::clone(&self.spool));
-        let unrecorded = Arc::clone(&self.unrecorded);
+        let (unrecorded, events) = (Arc::clone(&self.unrecorded), Arc::clone(&self.events));
         self.scope.spawn("task verdict", async move {
             // A reader that comes back finds the rest of the output there.
             if exit.stdout_bytes + exit.stderr_bytes > 0 {
@@ -522,6 +548,7 @@ impl Relay {
             counters::TASKS_ENDED[end.verdict.state() as usize].add(1);
             let end = match store.end_task(task.id(), end.clone()).await {
                 Ok(()) => {
+                    events.publish(Kind::TaskEnded, ended(about(&task.record), &end));
                     unwanted.journalled(task.id());
                     if let Some(session) = task.session() {
                         acknowledge(&session, task.id());
@@ -549,15 +576,20 @@ pub(super) fn acknowledge(session: &SessionHandle, id: TaskId) {
 /// Adds what nodes report late to the journal, one after the other.
 async fn record_late(
     store: Arc<dyn Store>,
+    events: Arc<EventBus>,
     mut reports: mpsc::Receiver<LateReport>,
     scope: TaskScope,
 ) {
     while let Some(Some(report)) = scope.token().run_until_cancelled(reports.recv()).await {
         let LateReport { task, session, mut exit } = report;
         tidy(&mut exit);
-        match store.add_late_outcome(task, session.node, journal_entry(&exit, None)).await {
+        let outcome = journal_entry(&exit, None);
+        match store.add_late_outcome(task, session.node, outcome.clone()).await {
             Ok(added) => {
                 if added {
+                    if let Ok(Some(record)) = store.task(task).await {
+                        events.publish(Kind::TaskLateOutcome, ended(about(&record), &outcome));
+                    }
                     tracing::info!(%task, node = %session.node, "a lost task's end became known");
                 }
                 acknowledge(&session, task);
@@ -565,6 +597,17 @@ async fn record_late(
             Err(error) => tracing::warn!(%task, %error, "a late outcome was not journalled"),
         }
     }
+}
+
+/// An event about a command. Its text is for those who look it up.
+fn about(record: &TaskRecord) -> NewEvent {
+    NewEvent::of_task(record.id, record.node, &record.node_name, &record.actor)
+}
+
+fn ended(about: NewEvent, end: &TaskEnd) -> NewEvent {
+    let about = about.with("verdict", end.verdict.as_str()).with("reason", &*end.reason);
+    let about = about.with("exit_code", end.exit_code).with("signal", end.signal);
+    about.with("duration_ms", end.duration_ms)
 }
 
 fn record_of(new: &NewTask) -> TaskRecord {

@@ -284,13 +284,15 @@ impl Task {
         }
     }
 
-    /// The command has started.
-    pub(super) fn start(&self, started: TaskStarted) {
+    /// The command has started; whether that is news.
+    pub(super) fn start(&self, started: TaskStarted) -> bool {
         let mut place = lock(&self.place);
+        let news = place.started_at_ms.is_none();
         place.started_at_ms.get_or_insert_with(unix_ms);
         place.phase = Phase::Running;
         drop(place);
         self.to_reader.started(started);
+        news
     }
 
     /// Takes output from the node; returns what of it is new.

@@ -17,8 +17,9 @@ use clap::{Args, Subcommand};
 use cortex_proto::v1;
 
 use super::error::CliError;
-use super::{Global, Output, hub, watch};
+use super::{Global, Output, hub, skill, watch};
 
+pub(super) use self::past::wire_path;
 pub(super) use self::rows::{SyncRow, WorkspaceRow};
 
 const SIDES: &str = "\
@@ -166,6 +167,25 @@ enum WorkspaceVerb {
         #[command(flatten)]
         output: Output,
     },
+    /// Make a directory the next version of a skill, which every node has, and put a link in its place
+    ///
+    /// What is promoted is the directory as the hub has it. It is replaced in one step, exactly as it was
+    /// promoted; if somebody changes it meanwhile, nothing is done.
+    Promote {
+        /// The workspace
+        name: String,
+        /// The directory
+        path: OsString,
+        /// The skill's name
+        #[arg(long = "as", value_name = "SKILL")]
+        skill: String,
+        /// The version that is current, 0 for none; needed to take the place of a skill that was promoted
+        /// from another directory
+        #[arg(long, value_name = "VERSION")]
+        expect: Option<u64>,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Show a workspace: its members, what it takes on the hub, and what is kept of the past
     Show {
         /// The workspace
@@ -269,6 +289,9 @@ pub(crate) async fn workspace(global: &Global, args: WorkspaceArgs) -> Result<()
         }
         WorkspaceVerb::Restore { name, path, version, output } => {
             past::restore(global, name, path, version, output).await
+        }
+        WorkspaceVerb::Promote { name, path, skill, expect, output } => {
+            skill::promote(global, name, path, skill, expect, output).await
         }
         WorkspaceVerb::Show { name, output } => past::show(global, name, output).await,
         WorkspaceVerb::Set { name, quota, keep_for, keep_versions, output } => {

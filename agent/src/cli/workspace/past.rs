@@ -19,7 +19,7 @@ use crate::cli::{Global, Output, hub, node};
 const PAGE: u32 = 1000;
 
 /// A path of a workspace as the protocol has it; `.` is all of it.
-pub(super) fn wire_path(path: &OsStr) -> bytes::Bytes {
+pub(in crate::cli) fn wire_path(path: &OsStr) -> bytes::Bytes {
     let mut bytes = path.as_bytes();
     bytes = bytes.strip_prefix(b"./").unwrap_or(bytes);
     while let Some(shorter) = bytes.strip_suffix(b"/") {

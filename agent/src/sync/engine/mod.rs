@@ -66,6 +66,8 @@ pub(super) enum Command {
     Flush(oneshot::Sender<Result<(), FlushError>>),
     /// Push the deletions that are held.
     ConfirmDeletions,
+    /// What was waited for may have come.
+    PlanAgain,
 }
 
 pub(super) struct Engine<H> {

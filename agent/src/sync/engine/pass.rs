@@ -1,10 +1,11 @@
 //! One pass: learn what changed at the hub, then plan and do until nothing is left to do.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::entry::{Digest, Entry, same};
+use cortex_shared::library::linked_skill;
 use cortex_shared::wire_path::WirePath;
 use tokio::time::Instant;
 
@@ -44,6 +45,8 @@ struct Planned {
     losses: usize,
     /// Directories that stay at the hub because something that is left out here is in them.
     kept_there: usize,
+    /// Directories in whose place a link to a skill is to be put.
+    skill_links: Vec<WirePath>,
     /// The last row of the window, if there are more.
     next: Option<WirePath>,
 }
@@ -66,6 +69,10 @@ struct Sweep {
     /// Paths that stay different because of the member's mode.
     withheld: usize,
     held_links: Vec<WirePath>,
+    /// Directories in whose place a link to a skill is to be put, and those of them that stay until the
+    /// skill is here.
+    skill_links: BTreeSet<WirePath>,
+    awaited_skills: BTreeSet<WirePath>,
     /// A path that is planned for has the name of a conflict copy.
     conflicts: bool,
     /// Large files on their way here: what was wrong with them is not known to be over.
@@ -191,7 +198,9 @@ impl<H: Hub> Engine<H> {
         let mut after = None;
         let hold = self.must_hold(work).await?;
         loop {
-            let Planned { plan, losses, kept_there, next } = self.plan(work, after, hold).await?;
+            let Planned { plan, losses, kept_there, skill_links, next } =
+                self.plan(work, after, hold).await?;
+            self.await_skills(work, skill_links, &mut sweep);
             sweep.held += plan.held_deletions;
             sweep.unapplied += plan.skipped;
             sweep.withheld += plan.withheld;
@@ -229,8 +238,22 @@ impl<H: Hub> Engine<H> {
             }
             match next {
                 Some(next) if !sweep.interrupted => after = Some(next),
-                _ => return Ok(sweep),
+                _ => break,
             }
+        }
+        work.awaited_skills.retain(|path, _| sweep.skill_links.contains(path));
+        Ok(sweep)
+    }
+
+    /// Asks for the skills that links lead to which are to be put in the place of directories.
+    fn await_skills(&self, work: &mut Work, links: Vec<WirePath>, sweep: &mut Sweep) {
+        let Some(library) = &self.config.library else { return };
+        for path in links {
+            let ticket = *work.awaited_skills.entry(path.clone()).or_insert_with(|| library.ask());
+            if !library.is_done(ticket) {
+                sweep.awaited_skills.insert(path.clone());
+            }
+            sweep.skill_links.insert(path);
         }
     }
 
@@ -335,7 +358,14 @@ impl<H: Hub> Engine<H> {
     ) -> Result<Planned, SyncError> {
         let mode = self.options.borrow().mode;
         let options = Options { hold_deletions: hold, mode, ..Options::default() };
-        work.core.run(move |core| plan_window(&core.index, after.as_ref(), options)).await
+        let library = self.config.library.clone();
+        let tickets = work.awaited_skills.clone();
+        let waits = move |path: &WirePath| match (&library, tickets.get(path)) {
+            (Some(library), Some(ticket)) => !library.is_done(*ticket),
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        work.core.run(move |core| plan_window(&core.index, after.as_ref(), options, &waits)).await
     }
 
     /// Whether the deletions that are to be sent now are held back.
@@ -364,6 +394,10 @@ impl<H: Hub> Engine<H> {
         plan_findings.extend(sweep.held_links.iter().map(|path| {
             let text = "a link that leaves the workspace is neither sent nor placed";
             Finding::at(path, "link_outside", text)
+        }));
+        plan_findings.extend(sweep.awaited_skills.iter().take(MAX_LINKS_TOLD).map(|path| {
+            let text = "it becomes a link to a skill, once the library here is new enough";
+            Finding::at(path, "skill_awaited", text)
         }));
         work.problems.replace(Stage::Plan, |_| true, plan_findings);
         work.problems.replace(Stage::Push, |_| true, sweep.push_findings.clone());
@@ -475,8 +509,20 @@ fn plan_window(
     index: &Index,
     after: Option<&WirePath>,
     options: Options,
+    waits: &dyn Fn(&WirePath) -> bool,
 ) -> Result<Planned, IndexError> {
-    let window = index.window(after, WINDOW_ROWS)?;
+    let mut window = index.window(after, WINDOW_ROWS)?;
+    let mut skill_links = Vec::new();
+    for row in &mut window.rows {
+        if let (Some(Entry::Dir), Some(Entry::Link { target })) = (&row.local, &row.remote)
+            && linked_skill(&row.path, target).is_some()
+            && !same(row.base.as_ref(), row.remote.as_ref())
+        {
+            skill_links.push(row.path.clone());
+            // Neither it nor what is below is touched, as if nobody knew what is there.
+            row.unknown |= waits(&row.path);
+        }
+    }
     let options = Options { truncated: window.truncated, context: window.context, ..options };
     let failure = std::cell::RefCell::new(None);
     let look_up = |path: &WirePath| match index.get(path) {
@@ -503,5 +549,5 @@ fn plan_window(
         losses += usize::from(is_lost(index, op.expected.as_ref())?);
     }
     let next = window.truncated.then(|| window.rows.last().map(|row| row.path.clone())).flatten();
-    Ok(Planned { plan, losses, kept_there: kept_there.len(), next })
+    Ok(Planned { plan, losses, kept_there: kept_there.len(), skill_links, next })
 }

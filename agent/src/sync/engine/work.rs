@@ -1,6 +1,6 @@
 //! What the engine of a workspace knows and has to do, and when.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::hold;
 use super::looks::Looks;
 use super::{Command, HUB_RETRY, QUIET, Round, RoundError, UNSTABLE_RETRY, UNSTABLE_TOLD};
+use crate::library::Ticket;
 use crate::root_dir::DirIdentity;
 use crate::sync::FlushError;
 use crate::sync::core::CoreCell;
@@ -62,6 +63,8 @@ pub(super) struct Work {
     pub(super) occupied: bool,
     /// Deletions that were sent lately.
     pub(super) deletions: hold::Sent,
+    /// Directories in whose place a link to a skill is to be put, and since when.
+    pub(super) awaited_skills: BTreeMap<WirePath, Ticket>,
     /// How many wait for somebody's word.
     pub(super) held: usize,
     pub(super) deletions_confirmed: bool,
@@ -106,6 +109,7 @@ impl Work {
             flushes: Vec::new(),
             occupied: false,
             deletions: hold::Sent::default(),
+            awaited_skills: BTreeMap::new(),
             held: 0,
             deletions_confirmed: false,
             settled_at: None,
@@ -130,6 +134,8 @@ impl Work {
                 self.retry_at = None;
             }
             Command::ConfirmDeletions => self.deletions_confirmed = self.held > 0,
+            // Whatever wakes it makes it plan.
+            Command::PlanAgain => {}
         }
     }
 

@@ -9,23 +9,7 @@ use cortex_shared::wire_path::WirePath;
 
 /// Whether an entry at `path` is a link whose target is absolute, or leaves the root as written.
 pub(in crate::sync) fn leaves_workspace(path: &WirePath, entry: Option<&Entry>) -> bool {
-    let Some(Entry::Link { target }) = entry else { return false };
-    if target.first() == Some(&b'/') {
-        return true;
-    }
-    // Directories above the link, which `..` may use up.
-    let mut depth = path.components().count().saturating_sub(1);
-    for component in target.split(|&byte| byte == b'/') {
-        match component {
-            b"" | b"." => {}
-            b".." => match depth.checked_sub(1) {
-                Some(less) => depth = less,
-                None => return true,
-            },
-            _ => depth += 1,
-        }
-    }
-    false
+    entry.is_some_and(|entry| entry.leads_outside(path))
 }
 
 #[cfg(test)]

@@ -177,6 +177,7 @@ mod tests {
             root,
             state_dir: folder.join("state"),
             roots: Default::default(),
+            library: None,
         };
         (config, handle)
     }

@@ -7,6 +7,7 @@ mod rules;
 mod safety;
 mod scenarios;
 mod simulation;
+mod skills;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -166,6 +167,7 @@ impl Mesh {
                 root: self.folder.path().join(name).join("root"),
                 state_dir: self.folder.path().join(name).join("state"),
                 roots: super::roots::Roots::default(),
+                library: None,
             },
             options: MemberOptions::default(),
             hub: self.hub.clone(),

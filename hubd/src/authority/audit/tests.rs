@@ -1,3 +1,4 @@
+use cortex_shared::tasks::TaskScope;
 use rusqlite::Connection;
 use serde_json::json;
 

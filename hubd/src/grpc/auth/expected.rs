@@ -2,7 +2,7 @@
 
 /// Each method with those who may call it, in this order: `-` whoever has no certificate, `n` a node,
 /// `v` viewer, `t` agent-token, `o` operator, `s` admin with a scope, `a` admin.
-pub(crate) const EXPECTED: [(&str, &str); 60] = [
+pub(crate) const EXPECTED: [(&str, &str); 68] = [
     ("Enroll/JoinNode", "-nvtosa"),
     ("Enroll/LoginOperator", "-nvtosa"),
     ("Enroll/RecoverNode", "-nvtosa"),
@@ -30,6 +30,8 @@ pub(crate) const EXPECTED: [(&str, &str); 60] = [
     ("Operator/ListConflicts", "vtosa"),
     ("Operator/WorkspaceLog", "vtosa"),
     ("Operator/ShowWorkspace", "vtosa"),
+    ("Operator/ListSkills", "vtosa"),
+    ("Operator/ShowSkill", "vtosa"),
     ("Operator/ListTasks", "vtosa"),
     ("Operator/GetTask", "vtosa"),
     ("Operator/WaitTask", "vtosa"),
@@ -48,6 +50,8 @@ pub(crate) const EXPECTED: [(&str, &str); 60] = [
     ("Operator/ConfirmDeletes", "osa"),
     ("Operator/ResolveConflict", "osa"),
     ("Operator/RestoreWorkspace", "osa"),
+    ("Operator/PromoteSkill", "osa"),
+    ("Operator/RestoreSkill", "osa"),
     ("Operator/RevokeNode", "sa"),
     ("Operator/ForgetNode", "sa"),
     ("Operator/SetNodePolicy", "sa"),
@@ -56,6 +60,7 @@ pub(crate) const EXPECTED: [(&str, &str); 60] = [
     ("Operator/ListOperators", "a"),
     ("Operator/RevokeOperator", "a"),
     ("Operator/CreateOperator", "a"),
+    ("Operator/RemoveSkill", "a"),
     ("Operator/CreateInvite", "a"),
     ("Operator/ListInvites", "a"),
     ("Operator/RevokeInvite", "a"),
@@ -63,6 +68,9 @@ pub(crate) const EXPECTED: [(&str, &str); 60] = [
     ("Operator/VerifyAudit", "a"),
     ("Operator/CaStatus", "a"),
     ("Operator/RotateCa", "a"),
+    ("Operator/WatchEvents", "vtosa"),
+    ("Operator/ListWorkers", "a"),
+    ("Operator/RunWorker", "a"),
 ];
 
 /// Whether the caller of this letter may call the method of this path.

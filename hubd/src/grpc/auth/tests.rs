@@ -27,9 +27,11 @@ async fn layer(nodes: Vec<Node>, records: Vec<OperatorRecord>) -> (tempfile::Tem
     let deadlines = Deadlines { start: second, resume: second };
     let history = HistoryStore::open(folder.path().join("history.db"), &scope).await.unwrap();
     let history = History::start(history, HistoryLimits::default(), &scope);
-    let relay = Relay::new(Arc::clone(&store), spool, history, scope, deadlines);
+    let events = crate::events::EventBus::in_memory(Default::default());
+    let told = Arc::clone(&events);
+    let relay = Relay::new(Arc::clone(&store), spool, history, told, scope, deadlines);
     let refusals = RefusalLog::new(Arc::clone(&store), TaskScope::new());
-    let operators = Operators::load(store, relay).await.unwrap();
+    let operators = Operators::load(store, relay, events).await.unwrap();
     operators.apply(records);
     (folder, AuthLayer { registry: Arc::new(Registry::new(nodes)), operators, refusals })
 }

@@ -64,7 +64,11 @@ impl Fixture {
                 .unwrap();
         let members = Arc::new(Members::default());
         let workspaces = Arc::new(workspaces);
-        let service = SyncService::new(workspaces.clone(), members.clone());
+        let service = SyncService::new(
+            workspaces.clone(),
+            members.clone(),
+            EventBus::in_memory(Default::default()),
+        );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let identify = |mut request: Request<()>| {
@@ -298,6 +302,22 @@ async fn an_incompressible_pack_of_the_largest_size_passes_both_ways() {
     assert!(pack.len() > cortex_proto::MAX_PACK_BYTES);
     member.put(vec![pack.clone()]).await.unwrap();
     assert_eq!(member.get(&[chunk.hash]).await.unwrap()[0].pack, pack);
+    fixture.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_read_the_library_and_do_not_write_to_it() {
+    let fixture = Fixture { id: WorkspaceId::LIBRARY, ..Fixture::new().await };
+    let mut node = fixture.member();
+    let put = node.put(vec![packed(&[b"x"]).0.remove(0)]).await.unwrap_err();
+    let ops = vec![create("planted", v1::entry::Kind::Dir(v1::DirEntry {}))];
+    let commit = node.commit(ops).await.unwrap_err();
+    for refusal in [put, commit] {
+        assert_eq!((refusal.code(), code(&refusal)), (Code::PermissionDenied, "library_read_only"));
+    }
+    assert_eq!(node.head().await.unwrap().seq, 0);
+    assert!(node.changes(0).await.unwrap().iter().all(|page| page.changes.is_empty()));
+    node.ack(0).await.unwrap();
     fixture.close().await;
 }
 

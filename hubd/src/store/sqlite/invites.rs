@@ -95,6 +95,16 @@ pub(super) fn revoke(
     if known { Ok(()) } else { Err(StoreError::NotFound { what: "invite", name: id.to_string() }) }
 }
 
+/// A request that is repeated after that finds nothing of itself; nobody waits so long.
+pub(super) fn forget(t: &Connection, before_ms: i64) -> Result<u64, StoreError> {
+    const OVER: &str = "expires_at < ?1 OR revoked_at < ?1";
+    let uses =
+        format!("DELETE FROM invite_uses WHERE invite IN (SELECT id FROM invites WHERE {OVER})");
+    t.execute(&uses, [before_ms])?;
+    let gone = t.execute(&format!("DELETE FROM invites WHERE {OVER}"), [before_ms])?;
+    Ok(gone as u64)
+}
+
 /// What a valid token leads to.
 enum Found {
     /// This key has redeemed it before: the recorded result.

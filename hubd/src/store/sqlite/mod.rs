@@ -5,6 +5,7 @@ mod authority;
 mod identity;
 mod invites;
 mod nodes;
+mod skills;
 mod tasks;
 mod workspaces;
 
@@ -12,7 +13,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
-use cortex_shared::ids::{MeshId, NodeId, TaskId, WorkspaceId};
+use cortex_shared::ids::{CommitId, MeshId, NodeId, TaskId, WorkspaceId};
 use cortex_shared::labels::Labels;
 use cortex_shared::secret::InviteId;
 use cortex_shared::tasks::TaskScope;
@@ -22,8 +23,8 @@ use super::database::{Database, DatabaseError, Settings};
 use super::{
     Acceptance, AuditHead, AuditLine, CaState, CloneSuspicion, Invite, LabelChange, LabelRefusal,
     NewAudit, NewInvite, NewTask, Node, NodePolicy, NodeRedemption, Operator, OperatorRecord,
-    OperatorRedemption, RedeemRefusal, RenewOutcome, Renewal, Store, StoreError, TaskEnd,
-    TaskQuery, TaskRecord, Workspace,
+    OperatorRedemption, RedeemRefusal, RenewOutcome, Renewal, SkillVersion, Store, StoreError,
+    TaskEnd, TaskQuery, TaskRecord, Workspace,
 };
 
 const SETTINGS: Settings = Settings {
@@ -35,6 +36,7 @@ const SETTINGS: Settings = Settings {
         include_str!("migrations/0005_cancel_wanted.sql"),
         include_str!("migrations/0006_deleted_workspaces.sql"),
         include_str!("migrations/0007_network.sql"),
+        include_str!("migrations/0009_skills.sql"),
     ],
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,
@@ -93,6 +95,10 @@ impl Store for SqliteStore {
         audit: NewAudit,
     ) -> Result<(), StoreError> {
         self.database.write(move |t| invites::revoke(t, &id, now_ms, &audit)).await
+    }
+
+    async fn forget_invites(&self, before_ms: i64) -> Result<u64, StoreError> {
+        self.database.write(move |t| invites::forget(t, before_ms)).await
     }
 
     async fn redeem_node(
@@ -242,6 +248,43 @@ impl Store for SqliteStore {
             if changed { audit::append(t, &audit) } else { Ok(()) }
         };
         self.database.write(detach).await
+    }
+
+    async fn skills(&self, skill: Option<String>) -> Result<Vec<SkillVersion>, StoreError> {
+        self.database.read(move |c| skills::list(c, skill.as_deref())).await
+    }
+
+    async fn begin_skill(&self, version: SkillVersion) -> Result<(), StoreError> {
+        self.database.write(move |t| skills::begin(t, &version)).await
+    }
+
+    async fn finish_skill(
+        &self,
+        id: CommitId,
+        now_ms: i64,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        let finish = move |t: &Connection| {
+            if skills::finish(t, id, now_ms)? { audit::append(t, &audit) } else { Ok(()) }
+        };
+        self.database.write(finish).await
+    }
+
+    async fn abandon_skill(&self, id: CommitId) -> Result<(), StoreError> {
+        self.database.write(move |t| skills::abandon(t, id)).await
+    }
+
+    async fn remove_skill(
+        &self,
+        id: CommitId,
+        now_ms: i64,
+        audit: NewAudit,
+    ) -> Result<(), StoreError> {
+        let remove = move |t: &Connection| {
+            skills::remove(t, id, now_ms)?;
+            audit::append(t, &audit)
+        };
+        self.database.write(remove).await
     }
 
     async fn revoke_node(

@@ -2,11 +2,13 @@
 
 mod invites;
 
+use cortex_shared::entry::Digest;
 use cortex_shared::policy::Role;
 use cortex_shared::secret::InviteToken;
+use cortex_shared::wire_path::WirePath;
 
 use super::super::{
-    Actor, Caller, Facts, InviteKind, Machine, NewCertificate, TaskEndState, Verdict,
+    Actor, Caller, Facts, InviteKind, Machine, NewCertificate, SkillOrigin, TaskEndState, Verdict,
 };
 use super::*;
 
@@ -219,4 +221,49 @@ async fn labels_of_a_scope_are_protected_from_the_invite_to_the_revocation() {
     assert!(!labels.contains_key("env"));
     store.revoke_operator("ann".into(), 2_000, audit(2_000)).await.unwrap();
     assert!(store.label_node(node, change(false), audit(2_001)).await.unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn of_each_skill_one_version_is_current_and_one_is_made_at_a_time() {
+    let (_folder, store) = store().await;
+    let version = |number: u64| SkillVersion {
+        id: CommitId::new(),
+        skill: "lint".into(),
+        version: number,
+        origin: SkillOrigin {
+            workspace: WorkspaceId::new(),
+            path: WirePath::new("tools/lint").unwrap(),
+        },
+        restored_from: (number == 2).then_some(1),
+        digest: Digest::of(b"it"),
+        entries: 3,
+        content_bytes: 7,
+        by: Actor { name: "ann".into(), uid: Some(7) },
+        at_ms: 1,
+        pending: true,
+        ended_at_ms: None,
+    };
+    let (one, two) = (version(1), version(2));
+    store.begin_skill(one.clone()).await.unwrap();
+    let other = SkillVersion { id: CommitId::new(), ..one.clone() };
+    assert!(matches!(store.begin_skill(other.clone()).await, Err(StoreError::Exists { .. })));
+    assert_eq!(store.skills(None).await.unwrap(), [one.clone()]);
+    store.abandon_skill(one.id).await.unwrap();
+    store.begin_skill(other.clone()).await.unwrap();
+    store.finish_skill(other.id, 5, audit(5)).await.unwrap();
+    // What is not pending is neither finished again nor abandoned.
+    store.finish_skill(other.id, 6, audit(6)).await.unwrap();
+    store.abandon_skill(other.id).await.unwrap();
+    store.begin_skill(two.clone()).await.unwrap();
+    store.finish_skill(two.id, 9, audit(9)).await.unwrap();
+    let ended = SkillVersion { pending: false, ended_at_ms: Some(9), ..other };
+    let current = SkillVersion { pending: false, ..two };
+    assert_eq!(store.skills(Some("lint".into())).await.unwrap(), [ended.clone(), current.clone()]);
+    assert!(store.skills(Some("other".into())).await.unwrap().is_empty());
+    let gone = store.remove_skill(ended.id, 10, audit(10)).await;
+    assert!(matches!(gone, Err(StoreError::NotFound { .. })));
+    store.remove_skill(current.id, 11, audit(11)).await.unwrap();
+    assert!(store.skills(None).await.unwrap().iter().all(|version| !version.is_current()));
+    let lines = store.audit_page(None, 100).await.unwrap();
+    assert_eq!(lines.iter().map(|line| line.at_ms).collect::<Vec<_>>(), [5, 9, 11]);
 }

@@ -62,6 +62,8 @@ macro_rules! contract_tests {
             deletions_are_recorded_for_a_month_and_their_end_is_said,
             sparse_packs_are_replaced_unless_something_of_them_is_touched,
             settings_are_kept,
+            a_whole_commit_is_all_or_nothing,
+            a_subtree_is_read_at_one_moment_with_its_digest,
         );
     };
     (@ $engine:expr, $($name:ident,)*) => {
@@ -74,6 +76,43 @@ macro_rules! contract_tests {
     };
 }
 pub(crate) use contract_tests;
+
+pub(crate) async fn a_whole_commit_is_all_or_nothing(engine: &impl Engine) {
+    let fixture = Fixture::new(engine).await;
+    fixture.add_chunks(&[b"one"]).await;
+    let one = file(b"one");
+    let head = *fixture.store.watch_head().borrow();
+    let lacking = vec![create("a", one.clone()), create("b", file(b"not here"))];
+    let refused = fixture.store.commit_whole(fixture.batch(lacking)).await;
+    let Err(StoreError::NotWhole { path, reason }) = refused else { panic!("it is refused") };
+    assert_eq!((path.as_str(), reason), ("b", RejectReason::MissingChunks));
+    assert!(fixture.tree(1000).await.is_empty());
+    assert_eq!(*fixture.store.watch_head().borrow(), head);
+    // A repetition that is accepted, and one of that.
+    let whole = fixture.batch(vec![create("a", one.clone()), create("b", one)]);
+    let result = fixture.store.commit_whole(whole.clone()).await.unwrap();
+    assert_eq!(result.seqs, [1, 2]);
+    assert_eq!(fixture.store.commit_whole(whole).await.unwrap(), result);
+}
+
+pub(crate) async fn a_subtree_is_read_at_one_moment_with_its_digest(engine: &impl Engine) {
+    let fixture = Fixture::new(engine).await;
+    fixture.add_chunks(&[b"one"]).await;
+    let one = file(b"one");
+    let made = ["d", "d/e", "d-not-in-it"].map(|name| create(name, Entry::Dir));
+    fixture.set(made.to_vec()).await;
+    fixture.set(vec![create("d/e/f", one.clone()), create("d/g", link("e/f"))]).await;
+    let subtree = |at: &str, limit| fixture.store.subtree(path(at), limit);
+    let found = subtree("d", 3).await.unwrap().unwrap();
+    let expected = [("d/e", Entry::Dir), ("d/e/f", one), ("d/g", link("e/f"))];
+    assert_eq!(found.entries, expected.clone().map(|(name, entry)| (path(name), entry)));
+    let inside = expected.map(|(name, entry)| (path(name.strip_prefix("d/").unwrap()), entry));
+    assert_eq!(found.digest, root_digest(&inside.into_iter().collect()));
+    assert!(matches!(subtree("d", 2).await, Err(StoreError::TooMuch { limit: 2 })));
+    for nothing in ["d/g", "d/e/f", "no", "no/such"] {
+        assert_eq!(subtree(nothing, 9).await.unwrap(), None, "{nothing}");
+    }
+}
 
 pub(crate) async fn a_new_workspace_is_empty(engine: &impl Engine) {
     let fixture = Fixture::new(engine).await;

@@ -36,7 +36,7 @@ use super::database::DatabaseError;
 
 pub use model::{
     Change, ChangesPage, Commit, CommitResult, Conflict, Found, Head, InvalidOp, Op, PackAdded,
-    PackRecord, RejectReason, Rejection, SparsePack, Summary, UnusedPacks,
+    PackRecord, RejectReason, Rejection, SparsePack, Subtree, Summary, UnusedPacks,
 };
 pub use past::{
     Author, LogEntry, LogFilter, LogPage, LoggedChange, RestorePlan, Usage, WorkspaceSettings,
@@ -74,6 +74,14 @@ pub enum StoreError {
         asked: u64,
         /// The oldest one that is kept as a whole.
         oldest: u64,
+    },
+    /// Of what was to be done as a whole, this could not be; so nothing was.
+    #[error("refused as a whole: {path}: {reason:?}")]
+    NotWhole {
+        /// The first path of those that were in the way.
+        path: String,
+        /// Why.
+        reason: RejectReason,
     },
     /// A path has no earlier version.
     #[error("there is no earlier version of {path}")]
@@ -189,6 +197,13 @@ pub trait WorkspaceStore: Send + Sync + 'static {
     /// become visible together. A repetition of a commit that changed something returns its first
     /// result, for at least a week.
     fn commit(&self, commit: Commit) -> Answer<'_, CommitResult>;
+
+    /// As [`Self::commit`], but all of it or nothing: [`StoreError::NotWhole`].
+    fn commit_whole(&self, commit: Commit) -> Answer<'_, CommitResult>;
+
+    /// The directory at a path with everything below it, at most `limit` entries
+    /// ([`StoreError::TooMuch`]); `None` if no directory stands there.
+    fn subtree(&self, path: WirePath, limit: usize) -> Answer<'_, Option<Subtree>>;
 
     /// The changes after a version, in order, up to about `budget_bytes` of paths and content but at
     /// least one. Not all deletions are known before [`ChangesPage::log_floor`]. Who reads on from [`ChangesPage::last_seq`] until it reaches the head has the tree

@@ -69,6 +69,16 @@ pub struct Commit {
     pub ops: Vec<Result<Op, InvalidOp>>,
 }
 
+impl Commit {
+    /// Conflict copies among what is to be done, each with its index and the path that kept its name.
+    pub fn copies(&self) -> impl Iterator<Item = (u32, (WirePath, WirePath))> {
+        (0_u32..).zip(&self.ops).filter_map(|(index, op)| {
+            let op = op.as_ref().ok().filter(|op| op.new.is_some())?;
+            Some((index, (op.conflict_of.clone()?, op.path.clone())))
+        })
+    }
+}
+
 /// Why an operation was not applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -142,6 +152,15 @@ pub struct Found {
     pub packs: Vec<(Digest, Vec<Digest>)>,
     /// Chunks that are not present.
     pub missing: Vec<Digest>,
+}
+
+/// A directory with everything below it, as it was at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subtree {
+    /// Its digest, which is equal for equal directories wherever they stand.
+    pub digest: Digest,
+    /// What is below it, in the order of a walk, by paths from the root of the workspace.
+    pub entries: Vec<(WirePath, Entry)>,
 }
 
 /// One change of the tree, as a member reads it.

@@ -4,6 +4,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::events::EventLimits;
 use crate::node::registry::{Arrival, Registry, SessionEnds};
 use crate::store::history::{HistoryLimits, HistoryStore};
 use crate::store::sqlite::SqliteStore;
@@ -23,6 +24,10 @@ struct Fixture {
     session: SessionEnds,
     registry: Registry,
     node: NodeId,
+}
+
+fn events() -> Arc<EventBus> {
+    EventBus::in_memory(EventLimits::default())
 }
 
 async fn history(folder: &tempfile::TempDir, scope: &TaskScope) -> Arc<History> {
@@ -47,8 +52,8 @@ async fn fixture_with(resume: Duration) -> Fixture {
     let begun = registry.begin_session(id, arrival, cancel);
     let spool = Spool::open(folder.path().join("tasks"), SpoolLimits::default(), &scope).unwrap();
     let deadlines = Deadlines { start: Duration::from_secs(60), resume };
-    let relay =
-        Relay::new(Arc::clone(&store), spool, history(&folder, &scope).await, scope, deadlines);
+    let history = history(&folder, &scope).await;
+    let relay = Relay::new(Arc::clone(&store), spool, history, events(), scope, deadlines);
     Fixture { folder, relay, store, session: begun.unwrap().0, registry, node: id }
 }
 
@@ -355,7 +360,7 @@ async fn what_was_given_up_while_its_node_was_away_ends_when_it_is_back_also_aft
             let deadlines = Deadlines { start: Duration::ZERO, resume: SHORT };
             let history = Arc::clone(fixture.relay.history());
             let store = Arc::clone(&fixture.store);
-            fixture.relay = Relay::new(store, spool, history, scope, deadlines);
+            fixture.relay = Relay::new(store, spool, history, events(), scope, deadlines);
             fixture.relay.recover().await.unwrap();
         }
         fixture.reconnect(&held);
@@ -418,7 +423,8 @@ async fn the_next_hub_takes_up_what_the_last_one_left_open() {
     let spool = Spool::open(fixture.folder.path().join("tasks"), SpoolLimits::default(), &scope);
     let deadlines = Deadlines { start: Duration::ZERO, resume: SHORT };
     let history = Arc::clone(fixture.relay.history());
-    let next = Relay::new(Arc::clone(&fixture.store), spool.unwrap(), history, scope, deadlines);
+    let store = Arc::clone(&fixture.store);
+    let next = Relay::new(store, spool.unwrap(), history, events(), scope, deadlines);
     next.recover().await.unwrap();
     assert_eq!(next.running(), 2);
     fixture.relay = next;

@@ -156,6 +156,7 @@ impl World {
                     root,
                     state_dir,
                     roots: Roots::default(),
+                    library: None,
                 };
                 let user = User {
                     name,

@@ -309,3 +309,23 @@ async fn joins_and_logins_are_in_the_audit_log_with_who_and_where() {
     assert_eq!(detail(logged_in)["address"], "192.0.2.9");
     assert_eq!(detail(logged_in)["role"], "viewer");
 }
+
+#[tokio::test]
+async fn invites_that_were_of_no_use_for_long_enough_are_forgotten_and_what_they_admitted_stays() {
+    let (_folder, store) = store().await;
+    let tokens: Vec<InviteToken> = (0..4).map(|_| InviteToken::generate()).collect();
+    for (token, expires_at_ms) in tokens.iter().zip([100, 100, 500, 900]) {
+        let invite = NewInvite { expires_at_ms, ..invite(token, InviteKind::Node) };
+        store.create_invite(invite, audit(0)).await.unwrap();
+    }
+    let node = store.redeem_node(redemption(&tokens[0], 1)).await.unwrap().unwrap();
+    store.revoke_invite(tokens[2].id().clone(), 200, audit(200)).await.unwrap();
+    assert_eq!(store.forget_invites(100).await.unwrap(), 0, "not at that very moment");
+    assert_eq!(store.forget_invites(300).await.unwrap(), 3);
+    let left = store.invites().await.unwrap();
+    assert_eq!(left.len(), 1);
+    assert_eq!(left[0].invite.id, *tokens[3].id());
+    assert_eq!(store.nodes().await.unwrap()[0].id, node.id);
+    let again = store.redeem_node(redemption(&tokens[0], 1)).await.unwrap();
+    assert!(matches!(again, Err(RedeemRefusal::Unknown)), "{again:?}");
+}

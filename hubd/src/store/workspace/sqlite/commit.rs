@@ -68,6 +68,22 @@ pub(super) fn commit(
     Ok(result)
 }
 
+/// Carries a commit out as a whole: an operation that is rejected undoes the others.
+pub(super) fn commit_whole(
+    connection: &Connection,
+    whole: &Commit,
+    now_ms: i64,
+) -> Result<CommitResult, StoreError> {
+    let result = commit(connection, whole, now_ms)?;
+    let Some(rejection) = result.rejected.first() else { return Ok(result) };
+    let op = whole.ops.get(rejection.index as usize).and_then(|op| op.as_ref().ok());
+    // An error undoes what this request has written.
+    Err(StoreError::NotWhole {
+        path: op.map(|op| op.path.to_string()).unwrap_or_default(),
+        reason: rejection.reason,
+    })
+}
+
 enum Outcome {
     /// With its number, or 0 if nothing had to change.
     Accepted(u64),

@@ -34,7 +34,7 @@ use self::tree::{damaged, digest, signed, unsigned};
 use super::super::database::{Database, Settings};
 use super::{
     Answer, ChangesPage, CollectionSlice, Commit, CommitResult, Conflict, Found, Head, LogFilter,
-    LogPage, PackAdded, PackRecord, RestorePlan, StoreError, Summary, UnusedPacks, Usage,
+    LogPage, PackAdded, PackRecord, RestorePlan, StoreError, Subtree, Summary, UnusedPacks, Usage,
     WorkspaceSettings, WorkspaceStore,
 };
 
@@ -71,6 +71,21 @@ impl SqliteWorkspaceStore {
             })
             .await?;
         Ok(Self { database, head: Arc::new(watch::Sender::new(head)) })
+    }
+
+    fn write_commit(
+        &self,
+        commit: Commit,
+        write: fn(&Connection, &Commit, i64) -> Result<CommitResult, StoreError>,
+    ) -> Answer<'_, CommitResult> {
+        let publish = self.publish();
+        let epoch = commit.epoch;
+        let write = move |connection: &Connection| write(connection, &commit, unix_ms());
+        let head_of = move |result: &CommitResult| {
+            crash_point("sync.commit.durable");
+            publish(&Head { epoch, seq: result.seq, root: result.root });
+        };
+        Box::pin(self.database.write_then(write, head_of))
     }
 
     /// Tells of a head once it is durable.
@@ -294,14 +309,15 @@ impl WorkspaceStore for SqliteWorkspaceStore {
     }
 
     fn commit(&self, commit: Commit) -> Answer<'_, CommitResult> {
-        let publish = self.publish();
-        let epoch = commit.epoch;
-        let write = move |connection: &Connection| commit::commit(connection, &commit, unix_ms());
-        let head_of = move |result: &CommitResult| {
-            crash_point("sync.commit.durable");
-            publish(&Head { epoch, seq: result.seq, root: result.root });
-        };
-        Box::pin(self.database.write_then(write, head_of))
+        self.write_commit(commit, commit::commit)
+    }
+
+    fn commit_whole(&self, commit: Commit) -> Answer<'_, CommitResult> {
+        self.write_commit(commit, commit::commit_whole)
+    }
+
+    fn subtree(&self, path: WirePath, limit: usize) -> Answer<'_, Option<Subtree>> {
+        Box::pin(self.database.read(move |connection| tree::subtree(connection, &path, limit)))
     }
 
     fn changes(&self, after_seq: u64, budget_bytes: usize) -> Answer<'_, ChangesPage> {

@@ -8,7 +8,7 @@ use cortex_shared::wire_path::WirePath;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::super::super::database::DatabaseError;
-use super::super::{Author, StoreError};
+use super::super::{Author, StoreError, Subtree};
 use super::schema::ROOT_ID;
 
 /// Columns of an entry (`e`) with its recipe (`r`), in the order in which [`entry_from_row`] reads
@@ -270,6 +270,45 @@ impl<'a> Tree<'a> {
         }
         Ok(builder.finish())
     }
+}
+
+/// See [`super::super::WorkspaceStore::subtree`].
+pub(super) fn subtree(
+    connection: &Connection,
+    path: &WirePath,
+    limit: usize,
+) -> Result<Option<Subtree>, StoreError> {
+    let mut tree = Tree::new(connection);
+    let Some((parent, _)) = tree.parent(path)? else { return Ok(None) };
+    let found = tree.find(parent, path.name())?.filter(|found| found.kind == Kind::Dir);
+    let Some(top) = found else { return Ok(None) };
+    let digest: Vec<u8> = connection
+        .prepare_cached("SELECT digest FROM entries WHERE id = ?1")?
+        .query_row([top.id], |row| row.get(0))?;
+    let digest = self::digest(&digest)?;
+    let mut entries = Vec::new();
+    let mut children = connection.prepare_cached(&format!(
+        "SELECT e.id, e.name, {ENTRY_COLUMNS} FROM entries e
+         LEFT JOIN recipes r ON r.digest = e.recipe WHERE e.parent_id = ?1"
+    ))?;
+    let mut open = vec![(top.id, path.clone())];
+    while let Some((directory, path)) = open.pop() {
+        let mut rows = children.query([directory])?;
+        while let Some(row) = rows.next()? {
+            if entries.len() == limit {
+                return Err(StoreError::TooMuch { limit });
+            }
+            let name: Vec<u8> = row.get(1)?;
+            let path = path.join(&name).map_err(|_| damaged("an invalid path"))?;
+            let entry = entry_from_row(row, 2)?;
+            if entry.is_dir() {
+                open.push((row.get(0)?, path.clone()));
+            }
+            entries.push((path, entry));
+        }
+    }
+    entries.sort_by(|(a, _), (b, _)| a.cmp(b));
+    Ok(Some(Subtree { digest, entries }))
 }
 
 /// Paths of rows, found by walking up, with the directories that were seen on the way.
