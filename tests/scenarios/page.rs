@@ -115,6 +115,23 @@ fn the_page_shows_what_nodes_say_as_text_and_goes_on_showing_it() {
     page.view("#/workspaces/demo", changed);
     page.pictures("workspace");
 
+    // A member that is under way, as it would be for a moment only.
+    let _set = browser.script(
+        "const ask = window.fetch; window.fetch = async (path, options) => { \
+           const answer = await ask(path, { ...options, headers: {} }); \
+           if (!path.endsWith('/workspaces/demo')) return answer; \
+           const shown = await answer.json(); const { status } = shown.workspace.members[0]; \
+           Object.assign(status, { state: 'downloading', bytes_done: 3e8, bytes_total: 1e9, \
+             bytes_per_second: 5e6, eta_ms: 140000, held_deletions: 2, \
+             problems: [{ path: '<b>', code: 'busy', message: 'is open', first_seen_ms: 1 }] }); \
+           return new Response(JSON.stringify(shown), \
+             { headers: { 'content-type': 'application/json' } }); }",
+    );
+    browser.wait("document.querySelector('progress')?.value === 3e8");
+    browser
+        .wait("document.querySelector('td').closest('tr').innerText.includes('2 min 20 s left')");
+    page.pictures("progress");
+
     // Worse than the hub lets anybody be called, as if it did.
     let _set = browser.script(
         "const ask = window.fetch; window.fetch = async (path, options) => { \
@@ -177,6 +194,16 @@ fn an_administrator_lets_a_node_do_more_for_a_reason_and_a_time_and_a_viewer_doe
     assert_eq!(page.mesh.shown("south")["policy"], "strict");
     page.unharmed();
 
+    // A command that nobody waits for is ended.
+    let sleep = ["exec", "south", "--detach", "-o", "json", "--", "sleep", "1000"];
+    let begun = page.admin.agent(&sleep).ok().json();
+    let task = begun["task_id"].as_str().unwrap();
+    page.view(&format!("#/tasks/{task}"), "document.querySelector('.badge.good')");
+    browser.click("main button.danger");
+    browser.click("dialog button[type=submit]");
+    browser.wait("document.querySelector('h1 .badge')?.innerText === 'cancelled'");
+    page.pictures("cancelled");
+
     browser.click("#who button");
     browser.wait("document.querySelector('h1')?.textContent === 'Log in'");
     page.pictures("logged-out");
@@ -190,4 +217,44 @@ fn an_administrator_lets_a_node_do_more_for_a_reason_and_a_time_and_a_viewer_doe
     page.pictures("away");
     page.mesh.start_hub();
     page.browser.wait("document.querySelector('h1')?.textContent === 'Log in'");
+}
+
+#[test]
+fn the_page_shows_conflicts_and_nodes_that_are_gone() {
+    let Some(mut page) = Page::new() else { return };
+    let mut north = page.mesh.node("north", As::Me);
+    let _made: Outcome = page.admin.agent(&["workspace", "create", "w"]).ok();
+    for node in ["south", "north"] {
+        let attach = ["workspace", "attach", "w", "--node", node];
+        let _attached: Outcome = page.admin.agent(&attach).ok();
+    }
+    let (a, b) = (page.south.workspace("w"), north.workspace("w"));
+    until("the workspace is there", || a.exists() && b.exists());
+    std::fs::write(a.join("notes.txt"), "common").unwrap();
+    until("the file arrived", || b.join("notes.txt").exists());
+    let settle = ["workspace", "status", "w", "--watch"];
+    let _settled: Outcome = page.admin.agent(&settle).ok();
+
+    page.log_in(&page.admin);
+    let browser = &page.browser;
+    page.view("#/workspaces", "document.querySelector('.badge')?.innerText === 'in step'");
+    north.stop();
+    // It is seen without asking anew.
+    page.view("#/nodes", "document.querySelectorAll('tbody tr').length === 2");
+    browser.wait("document.querySelector('.badge.off')?.innerText === 'offline'");
+    page.pictures("offline");
+    browser.type_into("#wanted", "nor");
+    browser.wait("document.querySelectorAll('tbody tr').length === 1");
+    std::fs::write(a.join("notes.txt"), "edited on south").unwrap();
+    std::fs::write(b.join("notes.txt"), "edited on north").unwrap();
+    page.view(
+        "#/workspaces/w",
+        "document.querySelector('h1 .badge')?.innerText.includes('behind')",
+    );
+    north.run();
+    browser.wait(
+        "[...document.querySelectorAll('td')].some((cell) => cell.innerText.includes('notes.conflict-'))",
+    );
+    page.pictures("conflict");
+    page.unharmed();
 }

@@ -29,7 +29,7 @@ let leave = new AbortController();
 
 function bar() {
   const at = location.hash;
-  show(place("nav"), PLACES.map(([text, href]) =>
+  show(place("nav"), session && PLACES.map(([text, href]) =>
     el("a", { href, "aria-current": at.startsWith(href) ? "page" : null }, text)));
   show(place("who"), session && [
     el("span", { class: "quiet" }, session.name, " · ", session.role),
@@ -47,6 +47,7 @@ function foot(hub) {
 }
 
 function notice(error, since) {
+  content.classList.toggle("stale", Boolean(error));
   show(place("notice"), error && el("p", { class: "trouble" },
     badge("bad", "not live"), " ", Problem.of(error).detail, " What is shown is ",
     counting("ago", since).textContent === "now" ? "a moment old." : ["from ", counting("ago", since), "."]));
