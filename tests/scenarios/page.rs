@@ -198,7 +198,9 @@ fn an_administrator_lets_a_node_do_more_for_a_reason_and_a_time_and_a_viewer_doe
     let sleep = ["exec", "south", "--detach", "-o", "json", "--", "sleep", "1000"];
     let begun = page.admin.agent(&sleep).ok().json();
     let task = begun["task_id"].as_str().unwrap();
-    page.view(&format!("#/tasks/{task}"), "document.querySelector('.badge.good')");
+    let there = "document.querySelector('h1')?.innerText.startsWith('Task') && \
+                 document.querySelector('main button.danger')";
+    page.view(&format!("#/tasks/{task}"), there);
     browser.click("main button.danger");
     browser.click("dialog button[type=submit]");
     browser.wait("document.querySelector('h1 .badge')?.innerText === 'cancelled'");
@@ -253,7 +255,8 @@ fn the_page_shows_conflicts_and_nodes_that_are_gone() {
     );
     north.run();
     browser.wait(
-        "[...document.querySelectorAll('td')].some((cell) => cell.innerText.includes('notes.conflict-'))",
+        "[...document.querySelectorAll('caption')].some((caption) => \
+         caption.innerText.includes('1 file changed in two places'))",
     );
     page.pictures("conflict");
     page.unharmed();

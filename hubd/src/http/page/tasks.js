@@ -15,6 +15,7 @@ function state(task) {
   if (task.state === "running") return badge("good", task.cancel_pending ? "being cancelled" : "running");
   if (task.state === "interrupted") return badge("warn", "interrupted");
   if (task.state === "failed") return badge("bad", end?.verdict.replaceAll("_", " ") ?? "failed");
+  if (task.state === "cancelled") return badge("quiet", "cancelled");
   if (end?.exit_code) return badge("warn", `exit ${end.exit_code}`);
   if (end?.signal) return badge("warn", `signal ${end.signal}`);
   return badge("quiet", task.state === "finished" ? "exit 0" : task.state);
