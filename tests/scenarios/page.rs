@@ -223,7 +223,7 @@ fn an_administrator_lets_a_node_do_more_for_a_reason_and_a_time_and_a_viewer_doe
 
 #[test]
 fn the_page_shows_conflicts_and_nodes_that_are_gone() {
-    let Some(mut page) = Page::new() else { return };
+    let Some(page) = Page::new() else { return };
     let mut north = page.mesh.node("north", As::Me);
     let _made: Outcome = page.admin.agent(&["workspace", "create", "w"]).ok();
     for node in ["south", "north"] {
