@@ -19,6 +19,7 @@
 #   --from PATH    a folder with the programs, or an archive of a release [this folder's build]
 #   --from URL     a hub, https://HOST:PORT: its agent is downloaded, for this machine, and checked
 #   --pin PIN      the key that this hub has to have, as curl takes it (sha256//...)
+#   --sha256 HEX   what the archive has to be; without it, what SHA256SUMS beside it says, if there is one
 #   --dry-run      print every step and do none
 #
 # Every step can be repeated: run it again to upgrade, or after an interruption.
@@ -39,7 +40,7 @@ usage() {
 # Everything is read before anything is done: a script that arrives by halves does nothing.
 main() {
   what=programs dry=false purge=false token_stdin=false no_service=false
-  user='' prefix='' from='' tls_pin='' grpc='' http='' advertise='' hub='' pin='' token_file='' name='' workspace_root='' labels=''
+  user='' prefix='' from='' sha256='' tls_pin='' grpc='' http='' advertise='' hub='' pin='' token_file='' name='' workspace_root='' labels=''
   case ${1:-} in
     hub | agent | uninstall) what=$1; shift ;;
   esac
@@ -51,12 +52,13 @@ main() {
       --purge) purge=true ;;
       --token-stdin) token_stdin=true ;;
       --no-service) no_service=true ;;
-      --prefix | --from | --pin | --grpc | --http | --advertise | --hub | --ca | --token-file | --name | --label | --workspace-root)
+      --prefix | --from | --sha256 | --pin | --grpc | --http | --advertise | --hub | --ca | --token-file | --name | --label | --workspace-root)
         [ $# -ge 2 ] || usage "$1 needs a value"
         case $1 in
           --prefix) prefix=$2 ;;
           --from) from=$2 ;;
           --pin) tls_pin=$2 ;;
+          --sha256) sha256=$2 ;;
           --grpc) grpc=$2 ;;
           --http) http=$2 ;;
           --advertise) advertise=$2 ;;
@@ -79,7 +81,8 @@ main() {
   fi
   bin=$prefix/bin
   scratch=''
-  trap 'rm -rf "$scratch"' EXIT
+  temporary=''
+  trap 'rm -rf "$scratch" "$temporary"' EXIT
   trap 'exit 130' INT TERM HUP
 
   case $what in
@@ -161,9 +164,13 @@ find_programs() {
     found=$(cd "$from" && pwd)
   elif [ -n "$from" ]; then
     [ -r "$from" ] || fail "there is no $from"
+    check_archive
     scratch=$(mktemp -d)
     tar -xzf "$from" -C "$scratch" --strip-components=1 || fail "$from is not an archive of a release"
     found=$scratch
+    if [ ! -e "$found/SHA256SUMS" ] || [ ! -e "$found/RELEASE" ]; then
+      fail "$from is not an archive of a release"
+    fi
   elif [ -x "$here/cortex-agent" ]; then
     found=$here
   else
@@ -179,12 +186,28 @@ find_programs() {
   check_sums
 }
 
-# A release says what its files are, and so does a hub.
+# A release says what its files are, and for which machines; and so does a hub.
 check_sums() {
   if [ -e "$found/SHA256SUMS" ]; then
     (cd "$found" && sha256sum --check --quiet --ignore-missing SHA256SUMS) ||
       fail "the programs in $found are not what SHA256SUMS says" "fetch the release again"
   fi
+  if [ -e "$found/RELEASE" ]; then
+    made_for=$(sed -n 's/^architecture=//p' "$found/RELEASE")
+    [ "$made_for" = "$(uname -m)" ] ||
+      fail "this release is for $made_for, and this machine is $(uname -m)" "take the release for it"
+  fi
+}
+
+# The archive is what the caller says, or what the list beside it says.
+check_archive() {
+  if [ -z "$sha256" ] && [ -e "$(dirname "$from")/SHA256SUMS" ]; then
+    sha256=$(sed -n "s/^\([0-9a-f]*\)  $(basename "$from" | sed 's/[.[\*^$/]/\\&/g')\$/\1/p" "$(dirname "$from")/SHA256SUMS")
+    [ -n "$sha256" ] || fail "SHA256SUMS beside $from does not name it" "fetch both again, or give --sha256"
+  fi
+  [ -n "$sha256" ] || return 0
+  is=$(sha256sum <"$from" | cut -d ' ' -f 1)
+  [ "$is" = "$sha256" ] || fail "$from has the SHA-256 $is, not $sha256" "fetch it again"
 }
 
 # Puts programs into place: beside the target and renamed over it, so that a running program keeps its
@@ -208,8 +231,11 @@ programs() {
     if ! $dry; then rm -f "$bin/.$program".*; fi
     step cp "$found/$program" "$temporary"
     step chmod 755 "$temporary"
+    # A machine that loses its power has the old program or the new one, whole.
+    step sync "$temporary"
     step mv -f "$temporary" "$bin/$program"
   done
+  temporary=''
 }
 
 has_systemctl() {
@@ -241,15 +267,19 @@ can_serve() {
 }
 
 install_agent() {
-  programs cortex-agent
   state=/var/lib/cortex-agent
   [ -z "$user" ] || state=${XDG_DATA_HOME:-$HOME/.local/share}/cortex-agent
-  if [ -e "$state/agent.json" ]; then
-    [ -z "$hub" ] || echo "this machine is a node already: --hub and what belongs to it is not used"
-  else
+  joined=false
+  [ ! -e "$state/agent.json" ] || joined=true
+  if ! $joined; then
     [ -n "$hub" ] || usage "--hub is missing"
     [ -n "$pin" ] || usage "--ca is missing"
+  fi
+  programs cortex-agent
+  if ! $joined; then
     join
+  elif [ -n "$hub" ]; then
+    echo "this machine is a node already: --hub and what belongs to it is not used"
   fi
   # A node without systemd is a node all the same, once something starts it.
   if $no_service || ! { $dry || can_serve; }; then

@@ -331,6 +331,9 @@ pub struct Settings {
     pub sandbox: SandboxSettings,
     /// About commands.
     pub commands: CommandSettings,
+    /// What the daemon logs, such as `debug` or `info,cortex_agent::sync=debug`; `info` if it is not said.
+    /// `CORTEX_LOG` goes before it. Read again on SIGHUP.
+    pub log: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -350,6 +353,8 @@ struct RawSettings {
     sandbox: SandboxSettings,
     #[serde(default)]
     commands: CommandSettings,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    log: Option<String>,
 }
 
 impl Settings {
@@ -373,6 +378,7 @@ impl Settings {
             },
             sandbox: raw.sandbox,
             commands: raw.commands,
+            log: raw.log,
         };
         let roots = settings.workspace_paths.values().chain([&settings.workspace_root]);
         for root in roots {
@@ -397,6 +403,7 @@ impl Settings {
             library: self.library.to_raw(),
             sandbox: self.sandbox,
             commands: self.commands,
+            log: self.log.clone(),
         };
         write_json(&state.settings(), &raw)
     }
@@ -501,6 +508,7 @@ mod tests {
             library: LibraryPlace::At("/srv/skills".into()),
             sandbox: SandboxSettings { require_cgroup: true },
             commands: CommandSettings { cut_off_limit_s: Some(3600) },
+            log: None,
         }
     }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use cortex_proto::v1;
 use cortex_shared::tasks::TaskScope;
-use cortex_shared::telemetry;
+use cortex_shared::telemetry::{self, Logging};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
@@ -25,11 +25,15 @@ use crate::identity::NodeIdentity;
 use crate::identity::live::{IdentityError, LiveIdentity};
 use crate::link::cut_off;
 use crate::link::dispatch::Dispatcher;
+use crate::link::renewal;
 use crate::link::session::{Greeting, LinkState, keep_session};
 use crate::link::workspaces::Workspaces;
 
 /// How long an orderly stop may take.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What is logged unless the owner says.
+pub const DEFAULT_LOG: &str = "info";
 
 /// Why the daemon did not start, or did not end in order.
 #[derive(Debug, thiserror::Error)]
@@ -59,17 +63,20 @@ pub enum DaemonError {
     },
 }
 
-/// Runs until a signal asks to stop.
+/// Runs until a signal asks to stop. On SIGHUP it changes `logging` to what the settings say then, and
+/// renews the node's certificate.
 ///
 /// # Errors
 /// If the daemon cannot start.
-pub async fn run(state: StateDir) -> Result<(), DaemonError> {
+pub async fn run(state: StateDir, logging: &Logging) -> Result<(), DaemonError> {
     let settings = Settings::load(&state)?;
+    log_as(logging, &settings);
     let identity = NodeIdentity::require(&state)?;
     let Some(_lock) = state.try_lock()? else {
         return Err(DaemonError::AlreadyRunning { state: state.path().to_owned() });
     };
     let mut stop = StopSignals::new()?;
+    let hang_up = listen(SignalKind::hangup())?;
     // The launcher of all commands: what the probe finds not to be enforced, it refuses.
     let launcher = Executor::of_this_process().launcher();
     let found = launcher.probe(&[state.path().to_owned()], settings.sandbox.require_cgroup).await;
@@ -103,6 +110,7 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     let greeting = Greeting { instance_id: *uuid::Uuid::new_v4().as_bytes(), sandbox };
     let known = identity.snapshot();
     tracing::info!(node = known.name, id = %known.node_id, hub = %settings.hub, "agent starts");
+    let renewing = identity.clone();
     let session_scope = scope.child();
     let commands = dispatcher.clone();
     let limit = settings.commands.cut_off_limit_s.map(Duration::from_secs);
@@ -110,7 +118,10 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     let watching = cut_off::watch(watching.0, watching.1, limit, watching.2, watching.3);
     scope.spawn("cut off", watching);
     scope.spawn("session", keep_session(identity, greeting, dispatcher, link_state, session_scope));
-    scope.spawn("readiness", announce_ready(link, scope.token().clone()));
+    scope.spawn("readiness", announce_ready(link.clone(), scope.token().clone()));
+    let reloading = (state.clone(), logging.clone(), renewing, link);
+    let reloading = reload_on_hangup(hang_up, reloading, scope.token().clone());
+    scope.spawn("reload", reloading);
 
     scope.spawn("watchdog", keep_alive(scope.token().clone()));
     scope.spawn("log repeats", tell_left_out(scope.token().clone()));
@@ -135,6 +146,41 @@ pub async fn run(state: StateDir) -> Result<(), DaemonError> {
     std::fs::remove_file(state.socket()).ok();
     Ok(())
 }
+
+fn log_as(logging: &Logging, settings: &Settings) {
+    let filter = settings.log.as_deref().unwrap_or(DEFAULT_LOG);
+    match logging.change(filter) {
+        Ok(()) => tracing::info!(filter, "logging"),
+        Err(error) => tracing::error!(%error, "what is logged stays as it was"),
+    }
+}
+
+/// Takes into use what can change while the daemon runs, each time SIGHUP comes.
+async fn reload_on_hangup(
+    mut hang_up: Signal,
+    (state, logging, identity, link): Reloading,
+    stop: CancellationToken,
+) {
+    while let Some(Some(())) = stop.run_until_cancelled(hang_up.recv()).await {
+        match Settings::load(&state) {
+            Ok(settings) => log_as(&logging, &settings),
+            Err(error) => tracing::error!(%error, "the settings cannot be read again"),
+        }
+        let session = link.borrow().session.clone();
+        let Some(session) = session else {
+            tracing::info!("the certificate is not renewed: there is no session with the hub");
+            continue;
+        };
+        match stop.run_until_cancelled(renewal::renew(&identity, session.client)).await {
+            None => return,
+            Some(Ok(())) => tracing::info!("the certificate was renewed"),
+            Some(Err(error)) => tracing::warn!(%error, "the certificate was not renewed"),
+        }
+    }
+}
+
+/// What a reload takes: where settings are, what logs, whose certificate, and over which session.
+type Reloading = (StateDir, Logging, LiveIdentity, watch::Receiver<LinkState>);
 
 /// Tells the service manager once that the first session is up.
 async fn announce_ready(mut link: watch::Receiver<LinkState>, stop: CancellationToken) {
@@ -171,6 +217,10 @@ fn notify(states: &[sd_notify::NotifyState<'_>]) {
     }
 }
 
+fn listen(kind: SignalKind) -> Result<Signal, DaemonError> {
+    signal(kind).map_err(|source| DaemonError::System { what: "listen to signals", source })
+}
+
 struct StopSignals {
     terminate: Signal,
     interrupt: Signal,
@@ -178,9 +228,6 @@ struct StopSignals {
 
 impl StopSignals {
     fn new() -> Result<Self, DaemonError> {
-        let listen = |kind| {
-            signal(kind).map_err(|source| DaemonError::System { what: "listen to signals", source })
-        };
         Ok(Self {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,

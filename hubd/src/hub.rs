@@ -61,8 +61,14 @@ use crate::worker::{self, Supervisor, WorkOf};
 
 /// Streams one connection may have open: a node's running tasks, or an operator's commands.
 const STREAMS_PER_CONNECTION: u32 = 4096;
-/// Nodes told to go away come back within this time, spread evenly.
-const RECONNECT_SPREAD: Duration = Duration::from_secs(2);
+/// The first of the nodes told to go away comes back after this time, which the next hub takes to start.
+const FIRST_RECONNECT: Duration = Duration::from_millis(200);
+/// How long a hub that stops waits for commands that are just beginning: a slow disk and a slow sandbox
+/// together, but not a node that does not answer.
+const BEGINNING_GRACE: Duration = Duration::from_secs(2);
+/// How long after the last node was to come back it is still expected: a handshake of a thousand takes
+/// some tenths of a second, a slow line some more.
+const ARRIVAL_GRACE: Duration = Duration::from_secs(3);
 
 /// Why the hub could not start.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +86,12 @@ pub enum StartError {
     #[error("another hub is running on {path}")]
     Locked {
         /// Its data directory.
+        path: String,
+    },
+    /// Somebody began to put a backup back here, and did not finish.
+    #[error("the restore into {path} did not finish: run cortex-hubd db restore again")]
+    RestoreUnfinished {
+        /// The data directory.
         path: String,
     },
     /// An address cannot be listened on.
@@ -144,6 +156,9 @@ impl HubData {
             TryLockError::WouldBlock => StartError::Locked { path: shown(layout.root()) },
             TryLockError::Error(source) => StartError::Data { path: shown(&layout.lock()), source },
         })?;
+        if layout.restoring().exists() {
+            return Err(StartError::RestoreUnfinished { path: shown(layout.root()) });
+        }
         let databases = TaskScope::new();
         let store = Arc::new(SqliteStore::open(layout.database(), &databases).await?);
         let mesh = store.mesh().await?;
@@ -176,6 +191,7 @@ pub struct Hub {
     address: SocketAddr,
     pin: CaPin,
     registry: Arc<Registry>,
+    relay: Arc<Relay>,
     store: Arc<dyn Store>,
     audit: Arc<AuditLog>,
     events: Arc<EventBus>,
@@ -183,6 +199,8 @@ pub struct Hub {
     grace: Duration,
     /// Ends last, so that whoever asks how the hub is gets an answer to the end.
     http: Option<HttpSide>,
+    reconnect_spread: Duration,
+    certificate: Arc<HubCertificate>,
     data: HubData,
 }
 
@@ -272,8 +290,15 @@ impl Hub {
             Deadlines { start: config.task_start_deadline, resume: config.resume_grace };
         let history = HistoryStore::open(data.layout.history(), &data.databases).await?;
         let history = History::start(history, config.history, &scope);
-        let (journal, told) = (Arc::clone(&store), Arc::clone(&events));
-        let relay = Relay::new(journal, spool, history, told, scope.clone(), deadlines);
+        let relay = Relay::new(
+            Arc::clone(&store),
+            spool,
+            history,
+            Arc::clone(&events),
+            scope.clone(),
+            deadlines,
+            config.commands,
+        );
         relay.recover().await?;
         let told = Arc::clone(&events);
         let operators = Operators::load(Arc::clone(&store), Arc::clone(&relay), told).await?;
@@ -305,9 +330,9 @@ impl Hub {
         let socket = data.layout.socket();
         let local = accept::bind_local(&socket)
             .map_err(|source| StartError::Data { path: socket.display().to_string(), source })?;
-        let certificate = HubCertificate::new(Arc::clone(&authorities), unix_ms)?;
-        let tls =
-            accept::TlsSettings::new(Arc::clone(&authorities), Arc::new(certificate), &[b"h2"])?;
+        let certificate = Arc::new(HubCertificate::new(Arc::clone(&authorities), unix_ms)?);
+        let resolver = Arc::clone(&certificate) as _;
+        let tls = accept::TlsSettings::new(Arc::clone(&authorities), resolver, &[b"h2"])?;
 
         let refusals = RefusalLog::new(Arc::clone(&store), scope.clone());
         let files = Arc::new(FileExchange::default());
@@ -335,6 +360,12 @@ impl Hub {
             http: http.as_ref().map(|http| http.place().clone()),
             sessions,
             started_at_ms,
+            arrivals_until: tokio::time::Instant::now()
+                + FIRST_RECONNECT
+                + config.reconnect_spread
+                + ARRIVAL_GRACE,
+            drain_wait: config.drain_wait,
+            permissive_longest: config.permissive_longest,
         };
         let node = NodeService {
             files,
@@ -384,8 +415,22 @@ impl Hub {
         worker::register(&workers, work, config.workers);
         tracing::info!(address = %bound, %mesh, "hub serves");
         let pin = authorities.pin();
-        let grace = config.shutdown_grace;
-        Ok(Self { address: bound, pin, registry, store, audit, events, scope, grace, http, data })
+        let (grace, reconnect_spread) = (config.shutdown_grace, config.reconnect_spread);
+        Ok(Self {
+            address: bound,
+            pin,
+            registry,
+            relay,
+            store,
+            audit,
+            events,
+            scope,
+            grace,
+            http,
+            reconnect_spread,
+            certificate,
+            data,
+        })
     }
 
     /// The address of the gRPC side, with the port that was chosen if none was given.
@@ -412,13 +457,27 @@ impl Hub {
         self.data.authority_certificate()
     }
 
+    /// Makes the hub a new certificate, for the connections that begin from here on.
+    ///
+    /// # Errors
+    /// If signing fails; the old one stays.
+    pub fn renew_certificate(&self) -> Result<(), CaError> {
+        self.certificate.renew()
+    }
+
     /// The pin of the mesh's authority.
     #[must_use]
     pub fn pin(&self) -> CaPin {
         self.pin
     }
 
-    /// Stops in order: nodes are told when to come back, sessions end, calls finish, the databases are
+    /// Ends when somebody has asked the hub to drain, and nothing runs any more or the wait is over. Safe
+    /// to give up at any time.
+    pub async fn drained(&self) {
+        self.relay.draining().over(|| self.relay.running()).await;
+    }
+
+    /// Stops in order: new commands are refused, nodes are told when to come back, sessions end, calls finish, the databases are
     /// closed. Tasks that run keep running on their nodes, for the next hub to take up; without a resume
     /// grace each gets its verdict here. The work before that and the
     /// closing take no longer than the grace time each; what did not finish in it is said.
@@ -426,10 +485,17 @@ impl Hub {
         if let Some(http) = &self.http {
             http.readiness().drain();
         }
+        self.relay.draining().begin(Duration::ZERO);
+        // Nodes leave once they are told; what was begun for them until now is to reach them first.
+        let settled = self.relay.settled();
+        if tokio::time::timeout(self.grace.min(BEGINNING_GRACE), settled).await.is_err() {
+            tracing::warn!("a command that was just to begin did not in time");
+        }
         let sessions = self.registry.sessions();
-        let spread = u64::try_from(RECONNECT_SPREAD.as_millis()).unwrap_or(u64::MAX);
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let (first, spread) = (ms(FIRST_RECONNECT), ms(self.reconnect_spread));
         for (index, session) in (0_u64..).zip(&sessions) {
-            let reconnect_after_ms = 200 + index * spread / sessions.len().max(1) as u64;
+            let reconnect_after_ms = first + index * spread / sessions.len().max(1) as u64;
             // One that is gone needs no telling.
             session.send(hub_frame::Frame::Drain(Drain { reconnect_after_ms })).ok();
         }

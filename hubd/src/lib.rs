@@ -21,6 +21,7 @@
 //! | [`error_id`] | the hub's own errors: an id for the caller, the chain of causes for the log |
 //! | [`store`] | what is remembered, behind traits in words of the domain |
 //! | [`counters`] | what the program has done, for metrics |
+//! | [`backup`] | all of what is durable: copied while the hub runs, put back, checked |
 //! | [`mod@bench`] | emulated nodes that measure a hub of their own; no part of a serving hub |
 //!
 //! A call passes [`grpc::accept`] (who is it), [`grpc::auth`] (may it) and [`grpc::convert`] (is it
@@ -42,6 +43,7 @@ use zeroizing_alloc::ZeroAlloc;
 pub const ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
 pub mod authority;
+pub mod backup;
 pub mod bench;
 mod cli;
 pub mod config;

@@ -58,6 +58,10 @@ pub const BULK_CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 /// Largest HTTP/2 frame accepted; larger frames cost less processor time per byte.
 pub const HTTP2_FRAME_BYTES: u32 = 256 * 1024;
 
+/// The word of a refusal by a hub that is being restarted: what was asked for was certainly not begun, and
+/// may be asked for again.
+pub const CODE_DRAINING: &str = "hub_draining";
+
 /// Trailer with the stable code of a refusal.
 pub const CODE_TRAILER: &str = "cortex-code";
 /// Trailer with the command that helps.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, clippy::cast_possible_truncation)]
 
 mod authority;
+mod backup;
 mod endings;
 mod events;
 mod exec;
@@ -23,4 +24,6 @@ mod sync_rules;
 mod targets;
 mod tasks;
 mod terminal;
+mod units;
+mod upgrade;
 mod web;

@@ -1,5 +1,7 @@
 //! A hub, its nodes and an operator.
 
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -33,6 +35,8 @@ pub struct Mesh {
     operators: u32,
     serve: Vec<String>,
     hub_log: Option<String>,
+    /// The port, if it is kept open for the hub as a service manager does.
+    socket: Option<TcpListener>,
 }
 
 impl Mesh {
@@ -72,7 +76,27 @@ impl Mesh {
         Self::start_as("127.0.0.1", &[], Some(filter.to_owned()))
     }
 
+    /// Starts a hub whose port is kept open while it restarts, as systemd does: a connection made
+    /// meanwhile waits, and is not refused.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    #[must_use]
+    pub fn start_with_socket(arguments: &[&str]) -> Self {
+        let socket = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+        let mut mesh = Self::prepare("127.0.0.1", arguments, None);
+        mesh.socket = Some(socket);
+        mesh.start_hub();
+        mesh
+    }
+
     fn start_as(address: &str, arguments: &[&str], hub_log: Option<String>) -> Self {
+        let mut mesh = Self::prepare(address, arguments, hub_log);
+        mesh.start_hub();
+        mesh
+    }
+
+    fn prepare(address: &str, arguments: &[&str], hub_log: Option<String>) -> Self {
         // Agents of another user live below it, too.
         let scratch = tempfile::Builder::new()
             .prefix("cortex-test-")
@@ -82,9 +106,8 @@ impl Mesh {
         let serve = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let address = format!("{address}:0");
         let http = address.clone();
-        let mut mesh = Self { scratch, hub: None, address, http, operators: 0, serve, hub_log };
-        mesh.start_hub();
-        mesh
+        let socket = None;
+        Self { scratch, hub: None, address, http, operators: 0, serve, hub_log, socket }
     }
 
     /// Starts the hub, on the port it had before if it ran before.
@@ -104,20 +127,44 @@ impl Mesh {
     }
 
     fn start_hub_with(&mut self, environment: &[(&str, &str)]) {
-        let mut command = Command::new(program("hubd-under-test"));
+        let mut command = self.hub_program();
         command.args(["serve", "--grpc", &self.address, "--http", &self.http, "--data"]);
         command.arg(self.path("hub"));
         command.args(&self.serve).envs(environment.iter().copied());
         if let Some(filter) = &self.hub_log {
             command.env("CORTEX_LOG", filter);
         }
-        let mut hub = Daemon::start("hub", &mut command, &self.path("hub.log"));
+        let mut hub = match &self.socket {
+            None => Daemon::start("hub", &mut command, &self.path("hub.log")),
+            Some(socket) => {
+                let socket = socket.try_clone().expect("a descriptor is free");
+                Daemon::start_with(
+                    "hub",
+                    &mut command,
+                    &self.path("hub.log"),
+                    OwnedFd::from(socket).into(),
+                )
+            }
+        };
         self.address = hub
             .line("its address", |line| line.strip_prefix("grpc listening on ").map(str::to_owned));
         self.http = hub.line("its web side", |line| {
             line.strip_prefix("http listening on ").map(str::to_owned)
         });
         self.hub = Some(hub);
+    }
+
+    /// The hub's program; where its port is kept open, behind a shell that hands its standard input over
+    /// as systemd would.
+    fn hub_program(&self) -> Command {
+        let hubd = program("hubd-under-test");
+        if self.socket.is_none() {
+            return Command::new(hubd);
+        }
+        let hand_over = r#"LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@" 3<&0 </dev/null"#;
+        let mut command = Command::new("sh");
+        command.args(["-c", hand_over]).arg(hubd);
+        command
     }
 
     /// The hub's process.
@@ -154,9 +201,15 @@ impl Mesh {
     /// Runs a command of `cortex-hubd` for this hub.
     #[must_use]
     pub fn hubd(&self, arguments: &[&str]) -> Outcome {
+        run(&mut self.hubd_command(arguments), b"")
+    }
+
+    /// A command of `cortex-hubd` for this hub.
+    #[must_use]
+    pub fn hubd_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(program("hubd-under-test"));
         command.args(arguments).arg("--data").arg(self.path("hub"));
-        run(&mut command, b"")
+        command
     }
 
     /// The pin of the mesh's authority.

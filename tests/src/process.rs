@@ -26,13 +26,22 @@ impl Daemon {
     /// If it cannot be started.
     #[must_use]
     pub fn start(name: &str, command: &mut Command, log: &Path) -> Self {
+        Self::start_with(name, command, log, Stdio::null())
+    }
+
+    /// The same, with this as its standard input.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    #[must_use]
+    pub fn start_with(name: &str, command: &mut Command, log: &Path, input: Stdio) -> Self {
         let log = std::fs::OpenOptions::new()
             .create(true)
             .append(true)
             .open(log)
             .expect("the scratch directory is writable");
         let mut child = command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(log)
             .spawn()

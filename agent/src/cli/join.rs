@@ -134,6 +134,7 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
         library: args.library.unwrap_or_default(),
         sandbox: SandboxSettings::default(),
         commands: CommandSettings::default(),
+        log: None,
     };
     settings.save(&state)?;
     // Written down first: nobody joins a mesh without a trace.

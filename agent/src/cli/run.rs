@@ -5,14 +5,14 @@ use cortex_shared::telemetry::{LogFormat, start_logging};
 
 use super::Global;
 use super::error::{CliError, Exit};
-use crate::daemon;
+use crate::daemon::{self, DEFAULT_LOG};
 
 /// Keep this node in its mesh: the daemon
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Dials the hub and stays connected, runs commands that operators send, and keeps workspaces equal.
 Listens on no network port. Logs to standard error; CORTEX_LOG=debug says more. SIGTERM or SIGINT
-ends it in order, within 10 seconds.")]
+ends it in order, within 10 seconds. SIGHUP reads `log` in agent.json again and renews the certificate.")]
 pub(crate) struct RunArgs {
     /// How log lines look
     #[arg(long, value_enum, default_value_t)]
@@ -29,8 +29,8 @@ enum LogShape {
 }
 
 pub(crate) async fn run(global: &Global, args: RunArgs) -> Result<(), CliError> {
-    start_logging(
-        "info",
+    let logging = start_logging(
+        DEFAULT_LOG,
         match args.log_format {
             LogShape::Text => LogFormat::Text,
             LogShape::Json => LogFormat::Json,
@@ -40,7 +40,7 @@ pub(crate) async fn run(global: &Global, args: RunArgs) -> Result<(), CliError> 
         CliError::new(Exit::Usage, "cannot start logging").because(error).hint("see CORTEX_LOG")
     })?;
     let state = global.state()?;
-    daemon::run(state).await.map_err(|error| match error {
+    daemon::run(state, &logging).await.map_err(|error| match error {
         daemon::DaemonError::Config(error) => error.into(),
         daemon::DaemonError::Identity(error) => error.into(),
         daemon::DaemonError::AlreadyRunning { .. } => {

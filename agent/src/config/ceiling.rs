@@ -87,6 +87,7 @@ mod tests {
             workspace_root: "/srv/cortex".into(),
             sandbox: Default::default(),
             commands: Default::default(),
+            log: None,
             ceiling: all,
             workspace_paths: std::collections::BTreeMap::new(),
             library: crate::config::LibraryPlace::Default,

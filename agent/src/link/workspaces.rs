@@ -622,6 +622,7 @@ mod tests {
             library: crate::config::LibraryPlace::Default,
             sandbox: crate::config::SandboxSettings::default(),
             commands: crate::config::CommandSettings::default(),
+            log: None,
         };
         settings.save(&state).unwrap();
         let hub = HubClient::new(settings.hub.clone(), Trust::Pins(Vec::new()), None).unwrap();

@@ -310,7 +310,7 @@ mod tests {
         let top = crate::root_dir::DirHandle::open_ambient(folder.path()).unwrap();
         let probe = top.create_new(b"probe", 0o600).unwrap();
         if !tells_changes_apart(&probe).unwrap() {
-            println!("skipped: this kernel or file system has times as coarse as its tick");
+            eprintln!("skipped: this kernel or file system has times as coarse as its tick");
             return;
         }
         let times: std::collections::HashSet<_> = (0..10_000)

@@ -16,7 +16,7 @@
 //! fits; against that only the copies of the mark in the hub's log help, on a machine out of reach.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cortex_shared::clock::unix_ms;
@@ -237,36 +237,17 @@ impl AuditLog {
     }
 
     async fn check_all(&self) -> Result<Verification, AuditError> {
-        let path = || self.mark.display().to_string();
         // The log reached this line at least, by the hub's memory and by the mark.
-        let mut marks = vec![Mark::of(&self.store.audit_head().await?)];
-        let mut of_mark = None;
-        match self.read_mark().await? {
-            FoundMark::Good(mark) => marks.push(mark),
-            FoundMark::Missing => of_mark = Some(AuditProblem::MarkMissing { path: path() }),
-            FoundMark::Damaged(reason) => {
-                of_mark = Some(AuditProblem::MarkDamaged { path: path(), reason });
-            }
-        }
-        let mut found =
-            Verification { entries: 0, head: AuditHead { seq: 0, hash: [0; 32] }, problem: None };
+        let mut chain = Chain::new(&self.mark, self.read_mark().await?);
+        chain.marks.push(Mark::of(&self.store.audit_head().await?));
         let mut after = None;
         loop {
             let lines = self.store.audit_page(after, PAGE_LINES).await?;
             let Some(last) = lines.last() else { break };
             after = Some(last.seq);
-            for line in &lines {
-                found.entries += 1;
-                if found.problem.is_none() {
-                    found.problem = check(line, &mut found.head, &marks);
-                }
-            }
+            chain.take(&lines);
         }
-        if found.problem.is_none() {
-            let seq = found.head.seq;
-            let beyond = marks.iter().map(|mark| mark.seq).filter(|marked| *marked > seq).max();
-            found.problem = beyond.map(|marked| AuditProblem::CutOff { seq, marked }).or(of_mark);
-        }
+        let mut found = chain.end();
         if found.problem.is_none() {
             // By now the hub may have written more than was read, but never less.
             let written = self.store.audit_head().await?.seq;
@@ -311,19 +292,7 @@ impl AuditLog {
 
     async fn read_mark(&self) -> Result<FoundMark, AuditError> {
         let path = self.mark.clone();
-        let read = tokio::task::spawn_blocking(move || {
-            use io::Read as _;
-            let file = match std::fs::File::open(&path) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    return Ok(FoundMark::Missing);
-                }
-                file => file?,
-            };
-            let mut text = Vec::new();
-            file.take(MAX_MARK_BYTES).read_to_end(&mut text)?;
-            let mark = serde_json::from_slice(&text);
-            Ok(mark.map_or_else(|error| FoundMark::Damaged(error.to_string()), FoundMark::Good))
-        });
+        let read = tokio::task::spawn_blocking(move || read_mark(&path));
         read.await.map_err(io::Error::other).flatten().map_err(|source| self.mark_error(source))
     }
 
@@ -338,6 +307,84 @@ impl AuditLog {
 
     fn mark_error(&self, source: io::Error) -> AuditError {
         AuditError::Mark { path: self.mark.display().to_string(), source }
+    }
+}
+
+fn read_mark(path: &Path) -> io::Result<FoundMark> {
+    use io::Read as _;
+    let file = match std::fs::File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(FoundMark::Missing),
+        file => file?,
+    };
+    let mut text = Vec::new();
+    file.take(MAX_MARK_BYTES).read_to_end(&mut text)?;
+    let mark = serde_json::from_slice(&text);
+    Ok(mark.map_or_else(|error| FoundMark::Damaged(error.to_string()), FoundMark::Good))
+}
+
+/// Verifies a log that no hub of this process has open, and its mark; moves nothing. `page` gives lines
+/// as `Store::audit_page` does.
+///
+/// # Errors
+/// If the log or the mark cannot be read.
+pub fn verify_file(
+    mark: &Path,
+    page: impl Fn(Option<u64>, u32) -> Result<Vec<AuditLine>, StoreError>,
+) -> Result<Verification, AuditError> {
+    // The mark first: a hub that runs may write lines meanwhile, and then move the mark.
+    let found = read_mark(mark)
+        .map_err(|source| AuditError::Mark { path: mark.display().to_string(), source })?;
+    let mut chain = Chain::new(mark, found);
+    let mut after = None;
+    loop {
+        let lines = page(after, PAGE_LINES)?;
+        let Some(last) = lines.last() else { break };
+        after = Some(last.seq);
+        chain.take(&lines);
+    }
+    Ok(chain.end())
+}
+
+/// A verification under way.
+struct Chain {
+    found: Verification,
+    marks: Vec<Mark>,
+    /// What is wrong with the mark, which counts if nothing else is.
+    of_mark: Option<AuditProblem>,
+}
+
+impl Chain {
+    fn new(path: &Path, mark: FoundMark) -> Self {
+        let path = || path.display().to_string();
+        let (mut marks, mut of_mark) = (Vec::new(), None);
+        match mark {
+            FoundMark::Good(mark) => marks.push(mark),
+            FoundMark::Missing => of_mark = Some(AuditProblem::MarkMissing { path: path() }),
+            FoundMark::Damaged(reason) => {
+                of_mark = Some(AuditProblem::MarkDamaged { path: path(), reason });
+            }
+        }
+        let head = AuditHead { seq: 0, hash: [0; 32] };
+        Self { found: Verification { entries: 0, head, problem: None }, marks, of_mark }
+    }
+
+    fn take(&mut self, lines: &[AuditLine]) {
+        for line in lines {
+            self.found.entries += 1;
+            if self.found.problem.is_none() {
+                self.found.problem = check(line, &mut self.found.head, &self.marks);
+            }
+        }
+    }
+
+    fn end(self) -> Verification {
+        let Self { mut found, marks, of_mark } = self;
+        if found.problem.is_none() {
+            let seq = found.head.seq;
+            let beyond = marks.iter().map(|mark| mark.seq).filter(|marked| *marked > seq).max();
+            found.problem = beyond.map(|marked| AuditProblem::CutOff { seq, marked }).or(of_mark);
+        }
+        found
     }
 }
 

@@ -19,9 +19,6 @@ use crate::task::relay::Relay;
 
 /// How long a permissive policy lasts unless told otherwise.
 pub const DEFAULT_PERMISSIVE: Duration = Duration::from_secs(3600);
-/// How long a permissive policy lasts at most: what is needed for longer belongs into the sandbox's
-/// own rules.
-pub const MAX_PERMISSIVE: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Why a decision was not carried out.
 #[derive(Debug, thiserror::Error)]

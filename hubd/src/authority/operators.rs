@@ -310,8 +310,15 @@ mod tests {
         let store_of_relay = Arc::clone(&faulty) as _;
         let events = EventBus::in_memory(EventLimits::default());
         let told = Arc::clone(&events);
-        let relay =
-            Relay::new(store_of_relay, spool.unwrap(), history, told, scope.clone(), deadlines);
+        let relay = Relay::new(
+            store_of_relay,
+            spool.unwrap(),
+            history,
+            told,
+            scope.clone(),
+            deadlines,
+            Default::default(),
+        );
         let operators = Operators::load(faulty, relay, events).await.unwrap();
         Fixture { _folder: folder, store, faults, operators, scope }
     }

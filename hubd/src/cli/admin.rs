@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use anyhow::Context as _;
 use cortex_proto::v1;
 use cortex_proto::v1::operator_client::OperatorClient;
 use hyper_util::rt::TokioIo;
@@ -12,7 +11,7 @@ use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
 
 use super::authority;
-use super::output::{self, Format};
+use super::output::{self, Format, Unreachable};
 use super::{HubConfig, InviteCommand, OperatorCommand};
 use crate::config::DataLayout;
 
@@ -36,7 +35,7 @@ async fn connect_by(
     limit: impl FnOnce(Endpoint) -> Endpoint,
 ) -> anyhow::Result<OperatorClient<Channel>> {
     let path = DataLayout::new(&config.data).socket();
-    let shown = path.display().to_string();
+    let socket = path.clone();
     // The address is a formality: the connector goes to the socket.
     let channel = limit(Endpoint::from_static("http://hub"))
         .connect_timeout(CONNECT_TIMEOUT)
@@ -45,9 +44,7 @@ async fn connect_by(
             async move { UnixStream::connect(path).await.map(TokioIo::new) }
         }))
         .await
-        .with_context(|| {
-            format!("no hub answers on {shown} (hint: start one with cortex-hubd serve, or name its --data)")
-        })?;
+        .map_err(|source| Unreachable { socket, source })?;
     Ok(OperatorClient::new(channel))
 }
 
@@ -64,9 +61,10 @@ pub(super) async fn status(config: &HubConfig, format: Format) -> anyhow::Result
         "grpc_address": status.grpc_address,
         "http_url": status.http_url,
         "http_pin": status.http_pin,
+        "draining": status.draining,
     });
     let text = format!(
-        "hub {} of mesh {}\naddress     {}\nhttp        {}\nup since    {}\nnodes       {} online of {}\ntasks       {} running\nworkspaces  {}",
+        "hub {} of mesh {}\naddress     {}\nhttp        {}\nup since    {}\nnodes       {} online of {}\ntasks       {} running{}\nworkspaces  {}",
         status.version,
         status.mesh_id,
         status.grpc_address,
@@ -75,6 +73,7 @@ pub(super) async fn status(config: &HubConfig, format: Format) -> anyhow::Result
         status.nodes_online,
         status.nodes_known,
         status.running_tasks,
+        if status.draining { ", and no new ones are taken" } else { "" },
         status.workspaces,
     );
     output::show(format, &document, &text);

@@ -13,6 +13,9 @@ use super::admin::{connect, connect_for_long, node_json, time};
 use super::output::{self, Format};
 use super::{DataArg, parse_duration, parse_label};
 
+/// How often `node drain` looks.
+const DRAIN_LOOK: Duration = Duration::from_millis(200);
+
 #[derive(Subcommand)]
 pub(super) enum NodeCommand {
     /// List all nodes
@@ -61,6 +64,19 @@ pub(super) enum NodeCommand {
     Uncordon {
         /// Its name, or a unique beginning of its id
         node: String,
+        #[command(flatten)]
+        data: DataArg,
+    },
+    /// Cordon a node and wait until it runs nothing
+    #[command(after_help = "\
+Ends no command. Afterwards the node stays cordoned; `node uncordon` takes that back.
+Exit codes: 0 it runs nothing, 6 it still did when the time was up.")]
+    Drain {
+        /// Its name, or a unique beginning of its id
+        node: String,
+        /// When to give up waiting; without it, never
+        #[arg(long, value_name = "DUR", value_parser = parse_duration)]
+        timeout: Option<Duration>,
         #[command(flatten)]
         data: DataArg,
     },
@@ -197,6 +213,7 @@ pub(super) async fn node(command: NodeCommand) -> anyhow::Result<()> {
         }
         NodeCommand::Cordon { node, data } => cordon(node, true, &data).await?,
         NodeCommand::Uncordon { node, data } => cordon(node, false, &data).await?,
+        NodeCommand::Drain { node, timeout, data } => drain(node, timeout, &data).await?,
         NodeCommand::Revoke { node, reason, data } => {
             let request = v1::RevokeNodeRequest { node, reason };
             connect(&data.config()).await?.revoke_node(request).await?;
@@ -213,6 +230,25 @@ async fn cordon(node: String, cordoned: bool, data: &DataArg) -> anyhow::Result<
     let request = v1::CordonNodeRequest { node, cordoned };
     connect(&data.config()).await?.cordon_node(request).await?;
     Ok(())
+}
+
+async fn drain(node: String, timeout: Option<Duration>, data: &DataArg) -> anyhow::Result<()> {
+    let deadline = timeout.map(|timeout| tokio::time::Instant::now() + timeout);
+    let request = v1::CordonNodeRequest { node, cordoned: true };
+    let node = connect(&data.config()).await?.cordon_node(request).await?.into_inner();
+    // By its id from here on: somebody may rename it.
+    let id = cortex_shared::ids::NodeId::from_slice(&node.node_id)?.to_string();
+    loop {
+        let running = find(data, id.clone()).await?.running_tasks;
+        if running == 0 {
+            return Ok(());
+        }
+        let next = tokio::time::Instant::now() + DRAIN_LOOK;
+        if deadline.is_some_and(|deadline| deadline < next) {
+            return Err(output::StillRuns { node: node.name, running }.into());
+        }
+        tokio::time::sleep_until(next).await;
+    }
 }
 
 async fn find(data: &DataArg, selector: String) -> anyhow::Result<v1::NodeInfo> {

@@ -5,6 +5,8 @@ mod authority;
 mod bench;
 mod ca;
 mod configuration;
+mod database;
+mod drain;
 mod output;
 mod serve;
 mod service;
@@ -58,7 +60,8 @@ impl DataArg {
 enum Command {
     /// Run the hub until SIGTERM or SIGINT
     #[command(after_help = "\
-SIGTERM and SIGINT stop it in order; SIGHUP reads the configuration again and changes what is logged.
+SIGTERM and SIGINT stop it in order; SIGHUP reads the configuration again, changes what is logged, and
+makes the hub a new certificate.
 Each setting can also be given as an environment variable, CORTEX_HUB_ and its name in capitals, or in
 a file (--config). A flag goes before a variable, and a variable before the file.")]
     Serve(Box<serve::ServeArgs>),
@@ -85,6 +88,15 @@ a file (--config). A flag goes before a variable, and a variable before the file
         #[command(flatten)]
         format: Format,
     },
+    /// Stop the running hub once its commands have ended, for the next one
+    #[command(after_help = "\
+It takes no new commands from now on: their callers are told to ask again in a moment, and cortex-agent does
+so by itself. After --wait, what still runs goes on and is handed to the next hub, with every byte. Where
+systemd runs the hub, it starts the next one at once: this is how an upgrade is taken into use.
+
+Example:
+  cortex-hubd drain --wait 10m")]
+    Drain(drain::DrainArgs),
     /// The mesh's certificate authority
     Ca {
         #[command(subcommand)]
@@ -119,6 +131,11 @@ a file (--config). A flag goes before a variable, and a variable before the file
     Audit {
         #[command(subcommand)]
         command: AuditCommand,
+    },
+    /// All that the hub remembers: back it up, put it back, check it
+    Db {
+        #[command(subcommand)]
+        command: database::DbCommand,
     },
     /// Run the hub as a systemd service
     Service {
@@ -275,10 +292,12 @@ pub(crate) fn run() -> ExitCode {
                 configuration::print_default();
                 Ok(())
             }
+            Command::Db { command } => database::db(command).await,
             Command::Service { command } => service::service(command),
             Command::Init(data) => serve::init(&data.config()).await,
             Command::Status { data, format } => admin::status(&data.config(), format).await,
             Command::LoginLink { data, format } => admin::login_link(&data.config(), format).await,
+            Command::Drain(args) => drain::drain(args).await,
             Command::Ca { command } => ca::ca(command).await,
             Command::Invite { command } => admin::invite(command).await,
             Command::Operator { command } => admin::operator(command).await,

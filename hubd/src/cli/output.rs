@@ -1,10 +1,53 @@
 //! All output of the command line: data on standard output, everything else on standard error.
 
-use std::io::Write as _;
+use std::error::Error as _;
+use std::io::{self, Write as _};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
 use serde_json::Value;
+
+use crate::backup::BackupError;
+
+/// No hub could be asked.
+#[derive(Debug, thiserror::Error)]
+#[error("no hub answers on {}", socket.display())]
+pub(super) struct Unreachable {
+    pub(super) socket: PathBuf,
+    #[source]
+    pub(super) source: tonic::transport::Error,
+}
+
+impl Unreachable {
+    /// There may be a hub, but this user may not ask it.
+    fn is_forbidden(&self) -> bool {
+        let mut cause = self.source.source();
+        while let Some(error) = cause {
+            if let Some(error) = error.downcast_ref::<io::Error>() {
+                return error.kind() == io::ErrorKind::PermissionDenied;
+            }
+            cause = error.source();
+        }
+        false
+    }
+
+    fn hint(&self) -> &'static str {
+        if self.is_forbidden() {
+            "only root and the user that the hub runs as may ask it here"
+        } else {
+            "start one with cortex-hubd serve, or name the --data of one that runs"
+        }
+    }
+}
+
+/// A node was not empty in time.
+#[derive(Debug, thiserror::Error)]
+#[error("{node} is cordoned and still runs {running} commands")]
+pub(super) struct StillRuns {
+    pub(super) node: String,
+    pub(super) running: u32,
+}
 
 /// How data is printed.
 #[derive(Args, Clone, Copy)]
@@ -144,7 +187,9 @@ pub(super) fn complain(error: &anyhow::Error) {
     let hint = error
         .downcast_ref::<tonic::Status>()
         .and_then(|status| status.metadata().get(cortex_proto::HINT_TRAILER))
-        .and_then(|hint| hint.to_str().ok());
+        .and_then(|hint| hint.to_str().ok())
+        .or_else(|| error.downcast_ref().map(Unreachable::hint))
+        .or_else(|| error.is::<StillRuns>().then_some("cortex-hubd node uncordon takes it back"));
     if let Some(hint) = hint {
         writeln!(out, "hint: {hint}").ok();
     }
@@ -153,8 +198,26 @@ pub(super) fn complain(error: &anyhow::Error) {
 /// The exit code of an error, by the same table as the agent's command line.
 pub(super) fn exit_code(error: &anyhow::Error) -> ExitCode {
     use tonic::Code;
+    if let Some(unreachable) = error.downcast_ref::<Unreachable>() {
+        return ExitCode::from(if unreachable.is_forbidden() { 5 } else { 6 });
+    }
+    if error.is::<StillRuns>() {
+        return ExitCode::from(6);
+    }
+    if let Some(failed) = error.downcast_ref::<BackupError>() {
+        return ExitCode::from(match failed {
+            failed if failed.is_not_found() => 3,
+            failed if failed.is_conflict() => 7,
+            _ => 1,
+        });
+    }
     let Some(status) = error.downcast_ref::<tonic::Status>() else { return ExitCode::FAILURE };
+    // The connection broke before an answer came: the hub stops, or was killed.
+    let broke = status
+        .source()
+        .is_some_and(|source| source.downcast_ref::<tonic::transport::Error>().is_some());
     ExitCode::from(match status.code() {
+        _ if broke => 6,
         Code::InvalidArgument => 2,
         Code::NotFound => 3,
         Code::Unauthenticated => 4,
@@ -163,4 +226,10 @@ pub(super) fn exit_code(error: &anyhow::Error) -> ExitCode {
         Code::AlreadyExists | Code::FailedPrecondition | Code::Aborted => 7,
         _ => 1,
     })
+}
+
+/// Says what is worth knowing and stops nothing.
+pub(super) fn warn(text: &str) {
+    // Nothing is left to be done if even this cannot be written.
+    writeln!(anstream::stderr(), "warning: {text}").ok();
 }

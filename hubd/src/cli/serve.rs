@@ -43,6 +43,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
+            () = hub.drained() => break,
             _ = hang_up.recv() => reload(&args.configuration, &logging, &hub),
             () = watchdog.due() => service::notify(&[NotifyState::Watchdog]),
         }
@@ -52,8 +53,8 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Takes the settings into use that can change while the hub runs: what is logged, and what is in the
-/// files of the HTTP side's certificate.
+/// Takes into use what can change while the hub runs: what is logged, what is in the files of the HTTP
+/// side's certificate, and the hub's own certificate.
 fn reload(configuration: &Configuration, logging: &Logging, hub: &Hub) {
     if let Ok(now) = NotifyState::monotonic_usec_now() {
         service::notify(&[NotifyState::Reloading, now]);
@@ -66,6 +67,10 @@ fn reload(configuration: &Configuration, logging: &Logging, hub: &Hub) {
     match changed {
         Ok(()) => tracing::info!("configuration read again"),
         Err(error) => tracing::error!(error = format!("{error:#}"), "configuration not changed"),
+    }
+    match hub.renew_certificate() {
+        Ok(()) => tracing::info!("the hub has a new certificate"),
+        Err(error) => tracing::error!(%error, "the hub keeps its certificate"),
     }
     service::notify(&[NotifyState::Ready]);
 }

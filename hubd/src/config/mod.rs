@@ -16,6 +16,7 @@ use crate::events::EventLimits;
 use crate::rate::Rate;
 use crate::store::history::HistoryLimits;
 use crate::sync::ContentLimits;
+use crate::task::limits::CommandLimits;
 use crate::task::spool::SpoolLimits;
 use crate::worker::Periods;
 
@@ -61,10 +62,18 @@ pub struct HubConfig {
     pub events: EventLimits,
     /// How often background work is done.
     pub workers: Periods,
+    /// How many commands run at once, and what they may take.
+    pub commands: CommandLimits,
+    /// Longest time for which a node's commands may be allowed more than STRICT.
+    pub permissive_longest: Duration,
     /// How much of workspaces' content may be in memory, and what stays free on the disk.
     pub content: ContentLimits,
     /// How long shutdown waits for open calls.
     pub shutdown_grace: Duration,
+    /// How long a drain waits for commands that run, unless its caller says.
+    pub drain_wait: Duration,
+    /// Within which time nodes come back after a stop, spread evenly.
+    pub reconnect_spread: Duration,
     /// What is logged, and how it looks.
     pub log: LogSettings,
 }
@@ -105,8 +114,15 @@ impl HubConfig {
             skills_keep_for: Duration::from_secs(90 * 24 * 3600),
             events: EventLimits::default(),
             workers: Periods::default(),
+            commands: CommandLimits::default(),
+            // What is needed for longer belongs into the sandbox's own rules.
+            permissive_longest: Duration::from_secs(30 * 24 * 3600),
             content: ContentLimits::default(),
             shutdown_grace: Duration::from_secs(10),
+            drain_wait: Duration::from_secs(30),
+            // 500 handshakes a second are half of what one core does: a thousand nodes come back within
+            // it, and nobody waits longer than a hub takes to start.
+            reconnect_spread: Duration::from_secs(2),
             log: LogSettings { filter: "info".to_owned(), format: LogFormat::Text },
         }
     }
@@ -193,6 +209,12 @@ impl DataLayout {
     #[must_use]
     pub fn events(&self) -> PathBuf {
         self.0.join("events.db")
+    }
+
+    /// What a restore that has not ended yet has put together; while it is there, no hub starts.
+    #[must_use]
+    pub fn restoring(&self) -> PathBuf {
+        self.0.join("restoring")
     }
 
     /// Workspace content.

@@ -1,6 +1,9 @@
 //! The settings of the hub: one table, from which its flags, its environment variables, its file and
 //! their documentation are made.
 //!
+//! What is not here is not a matter of taste: sizes that both ends of the protocol rely on, bounds of one
+//! message, and what follows from other settings. Its reason stands beside it in the code.
+//!
 //! A value is looked for in this order: flag, environment variable, file, default. Each is checked
 //! where it is read; a key that is not in the table is an error.
 
@@ -16,9 +19,13 @@ use super::HubConfig;
 use super::http::HttpUrl;
 use crate::enroll::ca::NODE_CERTIFICATE_LIVES;
 use crate::rate::Rate;
+use crate::task::limits::NODE_COMMANDS;
 
 /// Largest configuration file that is read.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
+
+/// A pack has to fit, with some room for the next.
+const MIN_CONTENT_MEMORY: u32 = 16 << 20;
 
 /// One line of the table.
 pub struct Setting {
@@ -152,6 +159,8 @@ settings! {
     task_output: "SIZE" in 65_536..=u64::MAX => spool.task_bytes;
     /// Output kept of all commands together. That of the oldest command goes first.
     all_output: "SIZE" in 1_048_576..=u64::MAX => spool.total_bytes;
+    /// Commands whose output is kept; that of the oldest goes first, whatever its size.
+    kept_commands: "N" in 1..=1_000_000 => spool.tasks;
     /// Output kept of each node in its history.
     history_bytes: "SIZE" in 65_536..=u64::MAX => history.bytes;
     /// Pieces of output kept of each node in its history.
@@ -181,6 +190,29 @@ settings! {
     worker_certificate_sweep: "DURATION" in Duration::from_secs(60)..=Duration::from_secs(30 * 86_400) => workers.certificate_sweep;
     /// How often what is left of deleted workspaces is removed.
     worker_mirror_cleanup: "DURATION" in Duration::from_secs(60)..=Duration::from_secs(30 * 86_400) => workers.mirror_cleanup;
+    /// Commands that run at once, of all nodes; each takes some tens of kilobytes without its output.
+    commands: "N" in 1..=1_000_000 => commands.hub;
+    /// Commands that run at once on one node, of all callers; its agent runs 256 at most.
+    node_commands: "N" in 1..=NODE_COMMANDS => commands.node;
+    /// Commands that one agent token has running at once. A program works through a handful of things at
+    /// a time; one that starts more is in a loop.
+    token_commands: "N" in 1..=NODE_COMMANDS => commands.agent_token;
+    /// Output that one command of an agent token may write. The logs of a large build fit.
+    token_output: "SIZE" in 65_536..=u64::MAX => commands.agent_token_output;
+    /// Output that waits in memory for readers that do not take it, of all commands. With less, commands
+    /// with slow readers wait more.
+    output_memory: "SIZE" in 16_777_216..=u64::MAX => commands.hub_memory;
+    /// The same of one node's commands, so that one node does not take all of it.
+    node_output_memory: "SIZE" in 4_194_304..=u64::MAX => commands.node_memory;
+    /// Longest time for which an administrator may allow a node's commands more than STRICT, or the
+    /// network.
+    permissive_longest: "DURATION" in Duration::from_secs(60)..=Duration::from_secs(365 * 86_400) => permissive_longest;
+    /// Content of workspaces on its way in that is in memory, of all members; some fifty packs keep a
+    /// disk busy.
+    content_memory: "SIZE" in MIN_CONTENT_MEMORY..=u32::MAX => content.hub_bytes;
+    /// The same of one member, and as much again on its way out: six packs are enough for 1 Gbit/s with a
+    /// quarter of a second of round trip.
+    member_content_memory: "SIZE" in MIN_CONTENT_MEMORY..=u32::MAX => content.member_bytes;
     /// What stays free on the disk: no content of workspaces is taken beyond it. Without a value a
     /// hundredth of the disk, 2 GiB at most.
     disk_reserve: "SIZE" => content.reserve_bytes;
@@ -188,6 +220,12 @@ settings! {
     skills_keep_for: "DURATION" in Duration::ZERO..=Duration::from_secs(100 * 365 * 24 * 3600) => skills_keep_for;
     /// How long a stop waits for open calls, and again for the databases.
     shutdown_grace: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(600) => shutdown_grace;
+    /// How long `cortex-hubd drain` waits for commands that run before the hub stops. Those that still do
+    /// then go on, and are handed to the next hub; so a short wait loses nothing.
+    drain_wait: "DURATION" in Duration::from_millis(1)..=Duration::from_secs(86_400) => drain_wait;
+    /// Nodes come back within this time after a stop, spread evenly; more than 1,000 need some more. It
+    /// should be well below `resume_grace`.
+    reconnect_spread: "DURATION" in Duration::ZERO..=Duration::from_secs(300) => reconnect_spread;
     /// What is logged: error, warn, info, debug, trace, or a list such as info,cortex_hubd=debug. Read
     /// again on SIGHUP.
     log: "FILTER" => log.filter;
@@ -408,6 +446,18 @@ impl Value for u64 {
             .iter()
             .find(|(shift, _)| whole(shift))
             .map_or_else(|| self.to_string(), |(shift, unit)| format!("{} {unit}", self >> shift))
+    }
+}
+
+/// The same, for what is counted in fewer bits.
+impl Value for u32 {
+    fn parse(text: &str) -> Result<Self, String> {
+        let most = || format!("expected at most {}", Self::MAX.show());
+        Self::try_from(u64::parse(text)?).map_err(|_| most())
+    }
+
+    fn show(&self) -> String {
+        u64::from(*self).show()
     }
 }
 

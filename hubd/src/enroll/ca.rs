@@ -410,7 +410,7 @@ pub(crate) fn generation_in(serial: &[u8]) -> Option<u64> {
 }
 
 /// The files of an authority: its key and its certificate.
-pub(super) fn files(folder: &Path, name: &str) -> (PathBuf, PathBuf) {
+pub(crate) fn files(folder: &Path, name: &str) -> (PathBuf, PathBuf) {
     (folder.join(format!("{name}.key")), folder.join(format!("{name}.crt")))
 }
 

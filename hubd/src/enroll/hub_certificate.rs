@@ -40,6 +40,16 @@ impl HubCertificate {
         let current = Mutex::new(Current::make(&authorities, clock())?);
         Ok(Self { authorities, clock, current })
     }
+
+    /// Makes another one now, with a new key, for the connections that begin from here on.
+    ///
+    /// # Errors
+    /// If signing fails; the old one stays.
+    pub fn renew(&self) -> Result<(), CaError> {
+        let made = Current::make(&self.authorities, (self.clock)())?;
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = made;
+        Ok(())
+    }
 }
 
 impl std::fmt::Debug for HubCertificate {

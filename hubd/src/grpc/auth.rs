@@ -188,6 +188,7 @@ pub const TABLE: &[(&str, Level)] = &[
     ("/cortex.v1.Operator/WhoAmI", Level::Look),
     ("/cortex.v1.Operator/HubStatus", Level::Look),
     ("/cortex.v1.Operator/CreateLoginLink", Level::Look),
+    ("/cortex.v1.Operator/DrainHub", Level::Govern),
     ("/cortex.v1.Operator/ListNodes", Level::Look),
     ("/cortex.v1.Operator/WatchNodes", Level::Look),
     ("/cortex.v1.Operator/Exec", Level::Command),

@@ -16,7 +16,7 @@ use super::detached::run_to_end;
 use super::operator::{BoxStream, OperatorService, node_info};
 use super::status::{from_decision, from_naming, from_store, invalid, refuse, with_hint};
 use crate::authority::audit::{AuditError, PAGE_LINES};
-use crate::authority::nodes::{DEFAULT_PERMISSIVE, DecisionError, MAX_PERMISSIVE, NodeDecisions};
+use crate::authority::nodes::{DEFAULT_PERMISSIVE, DecisionError, NodeDecisions};
 use crate::store::{Actor, AuditLine, LabelChange, Node, NodePolicy, OperatorRecord};
 
 /// Most labels one call changes.
@@ -134,7 +134,7 @@ pub(super) async fn set_node_policy(
     request: v1::SetNodePolicyRequest,
 ) -> Result<v1::NodeInfo, Status> {
     let node = service.node(&request.node, operator)?.node;
-    let policy = policy(&request, &node.name)?;
+    let policy = policy(&request, &node.name, service.permissive_longest)?;
     decide(service, operator, node, |decisions, node, by| async move {
         decisions.set_policy(&node, policy, &by).await
     })
@@ -143,7 +143,11 @@ pub(super) async fn set_node_policy(
 
 /// The policy that is asked for. What allows more than strict without network has a reason, and
 /// permissive an end.
-fn policy(request: &v1::SetNodePolicyRequest, node: &str) -> Result<NodePolicy, Status> {
+fn policy(
+    request: &v1::SetNodePolicyRequest,
+    node: &str,
+    longest: Duration,
+) -> Result<NodePolicy, Status> {
     let reason = convert::reason(request.reason.clone())?;
     let bound = convert::bound(request.mode, request.network);
     if bound == Bound::LEAST {
@@ -166,11 +170,15 @@ fn policy(request: &v1::SetNodePolicyRequest, node: &str) -> Result<NodePolicy, 
     }
     let length = match (request.for_ms, bound.mode) {
         (0, Mode::Strict) => return Ok(NodePolicy { bound, until_ms: None, reason }),
-        (0, Mode::Permissive) => DEFAULT_PERMISSIVE,
+        (0, Mode::Permissive) => DEFAULT_PERMISSIVE.min(longest),
         (ms, _) => Duration::from_millis(ms),
     };
-    if length > MAX_PERMISSIVE {
-        return Err(invalid("a policy with an end lasts 30 days at most"));
+    if length > longest {
+        let longest = match longest.as_secs() {
+            seconds if seconds % 86_400 == 0 => format!("{} days", seconds / 86_400),
+            seconds => format!("{seconds} seconds"),
+        };
+        return Err(invalid(format!("a policy with an end lasts {longest} at most")));
     }
     let until_ms = unix_ms() + i64::try_from(length.as_millis()).unwrap_or(i64::MAX);
     Ok(NodePolicy { bound, until_ms: Some(until_ms), reason })

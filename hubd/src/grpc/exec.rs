@@ -21,7 +21,7 @@ use self::reader::{Missed, Reader};
 use super::auth::AdmittedOperator;
 use super::detached::run_to_end;
 use super::operator::{BoxStream, OperatorService};
-use super::status::{from_store, invalid, offline, refuse, with_hint, with_retry_after};
+use super::status::{draining, from_store, invalid, offline, refuse, with_hint, with_retry_after};
 use super::{convert, tasks};
 use crate::node::registry::NodeView;
 use crate::store::{IdempotencyKey, NewTask, Node, TaskRecord};
@@ -156,7 +156,10 @@ async fn start_task(
     let workspace = allowed(service, &operator, &node, &spec)
         .inspect_err(|refusal| record_refusal(service, &operator, &node, &spec, refusal))?;
     spec.workspace_id = workspace.map(|id| id.as_bytes().to_vec().into()).unwrap_or_default();
-    let session = view.session.ok_or_else(|| offline(&node.name))?;
+    let session = match view.session {
+        Some(session) => session,
+        None => service.returning(&node).await?,
+    };
     let new = NewTask {
         id: TaskId::new(),
         node: node.id,
@@ -433,6 +436,7 @@ fn from_start(refusal: StartRefusal) -> Status {
             refuse(Code::ResourceExhausted, "too_many_commands", refusal.to_string()),
             "wait until one of them has ended, or cancel it",
         ),
+        StartRefusal::Draining { wait } => draining(wait, &refusal.to_string()),
         StartRefusal::KeyReused { .. } => with_hint(
             refuse(Code::AlreadyExists, "idempotency_key_reused", refusal.to_string()),
             "choose another key, or repeat exactly the same command",

@@ -75,7 +75,10 @@ pub(super) async fn begin(
         }
     })?;
     request.workspace_id = workspace;
-    let session = view.session.ok_or_else(|| offline(&node.name))?;
+    let session = match view.session {
+        Some(session) => session,
+        None => service.returning(&node).await?,
+    };
     let call = service.files.begin(node.id, &operator.name).map_err(|refusal| {
         let status = refuse(Code::ResourceExhausted, "too_many_files", refusal.to_string());
         with_retry_after(status, Duration::from_secs(1))

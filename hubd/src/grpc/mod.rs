@@ -5,6 +5,7 @@ pub mod auth;
 mod authority;
 pub mod convert;
 mod detached;
+mod draining;
 pub mod enroll;
 mod events;
 mod exec;

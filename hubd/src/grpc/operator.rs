@@ -16,10 +16,10 @@ use tonic::{Request, Response, Status, Streaming};
 use super::auth::{AdmittedOperator, Peer, admitted};
 use super::listing::{Selector, list_nodes, watch};
 use super::place::HttpPlace;
-use super::status::{from_lookup, internal};
+use super::status::{self, from_lookup, internal};
 use super::{
-    authority, convert, events, exec, files, history, invites, login_link, past, rotation, skills,
-    tasks, workers, workspaces,
+    authority, convert, draining, events, exec, files, history, invites, login_link, past,
+    rotation, skills, tasks, workers, workspaces,
 };
 use crate::authority::audit::AuditLog;
 use crate::authority::nodes::NodeDecisions;
@@ -29,9 +29,9 @@ use crate::authority::sessions::Sessions;
 use crate::enroll::authorities::Authorities;
 use crate::events::EventFeed;
 use crate::node::files::FileExchange;
-use crate::node::registry::{NodeView, Registry};
+use crate::node::registry::{NodeView, Registry, SessionHandle};
 use crate::skills::Skills;
-use crate::store::Store;
+use crate::store::{Node, Store};
 use crate::sync::Workspaces;
 use crate::sync::members::Members;
 use crate::task::relay::Relay;
@@ -80,6 +80,12 @@ pub struct OperatorService {
     pub sessions: Arc<Sessions>,
     /// When the hub started.
     pub started_at_ms: i64,
+    /// Until when nodes that were there before it started come back.
+    pub arrivals_until: tokio::time::Instant,
+    /// How long a drain waits for commands that run, unless its caller says.
+    pub drain_wait: Duration,
+    /// Longest time for which commands may be allowed more than STRICT.
+    pub permissive_longest: Duration,
 }
 
 /// Where nodes reach this hub.
@@ -128,6 +134,35 @@ impl OperatorService {
     /// The node that is meant, of those that the caller sees.
     pub(super) fn node(&self, wanted: &str, caller: &AdmittedOperator) -> Result<NodeView, Status> {
         self.registry.find(wanted, |node| caller.sees(node)).map_err(from_lookup)
+    }
+
+    /// The session of a node that is not connected, but may be on its way back because the hub was just
+    /// restarted: nobody who asks for it then shall notice. Any other is offline, or has gone because this
+    /// hub is about to stop.
+    pub(super) async fn returning(&self, node: &Node) -> Result<SessionHandle, Status> {
+        let mut changes = self.registry.changes();
+        let coming = async {
+            loop {
+                let view = self.registry.get(node.id)?;
+                let was_here = view.address.is_some() || view.node.last_seen_ms == 0;
+                if view.session.is_some() || was_here {
+                    return view.session;
+                }
+                changes.changed().await.ok()?;
+            }
+        };
+        let session = tokio::select! {
+            biased;
+            () = self.relay.draining().begun() => None,
+            session = tokio::time::timeout_at(self.arrivals_until, coming) => session.ok().flatten(),
+        };
+        session.ok_or_else(|| match self.relay.draining().until() {
+            Some(until) => {
+                let wait = until - tokio::time::Instant::now();
+                status::draining(wait, "the hub is being restarted; nothing was begun")
+            }
+            None => status::offline(&node.name),
+        })
     }
 }
 
@@ -192,6 +227,7 @@ impl Operator for OperatorService {
             grpc_address: self.address.to_string(),
             http_url: self.http.as_ref().map(|http| http.url().to_owned()).unwrap_or_default(),
             http_pin: login_link::pin(self),
+            draining: self.relay.draining().until().is_some(),
         }))
     }
 
@@ -202,6 +238,14 @@ impl Operator for OperatorService {
         let operator: AdmittedOperator = admitted(&request)?;
         let holder = request.extensions().get::<Peer>().and_then(Peer::session_holder);
         login_link::create(self, &operator, holder).await.map(Response::new)
+    }
+
+    async fn drain_hub(
+        &self,
+        request: Request<v1::DrainHubRequest>,
+    ) -> Result<Response<v1::DrainHubResponse>, Status> {
+        let operator = admitted(&request)?;
+        draining::drain_hub(self, &operator, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_nodes(

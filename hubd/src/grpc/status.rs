@@ -306,6 +306,17 @@ pub fn from_node(refusal: NodeRefusal) -> Status {
     }
 }
 
+/// How soon what met a hub that drains is asked for again, at least and at most: the next hub may be there
+/// sooner than the last command of this one ends.
+const DRAINED_RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
+
+/// The hub is about to stop, after this time at the latest: what was asked for was not begun.
+pub fn draining(wait: Duration, text: &str) -> Status {
+    let status = refuse(Code::Unavailable, cortex_proto::CODE_DRAINING, text);
+    let status = with_hint(status, "ask again in a moment");
+    with_retry_after(status, wait.clamp(DRAINED_RETRY.0, DRAINED_RETRY.1))
+}
+
 /// The node is known, but not connected.
 pub fn offline(name: &str) -> Status {
     with_hint(

@@ -68,6 +68,20 @@ impl Door {
         self.readiness.ready();
     }
 
+    /// Why the hub is to be given no work now, if it is not. It still answers who asks while an
+    /// administrator drains it.
+    fn unready(&self) -> Option<Problem> {
+        let drained = |api: &Arc<Api>| {
+            api.service.relay.draining().until()?;
+            let detail = "the hub takes no new commands: it is about to restart";
+            Some(
+                Problem::new(StatusCode::SERVICE_UNAVAILABLE, "hub_draining", detail)
+                    .retry_after(5),
+            )
+        };
+        self.readiness.refusal().or_else(|| self.api.get().and_then(drained))
+    }
+
     /// The hub, if it is ready.
     pub(super) fn api(&self) -> Result<&Arc<Api>, Problem> {
         if let Some(refusal) = self.readiness.refusal() {
@@ -133,7 +147,7 @@ pub(super) fn router(door: &Arc<Door>) -> Router {
     let (ready, measured, served) = (with(door), with(door), with(door));
     let mut router = Router::new()
         .route("/healthz", get(|| async { health::healthz() }))
-        .route("/readyz", get(move || async move { health::readyz(ready.readiness()) }))
+        .route("/readyz", get(move || async move { health::readyz(ready.unready()) }))
         .route(
             "/metrics",
             get(move |request: Request| async move { answer(metrics(&measured, request)) }),

@@ -63,8 +63,8 @@ pub(super) fn healthz() -> Response<Body> {
 }
 
 /// Whether it is to be given work.
-pub(super) fn readyz(readiness: &Readiness) -> Response<Body> {
-    readiness.refusal().map_or_else(|| plain("ready\n"), Problem::into_response)
+pub(super) fn readyz(refusal: Option<Problem>) -> Response<Body> {
+    refusal.map_or_else(|| plain("ready\n"), Problem::into_response)
 }
 
 fn plain(text: &'static str) -> Response<Body> {
@@ -82,13 +82,13 @@ mod tests {
     #[test]
     fn a_hub_is_ready_between_its_beginning_and_its_end_only() {
         let readiness = Readiness::default();
-        assert_eq!(readyz(&readiness).status(), 503);
+        assert_eq!(readyz(readiness.refusal()).status(), 503);
         readiness.ready();
-        assert_eq!(readyz(&readiness).status(), 200);
+        assert_eq!(readyz(readiness.refusal()).status(), 200);
         readiness.drain();
         readiness.ready();
         assert_eq!(readiness.phase(), Phase::Draining);
-        assert_eq!(readyz(&readiness).status(), 503);
+        assert_eq!(readyz(readiness.refusal()).status(), 503);
         assert_eq!(healthz().status(), 200, "it lives to its end");
     }
 }

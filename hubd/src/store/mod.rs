@@ -13,6 +13,7 @@ pub mod fault;
 pub(crate) mod fixtures;
 pub mod history;
 pub mod identity;
+pub mod offline;
 pub mod records;
 pub mod source;
 pub mod sqlite;

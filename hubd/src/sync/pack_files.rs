@@ -66,13 +66,7 @@ impl PackFiles {
     /// # Errors
     /// Those of the file system.
     pub fn open(folder: &Path) -> Result<Self, PackFileError> {
-        let files = Self {
-            packs: folder.join("packs"),
-            temporary: folder.join("tmp"),
-            damaged: folder.join("damaged"),
-            next_temporary: AtomicU64::new(0),
-            flush: GroupFlush::default(),
-        };
+        let files = Self::of_another(folder);
         for path in [&files.packs, &files.temporary] {
             durable::create_private_folder(path)
                 .map_err(|error| PackFileError::new("create", path, error))?;
@@ -85,6 +79,19 @@ impl PackFiles {
                 .map_err(|error| PackFileError::new("remove", &left_over, error))?;
         }
         Ok(files)
+    }
+
+    /// The same folders as they are, to read what another process keeps in them: nothing is created or
+    /// swept.
+    #[must_use]
+    pub fn of_another(folder: &Path) -> Self {
+        Self {
+            packs: folder.join("packs"),
+            temporary: folder.join("tmp"),
+            damaged: folder.join("damaged"),
+            next_temporary: AtomicU64::new(0),
+            flush: GroupFlush::default(),
+        }
     }
 
     /// Writes a pack. When this returns, it survives power loss.
@@ -310,7 +317,8 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>, PackFileError> {
         .collect()
 }
 
-fn parse_name(name: &str) -> Option<Digest> {
+/// The hash that a pack's file name says.
+pub(crate) fn parse_name(name: &str) -> Option<Digest> {
     if name.len() != 64 || !name.bytes().all(|b| b.is_ascii_hexdigit()) {
         return None;
     }

@@ -11,11 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cortex_proto::{LEAST_OUTPUT_CREDIT, MAX_OUTPUT_CREDIT};
 use cortex_shared::ids::NodeId;
 
-/// For all tasks of a hub: room for 64 fast commands, and a small part of the memory that a hub of
-/// hundreds of nodes has.
-pub const HUB_BYTES: u64 = 256 * 1024 * 1024;
-/// For all tasks of a node, so that one node does not take all of it.
-pub const NODE_BYTES: u64 = 64 * 1024 * 1024;
+use super::limits::CommandLimits;
 
 #[derive(Default)]
 struct Held {
@@ -24,8 +20,11 @@ struct Held {
 }
 
 /// See the module.
-#[derive(Default)]
-pub(super) struct Budget(Mutex<Held>);
+pub(super) struct Budget {
+    hub_bytes: u64,
+    node_bytes: u64,
+    held: Mutex<Held>,
+}
 
 /// What one task may have lying here; given back when dropped.
 pub(super) struct Share {
@@ -35,13 +34,18 @@ pub(super) struct Share {
 }
 
 impl Budget {
+    pub(super) fn new(limits: &CommandLimits) -> Self {
+        let (hub_bytes, node_bytes) = (limits.hub_memory, limits.node_memory);
+        Self { hub_bytes, node_bytes, held: Mutex::default() }
+    }
+
     /// A share of `wanted` bytes if there is plenty, and of less the less is left.
     pub(super) fn take(self: &Arc<Self>, node: NodeId, wanted: u64) -> Share {
-        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let of_node = held.nodes.get(&node).copied().unwrap_or(0);
         // A part of what is left, so that whoever comes next finds something, too.
-        let most = (NODE_BYTES.saturating_sub(of_node) / 4)
-            .min(HUB_BYTES.saturating_sub(held.total) / 8)
+        let most = (self.node_bytes.saturating_sub(of_node) / 4)
+            .min(self.hub_bytes.saturating_sub(held.total) / 8)
             .clamp(LEAST_OUTPUT_CREDIT, MAX_OUTPUT_CREDIT);
         let bytes = wanted.clamp(LEAST_OUTPUT_CREDIT, most);
         held.total += bytes;
@@ -58,7 +62,7 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        let mut held = self.budget.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.budget.held.lock().unwrap_or_else(PoisonError::into_inner);
         held.total -= self.bytes;
         if let Entry::Occupied(mut of_node) = held.nodes.entry(self.node) {
             *of_node.get_mut() -= self.bytes;
@@ -76,20 +80,21 @@ mod tests {
 
     #[test]
     fn one_task_gets_what_it_wants_and_a_crowd_less_each_and_all_of_it_comes_back() {
-        let budget = Arc::new(Budget::default());
+        let limits = CommandLimits::default();
+        let budget = Arc::new(Budget::new(&limits));
         let (busy, other) = (NodeId::new(), NodeId::new());
         let wanted = cortex_proto::DEFAULT_OUTPUT_CREDIT;
         let shares: Vec<_> = (0..256).map(|_| budget.take(busy, wanted)).collect();
         assert_eq!(shares[0].bytes(), wanted);
         assert_eq!(shares[255].bytes(), LEAST_OUTPUT_CREDIT, "never nothing");
         let held: u64 = shares.iter().map(Share::bytes).sum();
-        assert!(held <= NODE_BYTES + 256 * LEAST_OUTPUT_CREDIT, "{held}");
+        assert!(held <= limits.node_memory + 256 * LEAST_OUTPUT_CREDIT, "{held}");
         assert_eq!(budget.take(other, wanted).bytes(), wanted, "another node has its own");
         let crowd: Vec<_> = (0..1000).map(|_| budget.take(NodeId::new(), wanted)).collect();
         let held: u64 = crowd.iter().chain(&shares).map(Share::bytes).sum();
-        assert!(held <= HUB_BYTES + 1256 * LEAST_OUTPUT_CREDIT, "{held}");
+        assert!(held <= limits.hub_memory + 1256 * LEAST_OUTPUT_CREDIT, "{held}");
         drop((crowd, shares));
-        let held = budget.0.lock().unwrap();
+        let held = budget.held.lock().unwrap();
         assert!(held.total == 0 && held.nodes.is_empty());
     }
 }

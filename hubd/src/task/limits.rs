@@ -7,18 +7,42 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cortex_shared::policy::Role;
 
-/// Commands that an agent token may have running at once. A program works through a handful of
-/// things at a time; one that starts more is in a loop.
-pub const AGENT_TOKEN_COMMANDS: usize = 8;
-/// Output that one command of an agent token may write. The logs of a large build fit; more than
-/// that no program reads, and it fills disks and histories.
-pub const AGENT_TOKEN_OUTPUT_BYTES: u64 = 64 * 1024 * 1024;
-
-/// Commands that a node has at once, for all callers together: as many as its agent runs.
+/// Commands that a node has at once at most, for all callers together: as many as its agent runs.
 pub const NODE_COMMANDS: usize = 256;
-/// Commands that a hub has at once: what its memory and descriptors bear, at some tens of kilobytes each
-/// without output ([`super::budget`] bounds the output).
-pub const HUB_COMMANDS: usize = 16 * 1024;
+
+/// How many commands run at once, and what they may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CommandLimits {
+    /// Commands of the hub.
+    pub hub: usize,
+    /// Commands of a node.
+    pub node: usize,
+    /// Commands of one agent token.
+    pub agent_token: usize,
+    /// Output of one command of an agent token, both streams together, in bytes.
+    pub agent_token_output: u64,
+    /// Output that waits in memory for readers, of all commands, in bytes.
+    pub hub_memory: u64,
+    /// The same of the commands of one node.
+    pub node_memory: u64,
+}
+
+impl Default for CommandLimits {
+    /// 16,384 commands are what memory and descriptors bear, at some tens of kilobytes each without output.
+    /// 256 MiB of that: room for 64 fast commands, and a small part of the memory that a hub of hundreds
+    /// of nodes has. An agent token works through a handful of things at a time, and one that starts more
+    /// is in a loop; of its output the logs of a large build fit, and more no program reads.
+    fn default() -> Self {
+        Self {
+            hub: 16 * 1024,
+            node: NODE_COMMANDS,
+            agent_token: 8,
+            agent_token_output: 64 << 20,
+            hub_memory: 256 << 20,
+            node_memory: 64 << 20,
+        }
+    }
+}
 
 /// The limits of one caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,16 +53,16 @@ pub struct Limits {
     pub output_bytes: u64,
 }
 
-impl Limits {
+impl CommandLimits {
     /// The limits of a role.
     #[must_use]
-    pub fn of(role: Role) -> Self {
+    pub fn of(&self, role: Role) -> Limits {
         match role {
             Role::AgentToken => {
-                Self { commands: AGENT_TOKEN_COMMANDS, output_bytes: AGENT_TOKEN_OUTPUT_BYTES }
+                Limits { commands: self.agent_token, output_bytes: self.agent_token_output }
             }
             Role::Viewer | Role::Operator | Role::Admin => {
-                Self { commands: usize::MAX, output_bytes: u64::MAX }
+                Limits { commands: usize::MAX, output_bytes: u64::MAX }
             }
         }
     }

@@ -3,6 +3,7 @@
 //! | module | subject |
 //! |---|---|
 //! | [`relay`] | every task without a verdict: between its reader and its node, through lost streams |
+//! | [`draining`] | whether new ones are taken |
 //! | [`start`] | how one begins, or why it does not |
 //! | `unwanted` | those that are to end on a node that was away |
 //! | [`running`] | one of them: its two mailboxes and its place |
@@ -14,6 +15,7 @@
 //! | [`limits`] | what a role may have at once |
 
 pub mod budget;
+pub mod draining;
 pub mod history;
 pub mod limits;
 pub mod relay;

@@ -27,8 +27,9 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::budget::Budget;
+use super::draining::Draining;
 use super::history::History;
-use super::limits::{HUB_COMMANDS, Limits, NODE_COMMANDS, Slot, Slots};
+use super::limits::{CommandLimits, Slot, Slots};
 pub use super::running::{DEFAULT_CANCEL_GRACE, Task};
 use super::spool::Spool;
 pub use super::start::{Begun, Claim, StartRefusal};
@@ -47,6 +48,9 @@ const LATE_REPORTS: usize = 256;
 /// How long a verdict waits for the output before it to be in the spool. A disk that takes longer delays
 /// no verdict; only who comes back after a crash in this very moment may then lack something.
 const SPOOL_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How often a hub that stops looks whether all commands have begun: that takes some milliseconds.
+const SETTLING_LOOK: Duration = Duration::from_millis(5);
 
 /// Why a task is interrupted. Its stream often breaks before the session does, and for the same reason.
 const CONNECTION_LOST: &str =
@@ -93,9 +97,11 @@ pub struct Relay {
     events: Arc<EventBus>,
     scope: TaskScope,
     deadlines: Deadlines,
+    limits: CommandLimits,
     late: mpsc::Sender<LateReport>,
     unrecorded: Arc<Unrecorded>,
     unwanted: Arc<Unwanted>,
+    draining: Draining,
 }
 
 impl Relay {
@@ -108,12 +114,14 @@ impl Relay {
         events: Arc<EventBus>,
         scope: TaskScope,
         deadlines: Deadlines,
+        limits: CommandLimits,
     ) -> Arc<Self> {
         let (late, reports) = mpsc::channel(LATE_REPORTS);
         let recording =
             record_late(Arc::clone(&store), Arc::clone(&events), reports, scope.clone());
         scope.spawn("late outcomes", recording);
-        let (tasks, slots, budget) = (Mutex::default(), Arc::default(), Arc::default());
+        let (tasks, slots) = (Mutex::default(), Arc::default());
+        let budget = Arc::new(Budget::new(&limits));
         let unwanted = Unwanted::new(Arc::clone(&store), scope.clone());
         let unrecorded = Unrecorded::new(Arc::clone(&store), scope.clone(), Arc::clone(&unwanted));
         let unrecorded = Arc::new(unrecorded);
@@ -127,14 +135,31 @@ impl Relay {
             events,
             scope,
             deadlines,
+            limits,
             late,
             unrecorded,
             unwanted,
+            draining: Draining::default(),
         })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TaskId, Running>> {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether new commands are taken.
+    #[must_use]
+    pub fn draining(&self) -> &Draining {
+        &self.draining
+    }
+
+    /// Ends once no command is just being begun here, or at its node. For a hub that stops: a node that is
+    /// told to leave begins nothing for which it has no stream yet.
+    pub async fn settled(&self) {
+        self.draining.settled().await;
+        while self.lock().values().any(|running| running.task.is_beginning()) {
+            tokio::time::sleep(SETTLING_LOOK).await;
+        }
     }
 
     /// How long a lost stream can be resumed.
@@ -189,7 +214,7 @@ impl Relay {
                 tracing::warn!(task = %record.id, %error, "the output of a task cannot be read");
                 [0; 2]
             });
-            let limits = Limits::of(record.role);
+            let limits = self.limits.of(record.role);
             let left = limits.output_bytes.saturating_sub(received[0].saturating_add(received[1]));
             // Whatever the limit is: it runs.
             let slot = self.slots.take(&record.actor, usize::MAX);
@@ -222,16 +247,18 @@ impl Relay {
         session: SessionHandle,
         claim: &Claim,
     ) -> Result<Begun, StartRefusal> {
-        let limits = Limits::of(new.role);
+        let _begins = self.draining.enter().map_err(|wait| StartRefusal::Draining { wait })?;
+        let limits = self.limits.of(new.role);
         let slot = self.slots.take(&new.actor.name, limits.commands).ok_or_else(|| {
             StartRefusal::TooMany { actor: new.actor.name.clone(), limit: limits.commands }
         })?;
-        if self.running() >= HUB_COMMANDS {
-            return Err(StartRefusal::Full { whose: "this hub".into(), limit: HUB_COMMANDS });
+        let CommandLimits { hub, node, .. } = self.limits;
+        if self.running() >= hub {
+            return Err(StartRefusal::Full { whose: "this hub".into(), limit: hub });
         }
-        if self.running_on(new.node) >= NODE_COMMANDS {
+        if self.running_on(new.node) >= node {
             let whose = format!("node {:?}", new.node_name);
-            return Err(StartRefusal::Full { whose, limit: NODE_COMMANDS });
+            return Err(StartRefusal::Full { whose, limit: node });
         }
         let window = (!new.detached).then_some(initial_credit);
         let share = self.budget.take(new.node, window.unwrap_or(DEFAULT_OUTPUT_CREDIT));

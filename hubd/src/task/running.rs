@@ -246,6 +246,11 @@ impl Task {
         place.interruptions == number && matches!(place.phase, Phase::Interrupted { .. })
     }
 
+    /// Whether it was sent to its node, which has not said yet that it began.
+    pub(super) fn is_beginning(&self) -> bool {
+        matches!(lock(&self.place).phase, Phase::Accepted)
+    }
+
     /// Takes the place of the node's first stream; whether it was free.
     pub(super) fn take_opening(&self) -> bool {
         !std::mem::replace(&mut lock(&self.place).opened, true)

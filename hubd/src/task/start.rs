@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use cortex_shared::ids::TaskId;
 
@@ -32,6 +33,12 @@ pub enum StartRefusal {
         whose: String,
         /// How many it takes.
         limit: usize,
+    },
+    /// The hub is about to stop.
+    #[error("the hub is being restarted and takes no new commands; this one was not begun")]
+    Draining {
+        /// How long the hub waits for those that run.
+        wait: Duration,
     },
     /// The task could not be journalled.
     #[error(transparent)]

@@ -12,6 +12,10 @@ use crate::cli::error::{CliError, Exit};
 use crate::cli::units::millis;
 use crate::link::proto_mode;
 
+/// How the keys begin by which the start of a command is repeated that nobody answered, so that it is not
+/// begun twice. Those that somebody chose are shown, these are not.
+pub(in crate::cli) const OWN_KEY: &str = "auto-";
+
 /// Largest script that is sent.
 const MAX_SCRIPT_BYTES: u64 = 4 * 1024 * 1024;
 

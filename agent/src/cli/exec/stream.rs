@@ -24,11 +24,13 @@ use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 
 use super::check;
+use super::request::OWN_KEY;
 use super::stdin::Input;
 use super::writer::{OutputTo, WriterEvent};
 use crate::cli::error::{CliError, Exit, printable};
 use crate::cli::persist::{PATIENCE, is_passing, jittered, next_delay};
 use crate::cli::printer::{ColorWhen, complain};
+use crate::client::connect_error_in;
 
 /// Time between TERM and KILL for an interrupted command.
 const GRACE: Duration = Duration::from_secs(2);
@@ -38,12 +40,18 @@ const CREDIT_FRAME: u64 = LEAST_OUTPUT_CREDIT / 2;
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(12);
 /// The same where somebody wants to get away.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a command is asked for again whose start nobody answered.
+const START_PATIENCE: Duration = Duration::from_secs(10);
 
 type Opened = Result<Response<Streaming<v1::ExecDown>>, Status>;
 
 /// See the module.
 pub(super) struct TaskStream {
     client: OperatorClient<Channel>,
+    /// What was asked for, until the hub has taken it.
+    start: Option<v1::ExecStart>,
+    /// The hub has said that it is about to stop.
+    drained: bool,
     opening: Option<Pin<Box<dyn Future<Output = Opened> + Send>>>,
     down: Option<Streaming<v1::ExecDown>>,
     up: mpsc::Sender<v1::ExecUp>,
@@ -100,11 +108,17 @@ impl TaskStream {
         output: Box<dyn OutputTo>,
         writer_events: mpsc::Receiver<WriterEvent>,
     ) -> Self {
+        let mut start = start;
+        if start.idempotency_key.is_empty() {
+            start.idempotency_key = format!("{OWN_KEY}{}", uuid::Uuid::new_v4().simple());
+        }
         let granted = start.initial_credit;
         let on_terminal = start.spec.as_ref().is_some_and(|spec| spec.terminal.is_some());
-        let (up, opening) = call(&client, exec_up::Frame::Start(start));
+        let (up, opening) = call(&client, exec_up::Frame::Start(start.clone()));
         Self {
             client,
+            start: Some(start),
+            drained: false,
             opening: Some(opening),
             down: None,
             up,
@@ -183,6 +197,25 @@ impl TaskStream {
         let code = status.metadata().get(cortex_proto::CODE_TRAILER);
         let known = !self.accepted.task_id.is_empty() && self.accepted.resume_grace_ms > 0;
         let lost_at = *self.lost_at.get_or_insert_with(Instant::now);
+        // Not begun, or begun once: its key leads to it. Between two hubs there is none to connect to.
+        let draining = code.is_some_and(|code| code == cortex_proto::CODE_DRAINING);
+        let midway = code.is_none() && is_passing(&status) && connect_error_in(&status).is_none();
+        let absent = || connect_error_in(&status).is_some_and(|error| !error.is_permanent());
+        let waits = draining || midway || self.retry.is_some() && absent();
+        self.drained |= draining;
+        let patience = if self.drained { PATIENCE } else { START_PATIENCE };
+        if waits && self.start.is_some() && lost_at.elapsed() <= patience {
+            if self.retry.is_none() {
+                self.say(if draining {
+                    "note: the hub is being restarted; the command waits for the next one"
+                } else {
+                    "note: the connection to the hub was lost before it took the command; asking again"
+                });
+            }
+            let delay = next_delay(&status, self.retry.map(|(_, delay)| delay));
+            self.retry = Some((Instant::now() + jittered(delay), delay));
+            return Ok(());
+        }
         if code.is_some() && !is_passing(&status) {
             return Err(status.into());
         }
@@ -208,6 +241,15 @@ impl TaskStream {
     fn reconnect(&mut self) {
         // In an hour, as far as the wait is concerned: the answer comes first.
         self.retry = self.retry.map(|(at, delay)| (at + Duration::from_secs(3600), delay));
+        self.cancel = self.cancel.take().or(self.cancelled);
+        self.resize = self.resize.take().or_else(|| self.resized.clone());
+        if let Some(start) = &self.start {
+            let (up, opening) = call(&self.client, exec_up::Frame::Start(start.clone()));
+            (self.up, self.opening) = (up, Some(opening));
+            // Whatever of the input was sent went nowhere.
+            self.resume_input(v1::StdinResume::default());
+            return;
+        }
         let attach = v1::ExecAttach {
             task_id: self.accepted.task_id.clone(),
             stdout_offset: self.received[0],
@@ -217,8 +259,6 @@ impl TaskStream {
         };
         self.credit = 0;
         self.input_waits = true;
-        self.cancel = self.cancel.take().or(self.cancelled);
-        self.resize = self.resize.take().or_else(|| self.resized.clone());
         let (up, opening) = call(&self.client, exec_up::Frame::Attach(attach));
         (self.up, self.opening) = (up, Some(opening));
     }
@@ -259,7 +299,10 @@ impl TaskStream {
     pub(super) fn cancel(&mut self) {
         let grace_ms = u64::try_from(GRACE.as_millis()).unwrap_or(u64::MAX);
         self.cancel = Some(v1::ExecCancel { signal: 15, grace_ms });
-        self.give_up_at.get_or_insert(Instant::now() + CANCEL_TIMEOUT);
+        // What waits for the next hub has no end that could be waited for.
+        let waits = self.start.is_some() && self.retry.is_some();
+        let within = if waits { Duration::ZERO } else { CANCEL_TIMEOUT };
+        self.give_up_at.get_or_insert(Instant::now() + within);
     }
 
     /// The same, but its end is waited for a moment only.
@@ -338,9 +381,12 @@ impl TaskStream {
     fn accept(&mut self, message: v1::ExecDown) -> Result<Option<v1::TaskExit>, CliError> {
         match message.frame {
             Some(exec_down::Frame::Accepted(accepted)) => {
+                let begins = self.start.take().is_some();
                 if self.lost_at.take().is_some() {
                     self.retry = None;
-                    self.note("connected to the hub again; the output goes on");
+                    if !begins {
+                        self.note("connected to the hub again; the output goes on");
+                    }
                 }
                 self.accepted = accepted;
             }

@@ -4,6 +4,7 @@ use cortex_proto::v1::{self, TaskState};
 use serde::Serialize;
 
 use super::{check, id_text};
+use crate::cli::exec::request::OWN_KEY;
 use crate::cli::printer::Row;
 
 /// How a task ended.
@@ -106,7 +107,10 @@ impl From<&v1::TaskInfo> for TaskRow {
             late_outcome: info.late_outcome.as_ref().map(End::from),
             late_outcome_at_ms: info.late_outcome_at_ms,
             detached: info.detached,
-            idempotency_key: info.idempotency_key.clone(),
+            idempotency_key: Some(&info.idempotency_key)
+                .filter(|key| !key.starts_with(OWN_KEY))
+                .cloned()
+                .unwrap_or_default(),
             retry_of: id_text(&info.retry_of),
             cancel_pending: info.cancel_pending,
         }

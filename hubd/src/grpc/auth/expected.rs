@@ -2,7 +2,7 @@
 
 /// Each method with those who may call it, in this order: `-` whoever has no certificate, `n` a node,
 /// `v` viewer, `t` agent-token, `o` operator, `s` admin with a scope, `a` admin.
-pub(crate) const EXPECTED: [(&str, &str); 68] = [
+pub(crate) const EXPECTED: [(&str, &str); 69] = [
     ("Enroll/JoinNode", "-nvtosa"),
     ("Enroll/LoginOperator", "-nvtosa"),
     ("Enroll/RecoverNode", "-nvtosa"),
@@ -71,6 +71,7 @@ pub(crate) const EXPECTED: [(&str, &str); 68] = [
     ("Operator/WatchEvents", "vtosa"),
     ("Operator/ListWorkers", "a"),
     ("Operator/RunWorker", "a"),
+    ("Operator/DrainHub", "a"),
 ];
 
 /// Whether the caller of this letter may call the method of this path.

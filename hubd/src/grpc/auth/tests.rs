@@ -29,7 +29,8 @@ async fn layer(nodes: Vec<Node>, records: Vec<OperatorRecord>) -> (tempfile::Tem
     let history = History::start(history, HistoryLimits::default(), &scope);
     let events = crate::events::EventBus::in_memory(Default::default());
     let told = Arc::clone(&events);
-    let relay = Relay::new(Arc::clone(&store), spool, history, told, scope, deadlines);
+    let limits = Default::default();
+    let relay = Relay::new(Arc::clone(&store), spool, history, told, scope, deadlines, limits);
     let refusals = RefusalLog::new(Arc::clone(&store), TaskScope::new());
     let operators = Operators::load(store, relay, events).await.unwrap();
     operators.apply(records);

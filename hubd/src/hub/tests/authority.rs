@@ -399,7 +399,7 @@ async fn an_agent_token_stays_strict_within_workspaces_and_has_no_authority() {
         assert_eq!(word(&refused), refusal);
     }
     let mut running = Vec::new();
-    for _ in 0..crate::task::limits::AGENT_TOKEN_COMMANDS {
+    for _ in 0..crate::task::limits::CommandLimits::default().agent_token {
         running.push(hub.exec(&mut bot, "box", inside()).await.unwrap());
         assert_eq!(session.start_task().await.role, "agent-token");
     }

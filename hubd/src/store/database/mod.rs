@@ -28,7 +28,7 @@ use self::writer::{Request, Writer};
 
 /// How long a connection waits for a lock. Within the hub only opening and closing ever take one that
 /// matters; an administrator's shell may hold one for a moment.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a database did not do what it was asked.
 #[derive(Debug, thiserror::Error)]

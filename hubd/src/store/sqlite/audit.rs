@@ -92,7 +92,7 @@ fn head(t: &Connection) -> Result<AuditHead, StoreError> {
 }
 
 /// At most `limit` lines after a number, oldest first.
-pub(super) fn page(
+pub(in crate::store) fn page(
     connection: &Connection,
     after_seq: Option<u64>,
     limit: u32,

@@ -115,7 +115,7 @@ fn record_suspicion(
     audit::append(t, &line)
 }
 
-pub(super) fn ca_state(connection: &Connection) -> Result<Option<CaState>, StoreError> {
+pub(in crate::store) fn ca_state(connection: &Connection) -> Result<Option<CaState>, StoreError> {
     let text: Option<Vec<u8>> = connection
         .query_row("SELECT value FROM meta WHERE key = 'ca'", [], |row| row.get(0))
         .optional()?;

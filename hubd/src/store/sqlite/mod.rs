@@ -27,6 +27,9 @@ use super::{
     TaskEnd, TaskQuery, TaskRecord, Workspace,
 };
 
+pub(super) use self::audit::page as audit_page;
+pub(super) use self::identity::ca_state;
+
 const SETTINGS: Settings = Settings {
     migrations: &[
         include_str!("migrations/0001_first.sql"),
@@ -41,6 +44,9 @@ const SETTINGS: Settings = Settings {
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,
 };
+
+/// Version of the tables of this program.
+pub(super) const SCHEMA_VERSION: usize = SETTINGS.migrations.len();
 
 /// The hub's main database. What it acknowledged survives power loss; what waits in its queue when
 /// the process dies was never acknowledged.
@@ -370,12 +376,23 @@ impl Store for SqliteStore {
     }
 }
 
-fn mesh(connection: &Connection) -> Result<MeshId, StoreError> {
+/// The mesh, if it has been made up.
+pub(super) fn known_mesh(connection: &Connection) -> Result<Option<MeshId>, StoreError> {
     let stored: Option<Vec<u8>> = connection
         .query_row("SELECT value FROM meta WHERE key = 'mesh'", [], |row| row.get(0))
         .optional()?;
-    match stored {
-        Some(bytes) => MeshId::from_slice(&bytes).map_err(|_| damaged("mesh id")),
+    stored.map(|bytes| MeshId::from_slice(&bytes).map_err(|_| damaged("mesh id"))).transpose()
+}
+
+/// The ids of all workspaces.
+pub(super) fn workspace_ids(connection: &Connection) -> Result<Vec<WorkspaceId>, StoreError> {
+    let mut statement = connection.prepare("SELECT id FROM workspaces")?;
+    statement.query_and_then([], |row| workspace_id(&row.get::<_, Vec<u8>>(0)?))?.collect()
+}
+
+fn mesh(connection: &Connection) -> Result<MeshId, StoreError> {
+    match known_mesh(connection)? {
+        Some(mesh) => Ok(mesh),
         None => {
             let mesh = MeshId::new();
             connection

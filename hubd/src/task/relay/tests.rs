@@ -9,7 +9,7 @@ use crate::node::registry::{Arrival, Registry, SessionEnds};
 use crate::store::history::{HistoryLimits, HistoryStore};
 use crate::store::sqlite::SqliteStore;
 use crate::store::{IdempotencyKey, Verdict, fixtures};
-use crate::task::limits::{AGENT_TOKEN_COMMANDS, AGENT_TOKEN_OUTPUT_BYTES};
+use crate::task::limits::CommandLimits;
 use crate::task::spool::SpoolLimits;
 use crate::task::to_reader::ReaderFrame;
 use crate::task::verdict::MAX_TEXT_BYTES;
@@ -53,7 +53,8 @@ async fn fixture_with(resume: Duration) -> Fixture {
     let spool = Spool::open(folder.path().join("tasks"), SpoolLimits::default(), &scope).unwrap();
     let deadlines = Deadlines { start: Duration::from_secs(60), resume };
     let history = history(&folder, &scope).await;
-    let relay = Relay::new(Arc::clone(&store), spool, history, events(), scope, deadlines);
+    let limits = Default::default();
+    let relay = Relay::new(Arc::clone(&store), spool, history, events(), scope, deadlines, limits);
     Fixture { folder, relay, store, session: begun.unwrap().0, registry, node: id }
 }
 
@@ -136,11 +137,11 @@ async fn end(task: &Task) -> TaskExit {
 async fn an_agent_token_has_a_handful_of_commands_at_once_and_a_place_is_free_at_the_end() {
     let mut fixture = fixture().await;
     let mut tasks = Vec::new();
-    for _ in 0..AGENT_TOKEN_COMMANDS {
+    for _ in 0..CommandLimits::default().agent_token {
         tasks.push(fixture.start("bot", Role::AgentToken).await.unwrap());
     }
     let refusal = fixture.start("bot", Role::AgentToken).await.err().unwrap();
-    assert!(matches!(refusal, StartRefusal::TooMany { limit: AGENT_TOKEN_COMMANDS, .. }));
+    assert!(matches!(refusal, StartRefusal::TooMany { limit: 8, .. }));
     fixture.start("ann", Role::Operator).await.unwrap();
     let exit = TaskExit { verdict: TaskVerdict::Exited.into(), ..TaskExit::default() };
     fixture.relay.finish(tasks[0].id(), fixture.node, exit);
@@ -156,7 +157,7 @@ async fn an_agent_token_writes_so_much_and_no_more() {
     let task = fixture.start("bot", Role::AgentToken).await.unwrap();
     let stream = fixture.open(&task);
     let data = bytes::Bytes::from(vec![b'x'; 256 * 1024]);
-    let frames = AGENT_TOKEN_OUTPUT_BYTES / data.len() as u64;
+    let frames = CommandLimits::default().agent_token_output / data.len() as u64;
     for n in 0..=frames {
         let offset = n * data.len() as u64;
         let output = Output { stream: 0, offset, data: data.clone() };
@@ -360,7 +361,8 @@ async fn what_was_given_up_while_its_node_was_away_ends_when_it_is_back_also_aft
             let deadlines = Deadlines { start: Duration::ZERO, resume: SHORT };
             let history = Arc::clone(fixture.relay.history());
             let store = Arc::clone(&fixture.store);
-            fixture.relay = Relay::new(store, spool, history, events(), scope, deadlines);
+            let limits = Default::default();
+            fixture.relay = Relay::new(store, spool, history, events(), scope, deadlines, limits);
             fixture.relay.recover().await.unwrap();
         }
         fixture.reconnect(&held);
@@ -398,12 +400,12 @@ async fn what_had_come_of_a_lost_command_is_counted() {
 async fn a_node_has_so_many_commands_and_no_more() {
     let fixture = fixture().await;
     let mut tasks = Vec::new();
-    for _ in 0..NODE_COMMANDS {
+    for _ in 0..CommandLimits::default().node {
         // As many frames as are under way must not end the session.
         tasks.push(fixture.start("ann", Role::Operator).await.unwrap());
     }
     let full = fixture.start("bob", Role::Operator).await;
-    assert!(matches!(full, Err(StartRefusal::Full { limit: NODE_COMMANDS, .. })));
+    assert!(matches!(full, Err(StartRefusal::Full { limit: 256, .. })));
     assert!(fixture.relay.finish(tasks[0].id(), fixture.node, exited()));
     assert!(fixture.start("bob", Role::Operator).await.is_ok());
 }
@@ -423,8 +425,8 @@ async fn the_next_hub_takes_up_what_the_last_one_left_open() {
     let spool = Spool::open(fixture.folder.path().join("tasks"), SpoolLimits::default(), &scope);
     let deadlines = Deadlines { start: Duration::ZERO, resume: SHORT };
     let history = Arc::clone(fixture.relay.history());
-    let store = Arc::clone(&fixture.store);
-    let next = Relay::new(store, spool.unwrap(), history, events(), scope, deadlines);
+    let (store, limits) = (Arc::clone(&fixture.store), Default::default());
+    let next = Relay::new(store, spool.unwrap(), history, events(), scope, deadlines, limits);
     next.recover().await.unwrap();
     assert_eq!(next.running(), 2);
     fixture.relay = next;

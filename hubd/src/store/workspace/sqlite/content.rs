@@ -78,7 +78,7 @@ pub(super) fn has_pack(connection: &Connection, pack: &Digest) -> Result<bool, S
     Ok(found.is_some())
 }
 
-pub(super) fn packs(connection: &Connection) -> Result<HashSet<Digest>, StoreError> {
+pub(in crate::store) fn packs(connection: &Connection) -> Result<HashSet<Digest>, StoreError> {
     let mut statement = connection.prepare_cached("SELECT hash FROM packs")?;
     statement.query_and_then([], |row| digest(&row.get::<_, Vec<u8>>(0)?))?.collect()
 }

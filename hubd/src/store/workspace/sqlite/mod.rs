@@ -5,6 +5,7 @@
 //! and nothing else (`store::database`).
 
 mod changes;
+mod check;
 mod collect;
 mod commit;
 mod content;
@@ -29,7 +30,10 @@ use cortex_shared::wire_path::WirePath;
 use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::watch;
 
+pub use self::check::Checked;
+pub(in crate::store) use self::check::{check, chunks_in};
 use self::content::Presence;
+pub(in crate::store) use self::content::packs as known_packs;
 use self::tree::{damaged, digest, signed, unsigned};
 use super::super::database::{Database, Settings};
 use super::{
@@ -46,6 +50,9 @@ const CACHE_KIB: u32 = 8 * 1024;
 const WANTED_LISTED: u32 = 8192;
 /// Most conflicts in one answer.
 const CONFLICTS_LISTED: i64 = 10_000;
+
+/// Version of the tables of this program.
+pub(in crate::store) const SCHEMA_VERSION: usize = schema::MIGRATIONS.len();
 
 /// The store of one workspace. Must be opened once only at a time.
 pub struct SqliteWorkspaceStore {

@@ -257,7 +257,7 @@ impl<'a> Tree<'a> {
         Ok(root)
     }
 
-    fn directory_digest(&self, id: i64) -> Result<Digest, StoreError> {
+    pub(super) fn directory_digest(&self, id: i64) -> Result<Digest, StoreError> {
         let mut statement = self.connection.prepare_cached(
             "SELECT name, kind, digest FROM entries WHERE parent_id = ?1 ORDER BY name",
         )?;

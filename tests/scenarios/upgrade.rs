@@ -1,0 +1,264 @@
+//! Restarts of the hub that nobody notices, and hubs that drain.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use cortex_tests::mesh::{As, Mesh, Operator};
+use cortex_tests::process::{Daemon, Outcome};
+use cortex_tests::tree;
+use cortex_tests::wait::until;
+use rustix::process::Signal;
+
+use super::sync::noise;
+
+/// How often the hub is restarted under load.
+const RESTARTS: usize = 3;
+/// What each long command writes: enough to be under way all the time.
+const LINES: usize = 400;
+
+/// What a long command writes on standard output.
+fn lines(of: usize) -> Vec<u8> {
+    (1..=LINES).flat_map(|n| format!("{of} {n} {}\n", "x".repeat(200)).into_bytes()).collect()
+}
+
+fn script(of: usize) -> String {
+    let x = "x".repeat(200);
+    format!("for n in $(seq 1 {LINES}); do echo {of} $n {x}; sleep 0.02; done; exit {}", of + 3)
+}
+
+fn digest(bytes: &[u8]) -> blake3::Hash {
+    blake3::hash(bytes)
+}
+
+#[test]
+fn a_hub_restarted_three_times_under_load_loses_no_output_no_commit_and_no_task() {
+    let mut mesh = Mesh::start_with_socket(&[]);
+    let operator = mesh.operator("operator");
+    let _made: Outcome = operator.agent(&["workspace", "create", "w"]).ok();
+    let (a, b) = (mesh.node("a", As::Me), mesh.node("b", As::Me));
+    for node in ["a", "b"] {
+        let _attached: Outcome = operator.agent(&["workspace", "attach", "w", "--node", node]).ok();
+    }
+    let _settled: Outcome = operator.agent(&["workspace", "status", "w", "--watch"]).ok();
+    let (root_a, root_b) = (a.workspace("w"), b.workspace("w"));
+    let stop = AtomicBool::new(false);
+    let short = AtomicUsize::new(0);
+    let mut detached = Vec::new();
+    for of in 0..3 {
+        let exec = ["exec", "a", "--detach", "-o", "json", "-s", &script(of)];
+        let begun = operator.agent(&exec).ok().json();
+        detached.push(begun["task_id"].as_str().unwrap().to_owned());
+    }
+    std::thread::scope(|scope| {
+        let (operator, stop, short) = (&operator, &stop, &short);
+        // Attached commands on both nodes, whose output is under way all the time.
+        let long: Vec<_> = ["a", "b", "a", "b"]
+            .into_iter()
+            .enumerate()
+            .map(|(of, node)| {
+                scope.spawn(move || operator.agent(&["exec", node, "-s", &script(of)]))
+            })
+            .collect();
+        // Commands that begin at any moment, also while there is no hub: each runs once, and is told.
+        let starters: Vec<_> = ["a", "b", "a"]
+            .into_iter()
+            .map(|node| {
+                scope.spawn(move || {
+                    let mut number = 0;
+                    while !stop.load(Ordering::Relaxed) {
+                        number += 1;
+                        let script = format!("echo {number}; exit 4");
+                        let outcome = operator.agent(&["exec", node, "-s", &script]);
+                        let said = (outcome.code, outcome.text());
+                        assert_eq!(said, (4, format!("{number}\n")), "{}", outcome.stderr);
+                        short.fetch_add(1, Ordering::Relaxed);
+                    }
+                })
+            })
+            .collect();
+        // Files, on both sides.
+        for (root, side) in [(&root_a, "a"), (&root_b, "b")] {
+            scope.spawn(move || {
+                let mut number = 0_u64;
+                while !stop.load(Ordering::Relaxed) {
+                    number += 1;
+                    fs::write(root.join(format!("{side}-{number}")), noise(number, 40_000))
+                        .unwrap();
+                    if number.is_multiple_of(5) {
+                        fs::remove_file(root.join(format!("{side}-{}", number - 4))).unwrap();
+                    }
+                    std::thread::park_timeout(Duration::from_millis(10));
+                }
+            });
+        }
+        let mut took = Vec::new();
+        for _ in 0..RESTARTS {
+            let before = short.load(Ordering::Relaxed);
+            until("some commands ran", || short.load(Ordering::Relaxed) >= before + 8);
+            let begun = Instant::now();
+            assert!(mesh.hub().terminate().success(), "it stops in order");
+            mesh.start_hub();
+            took.push(begun.elapsed());
+        }
+        let before = short.load(Ordering::Relaxed);
+        until("some commands ran", || short.load(Ordering::Relaxed) >= before + 8);
+        stop.store(true, Ordering::Relaxed);
+        eprintln!("restarts took {took:?}; {} short commands ran", short.load(Ordering::Relaxed));
+        for starter in starters {
+            starter.join().unwrap();
+        }
+        for (of, client) in long.into_iter().enumerate() {
+            let outcome = client.join().unwrap();
+            let wanted = i32::try_from(of).unwrap() + 3;
+            assert_eq!(outcome.code, wanted, "{}", outcome.stderr);
+            assert_eq!(
+                digest(&outcome.stdout),
+                digest(&lines(of)),
+                "{} bytes",
+                outcome.stdout.len()
+            );
+        }
+    });
+    for (of, id) in detached.iter().enumerate() {
+        let waited = operator.agent(&["task", "wait", id]);
+        let shown = operator.agent(&["task", "show", id, "-o", "json"]).ok().json();
+        assert_eq!(shown["state"], "finished", "{shown} {}", waited.stderr);
+        assert_eq!(shown["exit_code"], of + 3, "{shown}");
+        let kept = operator.agent(&["task", "logs", id]).ok();
+        assert_eq!(digest(&kept.stdout), digest(&lines(of)), "{} bytes", kept.stdout.len());
+    }
+    let open = operator.agent(&["task", "list", "-o", "json"]).ok().json();
+    let open: Vec<_> =
+        open.as_array().unwrap().iter().filter(|task| task["state"] != "finished").collect();
+    assert!(open.is_empty(), "each task has its end: {open:?}");
+    until("both copies are equal", || tree::read(&root_a) == tree::read(&root_b));
+    let _settled: Outcome = operator.agent(&["workspace", "status", "w", "--watch"]).ok();
+    tree::assert_equal(&root_a, &root_b);
+    let conflicts = operator.agent(&["workspace", "conflicts", "w", "-o", "json"]).ok();
+    assert_eq!(conflicts.json(), serde_json::Value::Array(Vec::new()));
+    let _sound: Outcome = mesh.hubd(&["db", "verify"]).ok();
+}
+
+/// A client that has said that its command began.
+fn long(operator: &Operator, mesh: &Mesh, seconds: u32) -> Daemon {
+    let script = format!("echo started; sleep {seconds}; echo ended");
+    operator.begin(&["exec", "a", "-s", &script], &mesh.path("long.log"))
+}
+
+/// A drain that waits, once it has begun.
+fn begin_drain(mesh: &Mesh) -> Daemon {
+    let mut command = mesh.hubd_command(&["drain", "--wait", "60s", "-o", "jsonl"]);
+    let drain = Daemon::start("drain", &mut command, &mesh.path("drain.log"));
+    until("it drains", || mesh.hubd(&["status", "-o", "json"]).ok().json()["draining"] == true);
+    drain
+}
+
+#[test]
+fn a_hub_that_drains_lets_commands_end_and_hands_new_ones_to_the_next() {
+    let mut mesh = Mesh::start_with_socket(&[]);
+    let operator = mesh.operator("operator");
+    let _node = mesh.node("a", As::Me);
+    let mut running = long(&operator, &mesh, 3);
+    let mut drain = begin_drain(&mesh);
+    // Refused, with the time after which to ask again; the client does so by itself.
+    let log = mesh.path("waiting.log");
+    // With input, all of which has to reach the command that the next hub takes.
+    let input = mesh.path("input");
+    fs::write(&input, noise(1, 300_000)).unwrap();
+    let mut command = operator.command(&["exec", "-i", "a", "-s", "cksum; echo ran"]);
+    let input = fs::File::open(&input).unwrap().into();
+    let mut waiting = Daemon::start_with("client", &mut command, &log, input);
+    until("it is told", || {
+        fs::read_to_string(&log).unwrap_or_default().contains("the hub is being restarted")
+    });
+    running.line("the end", |line| (line == "ended").then_some(()));
+    assert!(running.wait().success(), "what ran has ended");
+    let drained: serde_json::Value =
+        drain.line("what became of it", |line| serde_json::from_str(line).ok());
+    assert!(drain.wait().success());
+    assert_eq!((&drained["stopped"], &drained["handed_over"]), (&true.into(), &0.into()));
+    assert!(mesh.hub().wait().success());
+    mesh.start_hub();
+    let sum = waiting.line("its output", |line| line.ends_with(" 300000").then(|| line.to_owned()));
+    let here = std::process::Command::new("cksum")
+        .stdin(fs::File::open(mesh.path("input")).unwrap())
+        .output()
+        .unwrap();
+    assert_eq!(sum.trim(), String::from_utf8_lossy(&here.stdout).trim());
+    waiting.line("its end", |line| (line == "ran").then_some(()));
+    assert!(waiting.wait().success());
+    let listed = mesh.hubd(&["audit", "list", "-o", "json", "--action", "hub.drained"]).ok();
+    assert_eq!(listed.json().as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn a_drain_that_waits_no_longer_hands_over_what_runs_and_one_that_is_undone_ends_nothing() {
+    let mut mesh = Mesh::start_with_socket(&[]);
+    let operator = mesh.operator("operator");
+    let _node = mesh.node("a", As::Me);
+    let mut running = long(&operator, &mesh, 6);
+    let mut drain = begin_drain(&mesh);
+    let _undone: Outcome = mesh.hubd(&["drain", "--undo"]).ok();
+    assert_eq!(drain.wait().code(), Some(1));
+    let said = fs::read_to_string(mesh.path("drain.log")).unwrap();
+    assert!(said.contains("somebody took it back"), "{said}");
+    let _runs: Outcome = operator.agent(&["exec", "a", "--", "true"]).ok();
+    let drained = mesh.hubd(&["drain", "--wait", "100ms", "-o", "json"]).ok().json();
+    assert_eq!(drained["handed_over"], 1, "{drained}");
+    assert!(mesh.hub().wait().success());
+    mesh.start_hub();
+    running.line("the end", |line| (line == "ended").then_some(()));
+    assert!(running.wait().success());
+}
+
+#[test]
+fn a_node_is_drained_by_the_hub_s_own_command_line_too() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let _node = mesh.node("a", As::Me);
+    let mut running = long(&operator, &mesh, 2);
+    let early = mesh.hubd(&["node", "drain", "a", "--timeout", "300ms"]);
+    assert_eq!(early.code, 6, "{}", early.stderr);
+    assert!(early.stderr.contains("hint: cortex-hubd node uncordon"), "{}", early.stderr);
+    let refused = operator.agent(&["exec", "a", "--", "true"]);
+    assert!(refused.stderr.contains("cordoned"), "{}", refused.stderr);
+    let _drained: Outcome = mesh.hubd(&["node", "drain", "a"]).ok();
+    assert!(running.wait().success(), "no command was ended");
+    let _back: Outcome = mesh.hubd(&["node", "uncordon", "a"]).ok();
+    let _runs: Outcome = operator.agent(&["exec", "a", "--", "true"]).ok();
+}
+
+#[test]
+fn sighup_renews_certificates_changes_what_is_logged_and_ends_nothing() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let mut node = mesh.node("a", As::Me);
+    let mut running = long(&operator, &mesh, 3);
+    mesh.hub().signal(Signal::HUP);
+    let log = mesh.path("hub.log");
+    until("the hub has another certificate", || {
+        fs::read_to_string(&log).unwrap().contains("the hub has a new certificate")
+    });
+    let status = node.agent(&["status", "-o", "json"]).ok().json();
+    let before = status["generation"].as_u64().unwrap_or_else(|| panic!("{status}"));
+    let settings = node.home().join("state/agent.json");
+    let mut changed: serde_json::Value =
+        serde_json::from_slice(&fs::read(&settings).unwrap()).unwrap();
+    changed["log"] = "debug".into();
+    fs::write(&settings, changed.to_string()).unwrap();
+    node.daemon().signal(Signal::HUP);
+    until("the node has another certificate", || {
+        node.log().contains("the certificate was renewed")
+    });
+    let status = node.agent(&["status", "-o", "json"]).ok().json();
+    assert_eq!(status["generation"], before + 1, "{status}");
+    assert!(node.log().contains("filter=\"debug\""), "{}", node.log());
+    running.line("the end", |line| (line == "ended").then_some(()));
+    assert!(running.wait().success());
+    // Connections that begin now are those of the new certificates.
+    node.stop();
+    node.run();
+    mesh.wait_online("a");
+    let _ran: Outcome = operator.agent(&["exec", "a", "--", "true"]).ok();
+}
