@@ -23,7 +23,7 @@ export const badge = (tone, ...text) => el("span", { class: `badge ${tone}` }, .
 export const nodeLink = (name) => el("a", { class: "mono", href: `#/nodes/${encodeURIComponent(name)}` }, name);
 
 export const taskLink = (id, text = id.slice(-12)) =>
-  el("a", { class: "mono", href: `#/tasks/${encodeURIComponent(id)}`, title: id }, text);
+  el("a", { class: "mono id", href: `#/tasks/${encodeURIComponent(id)}`, title: id }, text);
 
 export const workspaceLink = (name) =>
   el("a", { class: "mono", href: `#/workspaces/${encodeURIComponent(name)}` }, name);
