@@ -92,6 +92,43 @@ fn every_reference_of_the_document_leads_somewhere() {
     assert!(shown.contains_key("policy_until_ms") && shown.contains_key("effective_mode"));
 }
 
+/// Which call each route is, written down a second time: a wrong one in the table would let in whoever may
+/// make that one.
+const EXPECTED: [(&str, &str); 17] = [
+    ("post /api/v1/session", "-"),
+    ("get /api/v1/session", "HubStatus"),
+    ("delete /api/v1/session", "HubStatus"),
+    ("get /api/v1/hub", "HubStatus"),
+    ("get /api/v1/nodes", "ListNodes"),
+    ("get /api/v1/nodes/{node}", "ListNodes"),
+    ("put /api/v1/nodes/{node}/policy", "SetNodePolicy"),
+    ("delete /api/v1/nodes/{node}/policy", "SetNodePolicy"),
+    ("get /api/v1/nodes/{node}/history", "ReadHistory"),
+    ("get /api/v1/tasks", "ListTasks"),
+    ("get /api/v1/tasks/{task}", "GetTask"),
+    ("get /api/v1/tasks/{task}/output", "ReadTask"),
+    ("post /api/v1/tasks/{task}/cancel", "CancelTask"),
+    ("get /api/v1/workspaces", "ListWorkspaces"),
+    ("get /api/v1/workspaces/{workspace}", "ShowWorkspace"),
+    ("get /api/v1/workspaces/{workspace}/conflicts", "ListConflicts"),
+    ("get /api/v1/workspaces/{workspace}/log", "WorkspaceLog"),
+];
+
+#[test]
+fn each_route_is_the_call_that_is_written_down_for_it() {
+    let call = |who: Who| match who {
+        Who::Anyone => "-",
+        Who::Caller(method) => method.strip_prefix("/cortex.v1.Operator/").unwrap(),
+    };
+    let table: Vec<(String, &str)> = ROUTES
+        .iter()
+        .map(|route| (format!("{} {}", route.verb.word(), route.path), call(route.who)))
+        .collect();
+    let table: Vec<(&str, &str)> =
+        table.iter().map(|(route, call)| (route.as_str(), *call)).collect();
+    assert_eq!(table, EXPECTED);
+}
+
 #[test]
 fn each_route_is_a_call_that_operators_may_make() {
     for route in ROUTES {
