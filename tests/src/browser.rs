@@ -41,8 +41,9 @@ impl Browser {
             }
         }
         let mut command = Command::new("chromedriver");
-        let mut driver =
-            Daemon::start("chromedriver", command.arg("--port=0"), &scratch.join("driver.log"));
+        // What the browser leaves there goes with the rest.
+        command.arg("--port=0").env("TMPDIR", scratch);
+        let mut driver = Daemon::start("chromedriver", &mut command, &scratch.join("driver.log"));
         let port = driver.line("its port", |line| {
             let (_, port) = line.split_once("started successfully on port ")?;
             Some(port.trim_end_matches('.').to_owned())
