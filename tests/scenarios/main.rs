@@ -19,6 +19,7 @@ mod sandbox;
 mod secrets;
 mod skills;
 mod sync;
+mod sync_crash;
 mod sync_hub;
 mod sync_rules;
 mod targets;
