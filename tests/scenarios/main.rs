@@ -13,6 +13,7 @@ mod fleet;
 mod flow;
 mod identity;
 mod join;
+mod page;
 mod partition;
 mod sandbox;
 mod secrets;

@@ -22,7 +22,7 @@ use super::health::{self, Readiness};
 use super::metrics::{self, MetricsToken};
 use super::provision::{self, Agents};
 use super::routes::{Call, ROUTES, Route, Verb, Who, not_logged_in};
-use super::{login, openapi};
+use super::{openapi, page};
 use crate::authority::sessions::Sessions;
 use crate::config::HttpConfig;
 use crate::counters;
@@ -159,9 +159,8 @@ pub(super) fn router(door: &Arc<Door>) -> Router {
                 answer(provision::file(&served.agents, &first(&path), request.headers()).await)
             }),
         )
-        .route("/login", get(|| async { login::page() }))
-        .route("/login.js", get(|| async { login::script() }))
         .route("/api/v1/openapi.json", get(|| async { openapi::response() }));
+    router = page::routes(router);
     for route in ROUTES {
         let door = Arc::clone(door);
         let handle = move |path: RawPathParams, request: Request| async move {
@@ -229,6 +228,7 @@ async fn carry_out(
             session: visit.as_ref().and_then(|visit| visit.session.clone()),
             path: path.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
             query: parts.uri.query().unwrap_or_default().to_owned(),
+            headers: parts.headers.clone(),
             body,
         };
         (route.handle)(api, call).await

@@ -9,7 +9,7 @@
 //! | `api` | carrying it out, by the calls of the Operator service |
 //! | `openapi` | the table as a document |
 //! | `provision` | installing nodes: the script and the agent |
-//! | `login` | the page that a login link leads to |
+//! | `page` | the web page, and where a login link leads |
 //! | [`health`], `metrics` | for monitoring |
 //! | `error` | problem documents |
 //!
@@ -23,9 +23,9 @@ mod credentials;
 mod door;
 mod error;
 pub mod health;
-mod login;
 mod metrics;
 mod openapi;
+mod page;
 mod provision;
 mod routes;
 mod server;

@@ -9,15 +9,17 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use axum::body::Body;
-use http::header::{CACHE_CONTROL, CONTENT_TYPE, SET_COOKIE};
-use http::{HeaderValue, Response, StatusCode};
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, ETAG, SET_COOKIE};
+use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use sha2::Digest as _;
 
 use super::api::{Api, history, hub, nodes, session, tasks, view, workspaces};
 use super::credentials::Shown;
 use super::error::{Problem, internal};
+use super::page;
 use crate::grpc::auth::{AdmittedOperator, Peer};
 
 /// How a route is asked.
@@ -77,6 +79,8 @@ pub(crate) struct Call {
     pub(super) path: BTreeMap<String, String>,
     /// What stands behind the question mark.
     pub(super) query: String,
+    /// The request's headers.
+    pub(super) headers: HeaderMap,
     /// What was sent.
     pub(super) body: Vec<u8>,
 }
@@ -140,10 +144,19 @@ impl<T> Reply<T> {
 }
 
 impl<T: Serialize> Reply<T> {
-    fn into_response(self) -> Result<Response<Body>, Problem> {
+    /// What was only looked at has a tag, by which whoever asks again is told that nothing has changed.
+    fn into_response(self, verb: Verb, call: &Call) -> Result<Response<Body>, Problem> {
         let body = serde_json::to_vec(&self.value).map_err(|error| internal(&error))?;
-        let mut response = Response::new(Body::from(body));
+        let tag = (verb == Verb::Get).then(|| page::tag_of(&sha2::Sha256::digest(&body)));
+        let known = tag.as_ref().is_some_and(|tag| page::has(&call.headers, tag));
+        let mut response = Response::new(if known { Body::empty() } else { Body::from(body) });
+        if known {
+            *response.status_mut() = StatusCode::NOT_MODIFIED;
+        }
         let headers = response.headers_mut();
+        if let Some(tag) = tag {
+            headers.insert(ETAG, tag);
+        }
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(cookie) = self.cookie {
@@ -189,7 +202,7 @@ macro_rules! routes {
                 let query: $query = call.query()?;
                 let reply: Reply<$answer> =
                     $handler(&api, &call, query $(, call.body::<$body>()?)?).await?.into();
-                reply.into_response()
+                reply.into_response(Verb::$verb, &call)
             }),
         }),+];
     };
