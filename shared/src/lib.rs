@@ -9,6 +9,7 @@
 //! | [`wire_path`], [`entry`] | names, paths, entries and tree digests of a workspace |
 //! | [`library`] | names of the mesh-wide library of skills |
 //! | [`chunk`], [`pack`] | how content is cut, and the unit in which it travels and rests |
+//! | [`mass_delete`] | when deletions wait for somebody's word |
 //! | [`replay`] | output under way, which can be sent again |
 //! | [`durable`], [`crash`] | files that survive a crash; crashing on purpose |
 //! | [`systemd`] | installing a program as a service |
@@ -31,6 +32,7 @@ pub mod entry;
 pub mod ids;
 pub mod labels;
 pub mod library;
+pub mod mass_delete;
 pub mod pack;
 pub mod patience;
 pub mod peer;

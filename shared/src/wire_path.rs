@@ -14,6 +14,8 @@ pub const MAX_PATH_BYTES: usize = 4096;
 pub const MAX_DEPTH: usize = 256;
 /// A name that belongs to the agent and may not appear at the top of a workspace.
 pub const PRIVATE_NAME: &[u8] = b".cortex";
+/// The file at the top of a workspace that says what is left out of it, in the syntax of `.gitignore`.
+pub const RULES_NAME: &[u8] = b".cortexignore";
 
 /// Why bytes are not a valid name or path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -366,34 +366,27 @@ fn packs_that_the_hub_has_lost_hold_up_nothing_and_come_back_from_the_members() 
 fn a_workspace_that_is_emptied_is_emptied_elsewhere_only_on_somebodys_word() {
     let pair = Pair::new();
     let (a, b) = pair.roots();
-    let fill = || {
+    let fill = |files: usize| {
         fs::create_dir(a.join("d")).unwrap();
-        for number in 0..3 {
+        for number in 0..files {
             fs::write(a.join(format!("d/file-{number}")), format!("content {number}")).unwrap();
         }
     };
     let status = || pair.operator.agent(&["workspace", "status", "w"]).ok().text();
-    for (round, confirm) in [
-        &["workspace", "confirm-deletes", "w", "--local"][..],
-        &["workspace", "confirm-deletes", "w"],
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        fill();
+    let operators = ["workspace", "confirm-deletes", "w"];
+    let owners = ["workspace", "confirm-deletes", "w", "--local"];
+    for by_owner in [true, false] {
+        fill(3);
         until("the files arrived", || tree::read(&b).len() == 4);
         pair.converge();
         // All at once.
-        fs::rename(a.join("d"), pair.a.home().join(format!("gone-{round}"))).unwrap();
+        fs::rename(a.join("d"), pair.a.home().join(format!("gone-{by_owner}"))).unwrap();
         until("the hold is told", || status().contains("confirm-deletes w"));
         // Everything else still travels, and the deletions do not.
         fs::write(b.join("other"), b"x").unwrap();
         until("the other file arrived", || a.join("other").exists());
         assert_eq!(tree::read(&b).len(), 5);
-        let told = match confirm.last() {
-            Some(&"--local") => pair.a.agent(confirm),
-            _ => pair.operator.agent(confirm),
-        };
+        let told = if by_owner { pair.a.agent(&owners) } else { pair.operator.agent(&operators) };
         let said = told.ok().text();
         assert!(said.contains("deletions go now") || said.contains("a may delete now"), "{said}");
         until("the files are deleted", || tree::read(&b).len() == 1);
@@ -401,6 +394,21 @@ fn a_workspace_that_is_emptied_is_emptied_elsewhere_only_on_somebodys_word() {
         fs::remove_file(a.join("other")).unwrap();
         pair.converge();
     }
+    // Of many, the word of the node's owner ends the node's own hold only: the hub has one as well.
+    fill(150);
+    until("the files arrived", || tree::read(&b).len() == 151);
+    pair.converge();
+    fs::rename(a.join("d"), pair.a.home().join("gone")).unwrap();
+    fs::write(b.join("other"), b"x").unwrap();
+    until("the hold is told", || status().contains("150 deletions are held back because"));
+    until("the other file arrived", || a.join("other").exists());
+    let _said = pair.a.agent(&owners).ok();
+    until("the hub's hold is told", || status().contains("held back by the hub"));
+    assert_eq!(tree::read(&b).len(), 152);
+    assert!(pair.operator.agent(&operators).ok().text().contains("a may delete now"));
+    until("the files are deleted", || tree::read(&b).len() == 1);
+    until("the hold is over", || !status().contains("confirm-deletes w"));
+    assert_eq!(pair.mesh.audit("workspace.deletes_confirmed").len(), 2);
     let nothing = pair.operator.agent(&["workspace", "confirm-deletes", "w", "-o", "json"]).ok();
     assert_eq!(nothing.json()["nodes"].as_array().unwrap().len(), 0);
 }

@@ -4,6 +4,7 @@
 //! loopback only and is ended, by process id, when it is dropped, also when a test panics. Tests
 //! wait for what the processes themselves announce, with a deadline that only a hang reaches.
 
+pub mod browser;
 pub mod mesh;
 pub mod partition;
 pub mod process;

@@ -11,6 +11,7 @@
 //!
 //! Nothing here has state of its own; a crash loses what the caller has not synced.
 
+mod exact;
 mod real;
 #[cfg(test)]
 mod tests;
@@ -25,6 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use cortex_shared::wire_path::{WirePath, check_name};
 use rustix::io::Errno;
 
+pub use exact::{exact, folds_case};
 pub use real::real_disk;
 
 /// What kind of thing a name stands for.
@@ -150,6 +152,9 @@ pub trait Directory: Send + Sync + Debug {
     fn set_token(&self, token: &[u8]) -> io::Result<()>;
     fn set_mode(&self, mode: u32) -> io::Result<()>;
     fn lstat(&self, name: &[u8]) -> io::Result<Meta>;
+    fn other_spelling(&self, _name: &[u8]) -> io::Result<bool> {
+        Ok(false)
+    }
     fn allocated(&self, name: &[u8]) -> io::Result<u64>;
     fn iter(&self) -> io::Result<Names>;
     fn open_dir(&self, name: &[u8]) -> io::Result<DirHandle>;
@@ -304,6 +309,15 @@ impl DirHandle {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether nothing is found as `name`, and nothing can be made there, because of what stands there
+    /// under another spelling (see [`exact`]).
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn other_spelling(&self, name: &[u8]) -> io::Result<bool> {
+        self.0.other_spelling(checked(name)?)
     }
 
     /// How many bytes of the disk `name` takes: less than its length if it has holes.

@@ -10,6 +10,7 @@
 //! the plan for that path is dropped. Otherwise it goes to the trash.
 
 mod late;
+mod left_out;
 #[cfg(test)]
 mod tests;
 
@@ -19,10 +20,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use cortex_shared::chunk::Cutter;
+use cortex_shared::crash::crash_point;
 use cortex_shared::entry::{Entry, File, same};
 use cortex_shared::wire_path::WirePath;
 use rustix::io::Errno;
 
+use super::case;
 use super::index::{Displaced, Index, IndexError, Seen, Stamp};
 use super::plan::LocalChange;
 use super::private_dir::PrivateDir;
@@ -171,7 +174,9 @@ impl Applier<'_> {
         let mut report = Report::default();
         let (made, untouched) = self.make(batch, &mut report)?;
         report.applied = made.len();
+        crash_point("sync.apply.durable");
         self.record(made, &untouched, &mut report)?;
+        crash_point("sync.apply.recorded");
         Ok(report)
     }
 
@@ -195,7 +200,9 @@ impl Applier<'_> {
                 Err(error) => self.give_up(staged, &error, report),
             }
         }
+        crash_point("sync.apply.staged");
         self.sync_files(&ready, one_by_one)?;
+        crash_point("sync.apply.synced");
         // Before it happens: a crash must not leave a file in the trash that nobody looks after.
         if ready.iter().any(|one| one.displaces.is_some()) {
             self.index.batch(|writer| {
@@ -210,6 +217,7 @@ impl Applier<'_> {
             drop(file);
             let (mut stood, name) = (None, displaces.map(|file| file.name));
             let placed = self.place_anyway(&staged, &mut touched, &mut stood, name.as_deref());
+            crash_point("sync.apply.placed");
             match (&placed, name) {
                 (Ok(Placed::Done | Placed::ToBeRescued), Some(_)) => report.displaced += 1,
                 (_, Some(name)) => untouched.push(name),
@@ -217,6 +225,12 @@ impl Applier<'_> {
             }
             match placed {
                 Ok(Placed::Done) => {}
+                // Looking again would find nothing new.
+                Ok(Placed::Surprise) if self.collides(&staged.change) => {
+                    self.remove_staged(&staged);
+                    report.findings.push(case::finding(&staged.change.path));
+                    continue;
+                }
                 Ok(Placed::Surprise) => {
                     report.dirty.insert(staged.change.path.parent());
                     self.remove_staged(&staged);
@@ -246,6 +260,13 @@ impl Applier<'_> {
         }
         touched.sync(self.root).map_err(ApplyError::Durability)?;
         Ok((made, untouched))
+    }
+
+    /// Whether something stands in the way of a change whose name differs only in case.
+    fn collides(&self, change: &LocalChange) -> bool {
+        let Ok((parent, leaf)) = self.root.parent_of(&change.path) else { return false };
+        let names = [Some(leaf), change.aside.as_ref().map(WirePath::name)];
+        names.into_iter().flatten().any(|name| parent.other_spelling(name).unwrap_or(false))
     }
 
     /// What a change is about to displace, as far as the index knows it.
@@ -352,6 +373,7 @@ impl Applier<'_> {
         let Some(current) = self.expected(change, &parent, leaf)? else {
             return Ok(Placed::Surprise);
         };
+        crash_point("sync.apply.checked");
         // What was changed just before it was read has to be read again at its new place.
         let is_known = |current: &Current| change.aside.is_none() || !current.stamp.racy;
         *stood = current.filter(is_known).map(|current| Print::of(&current.meta));
@@ -366,7 +388,7 @@ impl Applier<'_> {
         }
         match (from, &change.to) {
             (None, None) => Ok(Placed::Done),
-            (Some(Entry::Dir), None) => remove_directory(&parent, leaf),
+            (Some(Entry::Dir), None) => self.remove_directory(change, &parent, leaf),
             (Some(_), None) => self.displace(change, &parent, leaf, &current, trash_name),
             (None, Some(Entry::Dir)) => self.make_directory(&parent, leaf),
             (Some(Entry::Dir), Some(Entry::Dir)) => Ok(Placed::Done),
@@ -383,7 +405,7 @@ impl Applier<'_> {
                 let stage_name = staged.stage_name.as_deref().ok_or(io::ErrorKind::InvalidInput)?;
                 match from {
                     None => self.place_new(stage_name, &parent, leaf),
-                    Some(Entry::Dir) => match remove_directory(&parent, leaf)? {
+                    Some(Entry::Dir) => match self.remove_directory(change, &parent, leaf)? {
                         Placed::Done => self.place_new(stage_name, &parent, leaf),
                         Placed::Kept => Err(PlaceError::Io(io::Error::new(
                             io::ErrorKind::DirectoryNotEmpty,
@@ -466,6 +488,7 @@ impl Applier<'_> {
             Err(error) if vanished(&error) => return Ok(Placed::Surprise),
             result => result?,
         }
+        crash_point("sync.apply.displaced");
         if is_still(trash, &name, change, current)? {
             return Ok(Placed::Done);
         }
@@ -502,6 +525,7 @@ impl Applier<'_> {
             }
             Err(error) => return Err(error.into()),
         }
+        crash_point("sync.apply.exchanged");
         if is_still(stage, stage_name, change, current)? {
             self.private.discard(stage_name)?;
             return Ok(Placed::Done);
@@ -615,8 +639,8 @@ fn vanished(error: &io::Error) -> bool {
         || Errno::from_io_error(error) == Some(Errno::LOOP)
 }
 
-/// Removes a directory; one that is not empty holds what nobody has planned for.
-fn remove_directory(parent: &DirHandle, leaf: &[u8]) -> Result<Placed, PlaceError> {
+/// Removes a directory if it is empty.
+fn remove_empty(parent: &DirHandle, leaf: &[u8]) -> Result<Placed, PlaceError> {
     match parent.remove_dir(leaf) {
         Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(Placed::Kept),
         Err(error) if vanished(&error) => Ok(Placed::Surprise),

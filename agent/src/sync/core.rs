@@ -6,6 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cortex_shared::entry::Digest;
 use tokio_util::sync::CancellationToken;
 
 use super::apply::ApplyError;
@@ -47,9 +48,13 @@ pub(super) enum SyncError {
 /// The state that blocking work needs.
 pub(super) struct Core {
     pub(super) root: RootDir,
+    /// The file system takes names for one that differ only in case.
+    pub(super) folds_case: bool,
     pub(super) private: Arc<PrivateDir>,
     pub(super) index: Index,
     pub(super) ignore: Ignore,
+    /// The version of the hub's rules that those come from: its content, `None` without one.
+    pub(super) rules_base: Option<Digest>,
     /// `None` if the kernel gives us no watcher at all.
     pub(super) watch: Option<Watch>,
     pub(super) owner: Option<(u32, u32)>,

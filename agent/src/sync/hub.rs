@@ -127,6 +127,10 @@ pub enum RejectReason {
     MissingChunks,
     /// It will never be applied.
     Invalid,
+    /// The workspace has other rules of what is left out than the member went by.
+    Rules,
+    /// A deletion, one of so many that an operator has to allow them.
+    Held,
 }
 
 /// An operation that was not applied.
@@ -164,6 +168,8 @@ pub struct Commit {
     pub ops: Vec<CommitOp>,
     /// As for [`Hub::head`].
     pub known: Option<Head>,
+    /// The content of the rules at the hub that the member went by, `None` without any.
+    pub rules: Option<Digest>,
 }
 
 /// A change since a cursor.

@@ -3,31 +3,34 @@
 //! Two things are always left out: `.git`, at any depth (a repository is only consistent as a whole,
 //! and a member that could place files in another's `.git/hooks` could have them executed there), and
 //! `.cortex` at the top, which is ours. The rest is said by `.cortexignore` at the root, in the
-//! syntax of `.gitignore`. That file is synced like any other: the hub orders its versions, and each
-//! member goes by the one it has, so all of them switch when it arrives. What is newly left out is
-//! deleted nowhere; what is no longer left out is merged.
+//! syntax of `.gitignore`. That file is synced: the hub orders its versions and takes nothing from a
+//! member that went by older rules than the hub has, so all of them switch before they send anything.
+//! What is newly left out is deleted nowhere; what is no longer left out is merged.
+//!
+//! A rule that begins with `(?d)` says that what it leaves out may be removed with its directory, when
+//! that is deleted elsewhere; otherwise it stays, and the directory with it.
 //!
 //! Rules come from other members and are bounded; too many or too long ones are not obeyed but told.
 
 use std::fmt;
 use std::io::{self, Read as _};
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cortex_shared::entry::Digest;
-use cortex_shared::wire_path::{PRIVATE_NAME, WirePath};
+use cortex_shared::wire_path::{PRIVATE_NAME, RULES_NAME, WirePath};
 use ignore::gitignore::{Gitignore, GitignoreBuilder};
 
 use crate::root_dir::{FileKind, RootDir};
 
-/// The file with the rules, at the root.
-pub const RULES_NAME: &[u8] = b".cortexignore";
 /// Longest file of rules.
 const MAX_RULES_BYTES: u64 = 64 * 1024;
 /// Most rules, and the longest one in bytes.
 const MAX_RULES: usize = 2000;
 const MAX_RULE_BYTES: usize = 512;
+/// Before a rule: what it leaves out may be removed with its directory.
+const REMOVABLE: &str = "(?d)";
 
 /// Names that are neither walked, watched, sent nor accepted from others. Cheap to clone.
 #[derive(Clone, Default)]
@@ -39,6 +42,8 @@ struct Rules {
     /// Digest of the file they come from.
     content: Digest,
     matcher: Gitignore,
+    /// Some of them begin with [`REMOVABLE`].
+    lets_remove_any: bool,
     /// Lines that are not obeyed, and why.
     refused: Vec<String>,
 }
@@ -82,6 +87,7 @@ impl Ignore {
     #[must_use]
     pub fn parse(text: &[u8]) -> Self {
         let mut refused = Vec::new();
+        let mut lets_remove_any = false;
         // The matcher wants a root that names are relative to; ours are relative already.
         let mut builder = GitignoreBuilder::new("");
         if text.len() as u64 > MAX_RULES_BYTES {
@@ -96,8 +102,17 @@ impl Ignore {
                 };
                 if number > MAX_RULES || line.len() > MAX_RULE_BYTES {
                     refused.push(format!("line {number} is too long, or one too many"));
-                } else if let Err(error) = builder.add_line(None, line) {
-                    refused.push(format!("line {number}: {error}"));
+                } else {
+                    // A matcher can note for each rule where it comes from; ours all come from one file,
+                    // so that says which kind of rule it is.
+                    let (kind, rule) = match line.strip_prefix(REMOVABLE) {
+                        Some(rule) => (Some(PathBuf::from(REMOVABLE)), rule),
+                        None => (None, line),
+                    };
+                    lets_remove_any |= kind.is_some();
+                    if let Err(error) = builder.add_line(kind, rule) {
+                        refused.push(format!("line {number}: {error}"));
+                    }
                 }
             }
         }
@@ -106,7 +121,8 @@ impl Ignore {
             Gitignore::empty()
         });
         refused.truncate(8);
-        Self { rules: Some(Arc::new(Rules { content: Digest::of(text), matcher, refused })) }
+        let content = Digest::of(text);
+        Self { rules: Some(Arc::new(Rules { content, matcher, lets_remove_any, refused })) }
     }
 
     /// Which version of the rules this is: the digest of their file, `None` without one.
@@ -138,7 +154,8 @@ impl Ignore {
     #[must_use]
     pub fn too_long(content: Digest) -> Self {
         let refused = vec![format!("the file is longer than {MAX_RULES_BYTES} bytes")];
-        Self { rules: Some(Arc::new(Rules { content, matcher: Gitignore::empty(), refused })) }
+        let (matcher, lets_remove_any) = (Gitignore::empty(), false);
+        Self { rules: Some(Arc::new(Rules { content, matcher, lets_remove_any, refused })) }
     }
 
     /// Whether a file of rules of this length is too long.
@@ -151,6 +168,22 @@ impl Ignore {
     #[must_use]
     pub fn ignores(&self, path: &WirePath, is_dir: bool) -> bool {
         self.why(path, is_dir).is_some()
+    }
+
+    /// Whether there are rules that let anything be removed with its directory.
+    #[must_use]
+    pub fn lets_remove_any(&self) -> bool {
+        self.rules.as_ref().is_some_and(|rules| rules.lets_remove_any)
+    }
+
+    /// Whether a path is left out by a rule that lets it be removed with its directory.
+    #[must_use]
+    pub fn lets_remove(&self, path: &WirePath, is_dir: bool) -> bool {
+        let Some(rules) = &self.rules else { return false };
+        !self.ignores_name(path.parent().as_ref(), path.name())
+            && path.as_bytes() != RULES_NAME
+            && matches!(rules.matcher.matched(as_path(path), is_dir),
+                ignore::Match::Ignore(glob) if glob.from().is_some())
     }
 
     /// Which rule leaves out a path, or something above it.
@@ -175,12 +208,15 @@ impl Ignore {
             return None;
         }
         let rules = self.rules.as_ref()?;
-        let as_path = Path::new(std::ffi::OsStr::from_bytes(path.as_bytes()));
-        match rules.matcher.matched(as_path, is_dir) {
+        match rules.matcher.matched(as_path(path), is_dir) {
             ignore::Match::Ignore(glob) => Some(format!("{:?} in .cortexignore", glob.original())),
             ignore::Match::None | ignore::Match::Whitelist(_) => None,
         }
     }
+}
+
+fn as_path(path: &WirePath) -> &Path {
+    Path::new(std::ffi::OsStr::from_bytes(path.as_bytes()))
 }
 
 #[cfg(test)]
@@ -238,6 +274,26 @@ mod tests {
         let name = WirePath::new(b"not \xff utf-8.o".to_vec()).unwrap();
         assert!(ignore.ignores(&name, false));
         assert!(ignore.why(&path("build/x"), false).unwrap().contains("build/"));
+    }
+
+    #[test]
+    fn some_rules_let_what_they_leave_out_be_removed_with_its_directory() {
+        let ignore = Ignore::parse(b"(?d)*.o\n*.log\n(?d)cache/\n(?d).git\n(?d)*.keep\n*.keep\n");
+        assert!(ignore.refused().is_empty());
+        for (text, is_dir, removable) in [
+            ("a.o", false, true),
+            ("d/a.o", false, true),
+            ("a.log", false, false),
+            ("d/cache", true, true),
+            ("cache", false, false),
+            (".git", true, false),
+            ("x.keep", false, false),
+            ("a.c", false, false),
+            (".cortexignore", false, false),
+        ] {
+            assert_eq!(ignore.lets_remove(&path(text), is_dir), removable, "{text}");
+        }
+        assert!(ignore.ignores(&path("a.o"), false) && ignore.ignores(&path("d/cache/x"), false));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | [`plan`] | pure: from three trees to what has to be done |
 //! | [`index`] | the three trees and the hash cache, on disk |
 //! | [`scan`], `watch`, [`ignore`] | seeing what is here |
+//! | `case` | names that differ only in case, where the file system takes them for one |
 //! | `ground` | what an engine stands on: disk, clocks, threads |
 //! | `transfer`, [`apply`], `moves`, [`private_dir`] | moving content, changing what is here |
 //! | `occupancy` | commands that run here, and what must keep still under them |
@@ -26,6 +27,7 @@
 //! deleted; a root that is not the one that was synced is not read at all.
 
 pub mod apply;
+mod case;
 mod core;
 mod engine;
 mod explain;

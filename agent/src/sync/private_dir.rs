@@ -305,6 +305,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[allow(clippy::print_stderr)]
     fn where_changes_are_told_apart_no_two_have_the_same_time() {
         let folder = tempfile::tempdir().unwrap();
         let top = crate::root_dir::DirHandle::open_ambient(folder.path()).unwrap();

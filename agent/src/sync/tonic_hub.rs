@@ -186,6 +186,8 @@ fn domain_rejected(rejected: v1::OpRejected) -> Result<Rejected, HubError> {
         v1::RejectReason::NoParent => RejectReason::NoParent,
         v1::RejectReason::NotEmpty => RejectReason::NotEmpty,
         v1::RejectReason::MissingChunks => RejectReason::MissingChunks,
+        v1::RejectReason::Held => RejectReason::Held,
+        v1::RejectReason::Rules => RejectReason::Rules,
         // A reason that is not known yet is no reason to repeat the operation.
         v1::RejectReason::Invalid | v1::RejectReason::Unspecified => RejectReason::Invalid,
     };
@@ -263,6 +265,12 @@ impl Hub for TonicHub {
             epoch: Bytes::copy_from_slice(commit.epoch.as_bytes()),
             ops: commit.ops.iter().map(wire_op).collect(),
             known: commit.known.map(wire_version),
+            rules: Some(v1::Rules {
+                content: commit
+                    .rules
+                    .map(|content| Bytes::copy_from_slice(content.as_bytes()))
+                    .unwrap_or_default(),
+            }),
         };
         let answer = self.client().commit(request).await?.into_inner();
         let rejected =

@@ -17,7 +17,7 @@ use crate::config::HubConfig;
 use crate::hub::{HubData, StartError};
 use crate::store::sqlite::SqliteStore;
 use crate::store::workspace::contract::{file, op};
-use crate::store::workspace::{Author, Commit, LogFilter};
+use crate::store::workspace::{Author, Commit, KnownRules, LogFilter};
 use crate::store::{Actor, InviteKind, NewInvite, Scope, Store, Workspace};
 use crate::sync::{ContentLimits, WorkspaceHub, Workspaces};
 
@@ -83,6 +83,7 @@ impl Data {
             id: CommitId::new(),
             author: Author::Operator("ann".into()),
             epoch: self.workspace.head().borrow().epoch,
+            rules: KnownRules::Unsaid,
             ops: vec![Ok(made)],
         };
         let result = self.workspace.commit(commit).await.unwrap();

@@ -179,7 +179,7 @@ impl Sync for SyncService {
             root_digest: convert::wire_digest(&head.root),
             name: self.membership.workspace_name(workspace.id()).unwrap_or_default(),
             applied_seq: workspace.applied(node).await.map_err(status)?,
-            confirm_deletes: workspace.take_confirmation(node),
+            confirm_deletes: workspace.take_word(node).await.map_err(status)?,
             // Nobody could send what the library has lost.
             wanted: match workspace.id() {
                 WorkspaceId::LIBRARY => Bytes::new(),

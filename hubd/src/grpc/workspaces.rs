@@ -250,18 +250,16 @@ pub(super) async fn confirm_deletes(
         "" => None,
         node => Some(service.node(node, operator)?.node.id),
     };
-    let holding: Vec<NodeId> = workspace
-        .members
-        .iter()
-        .copied()
-        .filter(|node| {
-            only.is_none_or(|only| *node == only) && sees_node(&service.registry, *node, operator)
-        })
-        .filter(|node| service.members.holds_deletions(workspace.id, *node))
-        .collect();
+    let mut holding =
+        service.members.holding(&workspace).await.map_err(|error| internal(&error))?;
+    holding.retain(|(node, _)| {
+        only.is_none_or(|only| *node == only) && sees_node(&service.registry, *node, operator)
+    });
     let (members, by, nodes) = (Arc::clone(&service.members), operator.actor(), holding.clone());
     let confirm = async move { members.confirm_deletes(workspace.id, &nodes, &by).await };
     run_to_end(&service.scope, "workspace", confirm).await?.map_err(|error| internal(&error))?;
-    let name = |node: &NodeId| service.registry.get(*node).map(|view| view.node.name);
-    Ok(v1::ConfirmDeletesResponse { nodes: holding.iter().filter_map(name).collect() })
+    let name = |node: NodeId| service.registry.get(node).map(|view| view.node.name);
+    Ok(v1::ConfirmDeletesResponse {
+        nodes: holding.iter().filter_map(|(node, _)| name(*node)).collect(),
+    })
 }

@@ -22,7 +22,7 @@ use super::health::{self, Readiness};
 use super::metrics::{self, MetricsToken};
 use super::provision::{self, Agents};
 use super::routes::{Answered, Call, ROUTES, Route, Verb, Who, not_logged_in};
-use super::{login, openapi};
+use super::{openapi, page};
 use crate::authority::sessions::Sessions;
 use crate::config::HttpConfig;
 use crate::counters;
@@ -159,9 +159,8 @@ pub(super) fn router(door: &Arc<Door>) -> Router {
                 answer(provision::file(&served.agents, &first(&path), request.headers()).await)
             }),
         )
-        .route("/login", get(|| async { login::page() }))
-        .route("/login.js", get(|| async { login::script() }))
         .route("/api/v1/openapi.json", get(|| async { openapi::response() }));
+    router = page::routes(router);
     for route in ROUTES {
         let door = Arc::clone(door);
         let handle = move |path: RawPathParams, request: Request| async move {
@@ -229,7 +228,7 @@ async fn carry_out(
             session: visit.as_ref().and_then(|visit| visit.session.clone()),
             path: path.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
             query: parts.uri.query().unwrap_or_default().to_owned(),
-            last_event_id: last_event_id(&parts),
+            headers: parts.headers.clone(),
             body,
         };
         (route.handle)(api, call).await
@@ -258,12 +257,6 @@ async fn over(visit: Option<&Visit>) -> Problem {
         Some(visit) => visit.over().await,
         None => std::future::pending().await,
     }
-}
-
-fn last_event_id(parts: &Parts) -> String {
-    let id = parts.headers.get("last-event-id").map(|id| String::from_utf8_lossy(id.as_bytes()));
-    // What is no text is no cursor either.
-    id.unwrap_or_default().into_owned()
 }
 
 async fn read(parts: &Parts, body: Body, limit: usize) -> Result<Vec<u8>, Problem> {

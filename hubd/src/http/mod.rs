@@ -10,7 +10,7 @@
 //! | `sse` | answers that go on until something ends them |
 //! | `openapi` | the table as a document |
 //! | `provision` | installing nodes: the script and the agent |
-//! | `login` | the page that a login link leads to |
+//! | `page` | the web page, and where a login link leads |
 //! | [`health`], `metrics` | for monitoring |
 //! | `error` | problem documents |
 //!
@@ -24,9 +24,9 @@ mod credentials;
 mod door;
 mod error;
 pub mod health;
-mod login;
 mod metrics;
 mod openapi;
+mod page;
 mod provision;
 mod routes;
 mod server;

@@ -9,16 +9,17 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use axum::body::Body;
-use http::header::{CACHE_CONTROL, CONTENT_TYPE, SET_COOKIE};
-use http::{HeaderValue, Response, StatusCode};
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, ETAG, SET_COOKIE};
+use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use sha2::Digest as _;
 
 use super::api::{Api, events, history, hub, nodes, session, tasks, view, workspaces};
 use super::credentials::Shown;
 use super::error::{Problem, internal};
-use super::sse;
+use super::{page, sse};
 use crate::grpc::auth::{AdmittedOperator, Peer};
 
 /// How a route is asked.
@@ -95,9 +96,8 @@ pub(crate) struct Call {
     pub(super) path: BTreeMap<String, String>,
     /// What stands behind the question mark.
     pub(super) query: String,
-    /// What a browser says when it comes back to a stream of events: the last `id` that it was sent. Empty
-    /// without it.
-    pub(super) last_event_id: String,
+    /// The request's headers.
+    pub(super) headers: HeaderMap,
     /// What was sent.
     pub(super) body: Vec<u8>,
 }
@@ -161,10 +161,19 @@ impl<T> Reply<T> {
 }
 
 impl<T: Serialize> Reply<T> {
-    fn into_answer(self) -> Result<Answered, Problem> {
+    /// What was only looked at has a tag, by which whoever asks again is told that nothing has changed.
+    fn into_answer(self, verb: Verb, call: &Call) -> Result<Answered, Problem> {
         let body = serde_json::to_vec(&self.value).map_err(|error| internal(&error))?;
-        let mut response = Response::new(Body::from(body));
+        let tag = (verb == Verb::Get).then(|| page::tag_of(&sha2::Sha256::digest(&body)));
+        let known = tag.as_ref().is_some_and(|tag| page::has(&call.headers, tag));
+        let mut response = Response::new(if known { Body::empty() } else { Body::from(body) });
+        if known {
+            *response.status_mut() = StatusCode::NOT_MODIFIED;
+        }
         let headers = response.headers_mut();
+        if let Some(tag) = tag {
+            headers.insert(ETAG, tag);
+        }
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(cookie) = self.cookie {
@@ -197,8 +206,12 @@ macro_rules! routes {
     (@body $body:ty) => { Some(schema_of::<$body> as fn(&mut SchemaGenerator) -> Schema) };
     (@shape each $item:ty) => { Shape::Each(schema_of::<$item>) };
     (@shape $answer:ty) => { Shape::One(schema_of::<$answer>) };
-    (@answer $made:expr, each $item:ty) => { Ok(Answered::Open(sse::Open::of::<$item>($made))) };
-    (@answer $made:expr, $answer:ty) => { Reply::<$answer>::from($made).into_answer() };
+    (@answer $verb:expr, $call:expr, $made:expr, each $item:ty) => {
+        Ok(Answered::Open(sse::Open::of::<$item>($made)))
+    };
+    (@answer $verb:expr, $call:expr, $made:expr, $answer:ty) => {
+        Reply::<$answer>::from($made).into_answer($verb, $call)
+    };
     ($($verb:ident $path:literal $who:ident, $summary:literal:
         $handler:path, ($query:ty) $(< $body:ty)? => $(@$each:ident)? $answer:ty;)+) => {
         /// Every route of the API.
@@ -213,7 +226,7 @@ macro_rules! routes {
             handle: |api, call| Box::pin(async move {
                 let query: $query = call.query()?;
                 let made = $handler(&api, &call, query $(, call.body::<$body>()?)?).await?;
-                routes!(@answer made, $($each)? $answer)
+                routes!(@answer Verb::$verb, &call, made, $($each)? $answer)
             }),
         }),+];
     };

@@ -165,10 +165,45 @@ async fn before_the_hub_is_ready_it_says_so_and_the_script_is_there() {
 }
 
 #[tokio::test]
+async fn the_page_is_there_before_the_hub_is_ready_and_may_load_nothing_from_elsewhere() {
+    let router = door::router(&door());
+    for (path, kind) in [
+        ("/", "text/html; charset=utf-8"),
+        ("/login", "text/html; charset=utf-8"),
+        ("/page/main.js", "text/javascript; charset=utf-8"),
+        ("/page/style.css", "text/css; charset=utf-8"),
+        ("/page/icon.svg", "image/svg+xml"),
+    ] {
+        let response = ask(&router, "GET", path).await;
+        assert_eq!(response.status(), 200, "{path}");
+        let headers = response.headers();
+        assert_eq!(headers["content-type"], kind, "{path}");
+        assert_eq!(headers["cache-control"], "no-cache");
+        assert_eq!(headers["x-frame-options"], "DENY");
+        assert_eq!(headers["x-content-type-options"], "nosniff");
+        assert_eq!(headers["referrer-policy"], "no-referrer");
+        let policy = headers["content-security-policy"].to_str().unwrap().to_owned();
+        for part in [
+            "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';",
+            "frame-ancestors 'none'; base-uri 'none'; form-action 'self';",
+            "require-trusted-types-for 'script'",
+        ] {
+            assert!(policy.contains(part), "{policy}");
+        }
+        assert!(!policy.contains("unsafe") && !policy.contains("data:"), "{policy}");
+        // The same for everybody, whatever is asked.
+        let tag = headers["etag"].clone();
+        assert_eq!(ask(&router, "GET", &format!("{path}?x=1")).await.headers()["etag"], tag);
+    }
+}
+
+#[tokio::test]
 async fn what_is_not_there_is_a_problem_and_never_a_page() {
     let router = door::router(&door());
     for (method, path, status, word) in [
-        ("GET", "/", 404, "no_such_path"),
+        ("GET", "/page/", 404, "no_such_path"),
+        ("GET", "/page/../main.js", 404, "no_such_path"),
+        ("POST", "/", 405, "method_not_allowed"),
         ("GET", "/api/v2/nodes", 404, "no_such_path"),
         ("POST", "/install.sh", 405, "method_not_allowed"),
         ("PATCH", "/api/v1/nodes", 405, "method_not_allowed"),

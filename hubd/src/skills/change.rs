@@ -11,7 +11,7 @@ use serde_json::json;
 use super::Skills;
 use super::check::{Content, create, digest_of, end_directory, may_replace};
 use super::error::{SkillError, Surprise};
-use crate::store::workspace::{Author, Commit, Op, RejectReason, StoreError, Subtree};
+use crate::store::workspace::{Author, Commit, KnownRules, Op, RejectReason, StoreError, Subtree};
 use crate::store::{Actor, NewAudit, SkillOrigin, SkillVersion, Workspace};
 use crate::sync::adopt::Adopted;
 use crate::sync::{SyncError, WorkspaceHub};
@@ -328,6 +328,7 @@ pub(super) fn commit(tree: &WorkspaceHub, id: CommitId, by: &Actor, ops: Vec<Op>
         id,
         author: Author::Operator(by.name.clone()),
         epoch: tree.head().borrow().epoch,
+        rules: KnownRules::Unsaid,
         ops: ops.into_iter().map(Ok).collect(),
     }
 }

@@ -22,7 +22,7 @@ use crate::node::membership::Membership;
 use crate::node::registry::Registry;
 use crate::store::sqlite::SqliteStore;
 use crate::store::workspace::contract::{file, op, root_digest};
-use crate::store::workspace::{Author, Commit, Op};
+use crate::store::workspace::{Author, Commit, KnownRules, Op};
 use crate::store::{Actor, Scope, SkillOrigin, Workspace};
 use crate::sync::ContentLimits;
 
@@ -97,7 +97,9 @@ impl Hub {
         let ops = ops.into_iter().map(Ok).collect();
         let epoch = source.head().borrow().epoch;
         let author = Author::Node(node);
-        let result = source.commit(Commit { id: CommitId::new(), author, epoch, ops }).await;
+        let result = source
+            .commit(Commit { id: CommitId::new(), author, epoch, rules: KnownRules::Unsaid, ops })
+            .await;
         assert!(result.unwrap().rejected.is_empty());
     }
 

@@ -13,7 +13,11 @@ use super::{SyncError, Workspaces};
 use crate::events::{EventBus, Kind, NewEvent};
 use crate::node::membership::Membership;
 use crate::node::registry::Registry;
+use crate::store::workspace::HeldMember;
 use crate::store::{Actor, Scope, Store, StoreError, Workspace};
+
+/// The problem of members that hold deletions because they are so many.
+const HELD_CODE: &str = "mass_delete_held";
 
 /// Why the word of an operator did not reach members.
 #[derive(Debug, thiserror::Error)]
@@ -154,29 +158,44 @@ impl Members {
         }
     }
 
-    /// Whether a member is connected and says that it holds deletions because they are so many.
-    #[must_use]
-    pub fn holds_deletions(&self, workspace: WorkspaceId, node: NodeId) -> bool {
-        self.registry.get(node).is_some_and(|view| view.session.is_some())
-            && self.registry.sync_status(node, workspace).is_some_and(|status| {
-                status.problems.iter().any(|problem| problem.code == "mass_delete_held")
-            })
+    /// The members that hold deletions because they are so many, or of which the hub does, and how
+    /// many: what connected members say, and what the hub held lately.
+    ///
+    /// # Errors
+    /// If the content of the workspace cannot be read.
+    pub async fn holding(&self, workspace: &Workspace) -> Result<Vec<(NodeId, u64)>, SyncError> {
+        let held = self.content.workspace(workspace.id).await?.held_members().await?;
+        let holding = workspace.members.iter().filter_map(|node| {
+            let says = self.says_it_holds(workspace.id, *node);
+            let refused = held.iter().find(|held| held.node == *node).map(|held| held.losses);
+            says.max(refused).map(|losses| (*node, losses))
+        });
+        Ok(holding.collect())
     }
 
-    /// Lets the deletions go that these members hold. They are told when they ask for the head, which
-    /// they are made to do; the word is lost if the hub stops before.
+    /// How many deletions a connected member says that it holds because they are so many.
+    fn says_it_holds(&self, workspace: WorkspaceId, node: NodeId) -> Option<u64> {
+        let connected = self.registry.get(node).is_some_and(|view| view.session.is_some());
+        let status = self.registry.sync_status(node, workspace).filter(|_| connected)?;
+        let holds = status.problems.iter().any(|problem| problem.code == HELD_CODE);
+        holds.then_some(status.held_deletions)
+    }
+
+    /// Lets so many deletions of these members go. They are told when they ask for the head, which they
+    /// are made to do. Durable.
     ///
     /// # Errors
     /// Those of the stores.
     pub async fn confirm_deletes(
         &self,
         workspace: WorkspaceId,
-        nodes: &[NodeId],
+        nodes: &[(NodeId, u64)],
         by: &Actor,
     ) -> Result<(), ConfirmError> {
         let name = self.membership.name_of(workspace).unwrap_or_else(|| workspace.to_string());
-        for node in nodes {
-            let detail = json!({ "workspace_id": workspace, "node_id": node });
+        for (node, deletions) in nodes {
+            let detail =
+                json!({ "workspace_id": workspace, "node_id": node, "deletions": deletions });
             let audit = by.audit(unix_ms(), "workspace.deletes_confirmed", name.clone(), detail);
             self.store.record_audit(audit).await?;
         }
@@ -252,18 +271,23 @@ impl Members {
     ) -> Result<v1::WorkspaceInfo, SyncError> {
         let content = self.content.workspace(workspace.id).await?;
         let summary = content.summary().await?;
+        let held = content.held_members().await?;
         let mut members = Vec::with_capacity(workspace.members.len());
         for node in &workspace.members {
             let view = self.registry.get(*node);
             if !scope.covers(&view.as_ref().map(|v| v.node.labels.clone()).unwrap_or_default()) {
                 continue;
             }
+            let mut status = self.registry.sync_status(*node, workspace.id);
+            if let Some(held) = held.iter().find(|held| held.node == *node) {
+                add_hold(&mut status, workspace, held);
+            }
             members.push(v1::WorkspaceMember {
                 node_id: node.as_bytes().to_vec().into(),
                 node_name: view.as_ref().map(|v| v.node.name.clone()).unwrap_or_default(),
                 online: view.is_some_and(|v| v.session.is_some()),
                 applied_seq: content.applied(*node).await?,
-                status: self.registry.sync_status(*node, workspace.id),
+                status,
             });
         }
         members.sort_by(|a, b| a.node_name.cmp(&b.node_name));
@@ -278,4 +302,23 @@ impl Members {
             members,
         })
     }
+}
+
+/// Tells what the hub holds of a member that does not say so itself.
+fn add_hold(status: &mut Option<v1::SyncStatus>, workspace: &Workspace, held: &HeldMember) {
+    let status = status.get_or_insert_default();
+    if status.problems.iter().any(|problem| problem.code == HELD_CODE) {
+        return;
+    }
+    status.held_deletions = status.held_deletions.max(held.losses);
+    status.problems.push(v1::SyncProblem {
+        path: Vec::new().into(),
+        code: HELD_CODE.to_owned(),
+        message: format!(
+            "{} deletions of this member are held by the hub because they are so many; let them go \
+             (cortex-agent workspace confirm-deletes {}), or detach the node",
+            held.losses, workspace.name
+        ),
+        first_seen_ms: held.at_ms,
+    });
 }

@@ -10,7 +10,8 @@ use cortex_shared::wire_path::WirePath;
 use super::SyncError;
 use super::workspace::WorkspaceHub;
 use crate::store::workspace::{
-    Author, Commit, Conflict, LogFilter, LogPage, Op, RejectReason, Usage, WorkspaceSettings,
+    Author, Commit, Conflict, KnownRules, LogFilter, LogPage, Op, RejectReason, Usage,
+    WorkspaceSettings,
 };
 
 /// Operations of one commit.
@@ -189,6 +190,7 @@ impl WorkspaceHub {
         let mut attempts = 0;
         let result = loop {
             let commit = Commit {
+                rules: KnownRules::Unsaid,
                 id: CommitId::new(),
                 author: Author::Operator(operator.to_owned()),
                 epoch: self.head().borrow().epoch,
@@ -203,7 +205,11 @@ impl WorkspaceHub {
         let refused = result.rejected.into_iter().filter_map(|rejection| {
             let op = ops.get(rejection.index as usize)?;
             let why = match rejection.reason {
-                RejectReason::Conflict | RejectReason::Invalid => NotRestored::Changed,
+                // Deletions of operators are not held: they are somebody's word themselves.
+                RejectReason::Conflict
+                | RejectReason::Invalid
+                | RejectReason::Held
+                | RejectReason::Rules => NotRestored::Changed,
                 RejectReason::NoParent | RejectReason::NotEmpty => NotRestored::InTheWay,
                 RejectReason::MissingChunks => NotRestored::ContentLost,
             };

@@ -18,7 +18,7 @@ use super::pack_files::PackFiles;
 use super::*;
 use crate::store::database::DatabaseError;
 use crate::store::workspace::contract::{file, op, root_digest};
-use crate::store::workspace::{Author, Commit, CommitResult, WorkspaceSettings};
+use crate::store::workspace::{Author, Commit, CommitResult, KnownRules, WorkspaceSettings};
 
 /// A hub's workspaces in a folder, with one workspace open.
 struct Hub {
@@ -66,7 +66,7 @@ impl Hub {
         let epoch = self.workspace.head().borrow().epoch;
         let ops = ops.into_iter().map(Ok).collect();
         let author = Author::Node(self.node);
-        let commit = Commit { id: CommitId::new(), author, epoch, ops };
+        let commit = Commit { id: CommitId::new(), author, epoch, rules: KnownRules::Unsaid, ops };
         self.workspace.commit(commit).await.unwrap()
     }
 
@@ -469,7 +469,8 @@ async fn moved_heads_are_announced_and_a_closed_hub_says_so() {
     hub.scope.finish().await;
     let epoch = hub.workspace.head().borrow().epoch;
     let author = Author::Node(hub.node);
-    let commit = Commit { id: CommitId::new(), author, epoch, ops: Vec::new() };
+    let commit =
+        Commit { id: CommitId::new(), author, epoch, rules: KnownRules::Unsaid, ops: Vec::new() };
     let refused = hub.workspace.commit(commit).await;
     assert!(matches!(refused, Err(SyncError::Store(StoreError::Database(DatabaseError::Closed)))));
 }

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cortex_shared::crash::crash_point;
@@ -22,12 +23,14 @@ use super::space::Space;
 use super::{Opener, SyncError};
 use crate::store::workspace::sqlite::SqliteWorkspaceStore;
 use crate::store::workspace::{
-    Answer, ChangesPage, Commit, CommitResult, Conflict, Found, Head, PackAdded, PackRecord,
-    Summary, WorkspaceStore,
+    Answer, ChangesPage, Commit, CommitResult, Conflict, Found, Head, HeldMember, PackAdded,
+    PackRecord, RejectReason, Summary, WorkspaceStore,
 };
 
 /// No limit for the content of a workspace.
 const NO_QUOTA: u64 = u64::MAX;
+/// How often it is said that deletions are held.
+const HOLD_TOLD: Duration = Duration::from_secs(60);
 
 /// A pack that is durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,10 +57,10 @@ pub struct WorkspaceHub {
     /// for the collection, from forgetting packs to removing their files. Otherwise a pack that is
     /// sent anew just then would lose its new file.
     pub(super) collection: RwLock<()>,
+    /// When it was last said that deletions are held: not for each commit of who never ceases.
+    hold_told: Mutex<Option<Instant>>,
     /// Shared by those that change the tree; alone for whoever needs it to stand still (`adopt`).
     pub(super) still: RwLock<()>,
-    /// Members that may send the deletions they hold, and have not been told yet.
-    confirmed: Mutex<HashSet<NodeId>>,
 }
 
 impl WorkspaceHub {
@@ -94,8 +97,8 @@ impl WorkspaceHub {
             stored_bytes: AtomicU64::new(0),
             quota_bytes: AtomicU64::new(NO_QUOTA),
             collection: RwLock::new(()),
+            hold_told: Mutex::default(),
             still: RwLock::new(()),
-            confirmed: Mutex::default(),
         });
         hub.reconcile().await?;
         hub.count_bytes().await?;
@@ -287,20 +290,32 @@ impl WorkspaceHub {
         Ok(self.store.packs_of(chunks).await?)
     }
 
-    /// Lets members send the deletions they hold because they are so many. The head moves, so that
-    /// they ask for it, and are told then.
+    /// Lets members delete so much though it is much. The head moves, so that they ask for it, and are
+    /// told then.
     ///
     /// # Errors
     /// Those of the store.
-    pub async fn confirm_deletes(&self, members: &[NodeId]) -> Result<(), SyncError> {
-        self.confirmed.lock().unwrap_or_else(PoisonError::into_inner).extend(members);
+    pub async fn confirm_deletes(&self, members: &[(NodeId, u64)]) -> Result<(), SyncError> {
+        for (node, losses) in members {
+            self.store.allow_deletions(*node, *losses).await?;
+        }
         Ok(self.store.repeat_head().await?)
     }
 
     /// Whether a member has to be told that it may send the deletions it holds. Says so once.
-    #[must_use]
-    pub fn take_confirmation(&self, member: NodeId) -> bool {
-        self.confirmed.lock().unwrap_or_else(PoisonError::into_inner).remove(&member)
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn take_word(&self, member: NodeId) -> Result<bool, SyncError> {
+        Ok(self.store.take_word(member).await?)
+    }
+
+    /// The members whose deletions were held here lately.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn held_members(&self) -> Result<Vec<HeldMember>, SyncError> {
+        Ok(self.store.held_members().await?)
     }
 
     /// Chunks that were lost, for members to send again.
@@ -358,7 +373,26 @@ impl WorkspaceHub {
     /// Those of the store.
     pub async fn commit(&self, commit: Commit) -> Result<CommitResult, SyncError> {
         let _moving = self.still.read().await;
-        self.write(|| self.store.commit(commit.clone())).await
+        let author = commit.author.clone();
+        let result = self.write(|| self.store.commit(commit.clone())).await?;
+        let held = result.rejected.iter().filter(|op| op.reason == RejectReason::Held).count();
+        if held > 0 && self.tells_of_holds() {
+            tracing::warn!(
+                workspace = %self.id, ?author, held,
+                "deletions are held back because they are so many; an operator can let them go"
+            );
+        }
+        Ok(result)
+    }
+
+    fn tells_of_holds(&self) -> bool {
+        let mut told = self.hold_told.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let tells = told.is_none_or(|at| now - at >= HOLD_TOLD);
+        if tells {
+            *told = Some(now);
+        }
+        tells
     }
 
     /// The changes after a version; see [`WorkspaceStore::changes`].

@@ -102,7 +102,10 @@ pub(super) async fn confirm_deletes(
             let answer = agent.confirm_deletes_local(hub::question(request)).await?.into_inner();
             let sentence = match answer.held {
                 0 => "no deletions are held here".to_owned(),
-                held => format!("{held} deletions go now"),
+                held => format!(
+                    "{held} deletions go now, unless the hub holds them: then an operator has to say \
+                     cortex-agent workspace confirm-deletes {workspace}"
+                ),
             };
             (sentence, Vec::new(), Some(answer.held))
         }

@@ -99,8 +99,10 @@ enum WorkspaceVerb {
     /// Let deletions go that members hold back because they are suspiciously many
     ///
     /// A member holds its deletions if more than 100 files and a quarter of the workspace would go
-    /// within a minute, or all files at once; everything else is synced meanwhile. Otherwise bring the
-    /// files back on that member, and nothing is deleted.
+    /// within a minute, or all files at once; everything else is synced meanwhile. The hub holds what a
+    /// member should have held. Otherwise bring the files back on that member, and nothing is deleted.
+    ///
+    /// With --local only the node's own hold ends; that of the hub ends by an operator's word.
     #[command(after_help = SIDES)]
     ConfirmDeletes {
         /// The workspace

@@ -54,14 +54,18 @@ pub fn rescue_late_writes(
         let rows = index.displaced(after.as_deref(), PAGE_ROWS)?;
         let Some(last) = rows.last() else { return Ok(late) };
         after = Some(last.name.clone());
-        let mut over = Vec::new();
+        let (mut over, mut ours) = (Vec::new(), Vec::new());
         for row in rows {
             match private.trash().try_lstat(&row.name).map_err(ApplyError::Trash)? {
                 // It was removed in its time.
                 None => over.push(row.name),
                 Some(meta) if meta.kind != FileKind::File || row.is_unchanged(&meta) => {}
-                Some(_) => match put_back(root, private, &row) {
-                    Ok(path) => {
+                Some(meta) => match put_back(root, private, index, &row)? {
+                    Ok(None) => {
+                        let Meta { size, mtime_ns, .. } = meta;
+                        ours.push(Displaced { size, mtime_ns, ..row });
+                    }
+                    Ok(Some(path)) => {
                         tracing::warn!(%path, "a file was written to after it was replaced");
                         late.dirty.insert(path.parent());
                         over.push(row.name);
@@ -77,29 +81,61 @@ pub fn rescue_late_writes(
                 },
             }
         }
-        if !over.is_empty() {
-            index.batch(|writer| over.iter().try_for_each(|name| writer.forget_displaced(name)))?;
+        if !over.is_empty() || !ours.is_empty() {
+            index.batch(|writer| {
+                over.iter().try_for_each(|name| writer.forget_displaced(name))?;
+                ours.iter().try_for_each(|file| writer.note_displaced(file))
+            })?;
         }
     }
 }
 
 /// Moves a displaced file back into the tree. Whoever has it open goes on writing to it there.
-fn put_back(root: &RootDir, private: &PrivateDir, row: &Displaced) -> io::Result<WirePath> {
+///
+/// `None` if nobody has written to it: it holds what the hub has at its path. That is what we were about
+/// to put there when our process ended, between the note and the exchange.
+fn put_back(
+    root: &RootDir,
+    private: &PrivateDir,
+    index: &Index,
+    row: &Displaced,
+) -> Result<io::Result<Option<WirePath>>, ApplyError> {
+    let file = match read(private, row) {
+        Ok(file) => file,
+        Err(error) => return Ok(Err(error)),
+    };
+    let remote = index.get(&row.path)?.and_then(|found| found.row.remote);
+    if matches!(remote, Some(Entry::File(remote)) if remote.content == file.content) {
+        return Ok(Ok(None));
+    }
+    Ok(place(root, private, row, &Entry::File(file)).map(Some))
+}
+
+fn read(private: &PrivateDir, row: &Displaced) -> io::Result<File> {
     let file = private.trash().open_file(&row.name)?;
     let cut = Cutter::new()
         .cut(file.reader(), |_, _| Ok::<_, std::convert::Infallible>(()))
         .map_err(|error| io::Error::other(format!("{error:?}")))?;
-    let entry = Entry::File(File {
+    Ok(File {
         content: cut.content,
         size: cut.size,
         executable: false,
         mtime_ns: row.mtime_ns,
         recipe: cut.recipe,
-    });
+    })
+}
+
+/// Moves a file from the trash to where it belongs, or beside it.
+fn place(
+    root: &RootDir,
+    private: &PrivateDir,
+    row: &Displaced,
+    entry: &Entry,
+) -> io::Result<WirePath> {
     // Where its directory has gone, it goes to the top.
     let top = WirePath::new(row.path.name()).map_err(io::Error::other)?;
     for path in [&row.path, &top] {
-        for candidate in std::iter::once(path.clone()).chain(copy_names(path, &entry)) {
+        for candidate in std::iter::once(path.clone()).chain(copy_names(path, entry)) {
             let placed = root
                 .parent_of(&candidate)
                 .and_then(|(parent, leaf)| private.trash().rename_new(&row.name, &parent, leaf));

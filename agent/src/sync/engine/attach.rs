@@ -17,7 +17,7 @@ use super::super::private_dir::PrivateDir;
 use super::super::roots::{HeldRoot, RootTaken, overlap, real_path_on};
 use super::super::watch::{Dirty, Watch};
 use super::replica::{Replica, ReplicaError, check_replica};
-use crate::root_dir::{DirIdentity, RootDir};
+use crate::root_dir::{DirIdentity, RootDir, exact, folds_case};
 
 /// Why a workspace cannot be worked in.
 #[derive(Debug, thiserror::Error)]
@@ -114,7 +114,9 @@ pub(super) fn attach(
     tracing::debug!(workspace = %config.name, private = ?private.path(), "attached");
     let meta = top.meta().map_err(|source| AttachError::Root { path: path(), source })?;
     let owner = rustix::process::geteuid().is_root().then_some((meta.uid, meta.gid));
-    let root = RootDir::new(top);
+    let folds_case =
+        folds_case(&top).map_err(|source| AttachError::Root { path: path(), source })?;
+    let root = RootDir::new(if folds_case { exact(top) } else { top });
     // Before the first look: what is left out is not even read.
     let ignore =
         Ignore::load(&root).map_err(|source| AttachError::Rules { path: path(), source })?;
@@ -125,7 +127,18 @@ pub(super) fn attach(
             .inspect_err(|error| tracing::warn!(%error, "cannot watch; looking from time to time"))
             .ok()
     });
-    let core = Core { root, private: Arc::new(private), index, ignore, watch, owner };
+    // Until the first look it is not known what they come from.
+    let rules_base = None;
+    let core = Core {
+        root,
+        folds_case,
+        private: Arc::new(private),
+        index,
+        ignore,
+        rules_base,
+        watch,
+        owner,
+    };
     Ok(Attached { held, core, identity })
 }
 

@@ -1,21 +1,22 @@
 //! Holding back suspiciously many deletions.
 //!
 //! A directory that is emptied by mistake, or by a disk that fails, must not empty every other
-//! member. What counts is content that would be lost to the hub's tree: a file that only got another
-//! name is none. Everything but the deletions goes on while they are held.
+//! member ([`cortex_shared::mass_delete`]). Everything but the deletions goes on while they are held.
+//!
+//! The hub judges what it is sent by the same figures and does not rely on this. What it refuses is
+//! held here as well, until it is tried again, or an operator has spoken.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use cortex_shared::entry::{Entry, same};
+use cortex_shared::mass_delete::{WINDOW, is_too_many};
 use tokio::time::Instant;
 
 use crate::sync::index::{Index, IndexError};
 
-/// Deletions within the window that need nobody's word, whatever the size of the workspace.
-const FREE_DELETIONS: usize = 100;
-/// Deletions that came within this time count together.
-const WINDOW: Duration = Duration::from_secs(60);
+/// When deletions that the hub refused are tried again: a little later than it forgets the attempt.
+pub(super) const REFUSED_RETRY: Duration = Duration::from_secs(65);
 /// Rows read from the index at once.
 const PAGE_ROWS: u32 = 1024;
 
@@ -79,12 +80,9 @@ enum Verdict {
     HoldUntilConfirmed,
 }
 
-/// Too many are more than a hundred and more than a quarter of all entries, or all files there were,
-/// if they were more than one.
+/// Besides those that are too many, all files there were are held, if they were more than one.
 fn judge(index: &Index, recent: usize, held_before: bool) -> Result<Verdict, IndexError> {
     let counts = index.counts();
-    let known = usize::try_from(counts.base).unwrap_or(usize::MAX);
-    let limit = |recent: usize| FREE_DELETIONS.max(known.saturating_add(recent) / 4);
     let (mut losses, mut files) = (0, 0);
     let mut after = None;
     loop {
@@ -93,15 +91,16 @@ fn judge(index: &Index, recent: usize, held_before: bool) -> Result<Verdict, Ind
         after = Some(last.path.clone());
         // If it was changed at the hub meanwhile, that wins over the deletion.
         for row in rows.iter().filter(|row| same(row.base.as_ref(), row.remote.as_ref())) {
-            files += usize::from(!row.base.as_ref().is_some_and(Entry::is_dir));
-            losses += usize::from(is_lost(index, row.base.as_ref())?);
+            files += u64::from(!row.base.as_ref().is_some_and(Entry::is_dir));
+            losses += u64::from(is_lost(index, row.base.as_ref())?);
             let emptied = counts.local == 0 && files > 1;
-            if losses > limit(0) || emptied || (held_before && losses > 0) {
+            if is_too_many(losses, counts.base) || emptied || (held_before && losses > 0) {
                 return Ok(Verdict::HoldUntilConfirmed);
             }
         }
     }
-    let for_now = losses > 0 && losses + recent > limit(recent);
+    let recent = recent as u64;
+    let for_now = losses > 0 && is_too_many(losses + recent, counts.base + recent);
     Ok(if for_now { Verdict::HoldForNow } else { Verdict::Free })
 }
 

@@ -4,20 +4,23 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use cortex_shared::crash::crash_point;
 use cortex_shared::entry::{Digest, Entry, same};
 use cortex_shared::library::linked_skill;
 use cortex_shared::wire_path::WirePath;
 use tokio::time::Instant;
 
-use super::hold::{is_lost, must_hold};
+use super::hold::{REFUSED_RETRY, is_lost, must_hold};
+use super::rules::{are_in_place, are_outdated, concerns_rules, is_rules, not_taken_over};
 use super::{Engine, LATE_WRITES, PROBLEM_RETRY, Round, Work};
 use crate::sync::apply::needs_stage;
+use crate::sync::case::{self, hold_collisions};
 use crate::sync::core::{Core, SyncError, waiting};
 use crate::sync::hub::Hub;
 use crate::sync::index::{Index, IndexError};
 use crate::sync::mode::MemberMode;
 use crate::sync::moves::apply_moves;
-use crate::sync::plan::{Options, Plan, conflict_of, plan};
+use crate::sync::plan::{LocalChange, Options, Plan, conflict_of, plan};
 use crate::sync::problem::{Finding, Stage};
 use crate::sync::scan::Scope;
 use crate::sync::status::SyncState;
@@ -37,6 +40,8 @@ const MAX_SWEEPS: usize = 50;
 const MAX_IN_VAIN: usize = 3;
 /// Links of one sweep that are told.
 const MAX_LINKS_TOLD: usize = 100;
+/// Names that differ only in case of one sweep that are told.
+const MAX_COLLISIONS_TOLD: usize = 100;
 
 /// A plan for one window.
 struct Planned {
@@ -45,6 +50,8 @@ struct Planned {
     losses: usize,
     /// Directories that stay at the hub because something that is left out here is in them.
     kept_there: usize,
+    /// New paths that are held because of others that differ only in case.
+    collisions: Vec<WirePath>,
     /// Directories in whose place a link to a skill is to be put.
     skill_links: Vec<WirePath>,
     /// The last row of the window, if there are more.
@@ -69,6 +76,8 @@ struct Sweep {
     /// Paths that stay different because of the member's mode.
     withheld: usize,
     held_links: Vec<WirePath>,
+    /// Of names that differ only in case, those that are held.
+    collisions: Vec<WirePath>,
     /// Directories in whose place a link to a skill is to be put, and those of them that stay until the
     /// skill is here.
     skill_links: BTreeSet<WirePath>,
@@ -99,7 +108,9 @@ impl<H: Hub> Engine<H> {
                 self.progress.state(SyncState::Downloading);
                 let Refreshed { cursor, anew, wanted, confirm_deletes } =
                     refresh(&mut self.session(work)).await?;
-                work.deletions_confirmed |= confirm_deletes && work.held > 0;
+                if confirm_deletes {
+                    (work.deletions_confirmed, work.refused_until) = (true, None);
+                }
                 work.outdated = false;
                 if anew && work.cursor.is_some() {
                     // What is here is all there is to compare with: it had better be seen afresh.
@@ -109,6 +120,10 @@ impl<H: Hub> Engine<H> {
                 work.cursor = Some(cursor);
                 in_vain = if before == work.cursor { in_vain + 1 } else { 0 };
                 self.supply(work, wanted).await?;
+                // What the hub has may be what stands here already.
+                if self.adopt_rules(work).await? {
+                    return Ok(Round::More);
+                }
             }
             let sweep = Box::pin(self.sweep(work)).await?;
             self.report(work, &sweep);
@@ -197,15 +212,29 @@ impl<H: Hub> Engine<H> {
         }
         let mut after = None;
         let hold = self.must_hold(work).await?;
+        let outdated_rules = work.core.run(are_outdated).await?;
         loop {
-            let Planned { plan, losses, kept_there, skill_links, next } =
+            let Planned { mut plan, losses, kept_there, skill_links, collisions, next } =
                 self.plan(work, after, hold).await?;
+            if outdated_rules {
+                let planned = plan.push.len();
+                plan.push.retain(concerns_rules);
+                sweep.unpushed += planned - plan.push.len();
+                let first = plan.local.extract_if(.., |change| is_rules(&change.path)).collect();
+                if self.take_rules_over(work, first, large, &mut sweep).await? {
+                    // All else is to be seen by them.
+                    sweep.unapplied += plan.local.len();
+                    return Ok(sweep);
+                }
+            }
             self.await_skills(work, skill_links, &mut sweep);
             sweep.held += plan.held_deletions;
             sweep.unapplied += plan.skipped;
             sweep.withheld += plan.withheld;
             sweep.kept += kept_there;
             sweep.conflicts |= has_conflict_names(&plan);
+            let room = MAX_COLLISIONS_TOLD.saturating_sub(sweep.collisions.len());
+            sweep.collisions.extend(collisions.into_iter().take(room));
             let room = MAX_LINKS_TOLD.saturating_sub(sweep.held_links.len());
             sweep.held_links.extend(plan.held_links.iter().take(room).cloned());
             work.count_conflicts |= sweep.conflicts;
@@ -221,7 +250,12 @@ impl<H: Hub> Engine<H> {
                 let Some(cursor) = work.cursor else { return Ok(sweep) };
                 let mut pushed = push(&mut self.session(work), cursor.epoch, plan.push).await?;
                 self.send_large(work, std::mem::take(&mut pushed.large)).await?;
-                if losses > 0 {
+                if pushed.held > 0 {
+                    work.refused_until = Some(Instant::now() + REFUSED_RETRY);
+                    work.deletions_confirmed = false;
+                    // So that another sweep counts and tells what is held now.
+                    sweep.progress = true;
+                } else if losses > 0 {
                     work.deletions.add(Instant::now(), losses);
                 }
                 sweep.unpushed += unpushed - pushed.accepted.min(unpushed);
@@ -241,8 +275,29 @@ impl<H: Hub> Engine<H> {
                 _ => break,
             }
         }
+        if outdated_rules && !sweep.interrupted && !work.core.run(are_in_place).await? {
+            sweep.push_findings.push(not_taken_over());
+        }
         work.awaited_skills.retain(|path, _| sweep.skill_links.contains(path));
         Ok(sweep)
+    }
+
+    /// Puts the newest rules in their place before anything else; whether they are there then.
+    async fn take_rules_over(
+        &self,
+        work: &mut Work,
+        changes: Vec<LocalChange>,
+        large: &Arc<Mutex<Large>>,
+        sweep: &mut Sweep,
+    ) -> Result<bool, SyncError> {
+        if changes.is_empty() {
+            return Ok(false);
+        }
+        let count = changes.len();
+        let pulled = pull(&mut self.session(work), changes, large, || false).await?;
+        sweep.unapplied += count.saturating_sub(pulled.applied + pulled.kept);
+        take_pulled(work, pulled, sweep);
+        work.core.run(are_in_place).await
     }
 
     /// Asks for the skills that links lead to which are to be put in the place of directories.
@@ -365,12 +420,24 @@ impl<H: Hub> Engine<H> {
             (Some(_), None) => true,
             (None, _) => false,
         };
-        work.core.run(move |core| plan_window(&core.index, after.as_ref(), options, &waits)).await
+        let plan = move |core: &mut Core| {
+            let mut planned = plan_window(&core.index, after.as_ref(), options, &waits)?;
+            if core.folds_case {
+                planned.collisions = hold_collisions(&core.root, &mut planned.plan)?;
+            }
+            Ok::<_, SyncError>(planned)
+        };
+        work.core.run(plan).await
     }
 
     /// Whether the deletions that are to be sent now are held back.
     async fn must_hold(&self, work: &mut Work) -> Result<bool, SyncError> {
-        let recent = work.deletions.recent(Instant::now());
+        let now = Instant::now();
+        work.refused_until = work.refused_until.filter(|until| *until > now);
+        if work.refused_until.is_some() {
+            return Ok(true);
+        }
+        let recent = work.deletions.recent(now);
         let confirmed = work.deletions_confirmed;
         work.core.run(move |core| must_hold(&mut core.index, recent, confirmed)).await
     }
@@ -384,10 +451,11 @@ impl<H: Hub> Engine<H> {
         }
         let mut plan_findings = Vec::new();
         if sweep.held > 0 {
+            let (held, name) = (sweep.held, &self.config.name);
+            let by = if work.refused_until.is_some() { " by the hub" } else { "" };
             let message = format!(
-                "{} deletions are held back because they are so many; confirm them \
-                 (cortex-agent workspace confirm-deletes {}), or restore the files",
-                sweep.held, self.config.name
+                "{held} deletions are held back{by} because they are so many; an operator can confirm \
+                 them (cortex-agent workspace confirm-deletes {name}), or restore the files"
             );
             plan_findings.push(Finding { path: None, code: "mass_delete_held", message });
         }
@@ -395,6 +463,7 @@ impl<H: Hub> Engine<H> {
             let text = "a link that leaves the workspace is neither sent nor placed";
             Finding::at(path, "link_outside", text)
         }));
+        plan_findings.extend(sweep.collisions.iter().map(case::finding));
         plan_findings.extend(sweep.awaited_skills.iter().take(MAX_LINKS_TOLD).map(|path| {
             let text = "it becomes a link to a skill, once the library here is new enough";
             Finding::at(path, "skill_awaited", text)
@@ -416,7 +485,9 @@ impl<H: Hub> Engine<H> {
     async fn acknowledge(&self, work: &mut Work, sweep: &Sweep) -> Result<(), SyncError> {
         let Some(cursor) = work.cursor else { return Ok(()) };
         if sweep.unapplied == 0 && work.acknowledged_seq != Some(cursor.seq) {
+            crash_point("sync.apply.acknowledging");
             waiting(&self.cancel, &*self.hub, self.hub.ack_applied(self.config.id, cursor)).await?;
+            crash_point("sync.apply.acknowledged");
             work.acknowledged_seq = Some(cursor.seq);
             self.progress.update(|status| {
                 status.applied_seq = cursor.seq;
@@ -433,7 +504,10 @@ impl<H: Hub> Engine<H> {
         }
         if sweep.held > 0 {
             // They may be held only because of others that came shortly before.
-            let due = [work.problem_retry_at, work.deletions.next_forgotten()];
+            let due = match work.refused_until {
+                Some(until) => [work.problem_retry_at, Some(until)],
+                None => [work.problem_retry_at, work.deletions.next_forgotten()],
+            };
             work.problem_retry_at = due.into_iter().flatten().min();
         }
         self.acknowledge(work, sweep).await?;
@@ -549,5 +623,6 @@ fn plan_window(
         losses += usize::from(is_lost(index, op.expected.as_ref())?);
     }
     let next = window.truncated.then(|| window.rows.last().map(|row| row.path.clone())).flatten();
-    Ok(Planned { plan, losses, kept_there: kept_there.len(), skill_links, next })
+    let kept_there = kept_there.len();
+    Ok(Planned { plan, losses, kept_there, skill_links, collisions: Vec::new(), next })
 }

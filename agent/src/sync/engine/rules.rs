@@ -1,15 +1,17 @@
 //! Taking over new rules of what is left out.
 //!
 //! The rules are those of the `.cortexignore` that stands here, whoever wrote it: as soon as it was
-//! seen, and so before anything that it leaves out is sent.
+//! seen, and so before anything that it leaves out is sent. While the hub has a newer one, nothing is
+//! sent but what concerns the rules, and the hub would not take it.
 
-use cortex_shared::entry::Entry;
-use cortex_shared::wire_path::WirePath;
+use cortex_shared::entry::{Digest, Entry};
+use cortex_shared::wire_path::{RULES_NAME, WirePath};
 
 use super::{Engine, Work};
 use crate::sync::core::{Core, SyncError};
 use crate::sync::hub::Hub;
-use crate::sync::ignore::{Ignore, RULES_NAME};
+use crate::sync::ignore::Ignore;
+use crate::sync::plan::PushOp;
 use crate::sync::problem::{Finding, Stage};
 use crate::sync::scan::Scope;
 
@@ -42,6 +44,43 @@ fn rules_path() -> Option<WirePath> {
     WirePath::new(RULES_NAME).ok()
 }
 
+/// Whether an operation may be sent by who goes by older rules: one that concerns the rules.
+pub(super) fn concerns_rules(op: &PushOp) -> bool {
+    [Some(&op.path), op.conflict_of.as_ref()].into_iter().flatten().any(is_rules)
+}
+
+/// Whether the hub has newer rules than those that were gone by here.
+pub(super) fn are_outdated(core: &mut Core) -> Result<bool, SyncError> {
+    let Some(path) = rules_path() else { return Ok(false) };
+    let remote = core.index.get(&path)?.and_then(|found| found.row.remote);
+    Ok(content_of(remote.as_ref()) != core.rules_base)
+}
+
+/// Whether the newest rules of the hub are what both sides have agreed on.
+pub(super) fn are_in_place(core: &mut Core) -> Result<bool, SyncError> {
+    let Some(path) = rules_path() else { return Ok(true) };
+    let Some(found) = core.index.get(&path)? else { return Ok(true) };
+    Ok(content_of(found.row.remote.as_ref()) == content_of(found.row.base.as_ref()))
+}
+
+/// Whether this is the file with the rules.
+pub(super) fn is_rules(path: &WirePath) -> bool {
+    path.as_bytes() == RULES_NAME
+}
+
+/// Tells that the rules of the workspace could not be taken over.
+pub(super) fn not_taken_over() -> Finding {
+    let text = "the newest rules of the workspace cannot be taken over here, so nothing is sent";
+    Finding { path: rules_path(), code: "rules_outdated", message: text.to_owned() }
+}
+
+fn content_of(entry: Option<&Entry>) -> Option<Digest> {
+    match entry {
+        Some(Entry::File(file)) => Some(file.content),
+        _ => None,
+    }
+}
+
 fn adopt(core: &mut Core) -> Result<Option<Ignore>, SyncError> {
     let Some(path) = rules_path() else { return Ok(None) };
     let found = core.index.get(&path)?;
@@ -49,12 +88,15 @@ fn adopt(core: &mut Core) -> Result<Option<Ignore>, SyncError> {
     if found.as_ref().is_some_and(|found| found.row.unknown) {
         return Ok(None);
     }
-    let file = match found.and_then(|found| found.row.local) {
+    let (local, base) = found.map_or((None, None), |found| (found.row.local, found.row.base));
+    let base = content_of(base.as_ref());
+    let file = match local {
         Some(Entry::File(file)) => Some(file),
         _ => None,
     };
     let version = file.as_ref().map(|file| file.content);
     if version == core.ignore.version() {
+        core.rules_base = base;
         return Ok(None);
     }
     let ignore = match &file {
@@ -68,5 +110,6 @@ fn adopt(core: &mut Core) -> Result<Option<Ignore>, SyncError> {
     }
     core.index.set_ignore(ignore.clone())?;
     core.ignore = ignore.clone();
+    core.rules_base = base;
     Ok(Some(ignore))
 }

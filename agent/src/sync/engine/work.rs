@@ -68,6 +68,8 @@ pub(super) struct Work {
     /// How many wait for somebody's word.
     pub(super) held: usize,
     pub(super) deletions_confirmed: bool,
+    /// The hub refuses deletions because they are so many: until then it is not asked again.
+    pub(super) refused_until: Option<Instant>,
     /// When changes were looked at last.
     pub(super) settled_at: Option<Instant>,
     /// There may be another number of conflict copies than before.
@@ -112,6 +114,7 @@ impl Work {
             awaited_skills: BTreeMap::new(),
             held: 0,
             deletions_confirmed: false,
+            refused_until: None,
             settled_at: None,
             count_conflicts: true,
         }
@@ -133,9 +136,16 @@ impl Work {
                 self.outdated = true;
                 self.retry_at = None;
             }
-            Command::ConfirmDeletions => self.deletions_confirmed = self.held > 0,
+            Command::ConfirmDeletions => self.confirm_deletions(),
             // Whatever wakes it makes it plan.
             Command::PlanAgain => {}
+        }
+    }
+
+    /// Somebody lets the deletions go that are held.
+    pub(super) fn confirm_deletions(&mut self) {
+        if self.held > 0 {
+            (self.deletions_confirmed, self.refused_until) = (true, None);
         }
     }
 

@@ -203,7 +203,7 @@ pub struct Counts {
 pub struct Index {
     database: Connection,
     counts: Counts,
-    ignore: Ignore,
+    pub(super) ignore: Ignore,
 }
 
 impl Index {

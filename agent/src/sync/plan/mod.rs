@@ -34,7 +34,7 @@ mod tests;
 use std::collections::HashMap;
 
 use cortex_shared::entry::{Digest, Entry, same};
-use cortex_shared::wire_path::WirePath;
+use cortex_shared::wire_path::{RULES_NAME, WirePath};
 
 pub(in crate::sync) use conflict_name::{candidates as copy_names, conflict_of};
 pub(in crate::sync) use links::leaves_workspace;
@@ -296,7 +296,10 @@ impl Planner<'_> {
     fn merge(&self, row: &Row) -> Option<Wanted> {
         let (base, local, remote) = (row.base.as_ref(), row.local.as_ref(), row.remote.as_ref());
         let theirs = |loser| Wanted { entry: row.remote.clone(), loser };
+        // Rules are everybody's: who went by others than the hub has could send nothing.
+        let is_rules = row.path.as_bytes() == RULES_NAME;
         match self.options.mode {
+            MemberMode::SendOnly if is_rules => Some(merge(base, local, remote)),
             MemberMode::TwoWay => Some(merge(base, local, remote)),
             MemberMode::Mirror => Some(theirs(Loser::Nobody)),
             MemberMode::SendOnly if same(local, remote) => Some(theirs(Loser::Nobody)),

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use cortex_shared::entry::{Digest, Entry, same};
 use cortex_shared::ids::{WorkspaceEpoch, WorkspaceId};
 use cortex_shared::pack::Pack;
-use cortex_shared::wire_path::WirePath;
+use cortex_shared::wire_path::{RULES_NAME, WirePath};
 use futures_util::StreamExt as _;
 use futures_util::stream::{self, BoxStream};
 use tokio::sync::watch;
@@ -39,6 +39,9 @@ struct State {
     wanted: BTreeSet<Digest>,
     /// Deletions up to this one are no longer recorded.
     log_floor: u64,
+    /// Deletions are held until somebody's word, which is told with the next head.
+    holds_deletions: bool,
+    word: bool,
 }
 
 pub(super) struct Shared {
@@ -76,6 +79,8 @@ impl MemoryHub {
                     chunks: HashMap::new(),
                     wanted: BTreeSet::new(),
                     log_floor: 0,
+                    holds_deletions: false,
+                    word: false,
                 }),
                 head: watch::Sender::new(0),
                 broken: AtomicBool::new(false),
@@ -132,6 +137,20 @@ impl MemoryHub {
     pub(super) fn put(&self, path: &str, entry: Option<Entry>) {
         let mut state = self.state();
         state.put(&WirePath::new(path).unwrap(), entry);
+        state.note_head();
+        self.0.head.send_replace(state.seq);
+    }
+
+    /// From now on deletions are held.
+    pub(super) fn hold_deletions(&self) {
+        self.state().holds_deletions = true;
+    }
+
+    /// Somebody lets them go.
+    pub(super) fn confirm_deletions(&self) {
+        let mut state = self.state();
+        (state.holds_deletions, state.word) = (false, true);
+        state.seq += 1;
         state.note_head();
         self.0.head.send_replace(state.seq);
     }
@@ -272,6 +291,9 @@ impl State {
         if current.map(Entry::identity) != op.expected {
             return Err(RejectReason::Conflict);
         }
+        if op.new.is_none() && self.holds_deletions {
+            return Err(RejectReason::Held);
+        }
         if op.new.is_some()
             && op
                 .path
@@ -313,7 +335,8 @@ impl Hub for MemoryHub {
         let mut state = self.state();
         state.check_history(known).ok();
         let wanted = state.wanted.iter().copied().collect();
-        Ok(Contact { head: state.head(), wanted, confirm_deletes: false })
+        let confirm_deletes = std::mem::take(&mut state.word);
+        Ok(Contact { head: state.head(), wanted, confirm_deletes })
     }
 
     async fn have(&self, _: WorkspaceId, chunks: &[Digest]) -> Result<Vec<bool>, HubError> {
@@ -341,8 +364,15 @@ impl Hub for MemoryHub {
         self.0.commits.fetch_add(1, Ordering::SeqCst);
         let mut rejected = Vec::new();
         let mut changes = 0;
+        let rules = WirePath::new(RULES_NAME).unwrap();
+        let now = match state.entries.get(&rules) {
+            Some(Entry::File(file)) => Some(file.content),
+            _ => None,
+        };
         for (index, op) in commit.ops.iter().enumerate() {
-            match state.apply(op) {
+            let may = now == commit.rules
+                || [Some(&op.path), op.conflict_of.as_ref()].contains(&Some(&rules));
+            match if may { state.apply(op) } else { Err(RejectReason::Rules) } {
                 Ok(changed) => {
                     changes += u64::from(changed);
                     if let Some(original) = &op.conflict_of {

@@ -423,6 +423,91 @@ async fn rules_of_what_is_left_out_hold_on_all_members_and_delete_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_comes_to_a_workspace_with_rules_goes_by_them_before_it_sends_anything() {
+    let mesh = Mesh::new();
+    let (a, mut b, mut c) = (mesh.node("a"), mesh.stopped_node("b"), mesh.stopped_node("c"));
+    a.write(".cortexignore", "build/\n");
+    a.flush().await;
+    let before = mesh.hub.traffic();
+    b.write("build/out", noise(1, 5 << 20));
+    // Rules of its own are merged like any file.
+    c.write(".cortexignore", "other/\n");
+    c.write("build/out", "x");
+    c.write("other/out", "x");
+    // One that only sends takes over the rules nevertheless: it could not send otherwise.
+    c.options.mode = MemberMode::SendOnly;
+    b.start();
+    c.start();
+    settle_names(&[&b, &c, &b]).await;
+    for entry in mesh.hub.tree().into_keys() {
+        assert!(!entry.as_bytes().starts_with(b"build"), "{entry:?}");
+    }
+    assert_eq!(c.read(".cortexignore"), "build/\n");
+    assert_eq!(b.read("other/out"), "x");
+    assert!(b.names().iter().any(|name| name.starts_with(".cortexignore.conflict-")));
+    let after = mesh.hub.traffic();
+    assert!(after[1] - before[1] <= 2, "nothing of what is left out was even sent: {after:?}");
+    for node in [&a, &b, &c] {
+        assert!(node.status().problems.is_empty(), "{:?}", node.status().problems);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deletions_of_what_is_left_out_by_now_are_not_sent_by_who_was_away() {
+    let mesh = Mesh::new();
+    let (a, mut b) = (mesh.node("a"), mesh.node("b"));
+    for name in ["cache", "kept", "gone"] {
+        a.write(name, name);
+    }
+    settle(&[&a, &b]).await;
+    b.stop().await;
+    a.write(".cortexignore", "cache\n");
+    a.flush().await;
+    fs::remove_file(b.path("cache")).unwrap();
+    fs::remove_file(b.path("gone")).unwrap();
+    b.start();
+    settle_names(&[&b, &a]).await;
+    let at_hub = |name: &str| mesh.hub.tree().contains_key(&path(name));
+    assert!(at_hub("cache") && a.path("cache").exists() && !b.path("cache").exists());
+    assert!(!at_hub("gone") && !a.path("gone").exists());
+    // Let in again, it comes back.
+    fs::remove_file(a.path(".cortexignore")).unwrap();
+    settle(&[&a, &b]).await;
+    assert_eq!(b.read("cache"), "cache");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn t34_what_may_be_removed_with_its_directory_goes_to_the_trash_with_it() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    a.write(".cortexignore", "(?d)*.o\n(?d)cache/\n*.log\n");
+    for name in ["goes/f", "stays/f", "repository/f"] {
+        a.write(name, "x");
+    }
+    settle(&[&a, &b]).await;
+    for name in ["goes/f.o", "goes/cache/deep/x", "stays/f.o", "stays/f.log"] {
+        b.write(name, name);
+    }
+    b.write("repository/cache/.git/config", "precious");
+    for name in ["goes", "stays", "repository"] {
+        fs::remove_dir_all(a.path(name)).unwrap();
+    }
+    a.flush().await;
+    arrived(&mesh, &b).await;
+    assert!(!b.path("goes").exists(), "{:?}", b.names());
+    assert!(b.path("stays/f.o").exists() && b.path("stays/f.log").exists());
+    assert!(b.path("repository/cache/.git/config").exists());
+    let trash = b.config.state_folder().join("files/trash");
+    let contents = fs::read_dir(trash)
+        .unwrap()
+        .filter_map(|file| fs::read_to_string(file.unwrap().path()).ok());
+    let contents: Vec<_> = contents.collect();
+    for name in ["goes/f.o", "goes/cache/deep/x"] {
+        assert!(contents.contains(&name.to_owned()), "{name} {contents:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_directory_whose_left_out_files_the_hub_has_is_kept_there_and_holds_up_nothing() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("a"), mesh.node("b"));

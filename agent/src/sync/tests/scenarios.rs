@@ -296,6 +296,40 @@ async fn deleting_very_much_is_held_until_it_is_confirmed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deletions_that_the_hub_holds_wait_for_an_operators_word_and_nothing_else_does() {
+    /// Trees differ while something is held.
+    async fn both(a: &Node, b: &Node) {
+        for node in [a, b, a, b] {
+            node.flush().await;
+        }
+    }
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    for name in ["one", "two", "three"] {
+        a.write(name, name);
+    }
+    settle(&[&a, &b]).await;
+    mesh.hub.hold_deletions();
+    fs::remove_file(a.path("one")).unwrap();
+    a.write("new", "other changes still travel");
+    both(&a, &b).await;
+    assert_eq!(b.names(), ["new", "one", "three", "two"]);
+    let status = a.status();
+    assert_eq!(status.problems[0].code, "mass_delete_held");
+    assert!(status.problems[0].message.contains("by the hub"), "{:?}", status.problems);
+    assert_eq!((status.held_deletions, status.pending_push), (1, 1));
+    assert_eq!(a.names(), ["new", "three", "two"], "it does not come back either");
+    // The word of the node's owner is not the hub's.
+    assert_eq!(a.handle().confirm_deletions().unwrap(), 1);
+    both(&a, &b).await;
+    assert_eq!((b.names().len(), a.status().held_deletions), (4, 1));
+    mesh.hub.confirm_deletions();
+    settle(&[&a, &b]).await;
+    assert_eq!(b.names(), ["new", "three", "two"]);
+    assert!(a.status().problems.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t35_two_agents_on_one_directory_are_refused() {
     let mesh = Mesh::new();
     let mut first = mesh.node("a");

@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
+use cortex_shared::crash::crash_point;
 use cortex_shared::entry::{Digest, Entry, same};
 use cortex_shared::ids::WorkspaceId;
 use cortex_shared::wire_path::WirePath;
@@ -111,6 +112,7 @@ async fn pull_group<H: Hub>(
     large: &Arc<Mutex<Large>>,
     pulled: &mut Pulled,
 ) -> Result<(), SyncError> {
+    crash_point("sync.apply.planned");
     let begun = begin(session, stage, changes, group.clone(), large).await?;
     pulled.findings.extend(begun.findings);
     pulled.waiting.extend(begun.waiting);

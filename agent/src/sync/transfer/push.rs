@@ -36,6 +36,9 @@ pub(in crate::sync) struct Pushed {
     pub(in crate::sync) learned: usize,
     /// The hub's tree is not what it is taken for: refresh before planning again.
     pub(in crate::sync) outdated: bool,
+    /// Deletions that the hub holds back because they are so many, and those that were not even sent
+    /// because of them.
+    pub(in crate::sync) held: usize,
     /// Operations that were left out because their files were not what the index says.
     pub(in crate::sync) changed: usize,
     /// Where those files are.
@@ -99,6 +102,12 @@ async fn push_batch<H: Hub>(
     pushed: &mut Pushed,
 ) -> Result<(), SyncError> {
     ops.retain(|op| !pushed.kept.contains(&op.path));
+    if pushed.held > 0 {
+        // The others would be refused as well.
+        let before = ops.len();
+        ops.retain(|op| op.new.is_some());
+        pushed.held += before - ops.len();
+    }
     let missing = missing_chunks(session, &ops).await?;
     if !missing.is_empty() {
         retain(&mut ops, pushed, |op, pushed| !leave_to_lane(op, &missing, pushed));
@@ -142,11 +151,15 @@ async fn push_batch<H: Hub>(
     if ops.is_empty() {
         return Ok(());
     }
-    let known = session.core.run(|core| core.index.known_head()).await?;
+    let (known, rules) = session
+        .core
+        .run(|core| Ok::<_, SyncError>((core.index.known_head()?, core.rules_base)))
+        .await?;
     let commit = Commit {
         id: CommitId::new(),
         epoch,
         known,
+        rules,
         ops: ops
             .iter()
             .map(|op| CommitOp {
@@ -236,11 +249,14 @@ async fn record<H: Hub>(
         pushed.kept.extend(op.conflict_of.clone());
         match reason {
             RejectReason::Conflict => learned.push((op.path.clone(), op.expected.clone(), current)),
-            RejectReason::NoParent | RejectReason::NotEmpty => pushed.outdated = true,
+            RejectReason::NoParent | RejectReason::NotEmpty | RejectReason::Rules => {
+                pushed.outdated = true;
+            }
             RejectReason::MissingChunks => {
                 let text = "the hub lost content that it had; it is sent again";
                 pushed.findings.push(Finding::at(&op.path, "missing_chunks", text));
             }
+            RejectReason::Held => pushed.held += 1,
             RejectReason::Invalid => {
                 let text = "the hub does not accept this entry";
                 pushed.findings.push(Finding::at(&op.path, "rejected", text));

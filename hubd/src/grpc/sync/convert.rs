@@ -10,7 +10,8 @@ use tonic::Status;
 
 use crate::grpc::status::invalid;
 use crate::store::workspace::{
-    Author, Change, ChangesPage, Commit, CommitResult, Head, InvalidOp, Op, RejectReason, Rejection,
+    Author, Change, ChangesPage, Commit, CommitResult, Head, InvalidOp, KnownRules, Op,
+    RejectReason, Rejection,
 };
 
 /// Most hashes in one question.
@@ -73,7 +74,14 @@ pub(super) fn commit(request: v1::CommitRequest, node: NodeId) -> Result<Commit,
         CommitId::from_slice(&request.commit_id).map_err(|error| invalid(error.to_string()))?;
     let epoch = epoch(&request.epoch)?;
     let author = Author::Node(node);
-    Ok(Commit { id, author, epoch, ops: request.ops.into_iter().map(op).collect() })
+    let rules = match request.rules {
+        None => KnownRules::Unsaid,
+        Some(rules) if rules.content.is_empty() => KnownRules::Nothing,
+        Some(rules) => KnownRules::Content(
+            Digest::from_slice(&rules.content).ok_or_else(|| invalid("malformed rules"))?,
+        ),
+    };
+    Ok(Commit { id, author, epoch, rules, ops: request.ops.into_iter().map(op).collect() })
 }
 
 fn op(op: v1::Op) -> Result<Op, InvalidOp> {
@@ -140,6 +148,8 @@ fn wire_rejection(rejection: Rejection) -> v1::OpRejected {
         RejectReason::NotEmpty => v1::RejectReason::NotEmpty,
         RejectReason::MissingChunks => v1::RejectReason::MissingChunks,
         RejectReason::Invalid => v1::RejectReason::Invalid,
+        RejectReason::Held => v1::RejectReason::Held,
+        RejectReason::Rules => v1::RejectReason::Rules,
     };
     v1::OpRejected {
         index: rejection.index,

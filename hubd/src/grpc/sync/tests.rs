@@ -150,6 +150,7 @@ impl Caller {
         let epoch = self.head().await?.epoch;
         let commit_id = CommitId::new().as_bytes().to_vec().into();
         let request = v1::CommitRequest {
+            rules: None,
             workspace_id: self.workspace_id(),
             commit_id,
             epoch,
@@ -291,7 +292,7 @@ async fn content_of_one_member_arrives_at_another_byte_for_byte() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_incompressible_pack_of_the_largest_size_passes_both_ways() {
+async fn t25_an_incompressible_pack_of_the_largest_size_passes_both_ways() {
     let fixture = Fixture::new().await;
     let mut member = fixture.member();
     let data = noise(2, MAX_RAW_BYTES);
@@ -333,6 +334,7 @@ async fn who_is_no_member_gets_nothing_from_any_method() {
     let epoch = Bytes::from_static(&[0; 16]);
     let (workspace_id, commit_id) = (stranger.workspace_id(), epoch.clone());
     let commit = v1::CommitRequest {
+        rules: None,
         workspace_id: workspace_id.clone(),
         commit_id,
         epoch: epoch.clone(),
@@ -447,6 +449,7 @@ async fn refusals_have_stable_codes_and_hurt_nobody_else() {
 
     let epoch = member.head().await.unwrap().epoch;
     let mut request = v1::CommitRequest {
+        rules: None,
         workspace_id: member.workspace_id(),
         commit_id: CommitId::new().as_bytes().to_vec().into(),
         epoch: Bytes::from_static(&[7; 16]),

@@ -171,6 +171,27 @@ async fn a_login_link_opens_one_session_that_ends_when_it_is_closed() {
     hub.hub.shutdown().await;
 }
 
+#[tokio::test]
+async fn whoever_asks_again_is_told_that_nothing_has_changed_until_something_has() {
+    let hub = TestHub::start().await;
+    let session = bearer(&hub, None).await;
+    let tag = |answer: &Answer| {
+        let line = answer.headers.lines().find(|line| line.starts_with("etag: ")).unwrap();
+        line.replace("etag", "if-none-match")
+    };
+    let first = get(&hub, "/api/v1/nodes", &[&session]).await.ok();
+    assert!(first.headers.contains("cache-control: no-store"));
+    let tag = tag(&first);
+    let same = get(&hub, "/api/v1/nodes", &[&session, &tag]).await;
+    assert_eq!((same.status, same.body.as_str()), (304, ""));
+    // Without a session the tag is worth nothing.
+    assert_eq!(get(&hub, "/api/v1/nodes", &[&tag]).await.code(), "not_logged_in");
+    let _node = hub.join("south", &[]).await;
+    let other = get(&hub, "/api/v1/nodes", &[&session, &tag]).await.ok();
+    assert_eq!(other.json()["nodes"][0]["name"], "south");
+    hub.hub.shutdown().await;
+}
+
 /// The words of those who were not let in to a call.
 const REFUSALS: [&str; 4] =
     ["not_logged_in", "wrong_kind_of_caller", "role_too_low", "scope_too_narrow"];

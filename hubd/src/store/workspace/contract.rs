@@ -1,6 +1,7 @@
 //! What every engine of a workspace's store does. An engine's tests call [`contract_tests`].
 
 mod fixture;
+mod hold;
 mod past;
 
 use std::collections::BTreeMap;
@@ -18,6 +19,7 @@ use rand::{RngExt as _, SeedableRng as _};
 
 use self::fixture::{Fixture, assert_root, create, link, path, random_op, read_on};
 pub(crate) use self::fixture::{file, op, root_digest};
+pub(crate) use self::hold::*;
 pub(crate) use self::past::*;
 use super::*;
 
@@ -62,6 +64,11 @@ macro_rules! contract_tests {
             deletions_are_recorded_for_a_month_and_their_end_is_said,
             sparse_packs_are_replaced_unless_something_of_them_is_touched,
             settings_are_kept,
+            who_goes_by_other_rules_changes_nothing_but_the_rules,
+            too_many_deletions_of_a_member_are_held_and_all_else_goes_on,
+            deletions_count_together_within_a_minute_however_they_are_cut,
+            what_only_moves_is_no_loss,
+            an_operators_word_lets_as_many_go_as_it_was_given_for,
             a_whole_commit_is_all_or_nothing,
             a_subtree_is_read_at_one_moment_with_its_digest,
         );

@@ -15,6 +15,10 @@
 //! * What is replaced or deleted is kept as an old version for as long as the workspace's settings say.
 //! * Content is let go only when no entry and no kept version names it, and nobody has sent it, asked for it, named it or
 //!   ceased to name it for a while.
+//! * What a member deletes is judged as [`cortex_shared::mass_delete`] says, whatever the member says of
+//!   it; too many deletions are rejected as [`RejectReason::Held`] while all else of the commit is applied.
+//! * A member that went by other rules of what is left out than the tree has changes nothing but the
+//!   rules ([`RejectReason::Rules`]): it would delete, or send, what is left out by now.
 //! * What is answered with `Ok` is durable.
 
 pub mod model;
@@ -35,8 +39,9 @@ use tokio::sync::watch;
 use super::database::DatabaseError;
 
 pub use model::{
-    Change, ChangesPage, Commit, CommitResult, Conflict, Found, Head, InvalidOp, Op, PackAdded,
-    PackRecord, RejectReason, Rejection, SparsePack, Subtree, Summary, UnusedPacks,
+    Change, ChangesPage, Commit, CommitResult, Conflict, Found, Head, HeldMember, InvalidOp,
+    KnownRules, Op, PackAdded, PackRecord, RejectReason, Rejection, SparsePack, Subtree, Summary,
+    UnusedPacks,
 };
 pub use past::{
     Author, LogEntry, LogFilter, LogPage, LoggedChange, RestorePlan, Usage, WorkspaceSettings,
@@ -198,6 +203,16 @@ pub trait WorkspaceStore: Send + Sync + 'static {
     /// result, for at least a week.
     fn commit(&self, commit: Commit) -> Answer<'_, CommitResult>;
 
+    /// Lets so many losses of a member go (see [`cortex_shared::mass_delete`]) that would be held
+    /// otherwise, whatever was held of it so far; and has it told so. The word holds for a day, and for
+    /// ten minutes from the time the member was told or made use of it.
+    fn allow_deletions(&self, node: NodeId, losses: u64) -> Answer<'_, ()>;
+
+    /// Whether a member is to be told of that word. Says so once.
+    fn take_word(&self, node: NodeId) -> Answer<'_, bool>;
+
+    /// The members whose deletions were held within the last ten minutes.
+    fn held_members(&self) -> Answer<'_, Vec<HeldMember>>;
     /// As [`Self::commit`], but all of it or nothing: [`StoreError::NotWhole`].
     fn commit_whole(&self, commit: Commit) -> Answer<'_, CommitResult>;
 

@@ -2,7 +2,7 @@
 
 use cortex_shared::chunk::ChunkRef;
 use cortex_shared::entry::{Digest, Entry, InvalidEntry};
-use cortex_shared::ids::{CommitId, WorkspaceEpoch};
+use cortex_shared::ids::{CommitId, NodeId, WorkspaceEpoch};
 use cortex_shared::wire_path::{InvalidPath, WirePath};
 
 use super::Author;
@@ -56,6 +56,18 @@ pub enum InvalidOp {
     Malformed,
 }
 
+/// Which version of a workspace's rules a member went by: the content of its
+/// [`cortex_shared::wire_path::RULES_NAME`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KnownRules {
+    /// It does not say, or need not: an operator, or an older program.
+    Unsaid,
+    /// This content.
+    Content(Digest),
+    /// There were none.
+    Nothing,
+}
+
 /// A batch of operations.
 #[derive(Clone, Debug)]
 pub struct Commit {
@@ -65,6 +77,8 @@ pub struct Commit {
     pub author: Author,
     /// The history the member works in.
     pub epoch: WorkspaceEpoch,
+    /// The rules of what is left out that the member went by.
+    pub rules: KnownRules,
     /// What to do, in this order.
     pub ops: Vec<Result<Op, InvalidOp>>,
 }
@@ -93,6 +107,10 @@ pub enum RejectReason {
     MissingChunks = 4,
     /// A path, link, recipe or digest that cannot be.
     Invalid = 5,
+    /// A deletion, one of so many that an operator has to allow them.
+    Held = 6,
+    /// The workspace has other rules of what is left out than the member went by.
+    Rules = 7,
 }
 
 /// An operation that was not applied.
@@ -216,5 +234,16 @@ pub struct Conflict {
     /// Who committed the copy.
     pub author: Author,
     /// When, in milliseconds since the Unix epoch by the hub's clock.
+    pub at_ms: i64,
+}
+
+/// A member whose deletions are held because they are so many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeldMember {
+    /// Which.
+    pub node: NodeId,
+    /// How many losses there were in the commit that was refused last.
+    pub losses: u64,
+    /// When that was, in milliseconds since the Unix epoch by the hub's clock.
     pub at_ms: i64,
 }

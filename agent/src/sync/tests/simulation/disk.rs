@@ -187,6 +187,11 @@ impl SimDisk {
         self.state().dead = true;
     }
 
+    /// Whether names that differ only in case are one.
+    pub(super) fn folds_case(&self) -> bool {
+        self.state().kind.folds_case
+    }
+
     /// How many changes engines have made.
     pub(super) fn changes(&self) -> u64 {
         self.state().changes

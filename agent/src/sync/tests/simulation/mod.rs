@@ -90,6 +90,55 @@ fn what_is_mounted_below_a_root_is_not_looked_at() {
     assert_eq!(index.below(None, None, 10).unwrap(), []);
 }
 
+#[test]
+fn of_names_that_differ_only_in_case_one_is_held_where_they_are_one_and_none_is_lost() {
+    run(World::live_with_names_that_differ_only_in_case());
+}
+
+#[test]
+fn a_disk_that_does_not_tell_case_is_found_out_and_seen_exactly() {
+    run(async {
+        for folds_case in [true, false] {
+            let kind = Kind { grain_ns: 1, reuses_numbers: false, folds_case };
+            let disk = SimDisk::new(kind, 0);
+            let root = Path::new("/root");
+            disk.make_all(root, 0o755).unwrap();
+            let top = disk.open(root).unwrap();
+            assert_eq!(folds_case, crate::root_dir::folds_case(&top).unwrap(), "empty");
+            assert!(top.names().unwrap().is_empty());
+            top.make_dir(b"123", 0o755).unwrap();
+            assert_eq!(folds_case, crate::root_dir::folds_case(&top).unwrap(), "no letters");
+            top.make_dir(b"Dir", 0o755).unwrap();
+            assert_eq!(folds_case, crate::root_dir::folds_case(&top).unwrap());
+        }
+        let kind = Kind { grain_ns: 1, reuses_numbers: false, folds_case: true };
+        let disk = SimDisk::new(kind, 0);
+        disk.make_all(Path::new("/root/Dir/below"), 0o755).unwrap();
+        let top = disk.open(Path::new("/root")).unwrap();
+        let root = RootDir::new(crate::root_dir::exact(top.clone()));
+        let path = |text: &str| cortex_shared::wire_path::WirePath::new(text).unwrap();
+        assert!(top.open_dir(b"dir").is_ok());
+        for (text, found) in
+            [("Dir", true), ("dir", false), ("Dir/below", true), ("Dir/Below", false)]
+        {
+            assert_eq!(root.open_dir(Some(&path(text))).is_ok(), found, "{text}");
+        }
+        let exact = root.top();
+        assert!(exact.other_spelling(b"DIR").unwrap() && !exact.other_spelling(b"Dir").unwrap());
+        assert!(!exact.other_spelling(b"nothing").unwrap());
+        let made = exact.make_dir(b"DIR", 0o755).unwrap_err();
+        assert_eq!(made.kind(), std::io::ErrorKind::AlreadyExists);
+        assert!(exact.try_lstat(b"DIR").unwrap().is_none());
+        assert!(exact.rename_new(b"dir", exact, b"other").is_err());
+        exact.rename_new(b"Dir", exact, b"other").unwrap();
+        exact.make_dir(b"DIR", 0o755).unwrap();
+        assert!(
+            exact.try_lstat(b"DIR").unwrap().is_some()
+                && exact.try_lstat(b"Dir").unwrap().is_none()
+        );
+    });
+}
+
 /// D1 to D8 of the crash matrix: the process of a member ends at each single change it makes to its
 /// disk while it applies, is started again, and everything is as if nothing had happened.
 #[test]

@@ -71,10 +71,24 @@ impl User {
 
     /// Does something. What cannot be done is left.
     pub(super) fn act(&self, disk: &SimDisk, random: &mut StdRng) {
+        self.do_something(disk, random, true);
+    }
+
+    /// Does something between two calls of an engine. A write that hides itself there, between the last
+    /// look at a file and its displacement, cannot be told from none: a rename sets the only time that
+    /// would have shown it.
+    pub(super) fn intrude(&self, disk: &SimDisk, random: &mut StdRng) {
+        self.do_something(disk, random, false);
+    }
+
+    fn do_something(&self, disk: &SimDisk, random: &mut StdRng, may_hide: bool) {
         let path = self.path(random);
         let deed = match random.random_range(0..100) {
             0..35 => self.save(disk, &path),
-            35..50 => self.write(disk, &path, random.random_bool(0.3)),
+            35..50 => {
+                let hides = random.random_bool(0.3);
+                self.write(disk, &path, hides && may_hide)
+            }
             50..62 => self.remove(disk, &path),
             62..74 => {
                 let other = self.path(random);
@@ -183,7 +197,7 @@ impl User {
         Ok("removes".to_owned())
     }
 
-    fn rename(&self, disk: &SimDisk, from: &[&str], to: &[&str]) -> io::Result<String> {
+    pub(super) fn rename(&self, disk: &SimDisk, from: &[&str], to: &[&str]) -> io::Result<String> {
         let (old, new) = (self.parent(disk, from, false)?, self.parent(disk, to, false)?);
         let name = |path: &[&str]| path[path.len() - 1].as_bytes().to_vec();
         old.rename_new(&name(from), &new, &name(to))?;

@@ -11,7 +11,9 @@ use cortex_shared::wire_path::WirePath;
 use rand::RngExt as _;
 use rand::rngs::StdRng;
 
-use super::super::{Author, Commit, CommitResult, Head, Op, PackRecord, WorkspaceStore};
+use super::super::{
+    Author, Commit, CommitResult, Head, KnownRules, Op, PackRecord, WorkspaceStore,
+};
 use super::Engine;
 
 /// A store in a folder of its own.
@@ -45,7 +47,8 @@ impl Fixture {
     pub(super) fn batch(&self, ops: Vec<Op>) -> Commit {
         let ops = ops.into_iter().map(Ok).collect();
         let author = Author::Node(self.node);
-        Commit { id: CommitId::new(), author, epoch: self.epoch, ops }
+        let rules = KnownRules::Unsaid;
+        Commit { id: CommitId::new(), author, epoch: self.epoch, rules, ops }
     }
 
     pub(super) async fn commit(&self, ops: Vec<Op>) -> CommitResult {

@@ -2,10 +2,15 @@
 
 use cortex_shared::crash::crash_point;
 use cortex_shared::entry::{Digest, Entry};
-use cortex_shared::ids::{CommitId, WorkspaceEpoch};
+use cortex_shared::ids::{CommitId, NodeId, WorkspaceEpoch};
+use cortex_shared::wire_path::RULES_NAME;
 use rusqlite::{Connection, params};
 
-use super::super::{Commit, CommitResult, InvalidOp, Op, RejectReason, Rejection, StoreError};
+use super::super::{
+    Commit, CommitResult, InvalidOp, KnownRules, Op, RejectReason, Rejection, StoreError,
+};
+use super::hold::{self, Removed, Verdict};
+use super::schema::ROOT_ID;
 use super::tree::{
     ENTRY_COLUMNS, Found, Made, Tree, damaged, digest, entry_from_row, signed, unsigned,
 };
@@ -33,39 +38,55 @@ pub(super) fn commit(
     if epoch != commit.epoch {
         return Err(StoreError::WrongEpoch { asked: commit.epoch, current: epoch });
     }
-    let mut work = Work {
-        connection,
-        tree: Tree::new(connection),
-        head,
-        budget: RESULT_BUDGET_BYTES,
-        commit,
-        keep_versions: past::settings(connection)?.keep_versions,
-        now_ms,
-    };
-    let old_seq = work.head.seq;
-    let mut result =
-        CommitResult { seq: 0, root: Digest::ZERO, rejected: Vec::new(), seqs: Vec::new() };
-    for (index, op) in (0..).zip(&commit.ops) {
-        match work.apply(op)? {
-            Outcome::Accepted(seq) => result.seqs.push(seq),
-            Outcome::Rejected(reason, found, missing) => {
-                result.rejected.push(work.rejection(index, reason, found, missing)?);
-            }
+    let old_seq = head.seq;
+    // Operators do as they say; what a member deletes is judged once all of it is applied.
+    let deletes = commit.ops.iter().flatten().any(|op| op.new.is_none());
+    let (result, head) = match commit.author.node().filter(|_| deletes) {
+        Some(node) => apply_judged(connection, commit, node, head, now_ms)?,
+        None => {
+            let mut work = Work::new(connection, commit, head, now_ms)?;
+            (work.apply_all()?, work.head)
         }
-    }
-    if let Some(root) = work.tree.refresh_digests()? {
-        work.head.root = root;
-    }
-    (result.seq, result.root) = (work.head.seq, work.head.root);
+    };
     if result.seq == old_seq {
         // Nothing changed, so there is nothing that a repetition could do twice: it is judged anew
         // rather than remembered, and refused commits leave nothing behind.
         return Ok(result);
     }
-    history::write_head(connection, &work.head, now_ms)?;
+    history::write_head(connection, &head, now_ms)?;
     record(connection, commit, &result, now_ms)?;
     crash_point("sync.commit.written");
     Ok(result)
+}
+
+/// Applies the operations of a member, without its deletions if those are held.
+fn apply_judged(
+    connection: &Connection,
+    commit: &Commit,
+    node: NodeId,
+    head: HeadRow,
+    now_ms: i64,
+) -> Result<(CommitResult, HeadRow), StoreError> {
+    connection.execute_batch("SAVEPOINT judged")?;
+    let mut work = Work::new(connection, commit, head.clone(), now_ms)?;
+    let result = work.apply_all()?;
+    let verdict = hold::judge(connection, node, &work.removed, work.head.entries, now_ms)?;
+    match verdict {
+        Verdict::Go { by_word, rest } => {
+            connection.execute_batch("RELEASE judged")?;
+            if !work.removed.is_empty() {
+                hold::note_gone(connection, node, (by_word, rest), &work.removed, now_ms)?;
+            }
+            Ok((result, work.head))
+        }
+        Verdict::Held { losses } => {
+            connection.execute_batch("ROLLBACK TO judged; RELEASE judged")?;
+            hold::note_held(connection, node, losses, now_ms)?;
+            let mut work = Work::new(connection, commit, head, now_ms)?;
+            work.holds = true;
+            Ok((work.apply_all()?, work.head))
+        }
+    }
 }
 
 /// Carries a commit out as a whole: an operation that is rejected undoes the others.
@@ -98,13 +119,61 @@ struct Work<'a> {
     commit: &'a Commit,
     keep_versions: u32,
     now_ms: i64,
+    removed: Removed,
+    /// No deletion is accepted.
+    holds: bool,
+    /// The member went by other rules than the tree has: nothing but those may it change.
+    other_rules: bool,
 }
 
-impl Work<'_> {
+impl<'a> Work<'a> {
+    fn new(
+        connection: &'a Connection,
+        commit: &'a Commit,
+        head: HeadRow,
+        now_ms: i64,
+    ) -> Result<Self, StoreError> {
+        let tree = Tree::new(connection);
+        let other_rules = has_other_rules(&tree, commit.rules)?;
+        Ok(Self {
+            connection,
+            tree,
+            other_rules,
+            head,
+            budget: RESULT_BUDGET_BYTES,
+            commit,
+            keep_versions: past::settings(connection)?.keep_versions,
+            now_ms,
+            removed: Removed::default(),
+            holds: false,
+        })
+    }
+
+    fn apply_all(&mut self) -> Result<CommitResult, StoreError> {
+        let mut result =
+            CommitResult { seq: 0, root: Digest::ZERO, rejected: Vec::new(), seqs: Vec::new() };
+        for (index, op) in (0..).zip(&self.commit.ops) {
+            match self.apply(op)? {
+                Outcome::Accepted(seq) => result.seqs.push(seq),
+                Outcome::Rejected(reason, found, missing) => {
+                    result.rejected.push(self.rejection(index, reason, found, missing)?);
+                }
+            }
+        }
+        if let Some(root) = self.tree.refresh_digests()? {
+            self.head.root = root;
+        }
+        (result.seq, result.root) = (self.head.seq, self.head.root);
+        Ok(result)
+    }
+
     fn apply(&mut self, op: &Result<Op, InvalidOp>) -> Result<Outcome, StoreError> {
         let Ok(op) = op else {
             return Ok(Outcome::Rejected(RejectReason::Invalid, None, Vec::new()));
         };
+        if self.other_rules && !concerns_rules(op) {
+            return Ok(Outcome::Rejected(RejectReason::Rules, None, Vec::new()));
+        }
         let Some(parent) = self.tree.parent(&op.path)? else {
             return Ok(match op.new {
                 // Nothing can stand there, which is what the member wants.
@@ -120,6 +189,9 @@ impl Work<'_> {
         }
         if current != op.expected {
             return Ok(Outcome::Rejected(RejectReason::Conflict, found, Vec::new()));
+        }
+        if self.holds && op.new.is_none() {
+            return Ok(Outcome::Rejected(RejectReason::Held, found, Vec::new()));
         }
         if let Some(found) = &found
             && found.identity == Entry::Dir.identity()
@@ -144,7 +216,11 @@ impl Work<'_> {
             }
         }
         if let Some(found) = &found {
-            self.protect(&self.tree.entry(found.id)?)?;
+            let entry = self.tree.entry(found.id)?;
+            self.protect(&entry)?;
+            if op.new.is_none() {
+                self.removed.add(&entry);
+            }
         }
         if let Some(new) = &op.new {
             self.protect(new)?;
@@ -257,6 +333,28 @@ impl Work<'_> {
     }
 }
 
+/// Whether a member went by other rules than the tree has.
+fn has_other_rules(tree: &Tree<'_>, known: KnownRules) -> Result<bool, StoreError> {
+    if known == KnownRules::Unsaid {
+        return Ok(false);
+    }
+    let now = match tree.find(ROOT_ID, RULES_NAME)? {
+        Some(found) => match tree.entry(found.id)? {
+            Entry::File(file) => KnownRules::Content(file.content),
+            Entry::Link { .. } | Entry::Dir => KnownRules::Nothing,
+        },
+        None => KnownRules::Nothing,
+    };
+    Ok(now != known)
+}
+
+fn concerns_rules(op: &Op) -> bool {
+    [Some(&op.path), op.conflict_of.as_ref()]
+        .into_iter()
+        .flatten()
+        .any(|path| path.as_bytes() == RULES_NAME)
+}
+
 /// About how many bytes an entry takes in a message.
 pub(super) fn entry_bytes(entry: &Entry) -> usize {
     64 + match entry {
@@ -365,8 +463,8 @@ fn recorded_rejections(
 }
 
 fn reject_reason(number: i64) -> Result<RejectReason, StoreError> {
-    use RejectReason::{Conflict, Invalid, MissingChunks, NoParent, NotEmpty};
-    [Conflict, NoParent, NotEmpty, MissingChunks, Invalid]
+    use RejectReason::{Conflict, Held, Invalid, MissingChunks, NoParent, NotEmpty, Rules};
+    [Conflict, NoParent, NotEmpty, MissingChunks, Invalid, Held, Rules]
         .into_iter()
         .find(|reason| *reason as i64 == number)
         .ok_or(damaged("an unknown reason of a rejection"))

@@ -10,6 +10,7 @@ mod collect;
 mod commit;
 mod content;
 mod history;
+mod hold;
 mod log;
 mod past;
 mod schema;
@@ -37,9 +38,9 @@ pub(in crate::store) use self::content::packs as known_packs;
 use self::tree::{damaged, digest, signed, unsigned};
 use super::super::database::{Database, Settings};
 use super::{
-    Answer, ChangesPage, CollectionSlice, Commit, CommitResult, Conflict, Found, Head, LogFilter,
-    LogPage, PackAdded, PackRecord, RestorePlan, StoreError, Subtree, Summary, UnusedPacks, Usage,
-    WorkspaceSettings, WorkspaceStore,
+    Answer, ChangesPage, CollectionSlice, Commit, CommitResult, Conflict, Found, Head, HeldMember,
+    LogFilter, LogPage, PackAdded, PackRecord, RestorePlan, StoreError, Subtree, Summary,
+    UnusedPacks, Usage, WorkspaceSettings, WorkspaceStore,
 };
 
 /// Page cache of a workspace's writer, in KiB. The database of 100,000 files is about 40 MiB; 8 MiB
@@ -113,6 +114,7 @@ impl SqliteWorkspaceStore {
 }
 
 /// The row of the head table.
+#[derive(Clone)]
 struct HeadRow {
     epoch: Vec<u8>,
     seq: u64,
@@ -325,6 +327,28 @@ impl WorkspaceStore for SqliteWorkspaceStore {
 
     fn subtree(&self, path: WirePath, limit: usize) -> Answer<'_, Option<Subtree>> {
         Box::pin(self.database.read(move |connection| tree::subtree(connection, &path, limit)))
+    }
+
+    fn allow_deletions(&self, node: NodeId, losses: u64) -> Answer<'_, ()> {
+        Box::pin(
+            self.database.write(move |connection| hold::allow(connection, node, losses, unix_ms())),
+        )
+    }
+
+    fn take_word(&self, node: NodeId) -> Answer<'_, bool> {
+        Box::pin(async move {
+            let read = move |connection: &Connection| hold::has_word(connection, node, unix_ms());
+            if !self.database.read(read).await? {
+                return Ok(false);
+            }
+            self.database
+                .write(move |connection| hold::word_told(connection, node, unix_ms()))
+                .await
+        })
+    }
+
+    fn held_members(&self) -> Answer<'_, Vec<HeldMember>> {
+        Box::pin(self.database.read(|connection| hold::held(connection, unix_ms())))
     }
 
     fn changes(&self, after_seq: u64, budget_bytes: usize) -> Answer<'_, ChangesPage> {

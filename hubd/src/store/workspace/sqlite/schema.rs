@@ -176,6 +176,30 @@ CREATE TABLE settings (
 ) STRICT;
 INSERT INTO settings (one) VALUES (1);
 ",
+    "
+-- Whether deleted content is still somewhere else in the tree.
+CREATE INDEX entries_by_content ON entries (content) WHERE content IS NOT NULL AND size > 0;
+-- What each member deleted within the last minute, by the second (see hold.rs): files whose content was
+-- nowhere else, and entries of any kind.
+CREATE TABLE recent_losses (
+    node BLOB NOT NULL CHECK (length(node) = 16),
+    second INTEGER NOT NULL,
+    losses INTEGER NOT NULL,
+    removed INTEGER NOT NULL,
+    PRIMARY KEY (node, second)
+) STRICT, WITHOUT ROWID;
+-- held_at_ms, held_losses: when deletions of a member were last held back, and how many; NULL if an
+-- operator has let them go since. allowed: how many losses such a word still lets go, until
+-- allowed_until_ms; untold = 1: the member does not know of it.
+CREATE TABLE holds (
+    node BLOB PRIMARY KEY CHECK (length(node) = 16),
+    held_at_ms INTEGER,
+    held_losses INTEGER NOT NULL DEFAULT 0,
+    allowed INTEGER NOT NULL DEFAULT 0,
+    allowed_until_ms INTEGER NOT NULL DEFAULT 0,
+    untold INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
+",
 ];
 
 /// Fills a new database with an empty tree; one that has a tree stays as it is.

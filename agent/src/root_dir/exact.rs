@@ -1,0 +1,227 @@
+//! Directories of file systems that take names for one that differ only in case.
+//!
+//! Where `A` is found as `a`, a path says less than it seems: what is written to `D/x` would land in `d`,
+//! and who looks whether `A` is still there is told of `a`. Here every name is compared with those that
+//! really stand in the directory, so that what stands under another spelling is not found. Making
+//! something there fails nevertheless, with `EEXIST`: [`DirHandle::other_spelling`] tells why.
+
+use std::any::Any;
+use std::collections::HashSet;
+use std::io;
+use std::sync::{Mutex, PoisonError};
+
+use cortex_shared::wire_path::{PRIVATE_NAME, WirePath};
+use rustix::io::Errno;
+
+use super::{DirHandle, DirIdentity, Directory, FileHandle, FileSystem, Lock, Meta, Names};
+
+/// The names in a directory, as they were when it was changed last.
+#[derive(Debug)]
+struct Spelled {
+    mtime_ns: i64,
+    ctime_ns: i64,
+    names: HashSet<Vec<u8>>,
+}
+
+/// A directory in which only exact names are found.
+#[derive(Debug)]
+struct ExactDir {
+    inner: DirHandle,
+    spelled: Mutex<Option<Spelled>>,
+}
+
+/// Whether a directory takes names for one that differ only in case. Asks for a name that stands there in
+/// another spelling; in an empty directory it makes one for a moment.
+///
+/// # Errors
+/// Those of the file system, but for a directory that nothing can be made in: that is not found out.
+pub fn folds_case(top: &DirHandle) -> io::Result<bool> {
+    let names = top.names()?;
+    for name in &names {
+        let other = flipped(name);
+        if other != *name && names.binary_search(&other).is_err() {
+            return Ok(match (top.try_lstat(name)?, top.try_lstat(&other)?) {
+                (Some(one), Some(two)) => (one.dev, one.ino) == (two.dev, two.ino),
+                _ => false,
+            });
+        }
+    }
+    match top.make_dir(PRIVATE_NAME, 0o700) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::StorageFull => return Err(error),
+        Err(_) => return Ok(false),
+    }
+    let found = top.try_lstat(&flipped(PRIVATE_NAME));
+    top.remove_dir(PRIVATE_NAME)?;
+    Ok(found?.is_some())
+}
+
+fn flipped(name: &[u8]) -> Vec<u8> {
+    let flip = |byte: &u8| match byte {
+        b'a'..=b'z' => byte.to_ascii_uppercase(),
+        byte => byte.to_ascii_lowercase(),
+    };
+    name.iter().map(flip).collect()
+}
+
+/// The same directory, in which only exact names are found, and so in all below it.
+#[must_use]
+pub fn exact(directory: DirHandle) -> DirHandle {
+    DirHandle::new(ExactDir { inner: directory, spelled: Mutex::default() })
+}
+
+impl ExactDir {
+    fn is_spelled(&self, name: &[u8]) -> io::Result<bool> {
+        let meta = self.inner.meta()?;
+        let mut spelled = self.spelled.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh = spelled.as_ref().is_some_and(|spelled| {
+            (spelled.mtime_ns, spelled.ctime_ns) == (meta.mtime_ns, meta.ctime_ns)
+        });
+        if !fresh {
+            let names = self.inner.iter()?.collect::<io::Result<_>>()?;
+            let Meta { mtime_ns, ctime_ns, .. } = meta;
+            *spelled = Some(Spelled { mtime_ns, ctime_ns, names });
+        }
+        Ok(spelled.as_ref().is_some_and(|spelled| spelled.names.contains(name)))
+    }
+
+    /// Fails unless a name is found exactly so, or not at all.
+    fn check(&self, name: &[u8]) -> io::Result<()> {
+        match self.inner.0.lstat(name) {
+            Ok(_) if !self.is_spelled(name)? => Err(Errno::NOENT.into()),
+            result => result.map(drop),
+        }
+    }
+}
+
+impl Directory for ExactDir {
+    fn as_any(&self) -> &dyn Any {
+        self.inner.0.as_any()
+    }
+
+    fn meta(&self) -> io::Result<Meta> {
+        self.inner.0.meta()
+    }
+
+    fn identity(&self) -> io::Result<DirIdentity> {
+        self.inner.0.identity()
+    }
+
+    fn identity_of(&self, name: &[u8]) -> io::Result<DirIdentity> {
+        self.check(name)?;
+        self.inner.0.identity_of(name)
+    }
+
+    fn mount(&self) -> io::Result<(u64, u64)> {
+        self.inner.0.mount()
+    }
+
+    fn mount_of(&self, name: &[u8]) -> io::Result<(u64, u64)> {
+        self.check(name)?;
+        self.inner.0.mount_of(name)
+    }
+
+    fn file_system(&self) -> io::Result<FileSystem> {
+        self.inner.0.file_system()
+    }
+
+    fn lock(&self, lock: Lock) -> io::Result<bool> {
+        self.inner.0.lock(lock)
+    }
+
+    fn token(&self) -> io::Result<Option<Vec<u8>>> {
+        self.inner.0.token()
+    }
+
+    fn set_token(&self, token: &[u8]) -> io::Result<()> {
+        self.inner.0.set_token(token)
+    }
+
+    fn set_mode(&self, mode: u32) -> io::Result<()> {
+        self.inner.0.set_mode(mode)
+    }
+
+    fn lstat(&self, name: &[u8]) -> io::Result<Meta> {
+        let meta = self.inner.0.lstat(name)?;
+        if self.is_spelled(name)? { Ok(meta) } else { Err(Errno::NOENT.into()) }
+    }
+
+    fn other_spelling(&self, name: &[u8]) -> io::Result<bool> {
+        Ok(self.inner.try_lstat(name)?.is_some() && !self.is_spelled(name)?)
+    }
+
+    fn allocated(&self, name: &[u8]) -> io::Result<u64> {
+        self.check(name)?;
+        self.inner.0.allocated(name)
+    }
+
+    fn iter(&self) -> io::Result<Names> {
+        // Whoever lists it goes on with what he was told.
+        *self.spelled.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.inner.0.iter()
+    }
+
+    fn open_dir(&self, name: &[u8]) -> io::Result<DirHandle> {
+        self.check(name)?;
+        self.inner.0.open_dir(name).map(exact)
+    }
+
+    fn open_below(&self, _: &WirePath) -> io::Result<DirHandle> {
+        Err(Errno::NOSYS.into())
+    }
+
+    fn open_file(&self, name: &[u8], write: bool) -> io::Result<FileHandle> {
+        self.check(name)?;
+        self.inner.0.open_file(name, write)
+    }
+
+    fn create_new(&self, name: &[u8], mode: u32) -> io::Result<FileHandle> {
+        self.inner.0.create_new(name, mode)
+    }
+
+    fn rename_new(&self, name: &[u8], target: &dyn Directory, new_name: &[u8]) -> io::Result<()> {
+        self.check(name)?;
+        self.inner.0.rename_new(name, target, new_name)
+    }
+
+    fn exchange(&self, name: &[u8], other: &dyn Directory, other_name: &[u8]) -> io::Result<()> {
+        self.check(name)?;
+        self.inner.0.exchange(name, other, other_name)
+    }
+
+    fn make_dir(&self, name: &[u8], mode: u32) -> io::Result<()> {
+        self.inner.0.make_dir(name, mode)
+    }
+
+    fn make_link(&self, name: &[u8], target: &[u8]) -> io::Result<()> {
+        self.inner.0.make_link(name, target)
+    }
+
+    fn read_link(&self, name: &[u8]) -> io::Result<Vec<u8>> {
+        self.check(name)?;
+        self.inner.0.read_link(name)
+    }
+
+    fn remove_file(&self, name: &[u8]) -> io::Result<()> {
+        self.check(name)?;
+        self.inner.0.remove_file(name)
+    }
+
+    fn remove_dir(&self, name: &[u8]) -> io::Result<()> {
+        self.check(name)?;
+        self.inner.0.remove_dir(name)
+    }
+
+    fn set_owner(&self, name: &[u8], uid: u32, gid: u32) -> io::Result<()> {
+        self.check(name)?;
+        self.inner.0.set_owner(name, uid, gid)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.inner.0.sync()
+    }
+
+    fn sync_file_system(&self) -> io::Result<()> {
+        self.inner.0.sync_file_system()
+    }
+}
