@@ -25,6 +25,10 @@ const PAGE: u32 = 128;
 /// So many are written before the number of those kept is looked at.
 const TRIM_EVERY: u64 = 4096;
 
+/// A cursor beyond all that are ever given: what a subscriber makes up is no higher, so that the next one
+/// is still a number.
+const HIGHEST: u64 = u64::MAX - 1;
+
 /// How much is kept of events, and for how many subscribers.
 #[derive(Clone, Copy, Debug)]
 pub struct EventLimits {
@@ -199,7 +203,7 @@ impl EventBus {
         *count += 1;
         drop(subscribers);
         let newest = self.newest.subscribe();
-        let at = after.map_or(*newest.borrow(), |after| after.0);
+        let at = after.map_or(*newest.borrow(), |after| after.0.min(HIGHEST));
         let (bus, name) = (Arc::clone(self), name.to_owned());
         Ok(Subscription { bus, name, at, page: VecDeque::new(), newest })
     }
