@@ -1,7 +1,10 @@
 //! Following events.
 
+use std::time::Duration;
+
 use cortex_proto::v1;
 use futures_util::{StreamExt as _, stream};
+use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use super::auth::AdmittedOperator;
@@ -12,6 +15,9 @@ use crate::events::{Cursor, Event, Frame, Kind, Viewer};
 
 /// Kinds that one caller may name.
 const MAX_KINDS: usize = 64;
+/// How often a caller is told where it is while only events happen that it does not want; those of the feed
+/// come where nothing happens.
+const TELL_PLACE: Duration = Duration::from_secs(10);
 /// Longest word of a kind that is repeated to whoever asked for it.
 const MAX_WORD_BYTES: usize = 64;
 
@@ -48,10 +54,13 @@ impl Wanted {
         Ok(Self((!words.is_empty()).then_some(kinds)))
     }
 
-    fn holds(&self, frame: &Frame) -> bool {
+    /// What the caller is told instead of this frame, after it was told nothing for so long.
+    fn of(&self, frame: Frame, silent: Duration) -> Option<Frame> {
         match (&self.0, frame) {
-            (Some(kinds), Frame::Event(event)) => kinds.contains(&event.kind),
-            _ => true,
+            (Some(kinds), Frame::Event(event)) if !kinds.contains(&event.kind) => {
+                (silent >= TELL_PLACE).then_some(Frame::Place(event.cursor))
+            }
+            (_, frame) => Some(frame),
         }
     }
 }
@@ -73,11 +82,14 @@ pub(super) fn watch(
         let status = refuse(Code::ResourceExhausted, "too_many_subscriptions", error.to_string());
         with_hint(status, "end some of them, or raise event_subscriptions at the hub")
     })?;
-    let frames = frames
-        .filter(move |frame| {
-            std::future::ready(frame.as_ref().map_or(true, |frame| wanted.holds(frame)))
-        })
-        .map(|frame| frame.map(wire).map_err(from_store));
+    let mut told = Instant::now();
+    let frames = frames.filter_map(move |frame| {
+        let frame = frame.map(|frame| wanted.of(frame, told.elapsed()));
+        if !matches!(frame, Ok(None)) {
+            told = Instant::now();
+        }
+        std::future::ready(frame.map_err(from_store).map(|frame| frame.map(wire)).transpose())
+    });
     // Told when the hub stops, so that the caller comes back to the next one.
     let end = service.scope.token().clone().cancelled_owned();
     let stopped = service.scope.token().clone();
@@ -136,5 +148,20 @@ mod tests {
         }
         let endless = "x".repeat(1_000_000);
         assert!(count(&[&endless]).unwrap_err().message().len() < 200);
+    }
+
+    #[test]
+    fn what_is_not_wanted_still_moves_the_callers_place_on() {
+        let wanted = Wanted::parse(&["node".to_owned()]).unwrap();
+        let event = |kind| {
+            let (cursor, about) = (Cursor(7), crate::events::NewEvent::of_hub());
+            Frame::Event(std::sync::Arc::new(Event { cursor, at_ms: 1, kind, about }))
+        };
+        let (other, node) = (event(Kind::HubStopping), event(Kind::NodeOnline));
+        assert_eq!(wanted.of(node.clone(), Duration::ZERO), Some(node));
+        assert_eq!(wanted.of(other.clone(), Duration::ZERO), None);
+        assert_eq!(wanted.of(other, TELL_PLACE), Some(Frame::Place(Cursor(7))));
+        let missed = Frame::Missed { count: None, to: Cursor(8) };
+        assert_eq!(wanted.of(missed.clone(), Duration::ZERO), Some(missed));
     }
 }

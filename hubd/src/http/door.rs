@@ -21,7 +21,7 @@ use super::error::Problem;
 use super::health::{self, Readiness};
 use super::metrics::{self, MetricsToken};
 use super::provision::{self, Agents};
-use super::routes::{Call, ROUTES, Route, Verb, Who, not_logged_in};
+use super::routes::{Answered, Call, ROUTES, Route, Verb, Who, not_logged_in};
 use super::{openapi, page};
 use crate::authority::sessions::Sessions;
 use crate::config::HttpConfig;
@@ -229,27 +229,41 @@ async fn carry_out(
             path: path.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
             query: parts.uri.query().unwrap_or_default().to_owned(),
             headers: parts.headers.clone(),
+            last_event_id: last_event_id(&parts),
             body,
         };
         (route.handle)(api, call).await
     };
-    let over = async {
-        match &visit {
-            Some(visit) => visit.over().await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::select! {
+    let answered = tokio::select! {
         // First: logging out ends its own session, and is answered.
         biased;
-        response = work => response,
-        problem = over => Err(problem),
-        () = tokio::time::sleep(door.request_time) => Err(Problem::new(
+        answered = work => answered?,
+        problem = over(visit.as_ref()) => return Err(problem),
+        () = tokio::time::sleep(door.request_time) => return Err(Problem::new(
             StatusCode::GATEWAY_TIMEOUT,
             "deadline",
             "this took too long; what was begun may still happen",
         )),
+    };
+    Ok(match answered {
+        Answered::Whole(response) => response,
+        // It has begun in time, and goes on as long as it may.
+        Answered::Open(open) => open.until(async move { over(visit.as_ref()).await }),
+    })
+}
+
+/// Waits until a request may go on no longer.
+async fn over(visit: Option<&Visit>) -> Problem {
+    match visit {
+        Some(visit) => visit.over().await,
+        None => std::future::pending().await,
     }
+}
+
+fn last_event_id(parts: &Parts) -> String {
+    let id = parts.headers.get("last-event-id").map(|id| String::from_utf8_lossy(id.as_bytes()));
+    // What is no text is no cursor either.
+    id.unwrap_or_default().into_owned()
 }
 
 async fn read(parts: &Parts, body: Body, limit: usize) -> Result<Vec<u8>, Problem> {

@@ -74,6 +74,12 @@ impl Problem {
         Self::new(StatusCode::BAD_REQUEST, "invalid_argument", detail)
     }
 
+    /// The document, in one line.
+    pub(super) fn document(&self) -> String {
+        // It has strings and numbers alone, which can be written.
+        serde_json::to_string(&self.0).unwrap_or_default()
+    }
+
     /// Its stable word.
     #[cfg(test)]
     pub(crate) fn code(&self) -> &str {
@@ -120,9 +126,8 @@ impl From<Status> for Problem {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response<Body> {
+        let mut response = Response::new(Body::from(self.document()));
         let Self(document) = self;
-        let body = serde_json::to_vec(&document).unwrap_or_default();
-        let mut response = Response::new(Body::from(body));
         *response.status_mut() =
             StatusCode::from_u16(document.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let headers = response.headers_mut();

@@ -4,6 +4,8 @@
 //! caller or a request sent. Numbers tell how busy a mesh is, so that not everybody gets them: programs on
 //! this machine do, operators who see everything, and whoever shows the token.
 
+mod background;
+
 use std::io;
 use std::path::Path;
 
@@ -66,6 +68,8 @@ pub(super) fn may_see(
 /// Everything.
 pub(super) fn response(api: &Api, phase: Phase) -> Result<Response<Body>, Problem> {
     let mut families = of_state(api, phase).map_err(|error| internal(&error))?;
+    families.extend(background::of_events(api).map_err(|error| internal(&error))?);
+    families.extend(background::of_workers(api).map_err(|error| internal(&error))?);
     families.extend(of_counters().map_err(|error| internal(&error))?);
     families.sort_by(|a, b| a.name().cmp(b.name()));
     let (encoder, mut text) = (TextEncoder::new(), Vec::new());

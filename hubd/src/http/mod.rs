@@ -7,6 +7,7 @@
 //! | `credentials` | cookie, bearer token, client certificate; where a request comes from |
 //! | `routes` | the API as one table |
 //! | `api` | carrying it out, by the calls of the Operator service |
+//! | `sse` | answers that go on until something ends them |
 //! | `openapi` | the table as a document |
 //! | `provision` | installing nodes: the script and the agent |
 //! | `page` | the web page, and where a login link leads |
@@ -29,6 +30,7 @@ mod page;
 mod provision;
 mod routes;
 mod server;
+mod sse;
 
 use std::io;
 use std::net::SocketAddr;

@@ -10,7 +10,8 @@ use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
 use super::error::Document;
-use super::routes::{ROUTES, Route, Who};
+use super::routes::{ROUTES, Route, Shape, Who};
+use super::sse;
 
 /// The document; the same for everybody.
 pub(super) fn response() -> Response<Body> {
@@ -71,14 +72,26 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
         })
         .collect();
     parameters.extend(query(route, generator));
-    let answer = (route.answer)(generator);
+    let (media, answer) = match route.answer {
+        Shape::One(schema) => ("application/json", schema(generator)),
+        Shape::Each(schema) => {
+            parameters.push(json!({
+                "name": "Last-Event-ID",
+                "in": "header",
+                "required": false,
+                "description": "The last id that was received: what comes after it.",
+                "schema": { "type": "string" },
+            }));
+            (sse::MEDIA_TYPE, schema(generator))
+        }
+    };
     let mut operation = json!({
         "summary": route.summary,
         "parameters": parameters,
         "responses": {
             "200": {
                 "description": "It was carried out",
-                "content": { "application/json": { "schema": answer } },
+                "content": { media: { "schema": answer } },
             },
             "default": { "$ref": "#/components/responses/problem" },
         },

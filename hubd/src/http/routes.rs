@@ -16,10 +16,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
-use super::api::{Api, history, hub, nodes, session, tasks, view, workspaces};
+use super::api::{Api, events, history, hub, nodes, session, tasks, view, workspaces};
 use super::credentials::Shown;
 use super::error::{Problem, internal};
-use super::page;
+use super::{page, sse};
 use crate::grpc::auth::{AdmittedOperator, Peer};
 
 /// How a route is asked.
@@ -52,7 +52,24 @@ pub(super) enum Who {
     Caller(&'static str),
 }
 
-type Handled = Pin<Box<dyn Future<Output = Result<Response<Body>, Problem>> + Send>>;
+type Handled = Pin<Box<dyn Future<Output = Result<Answered, Problem>> + Send>>;
+
+/// What was made of a request.
+pub(super) enum Answered {
+    /// The answer.
+    Whole(Response<Body>),
+    /// One that goes on as long as the caller may make the call.
+    Open(sse::Open),
+}
+
+/// What a route answers.
+#[derive(Clone, Copy)]
+pub(super) enum Shape {
+    /// JSON of this type.
+    One(fn(&mut SchemaGenerator) -> Schema),
+    /// A stream of events, each with JSON of this type.
+    Each(fn(&mut SchemaGenerator) -> Schema),
+}
 
 /// A line of the table.
 pub(super) struct Route {
@@ -63,7 +80,7 @@ pub(super) struct Route {
     pub(super) query: fn(&mut SchemaGenerator) -> Schema,
     /// Absent where nothing is sent.
     pub(super) body: Option<fn(&mut SchemaGenerator) -> Schema>,
-    pub(super) answer: fn(&mut SchemaGenerator) -> Schema,
+    pub(super) answer: Shape,
     pub(super) handle: fn(Arc<Api>, Call) -> Handled,
 }
 
@@ -81,6 +98,9 @@ pub(crate) struct Call {
     pub(super) query: String,
     /// The request's headers.
     pub(super) headers: HeaderMap,
+    /// What a browser says when it comes back to a stream of events: the last `id` that it was sent. Empty
+    /// without it.
+    pub(super) last_event_id: String,
     /// What was sent.
     pub(super) body: Vec<u8>,
 }
@@ -145,7 +165,7 @@ impl<T> Reply<T> {
 
 impl<T: Serialize> Reply<T> {
     /// What was only looked at has a tag, by which whoever asks again is told that nothing has changed.
-    fn into_response(self, verb: Verb, call: &Call) -> Result<Response<Body>, Problem> {
+    fn into_answer(self, verb: Verb, call: &Call) -> Result<Answered, Problem> {
         let body = serde_json::to_vec(&self.value).map_err(|error| internal(&error))?;
         let tag = (verb == Verb::Get).then(|| page::tag_of(&sha2::Sha256::digest(&body)));
         let known = tag.as_ref().is_some_and(|tag| page::has(&call.headers, tag));
@@ -164,7 +184,7 @@ impl<T: Serialize> Reply<T> {
             cookie.set_sensitive(true);
             headers.insert(SET_COOKIE, cookie);
         }
-        Ok(response)
+        Ok(Answered::Whole(response))
     }
 }
 
@@ -187,8 +207,16 @@ macro_rules! routes {
     (@who $call:ident) => { Who::Caller(concat!("/cortex.v1.Operator/", stringify!($call))) };
     (@body) => { None };
     (@body $body:ty) => { Some(schema_of::<$body> as fn(&mut SchemaGenerator) -> Schema) };
+    (@shape each $item:ty) => { Shape::Each(schema_of::<$item>) };
+    (@shape $answer:ty) => { Shape::One(schema_of::<$answer>) };
+    (@answer $made:expr, $verb:expr, $call:expr, each $item:ty) => {
+        Ok(Answered::Open(sse::Open::of::<$item>($made)))
+    };
+    (@answer $made:expr, $verb:expr, $call:expr, $answer:ty) => {
+        Reply::<$answer>::from($made).into_answer($verb, $call)
+    };
     ($($verb:ident $path:literal $who:ident, $summary:literal:
-        $handler:path, ($query:ty) $(< $body:ty)? => $answer:ty;)+) => {
+        $handler:path, ($query:ty) $(< $body:ty)? => $(@$each:ident)? $answer:ty;)+) => {
         /// Every route of the API.
         pub(super) static ROUTES: &[Route] = &[$(Route {
             verb: Verb::$verb,
@@ -197,12 +225,11 @@ macro_rules! routes {
             summary: $summary,
             query: fields_of::<$query>,
             body: routes!(@body $($body)?),
-            answer: schema_of::<$answer>,
+            answer: routes!(@shape $($each)? $answer),
             handle: |api, call| Box::pin(async move {
                 let query: $query = call.query()?;
-                let reply: Reply<$answer> =
-                    $handler(&api, &call, query $(, call.body::<$body>()?)?).await?.into();
-                reply.into_response(Verb::$verb, &call)
+                let made = $handler(&api, &call, query $(, call.body::<$body>()?)?).await?;
+                routes!(@answer made, Verb::$verb, &call, $($each)? $answer)
             }),
         }),+];
     };
@@ -217,6 +244,8 @@ routes! {
         session::close, (NoQuery) => view::Done;
     Get "/api/v1/hub" HubStatus, "The hub and what it does":
         hub::show, (NoQuery) => view::Hub;
+    Get "/api/v1/events" WatchEvents, "What happens, as it happens":
+        events::watch, (events::Wanted) => @each view::News;
     Get "/api/v1/nodes" ListNodes, "Nodes by name":
         nodes::list, (nodes::Filter) => view::Nodes;
     Get "/api/v1/nodes/{node}" ListNodes, "One node, by its name or the beginning of its id":

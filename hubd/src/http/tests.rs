@@ -88,17 +88,24 @@ fn every_reference_of_the_document_leads_somewhere() {
     let names: Vec<_> =
         nodes["parameters"].as_array().unwrap().iter().map(|p| &p["name"]).collect();
     assert_eq!(names, ["cursor", "limit", "online", "selector"]);
+    let events = &document["paths"]["/api/v1/events"]["get"];
+    let names: Vec<_> =
+        events["parameters"].as_array().unwrap().iter().map(|p| &p["name"]).collect();
+    assert_eq!(names, ["after", "kinds", "Last-Event-ID"]);
+    let kinds: Vec<_> = events["responses"]["200"]["content"].as_object().unwrap().keys().collect();
+    assert_eq!(kinds, ["text/event-stream"]);
     let shown = document["components"]["schemas"]["Node"]["properties"].as_object().unwrap();
     assert!(shown.contains_key("policy_until_ms") && shown.contains_key("effective_mode"));
 }
 
 /// Which call each route is, written down a second time: a wrong one in the table would let in whoever may
 /// make that one.
-const EXPECTED: [(&str, &str); 17] = [
+const EXPECTED: [(&str, &str); 18] = [
     ("post /api/v1/session", "-"),
     ("get /api/v1/session", "HubStatus"),
     ("delete /api/v1/session", "HubStatus"),
     ("get /api/v1/hub", "HubStatus"),
+    ("get /api/v1/events", "WatchEvents"),
     ("get /api/v1/nodes", "ListNodes"),
     ("get /api/v1/nodes/{node}", "ListNodes"),
     ("put /api/v1/nodes/{node}/policy", "SetNodePolicy"),

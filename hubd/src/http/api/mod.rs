@@ -1,6 +1,7 @@
 //! Carrying out what the API is asked: each handler makes the call of the Operator service that its
 //! line of the table names, and shows the answer as JSON.
 
+pub(super) mod events;
 pub(super) mod history;
 pub(super) mod hub;
 pub(super) mod nodes;

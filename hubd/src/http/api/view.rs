@@ -1,6 +1,7 @@
 //! What the API shows and takes, in JSON. Field names are those of the command line's `-o json`; times are
 //! milliseconds since the Unix epoch, absent for never.
 
+mod event;
 mod node;
 mod task;
 mod workspace;
@@ -11,6 +12,7 @@ use cortex_proto::v1;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub(in crate::http) use self::event::News;
 pub(in crate::http) use self::node::{Network, Node, Nodes, Policy};
 pub(in crate::http) use self::task::{
     Cancel, History, HistoryPiece, OutputPiece, Stream, Task, TaskOutput, TaskState, Tasks,
