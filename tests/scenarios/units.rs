@@ -6,9 +6,10 @@ use std::process::Command;
 use cortex_tests::process::{Outcome, run};
 
 /// Units of the machine and of a user.
-const UNITS: [(&str, &str); 5] = [
+const UNITS: [(&str, &str); 6] = [
     ("cortex-hubd.service", include_str!("../../packaging/systemd/cortex-hubd.service")),
     ("cortex-hubd.socket", include_str!("../../packaging/systemd/cortex-hubd.socket")),
+    ("cortex-hubd-http.socket", include_str!("../../packaging/systemd/cortex-hubd-http.socket")),
     ("cortex-agent.service", include_str!("../../packaging/systemd/cortex-agent.service")),
     ("user/cortex-hubd.service", include_str!("../../packaging/systemd/cortex-hubd.user.service")),
     (
@@ -35,9 +36,10 @@ fn analyze(folder: &Path, arguments: &[&str]) -> Option<Outcome> {
 fn installed() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("user")).unwrap();
-    // A user's service wants its socket beside it.
-    let socket = ("user/cortex-hubd.socket", UNITS[1].1);
-    for (name, text) in UNITS.into_iter().chain([socket]) {
+    // A user's service wants its sockets beside it.
+    let sockets =
+        [("user/cortex-hubd.socket", UNITS[1].1), ("user/cortex-hubd-http.socket", UNITS[2].1)];
+    for (name, text) in UNITS.into_iter().chain(sockets) {
         let text = text
             .replace("@PROGRAM@", "/bin/true")
             .replace("@STATE@", "/var/lib/cortex-agent")
