@@ -229,7 +229,6 @@ async fn carry_out(
             path: path.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
             query: parts.uri.query().unwrap_or_default().to_owned(),
             headers: parts.headers.clone(),
-            last_event_id: last_event_id(&parts),
             body,
         };
         (route.handle)(api, call).await
@@ -258,12 +257,6 @@ async fn over(visit: Option<&Visit>) -> Problem {
         Some(visit) => visit.over().await,
         None => std::future::pending().await,
     }
-}
-
-fn last_event_id(parts: &Parts) -> String {
-    let id = parts.headers.get("last-event-id").map(|id| String::from_utf8_lossy(id.as_bytes()));
-    // What is no text is no cursor either.
-    id.unwrap_or_default().into_owned()
 }
 
 async fn read(parts: &Parts, body: Body, limit: usize) -> Result<Vec<u8>, Problem> {

@@ -98,9 +98,6 @@ pub(crate) struct Call {
     pub(super) query: String,
     /// The request's headers.
     pub(super) headers: HeaderMap,
-    /// What a browser says when it comes back to a stream of events: the last `id` that it was sent. Empty
-    /// without it.
-    pub(super) last_event_id: String,
     /// What was sent.
     pub(super) body: Vec<u8>,
 }
@@ -209,10 +206,10 @@ macro_rules! routes {
     (@body $body:ty) => { Some(schema_of::<$body> as fn(&mut SchemaGenerator) -> Schema) };
     (@shape each $item:ty) => { Shape::Each(schema_of::<$item>) };
     (@shape $answer:ty) => { Shape::One(schema_of::<$answer>) };
-    (@answer $made:expr, $verb:expr, $call:expr, each $item:ty) => {
+    (@answer $verb:expr, $call:expr, $made:expr, each $item:ty) => {
         Ok(Answered::Open(sse::Open::of::<$item>($made)))
     };
-    (@answer $made:expr, $verb:expr, $call:expr, $answer:ty) => {
+    (@answer $verb:expr, $call:expr, $made:expr, $answer:ty) => {
         Reply::<$answer>::from($made).into_answer($verb, $call)
     };
     ($($verb:ident $path:literal $who:ident, $summary:literal:
@@ -229,7 +226,7 @@ macro_rules! routes {
             handle: |api, call| Box::pin(async move {
                 let query: $query = call.query()?;
                 let made = $handler(&api, &call, query $(, call.body::<$body>()?)?).await?;
-                routes!(@answer made, Verb::$verb, &call, $($each)? $answer)
+                routes!(@answer Verb::$verb, &call, made, $($each)? $answer)
             }),
         }),+];
     };

@@ -28,12 +28,12 @@ pub(in crate::http) async fn watch(
     call: &Call,
     wanted: Wanted,
 ) -> Result<Telling<view::News>, Problem> {
-    let after = match call.last_event_id.as_str() {
-        "" => wanted.after,
-        id => {
-            let cursor = id.parse().ok();
+    let after = match call.headers.get("last-event-id") {
+        Some(id) => {
+            let cursor = id.to_str().ok().and_then(|id| id.parse().ok());
             Some(cursor.ok_or_else(|| Problem::invalid("Last-Event-ID has to be a cursor"))?)
         }
+        None => wanted.after,
     };
     let kinds = wanted.kinds.unwrap_or_default();
     let kinds = kinds.split(',').filter(|word| !word.is_empty()).map(str::to_owned).collect();

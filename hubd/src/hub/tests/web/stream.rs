@@ -179,7 +179,7 @@ async fn events_come_within_the_callers_scope_and_go_on_after_the_last_one() {
 
     // Also to the next hub.
     let hub = hub.restart().await;
-    assert_eq!(back.end().await["code"], "hub_stopping");
+    assert_eq!(back.end().await["code"], "shutting_down");
     let header = format!("last-event-id: {}", pieces[3].id);
     let mut back = Follower::start(&hub, Some(&ann), "?kinds=hub", &[&header]).await;
     assert_eq!(back.news().await.json()["kind"], "hub.stopping");
