@@ -44,6 +44,8 @@ pub struct PrivateDir {
     trash: DirHandle,
     probe: FileHandle,
     tick_ns: i64,
+    /// See [`tells_changes_apart`].
+    told_apart: bool,
     wall_ms: Arc<dyn Fn() -> i64 + Send + Sync>,
     next_name: AtomicU64,
 }
@@ -77,7 +79,8 @@ impl PrivateDir {
             path: path.to_owned(),
             stage: top.open_dir(b"stage")?,
             trash: top.open_dir(TRASH)?,
-            tick_ns: if tells_changes_apart(&probe)? { 0 } else { top.file_system()?.tick_ns },
+            tick_ns: top.file_system()?.tick_ns,
+            told_apart: tells_changes_apart(&probe)?,
             probe,
             wall_ms: ground.wall_ms.clone(),
             next_name: AtomicU64::new(0),
@@ -155,6 +158,17 @@ impl PrivateDir {
         self.probe.write_all_at(b"x", 0)?;
         let meta = self.probe.meta()?;
         Ok(Clock { now_ns: meta.mtime_ns.max(meta.ctime_ns), tick_ns: self.tick_ns })
+    }
+
+    /// The same for files that are read between two looks at their times: where changes are told apart,
+    /// one after the first look has another time, and none is too young to be believed. What we have put
+    /// in its place ourselves nobody has looked at before.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn clock_of_readers(&self) -> io::Result<Clock> {
+        let clock = self.clock()?;
+        Ok(if self.told_apart { Clock { tick_ns: 0, ..clock } } else { clock })
     }
 
     /// Removes what has been in the trash for a day, and of what takes more than a GiB the oldest. A

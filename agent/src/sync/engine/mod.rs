@@ -419,7 +419,7 @@ impl<H: Hub> Engine<H> {
                         root: &core.root,
                         index: &mut core.index,
                         ignore: &core.ignore,
-                        clock: core.private.clock()?,
+                        clock: core.private.clock_of_readers()?,
                         hot: &hot,
                         directories,
                         cancel: &cancel,
