@@ -133,11 +133,23 @@ async fn output_that_is_not_complete_is_never_a_success() {
 #[tokio::test]
 async fn failures_of_the_mesh_are_125_and_refusals_126() {
     let mut mesh = Mesh::new().await;
-    // The stream ends, or breaks, before the exit.
+    let accepted = || {
+        let task_id = vec![1; 16].into();
+        exec_down::Frame::Accepted(v1::ExecAccepted { task_id, ..Default::default() })
+    };
+    // A start that nobody answered is repeated, by the same key: it is not begun twice.
     let (child, exec) = mesh.exec().await;
+    let key = exec.start.idempotency_key.clone();
+    exec.fail(Status::unavailable("the hub stops")).await;
+    let exec = mesh.hub.exec().await;
+    assert!(!key.is_empty());
+    assert_eq!(exec.start.idempotency_key, key);
+    // The stream ends, or breaks, before the exit of what was accepted.
+    exec.send(accepted()).await;
     drop(exec);
     assert_eq!(end(child).await.status.code(), Some(125));
     let (child, exec) = mesh.exec().await;
+    exec.send(accepted()).await;
     exec.fail(Status::unavailable("the hub stops")).await;
     assert_eq!(end(child).await.status.code(), Some(125));
     // Verdicts without a run.

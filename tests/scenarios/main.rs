@@ -23,6 +23,7 @@ mod sync_crash;
 mod sync_hub;
 mod sync_rules;
 mod targets;
+mod task_crash;
 mod tasks;
 mod terminal;
 mod units;

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::{self, hub_frame, node_frame};
+use cortex_shared::crash::crash_point;
 use cortex_shared::ids::{TaskId, WorkspaceId};
 use cortex_shared::policy::{Bound, Role};
 use cortex_shared::tasks::TaskScope;
@@ -388,8 +389,12 @@ impl Dispatcher {
 
     /// Writes down, durably, that a task starts; answers the hub where it must not.
     async fn record_begin(&self, id: TaskId, session: &SessionContext) -> bool {
+        crash_point("task.told");
         match self.inner.journal.begin(id).await {
-            Ok(true) => return true,
+            Ok(true) => {
+                crash_point("task.begun");
+                return true;
+            }
             Ok(false) => {
                 tracing::warn!(task = %id, "the hub ordered a task a second time; it does not run");
                 // What is known of the first time is the answer.

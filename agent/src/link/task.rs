@@ -16,6 +16,7 @@ use std::time::Duration;
 use cortex_proto::CODE_TRAILER;
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::{self, task_io_up};
+use cortex_shared::crash::crash_point;
 use cortex_shared::ids::TaskId;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::{mpsc, watch};
@@ -348,9 +349,11 @@ impl Running {
 
     async fn end(&mut self, exit: v1::TaskExit) {
         let id = self.context.id;
+        crash_point("task.over");
         if let Err(error) = self.context.journal.end(id, &exit).await {
             tracing::error!(task = %id, %error, "the end of a task is not on disk");
         }
+        crash_point("task.over.recorded");
         (self.control, self.events) = (None, None);
         self.carrier.end(exit);
     }

@@ -21,6 +21,7 @@ use cortex_proto::DEFAULT_OUTPUT_CREDIT;
 use cortex_proto::v1::{
     StartTask, TaskAck, TaskExit, TaskIoHello, TaskSpec, TaskVerdict, hub_frame, task_io_up,
 };
+use cortex_shared::crash::crash_point;
 use cortex_shared::ids::{NodeId, SessionId, TaskId};
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::mpsc;
@@ -271,11 +272,13 @@ impl Relay {
             initial_credit: task.to_reader.first_credit(),
             role: new.role.to_string(),
         });
+        crash_point("task.accepting");
         match self.store.accept_task(new).await? {
             Acceptance::New => counters::TASKS_ACCEPTED.add(1),
             Acceptance::Known(id) => return Ok(Begun::Known(id)),
             Acceptance::KeyReused(task) => return Err(StartRefusal::KeyReused { task }),
         }
+        crash_point("task.accepted");
         if !claim.take() {
             let exit = TaskExit {
                 verdict: TaskVerdict::Cancelled.into(),
@@ -294,7 +297,9 @@ impl Relay {
         // First into the table, then to the node: if the session ends in between, either the table
         // is searched after this, or the send fails.
         self.lock().insert(id, Running { task: Arc::clone(&task), _slot: Some(slot) });
-        if session.send(frame).is_err() {
+        let sent = session.send(frame);
+        crash_point("task.dispatched");
+        if sent.is_err() {
             self.fail_unbegun(id, TaskVerdict::StreamLost, "the node is not connected");
         }
         let (relay, deadline, waiting) =
@@ -573,8 +578,10 @@ impl Relay {
                 tokio::time::timeout(SPOOL_PATIENCE, spool.flush(task.id())).await.ok();
             }
             counters::TASKS_ENDED[end.verdict.state() as usize].add(1);
+            crash_point("task.ending");
             let end = match store.end_task(task.id(), end.clone()).await {
                 Ok(()) => {
+                    crash_point("task.ended");
                     events.publish(Kind::TaskEnded, ended(about(&task.record), &end));
                     unwanted.journalled(task.id());
                     if let Some(session) = task.session() {

@@ -32,6 +32,8 @@ use crate::cli::persist::{PATIENCE, is_passing, jittered, next_delay};
 use crate::cli::printer::{ColorWhen, complain};
 use crate::client::connect_error_in;
 
+/// What a hub answers whose task is over and whose verdict is on its way to the journal.
+const TASK_ENDING: &str = "task_ending";
 /// Time between TERM and KILL for an interrupted command.
 const GRACE: Duration = Duration::from_secs(2);
 /// Credit is given in frames of at least so much: the hub may have made the window as small as twice that.
@@ -199,9 +201,10 @@ impl TaskStream {
         let lost_at = *self.lost_at.get_or_insert_with(Instant::now);
         // Not begun, or begun once: its key leads to it. Between two hubs there is none to connect to.
         let draining = code.is_some_and(|code| code == cortex_proto::CODE_DRAINING);
+        let ending = code.is_some_and(|code| code == TASK_ENDING);
         let midway = code.is_none() && is_passing(&status) && connect_error_in(&status).is_none();
         let absent = || connect_error_in(&status).is_some_and(|error| !error.is_permanent());
-        let waits = draining || midway || self.retry.is_some() && absent();
+        let waits = draining || ending || midway || self.retry.is_some() && absent();
         self.drained |= draining;
         let patience = if self.drained { PATIENCE } else { START_PATIENCE };
         if waits && self.start.is_some() && lost_at.elapsed() <= patience {
