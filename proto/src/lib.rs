@@ -61,6 +61,9 @@ pub const HTTP2_FRAME_BYTES: u32 = 256 * 1024;
 /// The word of a refusal by a hub that is being restarted: what was asked for was certainly not begun, and
 /// may be asked for again.
 pub const CODE_DRAINING: &str = "hub_draining";
+/// The word of a refusal by a hub whose task is over and whose verdict is on its way to the journal: asked
+/// again in a moment, it answers.
+pub const CODE_TASK_ENDING: &str = "task_ending";
 
 /// Trailer with the stable code of a refusal.
 pub const CODE_TRAILER: &str = "cortex-code";

@@ -5,9 +5,9 @@ mod reader;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cortex_proto::DEFAULT_OUTPUT_CREDIT;
 use cortex_proto::v1;
 use cortex_proto::v1::{ExecDown, ExecUp, exec_down, exec_up};
+use cortex_proto::{CODE_TASK_ENDING, DEFAULT_OUTPUT_CREDIT};
 use cortex_shared::clock::unix_ms;
 use cortex_shared::ids::{TaskId, WorkspaceId};
 use cortex_shared::policy::{Mode, Network, Role};
@@ -277,7 +277,7 @@ async fn go_on(
             // Asked again: it may have ended since.
             let record = tasks::get(service, operator, id).await?;
             let end = record.end.as_ref().ok_or_else(|| {
-                let status = refuse(Code::Unavailable, "task_ending", "the task is just ending");
+                let status = refuse(Code::Unavailable, CODE_TASK_ENDING, "the task is just ending");
                 with_retry_after(status, Duration::from_millis(100))
             })?;
             let mailbox = ToReader::recovered(

@@ -10,6 +10,7 @@ use axum::extract::{RawPathParams, Request};
 use axum::middleware::map_response;
 use axum::response::IntoResponse as _;
 use axum::routing::{MethodFilter, get, on};
+use cortex_proto::CODE_DRAINING;
 use http::header::{CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY};
 use http::header::{X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
 use http::request::Parts;
@@ -75,8 +76,7 @@ impl Door {
             api.service.relay.draining().until()?;
             let detail = "the hub takes no new commands: it is about to restart";
             Some(
-                Problem::new(StatusCode::SERVICE_UNAVAILABLE, "hub_draining", detail)
-                    .retry_after(5),
+                Problem::new(StatusCode::SERVICE_UNAVAILABLE, CODE_DRAINING, detail).retry_after(5),
             )
         };
         self.readiness.refusal().or_else(|| self.api.get().and_then(drained))

@@ -15,7 +15,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use cortex_proto::v1::operator_client::OperatorClient;
 use cortex_proto::v1::{self, exec_down, exec_up};
-use cortex_proto::{LEAST_OUTPUT_CREDIT, STDIN_WINDOW_BYTES};
+use cortex_proto::{
+    CODE_DRAINING, CODE_TASK_ENDING, CODE_TRAILER, LEAST_OUTPUT_CREDIT, STDIN_WINDOW_BYTES,
+};
 use cortex_shared::replay::{Piece, Replay};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -32,8 +34,6 @@ use crate::cli::persist::{PATIENCE, is_passing, jittered, next_delay};
 use crate::cli::printer::{ColorWhen, complain};
 use crate::client::connect_error_in;
 
-/// What a hub answers whose task is over and whose verdict is on its way to the journal.
-const TASK_ENDING: &str = "task_ending";
 /// Time between TERM and KILL for an interrupted command.
 const GRACE: Duration = Duration::from_secs(2);
 /// Credit is given in frames of at least so much: the hub may have made the window as small as twice that.
@@ -196,12 +196,12 @@ impl TaskStream {
     /// The stream broke. What is gone for good is an error; otherwise another one is opened soon.
     fn broke(&mut self, status: Status) -> Result<(), CliError> {
         self.down = None;
-        let code = status.metadata().get(cortex_proto::CODE_TRAILER);
+        let code = status.metadata().get(CODE_TRAILER);
         let known = !self.accepted.task_id.is_empty() && self.accepted.resume_grace_ms > 0;
         let lost_at = *self.lost_at.get_or_insert_with(Instant::now);
         // Not begun, or begun once: its key leads to it. Between two hubs there is none to connect to.
-        let draining = code.is_some_and(|code| code == cortex_proto::CODE_DRAINING);
-        let ending = code.is_some_and(|code| code == TASK_ENDING);
+        let draining = code.is_some_and(|code| code == CODE_DRAINING);
+        let ending = code.is_some_and(|code| code == CODE_TASK_ENDING);
         let midway = code.is_none() && is_passing(&status) && connect_error_in(&status).is_none();
         let absent = || connect_error_in(&status).is_some_and(|error| !error.is_permanent());
         let waits = draining || ending || midway || self.retry.is_some() && absent();

@@ -178,6 +178,15 @@ impl Mesh {
     }
 }
 
+/// The second of two agents with one root halts for as long as the first is there.
+async fn second_waits(first: &mut Node, second: &mut Node) {
+    second.start();
+    let status = second.until_state(SyncState::Halted).await;
+    assert!(status.halted_reason.contains("another agent"), "{}", status.halted_reason);
+    first.stop().await;
+    second.until_state(SyncState::Idle).await;
+}
+
 /// Lets all nodes sync until they agree: what one pushes in the first round the others have after
 /// the second, and conflict copies they make of it are everywhere after the third.
 async fn settle(nodes: &[&Node]) {

@@ -48,11 +48,7 @@ async fn t35_overlapping_roots_of_two_agents_are_refused_whichever_was_first() {
             if inner_first { (&mut inner, &mut outer) } else { (&mut outer, &mut inner) };
         first.start();
         first.until_state(SyncState::Idle).await;
-        second.start();
-        let status = second.until_state(SyncState::Halted).await;
-        assert!(status.halted_reason.contains("another agent"), "{}", status.halted_reason);
-        first.stop().await;
-        second.until_state(SyncState::Idle).await;
+        second_waits(first, second).await;
     }
 }
 

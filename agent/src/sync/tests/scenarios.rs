@@ -336,11 +336,7 @@ async fn t35_two_agents_on_one_directory_are_refused() {
     first.flush().await;
     let mut second = mesh.stopped_node("b");
     second.config.root = first.config.root.clone();
-    second.start();
-    let status = second.until_state(SyncState::Halted).await;
-    assert!(status.halted_reason.contains("another agent"), "{}", status.halted_reason);
-    first.stop().await;
-    second.until_state(SyncState::Idle).await;
+    second_waits(&mut first, &mut second).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -44,6 +44,31 @@ pub(super) fn word(status: &Status) -> &str {
     word.map_or("", |word| word.to_str().unwrap())
 }
 
+/// What somebody dials a side of the hub with who believes these authorities.
+pub(super) fn tls(
+    authorities: &[CertificateDer<'static>],
+    login: Option<&Login>,
+    protocol: &[u8],
+) -> TlsConnector {
+    let mut roots = RootCertStore::empty();
+    for authority in authorities {
+        roots.add(authority.clone()).unwrap();
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots);
+    let mut tls = match login {
+        None => builder.with_no_client_auth(),
+        Some(Login { chain, key }) => builder
+            .with_client_auth_cert(chain.clone(), PrivateKeyDer::try_from(key.clone()).unwrap())
+            .unwrap(),
+    };
+    tls.alpn_protocols = vec![protocol.to_vec()];
+    TlsConnector::from(Arc::new(tls))
+}
+
 impl TestHub {
     pub(super) async fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
@@ -88,23 +113,7 @@ impl TestHub {
         authorities: &[CertificateDer<'static>],
         login: Option<&Login>,
     ) -> Result<Channel, tonic::transport::Error> {
-        let mut roots = RootCertStore::empty();
-        for authority in authorities {
-            roots.add(authority.clone()).unwrap();
-        }
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .with_root_certificates(roots);
-        let mut tls = match login {
-            None => builder.with_no_client_auth(),
-            Some(Login { chain, key }) => builder
-                .with_client_auth_cert(chain.clone(), PrivateKeyDer::try_from(key.clone()).unwrap())
-                .unwrap(),
-        };
-        tls.alpn_protocols = vec![b"h2".to_vec()];
-        let (connector, address) = (TlsConnector::from(Arc::new(tls)), self.hub.address());
+        let (connector, address) = (tls(authorities, login, b"h2"), self.hub.address());
         let connect = tower::service_fn(move |_| {
             let connector = connector.clone();
             async move {

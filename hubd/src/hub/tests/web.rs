@@ -3,15 +3,13 @@
 mod stream;
 
 use cortex_proto::v1;
-use rustls::{ClientConfig, RootCertStore};
-use rustls_pki_types::{PrivateKeyDer, ServerName};
+use rustls_pki_types::ServerName;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::support::{Login, TestHub};
+use super::support::{Login, TestHub, tls};
 use super::*;
 use crate::config::HttpConfig;
 use crate::grpc::auth::expected::may_call;
@@ -53,24 +51,10 @@ impl Answer {
 
 /// A connection to the HTTP side, which has to be that of the mesh's authority.
 async fn dial(hub: &TestHub, login: Option<&Login>) -> TlsStream<TcpStream> {
-    let mut roots = RootCertStore::empty();
-    roots.add(hub.authority()).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .with_root_certificates(roots);
-    let mut tls = match login {
-        None => builder.with_no_client_auth(),
-        Some(Login { chain, key }) => builder
-            .with_client_auth_cert(chain.clone(), PrivateKeyDer::try_from(key.clone()).unwrap())
-            .unwrap(),
-    };
-    tls.alpn_protocols = vec![b"http/1.1".to_vec()];
     let address = hub.hub.http().unwrap().address();
     let tcp = TcpStream::connect(address).await.unwrap();
     let name = ServerName::try_from("localhost").unwrap();
-    TlsConnector::from(Arc::new(tls)).connect(name, tcp).await.unwrap()
+    tls(&[hub.authority()], login, b"http/1.1").connect(name, tcp).await.unwrap()
 }
 
 /// Sends a request on a connection of its own, and reads the answer.
