@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::ffi::OsStrExt as _;
+use std::io;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
@@ -17,38 +18,55 @@ pub enum Found {
     Dir,
 }
 
-/// Everything below `root` by relative path (bytes), without the agent's private directory.
+/// Everything below `root` by relative path (bytes), without the agent's private directory and without
+/// what is deleted while it is read.
 ///
 /// # Panics
-/// If something cannot be read.
+/// If `root` is no directory, or something that is there cannot be read.
 #[must_use]
 pub fn read(root: &Path) -> BTreeMap<Vec<u8>, Found> {
+    assert!(root.is_dir(), "{} is a directory", root.display());
     let mut found = BTreeMap::new();
     visit(root, root, &mut found);
     found
 }
 
 fn visit(root: &Path, folder: &Path, found: &mut BTreeMap<Vec<u8>, Found>) {
-    for entry in fs::read_dir(folder).expect("the folder can be read") {
+    let Some(entries) = there(fs::read_dir(folder)) else { return };
+    for entry in entries {
         let path = entry.expect("the folder can be read").path();
         let name = path.strip_prefix(root).expect("below the root").as_os_str().as_bytes();
         if name == b".cortex" {
             continue;
         }
-        let metadata = fs::symlink_metadata(&path).expect("the entry exists");
-        let entry = if metadata.is_symlink() {
-            Found::Link(fs::read_link(&path).expect("a link").as_os_str().as_bytes().to_vec())
-        } else if metadata.is_dir() {
-            visit(root, &path, found);
-            Found::Dir
-        } else {
-            let mut hasher = blake3::Hasher::new();
-            let file = fs::File::open(&path).expect("the file can be read");
-            hasher.update_reader(file).expect("the file can be read");
-            let executable = metadata.permissions().mode() & 0o100 != 0;
-            Found::File(metadata.len(), hasher.finalize().to_string(), executable)
-        };
-        found.insert(name.to_vec(), entry);
+        if let Some(entry) = there(look(&path)) {
+            if entry == Found::Dir {
+                visit(root, &path, found);
+            }
+            found.insert(name.to_vec(), entry);
+        }
+    }
+}
+
+fn look(path: &Path) -> io::Result<Found> {
+    let metadata = fs::symlink_metadata(path)?;
+    if metadata.is_symlink() {
+        return Ok(Found::Link(fs::read_link(path)?.into_os_string().into_vec()));
+    }
+    if metadata.is_dir() {
+        return Ok(Found::Dir);
+    }
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(fs::File::open(path)?)?;
+    let executable = metadata.permissions().mode() & 0o100 != 0;
+    Ok(Found::File(metadata.len(), hasher.finalize().to_string(), executable))
+}
+
+/// `None` of what has been deleted since it was listed.
+fn there<T>(looked_at: io::Result<T>) -> Option<T> {
+    match looked_at {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        looked_at => Some(looked_at.expect("what is there can be read")),
     }
 }
 
