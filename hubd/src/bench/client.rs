@@ -19,12 +19,15 @@ use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
 use super::BenchError;
+use super::line::Line;
 
 /// A hub as its clients know it.
 #[derive(Clone)]
 pub(super) struct Target {
     pub(super) address: SocketAddr,
     pub(super) authority: CertificateDer<'static>,
+    /// What its connections go over.
+    pub(super) line: Line,
 }
 
 /// A key made beforehand, and its request for a certificate.
@@ -53,6 +56,11 @@ pub(super) struct Login {
 }
 
 impl Target {
+    /// The same hub, at the other end of another line.
+    pub(super) fn over(&self, line: &Line) -> Self {
+        Self { line: line.clone(), ..self.clone() }
+    }
+
     /// A new connection, with a certificate or without.
     pub(super) async fn connect(&self, login: Option<&Login>) -> Result<Channel, BenchError> {
         let mut roots = RootCertStore::empty();
@@ -70,13 +78,14 @@ impl Target {
         };
         tls.alpn_protocols = vec![b"h2".to_vec()];
         let (connector, address) = (TlsConnector::from(Arc::new(tls)), self.address);
+        let line = self.line.clone();
         let connect = tower::service_fn(move |_| {
-            let connector = connector.clone();
+            let (connector, line) = (connector.clone(), line.clone());
             async move {
                 let tcp = TcpStream::connect(address).await?;
                 tcp.set_nodelay(true)?;
                 let name = ServerName::try_from(HUB_SERVER_NAME).map_err(std::io::Error::other)?;
-                connector.connect(name, tcp).await.map(TokioIo::new)
+                connector.connect(name, line.carry(tcp)).await.map(TokioIo::new)
             }
         });
         Ok(Endpoint::from_static("http://hub").connect_with_connector(connect).await?)

@@ -16,17 +16,18 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
-use super::BenchError;
 use super::commander::{Reading, run};
 use super::crowd::Crowd;
 use super::executor::FLOOD;
+use super::fanout::fanout;
 use super::process::HubProcess;
 use super::statistics::{Times, millis};
+use super::{BenchError, descriptors_for};
 
 /// A command that the emulated nodes end at once.
-const TRUE: &str = "true";
+pub(super) const TRUE: &str = "true";
 /// Commands of an open loop that may be under way: the hub takes this many streams on a connection.
-const UNDER_WAY: usize = 4000;
+pub(super) const UNDER_WAY: usize = 4000;
 /// How often memory is looked at, and an operator asks something, while something else goes on.
 const LOOK: Duration = Duration::from_millis(20);
 /// How long an operator waits before it takes its call for failed.
@@ -58,6 +59,8 @@ pub enum Load {
         count: u32,
         /// How often.
         rounds: u32,
+        /// Nodes beside them whose lines are dead in as many more rounds.
+        black_holed: u32,
     },
     /// Commands that write without end, one of which nobody reads, and short ones beside them.
     Flood {
@@ -76,9 +79,9 @@ pub enum Load {
 /// What came of it.
 #[derive(Clone, Debug)]
 pub struct LoadReport {
-    document: Value,
-    rows: Vec<(&'static str, String)>,
-    complete: bool,
+    pub(super) document: Value,
+    pub(super) rows: Vec<(&'static str, String)>,
+    pub(super) complete: bool,
 }
 
 impl LoadReport {
@@ -102,7 +105,7 @@ impl LoadReport {
     }
 }
 
-fn shown(times: &Times) -> String {
+pub(super) fn shown(times: &Times) -> String {
     let [p50, p99, max] = [50, 99, 100].map(|percent| {
         times.percentile(percent).map_or_else(|| "-".to_owned(), |t| format!("{:.1} ms", millis(t)))
     });
@@ -114,17 +117,32 @@ fn mib(bytes: u64) -> String {
 }
 
 impl Load {
+    /// How many nodes it connects.
+    fn nodes(self) -> u32 {
+        match self {
+            Self::Nodes { count, .. } | Self::Exec { count, .. } | Self::Reconnect { count } => {
+                count
+            }
+            Self::Fanout { count, black_holed, .. } => count + black_holed,
+            // One for the flood that nobody reads, and one for the short commands.
+            Self::Flood { count, .. } => count + 2,
+        }
+    }
+
     /// Runs it. Ends by itself.
     ///
     /// # Errors
     /// If nothing could be measured.
     pub async fn run(self) -> Result<LoadReport, BenchError> {
+        descriptors_for(self.nodes())?;
         let mut hub = HubProcess::start().await?;
         let scope = TaskScope::new();
         let report = match self {
             Self::Nodes { count, hold } => nodes(&hub, &scope, count, hold).await,
             Self::Exec { count, rate, duration } => exec(&hub, &scope, count, rate, duration).await,
-            Self::Fanout { count, rounds } => fanout(&hub, &scope, count, rounds).await,
+            Self::Fanout { count, rounds, black_holed } => {
+                fanout(&hub, &scope, count, rounds, black_holed).await
+            }
             Self::Flood { count, duration } => flood(&hub, &scope, count, duration).await,
             Self::Reconnect { count } => reconnect(&mut hub, &scope, count).await,
         };
@@ -176,14 +194,14 @@ async fn nodes(
 
 /// What commands that run beside each other came to.
 #[derive(Default)]
-struct Tally {
-    times: Times,
-    failed: u64,
-    error: Option<String>,
+pub(super) struct Tally {
+    pub(super) times: Times,
+    pub(super) failed: u64,
+    pub(super) error: Option<String>,
 }
 
 impl Tally {
-    fn add(&mut self, ran: Result<Duration, BenchError>) {
+    pub(super) fn add(&mut self, ran: Result<Duration, BenchError>) {
         match ran {
             Ok(time) => self.times.add(time),
             Err(error) => {
@@ -193,7 +211,7 @@ impl Tally {
         }
     }
 
-    fn rows(&self, rows: &mut Vec<(&'static str, String)>) {
+    pub(super) fn rows(&self, rows: &mut Vec<(&'static str, String)>) {
         rows.push(("latency", shown(&self.times)));
         if let Some(error) = &self.error {
             rows.push(("failed", format!("{}, first: {error}", self.failed)));
@@ -260,53 +278,12 @@ async fn exec(
     })
 }
 
-async fn fanout(
-    hub: &HubProcess,
-    scope: &TaskScope,
-    count: u32,
-    rounds: u32,
-) -> Result<LoadReport, BenchError> {
-    let crowd = Crowd::gather(hub, count, scope).await?;
-    let operator = hub.operator().await?;
-    let (mut all, mut tally) = (Times::default(), Tally::default());
-    for _ in 0..rounds {
-        let begun = Instant::now();
-        let (done, mut results) = mpsc::channel(UNDER_WAY);
-        for name in crowd.names() {
-            let (name, operator) = (name.clone(), operator.clone());
-            let Ok(place) = done.clone().reserve_owned().await else { break };
-            scope.spawn("emulated caller", async move {
-                let never = CancellationToken::new();
-                let ran = run(operator, &name, TRUE, Reading::All, &never).await;
-                place.send(ran.map(|ran| ran.took));
-            });
-        }
-        drop(done);
-        while let Some(ran) = results.recv().await {
-            tally.add(ran);
-        }
-        all.add(begun.elapsed());
-    }
-    let mut rows = vec![("nodes", format!("{count}, {rounds} rounds")), ("all done", shown(&all))];
-    tally.rows(&mut rows);
-    Ok(LoadReport {
-        document: json!({
-            "bench": "fanout", "count": count, "rounds": rounds, "all": all.summary(),
-            "each": tally.times.summary(), "completed": tally.times.len(),
-            "failed": tally.failed, "first_error": tally.error, "sessions_lost": crowd.lost(),
-        }),
-        rows,
-        complete: tally.failed == 0 && crowd.lost() == 0,
-    })
-}
-
 async fn flood(
     hub: &HubProcess,
     scope: &TaskScope,
     count: u32,
     duration: Duration,
 ) -> Result<LoadReport, BenchError> {
-    // One more for the flood that nobody reads, and one for the short commands.
     let crowd = Crowd::gather(hub, count + 2, scope).await?;
     let operator = hub.operator().await?;
     let before = hub.resident_bytes();

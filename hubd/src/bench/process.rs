@@ -14,6 +14,7 @@ use tonic::transport::Channel;
 
 use super::BenchError;
 use super::client::{Key, Target, local};
+use super::line::Line;
 use crate::config::{DataLayout, HubConfig};
 use crate::hub::HubData;
 
@@ -38,7 +39,7 @@ impl HubProcess {
         data.close().await;
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let (child, address) = serve(folder.path().to_owned(), any).await?;
-        let target = Arc::new(Target { address, authority });
+        let target = Arc::new(Target { address, authority, line: Line::default() });
         Ok(Self { child, target, folder })
     }
 
