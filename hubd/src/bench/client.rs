@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use cortex_proto::v1;
@@ -45,7 +46,8 @@ impl Key {
 
     /// The key with the certificate that was issued for it.
     pub(super) fn certified(&self, certificate: &[u8]) -> Login {
-        Login { certificate: certificate.to_vec(), key: self.key.clone() }
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        Login { certificate: certificate.to_vec(), key: self.key.clone(), number }
     }
 }
 
@@ -53,6 +55,17 @@ impl Key {
 pub(super) struct Login {
     certificate: Vec<u8>,
     key: Vec<u8>,
+    number: u64,
+}
+
+/// The next login's number.
+static NUMBER: AtomicU64 = AtomicU64::new(1);
+
+impl Login {
+    /// What tells it from others, in place of a machine.
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
 }
 
 impl Target {
@@ -71,7 +84,7 @@ impl Target {
             .with_root_certificates(roots);
         let mut tls = match login {
             None => builder.with_no_client_auth(),
-            Some(Login { certificate, key }) => builder.with_client_auth_cert(
+            Some(Login { certificate, key, .. }) => builder.with_client_auth_cert(
                 vec![CertificateDer::from(certificate.clone())],
                 PrivateKeyDer::Pkcs8(key.clone().into()),
             )?,
@@ -121,6 +134,15 @@ impl Target {
             v1::LoginOperatorRequest { token: token.to_owned(), csr_der: key.csr.clone() };
         let answer: Result<_, Status> = EnrollClient::new(channel).login_operator(request).await;
         Ok(key.certified(&answer?.into_inner().certificate_der))
+    }
+
+    /// An operator's connection.
+    pub(super) async fn operator(
+        &self,
+        login: &Login,
+    ) -> Result<OperatorClient<Channel>, BenchError> {
+        let channel = self.connect(Some(login)).await?;
+        Ok(OperatorClient::new(channel).max_decoding_message_size(cortex_proto::MAX_MESSAGE_BYTES))
     }
 }
 

@@ -3,17 +3,18 @@
 //! Hub and nodes share the machine, so every time is longer than with nodes elsewhere; the memory is the
 //! hub's alone.
 
+use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cortex_proto::v1;
 use cortex_proto::v1::operator_client::OperatorClient;
 use cortex_shared::tasks::TaskScope;
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::Channel;
 
 use super::commander::{Reading, run};
@@ -346,67 +347,85 @@ async fn reconnect(
     count: u32,
 ) -> Result<LoadReport, BenchError> {
     let mut crowd = Crowd::gather(hub, count, scope).await?;
-    let (operator, one) = (hub.operator().await?, crowd.names()[0].clone());
+    let asking = Asking::begin(hub, crowd.names()[0].clone()).await?;
     let (lost, killed) = (crowd.lost(), Instant::now());
     hub.kill_and_restart().await?;
     let back = Instant::now();
-    let asking = scope.child();
-    let failed = Arc::new(AtomicU64::new(0));
-    let (calls, mut called) = mpsc::channel(UNDER_WAY);
-    asking.spawn("emulated operator", {
-        let (stop, failed) = (asking.token().clone(), Arc::clone(&failed));
-        async move {
-            while !stop.is_cancelled() {
-                let begun = Instant::now();
-                match ask(operator.clone(), &one).await {
-                    Ok(()) => calls.send(begun.elapsed()).await.unwrap_or_default(),
-                    Err(error) => {
-                        tracing::debug!(%error, "an operator's call failed");
-                        failed.fetch_add(1, Ordering::Relaxed);
-                    }
-                }
-                tokio::time::sleep(LOOK).await;
-            }
-        }
-    });
-    // Taken as they come: there may be more than the channel holds.
-    let collecting = async {
-        let mut times = Times::default();
-        while let Some(time) = called.recv().await {
-            times.add(time);
-        }
-        times
-    };
-    let returning = async {
-        let returns = crowd.all_back(lost).await;
-        asking.cancel();
-        returns
-    };
-    let (returns, calls) = tokio::join!(returning, collecting);
+    asking.go_on.cancel();
+    let returns = crowd.all_back(lost).await;
+    let (calls, failed) = asking.end().await?;
     let mut times = Times::default();
     returns.into_iter().for_each(|at| times.add(at.duration_since(back)));
     let down = back.duration_since(killed);
-    let failed = failed.load(Ordering::Relaxed);
+    let memory = hub.resident_bytes();
+    let each = memory as f64 / 1024.0 / f64::from(count);
     Ok(LoadReport {
         document: json!({
             "bench": "reconnect", "count": count, "down_ms": millis(down),
             "returned": times.summary(), "operator_calls": calls.summary(),
-            "operator_calls_failed": failed, "hub_bytes": hub.resident_bytes(),
+            "operator_calls_failed": failed, "hub_bytes": memory,
         }),
         rows: vec![
-            (
-                "nodes",
-                format!(
-                    "{count}, {} KiB of hub each",
-                    hub.resident_bytes() / 1024 / u64::from(count)
-                ),
-            ),
+            ("nodes", format!("{count}, {each:.1} KiB of the whole hub each")),
             ("hub", format!("killed, and listening again after {:.1} ms", millis(down))),
             ("all back", shown(&times)),
             ("operator", format!("{}, {failed} failed", shown(&calls))),
         ],
         complete: times.len() >= count as usize,
     })
+}
+
+/// An operator that asks for a node all the while, on a thread of its own: among the tasks of thousands of
+/// nodes it would wait for them, and not for the hub.
+struct Asking {
+    /// To be cancelled when it is to begin.
+    go_on: CancellationToken,
+    stop: CancellationToken,
+    result: JoinHandle<Result<(Times, u64), BenchError>>,
+    /// The thread ends with this, wherever it is left.
+    _guards: [DropGuard; 2],
+}
+
+impl Asking {
+    /// Connects.
+    async fn begin(hub: &HubProcess, node: String) -> Result<Self, BenchError> {
+        let (target, login) = (Arc::clone(hub.target()), hub.operator_login().await?);
+        let (go_on, stop) = (CancellationToken::new(), CancellationToken::new());
+        let (connected, is_connected) = oneshot::channel();
+        let (going, stopped) = (go_on.clone(), stop.clone());
+        let result = tokio::task::spawn_blocking(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let client = target.operator(&login).await?;
+                // Whoever waits for it knows it from the channel as well.
+                connected.send(()).ok();
+                going.cancelled().await;
+                let (mut times, mut failed) = (Times::default(), 0);
+                while !stopped.is_cancelled() {
+                    let begun = Instant::now();
+                    match ask(client.clone(), &node).await {
+                        Ok(()) => times.add(begun.elapsed()),
+                        Err(error) => {
+                            tracing::debug!(%error, "an operator's call failed");
+                            failed += 1;
+                        }
+                    }
+                    tokio::time::sleep(LOOK).await;
+                }
+                Ok((times, failed))
+            })
+        });
+        // If it could not connect, its result says why.
+        is_connected.await.ok();
+        let _guards = [&go_on, &stop].map(|token| token.clone().drop_guard());
+        Ok(Self { go_on, stop, result, _guards })
+    }
+
+    /// How long its calls took, and how many failed.
+    async fn end(self) -> Result<(Times, u64), BenchError> {
+        self.stop.cancel();
+        self.result.await.map_err(io::Error::other)?
+    }
 }
 
 /// What an operator does all day: looks at a node.
