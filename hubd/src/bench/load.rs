@@ -95,7 +95,7 @@ impl LoadReport {
     /// As people read it.
     #[must_use]
     pub fn text(&self) -> String {
-        let lines = self.rows.iter().map(|(name, value)| format!("{name:<12} {value}"));
+        let lines = self.rows.iter().map(|(name, value)| format!("{name:<14} {value}"));
         lines.collect::<Vec<_>>().join("\n")
     }
 
@@ -139,7 +139,7 @@ impl Load {
         let mut hub = HubProcess::start().await?;
         let scope = TaskScope::new();
         let report = match self {
-            Self::Nodes { count, hold } => nodes(&hub, &scope, count, hold).await,
+            Self::Nodes { count, hold } => nodes(&mut hub, &scope, count, hold).await,
             Self::Exec { count, rate, duration } => exec(&hub, &scope, count, rate, duration).await,
             Self::Fanout { count, rounds, black_holed } => {
                 fanout(&hub, &scope, count, rounds, black_holed).await
@@ -155,7 +155,7 @@ impl Load {
 }
 
 async fn nodes(
-    hub: &HubProcess,
+    hub: &mut HubProcess,
     scope: &TaskScope,
     count: u32,
     hold: Duration,
@@ -163,31 +163,31 @@ async fn nodes(
     // What the first node sets up is not each node's.
     let _first = Crowd::gather(hub, 1, scope).await?;
     let (before, begun) = (hub.resident_bytes(), Instant::now());
-    let crowd = Crowd::gather(hub, count, scope).await?;
+    let mut crowd = Crowd::gather(hub, count, scope).await?;
     let (connected, took) = (hub.resident_bytes(), begun.elapsed());
     tokio::time::sleep(hold).await;
-    let held = hub.resident_bytes();
-    let each = held.saturating_sub(before) / u64::from(count);
-    let lost = crowd.lost();
+    let (held, lost) = (hub.resident_bytes(), crowd.lost());
+    // Who joins does so once: what that left behind is not there after the next start of the hub.
+    hub.kill_and_restart().await?;
+    crowd.all_back(lost).await;
+    tokio::time::sleep(hold).await;
+    let again = hub.resident_bytes();
+    let each = |bytes: u64| bytes.saturating_sub(before) as f64 / f64::from(count);
+    let memory = |bytes: u64| format!("{}: {:.1} KiB a node", mib(bytes), each(bytes) / 1024.0);
     Ok(LoadReport {
         document: json!({
             "bench": "nodes", "count": count, "joined_ms": millis(took), "held_ms": millis(hold),
             "hub_bytes_before": before, "hub_bytes_connected": connected, "hub_bytes_held": held,
-            "hub_bytes_per_node": each, "sessions_lost": lost,
+            "hub_bytes_per_node": each(held).round(), "sessions_lost": lost,
+            "hub_bytes_after_restart": again,
+            "hub_bytes_per_node_after_restart": each(again).round(),
         }),
         rows: vec![
             ("nodes", format!("{count} joined and connected in {:.1} s", took.as_secs_f64())),
             ("held", format!("{} s, {lost} sessions lost", hold.as_secs_f64())),
-            (
-                "hub memory",
-                format!(
-                    "{} before, {} connected, {} at the end: {:.1} KiB a node",
-                    mib(before),
-                    mib(connected),
-                    mib(held),
-                    each as f64 / 1024.0
-                ),
-            ),
+            ("hub memory", format!("{} with one node, {} connected", mib(before), mib(connected))),
+            ("after joining", memory(held)),
+            ("restarted", memory(again)),
         ],
         complete: lost == 0,
     })
