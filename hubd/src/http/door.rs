@@ -15,6 +15,7 @@ use http::header::{CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERR
 use http::header::{X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
 use http::request::Parts;
 use http::{HeaderValue, Response, StatusCode};
+use tokio::time::Instant;
 
 use super::api::Api;
 use super::credentials::{Shown, check_origin, peer_of};
@@ -28,6 +29,9 @@ use crate::authority::sessions::Sessions;
 use crate::config::HttpConfig;
 use crate::counters;
 use crate::grpc::auth::{Entry, Peer};
+
+/// How often a session is used by whoever listens: much less than what it lives without use.
+const STILL_THERE: Duration = Duration::from_secs(60);
 
 /// See the module.
 pub(super) struct Door {
@@ -247,8 +251,26 @@ async fn carry_out(
     Ok(match answered {
         Answered::Whole(response) => response,
         // It has begun in time, and goes on as long as it may.
-        Answered::Open(open) => open.until(async move { over(visit.as_ref()).await }),
+        Answered::Open(open) => {
+            let sessions = Arc::clone(&door.sessions);
+            open.until(async move {
+                let shown = visit.as_ref().and_then(|visit| visit.session.as_ref());
+                tokio::select! {
+                    problem = over(visit.as_ref()) => problem,
+                    () = in_use(&sessions, shown) => not_logged_in(),
+                }
+            })
+        }
     })
+}
+
+/// Uses a session for as long as somebody listens by it: this is waited for only while the answer is taken.
+/// Ends if there is none any more.
+async fn in_use(sessions: &Sessions, shown: Option<&Shown>) {
+    let Some(shown) = shown else { return std::future::pending().await };
+    while sessions.find(&shown.secret, Instant::now()).is_some() {
+        tokio::time::sleep(STILL_THERE).await;
+    }
 }
 
 /// Waits until a request may go on no longer.
@@ -313,4 +335,35 @@ async fn finish(mut response: Response<Body>) -> Response<Body> {
         headers.entry(name).or_insert(HeaderValue::from_static(value));
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::authority::sessions::{IDLE, SessionHolder};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_session_is_in_use_while_somebody_listens_by_it_and_no_longer() {
+        let life = 24 * IDLE;
+        let sessions = Sessions::new(life);
+        let open = || {
+            let opened = sessions.open(SessionHolder::Local { uid: 0 }, Instant::now()).unwrap();
+            let secret = opened.expose().to_owned();
+            let session = sessions.find(&secret, Instant::now()).unwrap();
+            Shown { secret, session }
+        };
+        let (heard, unheard) = (open(), open());
+        let listening = in_use(&sessions, Some(&heard));
+        assert!(tokio::time::timeout(5 * IDLE, listening).await.is_err(), "it goes on");
+        assert!(sessions.find(&heard.secret, Instant::now()).is_some());
+        assert!(sessions.find(&unheard.secret, Instant::now()).is_none());
+        tokio::time::sleep(IDLE).await;
+        assert!(sessions.find(&heard.secret, Instant::now()).is_none(), "nobody listens now");
+
+        // However long somebody listens, it has an end.
+        let (begun, heard) = (Instant::now(), open());
+        in_use(&sessions, Some(&heard)).await;
+        assert!(begun.elapsed() >= life && begun.elapsed() <= life + 2 * STILL_THERE);
+        heard.session.ended().await;
+    }
 }
