@@ -257,7 +257,7 @@ async fn carry_out(
                 let shown = visit.as_ref().and_then(|visit| visit.session.as_ref());
                 tokio::select! {
                     problem = over(visit.as_ref()) => problem,
-                    () = in_use(&sessions, shown) => not_logged_in(),
+                    () = in_use(&sessions, shown, STILL_THERE) => not_logged_in(),
                 }
             })
         }
@@ -266,10 +266,10 @@ async fn carry_out(
 
 /// Uses a session for as long as somebody listens by it: this is waited for only while the answer is taken.
 /// Ends if there is none any more.
-async fn in_use(sessions: &Sessions, shown: Option<&Shown>) {
+async fn in_use(sessions: &Sessions, shown: Option<&Shown>, every: Duration) {
     let Some(shown) = shown else { return std::future::pending().await };
     while sessions.find(&shown.secret, Instant::now()).is_some() {
-        tokio::time::sleep(STILL_THERE).await;
+        tokio::time::sleep(every).await;
     }
 }
 
@@ -342,28 +342,35 @@ mod tests {
     use super::*;
     use crate::authority::sessions::{IDLE, SessionHolder};
 
-    #[tokio::test(start_paused = true)]
-    async fn a_session_is_in_use_while_somebody_listens_by_it_and_no_longer() {
-        let life = 24 * IDLE;
-        let sessions = Sessions::new(life);
-        let open = || {
-            let opened = sessions.open(SessionHolder::Local { uid: 0 }, Instant::now()).unwrap();
-            let secret = opened.expose().to_owned();
-            let session = sessions.find(&secret, Instant::now()).unwrap();
-            Shown { secret, session }
-        };
-        let (heard, unheard) = (open(), open());
-        let listening = in_use(&sessions, Some(&heard));
-        assert!(tokio::time::timeout(5 * IDLE, listening).await.is_err(), "it goes on");
-        assert!(sessions.find(&heard.secret, Instant::now()).is_some());
-        assert!(sessions.find(&unheard.secret, Instant::now()).is_none());
-        tokio::time::sleep(IDLE).await;
-        assert!(sessions.find(&heard.secret, Instant::now()).is_none(), "nobody listens now");
+    fn open(sessions: &Sessions) -> Shown {
+        let opened = sessions.open(SessionHolder::Local { uid: 0 }, Instant::now()).unwrap();
+        let secret = opened.expose().to_owned();
+        let session = sessions.find(&secret, Instant::now()).unwrap();
+        Shown { secret, session }
+    }
 
-        // However long somebody listens, it has an end.
-        let (begun, heard) = (Instant::now(), open());
-        in_use(&sessions, Some(&heard)).await;
-        assert!(begun.elapsed() >= life && begun.elapsed() <= life + 2 * STILL_THERE);
+    #[tokio::test]
+    async fn a_session_is_in_use_while_somebody_listens_by_it_and_no_longer() {
+        let (sessions, step) = (Sessions::new(24 * IDLE), Duration::from_millis(2));
+        let (heard, unheard) = (open(&sessions), open(&sessions));
+        let opened = Instant::now();
+        let listening = in_use(&sessions, Some(&heard), step);
+        assert!(tokio::time::timeout(50 * step, listening).await.is_err(), "it goes on");
+        let stopped = Instant::now();
+        // When the one that nobody used is over, the other is not; it is an hour after the listening.
+        let later = opened + IDLE;
+        assert!(sessions.find(&unheard.secret, later).is_none());
+        assert_eq!(sessions.count(later), 1);
+        assert_eq!(sessions.count(stopped + IDLE), 0);
+    }
+
+    #[tokio::test]
+    async fn however_long_somebody_listens_a_session_has_an_end() {
+        let life = Duration::from_millis(50);
+        let sessions = Sessions::new(life);
+        let (begun, heard) = (Instant::now(), open(&sessions));
+        in_use(&sessions, Some(&heard), Duration::from_millis(5)).await;
+        assert!(begun.elapsed() >= life);
         heard.session.ended().await;
     }
 }
