@@ -349,9 +349,6 @@ fn a_program_runs_commands_over_http_reads_what_they_write_and_ends_them() {
     assert_eq!(post(&session, &path, &nothing)["task_id"], task["task_id"]);
     let (_, last) = follow(&task, &[]).pop().unwrap();
     assert_eq!(last["task"]["state"], "cancelled", "{last}");
-    let actors = mesh.audit("task.accepted");
-    assert!(
-        actors.len() == 3 && actors.iter().all(|line| line["actor"] == "operator"),
-        "{actors:?}"
-    );
+    let lines = mesh.audit("task.accepted");
+    assert!(lines.len() == 3 && lines.iter().all(|line| line["role"] == "operator"), "{lines:?}");
 }
