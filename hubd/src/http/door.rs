@@ -16,6 +16,7 @@ use http::header::{CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERR
 use http::header::{X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
 use http::request::Parts;
 use http::{HeaderValue, Response, StatusCode};
+use tokio::time::Instant;
 
 use super::api::Api;
 use super::credentials::{Shown, check_origin, peer_of};
@@ -29,6 +30,9 @@ use crate::authority::sessions::Sessions;
 use crate::config::HttpConfig;
 use crate::counters;
 use crate::grpc::auth::{Entry, Peer};
+
+/// How often a session is used by whoever listens: much less than what it lives without use.
+const STILL_THERE: Duration = Duration::from_secs(60);
 
 /// See the module.
 pub(super) struct Door {
@@ -270,8 +274,26 @@ async fn carry_out(
     Ok(match answered {
         Answered::Whole(response) => response,
         // It has begun in time, and goes on as long as it may.
-        Answered::Open(open) => open.until(async move { over(visit.as_ref()).await }),
+        Answered::Open(open) => {
+            let sessions = Arc::clone(&door.sessions);
+            open.until(async move {
+                let shown = visit.as_ref().and_then(|visit| visit.session.as_ref());
+                tokio::select! {
+                    problem = over(visit.as_ref()) => problem,
+                    () = in_use(&sessions, shown, STILL_THERE) => not_logged_in(),
+                }
+            })
+        }
     })
+}
+
+/// Uses a session for as long as somebody listens by it: this is waited for only while the answer is taken.
+/// Ends if there is none any more.
+async fn in_use(sessions: &Sessions, shown: Option<&Shown>, every: Duration) {
+    let Some(shown) = shown else { return std::future::pending().await };
+    while sessions.find(&shown.secret, Instant::now()).is_some() {
+        tokio::time::sleep(every).await;
+    }
 }
 
 /// Waits until a request may go on no longer.
@@ -340,4 +362,42 @@ async fn finish(mut response: Response<Body>) -> Response<Body> {
         headers.entry(name).or_insert(HeaderValue::from_static(value));
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::authority::sessions::{IDLE, SessionHolder};
+
+    fn open(sessions: &Sessions) -> Shown {
+        let opened = sessions.open(SessionHolder::Local { uid: 0 }, Instant::now()).unwrap();
+        let secret = opened.expose().to_owned();
+        let session = sessions.find(&secret, Instant::now()).unwrap();
+        Shown { secret, session }
+    }
+
+    #[tokio::test]
+    async fn a_session_is_in_use_while_somebody_listens_by_it_and_no_longer() {
+        let (sessions, step) = (Sessions::new(24 * IDLE), Duration::from_millis(2));
+        let (heard, unheard) = (open(&sessions), open(&sessions));
+        let opened = Instant::now();
+        let listening = in_use(&sessions, Some(&heard), step);
+        assert!(tokio::time::timeout(50 * step, listening).await.is_err(), "it goes on");
+        let stopped = Instant::now();
+        // When the one that nobody used is over, the other is not; it is an hour after the listening.
+        let later = opened + IDLE;
+        assert!(sessions.find(&unheard.secret, later).is_none());
+        assert_eq!(sessions.count(later), 1);
+        assert_eq!(sessions.count(stopped + IDLE), 0);
+    }
+
+    #[tokio::test]
+    async fn however_long_somebody_listens_a_session_has_an_end() {
+        let life = Duration::from_millis(50);
+        let sessions = Sessions::new(life);
+        let (begun, heard) = (Instant::now(), open(&sessions));
+        in_use(&sessions, Some(&heard), Duration::from_millis(5)).await;
+        assert!(begun.elapsed() >= life);
+        heard.session.ended().await;
+    }
 }
