@@ -37,7 +37,6 @@ pub mod pack;
 pub mod patience;
 pub mod peer;
 pub mod policy;
-pub mod read_ahead;
 pub mod replay;
 pub mod secret;
 pub mod systemd;
