@@ -20,6 +20,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         // `Bytes` instead of `Vec<u8>`: a received message is sliced, not copied.
         .bytes(".")
+        // A buffer of the size that a stream needs: see there.
+        .codec_path("crate::codec::MeshCodec")
         .compile_fds(descriptors)?;
     Ok(())
 }

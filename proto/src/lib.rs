@@ -4,6 +4,8 @@
 //! messages, clients and servers, and the size limits both sides agree on. It holds no logic:
 //! messages become domain types once, at the door of each daemon.
 
+mod codec;
+
 /// Generated messages, clients and servers.
 pub mod v1 {
     #![allow(missing_docs, clippy::all, clippy::cast_possible_truncation, unreachable_pub)]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import exec_bench
+import hub_bench
 import report
 import sandbox_bench
 import sync_bench
@@ -18,16 +19,17 @@ from mesh import ROOT
 from results import Results
 from world import Failed, World
 
-PARTS = {"exec": exec_bench, "sandbox": sandbox_bench, "sync": sync_bench}
+PARTS = {"exec": exec_bench, "sandbox": sandbox_bench, "sync": sync_bench, "hub": hub_bench}
 DOCS = ROOT / "docs/benchmarks.md"
 VERSIONS = [["ssh", "-V"], ["rsync", "--version"], ["unison", "-version"],
-            ["syncthing", "--version"], ["bwrap", "--version"]]
+            ["syncthing", "--version"], ["bwrap", "--version"],
+            ["ansible", "--version"]]
 
 
 def arguments():
     parser = argparse.ArgumentParser(
         prog="scripts/bench", description="Measures cortex mesh beside its peers: rsync over ssh, "
-        "unison, syncthing, ssh with a master connection, bubblewrap. Everything runs on loopback "
+        "unison, syncthing, ssh with a master connection, bubblewrap, ansible. Everything runs on loopback "
         "below one scratch directory (in TMPDIR).")
     parser.add_argument("part", nargs="?", choices=[*PARTS, "all"], default="all")
     parser.add_argument("--runs", type=int, default=5, metavar="N",

@@ -4,6 +4,7 @@ import os
 import subprocess
 import time
 
+import fanout_bench
 from mesh import Mesh
 from results import Higher, Lower
 from secure_shell import SecureShell
@@ -19,7 +20,13 @@ OUTPUTS = [
 
 
 def measure(world, results, runs):
-    """Measures cortex mesh, ssh with a master connection, and ssh without, interleaved."""
+    """Measures cortex mesh, ssh with a master connection, and ssh without, interleaved; then many nodes."""
+    measure_one(world, results, runs)
+    fanout_bench.measure(world, results, runs)
+
+
+def measure_one(world, results, runs):
+    """One node, and one ssh server."""
     results.note(START, "cortex mesh: `cortex-agent exec`, a new TLS connection to the hub, the "
                  "command in the STRICT sandbox of the node; ssh: same user, no sandbox")
     for workload, _, _ in OUTPUTS:

@@ -3,7 +3,7 @@
 from results import figure
 
 OURS = "cortex mesh"
-TITLES = {"exec": "Commands", "sandbox": "Sandbox", "sync": "Sync"}
+TITLES = {"exec": "Commands", "sandbox": "Sandbox", "sync": "Sync", "hub": "Hub"}
 
 
 def role(subject):

@@ -11,9 +11,11 @@ from world import Failed, free_port
 class SecureShell:
     """`sshd` for this user with its own keys. To be used with `with`."""
 
-    def __init__(self, world):
+    def __init__(self, world, addresses=1):
         self._world = world
         self.port = free_port()
+        # Where it listens: all of 127.0.0.0/8 is this machine.
+        self.addresses = [f"127.0.0.{1 + number}" for number in range(addresses)]
         self._server = None
         self._master = None
 
@@ -28,8 +30,9 @@ class SecureShell:
         # quarter of a second) is not what is measured.
         home = folder / "home"
         home.mkdir()
+        listen = "\n".join(f"ListenAddress {address}" for address in self.addresses)
         (folder / "sshd_config").write_text(f"""\
-ListenAddress 127.0.0.1
+{listen}
 Port {self.port}
 HostKey {folder}/host
 AuthorizedKeysFile {folder}/user.pub
@@ -39,14 +42,16 @@ UsePAM no
 PasswordAuthentication no
 PermitRootLogin prohibit-password
 MaxSessions 100
+MaxStartups 200
 SetEnv HOME={home}
 """)
         host_key = (folder / "host.pub").read_text()
-        (folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {host_key}")
+        (folder / "known_hosts").write_text(f"[127.0.0.*]:{self.port} {host_key}")
         self._config = folder / "config"
         self._config.write_text(f"""\
 Host peer peer-cold
   HostName 127.0.0.1
+Host peer peer-cold 127.0.0.*
   Port {self.port}
   User {getpass.getuser()}
   IdentityFile {folder}/user
@@ -83,6 +88,11 @@ Host peer
     def command(self, *args, cold=False):
         """`ssh` over the master connection, or over a new one."""
         return ["ssh", "-F", str(self._config), "peer-cold" if cold else "peer", *args]
+
+    @property
+    def config(self):
+        """The configuration file of `ssh`, in which `peer` and all its addresses stand."""
+        return self._config
 
     @property
     def transport(self):

@@ -5,8 +5,10 @@ import random
 import shutil
 import time
 
+import scale_bench
 import sync_peers
 import tree
+from history import NEW, OLD, History
 from results import Lower
 from secure_shell import SecureShell
 from world import Failed
@@ -24,6 +26,7 @@ BIG = "one new 512 MiB file, half compressible"
 BIG_WIRE = "one new 512 MiB file, bytes on the wire"
 INSERT = "1 KiB inserted near its start"
 INSERT_WIRE = "1 KiB inserted near its start, bytes on the wire"
+SWITCH = "a branch is switched in this project's own history, there and back"
 SAVE = "one save in the 10,000 files, until it is there"
 MEMORY = "peak memory at the end of all this"
 
@@ -39,6 +42,13 @@ def measure(world, results, runs):
     tree.insert_near_start(big, longer)
     template_digest = tree.digest(template)
     notes(results)
+    history = History(world) if History.is_there() else None
+    if history:
+        results.note(SWITCH, f"`git checkout` between {OLD[:10]} and {NEW[:10]}, {len(history.changed[OLD])} files "
+                     "apart, from its start until all of them are at the target (rsync and unison: a "
+                     "run right after it), beside the 10,000 files")
+    else:
+        results.skip(SWITCH, "its commits are not in this clone")
     with SecureShell(world) as shell:
         makers = subjects(results, world, len(paths), shell)
         for run in range(runs):
@@ -46,11 +56,12 @@ def measure(world, results, runs):
                 started = time.monotonic()
                 try:
                     with_one(world, results, maker(), template, template_digest, paths, big,
-                             longer, run)
+                             longer, history, run)
                 except Failed as error:
                     results.failed(f"sync with {maker.label}", str(error))
                 world.say(f"sync run {run + 1} of {runs}: {maker.label}, "
                           f"{time.monotonic() - started:.0f} s")
+        scale_bench.measure(world, results, runs, shell)
 
 
 def notes(results):
@@ -90,7 +101,7 @@ def subjects(results, world, files, shell):
     return makers
 
 
-def with_one(world, results, subject, template, template_digest, paths, big, longer, run):
+def with_one(world, results, subject, template, template_digest, paths, big, longer, history, run):
     """Plays the scenario once."""
     def add(workload, unit, value):
         results.add("sync", workload, subject.name, unit, Lower, value)
@@ -105,6 +116,8 @@ def with_one(world, results, subject, template, template_digest, paths, big, lon
             raise Failed("the trees differ after the initial sync")
         add(NO_CHANGE, "s", subject.no_change())
         save_many(add, subject, paths, run)
+        if history:
+            switch(add, subject, history)
         for version, workload, on_wire in ((big, BIG, BIG_WIRE), (longer, INSERT, INSERT_WIRE)):
             seconds, wire = send_big(world, subject, version)
             add(workload, "s", seconds)
@@ -138,6 +151,18 @@ def send_big(world, subject, version):
             return False
     seconds = subject.arrival(lambda: os.rename(ready, subject.source / "big.bin"), arrived)
     return seconds, subject.wire_bytes(counter)
+
+
+def switch(add, subject, history):
+    """Switches a branch in a part of the tree, there and back."""
+    folders = [side / "history" for side in (subject.source, subject.target)]
+    for number, commit in enumerate((OLD, NEW, OLD)):
+        started = time.perf_counter()
+        subject.arrival(lambda: history.check_out(commit, folders[0]),
+                        history.arrival(commit, folders[1]))
+        # The first makes what is switched, and does not count.
+        if number:
+            add(SWITCH, "s", time.perf_counter() - started)
 
 
 def save_many(add, subject, paths, run):

@@ -139,7 +139,7 @@ class Rsync(Subject):
     """`rsync -a` over a master connection of ssh."""
 
     name = "rsync"
-    options = ["-a"]
+    options = ["-a", "--delete"]
 
     def __init__(self, world, files, shell):
         super().__init__(world, files)
@@ -172,7 +172,7 @@ class RsyncDurable(Rsync):
     """The same with every file flushed to disk, as cortex mesh does."""
 
     name = "rsync --fsync"
-    options = ["-a", "--fsync"]
+    options = ["-a", "--delete", "--fsync"]
 
 
 class Unison(Rsync):

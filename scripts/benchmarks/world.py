@@ -140,6 +140,20 @@ def peak_memory_mib(pid):
     raise Failed(f"no VmHWM of process {pid}")
 
 
+def memory_mib(pid):
+    """The memory that process has resident now."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise Failed(f"no VmRSS of process {pid}")
+
+
+def cpu_seconds_exact(pid):
+    """Processor time of the threads that process has now, as the scheduler counts it."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
+
+
 def cpu_seconds(pid):
     """Processor time that process has used so far, in user and kernel."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()

@@ -1,7 +1,9 @@
 //! Supervised tasks: nothing runs that nobody owns, and a panic is reported, never swallowed.
 
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 
+use futures_util::FutureExt as _;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -45,14 +47,14 @@ impl TaskScope {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let inner = self.tracker.spawn(task);
-        self.tracker.spawn(async move {
-            if let Err(error) = inner.await
-                && error.is_panic()
-            {
+        // Not by a second task that waits for the first, nor by a block that holds it twice, before and
+        // after its first poll: a hub has several tasks for each node. Nothing of a task is used after its
+        // panic.
+        self.tracker.spawn(AssertUnwindSafe(task).catch_unwind().map(move |outcome| {
+            if outcome.is_err() {
                 tracing::error!(task = name, "task panicked");
             }
-        })
+        }))
     }
 
     /// Waits until every task has ended. New ones may still be added meanwhile.
@@ -65,5 +67,21 @@ impl TaskScope {
     #[must_use]
     pub fn running(&self) -> usize {
         self.tracker.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_panics_ends_alone() {
+        let scope = TaskScope::new();
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        scope.spawn("bad", async { panic!("as it should") }).await.unwrap();
+        scope.spawn("good", async move { sender.send(7).unwrap() });
+        assert_eq!(receiver.await, Ok(7));
+        scope.finish().await;
+        assert_eq!(scope.running(), 0);
     }
 }

@@ -41,14 +41,23 @@ impl Crowd {
         count: u32,
         scope: &TaskScope,
     ) -> Result<Self, BenchError> {
+        Self::gather_over(hub, Arc::clone(hub.target()), count, scope).await
+    }
+
+    /// The same, over a line of their own.
+    pub(super) async fn gather_over(
+        hub: &HubProcess,
+        target: Arc<Target>,
+        count: u32,
+        scope: &TaskScope,
+    ) -> Result<Self, BenchError> {
         let token: Arc<str> = hub.invite(count).await?.into();
         let (sender, online) = watch::channel(0);
         let seen = Arc::new(Seen { online: sender, ..Seen::default() });
         let arriving = Arc::new(Semaphore::new(ARRIVING));
         let (joined, mut joins) = mpsc::channel(ARRIVING);
         for _ in 0..count {
-            let (target, token, joined) =
-                (Arc::clone(hub.target()), Arc::clone(&token), joined.clone());
+            let (target, token, joined) = (Arc::clone(&target), Arc::clone(&token), joined.clone());
             let (seen, arriving) = (Arc::clone(&seen), Arc::clone(&arriving));
             let stop = scope.token().clone();
             scope.spawn("emulated node", async move {

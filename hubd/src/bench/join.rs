@@ -25,13 +25,14 @@ use tokio::time::Instant;
 use tonic::Code;
 
 use super::client::{Key, Target};
+use super::line::Line;
 use super::node::{Beats, Phase, connect_all};
 use super::statistics::{Times, millis};
-use super::{BenchError, BenchHub};
+use super::{BenchError, BenchHub, descriptors_for};
 use crate::store::fault::Fault;
 
 /// Connection attempts under way at the same time; the hub takes as many handshakes at once.
-const CONNECTING: usize = 512;
+const CONNECTING: u32 = 512;
 /// How long a client goes on asking, as the agent does.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Time of calm that is measured for comparison, in heartbeats.
@@ -134,6 +135,8 @@ impl JoinBench {
     /// # Errors
     /// If nothing could be measured; a join that is lost is no error, but part of the report.
     pub async fn run(self) -> Result<JoinReport, BenchError> {
+        // Both ends of each connection are in this process.
+        descriptors_for(2 * (self.connected + self.joins.min(CONNECTING)))?;
         let hub = BenchHub::start(|config| config.heartbeat = self.heartbeat).await?;
         let report = self.measure(&hub).await;
         hub.faults.set(Fault::None);
@@ -145,6 +148,7 @@ impl JoinBench {
         let target = Arc::new(Target {
             address: hub.hub.address(),
             authority: hub.hub.authority_certificate(),
+            line: Line::default(),
         });
         let token = invite(hub, self.joins + self.connected).await?;
         let make = |count: u32| (0..count).map(|_| Key::make()).collect::<Result<Vec<_>, _>>();
@@ -232,7 +236,7 @@ fn offer(
     counts: &Arc<Counts>,
 ) -> mpsc::Receiver<Option<bytes::Bytes>> {
     let (done, results) = mpsc::channel(keys.len().max(1));
-    let connecting = Arc::new(Semaphore::new(CONNECTING));
+    let connecting = Arc::new(Semaphore::new(CONNECTING as usize));
     for key in keys {
         let (target, token) = (Arc::clone(target), token.to_owned());
         let (counts, done) = (Arc::clone(counts), done.clone());

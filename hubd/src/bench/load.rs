@@ -3,30 +3,32 @@
 //! Hub and nodes share the machine, so every time is longer than with nodes elsewhere; the memory is the
 //! hub's alone.
 
+use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cortex_proto::v1;
 use cortex_proto::v1::operator_client::OperatorClient;
 use cortex_shared::tasks::TaskScope;
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::Channel;
 
-use super::BenchError;
 use super::commander::{Reading, run};
 use super::crowd::Crowd;
 use super::executor::FLOOD;
+use super::fanout::fanout;
 use super::process::HubProcess;
 use super::statistics::{Times, millis};
+use super::{BenchError, descriptors_for};
 
 /// A command that the emulated nodes end at once.
-const TRUE: &str = "true";
+pub(super) const TRUE: &str = "true";
 /// Commands of an open loop that may be under way: the hub takes this many streams on a connection.
-const UNDER_WAY: usize = 4000;
+pub(super) const UNDER_WAY: usize = 4000;
 /// How often memory is looked at, and an operator asks something, while something else goes on.
 const LOOK: Duration = Duration::from_millis(20);
 /// How long an operator waits before it takes its call for failed.
@@ -58,6 +60,8 @@ pub enum Load {
         count: u32,
         /// How often.
         rounds: u32,
+        /// Nodes beside them whose lines are dead in as many more rounds.
+        black_holed: u32,
     },
     /// Commands that write without end, one of which nobody reads, and short ones beside them.
     Flood {
@@ -76,9 +80,9 @@ pub enum Load {
 /// What came of it.
 #[derive(Clone, Debug)]
 pub struct LoadReport {
-    document: Value,
-    rows: Vec<(&'static str, String)>,
-    complete: bool,
+    pub(super) document: Value,
+    pub(super) rows: Vec<(&'static str, String)>,
+    pub(super) complete: bool,
 }
 
 impl LoadReport {
@@ -91,7 +95,7 @@ impl LoadReport {
     /// As people read it.
     #[must_use]
     pub fn text(&self) -> String {
-        let lines = self.rows.iter().map(|(name, value)| format!("{name:<12} {value}"));
+        let lines = self.rows.iter().map(|(name, value)| format!("{name:<14} {value}"));
         lines.collect::<Vec<_>>().join("\n")
     }
 
@@ -102,7 +106,7 @@ impl LoadReport {
     }
 }
 
-fn shown(times: &Times) -> String {
+pub(super) fn shown(times: &Times) -> String {
     let [p50, p99, max] = [50, 99, 100].map(|percent| {
         times.percentile(percent).map_or_else(|| "-".to_owned(), |t| format!("{:.1} ms", millis(t)))
     });
@@ -114,17 +118,32 @@ fn mib(bytes: u64) -> String {
 }
 
 impl Load {
+    /// How many nodes it connects.
+    fn nodes(self) -> u32 {
+        match self {
+            Self::Nodes { count, .. } | Self::Exec { count, .. } | Self::Reconnect { count } => {
+                count
+            }
+            Self::Fanout { count, black_holed, .. } => count + black_holed,
+            // One for the flood that nobody reads, and one for the short commands.
+            Self::Flood { count, .. } => count + 2,
+        }
+    }
+
     /// Runs it. Ends by itself.
     ///
     /// # Errors
     /// If nothing could be measured.
     pub async fn run(self) -> Result<LoadReport, BenchError> {
+        descriptors_for(self.nodes())?;
         let mut hub = HubProcess::start().await?;
         let scope = TaskScope::new();
         let report = match self {
-            Self::Nodes { count, hold } => nodes(&hub, &scope, count, hold).await,
+            Self::Nodes { count, hold } => nodes(&mut hub, &scope, count, hold).await,
             Self::Exec { count, rate, duration } => exec(&hub, &scope, count, rate, duration).await,
-            Self::Fanout { count, rounds } => fanout(&hub, &scope, count, rounds).await,
+            Self::Fanout { count, rounds, black_holed } => {
+                fanout(&hub, &scope, count, rounds, black_holed).await
+            }
             Self::Flood { count, duration } => flood(&hub, &scope, count, duration).await,
             Self::Reconnect { count } => reconnect(&mut hub, &scope, count).await,
         };
@@ -136,7 +155,7 @@ impl Load {
 }
 
 async fn nodes(
-    hub: &HubProcess,
+    hub: &mut HubProcess,
     scope: &TaskScope,
     count: u32,
     hold: Duration,
@@ -144,31 +163,31 @@ async fn nodes(
     // What the first node sets up is not each node's.
     let _first = Crowd::gather(hub, 1, scope).await?;
     let (before, begun) = (hub.resident_bytes(), Instant::now());
-    let crowd = Crowd::gather(hub, count, scope).await?;
+    let mut crowd = Crowd::gather(hub, count, scope).await?;
     let (connected, took) = (hub.resident_bytes(), begun.elapsed());
     tokio::time::sleep(hold).await;
-    let held = hub.resident_bytes();
-    let each = held.saturating_sub(before) / u64::from(count);
-    let lost = crowd.lost();
+    let (held, lost) = (hub.resident_bytes(), crowd.lost());
+    // Who joins does so once: what that left behind is not there after the next start of the hub.
+    hub.kill_and_restart().await?;
+    crowd.all_back(lost).await;
+    tokio::time::sleep(hold).await;
+    let again = hub.resident_bytes();
+    let each = |bytes: u64| bytes.saturating_sub(before) as f64 / f64::from(count);
+    let memory = |bytes: u64| format!("{}: {:.1} KiB a node", mib(bytes), each(bytes) / 1024.0);
     Ok(LoadReport {
         document: json!({
             "bench": "nodes", "count": count, "joined_ms": millis(took), "held_ms": millis(hold),
             "hub_bytes_before": before, "hub_bytes_connected": connected, "hub_bytes_held": held,
-            "hub_bytes_per_node": each, "sessions_lost": lost,
+            "hub_bytes_per_node": each(held).round(), "sessions_lost": lost,
+            "hub_bytes_after_restart": again,
+            "hub_bytes_per_node_after_restart": each(again).round(),
         }),
         rows: vec![
             ("nodes", format!("{count} joined and connected in {:.1} s", took.as_secs_f64())),
             ("held", format!("{} s, {lost} sessions lost", hold.as_secs_f64())),
-            (
-                "hub memory",
-                format!(
-                    "{} before, {} connected, {} at the end: {:.1} KiB a node",
-                    mib(before),
-                    mib(connected),
-                    mib(held),
-                    each as f64 / 1024.0
-                ),
-            ),
+            ("hub memory", format!("{} with one node, {} connected", mib(before), mib(connected))),
+            ("after joining", memory(held)),
+            ("restarted", memory(again)),
         ],
         complete: lost == 0,
     })
@@ -176,14 +195,14 @@ async fn nodes(
 
 /// What commands that run beside each other came to.
 #[derive(Default)]
-struct Tally {
-    times: Times,
-    failed: u64,
-    error: Option<String>,
+pub(super) struct Tally {
+    pub(super) times: Times,
+    pub(super) failed: u64,
+    pub(super) error: Option<String>,
 }
 
 impl Tally {
-    fn add(&mut self, ran: Result<Duration, BenchError>) {
+    pub(super) fn add(&mut self, ran: Result<Duration, BenchError>) {
         match ran {
             Ok(time) => self.times.add(time),
             Err(error) => {
@@ -193,7 +212,7 @@ impl Tally {
         }
     }
 
-    fn rows(&self, rows: &mut Vec<(&'static str, String)>) {
+    pub(super) fn rows(&self, rows: &mut Vec<(&'static str, String)>) {
         rows.push(("latency", shown(&self.times)));
         if let Some(error) = &self.error {
             rows.push(("failed", format!("{}, first: {error}", self.failed)));
@@ -260,53 +279,12 @@ async fn exec(
     })
 }
 
-async fn fanout(
-    hub: &HubProcess,
-    scope: &TaskScope,
-    count: u32,
-    rounds: u32,
-) -> Result<LoadReport, BenchError> {
-    let crowd = Crowd::gather(hub, count, scope).await?;
-    let operator = hub.operator().await?;
-    let (mut all, mut tally) = (Times::default(), Tally::default());
-    for _ in 0..rounds {
-        let begun = Instant::now();
-        let (done, mut results) = mpsc::channel(UNDER_WAY);
-        for name in crowd.names() {
-            let (name, operator) = (name.clone(), operator.clone());
-            let Ok(place) = done.clone().reserve_owned().await else { break };
-            scope.spawn("emulated caller", async move {
-                let never = CancellationToken::new();
-                let ran = run(operator, &name, TRUE, Reading::All, &never).await;
-                place.send(ran.map(|ran| ran.took));
-            });
-        }
-        drop(done);
-        while let Some(ran) = results.recv().await {
-            tally.add(ran);
-        }
-        all.add(begun.elapsed());
-    }
-    let mut rows = vec![("nodes", format!("{count}, {rounds} rounds")), ("all done", shown(&all))];
-    tally.rows(&mut rows);
-    Ok(LoadReport {
-        document: json!({
-            "bench": "fanout", "count": count, "rounds": rounds, "all": all.summary(),
-            "each": tally.times.summary(), "completed": tally.times.len(),
-            "failed": tally.failed, "first_error": tally.error, "sessions_lost": crowd.lost(),
-        }),
-        rows,
-        complete: tally.failed == 0 && crowd.lost() == 0,
-    })
-}
-
 async fn flood(
     hub: &HubProcess,
     scope: &TaskScope,
     count: u32,
     duration: Duration,
 ) -> Result<LoadReport, BenchError> {
-    // One more for the flood that nobody reads, and one for the short commands.
     let crowd = Crowd::gather(hub, count + 2, scope).await?;
     let operator = hub.operator().await?;
     let before = hub.resident_bytes();
@@ -369,67 +347,85 @@ async fn reconnect(
     count: u32,
 ) -> Result<LoadReport, BenchError> {
     let mut crowd = Crowd::gather(hub, count, scope).await?;
-    let (operator, one) = (hub.operator().await?, crowd.names()[0].clone());
+    let asking = Asking::begin(hub, crowd.names()[0].clone()).await?;
     let (lost, killed) = (crowd.lost(), Instant::now());
     hub.kill_and_restart().await?;
     let back = Instant::now();
-    let asking = scope.child();
-    let failed = Arc::new(AtomicU64::new(0));
-    let (calls, mut called) = mpsc::channel(UNDER_WAY);
-    asking.spawn("emulated operator", {
-        let (stop, failed) = (asking.token().clone(), Arc::clone(&failed));
-        async move {
-            while !stop.is_cancelled() {
-                let begun = Instant::now();
-                match ask(operator.clone(), &one).await {
-                    Ok(()) => calls.send(begun.elapsed()).await.unwrap_or_default(),
-                    Err(error) => {
-                        tracing::debug!(%error, "an operator's call failed");
-                        failed.fetch_add(1, Ordering::Relaxed);
-                    }
-                }
-                tokio::time::sleep(LOOK).await;
-            }
-        }
-    });
-    // Taken as they come: there may be more than the channel holds.
-    let collecting = async {
-        let mut times = Times::default();
-        while let Some(time) = called.recv().await {
-            times.add(time);
-        }
-        times
-    };
-    let returning = async {
-        let returns = crowd.all_back(lost).await;
-        asking.cancel();
-        returns
-    };
-    let (returns, calls) = tokio::join!(returning, collecting);
+    asking.go_on.cancel();
+    let returns = crowd.all_back(lost).await;
+    let (calls, failed) = asking.end().await?;
     let mut times = Times::default();
     returns.into_iter().for_each(|at| times.add(at.duration_since(back)));
     let down = back.duration_since(killed);
-    let failed = failed.load(Ordering::Relaxed);
+    let memory = hub.resident_bytes();
+    let each = memory as f64 / 1024.0 / f64::from(count);
     Ok(LoadReport {
         document: json!({
             "bench": "reconnect", "count": count, "down_ms": millis(down),
             "returned": times.summary(), "operator_calls": calls.summary(),
-            "operator_calls_failed": failed, "hub_bytes": hub.resident_bytes(),
+            "operator_calls_failed": failed, "hub_bytes": memory,
         }),
         rows: vec![
-            (
-                "nodes",
-                format!(
-                    "{count}, {} KiB of hub each",
-                    hub.resident_bytes() / 1024 / u64::from(count)
-                ),
-            ),
+            ("nodes", format!("{count}, {each:.1} KiB of the whole hub each")),
             ("hub", format!("killed, and listening again after {:.1} ms", millis(down))),
             ("all back", shown(&times)),
             ("operator", format!("{}, {failed} failed", shown(&calls))),
         ],
         complete: times.len() >= count as usize,
     })
+}
+
+/// An operator that asks for a node all the while, on a thread of its own: among the tasks of thousands of
+/// nodes it would wait for them, and not for the hub.
+struct Asking {
+    /// To be cancelled when it is to begin.
+    go_on: CancellationToken,
+    stop: CancellationToken,
+    result: JoinHandle<Result<(Times, u64), BenchError>>,
+    /// The thread ends with this, wherever it is left.
+    _guards: [DropGuard; 2],
+}
+
+impl Asking {
+    /// Connects.
+    async fn begin(hub: &HubProcess, node: String) -> Result<Self, BenchError> {
+        let (target, login) = (Arc::clone(hub.target()), hub.operator_login().await?);
+        let (go_on, stop) = (CancellationToken::new(), CancellationToken::new());
+        let (connected, is_connected) = oneshot::channel();
+        let (going, stopped) = (go_on.clone(), stop.clone());
+        let result = tokio::task::spawn_blocking(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let client = target.operator(&login).await?;
+                // Whoever waits for it knows it from the channel as well.
+                connected.send(()).ok();
+                going.cancelled().await;
+                let (mut times, mut failed) = (Times::default(), 0);
+                while !stopped.is_cancelled() {
+                    let begun = Instant::now();
+                    match ask(client.clone(), &node).await {
+                        Ok(()) => times.add(begun.elapsed()),
+                        Err(error) => {
+                            tracing::debug!(%error, "an operator's call failed");
+                            failed += 1;
+                        }
+                    }
+                    tokio::time::sleep(LOOK).await;
+                }
+                Ok((times, failed))
+            })
+        });
+        // If it could not connect, its result says why.
+        is_connected.await.ok();
+        let _guards = [&go_on, &stop].map(|token| token.clone().drop_guard());
+        Ok(Self { go_on, stop, result, _guards })
+    }
+
+    /// How long its calls took, and how many failed.
+    async fn end(self) -> Result<(Times, u64), BenchError> {
+        self.stop.cancel();
+        self.result.await.map_err(io::Error::other)?
+    }
 }
 
 /// What an operator does all day: looks at a node.

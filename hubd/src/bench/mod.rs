@@ -11,7 +11,9 @@ mod client;
 mod commander;
 mod crowd;
 mod executor;
+mod fanout;
 pub mod join;
+mod line;
 pub mod load;
 mod node;
 mod process;
@@ -48,6 +50,18 @@ pub enum BenchError {
     /// The hub as a process.
     #[error("the hub's process ended, or did not say that it listens")]
     HubDied,
+    /// Each connection takes a descriptor, here and at the hub.
+    #[error(
+        "{nodes} nodes need {needed} open files, and the limit is {limit}: raise it (ulimit -Hn)"
+    )]
+    Descriptors {
+        /// Nodes that are to connect.
+        nodes: u32,
+        /// Descriptors for them.
+        needed: u64,
+        /// The hard limit of this process.
+        limit: u64,
+    },
     /// A session that ended while it was needed.
     #[error("an emulated node lost its session")]
     SessionLost,
@@ -56,6 +70,19 @@ pub enum BenchError {
 impl From<tonic::Status> for BenchError {
     fn from(status: tonic::Status) -> Self {
         Self::Refused(Box::new(status))
+    }
+}
+
+/// Descriptors beside those of the connections: databases, sockets, what the runtime needs, and some.
+const OTHER_DESCRIPTORS: u64 = 128;
+
+/// Whether this process may have a connection for each of so many nodes; the hub inherits its limit.
+fn descriptors_for(nodes: u32) -> Result<(), BenchError> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    let needed = u64::from(nodes) + OTHER_DESCRIPTORS;
+    match limit {
+        Some(limit) if limit < needed => Err(BenchError::Descriptors { nodes, needed, limit }),
+        _ => Ok(()),
     }
 }
 

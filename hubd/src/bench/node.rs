@@ -67,7 +67,7 @@ impl EmulatedNode {
     ) -> Result<Self, BenchError> {
         let mut client = NodeClient::new(target.connect(Some(login)).await?);
         let (up, frames) = mpsc::channel(4);
-        let hello = v1::Hello { generation, node_time_ms: unix_ms(), ..v1::Hello::default() };
+        let hello = hello(login.number(), generation);
         send(&up, node_frame::Frame::Hello(hello)).await?;
         let mut down = client.link(ReceiverStream::new(frames)).await?.into_inner();
         let welcome = loop {
@@ -148,6 +148,38 @@ impl EmulatedNode {
                 _ => {}
             }
         }
+    }
+}
+
+/// What an agent says of itself, in as many words: the hub keeps it.
+fn hello(number: u64, generation: u64) -> v1::Hello {
+    let missing = v1::MissingPiece {
+        what: "limits by cgroup".to_owned(),
+        why: "the agent's cgroup is not delegated to it".to_owned(),
+        remedy: "run it as a service: cortex-agent service install".to_owned(),
+    };
+    v1::Hello {
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        instance_id: number.to_be_bytes().repeat(2).into(),
+        // The same at each of its connections: another machine would be taken for a copy.
+        boot_id: format!("{number:08x}-0000-4000-8000-{number:012x}"),
+        machine_id: format!("{number:032x}"),
+        hostname: format!("bench-{number}.example.org"),
+        os: "Debian GNU/Linux 12 (bookworm)".to_owned(),
+        arch: "x86_64".to_owned(),
+        ceiling: v1::Mode::Strict.into(),
+        sandbox: Some(v1::SandboxReport {
+            strict_available: true,
+            missing: vec![missing],
+            landlock_abi: 6,
+            cgroup: "none".to_owned(),
+            seccomp: true,
+            user_namespaces: true,
+            root: false,
+        }),
+        node_time_ms: unix_ms(),
+        generation,
+        ..v1::Hello::default()
     }
 }
 

@@ -13,7 +13,8 @@ use tokio::process::{Child, Command};
 use tonic::transport::Channel;
 
 use super::BenchError;
-use super::client::{Key, Target, local};
+use super::client::{Key, Login, Target, local};
+use super::line::Line;
 use crate::config::{DataLayout, HubConfig};
 use crate::hub::HubData;
 
@@ -38,7 +39,7 @@ impl HubProcess {
         data.close().await;
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let (child, address) = serve(folder.path().to_owned(), any).await?;
-        let target = Arc::new(Target { address, authority });
+        let target = Arc::new(Target { address, authority, line: Line::default() });
         Ok(Self { child, target, folder })
     }
 
@@ -81,6 +82,11 @@ impl HubProcess {
 
     /// A new operator's connection.
     pub(super) async fn operator(&self) -> Result<OperatorClient<Channel>, BenchError> {
+        self.target.operator(&self.operator_login().await?).await
+    }
+
+    /// A new operator.
+    pub(super) async fn operator_login(&self) -> Result<Login, BenchError> {
         let request = v1::CreateOperatorRequest {
             name: "bench".to_owned(),
             role: "operator".to_owned(),
@@ -89,9 +95,7 @@ impl HubProcess {
         let token = self.admin().await?.create_operator(request).await?.into_inner().token;
         let key = Key::make()?;
         let channel = self.target.connect(None).await?;
-        let login = self.target.log_in(channel, &token, &key).await?;
-        let channel = self.target.connect(Some(&login)).await?;
-        Ok(OperatorClient::new(channel).max_decoding_message_size(cortex_proto::MAX_MESSAGE_BYTES))
+        self.target.log_in(channel, &token, &key).await
     }
 
     /// Ends it in order.

@@ -76,6 +76,9 @@ pub(super) struct FanoutArgs {
     /// How often
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
+    /// Nodes beside them that go silent before as many rounds again
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=96))]
+    black_holed: u32,
     #[command(flatten)]
     format: Format,
 }
@@ -139,8 +142,8 @@ pub(super) async fn bench(command: BenchCommand) -> anyhow::Result<ExitCode> {
         BenchCommand::Exec(ExecArgs { count, rate, duration, format }) => {
             (Load::Exec { count, rate, duration }, format)
         }
-        BenchCommand::Fanout(FanoutArgs { count, rounds, format }) => {
-            (Load::Fanout { count, rounds }, format)
+        BenchCommand::Fanout(FanoutArgs { count, rounds, black_holed, format }) => {
+            (Load::Fanout { count, rounds, black_holed }, format)
         }
         BenchCommand::Flood(FloodArgs { count, duration, format }) => {
             (Load::Flood { count, duration }, format)

@@ -201,7 +201,7 @@ impl Node for NodeService {
         self.end_with_certificate(node_id, not_after_ms, ends.cancel.clone());
         // What is queued is still sent after the session was ended: the reason is among it.
         let end = ends.cancel.cancelled_owned();
-        let frames = ReceiverStream::new(ends.outbox).map(Ok);
+        let frames = ReceiverStream::new(ends.outbox).map(|frame| Ok(*frame));
         let outbound = stream_until(frames, end);
         Ok(Response::new(Box::pin(outbound)))
     }

@@ -8,9 +8,9 @@
 
 mod authority;
 mod identity;
+mod nodes;
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::authority::{ForgetRefusal, NodeRefusal, policy_update};
 use self::identity::Arrived;
 pub use self::identity::{Arrival, ArrivalRefusal};
+use self::nodes::Nodes;
 use crate::counters;
 use crate::store::{Node, Presented};
 
@@ -39,6 +40,10 @@ const MAX_REASON_BYTES: usize = 512;
 /// Longest text that can name a node: a name of 63 characters, or an id.
 const MAX_WANTED_BYTES: usize = 64;
 
+/// Frames on their way to a node. A queue has room for 32 of whatever is in it even while it is empty, and
+/// the largest frame takes some hundred bytes: so it is one of pointers.
+pub type Outbox = mpsc::Receiver<Box<HubFrame>>;
+
 /// A handle to one session; clones share it.
 #[derive(Clone, Debug)]
 pub struct SessionHandle {
@@ -48,7 +53,7 @@ pub struct SessionHandle {
     pub id: SessionId,
     /// Grows with each session of the node.
     pub epoch: u64,
-    outbox: mpsc::Sender<HubFrame>,
+    outbox: mpsc::Sender<Box<HubFrame>>,
     cancel: CancellationToken,
 }
 
@@ -61,7 +66,7 @@ impl SessionHandle {
         if self.cancel.is_cancelled() {
             return Err(SessionEnded);
         }
-        self.outbox.try_send(HubFrame { frame: Some(frame) }).map_err(|error| {
+        self.outbox.try_send(Box::new(HubFrame { frame: Some(frame) })).map_err(|error| {
             if matches!(error, mpsc::error::TrySendError::Full(_)) {
                 tracing::warn!(node = %self.node, session = %self.id, "node reads no control frames, ending its session");
             }
@@ -91,7 +96,7 @@ pub struct SessionEnds {
     /// The handle that others get.
     pub handle: SessionHandle,
     /// Frames to be sent to the node.
-    pub outbox: mpsc::Receiver<HubFrame>,
+    pub outbox: Outbox,
     /// Cancelled when the session is to end.
     pub cancel: CancellationToken,
 }
@@ -126,7 +131,7 @@ struct Known {
 
 /// See the module.
 pub struct Registry {
-    nodes: Mutex<HashMap<NodeId, Known>>,
+    nodes: Mutex<Nodes>,
     changed: watch::Sender<u64>,
     /// Somebody set a policy: the next one to end may be another.
     policy_changed: Notify,
@@ -155,15 +160,18 @@ impl Registry {
     /// A registry of these nodes, none of them connected.
     #[must_use]
     pub fn new(nodes: Vec<Node>) -> Self {
-        let nodes = nodes.into_iter().map(|node| (node.id, Known::new(node))).collect();
+        let mut known = Nodes::default();
+        for node in nodes {
+            known.add(node);
+        }
         Self {
-            nodes: Mutex::new(nodes),
+            nodes: Mutex::new(known),
             changed: watch::Sender::new(0),
             policy_changed: Notify::new(),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, Known>> {
+    fn lock(&self) -> MutexGuard<'_, Nodes> {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -180,13 +188,7 @@ impl Registry {
 
     /// Makes a node known; whether it was not before.
     pub fn add(&self, node: Node) -> bool {
-        let new = match self.lock().entry(node.id) {
-            Entry::Occupied(_) => false,
-            Entry::Vacant(place) => {
-                place.insert(Known::new(node));
-                true
-            }
-        };
+        let new = self.lock().add(node);
         self.notify();
         new
     }
@@ -202,13 +204,13 @@ impl Registry {
     /// The node of this id.
     #[must_use]
     pub fn get(&self, id: NodeId) -> Option<NodeView> {
-        self.lock().get(&id).map(Known::view)
+        self.lock().get(id).map(Known::view)
     }
 
     /// The labels of a node.
     #[must_use]
     pub fn labels_of(&self, id: NodeId) -> Option<Labels> {
-        self.lock().get(&id).map(|known| known.node.labels.clone())
+        self.lock().get(id).map(|known| known.node.labels.clone())
     }
 
     /// The node of this name, or the only one whose id begins like this, of those that the caller may
@@ -226,19 +228,21 @@ impl Registry {
             return Err(NodeLookup::Unknown { wanted, similar: None });
         }
         let nodes = self.lock();
-        let visible = || nodes.values().filter(|known| visible(&known.node));
-        if let Some(known) = visible().find(|known| known.node.name == wanted) {
+        if let Some(known) = nodes.named(wanted).filter(|known| visible(&known.node)) {
             return Ok(known.view());
         }
         // Fewer characters would make a typing error run a command somewhere else.
         let long_enough = wanted.len() >= 4;
-        let mut fitting =
-            visible().filter(|known| long_enough && known.node.id.to_string().starts_with(wanted));
-        match (fitting.next(), fitting.next()) {
-            (Some(known), None) => Ok(known.view()),
-            (Some(_), Some(_)) => Err(NodeLookup::Ambiguous { wanted: wanted.to_owned() }),
-            (None, _) => {
-                let names: Vec<String> = visible().map(|k| k.node.name.clone()).collect();
+        let fits = |known: &&Known| {
+            long_enough && known.node.id.to_string().starts_with(wanted) && visible(&known.node)
+        };
+        let fitting: Vec<&Known> = nodes.values().filter(fits).take(2).collect();
+        match fitting[..] {
+            [known] => Ok(known.view()),
+            [_, ..] => Err(NodeLookup::Ambiguous { wanted: wanted.to_owned() }),
+            [] => {
+                let visible = nodes.values().filter(|known| visible(&known.node));
+                let names: Vec<String> = visible.map(|known| known.node.name.clone()).collect();
                 // Comparing takes a while: nobody else waits for it.
                 drop(nodes);
                 let similar = most_similar(wanted, names.iter().map(String::as_str));
@@ -261,7 +265,7 @@ impl Registry {
     ) -> Result<(SessionEnds, Node, Presented), ArrivalRefusal> {
         let (outbox, receiver) = mpsc::channel(OUTBOX_FRAMES);
         let mut nodes = self.lock();
-        let known = nodes.get_mut(&id).ok_or(NodeRefusal::Unknown)?;
+        let known = nodes.get_mut(id).ok_or(NodeRefusal::Unknown)?;
         if known.node.revoked_at_ms.is_some() {
             return Err(NodeRefusal::Revoked.into());
         }
@@ -287,6 +291,7 @@ impl Registry {
         known.sync.clear();
         known.seen();
         let node = known.node.clone();
+        nodes.online += usize::from(older.is_none());
         drop(nodes);
         counters::SESSIONS_BEGUN.add(1);
         if let Some(older) = older {
@@ -304,6 +309,7 @@ impl Registry {
         let Some(known) = of_session(&mut nodes, node, session) else { return false };
         known.session = None;
         known.seen();
+        nodes.online -= 1;
         drop(nodes);
         self.notify();
         true
@@ -347,7 +353,7 @@ impl Registry {
     /// What a node last reported of a workspace in its current session.
     #[must_use]
     pub fn sync_status(&self, node: NodeId, workspace: WorkspaceId) -> Option<SyncStatus> {
-        self.lock().get(&node)?.sync.get(&workspace).cloned()
+        self.lock().get(node)?.sync.get(&workspace).cloned()
     }
 
     /// Records that were not written to the store since the last call.
@@ -364,7 +370,7 @@ impl Registry {
     pub fn save_again(&self, ids: &[NodeId]) {
         let mut nodes = self.lock();
         for id in ids {
-            if let Some(known) = nodes.get_mut(id) {
+            if let Some(known) = nodes.get_mut(*id) {
                 known.unsaved = true;
             }
         }
@@ -386,7 +392,7 @@ impl Registry {
     /// How many nodes are connected.
     #[must_use]
     pub fn online(&self) -> usize {
-        self.lock().values().filter(|known| known.session.is_some()).count()
+        self.lock().online
     }
 
     /// All live sessions.
@@ -426,13 +432,9 @@ fn sync_news(before: Option<&SyncStatus>, now: &SyncStatus) -> Vec<SyncNews> {
 }
 
 /// A node, if this is its current session: an older one has nothing to say any more.
-fn of_session(
-    nodes: &mut HashMap<NodeId, Known>,
-    node: NodeId,
-    session: SessionId,
-) -> Option<&mut Known> {
+fn of_session(nodes: &mut Nodes, node: NodeId, session: SessionId) -> Option<&mut Known> {
     let current = |known: &&mut Known| known.session.as_ref().is_some_and(|s| s.id == session);
-    nodes.get_mut(&node).filter(current)
+    nodes.get_mut(node).filter(current)
 }
 
 impl Known {

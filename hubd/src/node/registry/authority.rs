@@ -70,7 +70,7 @@ impl Registry {
         generation: Option<u64>,
     ) -> Result<CancellationToken, NodeRefusal> {
         let nodes = self.lock();
-        let known = nodes.get(&id).ok_or(NodeRefusal::Unknown)?;
+        let known = nodes.get(id).ok_or(NodeRefusal::Unknown)?;
         if known.node.revoked_at_ms.is_some() {
             return Err(NodeRefusal::Revoked);
         }
@@ -98,11 +98,11 @@ impl Registry {
     /// See [`ForgetRefusal`].
     pub fn forget(&self, id: NodeId) -> Result<Node, ForgetRefusal> {
         let mut nodes = self.lock();
-        let known = nodes.get(&id).ok_or(ForgetRefusal::Unknown)?;
+        let known = nodes.get(id).ok_or(ForgetRefusal::Unknown)?;
         if known.session.is_some() && known.node.revoked_at_ms.is_none() {
             return Err(ForgetRefusal::Online { name: known.node.name.clone() });
         }
-        let known = nodes.remove(&id).ok_or(ForgetRefusal::Unknown)?;
+        let known = nodes.remove(id).ok_or(ForgetRefusal::Unknown)?;
         drop(nodes);
         known.calls.cancel();
         self.notify();
@@ -116,7 +116,8 @@ impl Registry {
 
     /// Renames a node.
     pub fn rename(&self, id: NodeId, name: String) {
-        self.change(id, |known| known.node.name = name);
+        self.lock().rename(id, name);
+        self.notify();
     }
 
     /// Withholds new commands from a node, or gives it commands again.
@@ -137,7 +138,7 @@ impl Registry {
     /// that has just begun: a change in between was sent ahead of the welcome.
     pub fn correct_policy(&self, id: NodeId, told: &NodePolicy) {
         let nodes = self.lock();
-        if let Some(known) = nodes.get(&id).filter(|known| known.node.policy != *told) {
+        if let Some(known) = nodes.get(id).filter(|known| known.node.policy != *told) {
             known.send_policy();
         }
     }
@@ -163,7 +164,7 @@ impl Registry {
     }
 
     pub(super) fn change(&self, id: NodeId, change: impl FnOnce(&mut Known)) {
-        if let Some(known) = self.lock().get_mut(&id) {
+        if let Some(known) = self.lock().get_mut(id) {
             change(known);
         }
         self.notify();

@@ -1,11 +1,10 @@
 use cortex_proto::v1::{Output, StartTask};
 use cortex_shared::policy::Role;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::events::EventLimits;
-use crate::node::registry::{Arrival, Registry, SessionEnds};
+use crate::node::registry::{Arrival, Outbox, Registry, SessionEnds};
 use crate::store::history::{HistoryLimits, HistoryStore};
 use crate::store::sqlite::SqliteStore;
 use crate::store::{IdempotencyKey, Verdict, fixtures};
@@ -116,7 +115,7 @@ fn exited() -> TaskExit {
     }
 }
 
-fn starts(outbox: &mut mpsc::Receiver<cortex_proto::v1::HubFrame>) -> Vec<StartTask> {
+fn starts(outbox: &mut Outbox) -> Vec<StartTask> {
     std::iter::from_fn(|| outbox.try_recv().ok())
         .filter_map(|frame| match frame.frame {
             Some(hub_frame::Frame::StartTask(start)) => Some(start),
@@ -314,7 +313,7 @@ async fn a_cancel_reaches_a_node_that_was_away() {
 }
 
 /// The next cancel that is on its way to the node.
-async fn next_cancel(outbox: &mut mpsc::Receiver<cortex_proto::v1::HubFrame>) -> (TaskId, u32) {
+async fn next_cancel(outbox: &mut Outbox) -> (TaskId, u32) {
     loop {
         if let Some(hub_frame::Frame::CancelTask(cancel)) = outbox.recv().await.unwrap().frame {
             return (TaskId::from_slice(&cancel.task_id).unwrap(), cancel.signal);
@@ -494,7 +493,7 @@ async fn end_after_news(task: &Task) -> TaskExit {
     }
 }
 
-async fn wait_for_ack(outbox: &mut mpsc::Receiver<cortex_proto::v1::HubFrame>, id: TaskId) {
+async fn wait_for_ack(outbox: &mut Outbox, id: TaskId) {
     loop {
         if let Some(hub_frame::Frame::TaskAck(ack)) = outbox.recv().await.unwrap().frame {
             assert_eq!(ack.task_id, id.as_bytes().to_vec());
