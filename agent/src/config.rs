@@ -518,7 +518,8 @@ pub(crate) fn read_bounded(path: &Path) -> Result<Option<Vec<u8>>, ConfigError> 
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed(error)),
     };
-    let mut contents = Vec::new();
+    // Most are smaller, and then here with one read.
+    let mut contents = Vec::with_capacity(2048);
     file.take(MAX_FILE_BYTES + 1).read_to_end(&mut contents).map_err(failed)?;
     if u64::try_from(contents.len()).is_ok_and(|length| length > MAX_FILE_BYTES) {
         return Err(ConfigError::Damaged {

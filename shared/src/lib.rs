@@ -37,6 +37,7 @@ pub mod pack;
 pub mod patience;
 pub mod peer;
 pub mod policy;
+pub mod read_ahead;
 pub mod replay;
 pub mod secret;
 pub mod systemd;

@@ -6,6 +6,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use cortex_shared::peer::HUB_SERVER_NAME;
+use cortex_shared::read_ahead::ReadAhead;
 use hyper_util::rt::TokioIo;
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
@@ -36,7 +37,7 @@ impl TlsConnector {
     }
 
     /// Connects and completes the handshake within [`CONNECT_TIMEOUT`].
-    pub(super) async fn dial(self) -> Result<TlsStream<TcpStream>, ConnectError> {
+    pub(super) async fn dial(self) -> Result<TlsStream<ReadAhead<TcpStream>>, ConnectError> {
         let address = self.address.clone();
         match tokio::time::timeout(CONNECT_TIMEOUT, self.dial_unbounded()).await {
             Ok(result) => result,
@@ -44,13 +45,13 @@ impl TlsConnector {
         }
     }
 
-    async fn dial_unbounded(self) -> Result<TlsStream<TcpStream>, ConnectError> {
+    async fn dial_unbounded(self) -> Result<TlsStream<ReadAhead<TcpStream>>, ConnectError> {
         let Self { address, tls, .. } = self;
         let tcp = dial_tcp(&address).await?;
         let name = ServerName::try_from(HUB_SERVER_NAME).expect("the fixed name is a DNS name");
         // Read for each connection: what was renewed meanwhile counts.
         tokio_rustls::TlsConnector::from(tls.current())
-            .connect(name, tcp)
+            .connect(name, ReadAhead::new(tcp))
             .await
             .map_err(|error| ConnectError::from_handshake(address, error))
     }
@@ -79,7 +80,7 @@ async fn dial_tcp(address: &HubAddress) -> Result<TcpStream, ConnectError> {
 }
 
 impl tower::Service<http::Uri> for TlsConnector {
-    type Response = TokioIo<Counted<TlsStream<TcpStream>>>;
+    type Response = TokioIo<Counted<TlsStream<ReadAhead<TcpStream>>>>;
     type Error = ConnectError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, ConnectError>> + Send>>;
 

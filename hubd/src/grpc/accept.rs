@@ -14,6 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use cortex_shared::ids::MeshId;
 use cortex_shared::peer::{CaPin, PeerIdentity};
+use cortex_shared::read_ahead::ReadAhead;
 use cortex_shared::tasks::TaskScope;
 use rustls::server::{NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig};
@@ -244,7 +245,7 @@ pub fn accept_tls(
                 // Small frames must not wait for more: latency is what people feel.
                 tcp.set_nodelay(true).ok();
                 cortex_shared::dead_line::notice(&tcp).ok();
-                let handshake = in_turn(acceptor.accept(tcp), turn);
+                let handshake = in_turn(acceptor.accept(ReadAhead::new(tcp)), turn);
                 let tls = match tokio::time::timeout(HANDSHAKE_DEADLINE, handshake).await {
                     Ok(Ok(tls)) => tls,
                     Ok(Err(error)) => {

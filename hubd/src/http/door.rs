@@ -7,9 +7,10 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::{RawPathParams, Request};
-use axum::middleware::map_response;
+use axum::middleware::{Next, from_fn, map_response};
 use axum::response::IntoResponse as _;
 use axum::routing::{MethodFilter, get, on};
+use bytes::Bytes;
 use cortex_proto::CODE_DRAINING;
 use http::header::{CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY};
 use http::header::{X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
@@ -149,6 +150,7 @@ impl Visit {
 pub(super) fn router(door: &Arc<Door>) -> Router {
     let with = |door: &Arc<Door>| Arc::clone(door);
     let (ready, measured, served) = (with(door), with(door), with(door));
+    let received = with(door);
     let mut router = Router::new()
         .route("/healthz", get(|| async { health::healthz() }))
         .route("/readyz", get(move || async move { health::readyz(ready.unready()) }))
@@ -180,7 +182,24 @@ pub(super) fn router(door: &Arc<Door>) -> Router {
             let status = StatusCode::METHOD_NOT_ALLOWED;
             Problem::new(status, "method_not_allowed", "this cannot be asked in this way")
         })
+        .layer(from_fn(move |request, next| receive(Arc::clone(&received), request, next)))
         .layer(map_response(finish))
+}
+
+/// Has a request whole before anything is said about it: some clients (curl 7.88, for one) take the answer
+/// to what they are still sending for a broken stream.
+async fn receive(door: Arc<Door>, request: Request, next: Next) -> Response<Body> {
+    let (parts, body) = request.into_parts();
+    let read = tokio::time::timeout(door.request_time, read(&parts, body, door.request_bytes));
+    let body = match read.await {
+        Ok(Ok(body)) => body,
+        Ok(Err(problem)) => return problem.into_response(),
+        Err(_) => {
+            let text = "the body of the request did not come in time";
+            return Problem::new(StatusCode::REQUEST_TIMEOUT, "timeout", text).into_response();
+        }
+    };
+    next.run(Request::from_parts(parts, body.into())).await
 }
 
 fn filter(verb: Verb) -> MethodFilter {
@@ -223,8 +242,12 @@ async fn carry_out(
     };
     let work = async {
         let body = match route.body {
-            Some(_) => read(&parts, body, door.request_bytes).await?,
-            None => Vec::new(),
+            Some(_) => {
+                check_json(&parts)?;
+                // It is here already.
+                read(&parts, body, door.request_bytes).await?
+            }
+            None => Bytes::new(),
         };
         let call = Call {
             caller: visit.as_ref().map(|visit| visit.entry.operator.clone()),
@@ -281,14 +304,7 @@ async fn over(visit: Option<&Visit>) -> Problem {
     }
 }
 
-async fn read(parts: &Parts, body: Body, limit: usize) -> Result<Vec<u8>, Problem> {
-    // What a page of another site can send without asking is no JSON.
-    let kind = parts.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let kind = kind.and_then(|kind| kind.split(';').next()).map(str::trim);
-    if kind != Some("application/json") {
-        let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
-        return Err(Problem::new(status, "not_json", "the body has to be application/json"));
-    }
+async fn read(parts: &Parts, body: Body, limit: usize) -> Result<Bytes, Problem> {
     let too_large = || {
         let text = format!("a request has {limit} bytes at most");
         Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", text)
@@ -297,7 +313,18 @@ async fn read(parts: &Parts, body: Body, limit: usize) -> Result<Vec<u8>, Proble
     if length.and_then(|length| length.parse().ok()).is_some_and(|length: usize| length > limit) {
         return Err(too_large());
     }
-    Ok(to_bytes(body, limit).await.map_err(|_| too_large())?.to_vec())
+    to_bytes(body, limit).await.map_err(|_| too_large())
+}
+
+/// What a page of another site can send without asking is no JSON.
+fn check_json(parts: &Parts) -> Result<(), Problem> {
+    let kind = parts.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let kind = kind.and_then(|kind| kind.split(';').next()).map(str::trim);
+    if kind != Some("application/json") {
+        let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        return Err(Problem::new(status, "not_json", "the body has to be application/json"));
+    }
+    Ok(())
 }
 
 fn metrics(door: &Door, request: Request) -> Result<Response<Body>, Problem> {

@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use axum::body::Body;
+use bytes::Bytes;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, ETAG, SET_COOKIE};
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -99,7 +100,7 @@ pub(crate) struct Call {
     /// The request's headers.
     pub(super) headers: HeaderMap,
     /// What was sent.
-    pub(super) body: Vec<u8>,
+    pub(super) body: Bytes,
 }
 
 impl Call {
