@@ -1,8 +1,10 @@
 use std::convert::Infallible;
+use std::io::{self, Read};
 
 use fastcdc::v2020::FastCDC;
 use proptest::prelude::*;
 
+use super::cutter::WINDOW_BYTES;
 use super::*;
 
 /// Bytes that look random and are the same for the same seed.
