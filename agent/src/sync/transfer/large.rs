@@ -12,7 +12,6 @@ use tokio_util::sync::CancellationToken;
 use super::lane::JOB_BYTES;
 use super::pull::fetch;
 use super::stage::{Stage, take_from_here};
-use super::threads;
 use crate::sync::core::SyncError;
 use crate::sync::ground::Blocking;
 use crate::sync::hub::{Hub, HubError};
@@ -140,7 +139,7 @@ pub(in crate::sync) async fn download<H: Hub>(
     };
     let (copies, changes) = blocking.run(take).await?;
     let copies = Arc::new(copies);
-    let copying = (0..threads()).map(|_| {
+    let copying = (0..blocking.at_once()).map(|_| {
         let copies = copies.clone();
         blocking.run(move || copies.work())
     });

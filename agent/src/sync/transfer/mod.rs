@@ -10,8 +10,6 @@ mod refresh;
 mod stage;
 mod supply;
 
-use std::num::NonZero;
-
 use cortex_shared::ids::{WorkspaceEpoch, WorkspaceId};
 use tokio_util::sync::CancellationToken;
 
@@ -35,13 +33,6 @@ pub(super) struct Session<'a, H> {
     pub(super) cancel: &'a CancellationToken,
     pub(super) progress: &'a Progress,
     pub(super) occupancy: &'a Occupancy,
-}
-
-/// How many threads work on one transfer: those of the machine, but not so many that memory, of which
-/// each takes two packs, would be felt.
-fn threads() -> usize {
-    const MOST: usize = 4;
-    std::thread::available_parallelism().map_or(1, NonZero::get).min(MOST)
 }
 
 /// The history that operations belong to.

@@ -17,14 +17,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use super::large::lock;
-use super::threads;
 use crate::root_dir::{FileHandle, RootDir};
 use crate::sync::core::{SyncError, waiting};
 use crate::sync::ground::Blocking;
 use crate::sync::hub::{Hub, HubError};
 
 /// Finished packs that wait for the line. With those that are being made, of which there is one for
-/// each of the [`threads`], this bounds memory to 48 MiB.
+/// each of the cores ([`Blocking::at_once`]), this bounds memory to 48 MiB.
 const QUEUED_PACKS: usize = 2;
 /// The fastest level worth its while: measured 470 MB/s at a ratio of 4.5 on source text.
 const COMPRESSION_LEVEL: i32 = 1;
@@ -88,7 +87,7 @@ async fn pack_all(
     let mut contents = Contents::new(parcel);
     let mut packing = FuturesOrdered::new();
     let mut sent = Vec::new();
-    let at_once = threads();
+    let at_once = blocking.at_once();
     let result = loop {
         while packing.len() < at_once
             && !cancel.is_cancelled()

@@ -21,7 +21,6 @@ use super::Session;
 use super::lane::LARGE_BYTES;
 use super::large::{Large, lock};
 use super::stage::{Stage, StageError, take_pack};
-use super::threads;
 use crate::sync::apply::{Applier, Staged, needs_stage};
 use crate::sync::core::{SyncError, waiting};
 use crate::sync::ground::Blocking;
@@ -333,7 +332,7 @@ pub(super) async fn fetch<H: Hub>(
             let mut packs = waiting(cancel, hub, hub.get_packs(workspace, part)).await?;
             loop {
                 // While some are unpacked, the next one may come.
-                let has_room = unpacking.len() < threads();
+                let has_room = unpacking.len() < blocking.at_once();
                 let pack = async { packs.next().await.transpose() };
                 tokio::select! {
                     biased;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use rand::RngExt as _;
 use rand::rngs::StdRng;
@@ -27,29 +27,36 @@ pub(super) struct Ledger {
 }
 
 /// Every so many contents one is large, if any are.
-const LARGE_EVERY: u64 = 24;
+const LARGE_EVERY: u64 = 40;
 /// What contents begin with: all are equally long up to there, so that one can be written over another.
 const HEADER_BYTES: usize = "content 000000".len();
+
+static FRONT: LazyLock<Vec<u8>> = LazyLock::new(|| noise(b"front", 2_300_000));
+static BACK: LazyLock<Vec<u8>> = LazyLock::new(|| noise(b"back", 2_000_000));
+
+fn noise(seed: &[u8], len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new().update(seed).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+/// What is in the middle of a large content.
+fn middle(number: &[u8]) -> Vec<u8> {
+    noise(number, 300_000)
+}
 
 /// Content that is named `header+number`: too much for one pack, and most of it the same for all numbers.
 /// Any other is its name.
 fn bytes_of(content: &str) -> Vec<u8> {
     let (header, number) = content.split_at(HEADER_BYTES);
-    let mut bytes = header.as_bytes().to_vec();
-    if let Some(number) = number.strip_prefix('+') {
-        bytes.extend(body(number.as_bytes()));
-    }
-    bytes
+    let Some(number) = number.strip_prefix('+') else { return header.as_bytes().to_vec() };
+    let number = number.as_bytes();
+    [header.as_bytes(), number, &**FRONT, &*middle(number), &**BACK].concat()
 }
 
-fn body(number: &[u8]) -> Vec<u8> {
-    let noise = |seed: &[u8], len| {
-        let mut bytes = vec![0; len];
-        blake3::Hasher::new().update(seed).finalize_xof().fill(&mut bytes);
-        bytes
-    };
-    [number, &noise(b"front", 2_500_000), &noise(number, 400_000), &noise(b"back", 2_500_000)]
-        .concat()
+fn is_body(bytes: &[u8], number: &[u8]) -> bool {
+    let rest = bytes.strip_prefix(number).and_then(|rest| rest.strip_prefix(&**FRONT));
+    rest.and_then(|rest| rest.strip_prefix(&*middle(number))) == Some(&**BACK)
 }
 
 /// The users of one member.
@@ -70,16 +77,14 @@ pub(super) fn read(file: &FileHandle) -> String {
     if let Err(error) = file.reader().read_to_end(&mut bytes) {
         return error.to_string();
     }
-    let (header, rest) = bytes.split_at(bytes.len().min(HEADER_BYTES));
-    let header = String::from_utf8_lossy(header);
-    let number = &rest[..rest.len().min(6)];
-    if rest.is_empty() {
-        header.into_owned()
-    } else if rest == body(number) {
-        format!("{header}+{}", number.escape_ascii())
-    } else {
-        format!("{header} and {} bytes that nobody wrote so", rest.len())
+    if let Some((header, rest)) = bytes.split_at_checked(HEADER_BYTES)
+        && let Some(number) = rest.get(..6).filter(|number| is_body(rest, number))
+    {
+        return format!("{}+{}", header.escape_ascii(), number.escape_ascii());
     }
+    // One that nobody wrote so is told by its beginning.
+    let shown = &bytes[..bytes.len().min(1000)];
+    String::from_utf8_lossy(shown).into_owned()
 }
 
 impl User {

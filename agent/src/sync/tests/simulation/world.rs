@@ -149,7 +149,7 @@ impl World {
         let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         let hub = MemoryHub::new();
         // Drawn from the seed itself, too.
-        let ledger = Ledger { large: seed % 4 == 3, ..Ledger::default() };
+        let ledger = Ledger { large: seed % 8 == 3, ..Ledger::default() };
         let ledger = Arc::new(Mutex::new(ledger));
         let workspace = WorkspaceId::new();
         let members = (0..random.random_range(3..=5))
