@@ -29,9 +29,13 @@ pub use ceiling::{Ceiling, Exposed};
 pub(crate) use folder::{Folder, own_like_folder};
 
 use crate::client::HubAddress;
+use crate::sandbox::exposed::{self, MAX_EXPOSED};
 
 /// Largest file of settings or identity that is read: far more than any of them needs.
 const MAX_FILE_BYTES: u64 = 256 * 1024;
+
+/// Less memory than this cannot even start a shell.
+pub const LEAST_MEMORY_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Files of a state that go when a node leaves for good.
 /// `started-tasks` is the journal of earlier versions.
@@ -259,15 +263,31 @@ impl StateDir {
 }
 
 /// What the node's owner decided about the sandbox.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SandboxSettings {
     /// Refuse every command for which no control group can be created, which limits it as a whole.
     #[serde(default)]
     pub require_cgroup: bool,
+    /// Directories and files of this machine that every strict command sees, read-only, at their own path;
+    /// what is not there is not shown. At most [`MAX_EXPOSED`]; see [`exposed`] for what is refused.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub read_only_paths: Vec<PathBuf>,
 }
 
-/// What the node's owner decided about commands.
+impl SandboxSettings {
+    /// What is wrong with it, if anything is.
+    fn problem(&self) -> Option<String> {
+        let paths = &self.read_only_paths;
+        if paths.len() > MAX_EXPOSED {
+            return Some(format!("sandbox.read_only_paths has more than {MAX_EXPOSED} paths"));
+        }
+        let refused = paths.iter().find_map(|path| exposed::check_name(path).err());
+        refused.map(|refusal| format!("sandbox.read_only_paths: {refusal}"))
+    }
+}
+
+/// What the node's owner decided about commands. What a command asks for beyond a bound is cut to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CommandSettings {
@@ -275,6 +295,30 @@ pub struct CommandSettings {
     /// is good.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cut_off_limit_s: Option<u64>,
+    /// Seconds that a command may run at most, below the 24 hours that it may anyway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_limit_s: Option<u64>,
+    /// Bytes of memory that a command gets at most, below the seven eighths of the machine's that it gets
+    /// anyway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+    /// Processes and threads that a command may have at most, below the 512 that it may unless it asks for
+    /// more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processes: Option<u32>,
+}
+
+impl CommandSettings {
+    /// What is wrong with it, if anything is.
+    fn problem(&self) -> Option<String> {
+        let below = |name: &str, value: Option<u64>, least: u64| {
+            let low = value.filter(|value| *value < least);
+            low.map(|value| format!("commands.{name} is {value}, and at least {least} is needed"))
+        };
+        below("time_limit_s", self.time_limit_s, 1)
+            .or_else(|| below("memory_bytes", self.memory_bytes, LEAST_MEMORY_BYTES))
+            .or_else(|| below("processes", self.processes.map(u64::from), 1))
+    }
 }
 
 /// Where the library of skills is placed on this node.
@@ -380,6 +424,9 @@ impl Settings {
             commands: raw.commands,
             log: raw.log,
         };
+        if let Some(problem) = settings.sandbox.problem().or_else(|| settings.commands.problem()) {
+            return Err(damaged(problem));
+        }
         let roots = settings.workspace_paths.values().chain([&settings.workspace_root]);
         for root in roots {
             if !root.is_absolute() {
@@ -401,7 +448,7 @@ impl Settings {
             ceiling_network: self.ceiling.network,
             workspace_paths: self.workspace_paths.clone(),
             library: self.library.to_raw(),
-            sandbox: self.sandbox,
+            sandbox: self.sandbox.clone(),
             commands: self.commands,
             log: self.log.clone(),
         };
@@ -436,6 +483,15 @@ impl Settings {
         }
     }
 
+    /// What is never shown to commands by [`SandboxSettings::read_only_paths`]: the agent's state, and
+    /// directories that commands or other machines write.
+    #[must_use]
+    pub fn apart(&self, state: &StateDir) -> Vec<PathBuf> {
+        let workspaces = self.workspace_paths.values().chain([&self.workspace_root]);
+        let library = self.library_dir();
+        [state.path().to_owned()].into_iter().chain(workspaces.cloned()).chain(library).collect()
+    }
+
     /// Where the workspace of this name lives. The name has been checked, so it is one component.
     #[must_use]
     pub fn workspace_path(&self, name: &str) -> PathBuf {
@@ -462,7 +518,8 @@ pub(crate) fn read_bounded(path: &Path) -> Result<Option<Vec<u8>>, ConfigError> 
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed(error)),
     };
-    let mut contents = Vec::new();
+    // Most are smaller, and then here with one read.
+    let mut contents = Vec::with_capacity(2048);
     file.take(MAX_FILE_BYTES + 1).read_to_end(&mut contents).map_err(failed)?;
     if u64::try_from(contents.len()).is_ok_and(|length| length > MAX_FILE_BYTES) {
         return Err(ConfigError::Damaged {
@@ -506,8 +563,16 @@ mod tests {
             ceiling: Bound { network: Network::Full, ..Bound::LEAST },
             workspace_paths: BTreeMap::from([("app".to_owned(), PathBuf::from("/home/ann/app"))]),
             library: LibraryPlace::At("/srv/skills".into()),
-            sandbox: SandboxSettings { require_cgroup: true },
-            commands: CommandSettings { cut_off_limit_s: Some(3600) },
+            sandbox: SandboxSettings {
+                require_cgroup: true,
+                read_only_paths: vec!["/opt/models".into()],
+            },
+            commands: CommandSettings {
+                cut_off_limit_s: Some(3600),
+                time_limit_s: Some(60),
+                memory_bytes: Some(1 << 30),
+                processes: Some(64),
+            },
             log: None,
         }
     }
@@ -587,6 +652,11 @@ mod tests {
             r#"{"hub":"hub:7443","workspace_root":"w"}"#,
             r#"{"hub":"hub","workspace_root":"/w"}"#,
             r#"{"hub":"hub:7443","workspace_root":"/w","ceiling":"none"}"#,
+            r#"{"hub":"hub:7443","workspace_root":"/w","sandbox":{"read_only_paths":["/etc"]}}"#,
+            r#"{"hub":"hub:7443","workspace_root":"/w","sandbox":{"read_only_paths":["data"]}}"#,
+            r#"{"hub":"hub:7443","workspace_root":"/w","commands":{"time_limit_s":0}}"#,
+            r#"{"hub":"hub:7443","workspace_root":"/w","commands":{"memory_bytes":1}}"#,
+            r#"{"hub":"hub:7443","workspace_root":"/w","commands":{"processes":0}}"#,
             "",
         ] {
             write(bad);

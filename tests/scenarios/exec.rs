@@ -1,11 +1,13 @@
 //! Running commands: output, exit codes, cancelling, losing the node.
 
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
 use cortex_tests::is_root;
 use cortex_tests::mesh::{As, Mesh, Operator};
 use cortex_tests::process::{Outcome, run};
 use rustix::process::Signal;
+use serde_json::json;
 
 fn exec(operator: &Operator, node: &str, script: &str) -> Outcome {
     operator.agent(&["exec", node, "-s", script])
@@ -151,4 +153,52 @@ fn a_reader_that_goes_away_ends_its_command() {
     assert!(flood.wait().unwrap().code().is_some());
     let listed = operator.agent(&["node", "list", "-o", "json"]).ok().json();
     assert_eq!(listed[0]["online"], true);
+}
+
+#[test]
+fn a_nodes_owner_shows_commands_more_and_gives_them_less() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let users = if is_root() { vec![As::Me, As::Unprivileged] } else { vec![As::Me] };
+    // Not among temporary files, of which nothing is shown.
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let root = folder.path().canonicalize().unwrap();
+    std::fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::write(root.join("model"), "weights\n").unwrap();
+    for (index, user) in users.into_iter().enumerate() {
+        let name = format!("n{index}");
+        let node = mesh.node(&name, user);
+        let settings = node.home().join("state/agent.json");
+        let change = |field: &str, value: serde_json::Value| {
+            let text = std::fs::read(&settings).unwrap();
+            let mut all: serde_json::Value = serde_json::from_slice(&text).unwrap();
+            all[field] = value;
+            std::fs::write(&settings, all.to_string()).unwrap();
+        };
+        let read = format!("cat {}/model", root.display());
+        assert_ne!(exec(&operator, &name, &read).code, 0, "nothing is shown unless told");
+        // Each command reads it anew.
+        change("sandbox", json!({ "read_only_paths": [root] }));
+        change("commands", json!({ "time_limit_s": 2, "processes": 40 }));
+        assert_eq!(exec(&operator, &name, &read).ok().text(), "weights\n");
+        let write = format!("echo x >> {}/model", root.display());
+        assert_ne!(exec(&operator, &name, &write).code, 0);
+        let doctor = node.agent(&["doctor"]).text();
+        assert!(doctor.contains(&root.display().to_string()), "{doctor}");
+        let late = ["exec", &name, "--time-limit", "60s", "--", "sleep", "60"];
+        assert_eq!(operator.agent(&late).code, 124, "its time is the owner's");
+
+        // Workspaces are written by commands and other machines: what lies there is nobody's to show.
+        change("workspace_paths", json!({ "w": root.join("w") }));
+        let refused = exec(&operator, &name, "true");
+        assert_eq!(refused.code, 126, "{}", refused.stderr);
+        assert!(refused.stderr.contains("would show"), "{}", refused.stderr);
+        assert_eq!(node.agent(&["doctor"]).code, 1);
+        change("sandbox", json!({ "read_only_paths": ["/etc/shadow"] }));
+        let doctor = node.agent(&["doctor"]);
+        assert_eq!(doctor.code, 1);
+        assert!(doctor.text().contains("read_only_paths"), "{}", doctor.text());
+        let blind = exec(&operator, &name, &read);
+        assert_ne!(blind.code, 0, "settings that cannot be read show nothing");
+    }
 }

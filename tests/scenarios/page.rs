@@ -40,6 +40,12 @@ impl Page {
         Some(page)
     }
 
+    /// Runs this in every page before its own scripts.
+    fn before_each_page(&self, script: &str) {
+        let source = serde_json::json!({ "source": script });
+        self.browser.tell("Page.addScriptToEvaluateOnNewDocument", &source);
+    }
+
     /// Logs somebody in by a link.
     fn log_in(&self, operator: &Operator) {
         let link = operator.agent(&["login-link", "-o", "json"]).ok().json();
@@ -259,5 +265,79 @@ fn the_page_shows_conflicts_and_nodes_that_are_gone() {
          caption.innerText.includes('1 file changed in two places'))",
     );
     page.pictures("conflict");
+    page.unharmed();
+}
+
+/// Without its clock, nothing is asked for because it is time: timers of half a second and more never end.
+const WITHOUT_A_CLOCK: &str = "const real = window.setTimeout; window.asked = []; \
+     window.setTimeout = (then, ms, ...more) => ms >= 500 ? 0 : real(then, ms, ...more); \
+     const ask = window.fetch; \
+     window.fetch = (path, options) => { window.asked.push(String(path)); return ask(path, options); };";
+
+#[test]
+fn the_page_hears_what_happens_and_asks_for_what_that_touches() {
+    let Some(page) = Page::new() else { return };
+    let north = page.mesh.node("north", As::Me);
+    page.before_each_page(WITHOUT_A_CLOCK);
+    page.log_in(&page.admin);
+    let browser = &page.browser;
+    browser.wait("document.querySelectorAll('tbody tr').length === 2");
+    browser.wait("document.querySelector('#live')?.textContent === 'live'");
+    page.pictures("live");
+    let row = |name: &str| format!("document.querySelector('tr:has(a[href=\"#/nodes/{name}\"])')");
+    let label = ["node", "label", "south", "shelf=3"];
+    let _labelled: Outcome = page.admin.agent(&label).ok();
+    browser.wait(&format!("{}.innerText.includes('shelf=3')", row("south")));
+    drop(north);
+    browser.wait(&format!("{}.innerText.includes('offline')", row("north")));
+
+    // What happens to one node is nothing to the view of another; the foot counts it all the same.
+    page.view("#/nodes/south", "document.querySelector('h1')?.innerText.startsWith('south')");
+    let script = "echo first; echo go-on; sleep 1000";
+    let detach = ["exec", "south", "--detach", "-o", "json", "-s", script];
+    let begun = page.admin.agent(&detach).ok().json();
+    let task = begun["task_id"].as_str().unwrap();
+    browser.wait("document.querySelector('#foot').innerText.includes('1 running')");
+    let badge = "[...document.querySelectorAll('tbody .badge')].map((badge) => badge.innerText)";
+    browser.wait(&format!("{badge}.includes('running')"));
+    let asked = "const of = (end) => window.asked.filter((one) => one.endsWith(end)).length; \
+                 return of('/hub') - of('/nodes/south')";
+    let before = browser.script(asked).as_i64().unwrap();
+    let mut shelf = 3;
+    until("the foot is asked for alone", || {
+        shelf += 1;
+        let label = format!("shelf={shelf}");
+        let _labelled: Outcome = page.admin.agent(&["node", "label", "north", &label]).ok();
+        browser.script(asked).as_i64().unwrap() > before
+    });
+
+    // Output of a task comes by its own stream, and so does its end.
+    let terminal = "document.querySelector('.terminal')?.innerText";
+    page.view(&format!("#/tasks/{task}"), &format!("{terminal}.includes('go-on')"));
+    let cancel = ["task", "cancel", task];
+    let _cancelled: Outcome = page.admin.agent(&cancel).ok();
+    browser.wait("document.querySelector('h1 .badge')?.innerText === 'cancelled'");
+    browser
+        .wait("document.querySelector('.output [role=status]').innerText.startsWith('ended at')");
+    page.unharmed();
+}
+
+#[test]
+fn a_page_that_cannot_listen_asks_and_says_so() {
+    let Some(page) = Page::new() else { return };
+    page.before_each_page("delete window.EventSource");
+    page.log_in(&page.admin);
+    let browser = &page.browser;
+    browser.wait("document.querySelector('#live')?.textContent.startsWith('asks every 2 s')");
+    let label = ["node", "label", "south", "shelf=3"];
+    let _labelled: Outcome = page.admin.agent(&label).ok();
+    browser.wait("document.querySelector('tbody')?.innerText.includes('shelf=3')");
+    let detach = ["exec", "south", "--detach", "-o", "json", "-s", "echo said"];
+    let begun = page.admin.agent(&detach).ok().json();
+    let task = begun["task_id"].as_str().unwrap();
+    let terminal = "document.querySelector('.terminal')?.innerText";
+    page.view(&format!("#/tasks/{task}"), &format!("{terminal}.includes('said')"));
+    browser
+        .wait("document.querySelector('.output [role=status]').innerText.startsWith('ended at')");
     page.unharmed();
 }

@@ -274,3 +274,81 @@ fn a_hub_that_comes_back_has_the_same_key_and_no_logins() {
     operator = mesh.operator("operator");
     let _session = log_in(&mesh, &operator);
 }
+
+#[test]
+fn a_program_runs_commands_over_http_reads_what_they_write_and_ends_them() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let viewer = mesh.operator("viewer");
+    let _node = mesh.node("south", cortex_tests::mesh::As::Me);
+    let session = log_in(&mesh, &operator);
+    let post = |session: &str, path: &str, body: &Value| {
+        let body = body.to_string();
+        let json = ["-H", session, "-H", "content-type: application/json", "-d", &body];
+        curl(&mesh, path, &json).ok().json()
+    };
+    let run = |body: Value| post(&session, "/api/v1/tasks", &body);
+    // The news of a task's stream, which ends with the task.
+    let follow = |task: &Value, more: &[&str]| -> Vec<(String, Value)> {
+        let path = format!("/api/v1/tasks/{}/output/stream", task["task_id"].as_str().unwrap());
+        let stream = curl(&mesh, &path, &[&["-f", "-N", "-H", &session][..], more].concat()).ok();
+        let text = stream.text();
+        let pieces = text.split_terminator("\n\n").filter_map(|piece| {
+            let (id, data) = piece.strip_prefix("id: ")?.split_once("\ndata: ")?;
+            Some((id.to_owned(), serde_json::from_str(data).unwrap()))
+        });
+        pieces.collect()
+    };
+    let written = |news: &[(String, Value)], stream: &str| -> Vec<u8> {
+        use base64::Engine as _;
+        let engine = base64::engine::general_purpose::STANDARD;
+        let pieces = news.iter().map(|(_, news)| &news["output"]);
+        let pieces = pieces.filter(|piece| piece["stream"] == stream);
+        pieces.flat_map(|piece| engine.decode(piece["data"].as_str().unwrap()).unwrap()).collect()
+    };
+
+    let script = "for i in $(seq 20); do echo $i; sleep 0.02; done; echo bad >&2; exit 3";
+    let body = serde_json::json!({
+        "node": "south", "script": script, "env": { "A": "x" }, "idempotency_key": "k1",
+    });
+    let task = run(body.clone());
+    let news = follow(&task, &[]);
+    let expected: String = (1..=20).map(|i| format!("{i}\n")).collect();
+    assert_eq!(written(&news, "stdout"), expected.as_bytes());
+    assert_eq!(written(&news, "stderr"), b"bad\n");
+    let (id, last) = news.last().unwrap();
+    assert_eq!(
+        (&last["task"]["state"], &last["task"]["end"]["exit_code"]),
+        (&"finished".into(), &3.into())
+    );
+    assert_eq!(*id, format!("{}-4", expected.len()));
+    // Whoever comes back hears what it lacks.
+    let rest = follow(&task, &["-H", &format!("last-event-id: {}-0", expected.len() - 3)]);
+    assert_eq!(
+        (written(&rest, "stdout"), written(&rest, "stderr")),
+        (b"20\n".to_vec(), b"bad\n".to_vec())
+    );
+    // It ran once, and runs once more when that is asked for.
+    assert_eq!(run(body)["task_id"], task["task_id"]);
+    let missing = run(serde_json::json!({ "retry_of": task["task_id"] }));
+    assert_eq!(missing["code"], "variables_needed");
+    let again = run(serde_json::json!({ "retry_of": task["task_id"], "env": { "A": "y" } }));
+    assert_ne!(again["task_id"], task["task_id"]);
+    assert_eq!(written(&follow(&again, &[]), "stdout"), expected.as_bytes());
+    let listed = operator.agent(&["task", "list", "-o", "json"]).ok().json();
+    assert_eq!(listed.as_array().unwrap().len(), 2, "{listed}");
+
+    // One that goes on, until somebody ends it.
+    let task = run(serde_json::json!({ "node": "south", "argv": ["sleep", "1000"] }));
+    let path = format!("/api/v1/tasks/{}/cancel", task["task_id"].as_str().unwrap());
+    let session_of_viewer = log_in(&mesh, &viewer);
+    let nothing = serde_json::json!({});
+    assert_eq!(post(&session_of_viewer, &path, &nothing)["code"], "role_too_low");
+    let refused = serde_json::json!({ "node": "south", "script": "true" });
+    assert_eq!(post(&session_of_viewer, "/api/v1/tasks", &refused)["code"], "role_too_low");
+    assert_eq!(post(&session, &path, &nothing)["task_id"], task["task_id"]);
+    let (_, last) = follow(&task, &[]).pop().unwrap();
+    assert_eq!(last["task"]["state"], "cancelled", "{last}");
+    let lines = mesh.audit("task.accepted");
+    assert!(lines.len() == 3 && lines.iter().all(|line| line["role"] == "operator"), "{lines:?}");
+}

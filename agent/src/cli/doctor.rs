@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -17,7 +17,7 @@ use crate::client::{ConnectError, Purpose, certificate_refusal};
 use crate::config::{Ceiling, Settings, StateDir};
 use crate::identity::NodeIdentity;
 use crate::link::session::MAX_SKEW_MS;
-use crate::sandbox::Launcher;
+use crate::sandbox::{Launcher, exposed};
 
 /// Free disk below which it is worth a word.
 const LOW_DISK_BYTES: u64 = 1024 * 1024 * 1024;
@@ -99,6 +99,7 @@ pub(crate) async fn doctor(global: &Global, args: DoctorArgs) -> Result<u8, CliE
                 Ok(settings) => {
                     findings.extend(hub_findings(&identity, &settings).await);
                     findings.push(disk("workspace disk", existing(&settings.workspace_root)));
+                    findings.extend(shown(&state, &settings));
                 }
                 Err(error) => findings.push(failed("settings", error.into())),
             }
@@ -132,6 +133,26 @@ fn failed(check: &'static str, error: CliError) -> Finding {
         }
     }
     Finding::new(check, Level::Fail, detail.join(": ")).hint(hint)
+}
+
+/// What the owner shows to strict commands.
+fn shown(state: &StateDir, settings: &Settings) -> Vec<Finding> {
+    const CHECK: &str = "read-only path";
+    let apart = settings.apart(state);
+    let look = |path: &PathBuf| match exposed::check(path, &apart) {
+        Ok(true) => Finding::new(CHECK, Level::Ok, path.display().to_string()),
+        Ok(false) => {
+            let text = format!("{} is not there, and is not shown to commands", path.display());
+            Finding::new(CHECK, Level::Warn, text)
+                .hint("mount or create it, or take it out of sandbox.read_only_paths in agent.json")
+        }
+        Err(refusal) => {
+            let text = format!("{refusal}; strict commands are refused");
+            Finding::new(CHECK, Level::Fail, text)
+                .hint("take it out of sandbox.read_only_paths in agent.json")
+        }
+    };
+    settings.sandbox.read_only_paths.iter().map(look).collect()
 }
 
 fn state_permissions(state: &StateDir) -> Finding {

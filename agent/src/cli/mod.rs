@@ -141,9 +141,35 @@ enum Verb {
     Completion(completion::CompletionArgs),
 }
 
+/// `exec` alone, as [`Cli`] has it: it is what is run most, and describing all verbs to clap takes
+/// longer than many a command.
+#[derive(Debug, Parser)]
+#[command(name = "cortex-agent")]
+struct ExecAlone {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: ExecVerb,
+}
+
+#[derive(Debug, Subcommand)]
+enum ExecVerb {
+    Exec(Box<exec::ExecArgs>),
+}
+
+/// What the arguments mean. Whatever is not right, and all help, is told by the whole [`Cli`].
+fn parse() -> Result<Cli, clap::Error> {
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == "exec")
+        && let Ok(ExecAlone { global, verb: ExecVerb::Exec(args) }) = ExecAlone::try_parse()
+    {
+        return Ok(Cli { global, verb: Verb::Exec(args) });
+    }
+    Cli::try_parse()
+}
+
 /// Reads the arguments, does the work, and says what the process ends with.
 pub(crate) fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match parse() {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version go to standard output with 0, mistakes to standard error with 2.
@@ -223,6 +249,7 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+        ExecAlone::command().debug_assert();
     }
 
     /// Every command that a hint of ours names: "cortex-agent VERB SUBVERB".

@@ -26,6 +26,6 @@ pub use executor::{Executor, run};
 pub use output::MAX_FRAME_BYTES;
 pub use policy::{MAX_ARGUMENT_BYTES, MAX_ARGUMENTS_BYTES, MAX_SCRIPT_BYTES, MAX_TIME_LIMIT};
 pub use request::{
-    CancelCause, CommandControl, CommandEvent, CommandExit, CommandRequest, CommandVerdict,
+    Bounds, CancelCause, CommandControl, CommandEvent, CommandExit, CommandRequest, CommandVerdict,
     OutputStream, RequestedLimits, TerminalRequest, WorkspaceView,
 };

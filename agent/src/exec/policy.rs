@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use cortex_shared::policy::Mode;
 
-use super::request::{CommandRequest, RequestedLimits};
+use super::request::{Bounds, CommandRequest, RequestedLimits};
+use crate::config::LEAST_MEMORY_BYTES;
 use crate::sandbox::{Command, HOME_INSIDE, LIBRARY_INSIDE, Limits, Program};
 
 /// Longest argument, and longest name with value of a variable. The kernel's own limit is 128 KiB.
@@ -26,8 +27,6 @@ const OPEN_FILES: u64 = 4096;
 const FILE_BYTES: u64 = 2 * 1024 * 1024 * 1024;
 /// Of each of the private temporary directories, which live in memory.
 const TEMPORARY_BYTES: u64 = 512 * 1024 * 1024;
-/// Less than this cannot even start a shell.
-const MIN_MEMORY_BYTES: u64 = 16 * 1024 * 1024;
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// What a permissive command keeps of the agent's own environment.
@@ -66,8 +65,9 @@ pub(super) fn resolve(
     machine_memory_bytes: u64,
     agent_env: impl Fn(&str) -> Option<Vec<u8>>,
 ) -> Result<(Command, Duration), RequestRefusal> {
-    let time_limit = request.time_limit.map_or(MAX_TIME_LIMIT, |limit| limit.min(MAX_TIME_LIMIT));
-    let limits = limits(request.limits, machine_memory_bytes);
+    let longest = request.bounds.time.map_or(MAX_TIME_LIMIT, |bound| bound.min(MAX_TIME_LIMIT));
+    let time_limit = request.time_limit.map_or(longest, |limit| limit.min(longest));
+    let limits = limits(request.limits, request.bounds, machine_memory_bytes);
     check_arguments(&request)?;
     let terminal = request.terminal.as_ref();
     let kind = terminal.map(|terminal| check_terminal_kind(&terminal.kind)).transpose()?;
@@ -123,20 +123,24 @@ pub(super) fn resolve(
     Ok((command, time_limit))
 }
 
-fn limits(requested: RequestedLimits, machine_memory_bytes: u64) -> Limits {
+fn limits(requested: RequestedLimits, bounds: Bounds, machine_memory_bytes: u64) -> Limits {
     // By default a command may use most of the machine, but never so much that nothing is left for
     // the agent and its neighbours.
-    let most_memory = (machine_memory_bytes / 8 * 7).max(MIN_MEMORY_BYTES);
+    let most_memory = (machine_memory_bytes / 8 * 7)
+        .min(bounds.memory_bytes.unwrap_or(u64::MAX))
+        .max(LEAST_MEMORY_BYTES);
+    let most_processes = bounds.processes.map_or(MAX_PROCESSES, u64::from).clamp(1, MAX_PROCESSES);
     Limits {
         memory_bytes: requested
             .memory_bytes
-            .map_or(most_memory, |bytes| bytes.clamp(MIN_MEMORY_BYTES, most_memory)),
+            .map_or(most_memory, |bytes| bytes.clamp(LEAST_MEMORY_BYTES, most_memory)),
         processes: requested
             .processes
-            .map_or(DEFAULT_PROCESSES, |count| u64::from(count).clamp(1, MAX_PROCESSES)),
+            .map_or(DEFAULT_PROCESSES, |count| u64::from(count).max(1))
+            .min(most_processes),
         open_files: OPEN_FILES,
         file_bytes: FILE_BYTES,
-        temporary_bytes: TEMPORARY_BYTES.min((machine_memory_bytes / 8).max(MIN_MEMORY_BYTES)),
+        temporary_bytes: TEMPORARY_BYTES.min((machine_memory_bytes / 8).max(LEAST_MEMORY_BYTES)),
     }
 }
 
@@ -286,16 +290,39 @@ mod tests {
     #[test]
     fn limits_stay_within_what_the_node_has() {
         for (asked, memory_bytes, processes) in [
-            ((Some(1), Some(0)), MIN_MEMORY_BYTES, 1),
+            ((Some(1), Some(0)), LEAST_MEMORY_BYTES, 1),
             ((Some(64 << 20), Some(50)), 64 << 20, 50),
             ((Some(u64::MAX), Some(u32::MAX)), MACHINE / 8 * 7, MAX_PROCESSES),
         ] {
             let asked = RequestedLimits { memory_bytes: asked.0, processes: asked.1 };
-            let given = limits(asked, MACHINE);
+            let given = limits(asked, Bounds::default(), MACHINE);
             assert_eq!((given.memory_bytes, given.processes), (memory_bytes, processes));
         }
         let longest = CommandRequest { time_limit: Some(Duration::MAX), ..echo() };
         assert_eq!(resolve_on_a_machine(longest).unwrap().1, MAX_TIME_LIMIT);
+    }
+
+    #[test]
+    fn nobody_gets_more_than_the_owner_of_the_node_gives() {
+        let minute = Duration::from_secs(60);
+        let bounds =
+            Bounds { time: Some(minute), memory_bytes: Some(64 << 20), processes: Some(10) };
+        for (asked, given) in [
+            ((None, None, None), (minute, 64 << 20, 10)),
+            ((Some(2 * minute), Some(1 << 30), Some(600)), (minute, 64 << 20, 10)),
+            ((Some(minute / 2), Some(32 << 20), Some(3)), (minute / 2, 32 << 20, 3)),
+        ] {
+            let (time_limit, memory_bytes, processes) = asked;
+            let limits = RequestedLimits { memory_bytes, processes };
+            let request = CommandRequest { time_limit, limits, bounds, ..echo() };
+            let (command, time) = resolve_on_a_machine(request).unwrap();
+            let limits = command.limits;
+            assert_eq!((time, limits.memory_bytes, limits.processes), given, "{asked:?}");
+        }
+        // More than the machine has is no bound.
+        let bounds = Bounds { memory_bytes: Some(u64::MAX), processes: Some(u32::MAX), ..bounds };
+        let given = limits(RequestedLimits::default(), bounds, MACHINE);
+        assert_eq!((given.memory_bytes, given.processes), (MACHINE / 8 * 7, DEFAULT_PROCESSES));
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub struct CommandRequest {
     pub time_limit: Option<Duration>,
     /// Limits that differ from the node's defaults.
     pub limits: RequestedLimits,
+    /// The most that the node's owner lets any command have.
+    pub bounds: Bounds,
     /// Standard input will be sent; otherwise the command reads end-of-file.
     pub stdin: bool,
     /// A terminal in place of pipes. Its output is all standard output, and its input is always sent.
@@ -66,6 +68,17 @@ pub struct RequestedLimits {
     /// Bytes of memory; `None` for the node's default.
     pub memory_bytes: Option<u64>,
     /// Processes and threads; `None` for the node's default.
+    pub processes: Option<u32>,
+}
+
+/// What no command gets more of, whatever is asked for; `None` for what the machine gives.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Bounds {
+    /// Wall-clock time.
+    pub time: Option<Duration>,
+    /// Bytes of memory.
+    pub memory_bytes: Option<u64>,
+    /// Processes and threads.
     pub processes: Option<u32>,
 }
 

@@ -8,7 +8,7 @@
 //! `policy_log`.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::{self, hub_frame, node_frame};
 use cortex_shared::crash::crash_point;
 use cortex_shared::ids::{TaskId, WorkspaceId};
-use cortex_shared::policy::{Bound, Role};
+use cortex_shared::policy::{Bound, Mode, Role};
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -33,9 +33,10 @@ use super::task::{self, OnDisconnect, TaskContext};
 use super::workspaces::{Membership, Reports, Workspaces};
 use super::{bound_of, mode_of, network_of, proto_mode, proto_network};
 use crate::audit::{Audit, CommandLine, cut};
-use crate::config::{Ceiling, ConfigError, Settings, StateDir};
-use crate::exec::{CancelCause, CommandControl};
+use crate::config::{Ceiling, CommandSettings, ConfigError, SandboxSettings, Settings, StateDir};
+use crate::exec::{Bounds, CancelCause, CommandControl};
 use crate::identity::live::LiveIdentity;
+use crate::sandbox::exposed;
 use crate::sync::Occupied;
 
 /// Commands that run at the same time; more is refused, so that a node cannot be buried.
@@ -427,11 +428,22 @@ impl Dispatcher {
         if let Err(refusal @ Refusal::NotPermitted { .. }) = &command {
             permit.note_refusal(refusal);
         }
-        let require_control_group = requires_control_group(&self.inner.state);
-        let library = self.inner.workspaces.library_dir();
-        command.map(|command| crate::exec::CommandRequest {
-            require_control_group,
-            library,
+        let command = command?;
+        let owner = OwnersWill::of(&self.inner.state);
+        let read_only_paths = match command.mode {
+            Mode::Strict => owner.shown()?,
+            // It sees everything anyway.
+            Mode::Permissive => Vec::new(),
+        };
+        Ok(crate::exec::CommandRequest {
+            require_control_group: owner.sandbox.require_cgroup,
+            bounds: Bounds {
+                time: owner.commands.time_limit_s.map(Duration::from_secs),
+                memory_bytes: owner.commands.memory_bytes,
+                processes: owner.commands.processes,
+            },
+            read_only_paths,
+            library: self.inner.workspaces.library_dir(),
             ..command
         })
     }
@@ -476,14 +488,40 @@ impl Dispatcher {
     }
 }
 
-/// Whether the owner lets no command run without a control group. What cannot be read asks for most.
-fn requires_control_group(state: &StateDir) -> bool {
-    match Settings::load(state) {
-        Ok(settings) => settings.sandbox.require_cgroup,
-        Err(error) => {
-            tracing::error!(%error, "the owner's settings cannot be read: the strictest count");
-            true
+/// What the owner has decided about a command that is about to start.
+struct OwnersWill {
+    sandbox: SandboxSettings,
+    commands: CommandSettings,
+    /// Where the agent's state and the workspaces are.
+    apart: Vec<PathBuf>,
+}
+
+impl OwnersWill {
+    /// What cannot be read asks for most and shows nothing. Blocks for the disk.
+    fn of(state: &StateDir) -> Self {
+        match Settings::load(state) {
+            Ok(settings) => Self {
+                apart: settings.apart(state),
+                sandbox: settings.sandbox,
+                commands: settings.commands,
+            },
+            Err(error) => {
+                tracing::error!(%error, "the owner's settings cannot be read: the strictest count");
+                let sandbox = SandboxSettings { require_cgroup: true, ..Default::default() };
+                Self { sandbox, commands: CommandSettings::default(), apart: Vec::new() }
+            }
         }
+    }
+
+    /// What strict commands see of this machine besides what they see anyway, as far as it is there.
+    fn shown(&self) -> Result<Vec<PathBuf>, Refusal> {
+        let mut shown = Vec::new();
+        for path in &self.sandbox.read_only_paths {
+            if exposed::check(path, &self.apart)? {
+                shown.push(path.clone());
+            }
+        }
+        Ok(shown)
     }
 }
 

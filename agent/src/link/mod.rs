@@ -84,6 +84,8 @@ pub fn mode_of(value: i32) -> Mode {
 #[cfg(test)]
 pub(crate) fn hints() -> Vec<String> {
     use authority::{Missing, Party, Wanted};
+
+    use crate::sandbox::exposed::ExposeRefusal;
     let parties = [Party::Role(None), Party::Policy, Party::PolicyEnded(0), Party::Ceiling];
     let not_permitted = |wanted| {
         let missing = parties.map(|party| Missing { wanted, party }).to_vec();
@@ -95,6 +97,7 @@ pub(crate) fn hints() -> Vec<String> {
         request::Refusal::NotRecorded,
         request::Refusal::NoSuchWorkspace { name: "w".to_owned() },
         request::Refusal::WorkspaceUnusable { reason: String::new() },
+        request::Refusal::NotShown(ExposeRefusal::Special { path: "/x".into() }),
     ];
     let mut hints: Vec<String> = refusals.iter().map(request::Refusal::hint).collect();
     hints.push(renewal::this_machine());

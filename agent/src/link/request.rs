@@ -11,8 +11,9 @@ use cortex_shared::ids::WorkspaceId;
 
 use super::authority::{Authority, Missing, Wanted, permit, wanted};
 use super::{mode_of, network_of};
-use crate::exec::{CommandRequest, RequestedLimits, TerminalRequest, WorkspaceView};
+use crate::exec::{Bounds, CommandRequest, RequestedLimits, TerminalRequest, WorkspaceView};
 use crate::sandbox::TerminalSize;
+use crate::sandbox::exposed::ExposeRefusal;
 
 /// Why a command does not run. It has not run.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -25,6 +26,8 @@ pub(super) enum Refusal {
     NoSuchWorkspace { name: String },
     #[error("the workspace's files are not usable here: {reason}")]
     WorkspaceUnusable { reason: String },
+    #[error("what the node's owner shows to commands cannot be shown: {0}")]
+    NotShown(#[from] ExposeRefusal),
     #[error("the request is not valid: {0}")]
     Invalid(&'static str),
 }
@@ -44,6 +47,7 @@ impl Refusal {
             Self::WorkspaceUnusable { .. } => {
                 "`cortex-agent workspace status` on the node says more".to_owned()
             }
+            Self::NotShown(refusal) => refusal.hint().to_owned(),
             Self::Invalid(_) => String::new(),
         }
     }
@@ -96,6 +100,7 @@ pub(super) fn command(
             kind: terminal.term,
         }),
         forbidden_paths,
+        bounds: Bounds::default(),
         read_only_paths: Vec::new(),
         library: None,
         require_control_group: false,

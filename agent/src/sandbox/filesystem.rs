@@ -244,7 +244,9 @@ impl Sources {
             let name = path.to_str().and_then(|path| path.strip_prefix('/')).ok_or_else(|| {
                 SetupError::new(Step::FileSystem, format!("{path:?} is no absolute path"))
             })?;
-            sources.take_one(name.to_owned(), read_only)?;
+            if let Some(tree) = Detached::copy_of_exactly(path, read_only)? {
+                sources.trees.push((name.to_owned(), tree));
+            }
         }
         Ok(sources)
     }

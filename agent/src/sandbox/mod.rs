@@ -19,6 +19,7 @@
 mod bpf;
 mod cgroup;
 mod channel;
+pub mod exposed;
 mod filesystem;
 mod git_files;
 mod identity;

@@ -21,13 +21,24 @@ impl Detached {
     /// A copy of what is mounted at a path of the current root, with everything below it; `None`
     /// if there is nothing. The attributes are `MOUNT_ATTR_*` bits to add.
     pub(super) fn copy_of(path: &Path, attributes: u64) -> Result<Option<Self>, SetupError> {
-        let found = rustix::fs::openat2(
-            CWD,
-            path,
-            OFlags::PATH | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::NO_MAGICLINKS,
-        );
+        Self::copy_resolved(path, attributes, ResolveFlags::NO_MAGICLINKS)
+    }
+
+    /// The same where no link may be on the way: with one, it is an error.
+    pub(super) fn copy_of_exactly(
+        path: &Path,
+        attributes: u64,
+    ) -> Result<Option<Self>, SetupError> {
+        Self::copy_resolved(path, attributes, ResolveFlags::NO_SYMLINKS)
+    }
+
+    fn copy_resolved(
+        path: &Path,
+        attributes: u64,
+        resolve: ResolveFlags,
+    ) -> Result<Option<Self>, SetupError> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let found = rustix::fs::openat2(CWD, path, flags, Mode::empty(), resolve);
         match found {
             Ok(place) => Self::copy_at(&place, path, attributes).map(Some),
             // Not there, or not for this user to see.

@@ -148,7 +148,7 @@ pub fn check_workspace(
 }
 
 /// The home of root and of every user in the passwd file, as far as they are real directories.
-fn home_directories() -> Vec<PathBuf> {
+pub(super) fn home_directories() -> Vec<PathBuf> {
     let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
     let listed = passwd.lines().filter_map(|line| line.split(':').nth(5)).map(PathBuf::from);
     let own = std::env::var_os("HOME").map(PathBuf::from);
@@ -161,13 +161,13 @@ fn home_directories() -> Vec<PathBuf> {
 }
 
 /// Whether `directory` is, under whatever name, `of` itself or one of the directories above it.
-fn is_among_ancestors(directory: &Path, of: &Path) -> bool {
+pub(super) fn is_among_ancestors(directory: &Path, of: &Path) -> bool {
     let identity = |path: &Path| path.metadata().ok().map(|found| (found.dev(), found.ino()));
     let wanted = identity(directory);
     wanted.is_some() && of.ancestors().any(|ancestor| identity(ancestor) == wanted)
 }
 
-fn canonical_as_far_as_it_exists(path: &Path) -> PathBuf {
+pub(super) fn canonical_as_far_as_it_exists(path: &Path) -> PathBuf {
     path.ancestors()
         .find_map(|ancestor| {
             let known = ancestor.canonicalize().ok()?;
@@ -178,7 +178,7 @@ fn canonical_as_far_as_it_exists(path: &Path) -> PathBuf {
 
 /// A mount point strictly below `path`. It could be another name for something hidden, and it
 /// would need its own decision on ids and access.
-fn mount_below(path: &Path) -> std::io::Result<Option<PathBuf>> {
+pub(super) fn mount_below(path: &Path) -> std::io::Result<Option<PathBuf>> {
     let table = std::fs::read("/proc/self/mountinfo")?;
     Ok(table
         .split(|byte| *byte == b'\n')

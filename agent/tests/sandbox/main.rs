@@ -15,6 +15,7 @@ mod library;
 mod output;
 mod protected;
 mod refusals;
+mod shown;
 mod start;
 mod support;
 mod systems;

@@ -56,6 +56,10 @@ pub struct HttpConfig {
     pub request_bytes: usize,
     /// Time that a request may take.
     pub request_time: Duration,
+    /// Time that a connection has for the header of its next request.
+    pub header_time: Duration,
+    /// How long a connection on which nothing moves is kept, beyond `request_time`.
+    pub idle_time: Duration,
     /// How long a session of a browser lasts at most.
     pub session_life: Duration,
     /// File with the token by which metrics are read.
@@ -75,6 +79,11 @@ impl Default for HttpConfig {
             header_bytes: 16 * 1024,
             request_bytes: 64 * 1024,
             request_time: Duration::from_secs(30),
+            // The slowest of lines needs less, and whoever opens connections to say nothing holds each no
+            // longer.
+            header_time: Duration::from_secs(15),
+            // Twice the signs of life that streams and HTTP/2 give.
+            idle_time: Duration::from_secs(30),
             // A working day.
             session_life: Duration::from_secs(8 * 3600),
             metrics_token: None,

@@ -129,6 +129,13 @@ settings! {
     http_request_bytes: "N" in 1024..=16_777_216 => http.request_bytes;
     /// How long a request over HTTP may take, downloads and streams aside.
     http_request_time: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(600) => http.request_time;
+    /// How long a connection over HTTP has for the header of its first request, and an HTTP/1.1 one for that
+    /// of each that follows; it is closed then, however slowly bytes come.
+    http_header_time: "DURATION" in Duration::from_millis(100)..=Duration::from_secs(600) => http.header_time;
+    /// How long a connection over HTTP is kept on which nothing moves, beyond the time that a request may
+    /// take: a peer that takes nothing of what it asked for. Streams and HTTP/2 give signs of life every 15
+    /// to 20 s.
+    http_idle_time: "DURATION" in Duration::from_secs(20)..=Duration::from_secs(3600) => http.idle_time;
     /// How long a login of a browser lasts at most; it ends after an hour without use. A working day.
     http_session_life: "DURATION" in Duration::from_secs(60)..=Duration::from_secs(7 * 86_400) => http.session_life;
     /// File with a token by which /metrics is read from elsewhere than this machine, sent as

@@ -131,14 +131,66 @@ fn give_variables(
     Err(with_hint(refuse(Code::FailedPrecondition, "variables_needed", text), &hint))
 }
 
-/// Accepts a command, journals it, sends it to its node.
+/// Begins a command that somebody reads, unless it is to run by itself.
 async fn start_task(
     service: &OperatorService,
     operator: AdmittedOperator,
-    mut start: v1::ExecStart,
+    start: v1::ExecStart,
     inbound: Streaming<ExecUp>,
 ) -> Result<Frames, Status> {
-    let (view, mut spec, retry_of) = wanted(service, &operator, &mut start).await?;
+    if start.detach {
+        return detached(service, &operator, start).await.map(only);
+    }
+    let credit = start.initial_credit;
+    match given(service, &operator, start).await? {
+        Given::New { task, reader, listening } => {
+            let accepted = accepted(service, &task.record, false);
+            listen(service, &task, reader.number, inbound, listening);
+            Ok(Box::pin(reader::frames(reader, accepted, None, service.scope.token().clone())))
+        }
+        Given::Known(id) => {
+            let place = Place { has: [0; 2], credit, unacknowledged: 0, known: true };
+            go_on(service, &operator, id, place, inbound).await
+        }
+    }
+}
+
+/// Begins a command that runs by itself, or finds it by its idempotency key.
+pub(super) async fn detached(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    start: v1::ExecStart,
+) -> Result<v1::ExecAccepted, Status> {
+    match given(service, operator, v1::ExecStart { detach: true, ..start }).await? {
+        Given::New { task, .. } => Ok(accepted(service, &task.record, false)),
+        Given::Known(id) => {
+            let record = tasks::get(service, operator, id).await?;
+            Ok(accepted(service, &record, true))
+        }
+    }
+}
+
+/// What has become of a command that was asked for.
+enum Given {
+    /// Its node has been given it.
+    New {
+        task: Arc<Task>,
+        /// The caller's place at its output.
+        reader: Reader,
+        /// Cancelled once the reader is gone.
+        listening: CancellationToken,
+    },
+    /// It is an earlier one, by its idempotency key.
+    Known(TaskId),
+}
+
+/// Accepts a command, journals it, sends it to its node.
+async fn given(
+    service: &OperatorService,
+    operator: &AdmittedOperator,
+    mut start: v1::ExecStart,
+) -> Result<Given, Status> {
+    let (view, mut spec, retry_of) = wanted(service, operator, &mut start).await?;
     convert::check_task_spec(&spec)?;
     if start.detach && (spec.stdin || spec.terminal.is_some()) {
         return Err(invalid("a detached command has neither input nor a terminal"));
@@ -153,8 +205,8 @@ async fn start_task(
         IdempotencyKey { key, request_hash: *hasher.finalize().as_bytes() }
     });
     let mode = convert::mode(spec.mode);
-    let workspace = allowed(service, &operator, &node, &spec)
-        .inspect_err(|refusal| record_refusal(service, &operator, &node, &spec, refusal))?;
+    let workspace = allowed(service, operator, &node, &spec)
+        .inspect_err(|refusal| record_refusal(service, operator, &node, &spec, refusal))?;
     spec.workspace_id = workspace.map(|id| id.as_bytes().to_vec().into()).unwrap_or_default();
     let session = match view.session {
         Some(session) => session,
@@ -212,22 +264,10 @@ async fn start_task(
     })?;
     let reader = match begun {
         Ok(reader) => reader,
-        Err(id) if start.detach => {
-            let record = tasks::get(service, &operator, id).await?;
-            return Ok(only(accepted(service, &record, true)));
-        }
-        Err(id) => {
-            let place = Place { has: [0; 2], credit, unacknowledged: 0, known: true };
-            return go_on(service, &operator, id, place, inbound).await;
-        }
+        Err(id) => return Ok(Given::Known(id)),
     };
     let Some((task, _)) = reader.running.clone() else { return Err(offline(&node.name)) };
-    let accepted = accepted(service, &task.record, false);
-    if start.detach {
-        return Ok(only(accepted));
-    }
-    listen(service, &task, reader.number, inbound, listening);
-    Ok(Box::pin(reader::frames(reader, accepted, None, service.scope.token().clone())))
+    Ok(Given::New { task, reader, listening })
 }
 
 /// Where a reader goes on.

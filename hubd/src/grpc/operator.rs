@@ -136,6 +136,16 @@ impl OperatorService {
         self.registry.find(wanted, |node| caller.sees(node)).map_err(from_lookup)
     }
 
+    /// Begins a command that runs without a reader, as `exec` does for one that is detached. The task is
+    /// durable when this returns.
+    pub(crate) async fn begin_detached(
+        &self,
+        caller: &AdmittedOperator,
+        start: v1::ExecStart,
+    ) -> Result<v1::ExecAccepted, Status> {
+        exec::detached(self, caller, start).await
+    }
+
     /// The session of a node that is not connected, but may be on its way back because the hub was just
     /// restarted: nobody who asks for it then shall notice. Any other is offline, or has gone because this
     /// hub is about to stop.

@@ -7,14 +7,16 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::{RawPathParams, Request};
-use axum::middleware::map_response;
+use axum::middleware::{Next, from_fn, map_response};
 use axum::response::IntoResponse as _;
 use axum::routing::{MethodFilter, get, on};
+use bytes::Bytes;
 use cortex_proto::CODE_DRAINING;
 use http::header::{CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY};
 use http::header::{X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
 use http::request::Parts;
 use http::{HeaderValue, Response, StatusCode};
+use tokio::time::Instant;
 
 use super::api::Api;
 use super::credentials::{Shown, check_origin, peer_of};
@@ -28,6 +30,9 @@ use crate::authority::sessions::Sessions;
 use crate::config::HttpConfig;
 use crate::counters;
 use crate::grpc::auth::{Entry, Peer};
+
+/// How often a session is used by whoever listens: much less than what it lives without use.
+const STILL_THERE: Duration = Duration::from_secs(60);
 
 /// See the module.
 pub(super) struct Door {
@@ -145,6 +150,7 @@ impl Visit {
 pub(super) fn router(door: &Arc<Door>) -> Router {
     let with = |door: &Arc<Door>| Arc::clone(door);
     let (ready, measured, served) = (with(door), with(door), with(door));
+    let received = with(door);
     let mut router = Router::new()
         .route("/healthz", get(|| async { health::healthz() }))
         .route("/readyz", get(move || async move { health::readyz(ready.unready()) }))
@@ -176,7 +182,24 @@ pub(super) fn router(door: &Arc<Door>) -> Router {
             let status = StatusCode::METHOD_NOT_ALLOWED;
             Problem::new(status, "method_not_allowed", "this cannot be asked in this way")
         })
+        .layer(from_fn(move |request, next| receive(Arc::clone(&received), request, next)))
         .layer(map_response(finish))
+}
+
+/// Has a request whole before anything is said about it: some clients (curl 7.88, for one) take the answer
+/// to what they are still sending for a broken stream.
+async fn receive(door: Arc<Door>, request: Request, next: Next) -> Response<Body> {
+    let (parts, body) = request.into_parts();
+    let read = tokio::time::timeout(door.request_time, read(&parts, body, door.request_bytes));
+    let body = match read.await {
+        Ok(Ok(body)) => body,
+        Ok(Err(problem)) => return problem.into_response(),
+        Err(_) => {
+            let text = "the body of the request did not come in time";
+            return Problem::new(StatusCode::REQUEST_TIMEOUT, "timeout", text).into_response();
+        }
+    };
+    next.run(Request::from_parts(parts, body.into())).await
 }
 
 fn filter(verb: Verb) -> MethodFilter {
@@ -219,8 +242,12 @@ async fn carry_out(
     };
     let work = async {
         let body = match route.body {
-            Some(_) => read(&parts, body, door.request_bytes).await?,
-            None => Vec::new(),
+            Some(_) => {
+                check_json(&parts)?;
+                // It is here already.
+                read(&parts, body, door.request_bytes).await?
+            }
+            None => Bytes::new(),
         };
         let call = Call {
             caller: visit.as_ref().map(|visit| visit.entry.operator.clone()),
@@ -247,8 +274,26 @@ async fn carry_out(
     Ok(match answered {
         Answered::Whole(response) => response,
         // It has begun in time, and goes on as long as it may.
-        Answered::Open(open) => open.until(async move { over(visit.as_ref()).await }),
+        Answered::Open(open) => {
+            let sessions = Arc::clone(&door.sessions);
+            open.until(async move {
+                let shown = visit.as_ref().and_then(|visit| visit.session.as_ref());
+                tokio::select! {
+                    problem = over(visit.as_ref()) => problem,
+                    () = in_use(&sessions, shown, STILL_THERE) => not_logged_in(),
+                }
+            })
+        }
     })
+}
+
+/// Uses a session for as long as somebody listens by it: this is waited for only while the answer is taken.
+/// Ends if there is none any more.
+async fn in_use(sessions: &Sessions, shown: Option<&Shown>, every: Duration) {
+    let Some(shown) = shown else { return std::future::pending().await };
+    while sessions.find(&shown.secret, Instant::now()).is_some() {
+        tokio::time::sleep(every).await;
+    }
 }
 
 /// Waits until a request may go on no longer.
@@ -259,14 +304,7 @@ async fn over(visit: Option<&Visit>) -> Problem {
     }
 }
 
-async fn read(parts: &Parts, body: Body, limit: usize) -> Result<Vec<u8>, Problem> {
-    // What a page of another site can send without asking is no JSON.
-    let kind = parts.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let kind = kind.and_then(|kind| kind.split(';').next()).map(str::trim);
-    if kind != Some("application/json") {
-        let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
-        return Err(Problem::new(status, "not_json", "the body has to be application/json"));
-    }
+async fn read(parts: &Parts, body: Body, limit: usize) -> Result<Bytes, Problem> {
     let too_large = || {
         let text = format!("a request has {limit} bytes at most");
         Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", text)
@@ -275,7 +313,18 @@ async fn read(parts: &Parts, body: Body, limit: usize) -> Result<Vec<u8>, Proble
     if length.and_then(|length| length.parse().ok()).is_some_and(|length: usize| length > limit) {
         return Err(too_large());
     }
-    Ok(to_bytes(body, limit).await.map_err(|_| too_large())?.to_vec())
+    to_bytes(body, limit).await.map_err(|_| too_large())
+}
+
+/// What a page of another site can send without asking is no JSON.
+fn check_json(parts: &Parts) -> Result<(), Problem> {
+    let kind = parts.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let kind = kind.and_then(|kind| kind.split(';').next()).map(str::trim);
+    if kind != Some("application/json") {
+        let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        return Err(Problem::new(status, "not_json", "the body has to be application/json"));
+    }
+    Ok(())
 }
 
 fn metrics(door: &Door, request: Request) -> Result<Response<Body>, Problem> {
@@ -313,4 +362,42 @@ async fn finish(mut response: Response<Body>) -> Response<Body> {
         headers.entry(name).or_insert(HeaderValue::from_static(value));
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::authority::sessions::{IDLE, SessionHolder};
+
+    fn open(sessions: &Sessions) -> Shown {
+        let opened = sessions.open(SessionHolder::Local { uid: 0 }, Instant::now()).unwrap();
+        let secret = opened.expose().to_owned();
+        let session = sessions.find(&secret, Instant::now()).unwrap();
+        Shown { secret, session }
+    }
+
+    #[tokio::test]
+    async fn a_session_is_in_use_while_somebody_listens_by_it_and_no_longer() {
+        let (sessions, step) = (Sessions::new(24 * IDLE), Duration::from_millis(2));
+        let (heard, unheard) = (open(&sessions), open(&sessions));
+        let opened = Instant::now();
+        let listening = in_use(&sessions, Some(&heard), step);
+        assert!(tokio::time::timeout(50 * step, listening).await.is_err(), "it goes on");
+        let stopped = Instant::now();
+        // When the one that nobody used is over, the other is not; it is an hour after the listening.
+        let later = opened + IDLE;
+        assert!(sessions.find(&unheard.secret, later).is_none());
+        assert_eq!(sessions.count(later), 1);
+        assert_eq!(sessions.count(stopped + IDLE), 0);
+    }
+
+    #[tokio::test]
+    async fn however_long_somebody_listens_a_session_has_an_end() {
+        let life = Duration::from_millis(50);
+        let sessions = Sessions::new(life);
+        let (begun, heard) = (Instant::now(), open(&sessions));
+        in_use(&sessions, Some(&heard), Duration::from_millis(5)).await;
+        assert!(begun.elapsed() >= life);
+        heard.session.ended().await;
+    }
 }

@@ -34,7 +34,7 @@ macro_rules! files {
     };
 }
 
-static FILES: [File; 16] = files! {
+static FILES: [File; 17] = files! {
     "/" HTML, "index.html";
     // The code of a login link stands behind its `#`, which browsers do not send: a script posts it, so
     // that nobody who merely looks at the link (a chat's preview) uses it up.
@@ -44,6 +44,7 @@ static FILES: [File; 16] = files! {
     "/page/main.js" SCRIPT, "main.js";
     "/page/login.js" SCRIPT, "login.js";
     "/page/api.js" SCRIPT, "api.js";
+    "/page/live.js" SCRIPT, "live.js";
     "/page/dom.js" SCRIPT, "dom.js";
     "/page/format.js" SCRIPT, "format.js";
     "/page/parts.js" SCRIPT, "parts.js";

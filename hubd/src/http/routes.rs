@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use axum::body::Body;
+use bytes::Bytes;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, ETAG, SET_COOKIE};
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -99,7 +100,7 @@ pub(crate) struct Call {
     /// The request's headers.
     pub(super) headers: HeaderMap,
     /// What was sent.
-    pub(super) body: Vec<u8>,
+    pub(super) body: Bytes,
 }
 
 impl Call {
@@ -255,10 +256,14 @@ routes! {
         history::read, (history::Range) => view::History;
     Get "/api/v1/tasks" ListTasks, "Tasks, newest first":
         tasks::list, (tasks::Filter) => view::Tasks;
+    Post "/api/v1/tasks" Exec, "Run a command, which goes on by itself":
+        tasks::start, (NoQuery) < view::Command => view::Accepted;
     Get "/api/v1/tasks/{task}" GetTask, "One task, by its id or the last 8 or more digits of it":
         tasks::show, (NoQuery) => view::Task;
     Get "/api/v1/tasks/{task}/output" ReadTask, "The output that is kept of a task":
         tasks::output, (tasks::Range) => view::TaskOutput;
+    Get "/api/v1/tasks/{task}/output/stream" ReadTask, "The output of a task as it comes, and how it ends":
+        tasks::follow, (tasks::Range) => @each view::TaskNews;
     Post "/api/v1/tasks/{task}/cancel" CancelTask, "End a command":
         tasks::cancel, (NoQuery) < view::Cancel => view::Task;
     Get "/api/v1/workspaces" ListWorkspaces, "Workspaces by name, with their members":

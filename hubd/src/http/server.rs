@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -27,12 +27,8 @@ use crate::config::HttpConfig;
 use crate::counters;
 use crate::grpc::accept::{Incoming, PeerStream};
 
-/// Time a connection has for the header of a request.
-const HEADER_TIME: Duration = Duration::from_secs(15);
 /// Requests that one HTTP/2 connection may have open.
 const STREAMS: u32 = 64;
-/// How long a connection on which nothing moves is kept, beyond the time that a request may take.
-const QUIET: Duration = Duration::from_secs(30);
 /// How long what is under way has at the end.
 const ENDING: Duration = Duration::from_secs(5);
 
@@ -41,6 +37,7 @@ const ENDING: Duration = Duration::from_secs(5);
 pub(super) struct Limits {
     connections: usize,
     header_bytes: usize,
+    header_time: Duration,
     quiet: Duration,
 }
 
@@ -49,7 +46,8 @@ impl Limits {
         Self {
             connections: config.connections,
             header_bytes: config.header_bytes,
-            quiet: config.request_time + QUIET,
+            header_time: config.header_time,
+            quiet: config.request_time + config.idle_time,
         }
     }
 }
@@ -84,7 +82,7 @@ async fn serve_one(stream: PeerStream, router: Router, limits: Limits, scope: &T
         request.extensions_mut().insert(peer.clone());
         let (router, moved) = (router.clone(), Arc::clone(&seen));
         async move {
-            moved.now();
+            moved.asked();
             let Ok(response) = router.oneshot(request).await;
             moved.now();
             Ok::<_, Infallible>(response.map(|body| Watched { body, moved }))
@@ -94,7 +92,7 @@ async fn serve_one(stream: PeerStream, router: Router, limits: Limits, scope: &T
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIME)
+        .header_read_timeout(limits.header_time)
         .max_buf_size(limits.header_bytes.max(8192));
     builder
         .http2()
@@ -106,7 +104,7 @@ async fn serve_one(stream: PeerStream, router: Router, limits: Limits, scope: &T
     let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
     let mut ending = None;
     loop {
-        let until = ending.unwrap_or_else(|| moved.last() + limits.quiet);
+        let until = ending.unwrap_or_else(|| moved.end(limits));
         tokio::select! {
             ended = connection.as_mut() => {
                 if let Err(error) = ended {
@@ -119,7 +117,7 @@ async fn serve_one(stream: PeerStream, router: Router, limits: Limits, scope: &T
                 ending = Some(Instant::now() + ENDING);
             }
             () = tokio::time::sleep_until(until) => {
-                if ending.is_some() || moved.last() + limits.quiet <= Instant::now() {
+                if ending.is_some() || moved.end(limits) <= Instant::now() {
                     return;
                 }
             }
@@ -144,12 +142,19 @@ where
 /// that does not read what it asked for moves nothing.
 struct Moved {
     begun: Instant,
+    /// Until its first request, none moves anything: not even what looks like the beginning of one.
+    asked: AtomicBool,
     after_ms: AtomicU64,
 }
 
 impl Moved {
     fn new() -> Self {
-        Self { begun: Instant::now(), after_ms: AtomicU64::new(0) }
+        Self { begun: Instant::now(), asked: AtomicBool::new(false), after_ms: AtomicU64::new(0) }
+    }
+
+    fn asked(&self) {
+        self.asked.store(true, Ordering::Relaxed);
+        self.now();
     }
 
     fn now(&self) {
@@ -157,8 +162,12 @@ impl Moved {
         self.after_ms.store(after, Ordering::Relaxed);
     }
 
-    fn last(&self) -> Instant {
-        self.begun + Duration::from_millis(self.after_ms.load(Ordering::Relaxed))
+    /// When the connection ends if nothing moves until then.
+    fn end(&self, limits: Limits) -> Instant {
+        if !self.asked.load(Ordering::Relaxed) {
+            return self.begun + limits.header_time;
+        }
+        self.begun + Duration::from_millis(self.after_ms.load(Ordering::Relaxed)) + limits.quiet
     }
 }
 

@@ -24,8 +24,8 @@ pub(super) type Telling<T> = BoxStream<'static, Result<Told<T>, Problem>>;
 
 /// A piece of a stream.
 pub(super) struct Told<T> {
-    /// Whoever comes back with this hears what comes after it.
-    pub(super) id: u64,
+    /// Whoever comes back with this hears what comes after it. Without line ends.
+    pub(super) id: String,
     /// Absent if there is nothing new up to here.
     pub(super) news: Option<T>,
 }

@@ -100,7 +100,7 @@ fn every_reference_of_the_document_leads_somewhere() {
 
 /// Which call each route is, written down a second time: a wrong one in the table would let in whoever may
 /// make that one.
-const EXPECTED: [(&str, &str); 18] = [
+const EXPECTED: [(&str, &str); 20] = [
     ("post /api/v1/session", "-"),
     ("get /api/v1/session", "HubStatus"),
     ("delete /api/v1/session", "HubStatus"),
@@ -112,8 +112,10 @@ const EXPECTED: [(&str, &str); 18] = [
     ("delete /api/v1/nodes/{node}/policy", "SetNodePolicy"),
     ("get /api/v1/nodes/{node}/history", "ReadHistory"),
     ("get /api/v1/tasks", "ListTasks"),
+    ("post /api/v1/tasks", "Exec"),
     ("get /api/v1/tasks/{task}", "GetTask"),
     ("get /api/v1/tasks/{task}/output", "ReadTask"),
+    ("get /api/v1/tasks/{task}/output/stream", "ReadTask"),
     ("post /api/v1/tasks/{task}/cancel", "CancelTask"),
     ("get /api/v1/workspaces", "ListWorkspaces"),
     ("get /api/v1/workspaces/{workspace}", "ShowWorkspace"),

@@ -5,16 +5,15 @@ use cortex_proto::v1::operator_client::OperatorClient;
 use cortex_shared::ids::TaskId;
 use serde::Serialize;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use tonic::transport::Channel;
 
-use super::check::{self, OutputCheck};
+use super::check;
 use super::document::Document;
 use super::keyboard::{self, KeyEvent, Keyboard};
 use super::signals::Signals;
 use super::stdin::read_stdin;
 use super::stream::{TaskStream, lost};
-use super::writer::{Captured, OutputQueue, Sink, write_output};
+use super::writer::{Captured, LateWriter, Sink, Written};
 use crate::cli::error::{CliError, Exit};
 use crate::cli::printer::{ColorWhen, Format, complain, progress_is_visible};
 use crate::cli::{Global, Output, hub};
@@ -65,19 +64,16 @@ pub(in crate::cli) async fn exec(global: &Global, attached: Attached) -> Result<
     let outcome = async {
         let client = hub::operator(global).await?;
         let signals = Signals::new()?;
-        let queue = OutputQueue::default();
         let (events, writer_events) = mpsc::channel(64);
-        let writer_queue = queue.clone();
-        let writer =
-            tokio::task::spawn_blocking(move || write_output(&writer_queue, sink, &events));
+        let (writer, written) = LateWriter::new(sink, events);
         let (keyboard, input) = if with_keyboard {
             let (keyboard, input) = Keyboard::open()?;
             (Some(keyboard), Some(input))
         } else {
             (None, stdin.then(read_stdin))
         };
-        let stream = TaskStream::new(client, start, input, Box::new(queue), writer_events);
-        run(stream, signals, keyboard, writer).await
+        let stream = TaskStream::new(client, start, input, Box::new(writer), writer_events);
+        run(stream, signals, keyboard, written).await
     }
     .await
     .map_err(of_the_mesh)?;
@@ -148,7 +144,7 @@ async fn run(
     mut stream: TaskStream,
     mut signals: Signals,
     mut keyboard: Option<Keyboard>,
-    mut writer: JoinHandle<(OutputCheck, Captured)>,
+    mut written: Written,
 ) -> Result<Outcome, CliError> {
     let mut interrupted = false;
     let exit = loop {
@@ -181,7 +177,7 @@ async fn run(
     let exit = exit?;
     // A slow reader may delay the last bytes.
     let (check, captured) = tokio::select! {
-        written = stream.hear_until(&mut writer) => {
+        written = stream.hear_until(&mut written) => {
             written.map_err(|error| lost("the output was not written").because(error))?
         }
         () = signals.next() => {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use cortex_proto::v1::{Output, OutputStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::check::OutputCheck;
 
@@ -192,6 +192,50 @@ impl OutputTo for OutputQueue {
     }
 }
 
+/// What the writer comes to in the end; an error if it died.
+pub(super) type Written = oneshot::Receiver<(OutputCheck, Captured)>;
+
+/// A writer whose thread begins with the first output: many a command has none, and ends sooner than a
+/// thread is made.
+pub(super) struct LateWriter {
+    queue: OutputQueue,
+    /// Until it has begun.
+    work: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl LateWriter {
+    /// One that will write to `sink` and tell `events`.
+    pub(super) fn new(sink: Sink, events: mpsc::Sender<WriterEvent>) -> (Self, Written) {
+        let queue = OutputQueue::default();
+        let (done, written) = oneshot::channel();
+        let writing = queue.clone();
+        // Who does not wait for it does not want to know.
+        let work = move || drop(done.send(write_output(&writing, sink, &events)));
+        (Self { queue, work: Mutex::new(Some(Box::new(work))) }, written)
+    }
+
+    fn take_work(&self) -> Option<Box<dyn FnOnce() + Send>> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl OutputTo for LateWriter {
+    fn push(&self, output: Output, limit: u64) -> bool {
+        if let Some(work) = self.take_work() {
+            tokio::task::spawn_blocking(work);
+        }
+        self.queue.push(output, limit)
+    }
+
+    fn close(&self) {
+        self.queue.close();
+        // There was nothing to write, and so this does not wait.
+        if let Some(work) = self.take_work() {
+            work();
+        }
+    }
+}
+
 /// Writes until the queue is closed and empty. Blocks; for a thread of its own.
 pub(super) fn write_output(
     queue: &OutputQueue,
@@ -251,6 +295,18 @@ mod tests {
         }
         assert_eq!(granted, 9);
         assert_eq!(queue.lock().bytes, 0);
+    }
+
+    #[tokio::test]
+    async fn a_writer_begins_with_the_first_output_and_ends_without_any() {
+        let (events, _told) = mpsc::channel(16);
+        let (silent, written) = LateWriter::new(Sink::capture(), events.clone());
+        silent.close();
+        assert_eq!(written.await.unwrap().1.stdout, b"");
+        let (writer, written) = LateWriter::new(Sink::capture(), events);
+        assert!(writer.push(piece(0, b"12"), 8) && writer.push(piece(2, b"34"), 8));
+        writer.close();
+        assert_eq!(written.await.unwrap().1.stdout, b"1234");
     }
 
     #[test]

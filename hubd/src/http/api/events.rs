@@ -47,10 +47,12 @@ pub(in crate::http) async fn watch(
 
 fn told(frame: Frame) -> Told<view::News> {
     match frame {
-        Frame::Event(event) => Told { id: event.cursor, news: Some(view::News::of_event(event)) },
-        Frame::Missed(missed) => {
-            Told { id: missed.cursor, news: Some(view::News::of_missed(missed)) }
+        Frame::Event(event) => {
+            Told { id: event.cursor.to_string(), news: Some(view::News::of_event(event)) }
         }
-        Frame::Place(cursor) => Told { id: cursor, news: None },
+        Frame::Missed(missed) => {
+            Told { id: missed.cursor.to_string(), news: Some(view::News::of_missed(missed)) }
+        }
+        Frame::Place(cursor) => Told { id: cursor.to_string(), news: None },
     }
 }

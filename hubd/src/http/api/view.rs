@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 pub(in crate::http) use self::event::News;
 pub(in crate::http) use self::node::{Network, Node, Nodes, Policy};
 pub(in crate::http) use self::task::{
-    Cancel, History, HistoryPiece, OutputPiece, Stream, Task, TaskOutput, TaskState, Tasks,
+    Accepted, Cancel, Command, History, HistoryPiece, Interruption, OutputPiece, Stream, Task,
+    TaskNews, TaskOutput, TaskState, Tasks,
 };
 pub(in crate::http) use self::workspace::{
     Change, Changes, Conflict, Conflicts, Workspace, WorkspaceDetails, Workspaces,

@@ -1,6 +1,6 @@
 // Asking the hub's API. What it refuses is a Problem, which says what helps.
 
-const ROOT = "/api/v1";
+export const ROOT = "/api/v1";
 const PATIENCE_MS = 20_000;
 // Answers that are kept to be asked for with their tag; the oldest goes first.
 const KEPT = 40;

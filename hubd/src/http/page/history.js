@@ -1,12 +1,17 @@
 // What a node's commands wrote, and go on writing.
 import { Problem, now } from "./api.js";
 import { el } from "./dom.js";
-import { bytes, clock } from "./format.js";
-import { keepAsking, taskLink } from "./parts.js";
+import { bytes as size, clock } from "./format.js";
+import { listen } from "./live.js";
+import { keepAsking, once, taskLink } from "./parts.js";
 import { Terminal, fromBase64 } from "./terminal.js";
 
 const EVERY_MS = 1000;
 const AFTER_TROUBLE_MS = 5000;
+// While nothing runs: for what nobody told.
+const SELDOM_MS = 30_000;
+// How long after an event output may still be on its way.
+const AFTERWARDS_MS = 5000;
 const LINES = 500;
 
 // A panel with a terminal in it, and buttons to hold it.
@@ -20,19 +25,27 @@ export function terminalPanel(title, key) {
   return { panel, place, terminal, end, say: (text) => { said.textContent = text; } };
 }
 
+// What the commands of a node wrote, and write: asked for every second while one runs, and for a moment after
+// something has happened there; seldom otherwise.
 export function history(context, name) {
   const { panel, terminal, end, say } = terminalPanel("Output", "history");
   let [paused, cursor, task] = [false, null, null];
+  let [running, until, woken] = [true, 0, new AbortController()];
+  const wake = () => {
+    until = Date.now() + AFTERWARDS_MS;
+    woken.abort();
+  };
   const pause = el("button", { type: "button", "aria-pressed": "false", onclick: () => {
     paused = !paused;
     pause.setAttribute("aria-pressed", String(paused));
     pause.textContent = paused ? "Go on" : "Hold";
     say(paused ? "held" : "live");
+    wake();
   } }, "Hold");
   end.before(pause);
 
   const write = (piece) => {
-    if (piece.skipped_bytes) terminal.note(`${bytes(piece.skipped_bytes)} are not kept`);
+    if (piece.skipped_bytes) terminal.note(`${size(piece.skipped_bytes)} are not kept`);
     if (piece.task_id !== task) {
       task = piece.task_id;
       terminal.note(clock(piece.at_ms), " ", task ? taskLink(task) : "");
@@ -41,54 +54,89 @@ export function history(context, name) {
   };
 
   keepAsking(context.signal, async () => {
-    if (paused) return EVERY_MS;
-    const range = cursor === null ? `lines=${LINES}` : `cursor=${cursor}`;
-    try {
-      const page = await context.get(`/nodes/${context.part(name)}/history?limit=1000&${range}`);
-      if (paused || context.signal.aborted) return EVERY_MS;
-      if (page.next_cursor !== cursor) page.pieces.forEach(write);
-      cursor = page.next_cursor;
-      say(terminal.empty ? "live; nothing was written yet" : "live");
-      return page.more ? 0 : EVERY_MS;
-    } catch (error) {
-      if (!context.signal.aborted) say(`not live: ${Problem.of(error).detail}`);
-      return AFTER_TROUBLE_MS;
+    woken = new AbortController();
+    const ended = woken.signal;
+    if (!paused) {
+      const range = cursor === null ? `lines=${LINES}` : `cursor=${cursor}`;
+      try {
+        const page = await context.get(`/nodes/${context.part(name)}/history?limit=1000&${range}`);
+        if (context.signal.aborted) return 0;
+        if (!paused) {
+          if (page.next_cursor !== cursor) page.pieces.forEach(write);
+          cursor = page.next_cursor;
+          say(terminal.empty ? "live; nothing was written yet" : "live");
+          if (page.more) return 0;
+        }
+      } catch (error) {
+        if (!context.signal.aborted) say(`not live: ${Problem.of(error).detail}`);
+        return AFTER_TROUBLE_MS;
+      }
     }
+    const soon = !paused && (running || !context.live() || Date.now() < until);
+    await once(context.signal, ended, soon ? EVERY_MS : SELDOM_MS);
+    return 0;
   });
-  return panel;
+  return { panel, wake, running: (now) => { running = now; } };
 }
 
-// What is kept of one task's output, and what comes.
+// What is kept of one task's output, and what comes: by a stream of its own, and asked for every second where
+// there is none.
 export function taskOutput(context, id) {
   const { panel, terminal, say } = terminalPanel("Output", "output");
   const next = { stdout: 0, stderr: 0 };
-  keepAsking(context.signal, async () => {
-    const path = `/tasks/${context.part(id)}/output?stdout_offset=${next.stdout}&stderr_offset=${next.stderr}`;
+  let [streams, woken] = [false, new AbortController()];
+  const over = new AbortController();
+  context.signal.addEventListener("abort", () => over.abort(), { once: true });
+  const place = () => `?stdout_offset=${next.stdout}&stderr_offset=${next.stderr}`;
+  const live = () => say(terminal.empty ? "live; nothing was written yet" : "live");
+
+  const write = ({ stream, offset, data }) => {
+    const bytes = fromBase64(data);
+    const known = Math.max(0, next[stream] - offset);
+    if (known >= bytes.length) return;
+    if (offset > next[stream]) terminal.note(`${size(offset - next[stream])} are not kept`);
+    terminal.write(stream, stream, bytes.subarray(known));
+    next[stream] = offset + bytes.length;
+  };
+  // It ended: nothing comes any more.
+  const end = (task) => {
+    say(terminal.empty ? "it wrote nothing, or nothing of it is kept" : `ended at ${clock(task.ended_at_ms ?? now())}`);
+    over.abort();
+  };
+
+  listen(over.signal, () => `/tasks/${context.part(id)}/output/stream${place()}`, {
+    changed: (up) => {
+      streams = up;
+      if (up) live();
+      woken.abort();
+    },
+    told: ({ output, task }) => {
+      if (output) write(output);
+      if (task) end(task);
+      else live();
+    },
+  });
+  keepAsking(over.signal, async () => {
+    woken = new AbortController();
+    const ended = woken.signal;
+    if (streams) {
+      await once(over.signal, ended, SELDOM_MS);
+      return 0;
+    }
     try {
-      const page = await context.get(path);
-      if (context.signal.aborted) return 0;
-      for (const piece of page.pieces) {
-        const data = fromBase64(piece.data);
-        // Asked again with the same offsets, the same answer has nothing new.
-        if (piece.offset + data.length <= next[piece.stream]) continue;
-        if (piece.offset > next[piece.stream]) terminal.note(`${bytes(piece.offset - next[piece.stream])} are not kept`);
-        terminal.write(piece.stream, piece.stream, data);
-        next[piece.stream] = piece.offset + data.length;
-      }
+      const page = await context.get(`/tasks/${context.part(id)}/output${place()}`);
+      if (over.signal.aborted) return 0;
+      page.pieces.forEach(write);
       next.stdout = Math.max(next.stdout, page.next_stdout_offset);
       next.stderr = Math.max(next.stderr, page.next_stderr_offset);
-      if (!page.task) return 0;
-      if (page.task.end) {
-        say(terminal.empty ? "it wrote nothing, or nothing of it is kept" : `ended at ${clock(page.task.ended_at_ms ?? now())}`);
-        // It ended: nothing comes any more. Only leaving the view ends the asking.
-        return 3_600_000;
-      }
-      say(terminal.empty ? "live; nothing was written yet" : "live");
-      return EVERY_MS;
+      if (page.task?.end) return end(page.task), 0;
+      live();
+      await once(over.signal, ended, page.task ? EVERY_MS : 0);
     } catch (error) {
-      if (!context.signal.aborted) say(`not live: ${Problem.of(error).detail}`);
-      return AFTER_TROUBLE_MS;
+      if (!over.signal.aborted) say(`not live: ${Problem.of(error).detail}`);
+      await once(over.signal, ended, AFTER_TROUBLE_MS);
     }
+    return 0;
   });
   return panel;
 }

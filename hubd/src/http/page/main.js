@@ -3,8 +3,9 @@
 import { Problem, get, part, send } from "./api.js";
 import { el, show } from "./dom.js";
 import { counting, tick } from "./format.js";
+import { listen } from "./live.js";
 import { nodeView, nodesView } from "./nodes.js";
-import { badge, empty, keepAsking, problem } from "./parts.js";
+import { badge, empty, keepAsking, once, problem } from "./parts.js";
 import { taskView, tasksView } from "./tasks.js";
 import { workspaceView, workspacesView } from "./workspaces.js";
 
@@ -17,7 +18,14 @@ const VIEWS = [
   [/^#\/workspaces\/([^/]+)$/, workspaceView],
 ];
 const PLACES = [["Nodes", "#/nodes"], ["Tasks", "#/tasks"], ["Workspaces", "#/workspaces"]];
+// How often the page asks while nobody tells it what happens.
 const EVERY_MS = 2000;
+// And while somebody does: for what no event says.
+const SELDOM_MS = 30_000;
+// Many events at once are one reason to ask.
+const GAP_MS = 300;
+// What the foot of the page counts.
+const COUNTED = /^(node|task)\./;
 // How long the page waits before it asks a hub again that did not answer.
 const AFTER_TROUBLE_MS = 3000;
 
@@ -26,6 +34,10 @@ const content = place("content");
 let session = null;
 // What ends the view that is shown.
 let leave = new AbortController();
+// What ends the listening, whether anything is told, and what the view makes of it.
+let deaf = new AbortController();
+let live = false;
+let hear = () => {};
 
 function bar() {
   const at = location.hash;
@@ -43,6 +55,7 @@ function foot(hub) {
     el("span", {}, `${hub.nodes_online} of ${hub.nodes_known} nodes online`),
     el("span", {}, `${hub.running_tasks} running`),
     el("span", { class: "mono" }, "mesh ", hub.mesh_id),
+    el("span", { id: "live" }, live ? "live" : `asks every ${EVERY_MS / 1000} s`),
   ]);
 }
 
@@ -65,6 +78,8 @@ async function logOut() {
 
 function loggedOut(why) {
   leave.abort();
+  deaf.abort();
+  live = false;
   session = null;
   bar();
   foot(null);
@@ -96,7 +111,17 @@ async function go() {
     return location.replace("#/nodes");
   }
   let wake = new AbortController();
-  const context = { session, signal, refresh: () => wake.abort(), get: (path) => get(path, signal), part };
+  // Whether the view has to ask anew, and whether somebody waits for that.
+  let [stale, hurry] = [true, false];
+  const context = {
+    session, signal, part,
+    get: (path) => get(path, signal),
+    live: () => live,
+    refresh: () => {
+      [stale, hurry] = [true, true];
+      wake.abort();
+    },
+  };
   const view = found[1](context, ...names);
   document.title = `${view.title} · cortex mesh`;
   bar();
@@ -105,11 +130,20 @@ async function go() {
   let [shown, answered] = [null, null];
   const render = (data) => show(content, view.render(data));
   context.render = () => shown && render(shown);
+  // Without an event: anything may have happened.
+  hear = (event) => {
+    const touched = !event || "missed" in event || view.touches(event);
+    stale ||= touched;
+    if (touched) view.told?.();
+    if (touched || COUNTED.test(event.kind)) wake.abort();
+  };
   const turn = async () => {
     wake = new AbortController();
     const ended = wake.signal;
+    const whole = stale || !shown;
+    [stale, hurry] = [false, false];
     try {
-      const [data, hub] = await Promise.all([view.load(), context.get("/hub")]);
+      const [data, hub] = await Promise.all([whole ? view.load() : shown, context.get("/hub")]);
       if (signal.aborted) return 0;
       answered = Date.now();
       notice(null);
@@ -122,24 +156,28 @@ async function go() {
       if (shown && trouble.passing) notice(trouble, answered);
       else show(content, problem(trouble, () => context.refresh()));
       if (!trouble.passing) shown = null;
+      stale = true;
       await once(signal, ended, AFTER_TROUBLE_MS);
-      return 0;
+      return hurry ? 0 : GAP_MS;
     }
-    await once(signal, ended, view.every ?? EVERY_MS);
-    return 0;
+    await once(signal, ended, live ? view.every ?? SELDOM_MS : EVERY_MS);
+    if (!ended.aborted) stale = true;
+    return hurry || !ended.aborted ? 0 : Math.max(0, answered + GAP_MS - Date.now());
   };
   await keepAsking(signal, turn);
 }
 
-// Waits, and not longer than until one of these comes.
-function once(signal, woken, ms) {
-  return new Promise((resolve) => {
-    const timer = setTimeout(resolve, ms);
-    const stop = () => (clearTimeout(timer), resolve());
-    if (signal.aborted || woken.aborted) return stop();
-    signal.addEventListener("abort", stop, { once: true });
-    woken.addEventListener("abort", stop, { once: true });
-  });
+// Hears of what happens, from now on and as long as somebody is logged in. What happened before, or while
+// nothing was told, is asked for.
+function listenToAll() {
+  deaf.abort();
+  deaf = new AbortController();
+  const address = (last) => last ? `/events?after=${last}` : "/events";
+  const changed = (up) => {
+    live = up;
+    hear(null);
+  };
+  listen(deaf.signal, address, { told: (event) => hear(event), changed });
 }
 
 // Whether every part of an answer is the one from before.
@@ -159,6 +197,7 @@ async function begin() {
     if (trouble.passing) setTimeout(begin, AFTER_TROUBLE_MS);
     return;
   }
+  listenToAll();
   go();
 }
 

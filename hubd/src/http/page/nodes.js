@@ -37,6 +37,8 @@ function row(node) {
   };
 }
 
+// What may change what is shown of a node.
+const ABOUT = /^(node|policy|task)\./;
 const COLUMNS = ["Node", "State", "Commands", "Labels", "Running", "System", "Agent", "Seen"];
 
 export function nodesView(context) {
@@ -66,6 +68,7 @@ export function nodesView(context) {
   let narrowing = null;
   return {
     title: "Nodes",
+    touches: ({ kind }) => ABOUT.test(kind),
     // Nobody waits for the whole list while a selector is half typed.
     load: async () => {
       try {
@@ -107,13 +110,18 @@ function warnings(node) {
 
 export function nodeView(context, name) {
   const output = history(context, name);
+  let id = null;
   return {
     title: name,
+    touches: (event) => ABOUT.test(event.kind) && (!id || event.node_id === id),
+    told: () => output.wake(),
     load: async () => {
       const [node, tasks] = await Promise.all([
         context.get(`/nodes/${context.part(name)}`),
         context.get(`/tasks?limit=8&node=${context.part(name)}`),
       ]);
+      id = node.node_id;
+      output.running(node.running_tasks > 0);
       return { node, tasks };
     },
     render: ({ node, tasks }) => [
@@ -132,7 +140,7 @@ export function nodeView(context, name) {
         ["Id", mono(node.node_id)],
       ]),
       policyPanel(context, node),
-      output,
+      output.panel,
       el("h2", {}, "Latest tasks"),
       tasks.tasks.length ? taskTable(context, "of this node", tasks.tasks, false) : empty("Nothing ran here yet."),
     ],

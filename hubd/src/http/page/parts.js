@@ -77,17 +77,25 @@ export function question({ title, text, fields = [], word, tone = "", act }) {
 export async function keepAsking(signal, turn) {
   while (!signal.aborted) {
     const wait = await turn();
-    await rest(signal, wait);
+    await once(signal, null, wait);
     await seen(signal);
   }
 }
 
-// Waits this long, or until the signal comes.
-export function rest(signal, ms) {
+// Waits this long, and not longer than until one of these signals comes.
+export function once(signal, woken, ms) {
   return new Promise((resolve) => {
-    if (signal.aborted) return resolve();
-    const timer = setTimeout(resolve, ms);
-    signal.addEventListener("abort", () => (clearTimeout(timer), resolve()), { once: true });
+    const signals = [signal, woken].filter(Boolean);
+    if (signals.some((one) => one.aborted)) return resolve();
+    const over = new AbortController();
+    const stop = () => {
+      clearTimeout(timer);
+      over.abort();
+      resolve();
+    };
+    const timer = setTimeout(stop, ms);
+    // What is over listens to nothing: the signal of a view lives long.
+    for (const one of signals) one.addEventListener("abort", stop, { signal: over.signal });
   });
 }
 

@@ -63,6 +63,7 @@ export function tasksView(context) {
   let missing = null;
   return {
     title: "Tasks",
+    touches: ({ kind }) => kind.startsWith("task.") || kind === "node.renamed",
     load: async () => {
       try {
         missing = null;
@@ -101,9 +102,15 @@ function cancel(context, task) {
 
 export function taskView(context, id) {
   const output = taskOutput(context, id);
+  let whole = null;
   return {
     title: `task ${id.slice(-12)}`,
-    load: async () => ({ task: await context.get(`/tasks/${context.part(id)}`) }),
+    touches: ({ task_id: other }) => other && (!whole || other === whole),
+    load: async () => {
+      const task = await context.get(`/tasks/${context.part(id)}`);
+      whole = task.task_id;
+      return { task };
+    },
     render: ({ task }) => [
       el("h1", {}, "Task ", mono(task.task_id.slice(-12)), " ", state(task)),
       el("pre", { class: "command mono" }, task.command),

@@ -5,6 +5,9 @@ import { badge, empty, facts, mono, nodeLink, table, workspaceLink } from "./par
 
 const MOST = 1000;
 const CHANGES = 30;
+// How far members are is no event: it changes all the time.
+const EVERY_MS = 2000;
+const ABOUT = /^(workspace\.|node\.(online|offline|renamed))/;
 
 const sum = (items, of) => items.reduce((total, item) => total + of(item), 0);
 const behind = (workspace) => workspace.members.filter((member) => member.applied_seq < workspace.head_seq);
@@ -49,6 +52,8 @@ export function workspacesView(context) {
   });
   return {
     title: "Workspaces",
+    every: EVERY_MS,
+    touches: ({ kind }) => ABOUT.test(kind),
     load: async () => ({ page: await context.get(`/workspaces?limit=${MOST}`) }),
     render: ({ page }) => [
       el("h1", {}, "Workspaces"),
@@ -76,6 +81,8 @@ export function workspaceView(context, name) {
   const path = `/workspaces/${context.part(name)}`;
   return {
     title: name,
+    every: EVERY_MS,
+    touches: (event) => ABOUT.test(event.kind) && (!event.workspace || event.workspace === name),
     load: async () => {
       const [details, open, log] = await Promise.all([
         context.get(path), context.get(`${path}/conflicts`), context.get(`${path}/log?limit=${CHANGES}`),

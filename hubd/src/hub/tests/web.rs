@@ -1,6 +1,7 @@
 //! The HTTP side over real connections.
 
 mod stream;
+mod tasks;
 
 use cortex_proto::v1;
 use rustls_pki_types::ServerName;
@@ -383,6 +384,77 @@ async fn one_connection_too_many_is_closed_and_those_that_are_there_go_on() {
     drop(first);
     // Its place is free once the hub has seen its end.
     while send_on(dial(&hub, None).await, "GET", "/healthz", &[], "").await.is_none() {}
+    hub.hub.shutdown().await;
+}
+
+/// Reads until the hub closes the connection; what came.
+async fn until_closed(stream: &mut TlsStream<TcpStream>) -> String {
+    let mut bytes = Vec::new();
+    // A server that closes at once may leave out the farewell of TLS.
+    let closed = tokio::time::timeout(Duration::from_secs(60), stream.read_to_end(&mut bytes));
+    closed.await.expect("the hub closes it").ok();
+    String::from_utf8(bytes).unwrap()
+}
+
+#[tokio::test]
+async fn peers_that_say_nothing_too_slowly_or_nothing_more_are_turned_away_and_others_served() {
+    let time = Duration::from_millis(500);
+    let (hub, _) = hub_with(|http| (http.header_time, http.connections) = (time, 4)).await;
+    let session = bearer(&hub, None).await;
+    let begun = std::time::Instant::now();
+    let mut silent = dial(&hub, None).await;
+    let mut asked_once = dial(&hub, None).await;
+    asked_once.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    let (mut from_slow, mut to_slow) = tokio::io::split(dial(&hub, None).await);
+    let slowly = async {
+        // Always one byte more, as a header and as the beginning of HTTP/2.
+        to_slow.write_all(b"GET /healthz HTTP/1.1\r\nx: ").await?;
+        loop {
+            to_slow.write_all(b"x").await?;
+            tokio::time::sleep(time / 10).await;
+        }
+    };
+    let answered = async {
+        let mut bytes = Vec::new();
+        from_slow.read_to_end(&mut bytes).await.ok();
+        bytes
+    };
+    let slow = async {
+        tokio::select! {
+            // It was closed while it wrote.
+            ended = slowly => { let _error: std::io::Result<()> = ended; Vec::new() }
+            bytes = answered => bytes,
+        }
+    };
+    let (nothing, once, slow) =
+        tokio::join!(until_closed(&mut silent), until_closed(&mut asked_once), slow);
+    assert!(begun.elapsed() >= time, "they had their time");
+    assert_eq!(nothing, "");
+    assert!(once.starts_with("HTTP/1.1 200") && once.ends_with("ok\n"), "{once}");
+    let slow = String::from_utf8(slow).unwrap();
+    assert!(slow.is_empty() || slow.starts_with("HTTP/1.1 408"), "{slow}");
+    // Their places are free; each of these is a connection of its own.
+    for _ in 0..8 {
+        get(&hub, "/api/v1/nodes", &[&session]).await.ok();
+    }
+    // Whoever listens says nothing either, and stays.
+    let mut listening = dial(&hub, None).await;
+    let request = format!("GET /api/v1/events HTTP/1.1\r\nhost: localhost\r\n{session}\r\n\r\n");
+    listening.write_all(request.as_bytes()).await.unwrap();
+    let mut begins = [0; 15];
+    listening.read_exact(&mut begins).await.unwrap();
+    assert_eq!(&begins, b"HTTP/1.1 200 OK");
+    let mut silent = dial(&hub, None).await;
+    until_closed(&mut silent).await;
+    hub.join("box", &[]).await;
+    let mut heard = String::new();
+    while !heard.contains("node.joined") {
+        let mut bytes = [0; 4096];
+        let count = listening.read(&mut bytes).await.unwrap();
+        assert!(count > 0, "it was closed: {heard}");
+        heard.push_str(std::str::from_utf8(&bytes[..count]).unwrap());
+    }
+    drop(listening);
     hub.hub.shutdown().await;
 }
 

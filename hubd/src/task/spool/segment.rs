@@ -1,4 +1,8 @@
 //! The files of one task: segments of records, each with a check over all of it.
+//!
+//! The oldest segment becomes the newest, under its new number, and is written over: what overtakes its
+//! own beginning again and again costs no new blocks and frees none. What is left of the old records does
+//! not pass for new ones, since their checks hold under the old number only.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice, Read as _, Seek as _, SeekFrom, Write as _};
@@ -40,25 +44,25 @@ fn path(folder: &Path, segment: u64) -> PathBuf {
     folder.join(format!("{segment:08}"))
 }
 
-fn header(piece: &Piece) -> [u8; HEADER_BYTES] {
+fn header(segment: u64, piece: &Piece) -> [u8; HEADER_BYTES] {
     let mut header = [0; HEADER_BYTES];
     header[4] = u8::from(piece.stream == 1);
     // Frames are bounded far below 4 GiB where they come in.
     let length = u32::try_from(piece.data.len()).unwrap_or(u32::MAX);
     header[8..12].copy_from_slice(&length.to_be_bytes());
     header[12..].copy_from_slice(&piece.offset.to_be_bytes());
-    let check = check(&header[4..], &piece.data);
+    let check = check(segment, &header[4..], &piece.data);
     header[..4].copy_from_slice(&check);
     header
 }
 
-fn check(header: &[u8], data: &[u8]) -> [u8; 4] {
-    let mut hasher = blake3::Hasher::new();
+/// Against what a crash tears, not against somebody who can write here.
+fn check(segment: u64, header: &[u8], data: &[u8]) -> [u8; 4] {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&segment.to_be_bytes());
     hasher.update(header);
     hasher.update(data);
-    let hash = hasher.finalize();
-    let bytes = hash.as_bytes();
-    [bytes[0], bytes[1], bytes[2], bytes[3]]
+    hasher.finalize().to_be_bytes()
 }
 
 /// Appends to the segments of one task.
@@ -67,6 +71,8 @@ pub(super) struct SegmentWriter {
     segment: u64,
     file: File,
     segment_bytes: u64,
+    /// How much of a segment that was there before is still in the file.
+    old_bytes: u64,
 }
 
 impl SegmentWriter {
@@ -74,22 +80,39 @@ impl SegmentWriter {
     pub(super) fn open(folder: PathBuf) -> io::Result<Self> {
         durable::create_private_folder(&folder)?;
         let segment = segments(&folder)?.last().map_or(0, |(last, _)| last + 1);
-        let file = create(&folder, segment)?;
-        Ok(Self { folder, segment, file, segment_bytes: 0 })
+        let file = open(&folder, segment, true)?;
+        Ok(Self { folder, segment, file, segment_bytes: 0, old_bytes: 0 })
     }
 
     pub(super) fn segment_bytes(&self) -> u64 {
         self.segment_bytes
     }
 
-    /// Begins the next segment, and removes the oldest so that there are at most `most`. Returns how
-    /// many bytes that freed.
+    /// Begins the next segment, with the file of the oldest if there would be more than `most`. Returns
+    /// how many bytes that freed.
     pub(super) fn next_segment(&mut self, most: u64) -> io::Result<u64> {
-        self.file = create(&self.folder, self.segment + 1)?;
-        self.segment += 1;
-        self.segment_bytes = 0;
-        let count = segments(&self.folder)?.len() as u64;
-        if count > most { self.drop_oldest() } else { Ok(0) }
+        self.cut();
+        let next = self.segment + 1;
+        let there = segments(&self.folder)?;
+        let reused = match there.first() {
+            Some(&(oldest, bytes)) if there.len() as u64 >= most && oldest < self.segment => {
+                fs::rename(path(&self.folder, oldest), path(&self.folder, next))?;
+                Some(bytes)
+            }
+            _ => None,
+        };
+        self.file = open(&self.folder, next, reused.is_none())?;
+        (self.segment, self.segment_bytes) = (next, 0);
+        self.old_bytes = reused.unwrap_or_default();
+        Ok(self.old_bytes)
+    }
+
+    /// Cuts off what is left of an older segment. Its size counts; its content is nothing to anybody.
+    fn cut(&mut self) {
+        if self.old_bytes > self.segment_bytes {
+            self.file.set_len(self.segment_bytes).ok();
+        }
+        self.old_bytes = 0;
     }
 
     /// Removes the oldest segment, unless it is the one that is written. Returns how many bytes that
@@ -106,7 +129,7 @@ impl SegmentWriter {
 
     /// Appends a record; returns its size.
     pub(super) fn append(&mut self, piece: &Piece) -> io::Result<u64> {
-        let header = header(piece);
+        let header = header(self.segment, piece);
         let mut parts = [IoSlice::new(&header), IoSlice::new(&piece.data)];
         let mut parts = &mut parts[..];
         while !parts.is_empty() {
@@ -123,8 +146,14 @@ impl SegmentWriter {
     }
 }
 
-fn create(folder: &Path, segment: u64) -> io::Result<File> {
-    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path(folder, segment))
+impl Drop for SegmentWriter {
+    fn drop(&mut self) {
+        self.cut();
+    }
+}
+
+fn open(folder: &Path, segment: u64, new: bool) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(new).mode(0o600).open(path(folder, segment))
 }
 
 /// Reads what is kept of one task, from its beginning on. Blocks.
@@ -175,7 +204,7 @@ impl SpoolReader {
         let bytes = Bytes::from(bytes);
         let mut pieces = Vec::new();
         let mut at = 0;
-        while let Some((piece, next)) = record(&bytes, at) {
+        while let Some((piece, next)) = record(self.segment, &bytes, at) {
             pieces.push(piece);
             at = next;
         }
@@ -185,13 +214,13 @@ impl SpoolReader {
 }
 
 /// The record that begins at `at`, and where the next one does; `None` if it is not complete.
-fn record(bytes: &Bytes, at: usize) -> Option<(Piece, usize)> {
+fn record(segment: u64, bytes: &Bytes, at: usize) -> Option<(Piece, usize)> {
     let header = bytes.get(at..at + HEADER_BYTES)?;
     let length = u32::from_be_bytes(header[8..12].try_into().ok()?);
     let (start, length) = (at + HEADER_BYTES, usize::try_from(length).ok()?);
     let end = start.checked_add(length)?;
     let data = bytes.get(start..end)?;
-    if length == 0 || header[..4] != check(&header[4..], data) {
+    if length == 0 || header[..4] != check(segment, &header[4..], data) {
         return None;
     }
     let offset = u64::from_be_bytes(header[12..].try_into().ok()?);

@@ -1,10 +1,12 @@
 //! Tasks and output in JSON.
 
+use std::collections::BTreeMap;
+
 use cortex_proto::v1;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::node::Mode;
+use super::node::{Mode, Network};
 use super::{id, some, time};
 
 /// Where a task is.
@@ -154,6 +156,117 @@ impl Task {
     }
 }
 
+/// A command to run: `argv` or `script`, or `retry_of`. It has no input and no terminal, and nobody has to
+/// wait for it: its output is kept, and its end stands in the journal.
+#[derive(Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(in crate::http) struct Command {
+    /// A node's name or the beginning of its id; not with `retry_of`.
+    node: String,
+    /// The program and its arguments.
+    argv: Vec<String>,
+    /// A bash script.
+    script: String,
+    /// The name of the workspace whose files it sees; without one, it sees none.
+    workspace: String,
+    /// Where it begins, within the workspace.
+    cwd: String,
+    /// Variables of its environment. Their values are not kept.
+    env: BTreeMap<String, String>,
+    /// strict unless told otherwise.
+    mode: Option<Mode>,
+    /// none unless told otherwise.
+    network: Option<Network>,
+    /// Milliseconds it may take; without it, what the node allows.
+    time_limit_ms: u64,
+    /// Memory it may take; without it, what the node gives.
+    memory_bytes: u64,
+    /// Processes it may have; without it, what the node gives.
+    max_processes: u32,
+    /// What becomes of it when its node loses the hub; it goes on unless told otherwise.
+    on_disconnect: OnDisconnect,
+    /// A task to run once more, on the same node; its variables have to be given again.
+    retry_of: String,
+    /// However often it is sent with the same key, it runs once: at most 128 printable ASCII characters.
+    idempotency_key: String,
+}
+
+/// What becomes of a command when its node loses the hub.
+#[derive(Clone, Copy, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+enum OnDisconnect {
+    #[default]
+    Resume,
+    Kill,
+}
+
+impl Command {
+    /// What is wrong with it at sight, if anything is.
+    pub(in crate::http) fn flaw(&self) -> Option<&'static str> {
+        let given = !self.argv.is_empty() || !self.script.is_empty();
+        match (self.retry_of.is_empty(), given, self.node.is_empty()) {
+            (true, false, _) => Some("there is no command: give argv or script, or retry_of"),
+            (true, true, true) => Some("node is missing"),
+            (false, true, _) => Some("retry_of repeats a command: give no other"),
+            (false, false, false) => Some("retry_of runs where the task ran: give no node"),
+            (true, true, false) | (false, false, true) => None,
+        }
+    }
+
+    pub(in crate::http) fn wire(self) -> v1::ExecStart {
+        let variable = |(name, value): (String, String)| v1::EnvVar {
+            name: name.into_bytes().into(),
+            value: value.into_bytes().into(),
+        };
+        let spec = v1::TaskSpec {
+            argv: self.argv.into_iter().map(|argument| argument.into_bytes().into()).collect(),
+            script: self.script.into_bytes().into(),
+            workspace: self.workspace,
+            cwd: self.cwd.into_bytes().into(),
+            env: self.env.into_iter().map(variable).collect(),
+            mode: self.mode.unwrap_or(Mode::Strict).wire().into(),
+            network: self.network.unwrap_or(Network::None).wire().into(),
+            time_limit_ms: self.time_limit_ms,
+            memory_bytes: self.memory_bytes,
+            max_processes: self.max_processes,
+            on_disconnect: match self.on_disconnect {
+                OnDisconnect::Resume => v1::OnDisconnect::Resume.into(),
+                OnDisconnect::Kill => v1::OnDisconnect::Kill.into(),
+            },
+            ..v1::TaskSpec::default()
+        };
+        v1::ExecStart {
+            node: self.node,
+            spec: Some(spec),
+            idempotency_key: self.idempotency_key,
+            detach: true,
+            retry_of: self.retry_of,
+            ..v1::ExecStart::default()
+        }
+    }
+}
+
+/// A command that is in the journal, and has been given to its node.
+#[derive(Serialize, JsonSchema)]
+pub(in crate::http) struct Accepted {
+    task_id: String,
+    node: String,
+    node_id: String,
+    /// Whether its idempotency key led to a command from before.
+    known: bool,
+}
+
+impl Accepted {
+    pub(in crate::http) fn of(accepted: v1::ExecAccepted) -> Self {
+        Self {
+            task_id: id(&accepted.task_id),
+            node: accepted.node_name,
+            node_id: id(&accepted.node_id),
+            known: accepted.known,
+        }
+    }
+}
+
 /// How a command is ended.
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -207,6 +320,28 @@ pub(in crate::http) struct TaskOutput {
     pub(in crate::http) next_stderr_offset: u64,
     /// The task as it is now; only where this is all there is at the moment.
     pub(in crate::http) task: Option<Task>,
+}
+
+/// A piece of a stream of a task's output.
+#[derive(Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub(in crate::http) enum TaskNews {
+    /// It has written something.
+    Output(OutputPiece),
+    /// Its node has lost the hub.
+    Interrupted(Interruption),
+    /// Its node is back.
+    Resumed {},
+    /// The task, once it has ended: the last piece.
+    Task(Box<Task>),
+}
+
+/// A task whose node has lost the hub.
+#[derive(Serialize, JsonSchema)]
+pub(in crate::http) struct Interruption {
+    pub(in crate::http) reason: String,
+    /// How long its node has to come back.
+    pub(in crate::http) resume_within_ms: u64,
 }
 
 /// A piece of what a node's commands wrote.

@@ -5,31 +5,39 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use super::*;
 
 /// A stream of events.
-struct Follower {
+pub(super) struct Follower {
     stream: BufReader<TlsStream<TcpStream>>,
     headers: String,
 }
 
 /// A piece of it.
 #[derive(Debug, Default)]
-struct Piece {
-    id: String,
+pub(super) struct Piece {
+    pub(super) id: String,
     event: String,
     data: String,
 }
 
 impl Piece {
-    fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         serde_json::from_str(&self.data).unwrap_or_else(|_| panic!("no JSON: {self:?}"))
     }
 }
 
 impl Follower {
     async fn start(hub: &TestHub, login: Option<&Login>, query: &str, headers: &[&str]) -> Self {
+        Self::of(hub, login, &format!("/api/v1/events{query}"), headers).await
+    }
+
+    pub(super) async fn of(
+        hub: &TestHub,
+        login: Option<&Login>,
+        path: &str,
+        headers: &[&str],
+    ) -> Self {
         let mut stream = BufReader::new(dial(hub, login).await);
         let headers: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
-        let request =
-            format!("GET /api/v1/events{query} HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n");
+        let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut headers = String::new();
         while !headers.ends_with("\r\n\r\n") {
@@ -40,7 +48,7 @@ impl Follower {
     }
 
     /// The next piece, each of which is a chunk; nothing after the last.
-    async fn next(&mut self) -> Option<Piece> {
+    pub(super) async fn next(&mut self) -> Option<Piece> {
         let mut length = String::new();
         self.stream.read_line(&mut length).await.unwrap();
         let length = usize::from_str_radix(length.trim(), 16).unwrap();
@@ -66,7 +74,7 @@ impl Follower {
     }
 
     /// The next news.
-    async fn news(&mut self) -> Piece {
+    pub(super) async fn news(&mut self) -> Piece {
         loop {
             let piece = self.next().await.expect("it goes on");
             assert_eq!(piece.event, "", "{piece:?}");
@@ -90,7 +98,7 @@ impl Follower {
     }
 
     /// Why it ends, after whatever else it tells.
-    async fn end(mut self) -> Value {
+    pub(super) async fn end(mut self) -> Value {
         let end = async {
             loop {
                 let piece = self.next().await.expect("the last says why");
