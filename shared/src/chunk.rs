@@ -9,11 +9,12 @@
 //! the content's. Empty content has no chunk at all. Long runs of zero bytes become repetitions of
 //! one well-known chunk ([`ChunkRef::is_zero`]), which travels once and compresses to nothing.
 
-use std::io::{self, Read};
+mod cuts;
+mod cutter;
+
 use std::sync::LazyLock;
 
-use fastcdc::v2020::FastCDC;
-
+pub use self::cutter::{CutContent, CutError, Cutter};
 use crate::entry::Digest;
 
 /// Content up to this size is a single chunk.
@@ -28,10 +29,6 @@ pub const MAX_CHUNK_BYTES: usize = 4 * 1024 * 1024;
 pub const MAX_RECIPE_CHUNKS: usize = 110_000;
 /// Bytes of one chunk in an encoded recipe: its hash and its length as a big-endian 32-bit number.
 pub const CHUNK_REF_BYTES: usize = 36;
-
-/// How much of the content is in memory while it is cut. A cut needs [`MAX_CHUNK_BYTES`] in sight;
-/// twice as much keeps the copying at the window's border below one byte per byte read.
-const WINDOW_BYTES: usize = 2 * MAX_CHUNK_BYTES;
 
 static ZERO_CHUNK_HASH: LazyLock<Digest> = LazyLock::new(|| Digest::of(&vec![0; MAX_CHUNK_BYTES]));
 
@@ -175,133 +172,6 @@ impl Recipe {
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
-}
-
-/// Content that has been read and cut.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CutContent {
-    /// BLAKE3 of the whole content.
-    pub content: Digest,
-    /// Its length in bytes.
-    pub size: u64,
-    /// Its chunks, if they are more than one.
-    pub recipe: Recipe,
-}
-
-/// Why content could not be cut.
-#[derive(Debug, thiserror::Error)]
-pub enum CutError<E> {
-    /// It could not be read.
-    #[error("cannot read the content")]
-    Read(#[source] io::Error),
-    /// It has more than [`MAX_RECIPE_CHUNKS`] chunks.
-    #[error("the content is too large: more than {MAX_RECIPE_CHUNKS} chunks")]
-    TooLarge,
-    /// Whoever took the chunks refused one.
-    #[error(transparent)]
-    Taker(E),
-}
-
-/// Reads content, hashes it and cuts it into chunks, in one pass.
-///
-/// Holds a buffer of at most 8 MiB, which grows with the content and is reused for the next one.
-#[derive(Debug, Default)]
-pub struct Cutter {
-    window: Vec<u8>,
-}
-
-impl Cutter {
-    /// A cutter without a buffer yet.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Reads `reader` to its end and hands each chunk to `take`, in order.
-    ///
-    /// The cuts are those that FastCDC makes over the content as a whole.
-    ///
-    /// # Errors
-    /// Those of the reader and of `take`, and content of more than [`MAX_RECIPE_CHUNKS`] chunks.
-    pub fn cut<E>(
-        &mut self,
-        mut reader: impl Read,
-        mut take: impl FnMut(ChunkRef, &[u8]) -> Result<(), E>,
-    ) -> Result<CutContent, CutError<E>> {
-        self.window.clear();
-        if !self.refill(0, &mut reader).map_err(CutError::Read)? {
-            // The end is in sight: the common case of a small file, hashed once.
-            return self.cut_last_window(take);
-        }
-        let mut whole = blake3::Hasher::new();
-        let mut size = 0;
-        let mut chunks = Vec::new();
-        let mut start = 0;
-        let mut more = true;
-        loop {
-            if more && self.window.len() - start < MAX_CHUNK_BYTES {
-                more = self.refill(start, &mut reader).map_err(CutError::Read)?;
-                start = 0;
-            }
-            if start == self.window.len() {
-                break;
-            }
-            if chunks.len() == MAX_RECIPE_CHUNKS {
-                return Err(CutError::TooLarge);
-            }
-            let data = first_chunk(&self.window[start..]);
-            let chunk = ChunkRef::of(data).expect("FastCDC keeps to its limits");
-            whole.update(data);
-            size += u64::from(chunk.len);
-            start += data.len();
-            chunks.push(chunk);
-            take(chunk, data).map_err(CutError::Taker)?;
-        }
-        Ok(CutContent { content: whole.finalize().into(), size, recipe: Recipe(chunks) })
-    }
-
-    /// Moves what lies after `start` to the front, and reads until the window is full or the
-    /// content ends. Returns whether there may be more.
-    fn refill(&mut self, start: usize, reader: &mut impl Read) -> io::Result<bool> {
-        self.window.drain(..start);
-        let room = WINDOW_BYTES - self.window.len();
-        let read = reader.take(room as u64).read_to_end(&mut self.window)?;
-        Ok(read == room)
-    }
-
-    fn cut_last_window<E>(
-        &self,
-        mut take: impl FnMut(ChunkRef, &[u8]) -> Result<(), E>,
-    ) -> Result<CutContent, CutError<E>> {
-        let content = Digest::of(&self.window);
-        let size = self.window.len() as u64;
-        let mut rest = self.window.as_slice();
-        let mut chunks = Vec::new();
-        while !rest.is_empty() {
-            let single = chunks.is_empty() && rest.len() <= SINGLE_CHUNK_BYTES;
-            let data = if single { rest } else { first_chunk(rest) };
-            let chunk = if data.len() == self.window.len() {
-                ChunkRef { hash: content, len: u32::try_from(size).unwrap_or(u32::MAX) }
-            } else {
-                ChunkRef::of(data).expect("FastCDC keeps to its limits")
-            };
-            rest = &rest[data.len()..];
-            chunks.push(chunk);
-            take(chunk, data).map_err(CutError::Taker)?;
-        }
-        if chunks.len() == 1 {
-            chunks.clear();
-        }
-        Ok(CutContent { content, size, recipe: Recipe(chunks) })
-    }
-}
-
-/// The chunk at the beginning of `data`, which is either the rest of the content or at least
-/// [`MAX_CHUNK_BYTES`] of it: FastCDC looks no further.
-fn first_chunk(data: &[u8]) -> &[u8] {
-    let (_, end) = FastCDC::new(data, MIN_CHUNK_BYTES, AVERAGE_CHUNK_BYTES, MAX_CHUNK_BYTES)
-        .cut(0, data.len());
-    &data[..end]
 }
 
 #[cfg(test)]

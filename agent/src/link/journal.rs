@@ -9,10 +9,13 @@
 //! What is known is in memory, under a lock that is never held over the disk: the session asks and
 //! never waits. One task writes, in batches with one flush for all of them. The file is a run of
 //! records, each with its length and a check, written anew when it has grown, and after any failure.
+//! Behind the records it has room, of zeros: a record that is written into blocks that are there already
+//! is durable with one write, while a file that grows needs the file system's journal as well.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -29,6 +32,8 @@ const REMEMBERED: usize = 16_384;
 const MAX_UNACKNOWLEDGED: usize = 4096;
 /// From this size on the file is written anew.
 const MAX_FILE_BYTES: u64 = 8 * 1024 * 1024;
+/// How much room is made at a time: for some hundred commands.
+const ROOM_BYTES: usize = 64 * 1024;
 /// Length of the rest (4 bytes) and check of it (4).
 const HEAD_BYTES: usize = 8;
 /// Kind (1) and id (16).
@@ -259,7 +264,10 @@ impl Memory {
 struct Writer {
     path: PathBuf,
     file: File,
+    /// Where the records end.
     file_bytes: u64,
+    /// Where the file does.
+    room_to: u64,
     /// A write failed: the file may lack records that are in memory.
     stale: bool,
     memory: Arc<Mutex<Memory>>,
@@ -268,7 +276,9 @@ struct Writer {
 impl Writer {
     fn open(path: &Path, memory: Arc<Mutex<Memory>>) -> io::Result<Self> {
         let file = File::options().create(true).append(true).open(path)?;
-        let mut writer = Self { path: path.to_owned(), file, file_bytes: 0, stale: false, memory };
+        let (file_bytes, room_to) = (0, 0);
+        let mut writer =
+            Self { path: path.to_owned(), file, file_bytes, room_to, stale: false, memory };
         writer.write_anew()?;
         Ok(writer)
     }
@@ -321,10 +331,15 @@ impl Writer {
     }
 
     fn append(&mut self, orders: &[Order]) -> io::Result<()> {
-        let bytes: Vec<u8> = orders.iter().flat_map(|order| &order.record).copied().collect();
-        match self.file.write_all(&bytes) {
+        let mut bytes: Vec<u8> = orders.iter().flat_map(|order| &order.record).copied().collect();
+        let end = self.file_bytes + bytes.len() as u64;
+        if end > self.room_to {
+            bytes.resize(bytes.len() + ROOM_BYTES, 0);
+        }
+        match self.file.write_all_at(&bytes, self.file_bytes) {
             Ok(()) => {
-                self.file_bytes += bytes.len() as u64;
+                self.room_to = self.room_to.max(self.file_bytes + bytes.len() as u64);
+                self.file_bytes = end;
                 Ok(())
             }
             Err(error) => {
@@ -339,8 +354,8 @@ impl Writer {
     fn write_anew(&mut self) -> io::Result<()> {
         let bytes = self.memory.lock().unwrap_or_else(PoisonError::into_inner).records();
         durable::write_file(&self.path, &bytes, 0o600)?;
-        self.file = File::options().append(true).open(&self.path)?;
-        self.file_bytes = bytes.len() as u64;
+        self.file = File::options().write(true).open(&self.path)?;
+        (self.file_bytes, self.room_to) = (bytes.len() as u64, bytes.len() as u64);
         self.stale = false;
         Ok(())
     }
@@ -390,6 +405,37 @@ mod tests {
         TaskExit { exit_code: code, ..TaskExit::default() }
     }
 
+    /// Where the records end.
+    fn records_in(bytes: &[u8]) -> usize {
+        let mut rest = bytes;
+        while let Some((_, _, next)) = read_record(rest) {
+            rest = next;
+        }
+        bytes.len() - rest.len()
+    }
+
+    #[tokio::test]
+    async fn records_are_written_into_room_that_is_there_and_read_up_to_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tasks");
+        let journal = Journal::open(&path).unwrap();
+        let size = || std::fs::metadata(&path).unwrap().len();
+        assert_eq!(size(), 0);
+        let mut ids = Vec::new();
+        let mut sizes = std::collections::BTreeSet::new();
+        while sizes.len() < 2 {
+            let id = TaskId::new();
+            assert!(journal.begin(id).await.unwrap());
+            journal.end(id, &exit(7)).await.unwrap();
+            ids.push(id);
+            sizes.insert(size());
+        }
+        let records = u64::try_from(ids.len()).unwrap();
+        assert!(records > 300, "the file seldom grows: {sizes:?} for {records} commands");
+        drop(journal);
+        assert_eq!(Journal::open(&path).unwrap().unacknowledged(), ids);
+    }
+
     #[tokio::test]
     async fn no_task_begins_twice_even_after_a_crash_that_tore_the_file() {
         let folder = tempfile::tempdir().unwrap();
@@ -401,7 +447,8 @@ mod tests {
         drop(journal);
         let record = record_of(second, &State::Begun);
         for torn in 0..record.len() {
-            let whole = std::fs::read(&path).unwrap();
+            let mut whole = std::fs::read(&path).unwrap();
+            whole.truncate(records_in(&whole));
             std::fs::write(&path, [&whole, &record[..torn]].concat()).unwrap();
             let journal = Journal::open(&path).unwrap();
             assert!(!journal.begin(first).await.unwrap());

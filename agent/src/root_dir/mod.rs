@@ -186,6 +186,7 @@ pub trait OpenFile: Send + Sync + Debug {
     fn set_mode(&self, mode: u32) -> io::Result<()>;
     fn set_mtime(&self, mtime_ns: i64) -> io::Result<()>;
     fn sync(&self) -> io::Result<()>;
+    fn write_back(&self) -> io::Result<()>;
     fn copy_from(&self, source: &dyn OpenFile, offset: u64, len: usize) -> io::Result<usize>;
 }
 
@@ -558,6 +559,16 @@ impl FileHandle {
     /// Those of the file system.
     pub fn sync(&self) -> io::Result<()> {
         self.0.sync()
+    }
+
+    /// Brings what has been written so far to the disk, so that there is less to do for
+    /// [`FileHandle::sync`], which alone makes it survive.
+    ///
+    /// # Errors
+    /// Those of the file system. After one the file is not to be believed: the next flush may not tell
+    /// of it again.
+    pub fn write_back(&self) -> io::Result<()> {
+        self.0.write_back()
     }
 
     /// Copies up to `len` bytes from another file to the same place in this one, sharing blocks

@@ -280,6 +280,10 @@ impl OpenFile for RealFile {
         self.0.sync_all()
     }
 
+    fn write_back(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+
     fn copy_from(&self, source: &dyn OpenFile, offset: u64, len: usize) -> io::Result<usize> {
         if let Some(source) = source.as_any().downcast_ref::<Self>() {
             let (mut from, mut to) = (offset, offset);

@@ -2,7 +2,8 @@
 //! its own, so that one seed always makes the same history.
 
 use std::fmt;
-use std::sync::Arc;
+use std::num::NonZero;
+use std::sync::{Arc, LazyLock};
 
 use cortex_shared::clock::unix_ms;
 use rand::RngExt as _;
@@ -21,6 +22,18 @@ pub(super) enum Blocking {
 }
 
 impl Blocking {
+    /// How many pieces of one transfer may be worked on at once: as many as the machine has cores, but not
+    /// so many that memory, of which each takes two packs, would be felt.
+    pub(super) fn at_once(self) -> usize {
+        const MOST: usize = 4;
+        static CORES: LazyLock<usize> =
+            LazyLock::new(|| std::thread::available_parallelism().map_or(1, NonZero::get));
+        match self {
+            Self::Threads => (*CORES).min(MOST),
+            Self::Inline => 1,
+        }
+    }
+
     /// Does a piece of blocking work.
     pub(super) async fn run<T: Send + 'static>(
         self,

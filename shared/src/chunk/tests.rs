@@ -1,7 +1,10 @@
 use std::convert::Infallible;
+use std::io::{self, Read};
 
+use fastcdc::v2020::FastCDC;
 use proptest::prelude::*;
 
+use super::cutter::WINDOW_BYTES;
 use super::*;
 
 /// Bytes that look random and are the same for the same seed.
@@ -21,7 +24,7 @@ impl Read for Dribble<'_> {
     }
 }
 
-fn cut(data: impl Read) -> (CutContent, Vec<ChunkRef>, Vec<u8>) {
+fn cut(data: impl Read + Send) -> (CutContent, Vec<ChunkRef>, Vec<u8>) {
     let mut chunks = Vec::new();
     let mut bytes = Vec::new();
     let cut = Cutter::new()
@@ -96,6 +99,57 @@ fn an_insertion_at_the_front_keeps_the_later_chunks() {
 }
 
 #[test]
+fn chunks_of_an_earlier_version_are_found_again_wherever_they_stand() {
+    let data = noise(8, 24 * 1024 * 1024);
+    // Cut where no cut would be found: whoever finds these has not looked for one.
+    let earlier = Recipe(data.chunks(700_000).filter_map(ChunkRef::of).collect());
+    let again = |data: &[u8]| {
+        let taker = |_, _: &[u8]| Ok::<_, Infallible>(());
+        Cutter::new().cut_again(data, &earlier, taker).unwrap()
+    };
+    let same = again(&data);
+    assert_eq!(same.recipe, earlier);
+    assert_eq!(same.content, Digest::of(&data));
+    // A change between two chunks: those after it are found once one of them is.
+    let mut longer = data[..1_400_000].to_vec();
+    longer.extend_from_slice(&data[700_000..]);
+    let again = again(&longer);
+    assert_eq!(again.content, Digest::of(&longer));
+    assert_eq!(again.recipe.0[..2], earlier.0[..2]);
+    again.recipe.check(longer.len() as u64).unwrap();
+}
+
+#[test]
+fn what_ends_before_an_earlier_version_did_or_goes_on_after_it_is_cut_as_if_it_were_new() {
+    let data = noise(9, 20 * 1024 * 1024);
+    let (earlier, _, _) = cut(&data[..15 * 1024 * 1024]);
+    for len in [data.len(), 15 * 1024 * 1024, 11 * 1024 * 1024, 9 * 1024 * 1024 + 1, 3_000_000] {
+        let taker = |_, _: &[u8]| Ok::<_, Infallible>(());
+        let again = Cutter::new().cut_again(&data[..len], &earlier.recipe, taker).unwrap();
+        assert_eq!(again, cut(&data[..len]).0, "{len} bytes");
+    }
+}
+
+#[test]
+fn a_reader_that_fails_late_and_a_taker_that_refuses_late_end_the_cutting() {
+    let data = noise(4, 40 * 1024 * 1024);
+    struct Broken<'a>(&'a [u8]);
+    impl Read for Broken<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            if self.0.is_empty() { Err(io::Error::other("broken")) } else { self.0.read(buffer) }
+        }
+    }
+    let result = Cutter::new().cut(Broken(&data), |_, _| Ok::<_, Infallible>(()));
+    assert!(matches!(result, Err(CutError::Read(_))));
+    let mut seen = 0;
+    let result = Cutter::new().cut(data.as_slice(), |_, _| {
+        seen += 1;
+        if seen == 12 { Err("enough") } else { Ok(()) }
+    });
+    assert!(matches!(result, Err(CutError::Taker("enough"))));
+}
+
+#[test]
 fn taker_and_reader_errors_end_the_cutting() {
     let data = noise(3, 3 * MAX_CHUNK_BYTES);
     let mut seen = 0;
@@ -164,6 +218,29 @@ proptest! {
         prop_assert!(bytes == data);
         prop_assert_eq!(content.content, Digest::of(&data));
         prop_assert_eq!(content.size, len as u64);
+    }
+
+    #[test]
+    fn an_earlier_version_changes_no_cut(
+        seed in any::<u64>(),
+        len in SINGLE_CHUNK_BYTES..20 * 1024 * 1024,
+        edits in prop::collection::vec((any::<prop::sample::Index>(), 0..3_000_usize, 0..2_000_000_usize), 0..4),
+    ) {
+        let data = noise(seed, len);
+        let (earlier, _, _) = cut(data.as_slice());
+        let mut edited = data;
+        for (at, insert, remove) in edits {
+            let at = at.index(edited.len());
+            let end = (at + remove).min(edited.len());
+            edited.splice(at..end, noise(seed ^ 1, insert));
+            if edited.is_empty() {
+                break;
+            }
+        }
+        let again = Cutter::new()
+            .cut_again(edited.as_slice(), &earlier.recipe, |_, _| Ok::<_, Infallible>(()))
+            .unwrap();
+        prop_assert_eq!(again, cut(edited.as_slice()).0);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Making packs.
 
 use std::collections::HashSet;
-use std::io;
+use std::io::{self, Cursor};
 
 use bytes::Bytes;
 use zstd::bulk::Compressor;
@@ -151,14 +151,18 @@ impl PackBuilder {
 
     fn add_frame(&mut self, raw: &[u8]) {
         let start = self.encoded.len();
-        // Room for 97 % of the raw bytes: where that is too little for zstd, storing is better.
-        let room = raw.len() - raw.len() / 32 - 1;
-        self.encoded.resize(start + room, 0);
-        let compressed =
-            self.compressor.compress_to_buffer(raw, &mut self.encoded[start..]).unwrap_or(0);
-        let codec = if compressed == 0 { CODEC_STORED } else { CODEC_ZSTD };
-        self.encoded.truncate(start + compressed);
+        // If it is not at least 3 % smaller, storing it is better.
+        let limit = raw.len() - raw.len() / 32 - 1;
+        self.encoded.reserve(raw.len());
+        let mut room = Cursor::new(&mut self.encoded);
+        room.set_position(start as u64);
+        let compressed = self.compressor.compress_to_buffer(raw, &mut room);
+        let codec = match compressed {
+            Ok(bytes) if bytes <= limit => CODEC_ZSTD,
+            _ => CODEC_STORED,
+        };
         if codec == CODEC_STORED {
+            self.encoded.truncate(start);
             self.encoded.extend_from_slice(raw);
         }
         let stored = self.encoded.len() - start;

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 
-use cortex_shared::chunk::{CutError, Cutter};
+use cortex_shared::chunk::{CutError, Cutter, Recipe};
 use cortex_shared::entry::{Digest, Entry, File};
 use cortex_shared::wire_path::WirePath;
 use rustix::io::Errno;
@@ -28,6 +28,8 @@ pub(super) struct Job {
     pub(super) prefix: bool,
     /// What it looked like when it was read last.
     pub(super) known: Option<Stamp>,
+    /// How it was cut then.
+    pub(super) earlier: Recipe,
 }
 
 /// What came of it.
@@ -145,10 +147,9 @@ impl<'a> Reader<'a> {
         Self { cutter: Cutter::new(), clock, cancel }
     }
 
-    fn read(&mut self, Job { path, parent, prefix, known }: Job) -> Hashed {
-        let Self { cutter, clock, cancel } = self;
-        let outcome = read_stably(&parent, path.name(), prefix, cutter, *clock, cancel);
-        Hashed { path, outcome, known }
+    fn read(&mut self, job: Job) -> Hashed {
+        let outcome = read_stably(&job, &mut self.cutter, self.clock, self.cancel);
+        Hashed { path: job.path, outcome, known: job.known }
     }
 }
 
@@ -171,18 +172,18 @@ impl<R: Read> Read for Cancellable<'_, R> {
 /// Hashes and cuts a file in one pass. The attributes are read before and after, through the handle
 /// and by name: if any of them differ, the content is not believed.
 fn read_stably(
-    parent: &DirHandle,
-    name: &[u8],
-    prefix: bool,
+    Job { path, parent, prefix, earlier, .. }: &Job,
     cutter: &mut Cutter,
     clock: Clock,
     cancel: &CancellationToken,
 ) -> Outcome {
+    let name = path.name();
     let result = (|| {
         let file = parent.open_file(name)?;
         let before = file.meta()?;
         let reader = Cancellable { inner: file.reader().take(before.size), cancel };
-        let cut = match cutter.cut(reader, |_, _| Ok::<_, std::convert::Infallible>(())) {
+        let taker = |_, _: &[u8]| Ok::<_, std::convert::Infallible>(());
+        let cut = match cutter.cut_again(reader, earlier, taker) {
             Ok(cut) => cut,
             Err(CutError::Read(error)) => return Err(error),
             Err(CutError::TooLarge) => return Ok(Outcome::TooLarge),
@@ -203,7 +204,7 @@ fn read_stably(
             return Ok(Outcome::Stable(entry, stamp));
         }
         let grows = after.size >= before.size && named.ino == before.ino;
-        if prefix && grows && hash_again(&file, before.size, cancel)? == cut.content {
+        if *prefix && grows && hash_again(&file, before.size, cancel)? == cut.content {
             return Ok(Outcome::Prefix(entry, Stamp::new(&before, true)));
         }
         Ok(Outcome::Unstable)

@@ -10,6 +10,7 @@ mod hash;
 #[cfg(test)]
 mod tests;
 
+use cortex_shared::chunk::Recipe;
 use cortex_shared::entry::{Entry, MAX_LINK_TARGET_BYTES};
 use cortex_shared::wire_path::WirePath;
 use std::collections::{HashMap, VecDeque};
@@ -359,8 +360,12 @@ impl Walk<'_, '_> {
                 if !unchanged && hot.is_none_or(|hot| hot.until <= Instant::now()) {
                     let prefix = hot.is_some_and(|hot| hot.prefix);
                     let known = row.as_ref().and_then(|row| row.stamp);
+                    let earlier = match row.and_then(|row| row.row.local) {
+                        Some(Entry::File(file)) => file.recipe,
+                        _ => Recipe::default(),
+                    };
                     let mut results = Vec::new();
-                    let job = Job { path, parent: handle.clone(), prefix, known };
+                    let job = Job { path, parent: handle.clone(), prefix, known, earlier };
                     self.pool.submit(job, |result| results.push(result));
                     for result in results {
                         self.take(result);

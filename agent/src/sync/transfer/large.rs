@@ -6,11 +6,12 @@ use std::time::Duration;
 use cortex_shared::backoff::Backoff;
 use cortex_shared::entry::Entry;
 use cortex_shared::ids::WorkspaceId;
+use futures_util::future::join_all;
 use tokio_util::sync::CancellationToken;
 
 use super::lane::JOB_BYTES;
 use super::pull::fetch;
-use super::stage::Stage;
+use super::stage::{Stage, take_from_here};
 use crate::sync::core::SyncError;
 use crate::sync::ground::Blocking;
 use crate::sync::hub::{Hub, HubError};
@@ -129,20 +130,21 @@ pub(in crate::sync) async fn download<H: Hub>(
     progress: Arc<Progress>,
     batch: Batch,
 ) -> Result<Arrived, SyncError> {
-    let Batch { mut stage, changes, .. } = batch;
-    let stop = cancel.clone();
-    let take = move || {
-        for (number, change) in changes.iter().enumerate() {
-            if let Some(Entry::File(file)) = &change.to
-                && let Err(error) = stage.take_sources(number, file, &stop)
-            {
-                tracing::debug!(path = %change.path, %error, "cannot take content from here");
-            }
-        }
-        (stage, changes)
-    };
-    let (stage, changes) = blocking.run(take).await?;
+    let Batch { stage, changes, .. } = batch;
     let stage = Arc::new(Mutex::new(stage));
+    let (from, stop) = (stage.clone(), cancel.clone());
+    let take = move || {
+        let copies = take_from_here(&from, changes.iter().enumerate(), &stop);
+        (copies, changes)
+    };
+    let (copies, changes) = blocking.run(take).await?;
+    let copies = Arc::new(copies);
+    let copying = (0..blocking.at_once()).map(|_| {
+        let copies = copies.clone();
+        blocking.run(move || copies.work())
+    });
+    join_all(copying).await.into_iter().collect::<Result<(), _>>()?;
+    drop(copies);
     let mut pauses = Backoff::new(RETRY.0, RETRY.1);
     let (mut missing, mut attempts) = (usize::MAX, 0);
     // A line that breaks costs what was on its way, not what has arrived.

@@ -1,5 +1,6 @@
 //! Moving content and versions between the tree here and the hub.
 
+mod growing;
 mod lane;
 mod large;
 mod packing;

@@ -11,14 +11,16 @@ use std::sync::{Arc, Mutex};
 use cortex_shared::crash::crash_point;
 use cortex_shared::entry::{Digest, Entry, same};
 use cortex_shared::ids::WorkspaceId;
+use cortex_shared::pack::InvalidPack;
 use cortex_shared::wire_path::WirePath;
 use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use tokio_util::sync::CancellationToken;
 
 use super::Session;
 use super::lane::LARGE_BYTES;
 use super::large::{Large, lock};
-use super::stage::{Stage, StageError};
+use super::stage::{Stage, StageError, take_pack};
 use crate::sync::apply::{Applier, Staged, needs_stage};
 use crate::sync::core::{SyncError, waiting};
 use crate::sync::ground::Blocking;
@@ -301,7 +303,8 @@ impl Room {
     }
 }
 
-/// Fetches chunks and puts them where they are wanted.
+/// Fetches chunks and puts them where they are wanted. None of the files is touched any more when this
+/// returns.
 pub(super) async fn fetch<H: Hub>(
     hub: &H,
     workspace: WorkspaceId,
@@ -311,26 +314,45 @@ pub(super) async fn fetch<H: Hub>(
     stage: &Arc<Mutex<Stage>>,
     needed: &[Digest],
 ) -> Result<(), SyncError> {
-    for part in needed.chunks(MAX_HASHES) {
-        let mut packs = waiting(cancel, hub, hub.get_packs(workspace, part)).await?;
-        loop {
-            let pack = async { packs.next().await.transpose() };
-            let pack = match waiting(cancel, hub, pack).await? {
-                Some(Fetched::Pack(pack)) => pack,
-                // Files that need them are told when they turn out not to be whole.
-                Some(Fetched::Missing(_)) => continue,
-                None => break,
-            };
-            let stage = stage.clone();
-            let taken = blocking.run(move || lock(&stage).take_pack(pack)).await?;
-            match taken {
-                Ok(bytes) => progress.fetched(bytes),
-                // Its chunks are as good as missing; the others are not.
-                Err(error) => tracing::error!(%workspace, %error, "the hub sent a damaged pack"),
+    let unpack = |pack| {
+        let stage = stage.clone();
+        blocking.run(move || take_pack(&stage, pack))
+    };
+    let taken = |taken: Result<Result<u64, InvalidPack>, SyncError>| {
+        match taken? {
+            Ok(bytes) => progress.fetched(bytes),
+            // Its chunks are as good as missing; the others are not.
+            Err(error) => tracing::error!(%workspace, %error, "the hub sent a damaged pack"),
+        }
+        Ok(())
+    };
+    let mut unpacking = FuturesUnordered::new();
+    let fetched = async {
+        for part in needed.chunks(MAX_HASHES) {
+            let mut packs = waiting(cancel, hub, hub.get_packs(workspace, part)).await?;
+            loop {
+                // While some are unpacked, the next one may come.
+                let has_room = unpacking.len() < blocking.at_once();
+                let pack = async { packs.next().await.transpose() };
+                tokio::select! {
+                    biased;
+                    Some(unpacked) = unpacking.next() => taken(unpacked)?,
+                    pack = waiting(cancel, hub, pack), if has_room => match pack? {
+                        Some(Fetched::Pack(pack)) => unpacking.push(unpack(pack)),
+                        // Files that need them are told when they turn out not to be whole.
+                        Some(Fetched::Missing(_)) => {}
+                        None => break,
+                    },
+                }
             }
         }
+        Ok(())
+    };
+    let mut result: Result<(), SyncError> = fetched.await;
+    while let Some(unpacked) = unpacking.next().await {
+        result = result.and(taken(unpacked));
     }
-    Ok(())
+    result
 }
 
 /// Whether the content of a change is here, but only in files that are about to go.

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use cortex_shared::chunk::ChunkRef;
@@ -11,14 +12,16 @@ use cortex_shared::pack::{InvalidPack, Pack};
 use cortex_shared::wire_path::WirePath;
 use tokio_util::sync::CancellationToken;
 
-use crate::root_dir::FileHandle;
+use crate::root_dir::{DirHandle, FileHandle};
 use crate::sync::core::Core;
 use crate::sync::index::IndexError;
 use crate::sync::plan::LocalChange;
 use crate::sync::private_dir::PrivateDir;
 use crate::sync::problem::Finding;
 
+use super::growing::Growing;
 use super::lane::LARGE_BYTES;
+use super::large::lock;
 
 /// Local files that are tried as a source of the same content.
 const SOURCES: u32 = 4;
@@ -41,6 +44,10 @@ struct StagedFile {
     waiting: usize,
     /// Why it cannot be put together.
     broken: Option<String>,
+    /// Its content is known to be right as a whole.
+    checked: bool,
+    /// If it has several chunks: its length, and what is known of its content so far.
+    growing: Option<(u64, Arc<Growing>)>,
 }
 
 #[derive(Clone, Copy)]
@@ -83,12 +90,20 @@ impl Stage {
             }
             let large = matches!(&change.to, Some(Entry::File(file)) if file.size > LARGE_BYTES);
             let name = if large { private.part_name() } else { private.stage_name() };
+            let growing = match &change.to {
+                Some(Entry::File(file)) if !file.recipe.is_empty() => {
+                    Some((file.size, Arc::default()))
+                }
+                _ => None,
+            };
             files.push(Some(StagedFile {
                 name,
                 sources: Vec::new(),
                 created: false,
                 waiting,
                 broken: None,
+                checked: false,
+                growing,
             }));
         }
         Self { private, files, wanted }
@@ -117,8 +132,8 @@ impl Stage {
         moved
     }
 
-    /// Begins the file or link of a change and takes what can be had from here, unless that may take
-    /// long and can wait until [`Self::take_sources`]. Returns the chunks that are missing then.
+    /// Begins the file or link of a change and takes its content from here if all of it is, unless that
+    /// may take long and can wait until [`take_from_here`]. Returns the chunks that are missing then.
     pub(super) fn begin(
         &mut self,
         number: usize,
@@ -149,7 +164,7 @@ impl Stage {
                 staged.sources = sources;
             }
             if file.size <= LARGE_BYTES || !can_wait {
-                self.take_sources(number, file, cancel)?;
+                self.take_whole(number, file, cancel)?;
             }
         }
         if !self.is_waiting(number) {
@@ -172,8 +187,12 @@ impl Stage {
         if let Some(staged) = &mut self.files[number]
             && !staged.created
         {
-            self.private.stage().create_new(&staged.name, 0o666)?;
+            let file = self.private.stage().create_new(&staged.name, 0o666)?;
             staged.created = true;
+            if let Some((size, _)) = &staged.growing {
+                // So that holes can be read, wherever they are.
+                file.set_len(*size)?;
+            }
         }
         Ok(())
     }
@@ -203,8 +222,13 @@ impl Stage {
             let handle = self.private.stage().open_for_writing(&staged.name)?;
             // Also makes the hole at the end, if there is one.
             handle.set_len(file.size)?;
-            // A single chunk is the content, and its hash has been checked.
-            let whole = file.recipe.is_empty() || hash_of(&handle, cancel)? == file.content;
+            let whole = match &staged.growing {
+                Some((size, growing)) if !staged.checked => {
+                    growing.finish(&handle, *size, cancel)? == Some(file.content)
+                }
+                // A single chunk is the content, and its hash has been checked.
+                _ => true,
+            };
             if whole {
                 staged.name = self.private.whole(&staged.name)?;
             }
@@ -242,129 +266,232 @@ impl Stage {
         }
     }
 
-    /// Writes every wanted chunk of a pack to its places. A file that cannot be written to is given
-    /// up by itself.
-    ///
-    /// # Errors
-    /// If the pack is not valid; what came before the damage has been taken.
-    pub(super) fn take_pack(&mut self, pack: Bytes) -> Result<u64, InvalidPack> {
-        let pack = Pack::parse(pack)?;
-        let mut bytes = 0;
-        pack.for_each_chunk(|chunk, data| {
-            let Some(places) = self.wanted.remove(&chunk.hash) else { return };
-            bytes += data.len() as u64;
-            for place in places {
-                if let Err(error) = self.write(place, data)
-                    && let Some(staged) = &mut self.files[place.file]
-                {
-                    staged.broken.get_or_insert(error.to_string());
-                }
+    /// Hands out the places where a chunk is wanted, in files that exist from now on. Whoever takes them
+    /// tells when they are written.
+    fn take_places(&mut self, hash: &Digest) -> Vec<Writing> {
+        let mut writings = Vec::new();
+        for place in self.wanted.remove(hash).unwrap_or_default() {
+            match self.create(place.file) {
+                Ok(()) => writings.extend(self.writing(place)),
+                Err(error) => self.written(place, Err(error)),
             }
-        })?;
-        Ok(bytes)
+        }
+        writings
     }
 
-    fn write(&mut self, place: Place, data: &[u8]) -> io::Result<()> {
-        self.create(place.file)?;
-        let Some(staged) = &mut self.files[place.file] else { return Ok(()) };
+    fn writing(&self, place: Place) -> Option<Writing> {
+        let staged = self.files[place.file].as_ref()?;
+        let growing = staged.growing.as_ref().map(|(_, growing)| growing.clone());
+        Some(Writing { place, name: staged.name.clone(), growing })
+    }
+
+    /// Takes note of what came of a place. A file that cannot be written to is given up by itself.
+    fn written(&mut self, place: Place, result: io::Result<()>) {
+        let Some(staged) = &mut self.files[place.file] else { return };
         staged.waiting -= 1;
-        if place.len as usize != data.len() {
-            staged.broken = Some("a chunk has another length than its file says".to_owned());
-            return Ok(());
+        if let Err(error) = result {
+            staged.broken.get_or_insert(error.to_string());
         }
-        // Zeros become a hole, since the length is set at the end.
-        if data.iter().any(|&b| b != 0) {
-            let file = self.private.stage().open_for_writing(&staged.name)?;
-            file.write_all_at(data, place.offset)?;
-        }
-        Ok(())
+    }
+
+    /// Takes a place back in which nothing could be put.
+    fn still_wanted(&mut self, hash: Digest, place: Place) {
+        self.wanted.entry(hash).or_default().push(place);
     }
 
     fn settle_zeros(&mut self, number: usize, file: &File) {
-        for chunk in file.chunks().filter(ChunkRef::is_zero) {
-            self.settle(number, &chunk.hash, None);
+        for (chunk, offset) in with_offsets(file).filter(|(chunk, _)| chunk.is_zero()) {
+            if let Some(staged) = &self.files[number]
+                && let Some((_, growing)) = &staged.growing
+            {
+                growing.add_hole(offset, chunk.len);
+            }
+            self.settle(number, &chunk.hash);
         }
     }
 
-    /// Notes that a chunk is in its places in one file, or only in that at `offset`.
-    fn settle(&mut self, number: usize, hash: &Digest, offset: Option<u64>) {
-        let Some(places) = self.wanted.get_mut(hash) else { return };
-        let before = places.len();
-        places.retain(|place| {
-            place.file != number || offset.is_some_and(|offset| place.offset != offset)
-        });
-        let settled = before - places.len();
+    /// Notes that a chunk is in its places in one file.
+    fn settle(&mut self, number: usize, hash: &Digest) {
+        let taken = self.take_places_in(number, hash, |_| true).len();
+        if let Some(staged) = &mut self.files[number] {
+            staged.waiting -= taken;
+        }
+    }
+
+    /// Takes those places in one file where a chunk is wanted.
+    fn take_places_in(
+        &mut self,
+        number: usize,
+        hash: &Digest,
+        which: impl Fn(&Place) -> bool,
+    ) -> Vec<Place> {
+        let Some(places) = self.wanted.get_mut(hash) else { return Vec::new() };
+        let taken = places.extract_if(.., |place| place.file == number && which(place)).collect();
         if places.is_empty() {
             self.wanted.remove(hash);
         }
-        if let Some(staged) = &mut self.files[number] {
-            staged.waiting -= settled;
-        }
+        taken
     }
 
-    /// The chunks that are still wanted.
+    /// The chunks that are still wanted, in the order of the files: what comes in this order can be
+    /// hashed as it comes.
     pub(super) fn needed(&self) -> Vec<Digest> {
-        let mut needed: Vec<_> = self.wanted.keys().copied().collect();
+        let first = |places: &[Place]| {
+            places.iter().map(|place| (place.file, place.offset)).min().unwrap_or_default()
+        };
+        let mut needed: Vec<_> =
+            self.wanted.iter().map(|(hash, places)| (first(places), *hash)).collect();
         needed.sort_unstable();
-        needed
+        needed.into_iter().map(|(_, hash)| hash).collect()
     }
 
-    /// Takes what the sources hold: the whole content, which makes a rename or a copy cost no
-    /// transfer, or some chunks.
-    pub(super) fn take_sources(
+    /// Takes the whole content from a source that holds it, which makes a rename or a copy cost no
+    /// transfer.
+    fn take_whole(
         &mut self,
         number: usize,
         file: &File,
         cancel: &CancellationToken,
     ) -> io::Result<()> {
         let Some(staged) = &mut self.files[number] else { return Ok(()) };
-        let sources = std::mem::take(&mut staged.sources);
+        let same = |source: &mut Source| source.held.content == file.content;
+        let sources: Vec<_> = staged.sources.extract_if(.., same).collect();
         if sources.is_empty() {
             return Ok(());
         }
         let target = self.private.stage().open_for_writing(&staged.name)?;
-        for Source { file: source, held } in sources {
-            if held.content == file.content {
-                if copy(&source, &target, file, cancel).unwrap_or(false) {
-                    for chunk in file.chunks() {
-                        self.settle(number, &chunk.hash, None);
-                    }
-                    return Ok(());
+        for Source { file: source, .. } in sources {
+            if copy(&source, &target, file, cancel).unwrap_or(false) {
+                staged.checked = true;
+                for chunk in file.chunks() {
+                    self.settle(number, &chunk.hash);
                 }
-            } else {
-                self.copy_shared_chunks(number, file, (&source, &held), &target, cancel)?;
+                return Ok(());
             }
         }
-        Ok(())
+        // What could not be copied left nothing.
+        target.set_len(file.size)
     }
 
-    /// Copies chunks from another version of the file.
-    fn copy_shared_chunks(
-        &mut self,
-        number: usize,
-        file: &File,
-        (source, held): (&FileHandle, &File),
-        target: &FileHandle,
-        cancel: &CancellationToken,
-    ) -> io::Result<()> {
-        let at: HashMap<Digest, u64> =
-            with_offsets(held).map(|(chunk, offset)| (chunk.hash, offset)).collect();
-        let mut buffer = Vec::new();
-        for (chunk, offset) in with_offsets(file) {
-            let Some(&from) = at.get(&chunk.hash) else { continue };
-            if cancel.is_cancelled() {
-                return Err(stopped());
-            }
-            buffer.resize(chunk.len as usize, 0);
-            // It may have been changed since it was hashed: the hash decides.
-            if source.read_exact_at(&mut buffer, from).is_ok() && Digest::of(&buffer) == chunk.hash
-            {
-                target.write_all_at(&buffer, offset)?;
-                self.settle(number, &chunk.hash, Some(offset));
+    /// What can be copied from other versions of the file, chunk by chunk.
+    fn take_copies(&mut self, number: usize, file: &File) -> Vec<ChunkCopy> {
+        let Some(staged) = &mut self.files[number] else { return Vec::new() };
+        let mut copies = Vec::new();
+        for Source { file: source, held } in std::mem::take(&mut staged.sources) {
+            let at: HashMap<Digest, u64> =
+                with_offsets(&held).map(|(chunk, offset)| (chunk.hash, offset)).collect();
+            for (chunk, offset) in with_offsets(file) {
+                let Some(&from) = at.get(&chunk.hash) else { continue };
+                for place in self.take_places_in(number, &chunk.hash, |p| p.offset == offset) {
+                    let Some(writing) = self.writing(place) else { continue };
+                    copies.push(ChunkCopy { source: source.clone(), from, chunk, writing });
+                }
             }
         }
-        Ok(())
+        copies
     }
+}
+
+/// A place that is being written.
+struct Writing {
+    place: Place,
+    name: Vec<u8>,
+    growing: Option<Arc<Growing>>,
+}
+
+impl Writing {
+    /// Writes a chunk that has been checked.
+    fn write(&self, stage: &DirHandle, data: &[u8]) -> io::Result<()> {
+        let Place { offset, len, .. } = self.place;
+        if len as usize != data.len() {
+            return Err(io::Error::other("a chunk has another length than its file says"));
+        }
+        let file = stage.open_for_writing(&self.name)?;
+        // Zeros become a hole, since the length is set at the end.
+        if data.iter().any(|&b| b != 0) {
+            file.write_all_at(data, offset)?;
+        }
+        self.growing.as_ref().map_or(Ok(()), |growing| growing.add(&file, offset, data))
+    }
+}
+
+/// Writes every wanted chunk of a pack to its places. Several threads may do that at once.
+///
+/// # Errors
+/// If the pack is not valid; what came before the damage has been taken.
+pub(super) fn take_pack(stage: &Mutex<Stage>, pack: Bytes) -> Result<u64, InvalidPack> {
+    let pack = Pack::parse(pack)?;
+    let private = lock(stage).private.clone();
+    let mut bytes = 0;
+    pack.for_each_chunk(|chunk, data| {
+        let writings = lock(stage).take_places(&chunk.hash);
+        if !writings.is_empty() {
+            bytes += data.len() as u64;
+        }
+        for writing in writings {
+            let result = writing.write(private.stage(), data);
+            lock(stage).written(writing.place, result);
+        }
+    })?;
+    Ok(bytes)
+}
+
+/// A chunk that another version of a file here holds.
+struct ChunkCopy {
+    source: FileHandle,
+    from: u64,
+    chunk: ChunkRef,
+    writing: Writing,
+}
+
+/// Chunks that are copied from other versions of files here, by several threads.
+pub(super) struct Copies {
+    stage: Arc<Mutex<Stage>>,
+    copies: Vec<ChunkCopy>,
+    next: AtomicUsize,
+    cancel: CancellationToken,
+}
+
+impl Copies {
+    /// Copies one chunk after the other until none is left.
+    pub(super) fn work(&self) {
+        let private = lock(&self.stage).private.clone();
+        let mut buffer = Vec::new();
+        while let Some(copy) = self.copies.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            let ChunkCopy { source, from, chunk, writing } = copy;
+            buffer.resize(chunk.len as usize, 0);
+            // It may have been changed since it was hashed: the hash decides.
+            let found = !self.cancel.is_cancelled()
+                && source.read_exact_at(&mut buffer, *from).is_ok()
+                && Digest::of(&buffer) == chunk.hash;
+            let result = found.then(|| writing.write(private.stage(), &buffer));
+            let mut stage = lock(&self.stage);
+            match result {
+                Some(result) => stage.written(writing.place, result),
+                None => stage.still_wanted(chunk.hash, writing.place),
+            }
+        }
+    }
+}
+
+/// Takes what files here hold of the content of files that have been begun: all of it, or some chunks,
+/// whose copying is left to the caller. The numbers are those in the stage.
+pub(super) fn take_from_here<'a>(
+    stage: &Arc<Mutex<Stage>>,
+    changes: impl Iterator<Item = (usize, &'a LocalChange)>,
+    cancel: &CancellationToken,
+) -> Copies {
+    let mut taking = lock(stage);
+    let mut copies = Vec::new();
+    for (number, change) in changes {
+        let Some(Entry::File(file)) = &change.to else { continue };
+        if let Err(error) = taking.take_whole(number, file, cancel) {
+            tracing::debug!(path = %change.path, %error, "cannot take content from here");
+        }
+        copies.extend(taking.take_copies(number, file));
+    }
+    let (stage, next, cancel) = (stage.clone(), AtomicUsize::new(0), cancel.clone());
+    Copies { stage, copies, next, cancel }
 }
 
 /// Opens the files here that hold the content, and the version of the file that stands here.
@@ -453,14 +580,13 @@ fn hash_of(file: &FileHandle, cancel: &CancellationToken) -> io::Result<Digest> 
 }
 
 /// Told to nobody: whoever stops does not ask.
-fn stopped() -> io::Error {
+pub(super) fn stopped() -> io::Error {
     io::Error::other("stopped")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::root_dir::DirHandle;
 
     #[test]
     fn copying_a_file_ends_as_soon_as_it_is_told_to() {

@@ -2,7 +2,7 @@
 // the `#`, so that every one has an address.
 import { Problem, get, part, send } from "./api.js";
 import { el, show } from "./dom.js";
-import { counting, tick } from "./format.js";
+import { count, counting, tick } from "./format.js";
 import { listen } from "./live.js";
 import { nodeView, nodesView } from "./nodes.js";
 import { badge, empty, keepAsking, once, problem } from "./parts.js";
@@ -37,6 +37,8 @@ let leave = new AbortController();
 // What ends the listening, whether anything is told, and what the view makes of it.
 let deaf = new AbortController();
 let live = false;
+// What the foot of the page shows of the hub.
+let counted = null;
 let hear = () => {};
 
 function bar() {
@@ -50,9 +52,10 @@ function bar() {
 }
 
 function foot(hub) {
+  counted = hub;
   show(place("foot"), hub && [
     el("span", {}, "hub ", hub.version), el("span", {}, "up ", counting("since", hub.started_at_ms)),
-    el("span", {}, `${hub.nodes_online} of ${hub.nodes_known} nodes online`),
+    el("span", {}, `${hub.nodes_online} of ${count(hub.nodes_known, "node")} online`),
     el("span", {}, `${hub.running_tasks} running`),
     el("span", { class: "mono" }, "mesh ", hub.mesh_id),
     el("span", { id: "live" }, live ? "live" : `asks every ${EVERY_MS / 1000} s`),
@@ -175,6 +178,7 @@ function listenToAll() {
   const address = (last) => last ? `/events?after=${last}` : "/events";
   const changed = (up) => {
     live = up;
+    foot(counted);
     hear(null);
   };
   listen(deaf.signal, address, { told: (event) => hear(event), changed });

@@ -1,9 +1,9 @@
 //! Somebody who works in a tree, and remembers what he wrote and what he took away.
 
 use std::collections::BTreeSet;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use rand::RngExt as _;
 use rand::rngs::StdRng;
@@ -17,11 +17,46 @@ const NAMES: [&str; 3] = ["a", "b.txt", "A"];
 /// What all users wrote and took away.
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
-    next: u64,
+    pub(super) next: u64,
     pub(super) written: BTreeSet<String>,
     /// Contents that somebody removed who had them in front of him.
     pub(super) removed: BTreeSet<String>,
     pub(super) deeds: Vec<String>,
+    /// Some contents are large.
+    pub(super) large: bool,
+}
+
+/// Every so many contents one is large, if any are.
+const LARGE_EVERY: u64 = 40;
+/// What contents begin with: all are equally long up to there, so that one can be written over another.
+const HEADER_BYTES: usize = "content 000000".len();
+
+static FRONT: LazyLock<Vec<u8>> = LazyLock::new(|| noise(b"front", 2_300_000));
+static BACK: LazyLock<Vec<u8>> = LazyLock::new(|| noise(b"back", 2_000_000));
+
+fn noise(seed: &[u8], len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new().update(seed).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+/// What is in the middle of a large content.
+fn middle(number: &[u8]) -> Vec<u8> {
+    noise(number, 300_000)
+}
+
+/// Content that is named `header+number`: too much for one pack, and most of it the same for all numbers.
+/// Any other is its name.
+fn bytes_of(content: &str) -> Vec<u8> {
+    let (header, number) = content.split_at(HEADER_BYTES);
+    let Some(number) = number.strip_prefix('+') else { return header.as_bytes().to_vec() };
+    let number = number.as_bytes();
+    [header.as_bytes(), number, &**FRONT, &*middle(number), &**BACK].concat()
+}
+
+fn is_body(bytes: &[u8], number: &[u8]) -> bool {
+    let rest = bytes.strip_prefix(number).and_then(|rest| rest.strip_prefix(&**FRONT));
+    rest.and_then(|rest| rest.strip_prefix(&*middle(number))) == Some(&**BACK)
 }
 
 /// The users of one member.
@@ -36,8 +71,20 @@ pub(super) struct User {
     pub(super) open: Arc<Mutex<Option<FileHandle>>>,
 }
 
+/// The name of a file's content.
 pub(super) fn read(file: &FileHandle) -> String {
-    std::io::read_to_string(file.reader()).unwrap_or_else(|error| error.to_string())
+    let mut bytes = Vec::new();
+    if let Err(error) = file.reader().read_to_end(&mut bytes) {
+        return error.to_string();
+    }
+    if let Some((header, rest)) = bytes.split_at_checked(HEADER_BYTES)
+        && let Some(number) = rest.get(..6).filter(|number| is_body(rest, number))
+    {
+        return format!("{}+{}", header.escape_ascii(), number.escape_ascii());
+    }
+    // One that nobody wrote so is told by its beginning.
+    let shown = &bytes[..bytes.len().min(1000)];
+    String::from_utf8_lossy(shown).into_owned()
 }
 
 impl User {
@@ -62,11 +109,16 @@ impl User {
         Ok(directory)
     }
 
-    /// New content, not longer or shorter than any other.
+    /// New content, not longer or shorter than any other but large ones.
     fn content(&self) -> String {
         let mut ledger = self.ledger();
         ledger.next += 1;
-        format!("content {:06}", ledger.next)
+        let number = ledger.next;
+        if ledger.large && number % LARGE_EVERY == 0 {
+            format!("content {number:06}+{number:06}")
+        } else {
+            format!("content {number:06}")
+        }
     }
 
     /// Does something. What cannot be done is left.
@@ -133,7 +185,7 @@ impl User {
         let content = self.content();
         let aside = disk.open(&self.aside)?;
         let file = aside.create_new(content.as_bytes(), 0o644)?;
-        file.write_all_at(content.as_bytes(), 0)?;
+        file.write_all_at(&bytes_of(&content), 0)?;
         file.sync()?;
         if aside.rename_new(content.as_bytes(), &parent, name).is_err() {
             aside.exchange(content.as_bytes(), &parent, name)?;
@@ -151,7 +203,7 @@ impl User {
         let (old, before) = (read(&file), file.meta()?);
         let content = self.content();
         file.set_len(0)?;
-        file.write_all_at(content.as_bytes(), 0)?;
+        file.write_all_at(&bytes_of(&content), 0)?;
         if sneaky {
             file.set_mtime(before.mtime_ns)?;
         }
@@ -176,9 +228,11 @@ impl User {
             *open = None;
             return Err(io::ErrorKind::NotFound.into());
         }
-        let (old, content) = (read(file), self.content());
-        file.write_all_at(content.as_bytes(), 0)?;
+        let old = read(file);
+        file.write_all_at(&bytes_of(&self.content()), 0)?;
         file.sync()?;
+        // What follows in a large file stays as it was.
+        let content = read(file);
         if close {
             *open = None;
         }

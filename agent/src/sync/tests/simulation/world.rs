@@ -148,7 +148,9 @@ impl World {
         // Only the indexes are real files: in memory, if there is such a place.
         let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         let hub = MemoryHub::new();
-        let ledger = Arc::new(Mutex::new(Ledger::default()));
+        // Drawn from the seed itself, too.
+        let ledger = Ledger { large: seed % 8 == 3, ..Ledger::default() };
+        let ledger = Arc::new(Mutex::new(ledger));
         let workspace = WorkspaceId::new();
         let members = (0..random.random_range(3..=5))
             .map(|number| {
