@@ -27,7 +27,7 @@ pub(super) struct Ledger {
 }
 
 /// Every so many contents one is large, if any are.
-const LARGE_EVERY: u64 = 40;
+const LARGE_EVERY: u64 = 80;
 /// What contents begin with: all are equally long up to there, so that one can be written over another.
 const HEADER_BYTES: usize = "content 000000".len();
 
@@ -114,7 +114,7 @@ impl User {
         let mut ledger = self.ledger();
         ledger.next += 1;
         let number = ledger.next;
-        if ledger.large && number % LARGE_EVERY == 0 {
+        if ledger.large && number.is_multiple_of(LARGE_EVERY) {
             format!("content {number:06}+{number:06}")
         } else {
             format!("content {number:06}")
