@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use cortex_shared::entry::{Digest, Entry};
+
 use super::*;
 
 /// Writes to a file all the time until it is dropped.
@@ -144,4 +146,23 @@ async fn a_line_that_breaks_after_each_pack_gets_to_its_end() {
     // No pack more often than the line broke: 10 MB and 12 MiB in packs of 4 MiB.
     let sent = mesh.hub.traffic()[2];
     assert!(sent <= 40, "{sent}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_file_whose_chunks_do_not_make_up_its_content_takes_no_place() {
+    let mesh = Mesh::new();
+    let a = mesh.node("a");
+    let content = noise(5, 20 << 20);
+    a.write("true", &content);
+    a.flush().await;
+    let path = cortex_shared::wire_path::WirePath::new("true").unwrap();
+    let Some(Entry::File(mut file)) = mesh.hub.tree().remove(&path) else { panic!("a file") };
+    // All its chunks are at the hub, and each is what it says.
+    file.content = Digest::of(b"something else");
+    mesh.hub.put("lie", Some(Entry::File(file)));
+    let b = mesh.node("b");
+    let told = |status: &SyncStatus| status.problems.iter().any(|p| p.code == "stage_failed");
+    b.until(|status| told(status) && status.state == SyncState::Idle).await;
+    assert_eq!(b.names(), ["true"]);
+    assert!(fs::read(b.path("true")).unwrap() == content);
 }
