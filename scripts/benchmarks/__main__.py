@@ -39,6 +39,8 @@ def arguments():
     parser.add_argument("--write-docs", action="store_true", help="write docs/benchmarks.md anew")
     parser.add_argument("--from", type=Path, dest="earlier", metavar="FILE",
                         help="measure nothing; take the figures that --json wrote")
+    parser.add_argument("--programs", type=Path, metavar="DIR",
+                        help="measure the programs there, as scripts/release makes them")
     chosen = parser.parse_args()
     if chosen.runs < 1:
         parser.error("--runs: at least 1")

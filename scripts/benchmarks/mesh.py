@@ -8,8 +8,10 @@ from pathlib import Path
 from world import Failed, cpu_seconds, peak_memory_mib
 
 ROOT = Path(__file__).resolve().parents[2]
-AGENT = ROOT / "target/release/cortex-agent"
-HUB = ROOT / "target/release/cortex-hubd"
+# Set by scripts/bench.
+PROGRAMS = Path(os.environ["CORTEX_BENCH_PROGRAMS"])
+AGENT = PROGRAMS / "cortex-agent"
+HUB = PROGRAMS / "cortex-hubd"
 
 
 class Node:
