@@ -415,6 +415,8 @@ impl World {
         member.stop().await;
         if power {
             member.disk.lose_power();
+            // No program that had a file open outlives that.
+            *member.user.open.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
         if old_index {
             member.bring_back_index();
