@@ -1,6 +1,7 @@
 //! Running commands: output, exit codes, cancelling, losing the node.
 
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use cortex_tests::is_root;
@@ -157,11 +158,17 @@ fn a_reader_that_goes_away_ends_its_command() {
 
 #[test]
 fn a_nodes_owner_shows_commands_more_and_gives_them_less() {
+    // Not among temporary files, of which nothing is shown.
+    let places = [env!("CARGO_TARGET_TMPDIR"), "/srv", "/opt"].map(Path::new).into_iter();
+    let mut places =
+        places.filter(|place| !place.starts_with("/tmp") && !place.starts_with("/var/tmp"));
+    let Some(folder) = places.find_map(|place| tempfile::tempdir_in(place).ok()) else {
+        eprintln!("skipped: this user has no place for files to show");
+        return;
+    };
     let mut mesh = Mesh::start();
     let operator = mesh.operator("operator");
     let users = if is_root() { vec![As::Me, As::Unprivileged] } else { vec![As::Me] };
-    // Not among temporary files, of which nothing is shown.
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let root = folder.path().canonicalize().unwrap();
     std::fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).unwrap();
     std::fs::write(root.join("model"), "weights\n").unwrap();
