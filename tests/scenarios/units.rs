@@ -76,6 +76,23 @@ fn systemd_understands_every_line_of_the_units() {
     }
 }
 
+/// What keeps a daemon from starting goes away by itself more often than not: a full disk, a certificate
+/// whose key is just being written. By default systemd gives up after five attempts, for good.
+#[test]
+fn a_daemon_that_does_not_start_is_started_again_however_often() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/systemd");
+    let mut services = 0;
+    for unit in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+        if unit.extension().is_some_and(|extension| extension == "service") {
+            let text = std::fs::read_to_string(&unit).unwrap();
+            assert!(text.contains("\nStartLimitIntervalSec=0\n"), "{}", unit.display());
+            assert!(text.contains("\nRestart=always\n"), "{}", unit.display());
+            services += 1;
+        }
+    }
+    assert_eq!(services, 4);
+}
+
 #[test]
 fn the_units_are_no_more_exposed_than_they_have_to_be() {
     let folder = installed();

@@ -7,11 +7,12 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::{RawPathParams, Request};
-use axum::middleware::{Next, from_fn, map_response};
+use axum::middleware::map_response;
 use axum::response::IntoResponse as _;
 use axum::routing::{MethodFilter, get, on};
 use bytes::Bytes;
 use cortex_proto::CODE_DRAINING;
+use futures_util::StreamExt as _;
 use http::header::{CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY};
 use http::header::{X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
 use http::request::Parts;
@@ -150,7 +151,6 @@ impl Visit {
 pub(super) fn router(door: &Arc<Door>) -> Router {
     let with = |door: &Arc<Door>| Arc::clone(door);
     let (ready, measured, served) = (with(door), with(door), with(door));
-    let received = with(door);
     let mut router = Router::new()
         .route("/healthz", get(|| async { health::healthz() }))
         .route("/readyz", get(move || async move { health::readyz(ready.unready()) }))
@@ -182,24 +182,7 @@ pub(super) fn router(door: &Arc<Door>) -> Router {
             let status = StatusCode::METHOD_NOT_ALLOWED;
             Problem::new(status, "method_not_allowed", "this cannot be asked in this way")
         })
-        .layer(from_fn(move |request, next| receive(Arc::clone(&received), request, next)))
         .layer(map_response(finish))
-}
-
-/// Has a request whole before anything is said about it: some clients (curl 7.88, for one) take the answer
-/// to what they are still sending for a broken stream.
-async fn receive(door: Arc<Door>, request: Request, next: Next) -> Response<Body> {
-    let (parts, body) = request.into_parts();
-    let read = tokio::time::timeout(door.request_time, read(&parts, body, door.request_bytes));
-    let body = match read.await {
-        Ok(Ok(body)) => body,
-        Ok(Err(problem)) => return problem.into_response(),
-        Err(_) => {
-            let text = "the body of the request did not come in time";
-            return Problem::new(StatusCode::REQUEST_TIMEOUT, "timeout", text).into_response();
-        }
-    };
-    next.run(Request::from_parts(parts, body.into())).await
 }
 
 fn filter(verb: Verb) -> MethodFilter {
@@ -227,24 +210,17 @@ async fn carry_out(
     request: Request,
 ) -> Result<Response<Body>, Problem> {
     let (parts, body) = request.into_parts();
-    let api = Arc::clone(door.api()?);
-    let (visit, peer) = match route.who {
-        Who::Caller(method) => {
-            let visit = door.admit(method, &parts)?;
-            let peer = visit.peer.clone();
-            (Some(visit), peer)
-        }
-        Who::Anyone => {
-            check_origin(&parts)?;
-            let peer = parts.extensions.get::<Peer>().cloned();
-            (None, peer.ok_or_else(not_logged_in)?)
+    let (api, visit, peer) = match let_in(door, route, &parts) {
+        Ok(let_in) => let_in,
+        Err(problem) => {
+            discard(body, door).await;
+            return Err(problem);
         }
     };
     let work = async {
         let body = match route.body {
             Some(_) => {
                 check_json(&parts)?;
-                // It is here already.
                 read(&parts, body, door.request_bytes).await?
             }
             None => Bytes::new(),
@@ -285,6 +261,42 @@ async fn carry_out(
             })
         }
     })
+}
+
+/// Who it is that asks.
+fn let_in(
+    door: &Door,
+    route: &Route,
+    parts: &Parts,
+) -> Result<(Arc<Api>, Option<Visit>, Peer), Problem> {
+    let api = Arc::clone(door.api()?);
+    match route.who {
+        Who::Caller(method) => {
+            let visit = door.admit(method, parts)?;
+            let peer = visit.peer.clone();
+            Ok((api, Some(visit), peer))
+        }
+        Who::Anyone => {
+            check_origin(parts)?;
+            let peer = parts.extensions.get::<Peer>().cloned();
+            Ok((api, None, peer.ok_or_else(not_logged_in)?))
+        }
+    }
+}
+
+/// Takes in what somebody sends who is not let in, as far as a request may go, and keeps none of it: some
+/// clients (curl 7.88, for one) take the answer to what they are still sending for a broken stream.
+async fn discard(body: Body, door: &Door) {
+    let mut pieces = body.into_data_stream();
+    let taking = async {
+        let mut left = door.request_bytes;
+        while let Some(Ok(piece)) = pieces.next().await {
+            let Some(rest) = left.checked_sub(piece.len()) else { return };
+            left = rest;
+        }
+    };
+    // Whoever takes longer hears it all the same.
+    tokio::time::timeout(door.request_time, taking).await.ok();
 }
 
 /// Uses a session for as long as somebody listens by it: this is waited for only while the answer is taken.
