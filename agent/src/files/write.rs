@@ -6,9 +6,13 @@
 //! hears of it.
 //!
 //! A file that must be the one the caller has seen is exchanged, and what was displaced is looked at
-//! then, when nobody can reach it by name any more: if it is another one after all, it is put back.
+//! then, when nobody can reach it by name any more: if it is another one after all, it is put back. Those
+//! who write through this agent take turns at that: of three who exchange and put back at the same time one
+//! would put back another's file that is to go, and take the one that is to stay.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
+use std::sync::{Mutex, PoisonError};
 
 use cortex_shared::wire_path::WirePath;
 
@@ -124,6 +128,15 @@ fn dress(place: &Place, incoming: &Incoming, draft: &Draft, mode: Option<u32>) -
     Ok(())
 }
 
+/// Whose turn it is to put something at a path. Few enough to be there always, and so many that different
+/// paths seldom wait for each other; one name in two workspaces shares its turns.
+fn turn_of(path: &WirePath) -> &'static Mutex<()> {
+    static TURNS: [Mutex<()>; 64] = [const { Mutex::new(()) }; 64];
+    let mut hasher = DefaultHasher::new();
+    path.as_bytes().hash(&mut hasher);
+    &TURNS[(hasher.finish() % 64) as usize]
+}
+
 /// Puts a complete file in its place.
 fn put(
     incoming: &Incoming,
@@ -135,6 +148,8 @@ fn put(
     caller: &dyn Caller,
 ) -> Result<(), FileError> {
     let failed = |error| FileError::of(path, error);
+    // Guards no data, so a panic elsewhere spoils nothing.
+    let _turn = turn_of(path).lock().unwrap_or_else(PoisonError::into_inner);
     // The last moment at which it can be left as it was.
     caller.is_there()?;
     let found = look(parent, leaf, path, expected, caller)?;
