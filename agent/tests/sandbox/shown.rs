@@ -76,10 +76,15 @@ async fn what_the_owner_shows_can_be_read_and_not_changed_and_nothing_beside_it(
     let ran = run(alone(&format!("cat {at}/file; test ! -e {at}/program"))).await;
     assert_eq!((ran.stdout.as_str(), ran.exit.exit_code), ("SHOWN", 0), "{ran:?}");
 
-    // What is exchanged for a link after it was checked is not followed: nothing runs.
+    // What is exchanged for a link after it was checked is not followed: nothing runs. With one path more,
+    // so that no sandbox made beforehand fits, which would still have the directory that was there.
     std::fs::remove_dir_all(&shown).unwrap();
     symlink(&secret, &shown).unwrap();
-    let ran = run(with(&format!("cat {at}/file; echo ran"))).await;
+    let exchanged = CommandRequest {
+        read_only_paths: vec![shown.clone(), root.join("elsewhere")],
+        ..script(&format!("cat {at}/file; echo ran"))
+    };
+    let ran = run(exchanged).await;
     assert_ne!(ran.exit.verdict, CommandVerdict::Exited, "{ran:?}");
     assert_eq!(ran.stdout, "");
 }
