@@ -172,15 +172,16 @@ async fn nodes(
     crowd.all_back(lost).await;
     tokio::time::sleep(hold).await;
     let again = hub.resident_bytes();
-    let each = |bytes: u64| bytes.saturating_sub(before) as f64 / f64::from(count);
-    let memory = |bytes: u64| format!("{}: {:.1} KiB a node", mib(bytes), each(bytes) / 1024.0);
+    let each = |bytes: u64| bytes.saturating_sub(before) / u64::from(count);
+    let memory =
+        |bytes: u64| format!("{}: {:.1} KiB a node", mib(bytes), each(bytes) as f64 / 1024.0);
     Ok(LoadReport {
         document: json!({
             "bench": "nodes", "count": count, "joined_ms": millis(took), "held_ms": millis(hold),
             "hub_bytes_before": before, "hub_bytes_connected": connected, "hub_bytes_held": held,
-            "hub_bytes_per_node": each(held).round(), "sessions_lost": lost,
+            "hub_bytes_per_node": each(held), "sessions_lost": lost,
             "hub_bytes_after_restart": again,
-            "hub_bytes_per_node_after_restart": each(again).round(),
+            "hub_bytes_per_node_after_restart": each(again),
         }),
         rows: vec![
             ("nodes", format!("{count} joined and connected in {:.1} s", took.as_secs_f64())),
