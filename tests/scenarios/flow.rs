@@ -114,8 +114,11 @@ fn of_fifty_commands_ten_are_never_read_and_the_others_end_as_if_alone() {
     };
     let unread: Vec<Reader> =
         (0..10).map(|n| start(&format!("unread{n}"), &flood, Pace::Stalled)).collect();
-    wait::until("that the ten run", || running(&operator).len() == 10 && runs(&mark));
-    let ids = running(&operator);
+    let mut ids = Vec::new();
+    wait::until("that the ten run", || {
+        ids = running(&operator);
+        ids.len() == 10 && runs(&mark)
+    });
     let script = print(2 * MIB);
     let expected = printed_by(&script);
     let read: Vec<Reader> =
@@ -157,8 +160,12 @@ fn a_stalled_viewer_keeps_neither_the_reader_nor_another_viewer_waiting() {
     let (stdin, keyboard) = std::io::pipe().unwrap();
     command.stdin(stdin);
     let reader = Reader::start_with_input(command, Pace::Full, &mesh.path("client.log"));
-    wait::until("that it runs", || running(&operator).len() == 1);
-    let id = running(&operator).remove(0);
+    let mut ids = Vec::new();
+    wait::until("that it runs", || {
+        ids = running(&operator);
+        ids.len() == 1
+    });
+    let id = ids.remove(0);
     let view = |name: &str, pace, how: &[&str]| {
         let command = operator.command(&[&["task"], how].concat());
         Reader::start(command, pace, &mesh.path(&format!("{name}.log")))
