@@ -152,7 +152,8 @@ fn a_stalled_viewer_keeps_neither_the_reader_nor_another_viewer_waiting() {
     let mut mesh = Mesh::start_with(&["--task-output", &keep.to_string()]);
     let operator = mesh.operator("operator");
     let _node = mesh.node("a", As::Me);
-    let bytes = size("CORTEX_STRESS_VIEWED_MIB", 48) * MIB;
+    // Less than waits for the disk at most: one that is busy may leave a gap for viewers, and says so.
+    let bytes = size("CORTEX_STRESS_VIEWED_MIB", 12) * MIB;
     // Begins once everybody watches.
     let script = format!("read; {}", print(bytes));
     let expected = printed_by(&print(bytes));
