@@ -20,8 +20,8 @@ fn modes(text: &str) -> [CommandRequest; 2] {
     [CommandRequest { mode: Mode::Permissive, ..strict.clone() }, strict]
 }
 
-async fn typed(running: &Running, keys: &'static [u8]) {
-    let data = Bytes::from_static(keys);
+async fn typed(running: &Running, keys: impl Into<Bytes>) {
+    let data = keys.into();
     running.order(CommandControl::Stdin { data, end: false }).await;
 }
 
@@ -65,36 +65,42 @@ async fn ctrl_c_interrupts_and_ctrl_z_stops_and_the_shell_controls_its_jobs() {
         .flat_map(|request| [CommandRequest { mode: Mode::Permissive, ..request.clone() }, request])
     {
         let mut running = Running::start(request, PLENTY);
-        // A key that is pressed once too often would flush what the shell has just said.
-        typed(&running, b"stty noflsh; PS1='<\\#>'\r").await;
-        running.until_output("<2>").await;
-        typed(&running, b"sleep 300\r").await;
-        running.until_output("sleep 300").await;
-        press_until(&mut running, b"\x03", "<3>").await;
-        typed(&running, b"echo st''atus $?\r").await;
+        typed(&running, format!("{WATCH_THE_FOREGROUND}\r")).await;
+        typed(&running, "PS1='<\\#>'\r").await;
+        running.until_output("<3>").await;
+        typed(&running, "bash -c \"$watch\" first\r").await;
+        running.until_output("first 1: yes").await;
+        typed(&running, "\x03").await;
+        running.until_output("<4>").await;
+        typed(&running, "echo st''atus $?\r").await;
         running.until_output("status 130").await;
-        typed(&running, b"sleep 301\r").await;
-        running.until_output("sleep 301").await;
-        press_until(&mut running, b"\x1a", "Stopped").await;
-        running.until_output("<5>").await;
-        typed(&running, b"bg %1; jo''bs -r; fg\r").await;
+        typed(&running, "bash -c \"$watch\" second\r").await;
+        running.until_output("second 1: yes").await;
+        typed(&running, "\x1a").await;
+        running.until_output("Stopped").await;
+        running.until_output("<6>").await;
+        typed(&running, "bg %1\r").await;
+        running.until_output("second 2: no").await;
+        typed(&running, "jobs -r; fg\r").await;
         running.until_output("Running").await;
-        press_until(&mut running, b"\x03", "<6>").await;
-        typed(&running, b"exit 7\r").await;
+        running.until_output("second 3: yes").await;
+        typed(&running, "\x03").await;
+        running.until_output("<8>").await;
+        typed(&running, "exit 7\r").await;
         let done = running.finish().await;
         assert_eq!(done.exit.exit_code, 7, "{}", done.stdout);
     }
 }
 
-/// Types a key, again and again, until its effect shows: whether the program is in the foreground
-/// already cannot be seen from here.
-async fn press_until(running: &mut Running, key: &'static [u8], text: &str) {
-    while !String::from_utf8_lossy(&running.stdout).contains(text) {
-        typed(running, key).await;
-        let soon = std::time::Duration::from_millis(200);
-        tokio::time::timeout(soon, running.until_output(text)).await.ok();
-    }
-}
+/// A program that says when it comes to the foreground of its terminal or leaves it: a key pressed
+/// before would reach the shell. It starts no process, because bash takes an interrupt that its
+/// child survives for the child's own business.
+const WATCH_THE_FOREGROUND: &str = r#"watch='while :; do
+    read -r _ _ _ _ group _ _ front _ < /proc/$$/stat
+    [ $group = $front ] && now=yes || now=no
+    [ "$now" = "$was" ] || echo "$0 $((n += 1)): $now"
+    was=$now
+done'"#;
 
 #[tokio::test]
 async fn raw_bytes_pass_both_ways() {
@@ -135,7 +141,7 @@ async fn a_slow_reader_slows_the_command_and_ctrl_c_still_arrives() {
     while running.stdout.len() < 64 * 1024 {
         running.next().await.unwrap();
     }
-    typed(&running, b"\x03").await;
+    typed(&running, "\x03").await;
     running.order(CommandControl::Credit(PLENTY)).await;
     let done = running.finish().await;
     assert_eq!(done.exit.verdict, CommandVerdict::Signalled);
