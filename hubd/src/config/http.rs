@@ -50,6 +50,12 @@ pub struct HttpConfig {
     pub agents: Option<PathBuf>,
     /// Connections at the same time.
     pub connections: usize,
+    /// Those of them that one address may have.
+    pub address_connections: usize,
+    /// Downloads of agents at the same time.
+    pub downloads: usize,
+    /// Time that one download may take.
+    pub download_time: Duration,
     /// Largest header of a request, in bytes, all of its fields together.
     pub header_bytes: usize,
     /// Largest body of a request, in bytes.
@@ -76,6 +82,12 @@ impl Default for HttpConfig {
             agents: None,
             // A browser has six, and a thousand machines that install at once have one each.
             connections: 2048,
+            // A quarter: an office behind one address has room, and leaves some.
+            address_connections: 512,
+            // Each holds a piece of 64 KiB and what the connection has of it: some 10 MiB together.
+            downloads: 64,
+            // 20 MiB at 25 KiB a second.
+            download_time: Duration::from_secs(15 * 60),
             header_bytes: 16 * 1024,
             request_bytes: 64 * 1024,
             request_time: Duration::from_secs(30),

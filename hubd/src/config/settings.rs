@@ -123,6 +123,16 @@ settings! {
     /// Connections to the HTTP side at the same time; one more is closed. A thousand machines may install
     /// at once.
     http_connections: "N" in 8..=1_000_000 => http.connections;
+    /// Connections to the HTTP side that one address (of version 6, one network of 64 bits) may have at the
+    /// same time; one more is closed, and the others find some left. Behind a proxy all come from one address:
+    /// as many as `http_connections` then.
+    http_address_connections: "N" in 8..=1_000_000 => http.address_connections;
+    /// Agents that are downloaded at the same time, a quarter of them by one address; whoever asks for one
+    /// more is told to come again in a few seconds, as install.sh does. Each takes some memory.
+    http_downloads: "N" in 4..=10_000 => http.downloads;
+    /// How long a connection may go on downloading an agent; it is closed then. So nobody keeps the place of
+    /// others by reading slowly.
+    http_download_time: "DURATION" in Duration::from_secs(1)..=Duration::from_secs(86_400) => http.download_time;
     /// Largest header of a request over HTTP, in bytes.
     http_header_bytes: "N" in 8192..=1_048_576 => http.header_bytes;
     /// Largest body of a request over HTTP, in bytes; nothing that is sent is large.

@@ -5,12 +5,12 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::{RawPathParams, Request};
 use axum::middleware::map_response;
 use axum::response::IntoResponse as _;
 use axum::routing::{MethodFilter, get, on};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use cortex_proto::CODE_DRAINING;
 use futures_util::StreamExt as _;
 use http::header::{CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY};
@@ -34,6 +34,10 @@ use crate::grpc::auth::{Entry, Peer};
 
 /// How often a session is used by whoever listens: much less than what it lives without use.
 const STILL_THERE: Duration = Duration::from_secs(60);
+
+/// Largest body of somebody who has not logged in, in bytes: all that such a one sends is a secret to log in
+/// with.
+const STRANGERS_BYTES: usize = 4096;
 
 /// See the module.
 pub(super) struct Door {
@@ -162,7 +166,8 @@ pub(super) fn router(door: &Arc<Door>) -> Router {
         .route(
             "/v1/agent/{platform}",
             get(move |path: RawPathParams, request: Request| async move {
-                answer(provision::file(&served.agents, &first(&path), request.headers()).await)
+                let (parts, _) = request.into_parts();
+                answer(provision::file(&served.agents, &first(&path), &parts).await)
             }),
         )
         .route("/api/v1/openapi.json", get(|| async { openapi::response() }));
@@ -221,7 +226,11 @@ async fn carry_out(
         let body = match route.body {
             Some(_) => {
                 check_json(&parts)?;
-                read(&parts, body, door.request_bytes).await?
+                let limit = match route.who {
+                    Who::Caller(_) => door.request_bytes,
+                    Who::Anyone => door.request_bytes.min(STRANGERS_BYTES),
+                };
+                read(&parts, body, limit).await?
             }
             None => Bytes::new(),
         };
@@ -325,7 +334,19 @@ async fn read(parts: &Parts, body: Body, limit: usize) -> Result<Bytes, Problem>
     if length.and_then(|length| length.parse().ok()).is_some_and(|length: usize| length > limit) {
         return Err(too_large());
     }
-    to_bytes(body, limit).await.map_err(|_| too_large())
+    let mut pieces = body.into_data_stream();
+    let mut whole = BytesMut::new();
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.map_err(|_| {
+            let text = "the body did not arrive whole";
+            Problem::new(StatusCode::BAD_REQUEST, "body_incomplete", text)
+        })?;
+        if piece.len() > limit - whole.len() {
+            return Err(too_large());
+        }
+        whole.extend_from_slice(&piece);
+    }
+    Ok(whole.freeze())
 }
 
 /// What a page of another site can send without asking is no JSON.
@@ -386,6 +407,20 @@ mod tests {
         let secret = opened.expose().to_owned();
         let session = sessions.find(&secret, Instant::now()).unwrap();
         Shown { secret, session }
+    }
+
+    #[tokio::test]
+    async fn a_body_is_whole_or_too_large_or_did_not_arrive() {
+        let parts = http::Request::new(()).into_parts().0;
+        let body = |pieces: Vec<Result<&'static str, std::io::Error>>| {
+            Body::from_stream(futures_util::stream::iter(pieces))
+        };
+        let read = |pieces| read(&parts, body(pieces), 4);
+        assert_eq!(read(vec![Ok("ab"), Ok("cd")]).await.ok().unwrap(), "abcd");
+        let code = |result: Result<Bytes, Problem>| result.err().unwrap().code().to_owned();
+        assert_eq!(code(read(vec![Ok("abc"), Ok("de")]).await), "too_large");
+        let broken = std::io::Error::other("the connection ended");
+        assert_eq!(code(read(vec![Ok("ab"), Err(broken)]).await), "body_incomplete");
     }
 
     #[tokio::test]

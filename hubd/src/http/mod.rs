@@ -10,6 +10,7 @@
 //! | `sse` | answers that go on until something ends them |
 //! | `openapi` | the table as a document |
 //! | `provision` | installing nodes: the script and the agent |
+//! | `shares` | how many places there are, and how many of them one address may have |
 //! | `page` | the web page, and where a login link leads |
 //! | [`health`], `metrics` | for monitoring |
 //! | `error` | problem documents |
@@ -30,6 +31,7 @@ mod page;
 mod provision;
 mod routes;
 mod server;
+mod shares;
 mod sse;
 
 use std::io;
@@ -152,7 +154,7 @@ impl HttpSide {
         let door = Arc::new(Door::new(
             config,
             Arc::clone(ground.sessions),
-            Agents::new(config.agents.clone()),
+            Agents::new(config.agents.clone(), config.downloads),
             metrics_token,
         ));
         let place = HttpPlace::new(config, address, ground.host, Arc::clone(&certificate));

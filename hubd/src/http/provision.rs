@@ -5,33 +5,43 @@
 //!
 //! The agent is a file that its administrator may replace at any time. Its hash is worked out when it is
 //! first asked for, and again after it has changed.
+//!
+//! Anybody may download, so all downloads together have a bound: there are so many places, and each holds
+//! one piece of the file in memory. Whoever finds none is told when to come again.
 
 use std::fs::{File, Metadata};
 use std::io::{self, Read as _};
-use std::os::unix::fs::MetadataExt as _;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::body::Body;
+use bytes::Bytes;
+use futures_util::stream;
 use http::header::{
     ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH,
     IF_RANGE, RANGE,
 };
-use http::{HeaderMap, HeaderValue, Response, StatusCode};
+use http::request::Parts;
+use http::{HeaderValue, Response, StatusCode};
 use sha2::Digest as _;
-use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 use tokio::sync::Mutex;
-use tokio_util::io::ReaderStream;
 
 use super::error::{Problem, internal};
+use super::server::{Download, Downloading};
+use super::shares::{Place, Shares};
+use crate::grpc::auth::Peer;
 
 const SCRIPT: &str = include_str!("../../../install.sh");
 /// Platforms that there may be an agent for, as `uname` says them.
 const PLATFORMS: [&str; 2] = ["linux-x86_64", "linux-aarch64"];
 /// Where packages put what the hub gives out.
 const PACKAGED: &str = "/usr/lib/cortex";
-/// Bytes read at once.
-const PIECE: usize = 256 * 1024;
+/// Bytes read at once, and held by each download.
+const PIECE: usize = 64 * 1024;
+/// Seconds after which somebody who found no place may find one.
+const AGAIN_S: u64 = 5;
 
 /// `install.sh`, as it is in the program.
 pub(super) fn script() -> Response<Body> {
@@ -69,18 +79,21 @@ pub(super) struct Agents {
     folders: Vec<PathBuf>,
     /// Held while one is read: others wait for the same answer.
     hashed: Arc<Mutex<Hashed>>,
+    /// Those who may download at the same time.
+    places: Arc<Shares>,
 }
 
 /// An agent to be sent.
 struct Found {
-    file: File,
+    file: Arc<File>,
     size: u64,
     sha256: String,
 }
 
 impl Agents {
-    /// Those in this folder; without one, beside the hub's own program, or where packages put them.
-    pub(super) fn new(folder: Option<PathBuf>) -> Self {
+    /// Those in this folder; without one, beside the hub's own program, or where packages put them. So many
+    /// may be downloaded at the same time, a quarter of them by one address.
+    pub(super) fn new(folder: Option<PathBuf>, downloads: usize) -> Self {
         let folders = match folder {
             Some(folder) => vec![folder],
             None => {
@@ -89,7 +102,7 @@ impl Agents {
                 beside.into_iter().chain([PathBuf::from(PACKAGED)]).collect()
             }
         };
-        Self { folders, hashed: Arc::default() }
+        Self { folders, hashed: Arc::default(), places: Shares::new(downloads, downloads / 4) }
     }
 
     async fn find(&self, platform: &str) -> Result<Found, Problem> {
@@ -147,7 +160,7 @@ fn find_in(
                     sha256
                 }
             };
-            return Ok(Some(Found { file, size: metadata.len(), sha256 }));
+            return Ok(Some(Found { file: Arc::new(file), size: metadata.len(), sha256 }));
         }
     }
     Ok(None)
@@ -168,11 +181,41 @@ fn hash(mut file: &File) -> io::Result<String> {
 pub(super) async fn file(
     agents: &Agents,
     name: &str,
-    request: &HeaderMap,
+    request: &Parts,
 ) -> Result<Response<Body>, Problem> {
     match name.strip_suffix(".sha256") {
         Some(platform) => sha256(agents, platform).await,
         None => agent(agents, name, request).await,
+    }
+}
+
+/// What of a file is still to be sent, to somebody who has a place for it.
+struct Sending {
+    file: Arc<File>,
+    at: u64,
+    end: u64,
+    _place: Place,
+    _download: Option<Download>,
+}
+
+impl Sending {
+    /// Piece by piece: the next one is read when the one before was taken.
+    fn into_body(self) -> Body {
+        Body::from_stream(stream::try_unfold(self, |mut rest| async move {
+            if rest.at == rest.end {
+                return Ok::<_, io::Error>(None);
+            }
+            let length = usize::try_from(rest.end - rest.at).unwrap_or(PIECE).min(PIECE);
+            let (file, at) = (Arc::clone(&rest.file), rest.at);
+            let reading = tokio::task::spawn_blocking(move || {
+                let mut piece = vec![0; length];
+                // One that has become shorter since ends the answer, which its reader notices.
+                file.read_exact_at(&mut piece, at).map(|()| Bytes::from(piece))
+            });
+            let piece = reading.await.map_err(io::Error::other)??;
+            rest.at += u64::try_from(length).unwrap_or(u64::MAX);
+            Ok(Some((piece, rest)))
+        }))
     }
 }
 
@@ -200,11 +243,11 @@ enum Wanted {
 async fn agent(
     agents: &Agents,
     platform: &str,
-    request: &HeaderMap,
+    request: &Parts,
 ) -> Result<Response<Body>, Problem> {
     let Found { file, size, sha256 } = agents.find(platform).await?;
     let tag = format!("\"{sha256}\"");
-    let text = |name| request.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+    let text = |name| request.headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
     let mut response = Response::new(Body::empty());
     let headers = response.headers_mut();
     headers.insert(ETAG, header(&tag)?);
@@ -230,12 +273,19 @@ async fn agent(
             return Err(Problem::new(status, "range", format!("the agent has {size} bytes")));
         }
     };
+    let address = request.extensions.get::<Peer>().and_then(Peer::address);
+    let address = address.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip());
+    let Some(place) = agents.places.take(address) else {
+        let (status, text) = (StatusCode::SERVICE_UNAVAILABLE, "others download just now");
+        return Err(Problem::new(status, "busy", text).retry_after(AGAIN_S));
+    };
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
     headers.insert(CONTENT_LENGTH, length.into());
-    let mut file = tokio::fs::File::from_std(file);
-    file.seek(io::SeekFrom::Start(from)).await.map_err(|error| internal(&error))?;
-    *response.body_mut() = Body::from_stream(ReaderStream::with_capacity(file.take(length), PIECE));
+    let download = request.extensions.get::<Downloading>().cloned().map(Downloading::begin);
+    let sending =
+        Sending { file, at: from, end: from + length, _place: place, _download: download };
+    *response.body_mut() = sending.into_body();
     Ok(response)
 }
 
@@ -262,6 +312,9 @@ fn wanted(range: &str, size: u64) -> Wanted {
 
 #[cfg(test)]
 mod tests {
+    use axum::response::IntoResponse as _;
+    use futures_util::StreamExt as _;
+
     use super::*;
 
     #[test]
@@ -289,7 +342,7 @@ mod tests {
     #[tokio::test]
     async fn the_agent_is_sent_with_its_hash_and_anew_when_it_has_changed() {
         let folder = tempfile::tempdir().unwrap();
-        let agents = Agents::new(Some(folder.path().to_owned()));
+        let agents = Agents::new(Some(folder.path().to_owned()), 8);
         let missing = agents.find("linux-aarch64").await.err().unwrap();
         assert_eq!(missing.code(), "no_agent");
         let other = agents.find("../../etc/passwd").await.err().unwrap();
@@ -306,17 +359,54 @@ mod tests {
         }
     }
 
+    fn request(headers: &[(&'static str, &str)], from: &str) -> Parts {
+        let mut request = http::Request::new(()).into_parts().0;
+        request.extensions.insert(Peer::Anonymous(from.parse().unwrap()));
+        for (name, value) in headers {
+            request.headers.insert(*name, HeaderValue::from_str(value).unwrap());
+        }
+        request
+    }
+
+    #[tokio::test]
+    async fn whoever_finds_no_place_comes_again_and_a_place_is_free_when_an_answer_is_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let content = vec![7; 3 * PIECE + 1];
+        std::fs::write(folder.path().join("cortex-agent-linux-aarch64"), &content).unwrap();
+        let agents = Agents::new(Some(folder.path().to_owned()), 4);
+        let ask = async |from: &str| agent(&agents, "linux-aarch64", &request(&[], from)).await;
+        let mut answers = Vec::new();
+        for from in ["192.0.2.1:1", "192.0.2.2:1", "192.0.2.3:1", "192.0.2.4:1"] {
+            answers.push(ask(from).await.ok().unwrap());
+            let again = ask(from).await.err().unwrap();
+            assert_eq!(again.code(), "busy", "one address has a quarter");
+        }
+        let refused = ask("192.0.2.5:1").await.err().unwrap().into_response();
+        assert_eq!(
+            (refused.status().as_u16(), &refused.headers()["retry-after"]),
+            (503, &header("5").ok().unwrap())
+        );
+        let mut piece_by_piece = answers.pop().unwrap().into_body().into_data_stream();
+        let mut received = Vec::new();
+        while let Some(piece) = piece_by_piece.next().await {
+            let piece = piece.unwrap();
+            assert!(piece.len() <= PIECE);
+            received.extend_from_slice(&piece);
+        }
+        assert!(received == content);
+        drop(piece_by_piece);
+        assert!(ask("192.0.2.5:1").await.is_ok(), "it is over");
+        answers.clear();
+        assert!(ask("192.0.2.1:1").await.is_ok(), "nobody wanted the answer");
+    }
+
     #[tokio::test]
     async fn whoever_has_it_is_told_so_and_a_part_is_a_part_of_the_same() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("cortex-agent-linux-aarch64"), "0123456789").unwrap();
-        let agents = Agents::new(Some(folder.path().to_owned()));
+        let agents = Agents::new(Some(folder.path().to_owned()), 8);
         let ask = async |headers: &[(&'static str, &str)]| {
-            let mut request = HeaderMap::new();
-            for (name, value) in headers {
-                request.insert(*name, HeaderValue::from_str(value).unwrap());
-            }
-            agent(&agents, "linux-aarch64", &request).await
+            agent(&agents, "linux-aarch64", &request(headers, "192.0.2.1:1")).await
         };
         let whole = ask(&[]).await.ok().unwrap();
         let tag = whole.headers()[ETAG].to_str().unwrap().to_owned();

@@ -1,9 +1,11 @@
-//! Serving connections: how many at once, how long one may be silent, and the end of all of them.
+//! Serving connections: how many at once, and of one address; how long one may be silent or download; and
+//! the end of all of them.
 
 use std::convert::Infallible;
+use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -18,17 +20,22 @@ use hyper::rt::Executor;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tonic::transport::server::Connected as _;
 use tower::ServiceExt as _;
 
+use super::shares::Shares;
 use crate::config::HttpConfig;
 use crate::counters;
 use crate::grpc::accept::{Incoming, PeerStream};
 
 /// Requests that one HTTP/2 connection may have open.
 const STREAMS: u32 = 64;
+/// Bytes that one connection keeps of what its peer sends and nobody has read yet: those who have not logged
+/// in may send as well.
+const UNREAD: u32 = 65_535;
+/// Bytes of an answer that one stream has ready beyond what its peer takes.
+const UNSENT: usize = 64 * 1024;
 /// How long what is under way has at the end.
 const ENDING: Duration = Duration::from_secs(5);
 
@@ -36,29 +43,33 @@ const ENDING: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     connections: usize,
+    address_connections: usize,
     header_bytes: usize,
     header_time: Duration,
     quiet: Duration,
+    download_time: Duration,
 }
 
 impl Limits {
     pub(super) fn of(config: &HttpConfig) -> Self {
         Self {
             connections: config.connections,
+            address_connections: config.address_connections,
             header_bytes: config.header_bytes,
             header_time: config.header_time,
             quiet: config.request_time + config.idle_time,
+            download_time: config.download_time,
         }
     }
 }
 
 /// Serves connections until the scope is cancelled; each in a task of its own.
 pub(super) fn serve(mut incoming: Incoming, router: Router, limits: Limits, scope: &TaskScope) {
-    let places = Arc::new(Semaphore::new(limits.connections));
+    let places = Shares::new(limits.connections, limits.address_connections);
     let own = scope.clone();
     scope.spawn("http", async move {
         while let Some(Ok(stream)) = incoming.recv().await {
-            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            let Some(place) = places.take(address_of(&stream)) else {
                 // As good as any other: the one that has just come is turned away.
                 counters::HTTP_TURNED_AWAY.add(1);
                 continue;
@@ -74,12 +85,19 @@ pub(super) fn serve(mut incoming: Incoming, router: Router, limits: Limits, scop
     });
 }
 
+fn address_of(stream: &PeerStream) -> IpAddr {
+    let address = stream.connect_info().address();
+    // All that comes here came over TCP.
+    address.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip())
+}
+
 async fn serve_one(stream: PeerStream, router: Router, limits: Limits, scope: &TaskScope) {
     let peer = stream.connect_info();
     let moved = Arc::new(Moved::new());
     let seen = Arc::clone(&moved);
     let service = service_fn(move |mut request: Request<RequestBody>| {
         request.extensions_mut().insert(peer.clone());
+        request.extensions_mut().insert(Downloading(Arc::clone(&seen)));
         let (router, moved) = (router.clone(), Arc::clone(&seen));
         async move {
             moved.asked();
@@ -98,6 +116,9 @@ async fn serve_one(stream: PeerStream, router: Router, limits: Limits, scope: &T
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS)
+        .initial_connection_window_size(UNREAD)
+        .initial_stream_window_size(UNREAD)
+        .max_send_buf_size(UNSENT)
         .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX))
         .keep_alive_interval(Some(Duration::from_secs(20)))
         .keep_alive_timeout(Duration::from_secs(20));
@@ -139,17 +160,30 @@ where
 }
 
 /// When something last moved on a connection: a request came, or a piece of an answer was taken. A peer
-/// that does not read what it asked for moves nothing.
+/// that does not read what it asked for moves nothing. And since when it has downloaded without a pause.
 struct Moved {
     begun: Instant,
     /// Until its first request, none moves anything: not even what looks like the beginning of one.
     asked: AtomicBool,
     after_ms: AtomicU64,
+    /// How many downloads are under way, and since when there has been one.
+    downloads: Mutex<Option<(usize, Instant)>>,
 }
 
 impl Moved {
     fn new() -> Self {
-        Self { begun: Instant::now(), asked: AtomicBool::new(false), after_ms: AtomicU64::new(0) }
+        Self {
+            begun: Instant::now(),
+            asked: AtomicBool::new(false),
+            after_ms: AtomicU64::new(0),
+            downloads: Mutex::default(),
+        }
+    }
+
+    fn downloads(&self, change: impl FnOnce(&mut Option<(usize, Instant)>)) -> Option<Instant> {
+        let mut downloads = self.downloads.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut downloads);
+        downloads.map(|(_, since)| since)
     }
 
     fn asked(&self) {
@@ -167,7 +201,38 @@ impl Moved {
         if !self.asked.load(Ordering::Relaxed) {
             return self.begun + limits.header_time;
         }
-        self.begun + Duration::from_millis(self.after_ms.load(Ordering::Relaxed)) + limits.quiet
+        let moved = Duration::from_millis(self.after_ms.load(Ordering::Relaxed));
+        let quiet = self.begun + moved + limits.quiet;
+        let downloaded = self.downloads(|_| {}).map(|since| since + limits.download_time);
+        downloaded.map_or(quiet, |downloaded| downloaded.min(quiet))
+    }
+}
+
+/// By which a request says that its answer is a download. A stream of HTTP/2 whose peer takes nothing is not
+/// asked for more, and could not end itself: its connection does, with the time for a download.
+#[derive(Clone)]
+pub(super) struct Downloading(Arc<Moved>);
+
+impl Downloading {
+    /// A download has begun; it lasts until what is returned is dropped.
+    pub(super) fn begin(self) -> Download {
+        self.0.downloads(|downloads| {
+            let (count, since) = downloads.unwrap_or((0, Instant::now()));
+            *downloads = Some((count + 1, since));
+        });
+        Download(self.0)
+    }
+}
+
+/// See [`Downloading::begin`].
+pub(super) struct Download(Arc<Moved>);
+
+impl Drop for Download {
+    fn drop(&mut self) {
+        self.0.downloads(|downloads| {
+            *downloads =
+                downloads.and_then(|(count, since)| (count > 1).then(|| (count - 1, since)));
+        });
     }
 }
 

@@ -21,7 +21,7 @@ use crate::grpc::auth::{Level, Peer, TABLE};
 fn door() -> Arc<Door> {
     let sessions = Arc::new(Sessions::new(Duration::from_secs(60)));
     let folder = std::env::temp_dir().join("no such folder");
-    Arc::new(Door::new(&HttpConfig::default(), sessions, Agents::new(Some(folder)), None))
+    Arc::new(Door::new(&HttpConfig::default(), sessions, Agents::new(Some(folder), 1), None))
 }
 
 async fn ask(router: &Router, method: &str, path: &str) -> Response<Body> {

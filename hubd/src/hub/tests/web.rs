@@ -459,6 +459,54 @@ async fn peers_that_say_nothing_too_slowly_or_nothing_more_are_turned_away_and_o
 }
 
 #[tokio::test]
+async fn one_address_has_its_share_of_the_connections() {
+    let (hub, _) = hub_with(|http| (http.connections, http.address_connections) = (8, 2)).await;
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        let mut stream = dial(&hub, None).await;
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+        let mut begins = [0; 15];
+        stream.read_exact(&mut begins).await.unwrap();
+        held.push(stream);
+    }
+    let mut third = dial(&hub, None).await;
+    assert_eq!(
+        until_closed(&mut third).await,
+        "",
+        "there are six places left, none of them for it"
+    );
+    held.pop();
+    hub.hub.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_download_that_takes_too_long_is_ended_with_its_connection() {
+    let folder = tempfile::tempdir().unwrap();
+    let agent = std::fs::File::create(folder.path().join("cortex-agent-linux-aarch64")).unwrap();
+    agent.set_len(64 << 20).unwrap();
+    let place = folder.path().to_owned();
+    let (hub, _) = hub_with(move |http| {
+        http.agents = Some(place);
+        http.download_time = Duration::from_millis(300);
+        (http.request_time, http.idle_time) = (Duration::from_millis(200), Duration::ZERO);
+    })
+    .await;
+    let mut slow = dial(&hub, None).await;
+    let request = b"GET /v1/agent/linux-aarch64 HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    slow.write_all(request).await.unwrap();
+    let (begun, mut received) = (std::time::Instant::now(), 0);
+    // It always takes a little: it is never silent.
+    let mut bytes = vec![0; 16 * 1024];
+    while let Ok(count @ 1..) = slow.read(&mut bytes).await {
+        received += count;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(begun.elapsed() >= Duration::from_millis(300), "it had its time");
+    assert!(received < 64 << 20, "it got all of it");
+    hub.hub.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_store_that_stalls_costs_a_request_its_time_and_nobody_else_any() {
     let (hub, faults) = hub_with(|http| http.request_time = Duration::from_millis(200)).await;
     let session = bearer(&hub, None).await;
