@@ -80,6 +80,7 @@ pub(super) async fn show(
         return Err(failed(SkillError::NoSuchSkill { skill }));
     }
     let head = service.skills.head().await.map_err(failed)?;
+    let applied = service.skills.applied().await.map_err(failed)?;
     let mut nodes = Vec::new();
     for view in service.registry.all() {
         if !operator.sees(&view.node) || view.node.revoked_at_ms.is_some() {
@@ -89,7 +90,7 @@ pub(super) async fn show(
         nodes.push(v1::SkillNode {
             node_id: view.node.id.as_bytes().to_vec().into(),
             online: view.session.is_some(),
-            up_to_date: service.skills.applied(view.node.id).await.map_err(failed)? >= head.seq,
+            up_to_date: applied.get(&view.node.id).copied().unwrap_or_default() >= head.seq,
             status: service.registry.sync_status(view.node.id, library),
             node_name: view.node.name,
         });

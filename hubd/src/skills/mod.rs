@@ -29,10 +29,11 @@ mod settle;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cortex_shared::ids::WorkspaceId;
+use cortex_shared::ids::{NodeId, WorkspaceId};
 use cortex_shared::wire_path::WirePath;
 use tokio::sync::Mutex;
 
@@ -112,12 +113,12 @@ impl Skills {
         Ok(*self.library().await?.head().borrow())
     }
 
-    /// What of the library a node has applied.
+    /// What of the library each node has applied that has any of it.
     ///
     /// # Errors
     /// If it cannot be opened or read.
-    pub async fn applied(&self, node: cortex_shared::ids::NodeId) -> Result<u64, SkillError> {
-        Ok(self.library().await?.applied(node).await?)
+    pub async fn applied(&self) -> Result<HashMap<NodeId, u64>, SkillError> {
+        Ok(self.library().await?.applied_by_all().await?)
     }
 
     /// The library's tree and content.

@@ -272,6 +272,7 @@ impl Members {
         let content = self.content.workspace(workspace.id).await?;
         let summary = content.summary().await?;
         let held = content.held_members().await?;
+        let applied = content.applied_by_all().await?;
         let mut members = Vec::with_capacity(workspace.members.len());
         for node in &workspace.members {
             let view = self.registry.get(*node);
@@ -286,7 +287,7 @@ impl Members {
                 node_id: node.as_bytes().to_vec().into(),
                 node_name: view.as_ref().map(|v| v.node.name.clone()).unwrap_or_default(),
                 online: view.is_some_and(|v| v.session.is_some()),
-                applied_seq: content.applied(*node).await?,
+                applied_seq: applied.get(node).copied().unwrap_or_default(),
                 status,
             });
         }

@@ -1,6 +1,6 @@
 //! One workspace of the hub: its store and its pack files, kept in step.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -413,6 +413,14 @@ impl WorkspaceHub {
     /// Those of the store.
     pub async fn applied(&self, member: NodeId) -> Result<u64, SyncError> {
         Ok(self.store.applied(member).await?)
+    }
+
+    /// The same of every member that said so, by one reading.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn applied_by_all(&self) -> Result<HashMap<NodeId, u64>, SyncError> {
+        Ok(self.store.applied_by_all().await?)
     }
 
     /// Notes that a member has applied everything up to a version.

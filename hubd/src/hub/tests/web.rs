@@ -1,5 +1,6 @@
 //! The HTTP side over real connections.
 
+mod listings;
 mod stream;
 mod tasks;
 

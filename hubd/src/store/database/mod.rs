@@ -12,6 +12,8 @@
 
 mod readers;
 #[cfg(test)]
+pub(crate) mod readings;
+#[cfg(test)]
 mod tests;
 mod writer;
 

@@ -62,6 +62,8 @@ impl Database {
         E: From<DatabaseError> + Send + 'static,
     {
         let begun = std::time::Instant::now();
+        #[cfg(test)]
+        super::readings::note(&self.readers.path);
         let permit = Arc::clone(&self.readers.permits).acquire_owned().await;
         let permit = permit.map_err(|_| DatabaseError::Closed)?;
         let (path, idle) = (self.readers.path.clone(), Arc::clone(&self.readers.idle));

@@ -441,6 +441,10 @@ pub(crate) async fn cursors_never_go_back(engine: &impl Engine) {
     let beyond = store.ack_applied(fixture.node, fixture.epoch, 3).await;
     assert!(matches!(beyond, Err(StoreError::BeyondHead { asked: 3, head: 2 })));
     assert_eq!(store.applied(NodeId::new()).await.unwrap(), 0);
+    let other = NodeId::new();
+    store.ack_applied(other, fixture.epoch, 1).await.unwrap();
+    let all = std::collections::HashMap::from([(fixture.node, 2), (other, 1)]);
+    assert_eq!(store.applied_by_all().await.unwrap(), all);
 }
 
 pub(crate) async fn conflicts_are_listed_while_their_copies_exist(engine: &impl Engine) {

@@ -28,7 +28,7 @@ pub mod sqlite;
 #[cfg(test)]
 pub(crate) mod contract;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use cortex_shared::entry::{Digest, Entry};
 use cortex_shared::ids::{CommitId, NodeId, WorkspaceEpoch};
@@ -227,6 +227,9 @@ pub trait WorkspaceStore: Send + Sync + 'static {
 
     /// The version a member has applied completely; 0 if it never said so in this epoch.
     fn applied(&self, node: NodeId) -> Answer<'_, u64>;
+
+    /// The same of every member that said so in this epoch, however many there are.
+    fn applied_by_all(&self) -> Answer<'_, HashMap<NodeId, u64>>;
 
     /// Notes that a member has applied everything up to a version. Never goes back.
     fn ack_applied(&self, node: NodeId, epoch: WorkspaceEpoch, seq: u64) -> Answer<'_, ()>;

@@ -18,7 +18,7 @@ mod schema;
 mod tests;
 mod tree;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -366,6 +366,18 @@ impl WorkspaceStore for SqliteWorkspaceStore {
                 .query_row([node.as_bytes()], |row| row.get(0))
                 .optional()?;
             unsigned(applied.unwrap_or(0))
+        }))
+    }
+
+    fn applied_by_all(&self) -> Answer<'_, HashMap<NodeId, u64>> {
+        Box::pin(self.database.read(|connection| {
+            let mut cursors = connection
+                .prepare_cached("SELECT node, applied_seq FROM cursors JOIN head USING (epoch)")?;
+            let applied = cursors.query_and_then([], |row| {
+                let node = NodeId::from_slice(&row.get::<_, Vec<u8>>(0)?);
+                Ok((node.map_err(|_| damaged("a member"))?, unsigned(row.get(1)?)?))
+            })?;
+            applied.collect()
         }))
     }
 
