@@ -132,6 +132,14 @@ impl StateDir {
         if rustix::process::geteuid().is_root() {
             return Ok(Self(PathBuf::from("/var/lib/cortex-agent")));
         }
+        Self::of_user()
+    }
+
+    /// This user's, also if it is root.
+    ///
+    /// # Errors
+    /// If the user has no home.
+    pub fn of_user() -> Result<Self, ConfigError> {
         directories::ProjectDirs::from("", "", "cortex-agent")
             .map(|dirs| Self(dirs.data_dir().to_owned()))
             .ok_or(ConfigError::NoHome { what: "state directory (--state)" })

@@ -5,7 +5,8 @@
 //! socket and the session. The sync engines and the local socket work without a hub; readiness is
 //! reported to the service manager when the first session is up. Stop (SIGTERM or SIGINT): running
 //! commands are ended and reported, engines stopped, within [`STOP_TIMEOUT`]; a second signal, or
-//! the time limit, ends the process at once, which loses nothing that was acknowledged.
+//! the time limit, ends the process at once, which loses nothing that was acknowledged. SIGUSR1 asks
+//! for the same at the first moment at which no command runs: an upgrade ends none.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -77,6 +78,7 @@ pub async fn run(state: StateDir, logging: &Logging) -> Result<(), DaemonError> 
     };
     let mut stop = StopSignals::new()?;
     let hang_up = listen(SignalKind::hangup())?;
+    let when_idle = listen(SignalKind::user_defined1())?;
     // The launcher of all commands: what the probe finds not to be enforced, it refuses.
     let launcher = Executor::of_this_process().launcher();
     let found = launcher.probe(&[state.path().to_owned()], settings.sandbox.require_cgroup).await;
@@ -128,6 +130,7 @@ pub async fn run(state: StateDir, logging: &Logging) -> Result<(), DaemonError> 
     tokio::select! {
         signal = stop.next() => tracing::info!(signal, "stopping"),
         () = left.cancelled() => tracing::info!("this node leaves its mesh: stopping"),
+        () = idle_when_asked(when_idle, &commands) => tracing::info!("no command runs: stopping, as asked"),
     }
     notify(&[sd_notify::NotifyState::Stopping]);
     scope.cancel();
@@ -145,6 +148,17 @@ pub async fn run(state: StateDir, logging: &Logging) -> Result<(), DaemonError> 
     }
     std::fs::remove_file(state.socket()).ok();
     Ok(())
+}
+
+/// Waits for the signal, and then for the moment at which no command runs; none begins after it.
+async fn idle_when_asked(mut asked: Signal, dispatcher: &Dispatcher) {
+    if asked.recv().await.is_none() {
+        std::future::pending::<()>().await;
+    }
+    let commands = dispatcher.running_tasks();
+    tracing::info!(commands, "stopping as soon as no command runs");
+    notify(&[sd_notify::NotifyState::Status("restarting when no command runs any more")]);
+    dispatcher.close_when_idle().await;
 }
 
 fn log_as(logging: &Logging, settings: &Settings) {

@@ -1,11 +1,14 @@
 //! Restarts of the hub that nobody notices, and hubs that drain.
 
 use std::fs;
+use std::os::unix::net::UnixDatagram;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use cortex_tests::mesh::{As, Mesh, Operator};
 use cortex_tests::process::{Daemon, Outcome};
+use cortex_tests::program;
 use cortex_tests::tree;
 use cortex_tests::wait::until;
 use rustix::process::Signal;
@@ -261,4 +264,71 @@ fn sighup_renews_certificates_changes_what_is_logged_and_ends_nothing() {
     node.run();
     mesh.wait_online("a");
     let _ran: Outcome = operator.agent(&["exec", "a", "--", "true"]).ok();
+}
+
+/// What an upgrade of the agent relies on: systemd starts it again when it has ended.
+#[test]
+fn an_agent_that_is_asked_to_ends_when_no_command_runs_and_ends_none() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let mut node = mesh.node("a", As::Me);
+    let mut running = long(&operator, &mesh, 6);
+    node.daemon().signal(Signal::USR1);
+    until("it has heard", || node.log().contains("stopping as soon as no command runs"));
+    let meanwhile = operator.agent(&["exec", "a", "--", "echo", "meanwhile"]).ok();
+    assert_eq!(meanwhile.text(), "meanwhile\n");
+    running.line("the end", |line| (line == "ended").then_some(()));
+    assert!(running.wait().success());
+    assert!(node.daemon().wait().success(), "{}", node.log());
+    assert!(node.log().contains("no command runs: stopping"), "{}", node.log());
+    node.run();
+    mesh.wait_online("a");
+    let _ran: Outcome = operator.agent(&["exec", "a", "--", "true"]).ok();
+    // With nothing that runs, it is at once.
+    node.daemon().signal(Signal::USR1);
+    assert!(node.daemon().wait().success(), "{}", node.log());
+}
+
+/// What a service manager hears of a hub: that a reload failed, and how long a stop may take, which only the
+/// settings know.
+#[test]
+fn the_service_manager_is_told_of_a_reload_that_failed_and_of_the_time_that_a_stop_may_take() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = UnixDatagram::bind(folder.path().join("notify")).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let heard = |wanted: &str| {
+        let mut bytes = [0; 4096];
+        loop {
+            let count = socket.recv(&mut bytes).unwrap_or_else(|error| panic!("{wanted}: {error}"));
+            let said = std::str::from_utf8(&bytes[..count]).unwrap().to_owned();
+            if said.lines().any(|line| line.starts_with(wanted)) {
+                return said;
+            }
+        }
+    };
+    let settings = folder.path().join("hubd.toml");
+    fs::write(&settings, "shutdown_grace = \"100s\"\ngrpc = \"127.0.0.1:0\"\nhttp = \"off\"\n")
+        .unwrap();
+    let mut command = Command::new(program("hubd-under-test"));
+    command
+        .arg("serve")
+        .arg("--config")
+        .arg(&settings)
+        .arg("--data")
+        .arg(folder.path().join("data"));
+    command.env("NOTIFY_SOCKET", folder.path().join("notify"));
+    let mut hub = Daemon::start("hub", &mut command, &folder.path().join("log"));
+    heard("READY=1");
+    fs::write(&settings, "shutdown_grace = \"soon\"\n").unwrap();
+    hub.signal(Signal::HUP);
+    let failed = heard("READY=1");
+    assert!(failed.contains("STATUS=configuration not changed: "), "{failed}");
+    assert!(failed.contains("shutdown_grace"), "{failed}");
+    hub.signal(Signal::TERM);
+    let stopping = heard("STOPPING=1");
+    let given = stopping.lines().find_map(|line| line.strip_prefix("EXTEND_TIMEOUT_USEC="));
+    let given: u64 = given.unwrap_or_else(|| panic!("{stopping}")).parse().unwrap();
+    // Each of its parts may take the grace.
+    assert!((300_000_000..600_000_000).contains(&given), "{given}");
+    assert!(hub.wait().success());
 }

@@ -101,7 +101,7 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
                     identity.name, identity.mesh
                 ),
             )
-            .hint("give --state DIR for a second node on this machine"));
+            .hint("`cortex-agent leave` first, or --state DIR for a second node on this machine"));
         }
         let joined = Joined {
             node_id: identity.node_id.to_string(),

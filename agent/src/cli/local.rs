@@ -7,10 +7,16 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::Global;
 use super::error::{CliError, Exit};
+use crate::config::StateDir;
+
+/// Connects to the agent of the state that was named.
+pub(crate) async fn agent(global: &Global) -> Result<ControlClient<Channel>, CliError> {
+    agent_of(&global.state()?).await
+}
 
 /// Connects to the agent of this state.
-pub(crate) async fn agent(global: &Global) -> Result<ControlClient<Channel>, CliError> {
-    let socket = global.state()?.socket();
+pub(crate) async fn agent_of(state: &StateDir) -> Result<ControlClient<Channel>, CliError> {
+    let socket = state.socket();
     let stream = UnixStream::connect(&socket).await.map_err(|error| {
         let (what, hint) = match error.kind() {
             std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {

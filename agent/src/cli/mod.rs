@@ -204,7 +204,7 @@ fn dispatch(cli: Cli) -> Result<u8, CliError> {
             Verb::Join(args) => done(Box::pin(join::join(&global, args)).await),
             Verb::Run(args) => done(Box::pin(run::run(&global, args)).await),
             Verb::Leave(args) => done(Box::pin(leave::leave(&global, args)).await),
-            Verb::Service(args) => done(service::service(&global, &args)),
+            Verb::Service(args) => done(service::service(&global, &args).await),
             Verb::Identity(args) => done(Box::pin(identity::identity(&global, args)).await),
             Verb::Ceiling(args) => done(Box::pin(ceiling::ceiling(&global, args)).await),
             Verb::Status(args) => done(Box::pin(status::status(&global, args)).await),

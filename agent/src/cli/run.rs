@@ -12,7 +12,8 @@ use crate::daemon::{self, DEFAULT_LOG};
 #[command(after_help = "\
 Dials the hub and stays connected, runs commands that operators send, and keeps workspaces equal.
 Listens on no network port. Logs to standard error; CORTEX_LOG=debug says more. SIGTERM or SIGINT
-ends it in order, within 10 seconds. SIGHUP reads `log` in agent.json again and renews the certificate.")]
+ends it in order, within 10 seconds. SIGUSR1 ends it as soon as no command runs. SIGHUP reads `log` in
+agent.json again and renews the certificate.")]
 pub(crate) struct RunArgs {
     /// How log lines look
     #[arg(long, value_enum, default_value_t)]

@@ -1,15 +1,22 @@
-//! `service install` and `service uninstall`: this node's agent as a systemd service.
+//! `service install`, `restart` and `uninstall`: this node's agent as a systemd service.
+//!
+//! A restart ends the commands that run. So one that is asked for while some do is left to the agent, which
+//! ends when they have, and systemd starts it again.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
-use cortex_shared::systemd::{self, Scope, Step, StepError, systemctl};
+use cortex_proto::v1;
+use cortex_shared::systemd::{self, Scope, Step, StepError, Unit, systemctl};
 
-use super::Global;
 use super::error::{CliError, Exit};
 use super::printer::{Format, Printer};
+use super::{Global, hub, local};
 use crate::config::StateDir;
 
+const UNIT: &str = "cortex-agent.service";
+/// Where a unit that is enabled has a link.
+const WANTED_BY: [&str; 2] = ["multi-user.target.wants", "default.target.wants"];
 const SYSTEM_STATE: &str = "/var/lib/cortex-agent";
 const SYSTEM_SERVICE: &str = include_str!("../../../packaging/systemd/cortex-agent.service");
 const USER_SERVICE: &str = include_str!("../../../packaging/systemd/cortex-agent.user.service");
@@ -28,8 +35,15 @@ enum ServiceVerb {
 As root: a service of the machine, with its state in /var/lib/cortex-agent. It runs as root, so that it
 can give each command a user of its own and keep the owners of files; commands never run as root. With
 --user: a service of this user, whose commands run as this user.
-The node joins first (`cortex-agent join`). Run again after an upgrade; nothing that is there is lost.")]
+The node joins first (`cortex-agent join`). Run again after an upgrade: nothing that is there is lost, and
+the agent restarts if something has changed, as `service restart` does.")]
     Install(InstallArgs),
+    /// Restart the service as soon as no command runs, so that none is ended by it
+    #[command(after_help = "\
+With no command running, it restarts at once. Otherwise this does not wait: the agent ends by itself at the
+first moment at which none runs, and systemd starts it again, as a new version if one was installed.
+Commands are accepted until then. --now ends those that run.")]
+    Restart(RestartArgs),
     /// Stop the service and remove it; the node stays a member (see `cortex-agent leave`)
     Uninstall(UninstallArgs),
 }
@@ -45,6 +59,16 @@ struct InstallArgs {
 }
 
 #[derive(Debug, Args)]
+struct RestartArgs {
+    /// The service of this user, not that of the machine
+    #[arg(long)]
+    user: bool,
+    /// Do not wait for the commands that run: they are ended
+    #[arg(long)]
+    now: bool,
+}
+
+#[derive(Debug, Args)]
 struct UninstallArgs {
     /// The service of this user, not that of the machine
     #[arg(long)]
@@ -57,9 +81,10 @@ struct UninstallArgs {
     dry_run: bool,
 }
 
-pub(crate) fn service(global: &Global, args: &ServiceArgs) -> Result<(), CliError> {
+pub(crate) async fn service(global: &Global, args: &ServiceArgs) -> Result<(), CliError> {
     let (steps, dry_run) = match &args.verb {
         ServiceVerb::Install(args) => (install(global, args)?, args.dry_run),
+        ServiceVerb::Restart(args) => return restart(global, args).await,
         ServiceVerb::Uninstall(args) => (uninstall(global, args)?, args.dry_run),
     };
     let mut out = Printer::stdout(Format::Table, global.color);
@@ -95,12 +120,11 @@ fn no_home(error: std::io::Error) -> CliError {
 
 /// The state of the service: the one that was named, or this scope's own.
 fn state(global: &Global, scope: Scope) -> Result<StateDir, CliError> {
-    match scope {
-        Scope::System if global.state.is_none() => {
-            Ok(StateDir::resolve(Some(PathBuf::from(SYSTEM_STATE)))?)
-        }
-        _ => global.state(),
-    }
+    Ok(match (&global.state, scope) {
+        (Some(_), _) => global.state()?,
+        (None, Scope::System) => StateDir::resolve(Some(PathBuf::from(SYSTEM_STATE)))?,
+        (None, Scope::User) => StateDir::of_user()?,
+    })
 }
 
 fn install(global: &Global, args: &InstallArgs) -> Result<Vec<Step>, CliError> {
@@ -113,33 +137,123 @@ fn install(global: &Global, args: &InstallArgs) -> Result<Vec<Step>, CliError> {
         Scope::User => USER_SERVICE,
     };
     let text = template
-        .replace("@PROGRAM@", &program.display().to_string())
-        .replace("@STATE@", &state.path().display().to_string());
-    let unit = systemd::unit_folder(scope).map_err(no_home)?.join("cortex-agent.service");
+        .replace("@PROGRAM@", &systemd::in_quotes(&program))
+        .replace("@STATE@", &systemd::in_quotes(state.path()));
+    let file = systemd::unit_folder(scope).map_err(no_home)?.join(UNIT);
     let mut steps = vec![
-        Step::Write { path: unit, text },
+        Step::Write { path: file.clone(), text },
         Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])),
-        Step::Run(systemctl(scope, &["enable", "cortex-agent.service"])),
+        Step::Run(systemctl(scope, &["enable", UNIT])),
     ];
     if scope == Scope::User {
         steps.push(Step::Try(vec!["loginctl".to_owned(), "enable-linger".to_owned()]));
     }
-    // It is ready only when the hub has answered: nobody waits for that here.
-    let restart = ["restart", "--no-block", "cortex-agent.service"];
-    steps.push(Step::RunWithSystemd(systemctl(scope, &restart)));
+    let mut command = vec![program.display().to_string()];
+    if let Some(state) = &global.state {
+        command.extend(["--state".to_owned(), state.display().to_string()]);
+    }
+    command.extend(["service", "restart"].map(str::to_owned));
+    command.extend((scope == Scope::User).then(|| "--user".to_owned()));
+    let unit = Unit { scope, name: UNIT, program: Some(program), files: vec![file] };
+    steps.push(Step::Renew { command, units: vec![unit] });
     Ok(steps)
+}
+
+/// Restarts it now if that ends nothing, and as soon as it does not otherwise.
+async fn restart(global: &Global, args: &RestartArgs) -> Result<(), CliError> {
+    let scope = scope(args.user)?;
+    let unit = Unit { scope, name: UNIT, program: Some(PathBuf::new()), files: Vec::new() };
+    let no_systemd =
+        |error| CliError::new(Exit::Failed, "the service manager did not do it").because(error);
+    let process = unit.state().map_err(no_systemd)?.process;
+    let running = match process {
+        Some(_) if !args.now => running(&state(global, scope)?).await,
+        _ => 0,
+    };
+    let mut printer = Printer::stdout(Format::Table, global.color);
+    if !args.now && process.is_some_and(waits_for_commands) {
+        // Also if none runs: only the agent can see to it that none begins before it ends.
+        run(systemctl(scope, &["kill", "--kill-who=main", "--signal=USR1", UNIT]))
+            .map_err(no_systemd)?;
+        let text = match running {
+            0 => "restarted\n".to_owned(),
+            running => format!(
+                "it restarts when the {running} commands that run here have ended (`service restart --now` ends them)\n"
+            ),
+        };
+        return printer.raw(text.as_bytes());
+    }
+    if running > 0 {
+        let text = format!(
+            "not restarted: {running} commands run here, and the agent that runs cannot wait for them; `service restart --now` ends them\n"
+        );
+        return printer.raw(text.as_bytes());
+    }
+    // It is ready only when the hub has answered: nobody waits for that here.
+    run(systemctl(scope, &["restart", "--no-block", UNIT])).map_err(no_systemd)?;
+    printer.raw(b"restarted\n")
+}
+
+/// How many commands the agent with this state runs; none if it does not answer.
+async fn running(state: &StateDir) -> u32 {
+    let Ok(mut agent) = local::agent_of(state).await else { return 0 };
+    let answer = agent.agent_status(hub::question(v1::AgentStatusRequest {})).await;
+    answer.map_or(0, |answer| answer.into_inner().running_tasks)
+}
+
+/// Whether this agent has something to do on SIGUSR1, which ends one that has not.
+fn waits_for_commands(process: u32) -> bool {
+    let status =
+        std::fs::read_to_string(Path::new("/proc").join(process.to_string()).join("status"));
+    status.is_ok_and(|status| catches_user_signal(&status))
+}
+
+/// Whether a process with this `/proc/PID/status` catches SIGUSR1.
+fn catches_user_signal(status: &str) -> bool {
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    // Signals count from 1, and this is the tenth.
+    caught.is_some_and(|mask| mask & (1 << 9) != 0)
+}
+
+fn run(command: Vec<String>) -> std::io::Result<()> {
+    let done = systemd::carry_out(&[Step::Run(command)], false, |_, _| {});
+    done.map_err(|error| error.source)
 }
 
 fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Vec<Step>, CliError> {
     let scope = scope(args.user)?;
-    let unit = systemd::unit_folder(scope).map_err(no_home)?.join("cortex-agent.service");
+    let units = systemd::unit_folder(scope).map_err(no_home)?;
     let mut steps = vec![
-        Step::Try(systemctl(scope, &["disable", "--now", "cortex-agent.service"])),
-        Step::Remove(unit),
-        Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])),
+        Step::Try(systemctl(scope, &["disable", "--now", UNIT])),
+        Step::Remove(units.join(UNIT)),
     ];
+    // Where no service manager could be asked, it is enabled still.
+    steps.extend(WANTED_BY.map(|target| Step::Remove(units.join(target).join(UNIT))));
+    steps.push(Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])));
     if args.purge {
         steps.push(Step::RemoveTree(state(global, scope)?.path().to_owned()));
     }
     Ok(steps)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whether_a_process_catches_the_signal() {
+        for (line, catches) in [
+            ("SigCgt:\t0000000000000200", true),
+            ("SigCgt:\t0000000188004203", true),
+            ("SigCgt:\t0000000188004003", false),
+            ("SigIgn:\t0000000000000200", false),
+            ("SigCgt:\tnonsense", false),
+        ] {
+            let status = format!("Name:\tcortex-agent\n{line}\nThreads:\t1\n");
+            assert_eq!(catches_user_signal(&status), catches, "{line}");
+        }
+        // A program that catches nothing would be ended by it.
+        assert!(!waits_for_commands(0));
+    }
 }

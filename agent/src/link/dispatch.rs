@@ -7,7 +7,7 @@
 //! second time, and written down, directly before it runs: see `permit`. Policies are written down by
 //! `policy_log`.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -28,6 +28,7 @@ use super::journal::Journal;
 use super::permit::Permit;
 use super::policy_log::PolicyLog;
 use super::request::{self, Refusal};
+use super::running::{NotBegun, RunningTasks};
 use super::session::Outbox;
 use super::task::{self, OnDisconnect, TaskContext};
 use super::workspaces::{Membership, Reports, Workspaces};
@@ -39,8 +40,6 @@ use crate::identity::live::LiveIdentity;
 use crate::sandbox::exposed;
 use crate::sync::Occupied;
 
-/// Commands that run at the same time; more is refused, so that a node cannot be buried.
-const MAX_RUNNING: usize = 256;
 /// Cancels of one task that may wait; more say nothing new.
 const CANCELS: usize = 4;
 /// Longest time between the first signal of a cancel and KILL.
@@ -80,7 +79,7 @@ struct Inner {
     identity: LiveIdentity,
     policy: Mutex<HubPolicy>,
     policy_log: PolicyLog,
-    running: Mutex<HashMap<TaskId, Handle>>,
+    running: RunningTasks<Handle>,
     /// Ends of earlier tasks that this session has yet to hear of.
     to_report: Mutex<VecDeque<TaskId>>,
     /// Bounds the operations on files.
@@ -124,7 +123,7 @@ impl Dispatcher {
                 identity,
                 policy: Mutex::new(HubPolicy::UNTOLD),
                 policy_log,
-                running: Mutex::new(HashMap::new()),
+                running: RunningTasks::new(),
                 to_report: Mutex::new(VecDeque::new()),
                 file_slots: Arc::new(Semaphore::new(MAX_FILE_WORK)),
             }),
@@ -134,7 +133,14 @@ impl Dispatcher {
     /// How many commands run.
     #[must_use]
     pub fn running_tasks(&self) -> usize {
-        lock(&self.inner.running).len()
+        self.inner.running.len()
+    }
+
+    /// Waits until nobody's command or file is at work here; what would begin after that is refused. Safe to
+    /// give up.
+    pub async fn close_when_idle(&self) {
+        let no_files = || self.inner.file_slots.available_permits() == MAX_FILE_WORK;
+        self.inner.running.close_when_empty(no_files).await;
     }
 
     /// What the hub's policy for this node, as last told, allows now; and its end, 0 for none.
@@ -196,7 +202,7 @@ impl Dispatcher {
 
     /// The tasks that run, and those whose end the hub has not acknowledged.
     pub(super) fn held_tasks(&self) -> Vec<TaskId> {
-        let mut held: Vec<TaskId> = lock(&self.inner.running).keys().copied().collect();
+        let mut held: Vec<TaskId> = self.inner.running.ids();
         let ended = self.inner.journal.unacknowledged();
         held.extend(ended.into_iter().filter(|id| !held.contains(id)).collect::<Vec<_>>());
         held
@@ -204,7 +210,7 @@ impl Dispatcher {
 
     pub(super) fn begin_session(&self, context: SessionContext, policy: HubPolicy) {
         self.set_policy(&context, policy);
-        let running: HashSet<TaskId> = lock(&self.inner.running).keys().copied().collect();
+        let running: HashSet<TaskId> = self.inner.running.ids();
         let mut ended = self.inner.journal.unacknowledged();
         ended.retain(|id| !running.contains(id));
         *lock(&self.inner.to_report) = ended.into();
@@ -232,11 +238,11 @@ impl Dispatcher {
 
     /// Ends what runs: nobody answers for it any more.
     pub(super) fn end_commands(&self, cause: CancelCause) {
-        for handle in lock(&self.inner.running).values() {
+        self.inner.running.each(|handle| {
             let cancel = CommandControl::Cancel { signal: 15, grace: EXPELLED_GRACE, cause };
             // Full: as many cancels wait already, and one is enough.
             handle.cancels.try_send(cancel).ok();
-        }
+        });
     }
 
     /// Ends all commands, and waits until each is reported, or nobody is there to hear it.
@@ -311,10 +317,10 @@ impl Dispatcher {
         let (cancel, cancels) = mpsc::channel(CANCELS);
         let acknowledged = CancellationToken::new();
         let sessions = self.inner.session.subscribe();
-        {
-            let mut running = lock(&self.inner.running);
-            if running.contains_key(&id) {
-                drop(running);
+        let handle = Handle { cancels: cancel, acknowledged: acknowledged.clone() };
+        match self.inner.running.begin(id, handle) {
+            Ok(()) => {}
+            Err(NotBegun::Here) => {
                 tracing::warn!(task = %id, "the hub ordered a task that is here; it is not started again");
                 // Not refused while it runs: the hub would take that for its end.
                 if let Some(exit) = self.inner.journal.outcome(id) {
@@ -322,12 +328,12 @@ impl Dispatcher {
                 }
                 return;
             }
-            if running.len() >= MAX_RUNNING {
-                drop(running);
-                refuse(&session, id, "too many commands run on this node");
-                return;
+            Err(NotBegun::Full) => {
+                return refuse(&session, id, "too many commands run on this node");
             }
-            running.insert(id, Handle { cancels: cancel, acknowledged: acknowledged.clone() });
+            Err(NotBegun::Closed) => {
+                return refuse(&session, id, "the agent restarts just now: ask again");
+            }
         }
         let guard = Running { dispatcher: self.clone(), id };
         let dispatcher = self.clone();
@@ -467,20 +473,18 @@ impl Dispatcher {
         let signal = i32::try_from(cancel.signal).ok().filter(|n| (1..=64).contains(n));
         let signal = signal.unwrap_or(15);
         let grace = Duration::from_millis(cancel.grace_ms).min(MAX_GRACE);
-        if let Some(handle) = lock(&self.inner.running).get(&id) {
+        self.inner.running.with(id, |handle| {
             // Full: as many cancels wait already, and one is enough.
             let cause = CancelCause::Requested;
             handle.cancels.try_send(CommandControl::Cancel { signal, grace, cause }).ok();
-        }
+        });
     }
 
     /// The hub has a task's end, and the next one can be told.
     fn acknowledged(&self, ack: &v1::TaskAck) {
         let Ok(id) = TaskId::from_slice(&ack.task_id) else { return };
         self.inner.journal.acknowledged(id);
-        if let Some(handle) = lock(&self.inner.running).get(&id) {
-            handle.acknowledged.cancel();
-        }
+        self.inner.running.with(id, |handle| handle.acknowledged.cancel());
         let session = self.inner.session.borrow().clone();
         if let Some(session) = session {
             self.report_next(&session);
@@ -587,6 +591,6 @@ struct Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        lock(&self.dispatcher.inner.running).remove(&self.id);
+        self.dispatcher.inner.running.end(self.id);
     }
 }

@@ -30,6 +30,7 @@ mod policy_log;
 pub mod renewal;
 pub(crate) mod report;
 mod request;
+mod running;
 pub mod session;
 mod task;
 pub mod workspaces;

@@ -1,6 +1,7 @@
 //! `serve`, `init` and `ca pin`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
@@ -31,6 +32,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let mut hang_up = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
+    let longest = longest_stop(&config);
     let inherited = service::inherited_listeners().context("cannot use the inherited sockets")?;
     let hub = Hub::start_with(config, inherited, |store| store).await?;
     output::print(&format!("grpc listening on {}", hub.address()));
@@ -48,9 +50,17 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
             () = watchdog.due() => service::notify(&[NotifyState::Watchdog]),
         }
     }
-    service::notify(&[NotifyState::Stopping]);
+    // The unit gives it a time of its own, and does not know what the settings allow.
+    service::notify(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(longest)]);
     hub.shutdown().await;
     Ok(())
+}
+
+/// The longest that an orderly stop can take, in microseconds, with some time to spare.
+fn longest_stop(config: &HubConfig) -> u32 {
+    // What begins, what is under way, the databases, and the HTTP side have so much each at most.
+    let longest = config.shutdown_grace * 4 + Duration::from_secs(10);
+    u32::try_from(longest.as_micros()).unwrap_or(u32::MAX)
 }
 
 /// Takes into use what can change while the hub runs: what is logged, what is in the files of the HTTP
@@ -64,15 +74,25 @@ fn reload(configuration: &Configuration, logging: &Logging, hub: &Hub) {
         Some(http) => Ok(http.reload()?),
         None => Ok(()),
     });
+    // `systemctl reload` succeeds either way; `systemctl status` shows what became of it.
+    let mut status = "configuration read again".to_owned();
     match changed {
         Ok(()) => tracing::info!("configuration read again"),
-        Err(error) => tracing::error!(error = format!("{error:#}"), "configuration not changed"),
+        Err(error) => {
+            status = format!("configuration not changed: {error:#}");
+            tracing::error!(error = format!("{error:#}"), "configuration not changed");
+        }
     }
     match hub.renew_certificate() {
         Ok(()) => tracing::info!("the hub has a new certificate"),
-        Err(error) => tracing::error!(%error, "the hub keeps its certificate"),
+        Err(error) => {
+            status = format!("{status}; the hub keeps its certificate: {error}");
+            tracing::error!(%error, "the hub keeps its certificate");
+        }
     }
-    service::notify(&[NotifyState::Ready]);
+    // One line is what there is room for.
+    let status = status.replace('\n', " ");
+    service::notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
 }
 
 /// Each connection takes a descriptor, and the usual soft limit of 1,024 is for programs that use

@@ -1,14 +1,15 @@
 //! `service install` and `service uninstall`: the hub as a systemd service.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use cortex_shared::systemd::{self, Scope, Step, systemctl};
+use cortex_shared::systemd::{self, Scope, Step, Unit, systemctl};
 
 use super::output;
 use crate::config::http::DEFAULT_HTTP_PORT;
+use crate::config::rewrite::with_setting;
 use crate::config::{DEFAULT_GRPC_PORT, HubConfig, settings};
 
 const USER: &str = "cortex-hubd";
@@ -20,6 +21,9 @@ const HTTP_SOCKET: &str = include_str!("../../../packaging/systemd/cortex-hubd-h
 
 /// The units: two sockets, and the service that is given both.
 const UNITS: [&str; 3] = ["cortex-hubd.socket", "cortex-hubd-http.socket", "cortex-hubd.service"];
+/// Where units that are enabled have a link.
+const WANTED_BY: [&str; 3] =
+    ["multi-user.target.wants", "default.target.wants", "sockets.target.wants"];
 
 #[derive(Subcommand)]
 pub(super) enum ServiceCommand {
@@ -27,7 +31,9 @@ pub(super) enum ServiceCommand {
     #[command(after_help = "\
 As root: a service of the machine, with a user of its own (cortex-hubd), settings in
 /etc/cortex/hubd.toml and everything else in /var/lib/cortex-hubd. With --user: a service of this user.
-Run again after an upgrade, or to change --grpc; nothing that is there is lost.")]
+Run again after an upgrade, or to change an address or --advertise: those that are named are changed in the
+settings and the sockets, and nothing else that is there. It restarts if something has changed; commands that
+run go on meanwhile.")]
     Install(InstallArgs),
     /// Stop the service and remove it; settings and data stay, unless --purge
     Uninstall(UninstallArgs),
@@ -70,7 +76,7 @@ pub(super) fn service(command: ServiceCommand) -> anyhow::Result<()> {
     let (steps, dry_run) = match command {
         ServiceCommand::Install(args) => {
             let program = std::env::current_exe().context("cannot find this program")?;
-            (install(&args, &program.display().to_string())?, args.dry_run)
+            (install(&args, &program)?, args.dry_run)
         }
         ServiceCommand::Uninstall(args) => (uninstall(&args)?, args.dry_run),
     };
@@ -92,56 +98,126 @@ fn scope(user: bool) -> anyhow::Result<Scope> {
     Ok(Scope::System)
 }
 
-fn install(args: &InstallArgs, program: &str) -> anyhow::Result<Vec<Step>> {
-    let scope = scope(args.user)?;
-    let units = systemd::unit_folder(scope)?;
+/// What an installation says: the addresses, and the settings with them.
+struct Said {
+    grpc: SocketAddr,
+    http: SocketAddr,
+    /// Whether the HTTP side's address is to be this one, whatever it was.
+    http_asked: bool,
+    /// The file of settings, and what has to be in it.
+    file: PathBuf,
+    settings: Step,
+}
+
+/// Reads the settings that are there, if there are any, and says what becomes of them.
+fn said(args: &InstallArgs, file: &Path) -> anyhow::Result<Said> {
     let mut config = HubConfig::new(PathBuf::new());
-    config.advertise.clone_from(&args.advertise);
-    let listen = args.grpc.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], DEFAULT_GRPC_PORT)));
-    config.grpc = listen;
-    let http = args.http.unwrap_or_else(|| SocketAddr::new(listen.ip(), DEFAULT_HTTP_PORT));
-    config.http.listen = Some(http);
-    let service = match scope {
+    // A link is its owner's: what it leads to is changed.
+    let file = file.canonicalize().unwrap_or_else(|_| file.to_owned());
+    let text = match std::fs::read_to_string(&file) {
+        Ok(text) => {
+            settings::apply_file(&mut config, &file)?;
+            Some(text)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", file.display())),
+    };
+    let default = SocketAddr::from(([127, 0, 0, 1], DEFAULT_GRPC_PORT));
+    let grpc = args.grpc.unwrap_or(if text.is_some() { config.grpc } else { default });
+    let port = config.http.listen.map_or(DEFAULT_HTTP_PORT, |http| http.port());
+    // It goes where the other one goes, unless there is to be none.
+    let follows = args.grpc.is_some() && config.http.listen.is_some();
+    let http = args.http.unwrap_or_else(|| match config.http.listen {
+        Some(http) if text.is_some() && !follows => http,
+        _ => SocketAddr::new(grpc.ip(), port),
+    });
+    let http_asked = args.http.is_some() || follows;
+    let settings = match text {
+        None => {
+            config.grpc = grpc;
+            config.http.listen = Some(http);
+            config.advertise.clone_from(&args.advertise);
+            Step::WriteNew { path: file.clone(), text: settings::document(&config) }
+        }
+        Some(mut text) => {
+            let wanted = [
+                ("grpc", args.grpc.map(|address| address.to_string())),
+                ("http", http_asked.then(|| http.to_string())),
+                ("advertise", args.advertise.clone()),
+            ];
+            for (name, value) in wanted {
+                let Some(value) = value else { continue };
+                text = with_setting(&text, name, &value).map_err(|problem| {
+                    anyhow::anyhow!("{name} cannot be changed in {}: {problem}", file.display())
+                })?;
+            }
+            Step::Write { path: file.clone(), text }
+        }
+    };
+    Ok(Said { grpc, http, http_asked, file, settings })
+}
+
+fn install(args: &InstallArgs, program: &Path) -> anyhow::Result<Vec<Step>> {
+    let scope = scope(args.user)?;
+    let folder = systemd::configuration_folder(scope)?;
+    plan(args, scope, program, &systemd::unit_folder(scope)?, &folder.join("hubd.toml"))
+}
+
+fn plan(
+    args: &InstallArgs,
+    scope: Scope,
+    program: &Path,
+    units: &Path,
+    file: &Path,
+) -> anyhow::Result<Vec<Step>> {
+    let said = said(args, file)?;
+    let service_text = match scope {
         Scope::System => SYSTEM_SERVICE,
         Scope::User => USER_SERVICE,
     };
-    let file = systemd::configuration_folder(scope)?.join("hubd.toml");
-    let socket = units.join("cortex-hubd.socket");
-    let http_socket = units.join("cortex-hubd-http.socket");
     let mut steps = Vec::new();
     if scope == Scope::System {
         steps.push(Step::CreateUser { name: USER, home: PathBuf::from(DATA) });
     }
-    let text = settings::document(&config);
-    steps.push(Step::WriteNew { path: file, text });
-    let text = service.replace("@PROGRAM@", program);
-    steps.push(Step::Write { path: units.join("cortex-hubd.service"), text });
-    let text = SOCKET.replace("@LISTEN@", &listen.to_string());
-    // Without --grpc, an installation that is there keeps its address.
-    steps.push(match args.grpc {
-        Some(_) => Step::Write { path: socket, text },
-        None => Step::WriteNew { path: socket, text },
-    });
-    let text = HTTP_SOCKET.replace("@LISTEN@", &http.to_string());
-    steps.push(match args.http.or(args.grpc) {
-        Some(_) => Step::Write { path: http_socket, text },
-        None => Step::WriteNew { path: http_socket, text },
-    });
-    steps.push(Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])));
+    steps.push(said.settings);
     let [grpc, http, service] = UNITS;
+    let text = service_text
+        .replace("@PROGRAM@", &systemd::in_quotes(program))
+        .replace("@STATE@", &systemd::in_quotes(&HubConfig::user_data()));
+    steps.push(Step::Write { path: units.join(service), text });
+    for (name, template, address, asked) in [
+        (grpc, SOCKET, said.grpc, args.grpc.is_some()),
+        (http, HTTP_SOCKET, said.http, said.http_asked),
+    ] {
+        let (path, text) = (units.join(name), template.replace("@LISTEN@", &address.to_string()));
+        // One that is there keeps its address, unless another was asked for.
+        steps.push(match asked {
+            true => Step::Write { path, text },
+            false => Step::WriteNew { path, text },
+        });
+    }
+    steps.push(Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])));
     steps.push(Step::Run(systemctl(scope, &["enable", grpc, http, service])));
     if scope == Scope::User {
         steps.push(Step::Try(vec!["loginctl".to_owned(), "enable-linger".to_owned()]));
     }
+    let socket = |name| Unit { scope, name, program: None, files: vec![units.join(name)] };
+    let hub = Unit {
+        scope,
+        name: service,
+        program: Some(program.to_owned()),
+        files: vec![units.join(service), said.file],
+    };
     // A socket is bound anew only while nothing uses it, and one that is new only while the service is down;
     // connections wait in those that stay.
-    let down: &[&str] = match args.grpc.or(args.http) {
-        Some(_) => &["stop", service, grpc, http],
-        None => &["stop", service],
-    };
-    steps.push(Step::RunWithSystemd(systemctl(scope, down)));
+    for name in [grpc, http] {
+        let command = systemctl(scope, &["stop", service, name]);
+        steps.push(Step::Renew { command, units: vec![socket(name)] });
+    }
+    let command = systemctl(scope, &["stop", service]);
+    steps.push(Step::Renew { command, units: vec![hub, socket(grpc), socket(http)] });
     steps.push(Step::RunWithSystemd(systemctl(scope, &["start", grpc, http])));
-    steps.push(Step::RunWithSystemd(systemctl(scope, &["restart", service])));
+    steps.push(Step::RunWithSystemd(systemctl(scope, &["start", service])));
     Ok(steps)
 }
 
@@ -154,13 +230,17 @@ fn uninstall(args: &UninstallArgs) -> anyhow::Result<Vec<Step>> {
         Step::Remove(units.join(service)),
         Step::Remove(units.join(grpc)),
         Step::Remove(units.join(http)),
-        Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])),
     ];
+    // Where no service manager could be asked, they are enabled still.
+    for name in UNITS {
+        steps.extend(WANTED_BY.map(|target| Step::Remove(units.join(target).join(name))));
+    }
+    steps.push(Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])));
     if args.purge {
         steps.push(Step::Remove(systemd::configuration_folder(scope)?.join("hubd.toml")));
         let data = match scope {
             Scope::System => PathBuf::from(DATA),
-            Scope::User => HubConfig::default_data(),
+            Scope::User => HubConfig::user_data(),
         };
         steps.push(Step::RemoveTree(data));
         if scope == Scope::System {
@@ -168,4 +248,72 @@ fn uninstall(args: &UninstallArgs) -> anyhow::Result<Vec<Step>> {
         }
     }
     Ok(steps)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asking(grpc: Option<&str>, http: Option<&str>, advertise: Option<&str>) -> InstallArgs {
+        let address = |text: Option<&str>| text.map(|text| text.parse().unwrap());
+        InstallArgs {
+            user: true,
+            grpc: address(grpc),
+            http: address(http),
+            advertise: advertise.map(str::to_owned),
+            dry_run: false,
+        }
+    }
+
+    #[test]
+    fn installing_again_changes_what_is_named_in_settings_and_sockets_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("hubd.toml");
+        let units = folder.path().join("units");
+        // Carries out what is about files, and says the addresses in settings and sockets.
+        let install = |args: &InstallArgs| {
+            let steps = plan(args, Scope::User, Path::new("/opt/hub"), &units, &file)?;
+            for step in steps {
+                let (path, text) = match step {
+                    Step::Write { path, text } => (path, text),
+                    Step::WriteNew { path, text } if !path.exists() => (path, text),
+                    _ => continue,
+                };
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(path, text).unwrap();
+            }
+            let mut config = HubConfig::new(PathBuf::new());
+            settings::apply_file(&mut config, &file)?;
+            let listens = |name: &str| {
+                let text = std::fs::read_to_string(units.join(name)).unwrap();
+                let line = text.lines().find_map(|line| line.strip_prefix("ListenStream="));
+                line.unwrap().to_owned()
+            };
+            assert_eq!(listens("cortex-hubd.socket"), config.grpc.to_string());
+            let http = config.http.listen.map(|http| http.to_string()).unwrap_or_default();
+            assert_eq!(listens("cortex-hubd-http.socket"), http);
+            anyhow::Ok((config.grpc.to_string(), http, config.advertise.unwrap_or_default()))
+        };
+        let three = |a: &str, b: &str, c: &str| (a.to_owned(), b.to_owned(), c.to_owned());
+        let first = install(&asking(None, None, None)).unwrap();
+        assert_eq!(first, three("127.0.0.1:7443", "127.0.0.1:7480", ""));
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(&file, format!("# mine\nresume_grace = \"7s\" # why\n{text}")).unwrap();
+        let moved = install(&asking(Some("0.0.0.0:9443"), None, Some("hub.example.org"))).unwrap();
+        assert_eq!(moved, three("0.0.0.0:9443", "0.0.0.0:7480", "hub.example.org"));
+        let port = install(&asking(None, Some("0.0.0.0:9480"), None)).unwrap();
+        assert_eq!(port, three("0.0.0.0:9443", "0.0.0.0:9480", "hub.example.org"));
+        assert_eq!(install(&asking(None, None, None)).unwrap(), port);
+        let back = install(&asking(Some("127.0.0.1:9443"), None, None)).unwrap();
+        assert_eq!(back, three("127.0.0.1:9443", "127.0.0.1:9480", "hub.example.org"));
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert!(text.starts_with("# mine\nresume_grace = \"7s\" # why\n"), "{text}");
+        // What cannot be changed is said, with what to do.
+        std::fs::write(&file, "\"advertise\" = \"a\"\n").unwrap();
+        let refused = install(&asking(None, None, Some("b"))).unwrap_err().to_string();
+        assert!(
+            refused.contains("hubd.toml") && refused.contains("advertise = \"b\""),
+            "{refused}"
+        );
+    }
 }

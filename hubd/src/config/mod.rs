@@ -1,6 +1,7 @@
 //! The hub's configuration: what was asked for, and what that comes to.
 
 pub mod http;
+pub mod rewrite;
 pub mod settings;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -133,6 +134,12 @@ impl HubConfig {
         if rustix::process::geteuid().is_root() {
             return PathBuf::from("/var/lib/cortex-hubd");
         }
+        Self::user_data()
+    }
+
+    /// This user's own, also if it is root.
+    #[must_use]
+    pub fn user_data() -> PathBuf {
         directories::ProjectDirs::from("", "", "cortex-hubd").map_or_else(
             || PathBuf::from("cortex-hubd-data"),
             |directories| directories.data_dir().to_path_buf(),
