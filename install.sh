@@ -86,7 +86,10 @@ main() {
   trap 'exit 130' INT TERM HUP
 
   case $what in
-    programs) programs cortex-agent cortex-hubd ;;
+    programs)
+      find_programs
+      programs cortex-agent cortex-hubd
+      ;;
     hub) install_hub ;;
     agent) install_agent ;;
     uninstall) uninstall ;;
@@ -111,12 +114,20 @@ service() {
   fi
 }
 
-# Fetches a file from the hub, by the key that it has to have, if one was given.
+# Fetches a file from the hub, by the key that it has to have, if one was given. A hub from which many download
+# says when to come again, which --retry heeds.
 fetch() {
   if [ -n "$tls_pin" ]; then
     set -- "$@" --insecure --pinnedpubkey "$tls_pin"
   fi
-  step curl -fsS --proto =https --retry 3 --connect-timeout 20 -o "$@"
+  step curl -fsS --proto =https --retry 10 --connect-timeout 20 -o "$@"
+}
+
+# Makes a folder for what is to be installed beside where it goes: other places may not be for programs.
+beside_target() {
+  mkdir -p "$bin"
+  rm -rf "$bin"/.cortex-download.*
+  scratch=$(mktemp -d "$bin/.cortex-download.XXXXXX")
 }
 
 # Sets `found` to a folder with the agent that the hub has for this machine.
@@ -127,13 +138,12 @@ download() {
     Linux-aarch64 | Linux-arm64) platform=linux-aarch64 ;;
     *) fail "there is no agent for $(uname -s) on $(uname -m)" ;;
   esac
-  # Beside where it goes: other places may not be for programs.
-  step mkdir -p "$bin"
   found=$bin/.cortex-download
-  if ! $dry; then
-    rm -rf "$bin"/.cortex-download.*
-    found=$(mktemp -d "$bin/.cortex-download.XXXXXX")
-    scratch=$found
+  if $dry; then
+    echo "+ mkdir -p $bin"
+  else
+    beside_target
+    found=$scratch
   fi
   fetch "$found/cortex-agent" "$from/v1/agent/$platform" ||
     fail "the agent cannot be downloaded from $from"
@@ -165,7 +175,7 @@ find_programs() {
   elif [ -n "$from" ]; then
     [ -r "$from" ] || fail "there is no $from"
     check_archive
-    scratch=$(mktemp -d)
+    if $dry; then scratch=$(mktemp -d); else beside_target; fi
     tar -xzf "$from" -C "$scratch" --strip-components=1 || fail "$from is not an archive of a release"
     found=$scratch
     if [ ! -e "$found/SHA256SUMS" ] || [ ! -e "$found/RELEASE" ]; then
@@ -189,8 +199,14 @@ find_programs() {
 # A release says what its files are, and for which machines; and so does a hub.
 check_sums() {
   if [ -e "$found/SHA256SUMS" ]; then
-    (cd "$found" && sha256sum --check --quiet --ignore-missing SHA256SUMS) ||
-      fail "the programs in $found are not what SHA256SUMS says" "fetch the release again"
+    # Line by line: busybox has no --ignore-missing.
+    while read -r sum file; do
+      file=${file#\*}
+      [ -e "$found/$file" ] || continue
+      is=$(sha256sum <"$found/$file" | cut -d ' ' -f 1)
+      [ "$is" = "$sum" ] ||
+        fail "the programs in $found are not what SHA256SUMS says: $file" "fetch the release again"
+    done <"$found/SHA256SUMS"
   fi
   if [ -e "$found/RELEASE" ]; then
     made_for=$(sed -n 's/^architecture=//p' "$found/RELEASE")
@@ -213,7 +229,6 @@ check_archive() {
 # Puts programs into place: beside the target and renamed over it, so that a running program keeps its
 # file and an interrupted installation leaves the old one.
 programs() {
-  find_programs
   step mkdir -p "$bin"
   for program in "$@"; do
     if $dry && [ ! -e "$found" ]; then
@@ -244,6 +259,7 @@ has_systemctl() {
 }
 
 install_hub() {
+  find_programs
   programs cortex-hubd cortex-agent
   has_systemctl "cortex-hubd serve"
   set -- install ${user:+--user}
@@ -269,18 +285,21 @@ can_serve() {
 install_agent() {
   state=/var/lib/cortex-agent
   [ -z "$user" ] || state=${XDG_DATA_HOME:-$HOME/.local/share}/cortex-agent
-  joined=false
-  [ ! -e "$state/agent.json" ] || joined=true
-  if ! $joined; then
-    [ -n "$hub" ] || usage "--hub is missing"
+  if [ -n "$hub" ]; then
     [ -n "$pin" ] || usage "--ca is missing"
+  else
+    [ -z "$pin$token_file" ] || usage "--hub is missing"
+  fi
+  find_programs
+  # Only the agent can tell: files of a node are left behind by one that has left, or did not join to the end.
+  if [ -z "$hub" ] && [ -x "$found/cortex-agent" ] &&
+    ! problem=$("$found/cortex-agent" --state "$state" identity show 2>&1 >/dev/null); then
+    echo "$problem" >&2
+    usage "--hub is missing"
   fi
   programs cortex-agent
-  if ! $joined; then
-    join
-  elif [ -n "$hub" ]; then
-    echo "this machine is a node already: --hub and what belongs to it is not used"
-  fi
+  # A node of this mesh keeps its identity, and one of another is told so.
+  [ -z "$hub" ] || join
   # A node without systemd is a node all the same, once something starts it.
   if $no_service || ! { $dry || can_serve; }; then
     $no_service || echo "systemd cannot be used here; start the node with what there is:"
@@ -309,12 +328,40 @@ join() {
 uninstall() {
   found=$bin
   for program in cortex-agent cortex-hubd; do
-    [ -x "$bin/$program" ] || continue
-    set -- uninstall ${user:+--user}
-    if $purge; then set -- "$@" --purge; fi
-    service "$program" "$@"
+    if [ -x "$bin/$program" ] && "$bin/$program" --version >/dev/null 2>&1; then
+      set -- uninstall ${user:+--user}
+      if $purge; then set -- "$@" --purge; fi
+      service "$program" "$@"
+    else
+      without_program "$program"
+    fi
     step rm -f "$bin/$program"
   done
+}
+
+# What a program does to uninstall itself, where there is none that runs.
+without_program() {
+  units=$1.service
+  [ "$1" != cortex-hubd ] || units="$units cortex-hubd.socket cortex-hubd-http.socket"
+  settings=/etc/cortex folder=/etc/systemd/system state=/var/lib/$1
+  if [ -n "$user" ]; then
+    settings=${XDG_CONFIG_HOME:-$HOME/.config}/cortex
+    folder=${XDG_CONFIG_HOME:-$HOME/.config}/systemd/user
+    state=${XDG_DATA_HOME:-$HOME/.local/share}/$1
+  fi
+  for unit in $units; do
+    [ -e "$folder/$unit" ] || continue
+    # Without a service manager that can be asked, nothing runs of it.
+    step systemctl ${user:+--user} disable --now "$unit" || true
+    step rm -f "$folder/$unit" "$folder"/*.wants/"$unit"
+    step systemctl ${user:+--user} daemon-reload || true
+  done
+  $purge || return 0
+  [ ! -e "$state" ] || step rm -rf "$state"
+  if [ "$1" = cortex-hubd ] && [ -e "$settings/hubd.toml" ]; then step rm -f "$settings/hubd.toml"; fi
+  if [ "$1" = cortex-hubd ] && [ -z "$user" ] && id cortex-hubd >/dev/null 2>&1; then
+    step userdel cortex-hubd || true
+  fi
 }
 
 main "$@"
