@@ -110,8 +110,21 @@ fn the_line_of_an_invite_makes_a_node_of_whoever_pastes_it() {
 
     // The same line again finds the node there, and uses nothing up.
     let again = somebody.paste(&line).ok();
-    assert!(again.text().contains("is a node already"), "{}\n{}", again.text(), again.stderr);
+    assert!(again.text().contains("already joined as"), "{}\n{}", again.text(), again.stderr);
     assert!(again.text().contains("up to date"), "{}", again.text());
+
+    // That of another mesh is refused for as long as it is a node of this one, and says what to do.
+    let other = hub_with_agent(folder.path(), &[]);
+    let invite = other.hubd(&["invite", "create", "-o", "json"]).ok().json();
+    let line = invite["command"].as_str().unwrap();
+    let refused = somebody.paste(line);
+    assert!(refused.stderr.contains("of another mesh"), "{}\n{}", refused.text(), refused.stderr);
+    assert!(refused.stderr.contains("cortex-agent leave"), "{}", refused.stderr);
+    let mut leave = somebody.command(&[agent.to_str().unwrap(), "leave"]);
+    let _left: Outcome = run(leave.env("CORTEX_STATE", &state), b"").ok();
+    assert!(state.join("agent.json").exists(), "it leaves its settings behind");
+    let joined = somebody.paste(line).ok();
+    assert!(joined.text().contains("\njoined as"), "{}\n{}", joined.text(), joined.stderr);
 }
 
 #[test]
