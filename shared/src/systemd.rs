@@ -201,6 +201,19 @@ pub fn unit_folder(scope: Scope) -> io::Result<PathBuf> {
     }
 }
 
+/// The link by which a unit is enabled: what `systemctl disable` removes, where it can be asked.
+///
+/// # Errors
+/// For a user without a home directory.
+pub fn enabling_link(scope: Scope, unit: &str) -> io::Result<PathBuf> {
+    let target = match scope {
+        _ if unit.ends_with(".socket") => "sockets.target.wants",
+        Scope::System => "multi-user.target.wants",
+        Scope::User => "default.target.wants",
+    };
+    Ok(unit_folder(scope)?.join(target).join(unit))
+}
+
 /// Where the configuration of the mesh's programs goes.
 ///
 /// # Errors

@@ -15,8 +15,6 @@ use super::{Global, hub, local};
 use crate::config::StateDir;
 
 const UNIT: &str = "cortex-agent.service";
-/// Where a unit that is enabled has a link.
-const WANTED_BY: [&str; 2] = ["multi-user.target.wants", "default.target.wants"];
 const SYSTEM_STATE: &str = "/var/lib/cortex-agent";
 const SYSTEM_SERVICE: &str = include_str!("../../../packaging/systemd/cortex-agent.service");
 const USER_SERVICE: &str = include_str!("../../../packaging/systemd/cortex-agent.user.service");
@@ -227,10 +225,10 @@ fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Vec<Step>, CliErro
     let mut steps = vec![
         Step::Try(systemctl(scope, &["disable", "--now", UNIT])),
         Step::Remove(units.join(UNIT)),
+        // Where no service manager could be asked, it is enabled still.
+        Step::Remove(systemd::enabling_link(scope, UNIT).map_err(no_home)?),
+        Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])),
     ];
-    // Where no service manager could be asked, it is enabled still.
-    steps.extend(WANTED_BY.map(|target| Step::Remove(units.join(target).join(UNIT))));
-    steps.push(Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])));
     if args.purge {
         steps.push(Step::RemoveTree(state(global, scope)?.path().to_owned()));
     }

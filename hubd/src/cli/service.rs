@@ -21,9 +21,6 @@ const HTTP_SOCKET: &str = include_str!("../../../packaging/systemd/cortex-hubd-h
 
 /// The units: two sockets, and the service that is given both.
 const UNITS: [&str; 3] = ["cortex-hubd.socket", "cortex-hubd-http.socket", "cortex-hubd.service"];
-/// Where units that are enabled have a link.
-const WANTED_BY: [&str; 3] =
-    ["multi-user.target.wants", "default.target.wants", "sockets.target.wants"];
 
 #[derive(Subcommand)]
 pub(super) enum ServiceCommand {
@@ -233,7 +230,7 @@ fn uninstall(args: &UninstallArgs) -> anyhow::Result<Vec<Step>> {
     ];
     // Where no service manager could be asked, they are enabled still.
     for name in UNITS {
-        steps.extend(WANTED_BY.map(|target| Step::Remove(units.join(target).join(name))));
+        steps.push(Step::Remove(systemd::enabling_link(scope, name)?));
     }
     steps.push(Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])));
     if args.purge {
