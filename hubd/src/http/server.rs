@@ -20,6 +20,7 @@ use hyper::rt::Executor;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tonic::transport::server::Connected as _;
 use tower::ServiceExt as _;
@@ -137,6 +138,7 @@ async fn serve_one(stream: PeerStream, router: Router, limits: Limits, scope: &T
                 connection.as_mut().graceful_shutdown();
                 ending = Some(Instant::now() + ENDING);
             }
+            () = moved.begun_download.notified() => {}
             () = tokio::time::sleep_until(until) => {
                 if ending.is_some() || moved.end(limits) <= Instant::now() {
                     return;
@@ -168,6 +170,8 @@ struct Moved {
     after_ms: AtomicU64,
     /// How many downloads are under way, and since when there has been one.
     downloads: Mutex<Option<(usize, Instant)>>,
+    /// One has begun: the connection may end earlier.
+    begun_download: Notify,
 }
 
 impl Moved {
@@ -177,6 +181,7 @@ impl Moved {
             asked: AtomicBool::new(false),
             after_ms: AtomicU64::new(0),
             downloads: Mutex::default(),
+            begun_download: Notify::new(),
         }
     }
 
@@ -220,6 +225,7 @@ impl Downloading {
             let (count, since) = downloads.unwrap_or((0, Instant::now()));
             *downloads = Some((count + 1, since));
         });
+        self.0.begun_download.notify_one();
         Download(self.0)
     }
 }
