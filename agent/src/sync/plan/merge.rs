@@ -8,6 +8,8 @@ pub(super) enum Loser {
     Nobody,
     Local,
     Remote,
+    /// A directory keeps the name, and both sides have something else there.
+    Both,
 }
 
 /// What shall stand at a path on both sides.

@@ -270,6 +270,8 @@ impl Planner<'_> {
                 Some(entry) if local.is_some_and(|local| same_content(local, entry)) => {
                     Loser::Local
                 }
+                // What the other side would have taken the name from loses it as well.
+                Some(_) if wanted.loser == Loser::Local => Loser::Both,
                 Some(_) => Loser::Remote,
             };
             wanted.entry = Some(Entry::Dir);
@@ -336,13 +338,19 @@ impl Planner<'_> {
         for (row, decision) in self.rows.iter().zip(decisions) {
             let Decision::Want(wanted) = decision else { continue };
             let mut aside = None;
-            match (wanted.loser, &row.local, &row.remote) {
-                (Loser::Local, Some(loser), _) => match self.place_copy(&row.path, loser) {
+            if matches!(wanted.loser, Loser::Local | Loser::Both)
+                && let Some(loser) = &row.local
+            {
+                match self.place_copy(&row.path, loser) {
                     Copy::At(path) => aside = Some(path),
                     Copy::Exists => {}
                     Copy::Impossible => continue,
-                },
-                (Loser::Remote, _, Some(loser)) => match self.place_copy(&row.path, loser) {
+                }
+            }
+            if matches!(wanted.loser, Loser::Remote | Loser::Both)
+                && let Some(loser) = &row.remote
+            {
+                match self.place_copy(&row.path, loser) {
                     Copy::At(path) => self.plan.push.push(PushOp {
                         path,
                         expected: None,
@@ -351,8 +359,7 @@ impl Planner<'_> {
                     }),
                     Copy::Exists => {}
                     Copy::Impossible => continue,
-                },
-                _ => {}
+                }
             }
             let to = wanted.entry;
             if !same(row.remote.as_ref(), to.as_ref()) {

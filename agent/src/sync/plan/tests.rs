@@ -155,6 +155,16 @@ fn type_changes_come_in_an_order_that_works() {
     assert_eq!(plan_of(&["f a d a", "f/x - b -"]), "| f a>d f/x ->b");
 }
 
+/// A look while somebody replaces a directory by a file may find the new file and what was below the old
+/// directory; and somebody else may have put another file there.
+#[test]
+fn two_files_that_lose_their_name_to_a_directory_are_both_kept() {
+    assert_eq!(plan_of(&["f - a b", "f/x - c -"]), "f a>d(f!) | f! ->b(f) f b>d f/x ->c");
+    assert_eq!(plan_of(&["f c a b", "f/x - c -"]), "f a>d(f!) | f! ->b(f) f b>d f/x ->c");
+    assert_eq!(plan_of(&["f - l:x b", "f/x - c -"]), "f l:x>d(f!) | f! ->b(f) f b>d f/x ->c");
+    assert_eq!(plan_of(&["f a a b", "f/x - c -"]), "f a>d | f! ->b(f) f b>d f/x ->c");
+}
+
 #[test]
 fn what_cannot_be_read_keeps_its_directory() {
     assert_eq!(plan_of(&["d d d -", "d/x a a? -"]), "|");
