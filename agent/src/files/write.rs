@@ -160,6 +160,7 @@ fn put(
     };
     // From here on the draft's name may stand for somebody's file: it is kept after a crash.
     draft.keep().map_err(failed)?;
+    let ours = draft.file().meta().map_err(failed)?;
     incoming.dir().exchange(draft.name(), parent, leaf).map_err(failed)?;
     let displaced = incoming.dir().lstat(draft.name()).map_err(failed)?;
     let unseen = match expected {
@@ -168,12 +169,87 @@ fn put(
         Expected::Anything | Expected::Absent => displaced.kind != before.kind,
     };
     if unseen {
-        incoming.dir().exchange(draft.name(), parent, leaf).map_err(failed)?;
-        parent.sync().map_err(failed)?;
-        draft.remove().map_err(failed)?;
+        put_back(incoming, draft, &ours, parent, leaf).map_err(failed)?;
         let why = "it was changed at the very moment at which it was to be replaced";
         return Err(FileError::Raced { name: path.to_string(), why });
     }
     // The new file has to be there for good before the old one goes.
     parent.sync().and_then(|()| draft.remove()).map_err(failed)
+}
+
+/// Puts a file back that a draft has displaced. Somebody may have saved his over the draft meanwhile, or
+/// written into it: then that is what stays, and what it would have replaced goes to the trash.
+fn put_back(
+    incoming: &Incoming,
+    draft: Draft,
+    ours: &Meta,
+    parent: &DirHandle,
+    leaf: &[u8],
+) -> io::Result<()> {
+    incoming.dir().exchange(draft.name(), parent, leaf)?;
+    if stamp(&incoming.dir().lstat(draft.name())?) == stamp(ours) {
+        parent.sync()?;
+        return draft.remove();
+    }
+    incoming.dir().exchange(draft.name(), parent, leaf)?;
+    // What a draft leaves that is not ours is kept.
+    parent.sync()
+}
+
+#[cfg(test)]
+mod tests {
+    use cortex_shared::ids::WorkspaceId;
+
+    use super::*;
+    use crate::sync::WorkspaceConfig;
+
+    #[test]
+    fn what_was_saved_over_a_draft_before_another_file_is_put_back_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        let config = WorkspaceConfig {
+            id: WorkspaceId::new(),
+            name: "w".to_owned(),
+            root: root.clone(),
+            state_dir: folder.path().join("state"),
+            roots: Default::default(),
+            library: None,
+        };
+        let parent = DirHandle::open_ambient(&root).unwrap();
+        let incoming = config.incoming(&parent).unwrap();
+        let path = root.join("f");
+        type Meanwhile = fn(&std::path::Path);
+        let cases: [(Meanwhile, &[u8], usize); 3] = [
+            (|_| {}, b"theirs", 0),
+            (
+                |path| {
+                    std::fs::write(path.with_extension("n"), b"newest").unwrap();
+                    std::fs::rename(path.with_extension("n"), path).unwrap();
+                },
+                b"newest",
+                1,
+            ),
+            (|path| std::fs::write(path, b"written into ours").unwrap(), b"written into ours", 1),
+        ];
+        let mut expected = 0;
+        for (meanwhile, stays, kept) in cases {
+            std::fs::write(&path, b"theirs").unwrap();
+            let mut draft = incoming.begin().unwrap();
+            draft.file().write_all_at(b"ours", 0).unwrap();
+            draft.keep().unwrap();
+            let ours = draft.file().meta().unwrap();
+            incoming.dir().exchange(draft.name(), &parent, b"f").unwrap();
+            meanwhile(&path);
+            put_back(&incoming, draft, &ours, &parent, b"f").unwrap();
+            assert_eq!(std::fs::read(&path).unwrap(), stays);
+            assert!(incoming.dir().names().unwrap().is_empty());
+            expected += kept;
+            let trash = config.state_dir.join("workspaces").join(config.id.to_string());
+            let trash = std::fs::read_dir(trash.join("files/trash")).unwrap();
+            let trash: Vec<_> = trash.map(|e| std::fs::read(e.unwrap().path()).unwrap()).collect();
+            assert_eq!(trash.len(), expected, "{stays:?}");
+            assert!(trash.iter().all(|content| content == b"theirs"));
+        }
+    }
 }
