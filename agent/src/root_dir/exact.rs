@@ -31,12 +31,19 @@ struct ExactDir {
 }
 
 /// Whether a directory takes names for one that differ only in case. Asks for a name that stands there in
-/// another spelling; in an empty directory it makes one for a moment.
+/// another spelling; in an empty directory it makes one for a moment, and removes one that was left there
+/// by a process that ended in that moment.
 ///
 /// # Errors
 /// Those of the file system, but for a directory that nothing can be made in: that is not found out.
 pub fn folds_case(top: &DirHandle) -> io::Result<bool> {
-    let names = top.names()?;
+    let mut names = top.names()?;
+    // A private directory is never empty, so that one stays.
+    if let Ok(at) = names.binary_search_by(|name| name.as_slice().cmp(PRIVATE_NAME))
+        && top.remove_dir(PRIVATE_NAME).is_ok()
+    {
+        names.remove(at);
+    }
     for name in &names {
         let other = flipped(name);
         if other != *name && names.binary_search(&other).is_err() {
