@@ -91,7 +91,7 @@ fn sync_problem(problem: &Problem) -> v1::SyncProblem {
             .path
             .as_ref()
             .map_or_else(Bytes::new, |path| Bytes::copy_from_slice(path.as_bytes())),
-        code: problem.code.to_owned(),
+        code: problem.code.as_str().to_owned(),
         message: problem.message.chars().take(MAX_MESSAGE_CHARS).collect(),
         first_seen_ms: problem.first_seen_ms,
     }

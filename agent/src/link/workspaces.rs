@@ -25,6 +25,7 @@ use crate::client::{HubClient, Purpose};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
 use crate::library::{Freshness, Library, hang_door};
 use crate::sync::mode::{MemberMode, MemberOptions};
+use crate::sync::problem::Code;
 use crate::sync::roots::{Roots, overlap, real_path};
 use crate::sync::status::{SyncState, SyncStatus};
 use crate::sync::tonic_hub::TonicHub;
@@ -545,7 +546,7 @@ fn settled_at(status: &SyncStatus) -> Option<u64> {
     // That the kernel does not tell of changes here does not concern what comes from the hub.
     let complete = status.state == SyncState::Idle
         && status.applied_seq == status.head_seq
-        && status.problems.iter().all(|problem| problem.code == "watch_limit");
+        && status.problems.iter().all(|problem| problem.code == Code::WatchLimit);
     complete.then_some(status.applied_seq)
 }
 

@@ -29,8 +29,8 @@ use super::case;
 use super::index::{Displaced, Index, IndexError, Seen, Stamp};
 use super::plan::LocalChange;
 use super::private_dir::PrivateDir;
-use super::problem::Finding;
-use super::scan::Scope;
+use super::problem::{Code, Finding};
+use super::scan::{Clock, Scope};
 use crate::root_dir::{DirHandle, FileHandle, FileKind, Meta, RootDir};
 
 /// Up to so many files or directories are synced one by one; for more the whole file system is.
@@ -189,12 +189,13 @@ impl Applier<'_> {
     ) -> Result<(Vec<Made>, Vec<Vec<u8>>), ApplyError> {
         let one_by_one = batch.iter().filter(|s| s.stage_name.is_some()).count() <= SYNC_ONE_BY_ONE;
         let mut ready = Vec::with_capacity(batch.len());
+        let mut clock = None;
         for staged in batch {
             match self.prepare(&staged) {
                 // Many open files at once would meet the limit of the process.
                 Ok((file, print)) => {
                     let file = file.filter(|_| one_by_one);
-                    let displaces = self.displaces(&staged)?;
+                    let displaces = self.displaces(&staged, &mut clock)?;
                     ready.push(Prepared { staged, file, print, displaces });
                 }
                 Err(error) => self.give_up(staged, &error, report),
@@ -250,7 +251,7 @@ impl Applier<'_> {
                 }
                 Ok(Placed::Kept) => {
                     let text = "kept: it still holds files that are not synced";
-                    report.findings.push(Finding::at(&staged.change.path, "kept", text));
+                    report.findings.push(Finding::at(&staged.change.path, Code::Kept, text));
                     report.kept += 1;
                     continue;
                 }
@@ -269,8 +270,12 @@ impl Applier<'_> {
         names.into_iter().flatten().any(|name| parent.other_spelling(name).unwrap_or(false))
     }
 
-    /// What a change is about to displace, as far as the index knows it.
-    fn displaces(&self, staged: &Staged) -> Result<Option<Displaced>, IndexError> {
+    /// What a change is about to displace, as far as the index knows it. The clock is read once.
+    fn displaces(
+        &self,
+        staged: &Staged,
+        clock: &mut Option<Clock>,
+    ) -> Result<Option<Displaced>, ApplyError> {
         let change = &staged.change;
         let is_displaced = match (&change.from, &change.to, &change.aside) {
             (Some(Entry::File(_)), Some(Entry::File(_)), None) => staged.stage_name.is_some(),
@@ -280,12 +285,23 @@ impl Applier<'_> {
         if !is_displaced {
             return Ok(None);
         }
-        let found = self.index.get(&change.path)?;
-        Ok(found.and_then(|found| found.stamp).map(|stamp| Displaced {
+        let Some(stamp) = self.index.get(&change.path)?.and_then(|found| found.stamp) else {
+            return Ok(None);
+        };
+        let clock = match clock {
+            Some(clock) => clock,
+            None => clock.insert(self.private.clock_of_readers().map_err(ApplyError::Trash)?),
+        };
+        let held = match &change.from {
+            Some(Entry::File(file)) if clock.may_hide_a_write(stamp.mtime_ns) => Some(file.content),
+            _ => None,
+        };
+        Ok(Some(Displaced {
             name: staged.stage_name.clone().unwrap_or_else(|| self.private.stage_name()),
             path: change.path.clone(),
             size: stamp.size,
             mtime_ns: stamp.mtime_ns,
+            content: held,
         }))
     }
 
@@ -583,7 +599,11 @@ impl Applier<'_> {
 
     fn give_up(&self, staged: Staged, error: &impl ToString, report: &mut Report) {
         self.remove_staged(&staged);
-        report.findings.push(Finding::at(&staged.change.path, "apply_failed", error.to_string()));
+        report.findings.push(Finding::at(
+            &staged.change.path,
+            Code::ApplyFailed,
+            error.to_string(),
+        ));
     }
 
     fn remove_staged(&self, staged: &Staged) {

@@ -11,7 +11,7 @@ use std::io;
 use cortex_shared::wire_path::WirePath;
 
 use super::plan::Plan;
-use super::problem::Finding;
+use super::problem::{Code, Finding};
 use crate::root_dir::RootDir;
 
 /// A name as a file system may see it that does not tell case: what is equal here may be one there.
@@ -52,7 +52,7 @@ pub(super) fn hold_collisions(root: &RootDir, plan: &mut Plan) -> io::Result<Vec
 }
 
 /// Whether another spelling of a path's name stands there.
-fn stands(root: &RootDir, path: &WirePath) -> io::Result<bool> {
+pub(super) fn stands(root: &RootDir, path: &WirePath) -> io::Result<bool> {
     match root.parent_of(path) {
         Ok((parent, name)) => parent.other_spelling(name),
         // Its directory is new, or gone: whatever that means is found out when it is made.
@@ -64,5 +64,5 @@ fn stands(root: &RootDir, path: &WirePath) -> io::Result<bool> {
 pub(super) fn finding(path: &WirePath) -> Finding {
     let text = "a name that differs only in case stands here already, and this file system takes both for \
                 one: rename one of them on another member";
-    Finding::at(path, "case_conflict", text)
+    Finding::at(path, Code::CaseConflict, text)
 }

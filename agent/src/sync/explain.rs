@@ -6,20 +6,21 @@
 use cortex_shared::entry::{Entry, same};
 use cortex_shared::wire_path::WirePath;
 
-use super::WorkspaceConfig;
 use super::ignore::Ignore;
 use super::index::{Index, IndexError, IndexRow, Stamp};
 use super::mode::MemberMode;
 use super::plan::{conflict_of, leaves_workspace};
-use super::problem::Problem;
+use super::problem::{Code, Finding, Problem};
 use super::status::{SyncState, SyncStatus};
-use crate::root_dir::{FileKind, Meta, RootDir};
+use super::{WorkspaceConfig, case, plan};
+use crate::root_dir::{Disk, FileKind, Meta, RootDir, exact};
 
 /// What is known of a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Explanation {
     /// Stable code for programs: `synced`, `to_send`, `to_apply`, `conflict`, `held`, `ignored`,
-    /// `unknown`, `changed`, `withheld`, `link_outside`, `not_here`.
+    /// `unknown`, `changed`, `withheld`, `not_here`, or that of the problem ([`Code`]) that stands in the
+    /// way.
     pub code: &'static str,
     /// The answer in one sentence.
     pub text: String,
@@ -47,11 +48,13 @@ pub enum ExplainError {
 }
 
 pub(super) fn explain(
+    disk: &dyn Disk,
     config: &WorkspaceConfig,
     status: &SyncStatus,
     path: &WirePath,
 ) -> Result<Explanation, ExplainError> {
-    let root = RootDir::open(&config.root).map_err(ExplainError::Root)?;
+    // Where names are one that differ only in case, another name is not what is asked for.
+    let root = RootDir::new(exact(disk.open(&config.root).map_err(ExplainError::Root)?));
     let found = match Index::open_for_reading(&config.state_folder())? {
         Some(index) => index.get(path)?,
         None => None,
@@ -60,8 +63,17 @@ pub(super) fn explain(
     let ignore = Ignore::load(&root).map_err(ExplainError::Root)?;
     let is_dir = meta.is_some_and(|meta| meta.kind == FileKind::Dir);
     let rule = ignore.why(path, is_dir);
-    let (code, text) = verdict(status, path, found.as_ref(), meta.as_ref(), rule);
+    let ignored = rule.is_some();
+    let (mut code, mut text) = verdict(status, path, found.as_ref(), meta.as_ref(), rule);
     let row = found.as_ref().map(|found| &found.row);
+    if let Some((why, said)) = reason(status, path)
+        // Only so many of these are told.
+        .or_else(|| collides(&root, path, row).then(|| of(&case::finding(path))))
+        && !ignored
+        && code != "synced"
+    {
+        (code, text) = (why.as_str(), said);
+    }
     let concerns =
         |problem: &&Problem| problem.path.as_ref().is_none_or(|of| of == path || path.is_below(of));
     Ok(Explanation {
@@ -73,6 +85,32 @@ pub(super) fn explain(
         agreed: show(row.and_then(|row| row.base.as_ref())),
         problems: status.problems.iter().filter(concerns).cloned().collect(),
     })
+}
+
+/// The problem that keeps a path from being the same here and at the hub: its own, or one of a directory
+/// above it that everything below waits for.
+fn reason(status: &SyncStatus, path: &WirePath) -> Option<(Code, String)> {
+    let concerns = |problem: &&Problem| match &problem.path {
+        Some(of) if of == path => problem.code.is_reason(),
+        Some(of) => problem.code.covers_below() && path.is_below(of),
+        None => false,
+    };
+    let found = status.problems.iter().filter(concerns);
+    // The nearest: sorted by themselves, paths come after those above them.
+    let nearest = found.max_by(|a, b| a.path.cmp(&b.path))?;
+    Some((nearest.code, nearest.message.clone()))
+}
+
+fn of(finding: &Finding) -> (Code, String) {
+    (finding.code, finding.message.clone())
+}
+
+/// Whether a path of the hub, or a directory above it, is not here because another name is that differs
+/// only in case.
+fn collides(root: &RootDir, path: &WirePath, row: Option<&plan::Row>) -> bool {
+    let waits = row.is_some_and(|row| row.local.is_none() && row.remote.is_some());
+    let stands = |path: &WirePath| case::stands(root, path).unwrap_or(false);
+    waits && (stands(path) || path.ancestors().any(|above| stands(&above)))
 }
 
 fn verdict(
@@ -186,5 +224,124 @@ fn show(entry: Option<&Entry>) -> String {
             if file.executable { ", executable" } else { "" },
             file.content.to_string()
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cortex_shared::ids::WorkspaceId;
+
+    use super::*;
+    use crate::root_dir::real_disk;
+    use crate::sync::index::Seen;
+    use crate::sync::roots::Roots;
+    use crate::sync::status::Progress;
+
+    /// Where a kind of problem is met, and what it answers.
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    enum Met {
+        /// At a path, of which it is the answer.
+        Path,
+        /// At a directory, of which it is the answer, and of all that is below it.
+        Tree,
+        /// At a path of which something else is the answer.
+        Aside,
+        /// By the workspace as a whole.
+        Workspace,
+    }
+
+    /// Every kind is here: one that is new does not compile without.
+    fn met(code: Code) -> Met {
+        match code {
+            Code::OtherFileSystem
+            | Code::Unreadable
+            | Code::CaseConflict
+            | Code::SkillAwaited
+            | Code::ApplyFailed => Met::Tree,
+            Code::RulesOutdated
+            | Code::SpecialFile
+            | Code::TooLarge
+            | Code::Changing
+            | Code::LinkOutside
+            | Code::HubFull
+            | Code::MissingChunks
+            | Code::Rejected
+            | Code::CommandRuns
+            | Code::NoSpace
+            | Code::ContentMissing
+            | Code::StageFailed
+            | Code::Kept => Met::Path,
+            Code::PathTooLong | Code::IgnoreRules | Code::LateWrite => Met::Aside,
+            Code::MassDeleteHeld
+            | Code::RefusedByHub
+            | Code::NoEnd
+            | Code::SyncFailed
+            | Code::WatchLimit => Met::Workspace,
+        }
+    }
+
+    fn path(text: &str) -> WirePath {
+        WirePath::new(text).unwrap()
+    }
+
+    #[test]
+    fn every_kind_of_problem_is_told_of_the_paths_that_it_concerns_and_written_down() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = WorkspaceConfig {
+            id: WorkspaceId::new(),
+            name: "w".to_owned(),
+            root: folder.path().join("root"),
+            state_dir: folder.path().join("state"),
+            roots: Roots::default(),
+            library: None,
+        };
+        std::fs::create_dir(&config.root).unwrap();
+        std::fs::create_dir_all(config.state_folder()).unwrap();
+        // `d` and `d/f` are known here and not at the hub.
+        for directory in ["d", "d/f"] {
+            std::fs::create_dir(config.root.join(directory)).unwrap();
+        }
+        let mut index = Index::open(&config.state_folder()).unwrap();
+        for known in ["d", "d/f"] {
+            let seen = Seen::Entry(Entry::Dir, None);
+            index.batch(|writer| writer.set_local(&path(known), seen)).unwrap();
+        }
+        let progress = Progress::new(config.id, config.name.clone(), config.root.clone());
+        let disk = real_disk();
+        let ask = |status: &SyncStatus, asked: &str| {
+            explain(&*disk, &config, status, &path(asked)).unwrap()
+        };
+        let calm = progress.subscribe().borrow().clone();
+        assert_eq!(ask(&calm, "d/f").code, "to_send");
+        let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/sync.md");
+        let docs = std::fs::read_to_string(docs).unwrap();
+        for &code in Code::ALL {
+            let at = |at: Option<&str>| {
+                let problem = Problem {
+                    path: at.map(path),
+                    code,
+                    message: "because".to_owned(),
+                    first_seen_ms: 1,
+                };
+                SyncStatus { problems: vec![problem], ..calm.clone() }
+            };
+            let met = met(code);
+            let own = if met == Met::Workspace { None } else { Some("d/f") };
+            let here = ask(&at(own), "d/f");
+            assert!(here.problems.iter().any(|problem| problem.code == code), "{code} is not told");
+            let answers = matches!(met, Met::Path | Met::Tree);
+            assert_eq!(here.code == code.as_str(), answers, "{code}: {}", here.code);
+            assert_eq!(here.text == "because", answers, "{code}: {}", here.text);
+            let below = ask(&at(Some("d")), "d/f");
+            assert_eq!(
+                below.code == code.as_str(),
+                met == Met::Tree,
+                "below {code}: {}",
+                below.code
+            );
+            let beside = ask(&at(Some("d/other")), "d/f");
+            assert_eq!((beside.code, beside.problems.len()), ("to_send", 0), "beside {code}");
+            assert!(docs.contains(&format!("`{code}`")), "docs/sync.md says nothing of {code}");
+        }
     }
 }

@@ -9,6 +9,7 @@ use cortex_shared::clock::unix_ms;
 use rand::RngExt as _;
 
 use super::core::SyncError;
+use super::watch::Kernels;
 use crate::root_dir::{Disk, real_disk};
 
 /// Where blocking work is done.
@@ -59,8 +60,8 @@ pub(super) struct Ground {
     pub(super) disk: Arc<dyn Disk>,
     /// Where blocking work is done.
     pub(super) blocking: Blocking,
-    /// Whether the kernel tells of changes.
-    pub(super) watched: bool,
+    /// Who tells of changes.
+    pub(super) kernels: Kernels,
     /// The time of day in milliseconds since the Unix epoch: to tell when, never to compare.
     pub(super) wall_ms: Arc<dyn Fn() -> i64 + Send + Sync>,
     /// A number from 0 to 1, to spread what would otherwise happen at once.
@@ -79,7 +80,7 @@ impl Ground {
         Self {
             disk: real_disk(),
             blocking: Blocking::Threads,
-            watched: true,
+            kernels: Kernels::real(),
             wall_ms: Arc::new(unix_ms),
             chance: Arc::new(|| rand::rng().random_range(0.0..1.0)),
         }

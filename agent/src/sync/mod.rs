@@ -61,6 +61,7 @@ use tokio::sync::{mpsc, oneshot, watch as watch_channel};
 use tokio::task::JoinHandle;
 
 use crate::library::Freshness;
+use crate::root_dir::Disk;
 use engine::{Command, Engine};
 pub use explain::{ExplainError, Explanation};
 use ground::Ground;
@@ -123,6 +124,7 @@ pub enum FlushError {
 /// A running workspace. Dropping it leaves the engine running until its scope is cancelled.
 pub struct WorkspaceHandle {
     config: WorkspaceConfig,
+    disk: Arc<dyn Disk>,
     options: watch_channel::Sender<MemberOptions>,
     /// Bytes that have moved on the lines to the hub.
     moved: Arc<dyn Fn() -> u64 + Send + Sync>,
@@ -169,6 +171,7 @@ fn start_on<H: Hub>(
     let moved = Arc::new(move || lines.0.moved_bytes() + lines.1.moved_bytes());
     let progress = Arc::new(progress);
     let occupancy = Occupancy::default();
+    let disk = ground.disk.clone();
     let engine = Engine {
         ground,
         occupancy: occupancy.clone(),
@@ -188,7 +191,7 @@ fn start_on<H: Hub>(
     scope.spawn("workspace rate", async move {
         stop.run_until_cancelled(progress.measure(move || measured())).await;
     });
-    WorkspaceHandle { config, options, moved, head, status, commands, occupancy, scope, task }
+    WorkspaceHandle { config, disk, options, moved, head, status, commands, occupancy, scope, task }
 }
 
 impl WorkspaceConfig {
@@ -266,7 +269,7 @@ impl WorkspaceHandle {
     /// # Errors
     /// If the index cannot be read.
     pub fn explain(&self, path: &WirePath) -> Result<Explanation, ExplainError> {
-        explain::explain(&self.config, &self.status.borrow().clone(), path)
+        explain::explain(&*self.disk, &self.config, &self.status.borrow().clone(), path)
     }
 
     /// Something outside of the workspace that it waited for may have come: it plans again, soon.

@@ -27,13 +27,118 @@ pub enum Stage {
     Trash,
 }
 
+/// Of what kind problems are: `Name = "code for programs"`.
+macro_rules! codes {
+    ($($(#[$doc:meta])+ $name:ident = $text:literal,)+) => {
+        /// Of what kind a problem is.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Code {
+            $($(#[$doc])+ $name,)+
+        }
+
+        impl Code {
+            /// All kinds.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)+];
+
+            /// Stable name for programs.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$name => $text,)+
+                }
+            }
+        }
+    };
+}
+
+codes! {
+    /// So much would be deleted that somebody has to confirm it.
+    MassDeleteHeld = "mass_delete_held",
+    /// The hub refuses what fits to all that it told.
+    RefusedByHub = "refused_by_hub",
+    /// Changes come faster than they can be synced.
+    NoEnd = "no_end",
+    /// The hub or the file system failed as a whole.
+    SyncFailed = "sync_failed",
+    /// The kernel does not tell of all changes.
+    WatchLimit = "watch_limit",
+    /// Some lines of `.cortexignore` are not obeyed.
+    IgnoreRules = "ignore_rules",
+    /// The newest `.cortexignore` cannot be put in its place.
+    RulesOutdated = "rules_outdated",
+    /// A name in a directory is too long as a path.
+    PathTooLong = "path_too_long",
+    /// Another file system is mounted there.
+    OtherFileSystem = "other_file_system",
+    /// A socket, pipe or device.
+    SpecialFile = "special_file",
+    /// Too large to be synced.
+    TooLarge = "too_large",
+    /// The file system does not let it be read.
+    Unreadable = "unreadable",
+    /// It is being written all the time.
+    Changing = "changing",
+    /// Its name differs only in case from one that stands here.
+    CaseConflict = "case_conflict",
+    /// A link that leaves the workspace.
+    LinkOutside = "link_outside",
+    /// A directory becomes a link to a skill that is not here yet.
+    SkillAwaited = "skill_awaited",
+    /// The hub has no room for it.
+    HubFull = "hub_full",
+    /// The hub misses chunks that were sent to it.
+    MissingChunks = "missing_chunks",
+    /// The hub refuses it.
+    Rejected = "rejected",
+    /// A command runs here that must not see it change.
+    CommandRuns = "command_runs",
+    /// There is no room for it here.
+    NoSpace = "no_space",
+    /// The hub has lost its content.
+    ContentMissing = "content_missing",
+    /// It cannot be put together here.
+    StageFailed = "stage_failed",
+    /// It cannot be put in its place here.
+    ApplyFailed = "apply_failed",
+    /// A directory stays for what is left out in it.
+    Kept = "kept",
+    /// It was written to after it was replaced, and cannot be put back.
+    LateWrite = "late_write",
+}
+
+impl Code {
+    /// Whether what is below such a path waits with it.
+    pub(super) fn covers_below(self) -> bool {
+        matches!(
+            self,
+            Self::OtherFileSystem
+                | Self::Unreadable
+                | Self::CaseConflict
+                | Self::SkillAwaited
+                | Self::ApplyFailed
+        )
+    }
+
+    /// Whether it says why a path is not the same here and at the hub. The others tell of something else:
+    /// of names in it, of lines in it, or of a version of it that lies aside.
+    pub(super) fn is_reason(self) -> bool {
+        !matches!(self, Self::PathTooLong | Self::IgnoreRules | Self::LateWrite)
+    }
+}
+
+impl std::fmt::Display for Code {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 /// One problem with one path, or with the workspace if there is none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// The path.
     pub path: Option<WirePath>,
-    /// Stable code for programs.
-    pub code: &'static str,
+    /// Of what kind it is.
+    pub code: Code,
     /// Text for people.
     pub message: String,
     /// When it was first seen, milliseconds since the Unix epoch.
@@ -45,15 +150,15 @@ pub struct Problem {
 pub struct Finding {
     /// The path.
     pub path: Option<WirePath>,
-    /// Stable code for programs.
-    pub code: &'static str,
+    /// Of what kind it is.
+    pub code: Code,
     /// Text for people.
     pub message: String,
 }
 
 impl Finding {
     /// A finding about a path.
-    pub fn at(path: &WirePath, code: &'static str, message: impl ToString) -> Self {
+    pub fn at(path: &WirePath, code: Code, message: impl ToString) -> Self {
         Self { path: Some(path.clone()), code, message: message.to_string() }
     }
 }
@@ -105,7 +210,7 @@ mod tests {
     fn cured_problems_vanish_and_lasting_ones_keep_their_date() {
         let path = |text: &str| WirePath::new(text).unwrap();
         let mut problems = Problems::default();
-        let finding = |text: &str| Finding::at(&path(text), "unreadable", "no");
+        let finding = |text: &str| Finding::at(&path(text), Code::Unreadable, "no");
         problems.replace(Stage::Scan, |_| true, vec![finding("a"), finding("b")]);
         problems.0.values_mut().for_each(|problem| problem.first_seen_ms = 1);
         problems.replace(Stage::Scan, |p| p == Some(&path("a")), vec![finding("a")]);

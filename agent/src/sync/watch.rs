@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
+use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -105,9 +106,50 @@ impl Dirty {
     }
 }
 
+/// Takes what the kernel tells, on a thread of whoever asks the kernel.
+pub(super) type Handler = Box<dyn FnMut(notify::Result<notify::Event>) + Send>;
+
+/// Who asks the kernel to tell of changes.
+pub(super) trait Kernel: Send {
+    /// Tells from now on of what happens directly in a directory.
+    fn watch(&mut self, directory: &Path) -> notify::Result<()>;
+}
+
+impl Kernel for RecommendedWatcher {
+    fn watch(&mut self, directory: &Path) -> notify::Result<()> {
+        notify::Watcher::watch(self, directory, RecursiveMode::NonRecursive)
+    }
+}
+
+/// How hints are asked for: of the machine's kernel, or of a simulated one. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Kernels(Arc<dyn Fn(Handler) -> notify::Result<Box<dyn Kernel>> + Send + Sync>);
+
+impl Kernels {
+    pub(super) fn new(
+        begin: impl Fn(Handler) -> notify::Result<Box<dyn Kernel>> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Arc::new(begin))
+    }
+
+    /// The machine's own.
+    pub(super) fn real() -> Self {
+        Self::new(|handler| {
+            let config = Config::default().with_follow_symlinks(false);
+            Ok(Box::new(RecommendedWatcher::new(handler, config)?))
+        })
+    }
+}
+
+impl fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kernels").finish_non_exhaustive()
+    }
+}
+
 /// Watches the directories of one workspace.
 pub(super) struct Watch {
-    watcher: RecommendedWatcher,
+    kernel: Box<dyn Kernel>,
     root: PathBuf,
     /// The kernel watches no more directories: the rest is looked at from time to time.
     pub(super) limited: bool,
@@ -118,7 +160,10 @@ pub(super) struct Watch {
 
 impl Watch {
     /// Begins without any directory.
-    pub(super) fn new(root: &Path, dirty: Arc<Dirty>) -> notify::Result<Self> {
+    ///
+    /// # Errors
+    /// If the kernel has no more watchers to give.
+    pub(super) fn new(kernels: &Kernels, root: &Path, dirty: Arc<Dirty>) -> notify::Result<Self> {
         let handler_root = root.to_owned();
         let handler = move |event: notify::Result<notify::Event>| {
             dirty.finished.store(event.as_ref().is_ok_and(ends_a_change), Ordering::Relaxed);
@@ -126,9 +171,8 @@ impl Watch {
                 dirty.add(scope);
             }
         };
-        let config = Config::default().with_follow_symlinks(false);
-        let watcher = RecommendedWatcher::new(handler, config)?;
-        Ok(Self { watcher, root: root.to_owned(), limited: false, entered: HashMap::new() })
+        let kernel = (kernels.0)(Box::new(handler))?;
+        Ok(Self { kernel, root: root.to_owned(), limited: false, entered: HashMap::new() })
     }
 
     /// Begins to remember anew which directories were entered: everything is about to be.
@@ -145,7 +189,7 @@ impl Watch {
             Some(directory) => self.root.join(OsStr::from_bytes(directory.as_bytes())),
             None => self.root.clone(),
         };
-        match self.watcher.watch(&path, RecursiveMode::NonRecursive) {
+        match self.kernel.watch(&path) {
             Ok(()) => true,
             Err(error) if matches!(error.kind, ErrorKind::MaxFilesWatch) => {
                 // Everything is looked at from time to time instead.
@@ -318,7 +362,7 @@ mod tests {
     fn a_file_in_a_watched_directory_is_noticed() {
         let folder = tempfile::tempdir().unwrap();
         let dirty = Arc::new(Dirty::default());
-        let mut watch = Watch::new(folder.path(), dirty.clone()).unwrap();
+        let mut watch = Watch::new(&Kernels::real(), folder.path(), dirty.clone()).unwrap();
         assert!(watch.directory(None));
         std::fs::write(folder.path().join("f"), b"x").unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();

@@ -10,14 +10,14 @@ use std::collections::BTreeSet;
 use std::io;
 
 use cortex_shared::chunk::Cutter;
-use cortex_shared::entry::{Entry, File};
+use cortex_shared::entry::{Digest, Entry, File};
 use cortex_shared::wire_path::WirePath;
 
 use crate::root_dir::{FileKind, Meta, RootDir};
 use crate::sync::index::{Displaced, Index};
 use crate::sync::plan::copy_names;
 use crate::sync::private_dir::PrivateDir;
-use crate::sync::problem::Finding;
+use crate::sync::problem::{Code, Finding};
 
 use super::{ApplyError, exists, vanished};
 
@@ -34,9 +34,18 @@ pub struct LateWrites {
 }
 
 impl Displaced {
-    fn is_unchanged(&self, meta: &Meta) -> bool {
+    /// Whether nobody has written to it, as far as its length and its time tell.
+    fn looks_unchanged(&self, meta: &Meta) -> bool {
         (self.size, self.mtime_ns) == (meta.size, meta.mtime_ns)
     }
+}
+
+/// What was found at a look.
+enum Found {
+    /// It holds this, which nobody is to be told of.
+    Unwritten(Digest),
+    /// Somebody has written to it; it is in the tree again.
+    PutBack(WirePath),
 }
 
 /// Looks at all displaced files that are remembered. Blocking.
@@ -50,6 +59,8 @@ pub fn rescue_late_writes(
 ) -> Result<LateWrites, ApplyError> {
     let mut late = LateWrites::default();
     let mut after = None;
+    // Before any of them is looked at: what is written later has another time than one that is older.
+    let clock = private.clock_of_readers().map_err(ApplyError::Trash)?;
     loop {
         let rows = index.displaced(after.as_deref(), PAGE_ROWS)?;
         let Some(last) = rows.last() else { return Ok(late) };
@@ -59,13 +70,18 @@ pub fn rescue_late_writes(
             match private.trash().try_lstat(&row.name).map_err(ApplyError::Trash)? {
                 // It was removed in its time.
                 None => over.push(row.name),
-                Some(meta) if meta.kind != FileKind::File || row.is_unchanged(&meta) => {}
+                Some(meta)
+                    if meta.kind != FileKind::File
+                        || row.content.is_none() && row.looks_unchanged(&meta) => {}
                 Some(meta) => match put_back(root, private, index, &row)? {
-                    Ok(None) => {
+                    Ok(Found::Unwritten(content)) => {
                         let Meta { size, mtime_ns, .. } = meta;
-                        ours.push(Displaced { size, mtime_ns, ..row });
+                        // Once it is old enough, its time tells.
+                        let hides = clock.may_hide_a_write(mtime_ns);
+                        let content = hides.then_some(content);
+                        ours.push(Displaced { size, mtime_ns, content, ..row });
                     }
-                    Ok(Some(path)) => {
+                    Ok(Found::PutBack(path)) => {
                         tracing::warn!(%path, "a file was written to after it was replaced");
                         late.dirty.insert(path.parent());
                         over.push(row.name);
@@ -76,7 +92,7 @@ pub fn rescue_late_writes(
                             row.name.escape_ascii(),
                             private.path().join("trash").display(),
                         );
-                        late.findings.push(Finding::at(&row.path, "late_write", text));
+                        late.findings.push(Finding::at(&row.path, Code::LateWrite, text));
                     }
                 },
             }
@@ -92,23 +108,26 @@ pub fn rescue_late_writes(
 
 /// Moves a displaced file back into the tree. Whoever has it open goes on writing to it there.
 ///
-/// `None` if nobody has written to it: it holds what the hub has at its path. That is what we were about
-/// to put there when our process ended, between the note and the exchange.
+/// Unless nobody has written to it: it holds what it held, or what the hub has at its path. That is what we
+/// were about to put there when our process ended, between the note and the exchange.
 fn put_back(
     root: &RootDir,
     private: &PrivateDir,
     index: &Index,
     row: &Displaced,
-) -> Result<io::Result<Option<WirePath>>, ApplyError> {
+) -> Result<io::Result<Found>, ApplyError> {
     let file = match read(private, row) {
         Ok(file) => file,
         Err(error) => return Ok(Err(error)),
     };
+    if row.content == Some(file.content) {
+        return Ok(Ok(Found::Unwritten(file.content)));
+    }
     let remote = index.get(&row.path)?.and_then(|found| found.row.remote);
     if matches!(remote, Some(Entry::File(remote)) if remote.content == file.content) {
-        return Ok(Ok(None));
+        return Ok(Ok(Found::Unwritten(file.content)));
     }
-    Ok(place(root, private, row, &Entry::File(file)).map(Some))
+    Ok(place(root, private, row, &Entry::File(file)).map(Found::PutBack))
 }
 
 fn read(private: &PrivateDir, row: &Displaced) -> io::Result<File> {

@@ -122,11 +122,9 @@ pub(super) fn attach(
         Ignore::load(&root).map_err(|source| AttachError::Rules { path: path(), source })?;
     index.set_ignore(ignore.clone())?;
     dirty.set_ignore(ignore.clone());
-    let watch = ground.watched.then(|| Watch::new(&config.root, dirty)).and_then(|watch| {
-        watch
-            .inspect_err(|error| tracing::warn!(%error, "cannot watch; looking from time to time"))
-            .ok()
-    });
+    let watch = Watch::new(&ground.kernels, &config.root, dirty)
+        .inspect_err(|error| tracing::warn!(%error, "cannot watch; looking from time to time"))
+        .ok();
     // Until the first look it is not known what they come from.
     let rules_base = None;
     let core = Core {

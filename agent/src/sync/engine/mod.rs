@@ -28,7 +28,7 @@ use super::hub::Hub;
 use super::index::Index;
 use super::mode::MemberOptions;
 use super::occupancy::Occupancy;
-use super::problem::{Finding, Stage};
+use super::problem::{Code, Finding, Stage};
 use super::scan::{Directories, Report, ScanError, Scanner, Scope};
 use super::status::{Progress, SyncState};
 use super::watch::{Dirty, Unwatched, Watch};
@@ -276,7 +276,7 @@ impl<H: Hub> Engine<H> {
             }
             _ => tracing::error!(workspace = %self.config.name, %error, "sync failed"),
         }
-        let finding = Finding { path: None, code: "sync_failed", message: error.to_string() };
+        let finding = Finding { path: None, code: Code::SyncFailed, message: error.to_string() };
         work.problems.replace(Stage::Push, |_| true, vec![finding]);
         let problems = work.problems.list();
         self.progress.update(|status| status.problems = problems);
@@ -386,7 +386,7 @@ impl<H: Hub> Engine<H> {
         let cancel = self.cancel.clone();
         let scanned = scope.clone();
         let threads = self.ground.blocking == Blocking::Threads;
-        let watched = self.ground.watched;
+        let kernels = self.ground.kernels.clone();
         let begun = Instant::now();
         let (root, dirty) = (self.config.root.clone(), work.dirty.clone());
         let hot: HashMap<_, _> =
@@ -395,9 +395,9 @@ impl<H: Hub> Engine<H> {
             .core
             .run(move |core| {
                 let mut report = Report::default();
-                if watched && core.watch.is_none() && scanned == Scope::Tree(None) {
+                if core.watch.is_none() && scanned == Scope::Tree(None) {
                     // There may be room for a watcher by now.
-                    core.watch = Watch::new(&root, dirty).ok();
+                    core.watch = Watch::new(&kernels, &root, dirty).ok();
                 }
                 // A file that was moved here is seen with its directory.
                 let is_file = matches!(&scanned, Scope::Tree(Some(path))

@@ -21,7 +21,7 @@ use crate::sync::index::{Index, IndexError};
 use crate::sync::mode::MemberMode;
 use crate::sync::moves::apply_moves;
 use crate::sync::plan::{LocalChange, Options, Plan, conflict_of, plan};
-use crate::sync::problem::{Finding, Stage};
+use crate::sync::problem::{Code, Finding, Stage};
 use crate::sync::scan::Scope;
 use crate::sync::status::SyncState;
 use crate::sync::transfer::{
@@ -135,7 +135,7 @@ impl<H: Hub> Engine<H> {
                 let text =
                     "the hub refuses changes that fit to all that it told; they are tried again";
                 let refused =
-                    Finding { path: None, code: "refused_by_hub", message: text.to_owned() };
+                    Finding { path: None, code: Code::RefusedByHub, message: text.to_owned() };
                 work.problems.replace(Stage::Plan, |_| false, vec![refused]);
                 work.problem_retry_at = Some(Instant::now() + PROBLEM_RETRY);
                 let problems = work.problems.list();
@@ -159,7 +159,7 @@ impl<H: Hub> Engine<H> {
         }
         let finding = Finding {
             path: None,
-            code: "no_end",
+            code: Code::NoEnd,
             message: "the workspace changes faster than it can be synced".to_owned(),
         };
         work.problems.replace(Stage::Plan, |_| true, vec![finding]);
@@ -457,16 +457,16 @@ impl<H: Hub> Engine<H> {
                 "{held} deletions are held back{by} because they are so many; an operator can confirm \
                  them (cortex-agent workspace confirm-deletes {name}), or restore the files"
             );
-            plan_findings.push(Finding { path: None, code: "mass_delete_held", message });
+            plan_findings.push(Finding { path: None, code: Code::MassDeleteHeld, message });
         }
         plan_findings.extend(sweep.held_links.iter().map(|path| {
             let text = "a link that leaves the workspace is neither sent nor placed";
-            Finding::at(path, "link_outside", text)
+            Finding::at(path, Code::LinkOutside, text)
         }));
         plan_findings.extend(sweep.collisions.iter().map(case::finding));
         plan_findings.extend(sweep.awaited_skills.iter().take(MAX_LINKS_TOLD).map(|path| {
             let text = "it becomes a link to a skill, once the library here is new enough";
-            Finding::at(path, "skill_awaited", text)
+            Finding::at(path, Code::SkillAwaited, text)
         }));
         work.problems.replace(Stage::Plan, |_| true, plan_findings);
         work.problems.replace(Stage::Push, |_| true, sweep.push_findings.clone());

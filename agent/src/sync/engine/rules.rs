@@ -12,7 +12,7 @@ use crate::sync::core::{Core, SyncError};
 use crate::sync::hub::Hub;
 use crate::sync::ignore::Ignore;
 use crate::sync::plan::PushOp;
-use crate::sync::problem::{Finding, Stage};
+use crate::sync::problem::{Code, Finding, Stage};
 use crate::sync::scan::Scope;
 
 impl<H: Hub> Engine<H> {
@@ -32,7 +32,7 @@ impl<H: Hub> Engine<H> {
         let ignore = work.core.run(|core| Ok::<_, SyncError>(core.ignore.clone())).await?;
         let findings = ignore.refused().iter().take(1).map(|_| Finding {
             path: rules_path(),
-            code: "ignore_rules",
+            code: Code::IgnoreRules,
             message: format!("not all of it is obeyed: {}", ignore.refused().join("; ")),
         });
         work.problems.replace(Stage::Rules, |_| true, findings.collect());
@@ -71,7 +71,7 @@ pub(super) fn is_rules(path: &WirePath) -> bool {
 /// Tells that the rules of the workspace could not be taken over.
 pub(super) fn not_taken_over() -> Finding {
     let text = "the newest rules of the workspace cannot be taken over here, so nothing is sent";
-    Finding { path: rules_path(), code: "rules_outdated", message: text.to_owned() }
+    Finding { path: rules_path(), code: Code::RulesOutdated, message: text.to_owned() }
 }
 
 fn content_of(entry: Option<&Entry>) -> Option<Digest> {

@@ -18,7 +18,7 @@ use crate::root_dir::DirIdentity;
 use crate::sync::FlushError;
 use crate::sync::core::CoreCell;
 use crate::sync::index::Cursor;
-use crate::sync::problem::{Finding, Problems, Stage};
+use crate::sync::problem::{Code, Finding, Problems, Stage};
 use crate::sync::scan::{HotFile, Report, Scope};
 use crate::sync::transfer::{Arrived, Lane};
 use crate::sync::watch::Dirty;
@@ -189,7 +189,7 @@ impl Work {
             .filter(|(path, (_, delay))| *delay >= UNSTABLE_TOLD && scope.covers(path))
         {
             let text = "it is being written all the time; it is read again within half a minute";
-            findings.push(Finding::at(path, "changing", text));
+            findings.push(Finding::at(path, Code::Changing, text));
         }
         self.problems.replace(Stage::Scan, covered, findings);
         for scope in report.racy {
@@ -206,7 +206,7 @@ impl Work {
                  max_user_instances); changes are looked for every {} s meanwhile",
                 pause.as_secs()
             );
-            Finding { path: None, code: "watch_limit", message }
+            Finding { path: None, code: Code::WatchLimit, message }
         });
         self.problems.replace(Stage::Watch, |_| true, finding.into_iter().collect());
     }

@@ -52,9 +52,15 @@ const SCHEMA: &str = "
 /// Added without a new version: an index of before simply remembers none.
 const LATER_SCHEMA: &str = "
     CREATE TABLE IF NOT EXISTS displaced (
-        name BLOB PRIMARY KEY, path BLOB NOT NULL, size INTEGER NOT NULL, mtime INTEGER NOT NULL
+        name BLOB PRIMARY KEY, path BLOB NOT NULL, size INTEGER NOT NULL, mtime INTEGER NOT NULL,
+        content BLOB
     ) WITHOUT ROWID;
 ";
+/// The same for a table that has been there for longer than one of its columns.
+const LATER_COLUMN: (&str, &str) = (
+    "SELECT 1 FROM pragma_table_info('displaced') WHERE name = 'content'",
+    "ALTER TABLE displaced ADD COLUMN content BLOB",
+);
 const COLUMNS: &str = "key, base, local, remote, unknown, dev, ino, size, mtime, ctime, racy";
 
 /// Why the index cannot be used.
@@ -148,6 +154,9 @@ pub struct Displaced {
     pub size: u64,
     /// Modification time in nanoseconds.
     pub mtime_ns: i64,
+    /// What it held, if it was written so shortly before that another write right after would leave the
+    /// same time: then its length and its time say nothing.
+    pub content: Option<Digest>,
 }
 
 /// A row with its stamp.
@@ -274,6 +283,10 @@ impl Index {
             return Err(IndexError::Damaged { what: "schema version" });
         }
         database.execute_batch(LATER_SCHEMA)?;
+        let (has, add) = LATER_COLUMN;
+        if !database.prepare(has)?.exists([])? {
+            database.execute_batch(add)?;
+        }
         let mut index = Self { database, counts: Counts::default(), ignore: Ignore::default() };
         index.counts = Counts {
             local: index.meta_number("local_count")?.unwrap_or(0),
@@ -455,7 +468,7 @@ impl Index {
         limit: u32,
     ) -> Result<Vec<Displaced>, IndexError> {
         let mut statement = self.database.prepare_cached(
-            "SELECT name, path, size, mtime FROM displaced WHERE name > ? ORDER BY name LIMIT ?",
+            "SELECT name, path, size, mtime, content FROM displaced WHERE name > ? ORDER BY name LIMIT ?",
         )?;
         let mut rows = statement.query(params![after.unwrap_or_default(), limit])?;
         let mut displaced = Vec::new();
@@ -463,7 +476,10 @@ impl Index {
             let path = WirePath::new(row.get::<_, Vec<u8>>(1)?)
                 .map_err(|_| IndexError::Damaged { what: "displaced path" })?;
             let size = row.get::<_, i64>(2)?.cast_unsigned();
-            displaced.push(Displaced { name: row.get(0)?, path, size, mtime_ns: row.get(3)? });
+            let content = row.get::<_, Option<Vec<u8>>>(4)?;
+            let content = content.and_then(|bytes| Digest::from_slice(&bytes));
+            let (name, mtime_ns) = (row.get(0)?, row.get(3)?);
+            displaced.push(Displaced { name, path, size, mtime_ns, content });
         }
         Ok(displaced)
     }

@@ -99,10 +99,11 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// Those of SQLite.
     pub fn note_displaced(&self, file: &Displaced) -> Result<(), IndexError> {
-        let Displaced { name, path, size, mtime_ns } = file;
+        let Displaced { name, path, size, mtime_ns, content } = file;
+        let content = content.as_ref().map(Digest::as_bytes);
         self.database
-            .prepare_cached("INSERT OR REPLACE INTO displaced VALUES (?, ?, ?, ?)")?
-            .execute(params![name, path.as_bytes(), size.cast_signed(), mtime_ns])?;
+            .prepare_cached("INSERT OR REPLACE INTO displaced VALUES (?, ?, ?, ?, ?)")?
+            .execute(params![name, path.as_bytes(), size.cast_signed(), mtime_ns, content])?;
         Ok(())
     }
 

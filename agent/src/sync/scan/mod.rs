@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::ignore::Ignore;
 use super::index::{Index, IndexError, IndexRow, Seen, Stamp};
-use super::problem::Finding;
+use super::problem::{Code, Finding};
 use crate::root_dir::{DirHandle, DirIdentity, FileKind, Meta, RootDir};
 use hash::{Hashed, Job, Outcome, Pool};
 
@@ -48,6 +48,12 @@ impl Clock {
     pub fn is_racy(&self, meta: &Meta) -> bool {
         // The other time is whatever somebody says, next year as well.
         meta.ctime_ns.saturating_add(self.tick_ns) > self.now_ns
+    }
+
+    /// Whether a write from now on could leave the modification time as it is.
+    #[must_use]
+    pub fn may_hide_a_write(&self, mtime_ns: i64) -> bool {
+        mtime_ns.abs_diff(self.now_ns) < self.tick_ns.max(0).unsigned_abs()
     }
 }
 
@@ -270,7 +276,7 @@ impl Walk<'_, '_> {
                 Err(error) => {
                     self.find(Finding {
                         path: directory.cloned(),
-                        code: "path_too_long",
+                        code: Code::PathTooLong,
                         message: format!("{}: {error}", name.escape_ascii()),
                     });
                     continue;
@@ -330,7 +336,7 @@ impl Walk<'_, '_> {
             FileKind::Dir if mounted => {
                 self.find(Finding::at(
                     &path,
-                    "other_file_system",
+                    Code::OtherFileSystem,
                     "another file system is mounted here",
                 ));
                 if row.is_some() {
@@ -376,7 +382,7 @@ impl Walk<'_, '_> {
             FileKind::Other => {
                 self.find(Finding::at(
                     &path,
-                    "special_file",
+                    Code::SpecialFile,
                     "sockets, pipes and devices are not synced",
                 ));
                 if row.is_some() {
@@ -523,7 +529,7 @@ impl Walk<'_, '_> {
             Outcome::Unreadable(_) if self.scanner.cancel.is_cancelled() => {}
             Outcome::Unreadable(error) => self.unreadable(&path, &error),
             Outcome::TooLarge => {
-                self.find(Finding::at(&path, "too_large", "the file is too large to be synced"));
+                self.find(Finding::at(&path, Code::TooLarge, "the file is too large to be synced"));
                 self.see(path, Seen::Unknown);
             }
         }
@@ -537,7 +543,7 @@ impl Walk<'_, '_> {
     }
 
     fn unreadable(&mut self, path: &WirePath, error: &io::Error) {
-        self.find(Finding::at(path, "unreadable", error));
+        self.find(Finding::at(path, Code::Unreadable, error));
         self.see(path.clone(), Seen::Unknown);
     }
 

@@ -238,7 +238,7 @@ fn t29_unreadable_is_not_deleted() {
         scan.join().unwrap()
     });
     assert_eq!(tree.seen(), ["d/?", "d/f", "g?"]);
-    assert!(report.findings.iter().all(|finding| finding.code == "unreadable"));
+    assert!(report.findings.iter().all(|finding| finding.code == Code::Unreadable));
     fs::set_permissions(tree.path("d"), fs::Permissions::from_mode(0o700)).unwrap();
     fs::set_permissions(tree.path("g"), fs::Permissions::from_mode(0o600)).unwrap();
     tree.scan_all();

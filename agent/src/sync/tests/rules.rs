@@ -4,13 +4,14 @@
 
 use std::os::unix::fs::{MetadataExt as _, symlink};
 
+use super::super::problem::Code;
 use super::*;
 use crate::sync::FlushError;
 use crate::sync::mode::MemberMode;
 use crate::sync::roots::Roots;
 
 /// Whether a status says a problem of this kind.
-fn says(status: &SyncStatus, code: &str) -> bool {
+fn says(status: &SyncStatus, code: Code) -> bool {
     status.problems.iter().any(|problem| problem.code == code)
 }
 
@@ -64,7 +65,7 @@ async fn t34_a_directory_kept_for_what_is_ignored_in_it_is_a_state_and_acknowled
     let seq = *mesh.hub.subscribe().borrow();
     b.handle().head_moved(seq);
     let status = b.until(|s| s.applied_seq == seq && s.state == SyncState::Idle).await;
-    assert!(says(&status, "kept"), "{status:?}");
+    assert!(says(&status, Code::Kept), "{status:?}");
     assert_eq!(b.names(), ["d", "d/e", "d/e/.git", "d/e/.git/config"]);
     // What is put there after all brings the directory back, with nothing that is ignored.
     b.write("d/e/new", "x");
@@ -517,7 +518,7 @@ async fn a_directory_whose_left_out_files_the_hub_has_is_kept_there_and_holds_up
     a.flush().await;
     let status = arrived(&mesh, &b).await;
     assert!(!b.path("d/f").exists() && b.path("d/f.o").exists() && b.path("other").exists());
-    assert!(!says(&status, "no_end") && !says(&a.status(), "no_end"));
+    assert!(!says(&status, Code::NoEnd) && !says(&a.status(), Code::NoEnd));
     assert_eq!(a.status().kept, 1);
 }
 
@@ -599,14 +600,14 @@ async fn links_that_leave_the_workspace_are_neither_sent_nor_placed_and_told() {
     symlink("../../elsewhere", a.path("d/out")).unwrap();
     settle_names(&[&a, &b]).await;
     assert_eq!(b.names(), ["d", "d/f", "d/inside"]);
-    let told = a.status().problems.iter().filter(|p| p.code == "link_outside").count();
+    let told = a.status().problems.iter().filter(|p| p.code == Code::LinkOutside).count();
     assert_eq!(told, 2);
     assert_eq!(a.handle().explain(&path("d/out")).unwrap().code, "link_outside");
     let hostile = cortex_shared::entry::Entry::Link { target: b"/etc"[..].into() };
     mesh.hub.put("hostile", Some(hostile));
     let status = arrived(&mesh, &b).await;
     assert!(!b.path("hostile").is_symlink());
-    assert!(says(&status, "link_outside"), "{status:?}");
+    assert!(says(&status, Code::LinkOutside), "{status:?}");
     for name in ["d/absolute", "d/out"] {
         fs::remove_file(a.path(name)).unwrap();
     }

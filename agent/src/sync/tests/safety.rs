@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cortex_shared::entry::{Digest, Entry};
 
+use super::super::problem::Code;
 use super::*;
 
 /// Writes to a file all the time until it is dropped.
@@ -119,7 +120,7 @@ async fn a_full_hub_takes_deletions_and_is_not_called_unreachable() {
     let problems: Vec<_> = status
         .problems
         .iter()
-        .map(|problem| (problem.path.as_ref().unwrap().to_string(), problem.code))
+        .map(|problem| (problem.path.as_ref().unwrap().to_string(), problem.code.as_str()))
         .collect();
     assert_eq!(problems, [("edited".into(), "hub_full"), ("new".into(), "hub_full")]);
     assert!(status.problems[0].message.contains("disk is full"), "{status:?}");
@@ -161,7 +162,7 @@ async fn a_large_file_whose_chunks_do_not_make_up_its_content_takes_no_place() {
     file.content = Digest::of(b"something else");
     mesh.hub.put("lie", Some(Entry::File(file)));
     let b = mesh.node("b");
-    let told = |status: &SyncStatus| status.problems.iter().any(|p| p.code == "stage_failed");
+    let told = |status: &SyncStatus| status.problems.iter().any(|p| p.code == Code::StageFailed);
     b.until(|status| told(status) && status.state == SyncState::Idle).await;
     assert_eq!(b.names(), ["true"]);
     assert!(fs::read(b.path("true")).unwrap() == content);

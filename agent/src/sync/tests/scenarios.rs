@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::{MetadataExt as _, symlink};
 
+use super::super::problem::Code;
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -287,7 +288,7 @@ async fn deleting_very_much_is_held_until_it_is_confirmed() {
     b.flush().await;
     assert_eq!(b.names().len(), 152);
     let status = a.status();
-    assert_eq!(status.problems[0].code, "mass_delete_held");
+    assert_eq!(status.problems[0].code, Code::MassDeleteHeld);
     assert_eq!(status.pending_push, 150, "the directory waits for its files");
     assert_eq!(a.handle().confirm_deletions().unwrap(), 150);
     settle(&[&a, &b]).await;
@@ -315,7 +316,7 @@ async fn deletions_that_the_hub_holds_wait_for_an_operators_word_and_nothing_els
     both(&a, &b).await;
     assert_eq!(b.names(), ["new", "one", "three", "two"]);
     let status = a.status();
-    assert_eq!(status.problems[0].code, "mass_delete_held");
+    assert_eq!(status.problems[0].code, Code::MassDeleteHeld);
     assert!(status.problems[0].message.contains("by the hub"), "{:?}", status.problems);
     assert_eq!((status.held_deletions, status.pending_push), (1, 1));
     assert_eq!(a.names(), ["new", "three", "two"], "it does not come back either");
@@ -525,7 +526,10 @@ async fn content_that_the_hub_has_lost_holds_up_only_its_file_and_is_sent_again(
         assert_eq!(node.names(), ["other"], "{:?}", node.status().problems);
         let problems = node.status().problems;
         assert_eq!(problems.len(), 2, "{problems:?}");
-        assert!(problems.iter().all(|problem| problem.code == "content_missing"), "{problems:?}");
+        assert!(
+            problems.iter().all(|problem| problem.code == Code::ContentMissing),
+            "{problems:?}"
+        );
     }
     a.start();
     settle(&[&a, &b, &c]).await;
@@ -545,7 +549,7 @@ async fn what_a_failed_scan_should_have_seen_is_looked_at_again() {
     let database = rusqlite::Connection::open(folder.join("index.db")).unwrap();
     database.execute_batch("BEGIN IMMEDIATE").unwrap();
     a.write("new", "x");
-    let failed = |status: &SyncStatus| status.problems.iter().any(|p| p.code == "sync_failed");
+    let failed = |status: &SyncStatus| status.problems.iter().any(|p| p.code == Code::SyncFailed);
     a.until(failed).await;
     database.execute_batch("ROLLBACK").unwrap();
     at_hub(&mesh, "new", true).await;
@@ -644,7 +648,7 @@ async fn what_programs_obey_is_not_replaced_while_a_command_runs_and_follows_aft
     );
     assert_eq!(fs::metadata(b.path(".envrc")).unwrap().ino(), before);
     let problems = b.status().problems;
-    assert!(problems.iter().any(|problem| problem.code == "command_runs"), "{problems:?}");
+    assert!(problems.iter().any(|problem| problem.code == Code::CommandRuns), "{problems:?}");
     drop(one);
     b.flush().await;
     assert_eq!(b.read(".envrc"), "old", "another command runs");

@@ -2,11 +2,12 @@
 
 use std::os::unix::fs::symlink;
 
+use super::super::problem::Code;
 use super::*;
 use crate::library::Freshness;
 
 fn awaits(status: &SyncStatus) -> bool {
-    status.problems.iter().any(|problem| problem.code == "skill_awaited")
+    status.problems.iter().any(|problem| problem.code == Code::SkillAwaited)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

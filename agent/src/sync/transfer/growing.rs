@@ -67,6 +67,15 @@ impl Growing {
         lock(&self.hashed).beyond.insert(offset, len);
     }
 
+    /// Takes note of a piece that was copied from another file: its bytes have to be read to be hashed.
+    ///
+    /// # Errors
+    /// If it is longer than any piece is.
+    pub(super) fn add_copied(&self, offset: u64, len: usize) -> io::Result<()> {
+        self.add_hole(offset, u32::try_from(len).map_err(io::Error::other)?);
+        Ok(())
+    }
+
     /// The hash of all that is there, if that is everything up to `size`.
     ///
     /// # Errors

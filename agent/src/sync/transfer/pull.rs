@@ -28,7 +28,7 @@ use crate::sync::hub::{Fetched, Hub, MAX_HASHES};
 use crate::sync::index::{Index, IndexError, IndexRow};
 use crate::sync::occupancy::Occupancy;
 use crate::sync::plan::LocalChange;
-use crate::sync::problem::Finding;
+use crate::sync::problem::{Code, Finding};
 use crate::sync::scan::Scope;
 use crate::sync::status::Progress;
 
@@ -150,7 +150,7 @@ async fn pull_group<H: Hub>(
                 }
                 if replacing.is_none() && Occupancy::concerns(&change.path) {
                     occupied = true;
-                    findings.push(Finding::at(&change.path, "command_runs", HELD));
+                    findings.push(Finding::at(&change.path, Code::CommandRuns, HELD));
                     // What the lane brought is of no use then; the stage removes the rest itself.
                     if let Some(name) = ready.remove(&number) {
                         core.private.stage().remove_file(&name).ok();
@@ -256,7 +256,7 @@ async fn begin<H: Hub>(
                         "its {bytes} bytes do not fit: {} bytes are free, and {RESERVE_BYTES} stay so",
                         room.free
                     );
-                    begun.findings.push(Finding::at(&change.path, "no_space", text));
+                    begun.findings.push(Finding::at(&change.path, Code::NoSpace, text));
                     begun.skipped.insert(number);
                     continue;
                 }
@@ -272,7 +272,7 @@ async fn begin<H: Hub>(
                         begun.needed.extend(needed.into_iter().filter(|hash| asked.insert(*hash)));
                     }
                     Err(StageError::Io(error)) => {
-                        begun.findings.push(Finding::at(&change.path, "stage_failed", error));
+                        begun.findings.push(Finding::at(&change.path, Code::StageFailed, error));
                         begun.skipped.insert(number);
                     }
                     Err(error) => return Err(error.into()),

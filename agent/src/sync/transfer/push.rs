@@ -18,7 +18,7 @@ use crate::sync::hub::{
 };
 use crate::sync::index::Cursor;
 use crate::sync::plan::PushOp;
-use crate::sync::problem::Finding;
+use crate::sync::problem::{Code, Finding};
 use crate::sync::scan::Scope;
 
 /// Operations of one commit: few enough that others see the beginning of a large change early.
@@ -143,7 +143,7 @@ async fn push_batch<H: Hub>(
             let lacks = matches!(&op.new, Some(Entry::File(file))
                 if file.chunks().any(|chunk| missing.contains(&chunk.hash)));
             if lacks {
-                pushed.findings.push(Finding::at(&op.path, "hub_full", &message));
+                pushed.findings.push(Finding::at(&op.path, Code::HubFull, &message));
             }
             !lacks
         });
@@ -254,12 +254,12 @@ async fn record<H: Hub>(
             }
             RejectReason::MissingChunks => {
                 let text = "the hub lost content that it had; it is sent again";
-                pushed.findings.push(Finding::at(&op.path, "missing_chunks", text));
+                pushed.findings.push(Finding::at(&op.path, Code::MissingChunks, text));
             }
             RejectReason::Held => pushed.held += 1,
             RejectReason::Invalid => {
                 let text = "the hub does not accept this entry";
-                pushed.findings.push(Finding::at(&op.path, "rejected", text));
+                pushed.findings.push(Finding::at(&op.path, Code::Rejected, text));
             }
         }
     }

@@ -6,22 +6,21 @@
 //! be coarse, file numbers are used again, and between any two calls of an engine a user may do
 //! something ([`SimDisk::set_intruder`]), or its process may end ([`SimDisk::set_fuse`]).
 
-use std::any::Any;
+mod handles;
+
 use std::collections::BTreeMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cortex_shared::wire_path::WirePath;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use rustix::io::Errno;
 use tokio::time::Instant;
 
-use crate::root_dir::{
-    DirHandle, DirIdentity, Directory, Disk, FileHandle, FileKind, FileSystem, Lock, Meta, Names,
-    OpenFile,
-};
+use super::hints::{Deed, Watching};
+use crate::root_dir::{DirHandle, DirIdentity, FileKind, Meta};
+use handles::SimDir;
 
 /// The process of an engine ended here.
 pub(super) struct Crash;
@@ -87,6 +86,12 @@ struct State {
     random: StdRng,
     /// Changes that an engine made.
     changes: u64,
+    /// How often an engine waited for the disk.
+    syncs: u64,
+    /// Whom the kernel tells of changes.
+    watching: Option<Watching>,
+    calm: bool,
+    renames: usize,
 }
 
 /// See the module. Cheap to clone.
@@ -136,6 +141,10 @@ impl SimDisk {
             steps: 0,
             random: StdRng::seed_from_u64(seed),
             changes: 0,
+            syncs: 0,
+            watching: None,
+            calm: false,
+            renames: 0,
         };
         Self { state: Arc::new(Mutex::new(state)), intruder: Arc::default(), who: USER }
     }
@@ -169,12 +178,15 @@ impl SimDisk {
         *self.intruder.lock().unwrap_or_else(PoisonError::into_inner) = Some((every, intruder));
     }
 
-    /// Nobody intrudes any more, nothing fails and no process ends.
-    pub(super) fn calm(&self) {
+    /// Nobody intrudes any more, nothing fails, no process ends and all hints arrive; whether any were lost
+    /// before.
+    pub(super) fn calm(&self) -> bool {
         let mut state = self.state();
-        (state.fuse, state.error_rate) = (None, 0);
+        (state.fuse, state.error_rate, state.calm) = (None, 0, true);
+        let lost = state.watching.as_mut().is_some_and(Watching::calm);
         drop(state);
         *self.intruder.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        lost
     }
 
     /// Whether the engine's process has ended by its fuse.
@@ -187,6 +199,44 @@ impl SimDisk {
         self.state().dead = true;
     }
 
+    /// The kernel tells a new engine of changes from now on.
+    pub(super) fn set_watching(&self, watching: Watching) {
+        let mut state = self.state();
+        let calm = state.calm;
+        let watching = state.watching.insert(watching);
+        if calm {
+            watching.calm();
+        }
+    }
+
+    /// What there is of it, if the engine that asked for it is still the one that runs.
+    pub(super) fn with_watching<T>(&self, f: impl FnOnce(Option<&mut Watching>) -> T) -> T {
+        let mut state = self.state();
+        let (life, who) = (state.life, self.who);
+        f(state.watching.as_mut().filter(|watching| life == who && watching.is_alive()))
+    }
+
+    /// Hints go astray again.
+    pub(super) fn stir(&self) {
+        let mut state = self.state();
+        state.calm = false;
+        if let Some(watching) = &mut state.watching {
+            watching.stir();
+        }
+    }
+
+    /// The number of the directory at a path.
+    pub(super) fn directory_at(&self, path: &Path) -> io::Result<usize> {
+        let id = self.find(path)?;
+        self.state().names(id)?;
+        Ok(id)
+    }
+
+    /// What the disk is like.
+    pub(super) fn kind(&self) -> Kind {
+        self.state().kind
+    }
+
     /// Whether names that differ only in case are one.
     pub(super) fn folds_case(&self) -> bool {
         self.state().kind.folds_case
@@ -195,6 +245,18 @@ impl SimDisk {
     /// How many changes engines have made.
     pub(super) fn changes(&self) -> u64 {
         self.state().changes
+    }
+
+    /// How often engines have waited until something was on the disk for good.
+    pub(super) fn syncs(&self) -> u64 {
+        self.state().syncs
+    }
+
+    /// As [`Self::enter`], for who waits until something is on the disk for good.
+    fn enter_to_sync(&self) -> io::Result<MutexGuard<'_, State>> {
+        let mut state = self.enter(true)?;
+        state.syncs += u64::from(self.who != USER);
+        Ok(state)
     }
 
     /// Mounts another file system at a directory, as it is.
@@ -267,6 +329,9 @@ impl SimDisk {
             state = self.state();
         }
         drop(slot);
+        if let Some(watching) = &mut state.watching {
+            watching.deliver();
+        }
         // It takes its time, up to two milliseconds.
         let taken = state.random.random_range(0..20_000);
         state.steps += taken;
@@ -403,6 +468,7 @@ impl State {
         });
         let new = self.inodes.len() - 1;
         self.rename(&[(id, name, Some(new))]);
+        self.tell(id, Some(name), Deed::Made { folder: self.names(new).is_ok() });
         Ok(new)
     }
 
@@ -417,9 +483,43 @@ impl State {
         }
         let name = self.spelled(id, name)?.unwrap_or_default();
         self.rename(&[(id, &name, None)]);
+        self.tell(id, Some(&name), Deed::Removed { folder: directory });
+        if directory {
+            self.tell(child, None, Deed::Removed { folder: true });
+        }
         self.inodes[child].links = 0;
         self.free_numbers.push(self.inodes[child].ino);
         Ok(())
+    }
+
+    /// Has the kernel tell of something.
+    fn tell(&mut self, directory: usize, name: Option<&[u8]>, deed: Deed) {
+        if let Some(watching) = &mut self.watching {
+            watching.tell(directory, name, deed);
+        }
+    }
+
+    /// Has the kernel tell what happens to a file, wherever it has a name.
+    fn tell_of(&mut self, id: usize, deed: Deed) {
+        let Some(watching) = &mut self.watching else { return };
+        for (directory, inode) in self.inodes.iter().enumerate() {
+            let Body::Dir(names) = &inode.body else { continue };
+            if watching.is_watched(directory)
+                && let Some((name, _)) = names.iter().find(|(_, child)| **child == id)
+            {
+                watching.tell(directory, Some(name), deed);
+            }
+        }
+        watching.tell(id, None, deed);
+    }
+
+    /// Has the kernel tell of a rename.
+    fn tell_rename(&mut self, from: (usize, &[u8]), to: (usize, &[u8]), moved: usize) {
+        self.renames += 1;
+        let cookie = self.renames;
+        self.tell(from.0, Some(from.1), Deed::From { cookie });
+        self.tell(to.0, Some(to.1), Deed::To { cookie });
+        self.tell(moved, None, Deed::From { cookie });
     }
 
     fn meta(&self, id: usize) -> Meta {
@@ -469,304 +569,5 @@ impl State {
                 Body::Dir(names) => names.values().any(|child| self.holds(*child, below)),
                 _ => false,
             }
-    }
-}
-
-impl Disk for SimDisk {
-    fn open(&self, path: &Path) -> io::Result<DirHandle> {
-        let id = self.find(path)?;
-        self.state().names(id)?;
-        Ok(self.directory(id))
-    }
-
-    fn make(&self, path: &Path, mode: u32) -> io::Result<()> {
-        self.make_path(path, mode, false)
-    }
-
-    fn make_all(&self, path: &Path, mode: u32) -> io::Result<()> {
-        // The index is a real file beside it.
-        if self.who != USER {
-            std::fs::create_dir_all(path)?;
-        }
-        self.make_path(path, mode, true)
-    }
-
-    fn remove(&self, path: &Path) -> io::Result<()> {
-        let parent = self.find(path.parent().ok_or(Errno::INVAL)?)?;
-        let name = path.file_name().ok_or(Errno::INVAL)?.as_encoded_bytes();
-        self.enter(true)?.remove(parent, name, true)
-    }
-
-    fn real_path(&self, path: &Path) -> io::Result<PathBuf> {
-        self.find(path)?;
-        Ok(path.to_owned())
-    }
-}
-
-#[derive(Debug)]
-struct SimDir {
-    disk: SimDisk,
-    id: usize,
-}
-
-fn same_disk<'a>(directory: &'a dyn Directory, disk: &SimDisk) -> io::Result<&'a SimDir> {
-    match directory.as_any().downcast_ref::<SimDir>() {
-        Some(other) if Arc::ptr_eq(&other.disk.state, &disk.state) => Ok(other),
-        _ => fail(Errno::XDEV),
-    }
-}
-
-impl Directory for SimDir {
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn meta(&self) -> io::Result<Meta> {
-        Ok(self.disk.enter(false)?.meta(self.id))
-    }
-
-    fn identity(&self) -> io::Result<DirIdentity> {
-        Ok(self.disk.enter(false)?.identity(self.id))
-    }
-
-    fn identity_of(&self, name: &[u8]) -> io::Result<DirIdentity> {
-        let state = self.disk.enter(false)?;
-        Ok(state.identity(state.child(self.id, name)?))
-    }
-
-    fn mount(&self) -> io::Result<(u64, u64)> {
-        Ok((1, self.disk.enter(false)?.inodes[self.id].mount))
-    }
-
-    fn mount_of(&self, name: &[u8]) -> io::Result<(u64, u64)> {
-        let state = self.disk.enter(false)?;
-        Ok((1, state.inodes[state.child(self.id, name)?].mount))
-    }
-
-    fn file_system(&self) -> io::Result<FileSystem> {
-        let grain = self.disk.enter(false)?.kind.grain_ns;
-        Ok(FileSystem { free_bytes: 1 << 40, tick_ns: grain.max(10_000_000) })
-    }
-
-    fn lock(&self, _: Lock) -> io::Result<bool> {
-        Ok(true)
-    }
-
-    fn token(&self) -> io::Result<Option<Vec<u8>>> {
-        Ok(self.disk.enter(false)?.inodes[self.id].token.clone())
-    }
-
-    fn set_token(&self, token: &[u8]) -> io::Result<()> {
-        self.disk.enter(true)?.inodes[self.id].token = Some(token.to_vec());
-        Ok(())
-    }
-
-    fn set_mode(&self, mode: u32) -> io::Result<()> {
-        let mut state = self.disk.enter(true)?;
-        let now = state.now();
-        let inode = &mut state.inodes[self.id];
-        (inode.mode, inode.ctime_ns) = (mode, now);
-        Ok(())
-    }
-
-    fn lstat(&self, name: &[u8]) -> io::Result<Meta> {
-        let state = self.disk.enter(false)?;
-        Ok(state.meta(state.child(self.id, name)?))
-    }
-
-    fn allocated(&self, name: &[u8]) -> io::Result<u64> {
-        Ok(self.lstat(name)?.size)
-    }
-
-    fn iter(&self) -> io::Result<Names> {
-        let names = self.disk.enter(false)?.names(self.id)?.clone();
-        Ok(Names::new(names.into_keys().map(Ok)))
-    }
-
-    fn open_dir(&self, name: &[u8]) -> io::Result<DirHandle> {
-        let state = self.disk.enter(false)?;
-        let id = state.child(self.id, name)?;
-        match &state.inodes[id].body {
-            Body::Dir(_) => {}
-            Body::Link(_) => return fail(Errno::LOOP),
-            Body::File(_) => return fail(Errno::NOTDIR),
-        }
-        drop(state);
-        Ok(self.disk.directory(id))
-    }
-
-    fn open_below(&self, _: &WirePath) -> io::Result<DirHandle> {
-        fail(Errno::NOSYS)
-    }
-
-    fn open_file(&self, name: &[u8], _: bool) -> io::Result<FileHandle> {
-        let state = self.disk.enter(false)?;
-        let id = state.child(self.id, name)?;
-        match &state.inodes[id].body {
-            Body::File(_) => {}
-            Body::Link(_) => return fail(Errno::LOOP),
-            Body::Dir(_) => return Err(io::ErrorKind::InvalidInput.into()),
-        }
-        drop(state);
-        Ok(FileHandle::new(SimFile { disk: self.disk.clone(), id }))
-    }
-
-    fn create_new(&self, name: &[u8], mode: u32) -> io::Result<FileHandle> {
-        let body = Body::File(Vec::new());
-        let id = self.disk.enter(true)?.add(self.id, name, body, mode & !0o022)?;
-        Ok(FileHandle::new(SimFile { disk: self.disk.clone(), id }))
-    }
-
-    fn rename_new(&self, name: &[u8], target: &dyn Directory, new_name: &[u8]) -> io::Result<()> {
-        let target = same_disk(target, &self.disk)?;
-        let mut state = self.disk.enter(true)?;
-        let child = state.child(self.id, name)?;
-        if state.spelled(target.id, new_name)?.is_some() {
-            return fail(Errno::EXIST);
-        }
-        if state.holds(child, target.id) {
-            return fail(Errno::INVAL);
-        }
-        let old = state.spelled(self.id, name)?.unwrap_or_default();
-        state.rename(&[(self.id, &old, None), (target.id, new_name, Some(child))]);
-        Ok(())
-    }
-
-    fn exchange(&self, name: &[u8], other: &dyn Directory, other_name: &[u8]) -> io::Result<()> {
-        let other = same_disk(other, &self.disk)?;
-        let mut state = self.disk.enter(true)?;
-        let (one, two) = (state.child(self.id, name)?, state.child(other.id, other_name)?);
-        if state.holds(one, other.id) || state.holds(two, self.id) {
-            return fail(Errno::INVAL);
-        }
-        let name = state.spelled(self.id, name)?.unwrap_or_default();
-        let other_name = state.spelled(other.id, other_name)?.unwrap_or_default();
-        state.rename(&[(self.id, &name, Some(two)), (other.id, &other_name, Some(one))]);
-        Ok(())
-    }
-
-    fn make_dir(&self, name: &[u8], mode: u32) -> io::Result<()> {
-        self.disk.enter(true)?.add(self.id, name, Body::Dir(Entries::new()), mode & !0o022)?;
-        Ok(())
-    }
-
-    fn make_link(&self, name: &[u8], target: &[u8]) -> io::Result<()> {
-        self.disk.enter(true)?.add(self.id, name, Body::Link(target.to_vec()), 0o777)?;
-        Ok(())
-    }
-
-    fn read_link(&self, name: &[u8]) -> io::Result<Vec<u8>> {
-        let state = self.disk.enter(false)?;
-        match &state.inodes[state.child(self.id, name)?].body {
-            Body::Link(target) => Ok(target.clone()),
-            _ => fail(Errno::INVAL),
-        }
-    }
-
-    fn remove_file(&self, name: &[u8]) -> io::Result<()> {
-        self.disk.enter(true)?.remove(self.id, name, false)
-    }
-
-    fn remove_dir(&self, name: &[u8]) -> io::Result<()> {
-        self.disk.enter(true)?.remove(self.id, name, true)
-    }
-
-    fn set_owner(&self, _: &[u8], _: u32, _: u32) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.disk.enter(true)?.journal.clear();
-        Ok(())
-    }
-
-    fn sync_file_system(&self) -> io::Result<()> {
-        self.disk.enter(true)?.write_back();
-        Ok(())
-    }
-}
-
-#[derive(Debug)]
-struct SimFile {
-    disk: SimDisk,
-    id: usize,
-}
-
-impl SimFile {
-    fn change(&self, change: impl FnOnce(&mut Vec<u8>)) -> io::Result<()> {
-        let mut state = self.disk.enter(true)?;
-        let now = state.now();
-        let inode = &mut state.inodes[self.id];
-        if let Body::File(data) = &mut inode.body {
-            change(data);
-        }
-        (inode.mtime_ns, inode.ctime_ns) = (now, now);
-        Ok(())
-    }
-}
-
-impl OpenFile for SimFile {
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn meta(&self) -> io::Result<Meta> {
-        Ok(self.disk.enter(false)?.meta(self.id))
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let state = self.disk.enter(false)?;
-        let Body::File(data) = &state.inodes[self.id].body else { return fail(Errno::ISDIR) };
-        let from = usize::try_from(offset).unwrap_or(usize::MAX).min(data.len());
-        let read = buffer.len().min(data.len() - from);
-        buffer[..read].copy_from_slice(&data[from..from + read]);
-        Ok(read)
-    }
-
-    fn write_all_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        let offset = usize::try_from(offset).map_err(|_| Errno::FBIG)?;
-        self.change(|old| {
-            old.resize(old.len().max(offset + data.len()), 0);
-            old[offset..offset + data.len()].copy_from_slice(data);
-        })
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        let len = usize::try_from(len).map_err(|_| Errno::FBIG)?;
-        self.change(|data| data.resize(len, 0))
-    }
-
-    fn set_mode(&self, mode: u32) -> io::Result<()> {
-        let mut state = self.disk.enter(true)?;
-        let now = state.now();
-        let inode = &mut state.inodes[self.id];
-        (inode.mode, inode.ctime_ns) = (mode, now);
-        Ok(())
-    }
-
-    fn set_mtime(&self, mtime_ns: i64) -> io::Result<()> {
-        let mut state = self.disk.enter(true)?;
-        let now = state.now();
-        let grain = state.kind.grain_ns;
-        let inode = &mut state.inodes[self.id];
-        (inode.mtime_ns, inode.ctime_ns) = (mtime_ns - mtime_ns.rem_euclid(grain), now);
-        Ok(())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.disk.enter(true)?.sync_file(self.id);
-        Ok(())
-    }
-
-    fn write_back(&self) -> io::Result<()> {
-        // Nothing may count on it.
-        self.disk.enter(false).map(drop)
-    }
-
-    fn copy_from(&self, source: &dyn OpenFile, offset: u64, len: usize) -> io::Result<usize> {
-        let mut buffer = vec![0; len.min(64 * 1024)];
-        let read = source.read_at(&mut buffer, offset)?;
-        self.write_all_at(&buffer[..read], offset)?;
-        Ok(read)
     }
 }

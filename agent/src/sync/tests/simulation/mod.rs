@@ -12,6 +12,7 @@
 //! many to pass; `scripts/simulate` sets them.
 
 mod disk;
+mod hints;
 mod line;
 mod user;
 mod world;
@@ -20,14 +21,26 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use cortex_shared::chunk::Recipe;
+use cortex_shared::entry::{Digest, Entry, File};
+use cortex_shared::ids::WorkspaceId;
+use cortex_shared::wire_path::WirePath;
 use disk::{Kind, SimDisk};
 use tokio_util::sync::CancellationToken;
 
 use crate::root_dir::{Disk as _, RootDir};
+use crate::sync::apply::{Applier, Staged, rescue_late_writes};
+use crate::sync::ground::{Blocking, Ground};
 use crate::sync::ignore::Ignore;
-use crate::sync::index::Index;
+use crate::sync::index::{Index, Seen, Stamp};
+use crate::sync::plan::LocalChange;
+use crate::sync::private_dir::PrivateDir;
+use crate::sync::problem::Code;
 use crate::sync::scan::{Clock, Scanner, Scope};
-use crate::sync::watch::Unwatched;
+use crate::sync::watch::{Kernels, Unwatched};
 use world::{Outcome, World};
 
 /// Seeds of an ordinary test run.
@@ -86,8 +99,72 @@ fn what_is_mounted_below_a_root_is_not_looked_at() {
     };
     let report = scanner.scan(&Scope::Tree(None), false).unwrap();
     let codes: Vec<_> = report.findings.iter().map(|finding| finding.code).collect();
-    assert_eq!(codes, ["other_file_system"]);
+    assert_eq!(codes, [Code::OtherFileSystem]);
     assert_eq!(index.below(None, None, 10).unwrap(), []);
+}
+
+#[test]
+fn a_late_write_that_leaves_length_and_time_as_they_were_is_found() {
+    run(async {
+        let folder = tempfile::tempdir().unwrap();
+        // Within one step of its clock nothing tells one write from another.
+        let kind = Kind { grain_ns: 2_000_000_000, reuses_numbers: false, folds_case: false };
+        let disk = SimDisk::new(kind, 0);
+        let (root, state) = (Path::new("/home/root"), Path::new("/home/state"));
+        disk.make_all(root, 0o755).unwrap();
+        disk.make_all(state, 0o755).unwrap();
+        let ground = Ground {
+            kernels: Kernels::real(),
+            disk: Arc::new(disk.clone()),
+            blocking: Blocking::Inline,
+            wall_ms: Arc::new(|| 1),
+            chance: Arc::new(|| 0.5),
+        };
+        let top = disk.open(root).unwrap();
+        let private = PrivateDir::open(&ground, WorkspaceId::new(), state, root, &top).unwrap();
+        let root = RootDir::new(top.clone());
+        let mut index = Index::open(folder.path()).unwrap();
+        let path = WirePath::new("f").unwrap();
+        for written in [true, false] {
+            let open = top.create_new(b"f", 0o644).unwrap();
+            open.write_all_at(b"one", 0).unwrap();
+            let meta = open.meta().unwrap();
+            let entry = Entry::File(File {
+                content: Digest::of(b"one"),
+                size: 3,
+                executable: false,
+                mtime_ns: meta.mtime_ns,
+                recipe: Recipe::default(),
+            });
+            let seen = Seen::Entry(entry.clone(), Some(Stamp::new(&meta, true)));
+            index.batch(|writer| writer.set_local(&path, seen)).unwrap();
+            let change =
+                LocalChange { path: path.clone(), from: Some(entry), to: None, aside: None };
+            let applier =
+                Applier { root: &root, private: &private, index: &mut index, owner: None };
+            let report = applier.apply(vec![Staged { change, stage_name: None }]).unwrap();
+            assert_eq!((report.applied, report.displaced), (1, 1), "{report:?}");
+            if written {
+                open.write_all_at(b"two", 0).unwrap();
+                assert_eq!(open.meta().unwrap().mtime_ns, meta.mtime_ns, "nothing tells it");
+            }
+            rescue_late_writes(&root, &private, &mut index).unwrap();
+            assert_eq!(top.try_lstat(b"f").unwrap().is_some(), written);
+            if written {
+                assert_eq!(user::read(&top.open_file(b"f").unwrap()), "two");
+                top.remove_file(b"f").unwrap();
+                continue;
+            }
+            // Read once more when it is old enough, and not again after that.
+            assert!(index.displaced(None, 10).unwrap()[0].content.is_some());
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            rescue_late_writes(&root, &private, &mut index).unwrap();
+            assert_eq!(index.displaced(None, 10).unwrap()[0].content, None);
+            open.write_all_at(b"two", 0).unwrap();
+            rescue_late_writes(&root, &private, &mut index).unwrap();
+            assert_eq!(user::read(&top.open_file(b"f").unwrap()), "two");
+        }
+    });
 }
 
 #[test]
@@ -111,6 +188,16 @@ fn a_disk_that_does_not_tell_case_is_found_out_and_seen_exactly() {
             top.make_dir(b"Dir", 0o755).unwrap();
             assert_eq!(folds_case, crate::root_dir::folds_case(&top).unwrap());
         }
+        // One that ended while it tried leaves nothing in the tree for good, and what is in use stays.
+        let kind = Kind { grain_ns: 1, reuses_numbers: false, folds_case: false };
+        let disk = SimDisk::new(kind, 0);
+        disk.make_all(Path::new("/root/.cortex"), 0o700).unwrap();
+        let top = disk.open(Path::new("/root")).unwrap();
+        assert!(!crate::root_dir::folds_case(&top).unwrap());
+        assert!(top.names().unwrap().is_empty(), "its own directory is left behind");
+        disk.make_all(Path::new("/root/.cortex/stage"), 0o700).unwrap();
+        assert!(!crate::root_dir::folds_case(&top).unwrap());
+        assert_eq!(top.names().unwrap(), [b".cortex"]);
         let kind = Kind { grain_ns: 1, reuses_numbers: false, folds_case: true };
         let disk = SimDisk::new(kind, 0);
         disk.make_all(Path::new("/root/Dir/below"), 0o755).unwrap();
@@ -150,6 +237,20 @@ fn d1_to_d8_a_process_may_end_at_every_change_it_makes_while_it_applies() {
                 break;
             }
         }
+    }
+}
+
+/// A group of changes is made durable at once: its files by one call for all, or one each if they are few,
+/// and each directory by one.
+#[test]
+fn t19_small_files_are_made_durable_together() {
+    for (files, directories, groups) in [(4200, 20, 3), (2000, 1, 1), (40, 40, 1), (30, 3, 1)] {
+        let syncs = run(World::sync_small_files(files, directories));
+        let of_files = if files / groups > 32 { 1 } else { files };
+        // Of many directories the whole file system takes the place, as well; the root has new ones.
+        let of_directories = if directories + 1 > 32 { 1 } else { directories + 1 };
+        let most = (groups * (of_files + of_directories)) as u64;
+        assert!((1..=most).contains(&syncs), "{files} files: {syncs} calls, {most} at most");
     }
 }
 

@@ -14,11 +14,13 @@ use tokio::time::sleep;
 
 use super::super::memory_hub::MemoryHub;
 use super::disk::{Kind, SimDisk};
+use super::hints::{Way, kernels};
 use super::line::Line;
 use super::user::{Ledger, User, tree};
 use crate::root_dir::Disk as _;
 use crate::sync::ground::{Blocking, Ground};
 use crate::sync::mode::MemberOptions;
+use crate::sync::problem::Code;
 use crate::sync::roots::Roots;
 use crate::sync::status::SyncState;
 use crate::sync::{FlushError, WorkspaceConfig, WorkspaceHandle, start_on};
@@ -28,6 +30,8 @@ const STORMS: usize = 3;
 /// The longest it may take until nothing moves any more, in virtual time.
 const ROUNDS: usize = 60;
 const ROUND: Duration = Duration::from_secs(31);
+/// After so many of them everything has been looked at, whatever hints were lost.
+const LOOKED_ROUNDS: usize = 22;
 const LIMIT: Duration = Duration::from_secs(3600);
 
 /// What is the same whenever a seed is repeated.
@@ -47,6 +51,10 @@ struct Member {
     online: watch::Sender<bool>,
     handle: Option<WorkspaceHandle>,
     begun: tokio::time::Instant,
+    /// How hints come to it.
+    way: Way,
+    /// What their accidents are drawn from, each time anew.
+    seed: u64,
     /// The index as it was a while ago: what a power failure may bring back.
     old_index: Option<Vec<(PathBuf, Vec<u8>)>>,
 }
@@ -67,10 +75,12 @@ impl Member {
         let wall = move || {
             1_700_000_000_000 + i64::try_from(begun.elapsed().as_millis()).unwrap_or(i64::MAX / 2)
         };
+        let disk = self.disk.engine();
+        self.seed += 1;
         let ground = Ground {
-            disk: Arc::new(self.disk.engine()),
+            kernels: kernels(disk.clone(), self.way, self.seed),
+            disk: Arc::new(disk),
             blocking: Blocking::Inline,
-            watched: false,
             wall_ms: Arc::new(wall),
             chance: Arc::new(move || line.chance()),
         };
@@ -152,6 +162,8 @@ impl World {
         let ledger = Ledger { large: seed % 8 == 3, ..Ledger::default() };
         let ledger = Arc::new(Mutex::new(ledger));
         let workspace = WorkspaceId::new();
+        // Of their own: the histories of those who have none stay what they were.
+        let mut ways = StdRng::seed_from_u64(!seed);
         let members = (0..random.random_range(3..=5))
             .map(|number| {
                 let kind = Kind {
@@ -194,13 +206,22 @@ impl World {
                     online: watch::Sender::new(true),
                     handle: None,
                     begun: tokio::time::Instant::now(),
+                    way: match std::env::var_os("CORTEX_SIM_UNWATCHED") {
+                        None => Way::draw(&mut ways),
+                        Some(_) => Way { none: true, ..Way::draw(&mut ways) },
+                    },
+                    seed: ways.random_range(0..u64::MAX / 2),
                     old_index: None,
                 };
                 member.start();
                 member
             })
             .collect();
-        Self { random, hub, ledger, members, backup: None, _folder: folder }
+        let world = Self { random, hub, ledger, members, backup: None, _folder: folder };
+        for Member { user, disk, way, .. } in &world.members {
+            world.note(format!("{}: {:?}, {way:?}", user.name, disk.kind()));
+        }
+        world
     }
 
     /// One member makes all kinds of changes, and the process of another ends after so many changes
@@ -242,6 +263,27 @@ impl World {
         ended
     }
 
+    /// Many small files, and then a few: how often a member waits for its disk while it makes them.
+    pub(super) async fn sync_small_files(files: usize, directories: usize) -> u64 {
+        let mut world = Self::new(7);
+        world.calm().await;
+        let Member { user, disk, .. } = &world.members[0];
+        let names: Vec<_> =
+            (0..files).map(|n| [format!("d{}", n % directories), format!("f{n}")]).collect();
+        for [directory, name] in &names {
+            user.save(disk, &[directory, name]).unwrap();
+        }
+        world.members[0].flush().await.unwrap();
+        let before = world.members[1].disk.syncs();
+        world.members[1].flush().await.unwrap();
+        assert_eq!(world.members[1].tree(), world.members[0].tree());
+        let syncs = world.members[1].disk.syncs() - before;
+        for member in &mut world.members {
+            member.stop().await;
+        }
+        syncs
+    }
+
     /// A member whose disk does not tell case among others that do.
     pub(super) async fn live_with_names_that_differ_only_in_case() {
         let mut world = Self::new(5);
@@ -263,9 +305,13 @@ impl World {
         let problems = |world: &Self| {
             let problems = world.members[0].handle().status().borrow().problems.clone();
             let codes: Vec<_> = problems.iter().map(|problem| problem.code).collect();
-            codes.into_iter().filter(|code| *code == "case_conflict").count()
+            codes.into_iter().filter(|code| *code == Code::CaseConflict).count()
         };
         assert_eq!(problems(&world), 2, "each is told once, not what is below it");
+        let explained = |world: &Self, path: &str| {
+            let path = cortex_shared::wire_path::WirePath::new(path).unwrap();
+            world.members[0].handle().explain(&path).unwrap().code
+        };
         let one_of = |names: [&str; 2], there: &BTreeSet<String>| {
             let found: Vec<_> = names.into_iter().filter(|name| there.contains(*name)).collect();
             assert_eq!(found.len(), 1, "{names:?} in {there:?}");
@@ -276,6 +322,15 @@ impl World {
         };
         let (file, other_file) = one_of(["a", "A"], &here(&world));
         let (folder, other_folder) = one_of(["d", "D"], &here(&world));
+        for (path, code) in [
+            (file.as_str(), "synced"),
+            (&other_file, "case_conflict"),
+            (&folder, "synced"),
+            (&other_folder, "case_conflict"),
+            (if other_folder == "D" { "D/e/z" } else { "d/y" }, "case_conflict"),
+        ] {
+            assert_eq!(explained(&world, path), code, "{path}");
+        }
         // Work goes on in what is there, under the name it has there.
         let (own, own_disk) = user(&world, 0);
         own.save(&own_disk, &[file.as_str()]).unwrap();
@@ -314,6 +369,7 @@ impl World {
             }
             self.calm().await;
             self.check().await;
+            self.members.iter().for_each(|member| member.disk.stir());
         }
         let outcome = Outcome {
             tree: self.members[0].tree(),
@@ -370,7 +426,10 @@ impl World {
                 self.note(format!("{name}: disk fails once in {}", 20 + amount * 10));
                 self.members[number].disk.set_error_rate(20 + amount * 10);
             }
-            91..93 => member.remember_index(),
+            91..93 => {
+                member.remember_index();
+                self.note(format!("{name}: the index is remembered"));
+            }
             93..94 => self.backup = Some(Box::new(self.hub.backup())),
             94..96 => {
                 if let Some(restore) = self.backup.take() {
@@ -413,6 +472,11 @@ impl World {
         let member = &mut self.members[number];
         member.disk.kill();
         member.stop().await;
+        if old_index && member.old_index.is_some() {
+            let name = member.user.name.clone();
+            self.note(format!("{name}: finds the index remembered"));
+        }
+        let member = &mut self.members[number];
         if power {
             member.disk.lose_power();
             // No program that had a file open outlives that.
@@ -427,11 +491,12 @@ impl World {
     /// Everything works, and nobody does anything, until nothing moves any more.
     async fn calm(&mut self) {
         self.note("calm".to_owned());
+        let mut lost = false;
         for member in &self.members {
             member.line.set_up(true);
             member.line.set_loss(0);
             member.online.send_replace(true);
-            member.disk.calm();
+            lost |= member.disk.calm();
         }
         for round in 0.. {
             sleep(ROUND).await;
@@ -445,7 +510,9 @@ impl World {
                 let status = member.handle().status().borrow().clone();
                 status.state == SyncState::Idle && status.applied_seq == status.head_seq
             };
-            if held == 0 && self.are_equal(&trees) && self.members.iter().all(idle) {
+            // What nobody was told of is only found by looking at everything.
+            let looked = !lost || round >= LOOKED_ROUNDS;
+            if looked && held == 0 && self.are_equal(&trees) && self.members.iter().all(idle) {
                 return;
             }
             if round >= ROUNDS {
@@ -505,10 +572,10 @@ impl World {
             assert!(strange.is_empty(), "outside of the root: {strange:?}");
             assert!(beside.contains(&("beside".to_owned(), "nobody touches this".to_owned())));
             let problems = member.handle().status().borrow().problems.clone();
-            let problems = problems.iter().filter(|problem| problem.code != "watch_limit");
+            let problems = problems.iter().filter(|problem| problem.code != Code::WatchLimit);
             let folds = member.disk.folds_case();
             let problems: Vec<_> =
-                problems.filter(|problem| !folds || problem.code != "case_conflict").collect();
+                problems.filter(|problem| !folds || problem.code != Code::CaseConflict).collect();
             assert!(problems.is_empty(), "{problems:?}\n{deeds:#?}");
         }
     }
