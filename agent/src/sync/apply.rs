@@ -219,10 +219,14 @@ impl Applier<'_> {
             let (mut stood, name) = (None, displaces.map(|file| file.name));
             let placed = self.place_anyway(&staged, &mut touched, &mut stood, name.as_deref());
             crash_point("sync.apply.placed");
-            match (&placed, name) {
-                (Ok(Placed::Done | Placed::ToBeRescued), Some(_)) => report.displaced += 1,
-                (_, Some(name)) => untouched.push(name),
-                (_, None) => {}
+            if let Some(name) = name {
+                // What failed may have failed after that.
+                let done = matches!(placed, Ok(Placed::Done | Placed::ToBeRescued));
+                if done || !matches!(self.private.trash().try_lstat(&name), Ok(None)) {
+                    report.displaced += 1;
+                } else {
+                    untouched.push(name);
+                }
             }
             match placed {
                 Ok(Placed::Done) => {}
@@ -505,16 +509,17 @@ impl Applier<'_> {
             result => result?,
         }
         crash_point("sync.apply.displaced");
-        if is_still(trash, &name, change, current)? {
-            return Ok(Placed::Done);
+        match is_still(trash, &name, change, current) {
+            Ok(true) => return Ok(Placed::Done),
+            Ok(false) => {}
+            // Whatever it is: the next look there tells.
+            Err(error) => return Ok(rescued_later(change, &error)),
         }
         match trash.rename_new(&name, parent, leaf) {
             // Somebody has put yet another file there meanwhile, or taken the directory away.
             Err(error) if exists(&error) || vanished(&error) => Ok(Placed::ToBeRescued),
-            result => {
-                result?;
-                Ok(Placed::Surprise)
-            }
+            Err(error) => Ok(rescued_later(change, &error)),
+            Ok(()) => Ok(Placed::Surprise),
         }
     }
 
@@ -536,12 +541,36 @@ impl Applier<'_> {
                 // No exchange on this file system: for an instant nothing stands there.
                 return match self.displace(change, parent, leaf, current, Some(stage_name))? {
                     Placed::Done => self.place_new(stage_name, parent, leaf),
-                    undone => Ok(undone),
+                    undone => {
+                        // Still ours.
+                        stage.remove_file(stage_name)?;
+                        Ok(undone)
+                    }
                 };
             }
             Err(error) => return Err(error.into()),
         }
         crash_point("sync.apply.exchanged");
+        // From here on what is in the stage is not ours to remove, whatever fails.
+        self.settle_exchanged(stage_name, &ours, change, parent, leaf, current).or_else(|error| {
+            if let Err(error) = self.private.discard(stage_name) {
+                tracing::warn!(%error, "a displaced file lies in the stage until the next look");
+            }
+            Ok(rescued_later(change, &error))
+        })
+    }
+
+    /// Looks at what a staged file has displaced into the stage, and puts it back or into the trash.
+    fn settle_exchanged(
+        &self,
+        stage_name: &[u8],
+        ours: &Meta,
+        change: &LocalChange,
+        parent: &DirHandle,
+        leaf: &[u8],
+        current: &Option<Current>,
+    ) -> io::Result<Placed> {
+        let stage = self.private.stage();
         if is_still(stage, stage_name, change, current)? {
             self.private.discard(stage_name)?;
             return Ok(Placed::Done);
@@ -657,6 +686,12 @@ fn exists(error: &io::Error) -> bool {
 fn vanished(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
         || Errno::from_io_error(error) == Some(Errno::LOOP)
+}
+
+/// What was displaced lies aside, and something failed before it was known what it is.
+fn rescued_later(change: &LocalChange, error: &io::Error) -> Placed {
+    tracing::warn!(path = %change.path, %error, "a displaced file is looked at later");
+    Placed::ToBeRescued
 }
 
 /// Removes a directory if it is empty.

@@ -89,7 +89,14 @@ impl PrivateDir {
             if name.starts_with(PART) {
                 private.stage.remove_file(&name)?;
             } else {
-                private.discard(&name)?;
+                match private.discard(&name) {
+                    // Where files cannot change places, what a staged one displaces goes to the trash under
+                    // its name first.
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                        private.stage.rename_new(&name, &private.trash, &private.stage_name())?;
+                    }
+                    result => result?,
+                }
             }
         }
         Ok(private)

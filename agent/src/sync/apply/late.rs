@@ -68,8 +68,13 @@ pub fn rescue_late_writes(
         let (mut over, mut ours) = (Vec::new(), Vec::new());
         for row in rows {
             match private.trash().try_lstat(&row.name).map_err(ApplyError::Trash)? {
-                // It was removed in its time.
-                None => over.push(row.name),
+                None => match private.discard(&row.name) {
+                    // It could not be brought here before; the next look sees it.
+                    Ok(()) => {}
+                    // It was removed in its time.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => over.push(row.name),
+                    Err(error) => return Err(ApplyError::Trash(error)),
+                },
                 Some(meta)
                     if meta.kind != FileKind::File
                         || row.content.is_none() && row.looks_unchanged(&meta) => {}

@@ -81,6 +81,8 @@ struct State {
     fuse: Option<u64>,
     /// One in so many calls of an engine fails; 0 for none.
     error_rate: u32,
+    /// After so many more calls of an engine one fails.
+    failure: Option<u64>,
     begun: Instant,
     steps: i64,
     random: StdRng,
@@ -137,6 +139,7 @@ impl SimDisk {
             dead: false,
             fuse: None,
             error_rate: 0,
+            failure: None,
             begun: Instant::now(),
             steps: 0,
             random: StdRng::seed_from_u64(seed),
@@ -173,6 +176,16 @@ impl SimDisk {
         self.state().error_rate = rate;
     }
 
+    /// After so many more calls of the engine one fails.
+    pub(super) fn set_failure(&self, calls: u64) {
+        self.state().failure = Some(calls);
+    }
+
+    /// Whether it has failed.
+    pub(super) fn has_failed(&self) -> bool {
+        self.state().failure.is_none()
+    }
+
     /// Between two calls of the engine, a user does something: on average after so many of them.
     pub(super) fn set_intruder(&self, every: u32, intruder: Intruder) {
         *self.intruder.lock().unwrap_or_else(PoisonError::into_inner) = Some((every, intruder));
@@ -182,7 +195,7 @@ impl SimDisk {
     /// before.
     pub(super) fn calm(&self) -> bool {
         let mut state = self.state();
-        (state.fuse, state.error_rate, state.calm) = (None, 0, true);
+        (state.fuse, state.failure, state.error_rate, state.calm) = (None, None, 0, true);
         let lost = state.watching.as_mut().is_some_and(Watching::calm);
         drop(state);
         *self.intruder.lock().unwrap_or_else(PoisonError::into_inner) = None;
@@ -346,8 +359,10 @@ impl SimDisk {
                 *left -= 1;
             }
         }
+        let fails = state.failure == Some(0);
+        state.failure = state.failure.and_then(|left| left.checked_sub(1));
         let rate = state.error_rate;
-        if rate > 0 && state.random.random_range(0..rate) == 0 {
+        if fails || rate > 0 && state.random.random_range(0..rate) == 0 {
             return fail(if changes { Errno::NOSPC } else { Errno::IO });
         }
         Ok(state)

@@ -43,6 +43,8 @@ use crate::sync::scan::{Clock, Scanner, Scope};
 use crate::sync::watch::{Kernels, Unwatched};
 use world::{Outcome, World};
 
+/// Of so many calls to a disk one fails in an ordinary test run.
+const FAILURES_APART: usize = 5;
 /// Seeds of an ordinary test run.
 const SEEDS: u64 = 60;
 
@@ -251,6 +253,17 @@ fn t19_small_files_are_made_durable_together() {
         let of_directories = if directories + 1 > 32 { 1 } else { directories + 1 };
         let most = (groups * (of_files + of_directories)) as u64;
         assert!((1..=most).contains(&syncs), "{files} files: {syncs} calls, {most} at most");
+    }
+}
+
+/// Whatever call fails while a member applies and its user saves into the same files.
+#[test]
+fn a_disk_may_fail_at_any_call_while_changes_are_applied() {
+    for call in (0..).step_by(FAILURES_APART) {
+        if !run(World::apply_on_a_disk_that_fails_at(call)) {
+            assert!(call > 100, "there is something to be done: {call}");
+            break;
+        }
     }
 }
 

@@ -206,10 +206,7 @@ impl World {
                     online: watch::Sender::new(true),
                     handle: None,
                     begun: tokio::time::Instant::now(),
-                    way: match std::env::var_os("CORTEX_SIM_UNWATCHED") {
-                        None => Way::draw(&mut ways),
-                        Some(_) => Way { none: true, ..Way::draw(&mut ways) },
-                    },
+                    way: Way::draw(&mut ways),
                     seed: ways.random_range(0..u64::MAX / 2),
                     old_index: None,
                 };
@@ -227,6 +224,49 @@ impl World {
     /// One member makes all kinds of changes, and the process of another ends after so many changes
     /// of its disk while it applies them. Whether it came to that.
     pub(super) async fn apply_until(changes: u64, power_loss: bool) -> bool {
+        let mut world = Self::about_to_apply().await;
+        world.members[1].disk.set_fuse(changes);
+        world.members[1].handle().head_moved(*world.hub.subscribe().borrow());
+        sleep(ROUND).await;
+        let ended = world.members[1].disk.is_dead();
+        if ended {
+            world.crash(1, power_loss).await;
+        }
+        world.end().await;
+        ended
+    }
+
+    /// As [`Self::apply_until`], but one call to the disk fails, while its user works in the same files.
+    /// Whether it came to that.
+    pub(super) async fn apply_on_a_disk_that_fails_at(call: u64) -> bool {
+        let mut world = Self::about_to_apply().await;
+        let Member { user, disk, .. } = &world.members[1];
+        let (user, mut random) = (user.clone(), StdRng::seed_from_u64(call));
+        disk.set_failure(call);
+        let paths: [&[&str]; 4] = [&["replaced"], &["deleted"], &["f"], &["d", "below"]];
+        let intruder = move |disk: &SimDisk, _: &mut StdRng| {
+            let path = paths[random.random_range(0..paths.len())];
+            user.save(disk, path).ok();
+        };
+        disk.set_intruder(12, Box::new(intruder));
+        world.members[1].handle().head_moved(*world.hub.subscribe().borrow());
+        sleep(Duration::from_secs(1)).await;
+        let failed = world.members[1].disk.has_failed();
+        world.end().await;
+        failed
+    }
+
+    /// Everybody is left alone and looked at, and stops.
+    async fn end(&mut self) {
+        self.calm().await;
+        self.check().await;
+        for member in &mut self.members {
+            member.stop().await;
+        }
+    }
+
+    /// One member has made all kinds of changes, of which the others do not know yet.
+    async fn about_to_apply() -> Self {
         let mut world = Self::new(7);
         world.calm().await;
         let save = |world: &Self, path: &[&str]| {
@@ -248,19 +288,7 @@ impl World {
         user.link(disk, &["link"]).unwrap();
         user.toggle_executable(disk, &["kept"]).unwrap();
         world.members[0].flush().await.unwrap();
-        world.members[1].disk.set_fuse(changes);
-        world.members[1].handle().head_moved(*world.hub.subscribe().borrow());
-        sleep(ROUND).await;
-        let ended = world.members[1].disk.is_dead();
-        if ended {
-            world.crash(1, power_loss).await;
-        }
-        world.calm().await;
-        world.check().await;
-        for member in &mut world.members {
-            member.stop().await;
-        }
-        ended
+        world
     }
 
     /// Many small files, and then a few: how often a member waits for its disk while it makes them.
