@@ -191,15 +191,15 @@ impl SimDisk {
         *self.intruder.lock().unwrap_or_else(PoisonError::into_inner) = Some((every, intruder));
     }
 
-    /// Nobody intrudes any more, nothing fails, no process ends and all hints arrive; whether any were lost
-    /// before.
-    pub(super) fn calm(&self) -> bool {
+    /// Nobody intrudes any more, nothing fails, no process ends and all hints arrive.
+    pub(super) fn calm(&self) {
         let mut state = self.state();
         (state.fuse, state.failure, state.error_rate, state.calm) = (None, None, 0, true);
-        let lost = state.watching.as_mut().is_some_and(Watching::calm);
+        if let Some(watching) = &mut state.watching {
+            watching.calm();
+        }
         drop(state);
         *self.intruder.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        lost
     }
 
     /// Whether the engine's process has ended by its fuse.

@@ -87,8 +87,6 @@ pub(super) struct Watching {
     again: Vec<(Instant, Event)>,
     stalled_until: Instant,
     last_from: Option<(usize, PathBuf)>,
-    /// Something was not told since the last calm.
-    lost: bool,
     added: Arc<Notify>,
     alive: Weak<()>,
 }
@@ -105,7 +103,6 @@ impl Watching {
         }
         let now = Instant::now();
         if self.one_in(self.way.lost) {
-            self.lost = true;
             return;
         }
         if self.one_in(self.way.stalls) {
@@ -204,15 +201,14 @@ impl Watching {
         }
     }
 
-    /// What is on its way arrives, and nothing is lost from now on; whether anything was.
-    pub(super) fn calm(&mut self) -> bool {
+    /// What is on its way arrives, and nothing is lost from now on.
+    pub(super) fn calm(&mut self) {
         self.calm = true;
         let now = Instant::now();
         self.stalled_until = now;
         self.queue.iter_mut().for_each(|told| told.at = now);
         self.again.iter_mut().for_each(|(at, _)| *at = now);
         self.added.notify_one();
-        std::mem::take(&mut self.lost)
     }
 
     /// The storm goes on.
@@ -243,7 +239,6 @@ impl Kernel for SimKernel {
                 if error.kind() == std::io::ErrorKind::NotFound {
                     notify::Error::path_not_found()
                 } else {
-                    watching.lost = true;
                     notify::Error::io(error)
                 }
             })?;
@@ -277,7 +272,6 @@ pub(super) fn kernels(disk: SimDisk, way: Way, seed: u64) -> Kernels {
             again: Vec::new(),
             stalled_until: Instant::now(),
             last_from: None,
-            lost: false,
             added: added.clone(),
             alive: Arc::downgrade(&alive),
         });
