@@ -114,12 +114,14 @@ struct Print {
     ino: u64,
     size: u64,
     mtime_ns: i64,
+    /// A change of it leaves all the others as they are.
+    executable: bool,
 }
 
 impl Print {
     fn of(meta: &Meta) -> Self {
         let Meta { kind, dev, ino, size, mtime_ns, .. } = *meta;
-        Self { kind, dev, ino, size, mtime_ns }
+        Self { kind, dev, ino, size, mtime_ns, executable: meta.executable() }
     }
 }
 
@@ -419,7 +421,13 @@ impl Applier<'_> {
                 }
             }
             (Some(Entry::File(_)), Some(Entry::File(to))) if staged.stage_name.is_none() => {
-                set_executable(&parent, leaf, &current, to)
+                match set_executable(&parent, leaf, &current, to)? {
+                    Some(set) => {
+                        *stood = Some(Print::of(&set));
+                        Ok(Placed::Done)
+                    }
+                    None => Ok(Placed::Surprise),
+                }
             }
             (from, Some(_)) => {
                 let stage_name = staged.stage_name.as_deref().ok_or(io::ErrorKind::InvalidInput)?;
@@ -736,18 +744,21 @@ fn set_mode(file: &FileHandle, mode: u32, executable: bool) -> io::Result<()> {
     file.set_mode(mode)
 }
 
+/// Sets whether a file may be executed; what it looks like then, or `None` if it is another one.
 fn set_executable(
     parent: &DirHandle,
     leaf: &[u8],
     current: &Option<Current>,
     to: &File,
-) -> Result<Placed, PlaceError> {
+) -> Result<Option<Meta>, PlaceError> {
     let file = parent.open_file(leaf)?;
     let meta = file.meta()?;
     if current.is_none_or(|current| current.meta != meta) {
-        return Ok(Placed::Surprise);
+        return Ok(None);
     }
     set_mode(&file, meta.mode & 0o777, to.executable)?;
+    // As the file system shows it, which may be another way than it was set.
+    let set = file.meta()?;
     file.sync()?;
-    Ok(Placed::Done)
+    Ok(Some(set))
 }
