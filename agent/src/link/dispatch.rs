@@ -27,11 +27,12 @@ use super::files::{FileWork, MAX_FILE_WORK};
 use super::journal::Journal;
 use super::permit::Permit;
 use super::policy_log::PolicyLog;
+use super::report_pace::Reports;
 use super::request::{self, Refusal};
 use super::running::{NotBegun, RunningTasks};
 use super::session::Outbox;
 use super::task::{self, OnDisconnect, TaskContext};
-use super::workspaces::{Membership, Reports, Workspaces};
+use super::workspaces::{Membership, Workspaces};
 use super::{bound_of, mode_of, network_of, proto_mode, proto_network};
 use crate::audit::{Audit, CommandLine, cut};
 use crate::config::{Ceiling, CommandSettings, ConfigError, SandboxSettings, Settings, StateDir};
@@ -253,7 +254,7 @@ impl Dispatcher {
 
     /// Reports on workspaces, at the pace they may be sent.
     pub(super) fn reports(&self) -> Reports {
-        self.inner.workspaces.reports()
+        Reports::new(self.inner.workspaces.clone())
     }
 
     /// Does what a frame asks for.

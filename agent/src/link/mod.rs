@@ -29,6 +29,7 @@ mod permit;
 mod policy_log;
 pub mod renewal;
 pub(crate) mod report;
+mod report_pace;
 mod request;
 mod running;
 pub mod session;

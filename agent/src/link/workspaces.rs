@@ -17,7 +17,6 @@ use cortex_shared::tasks::TaskScope;
 use cortex_shared::wire_path::WirePath;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::report;
 use super::request::Refusal;
@@ -33,8 +32,6 @@ use crate::sync::{
     self, ExplainError, Explanation, FlushError, Occupied, WorkspaceConfig, WorkspaceHandle,
 };
 
-/// Shortest time between two reports of one node.
-const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// How soon a library that is not up to date is looked at again.
 const LIBRARY_RETRY: Duration = Duration::from_secs(1);
 /// Most workspaces of one node; a hub that sends more is not believed.
@@ -317,11 +314,16 @@ impl Workspaces {
         engines.values().find(|engine| engine.name == name).map(|engine| engine.handle.clone())
     }
 
-    /// Reports to send to the hub.
-    pub(super) fn reports(&self) -> Reports {
-        let mut changes = self.inner.changes.subscribe();
-        changes.mark_changed();
-        Reports { workspaces: self.clone(), changes, not_before: Instant::now() }
+    /// Counts changes of any status.
+    pub(super) fn changes(&self) -> watch::Receiver<u64> {
+        self.inner.changes.subscribe()
+    }
+
+    /// Whether none of them does anything, or is about to.
+    pub(super) fn are_at_rest(&self) -> bool {
+        lock(&self.inner.engines)
+            .values()
+            .all(|engine| engine.handle.status().borrow().is_at_rest())
     }
 
     /// Chooses where a workspace will live on this node; durable, and kept even if this node does
@@ -584,26 +586,6 @@ pub enum PlaceError {
     /// The decision cannot be stored.
     #[error(transparent)]
     Config(#[from] ConfigError),
-}
-
-/// Reports for the hub: one as soon as something changed, at most one a second.
-pub(super) struct Reports {
-    workspaces: Workspaces,
-    changes: watch::Receiver<u64>,
-    not_before: Instant,
-}
-
-impl Reports {
-    /// The next report. Dropping the future loses nothing.
-    pub(super) async fn next(&mut self) -> v1::SyncReport {
-        tokio::time::sleep_until(self.not_before).await;
-        if self.changes.changed().await.is_err() {
-            // The sender lives as long as `workspaces`, which is held here.
-            std::future::pending::<()>().await;
-        }
-        self.not_before = Instant::now() + REPORT_INTERVAL;
-        v1::SyncReport { workspaces: self.workspaces.statuses() }
-    }
 }
 
 #[cfg(test)]

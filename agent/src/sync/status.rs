@@ -91,6 +91,15 @@ impl SyncStatus {
         (self.state, [applied_seq, head_seq, files_done, bytes_done, entries, pending_push])
     }
 
+    /// Whether nothing is under way, nor will be before something else happens.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        match self.state {
+            SyncState::Idle => self.applied_seq == self.head_seq,
+            SyncState::Offline | SyncState::Paused | SyncState::Halted => true,
+            _ => false,
+        }
+    }
+
     /// Whether content is being moved.
     fn is_moving(&self) -> bool {
         use SyncState::{Applying, Downloading, Uploading};
