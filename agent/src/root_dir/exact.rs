@@ -32,10 +32,10 @@ struct ExactDir {
 
 /// Whether a directory takes names for one that differ only in case. Asks for a name that stands there in
 /// another spelling; in an empty directory it makes one for a moment, and removes one that was left there
-/// by a process that ended in that moment.
+/// by a process that ended in that moment. Somebody may work in the directory meanwhile.
 ///
 /// # Errors
-/// Those of the file system, but for a directory that nothing can be made in: that is not found out.
+/// Those of the file system, but for a directory that nothing may be made in: that is not found out.
 pub fn folds_case(top: &DirHandle) -> io::Result<bool> {
     let mut names = top.names()?;
     // A private directory is never empty, so that one stays.
@@ -46,24 +46,47 @@ pub fn folds_case(top: &DirHandle) -> io::Result<bool> {
     }
     for name in &names {
         let other = flipped(name);
-        if other != *name && names.binary_search(&other).is_err() {
-            return Ok(match (top.try_lstat(name)?, top.try_lstat(&other)?) {
-                (Some(one), Some(two)) => (one.dev, one.ino) == (two.dev, two.ino),
-                _ => false,
-            });
+        if other != *name
+            && names.binary_search(&other).is_err()
+            && let Some(folds) = is_found_as(top, name, &other)?
+        {
+            return Ok(folds);
         }
     }
     match top.make_dir(PRIVATE_NAME, 0o700) {
         Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::StorageFull => return Err(error),
-        Err(_) => return Ok(false),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+            ) =>
+        {
+            return Ok(false);
+        }
+        // Taken for "no" it would be believed until the next start.
+        Err(error) => return Err(error),
     }
     let found = top.try_lstat(&flipped(PRIVATE_NAME));
     top.remove_dir(PRIVATE_NAME)?;
     Ok(found?.is_some())
 }
 
-fn flipped(name: &[u8]) -> Vec<u8> {
+/// Whether what stands under a name is found under another spelling as well; `None` if it was removed,
+/// replaced or changed while that was looked up, which proves nothing.
+fn is_found_as(top: &DirHandle, name: &[u8], other: &[u8]) -> io::Result<Option<bool>> {
+    let before = top.try_lstat(name)?;
+    let found = top.try_lstat(other)?;
+    let after = top.try_lstat(name)?;
+    Ok(match (before, found) {
+        _ if before.is_none() || before != after => None,
+        (_, None) => Some(false),
+        (before, found) if before == found => Some(true),
+        _ => None,
+    })
+}
+
+/// The name with its letters in the other case.
+pub(super) fn flipped(name: &[u8]) -> Vec<u8> {
     let flip = |byte: &u8| match byte {
         b'a'..=b'z' => byte.to_ascii_uppercase(),
         byte => byte.to_ascii_lowercase(),

@@ -152,8 +152,25 @@ pub trait Directory: Send + Sync + Debug {
     fn set_token(&self, token: &[u8]) -> io::Result<()>;
     fn set_mode(&self, mode: u32) -> io::Result<()>;
     fn lstat(&self, name: &[u8]) -> io::Result<Meta>;
-    fn other_spelling(&self, _name: &[u8]) -> io::Result<bool> {
-        Ok(false)
+    /// Some file systems take names for one in single directories only. Asks by one that differs in all
+    /// its letters before the directory is read, which may be large.
+    fn other_spelling(&self, name: &[u8]) -> io::Result<bool> {
+        let number = |name: &[u8]| match self.lstat(name) {
+            Ok(meta) => Ok(Some((meta.dev, meta.ino))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        };
+        let (found, other) = (number(name)?, exact::flipped(name));
+        if found.is_none() || other == name || number(&other)? != found {
+            return Ok(false);
+        }
+        for listed in self.iter()? {
+            if listed? == name {
+                return Ok(false);
+            }
+        }
+        // It may have been removed before it was listed.
+        Ok(number(name)? == found)
     }
     fn allocated(&self, name: &[u8]) -> io::Result<u64>;
     fn iter(&self) -> io::Result<Names>;

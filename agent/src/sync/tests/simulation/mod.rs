@@ -32,7 +32,7 @@ use disk::{Kind, SimDisk};
 use tokio_util::sync::CancellationToken;
 
 use crate::root_dir::{Disk as _, RootDir};
-use crate::sync::apply::{Applier, Staged, rescue_late_writes};
+use crate::sync::apply::{Applier, Report, Staged, rescue_late_writes};
 use crate::sync::ground::{Blocking, Ground};
 use crate::sync::ignore::Ignore;
 use crate::sync::index::{Index, Seen, Stamp};
@@ -105,12 +105,17 @@ fn what_is_mounted_below_a_root_is_not_looked_at() {
     assert_eq!(index.below(None, None, 10).unwrap(), []);
 }
 
-#[test]
-fn a_late_write_that_leaves_length_and_time_as_they_were_is_found() {
-    run(async {
+/// What changes are applied to, without an engine.
+struct Setup {
+    root: RootDir,
+    private: PrivateDir,
+    index: Index,
+    _folder: tempfile::TempDir,
+}
+
+impl Setup {
+    fn new(kind: Kind) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        // Within one step of its clock nothing tells one write from another.
-        let kind = Kind { grain_ns: 2_000_000_000, reuses_numbers: false, folds_case: false };
         let disk = SimDisk::new(kind, 0);
         let (root, state) = (Path::new("/home/root"), Path::new("/home/state"));
         disk.make_all(root, 0o755).unwrap();
@@ -124,8 +129,29 @@ fn a_late_write_that_leaves_length_and_time_as_they_were_is_found() {
         };
         let top = disk.open(root).unwrap();
         let private = PrivateDir::open(&ground, WorkspaceId::new(), state, root, &top).unwrap();
-        let root = RootDir::new(top.clone());
-        let mut index = Index::open(folder.path()).unwrap();
+        let index = Index::open(folder.path()).unwrap();
+        Self { root: RootDir::new(top), private, index, _folder: folder }
+    }
+
+    /// Makes a change that needs no staged file.
+    fn apply(&mut self, change: LocalChange) -> Report {
+        let Self { root, private, index, .. } = self;
+        let applier = Applier { root, private, index, owner: None };
+        applier.apply(vec![Staged { change, stage_name: None }]).unwrap()
+    }
+
+    fn look_into_trash(&mut self) {
+        rescue_late_writes(&self.root, &self.private, &mut self.index).unwrap();
+    }
+}
+
+#[test]
+fn a_late_write_that_leaves_length_and_time_as_they_were_is_found() {
+    run(async {
+        // Within one step of its clock nothing tells one write from another.
+        let kind = Kind { grain_ns: 2_000_000_000, reuses_numbers: false, folds_case: false };
+        let mut setup = Setup::new(kind);
+        let top = setup.root.top().clone();
         let path = WirePath::new("f").unwrap();
         for written in [true, false] {
             let open = top.create_new(b"f", 0o644).unwrap();
@@ -139,18 +165,16 @@ fn a_late_write_that_leaves_length_and_time_as_they_were_is_found() {
                 recipe: Recipe::default(),
             });
             let seen = Seen::Entry(entry.clone(), Some(Stamp::new(&meta, true)));
-            index.batch(|writer| writer.set_local(&path, seen)).unwrap();
+            setup.index.batch(|writer| writer.set_local(&path, seen)).unwrap();
             let change =
                 LocalChange { path: path.clone(), from: Some(entry), to: None, aside: None };
-            let applier =
-                Applier { root: &root, private: &private, index: &mut index, owner: None };
-            let report = applier.apply(vec![Staged { change, stage_name: None }]).unwrap();
+            let report = setup.apply(change);
             assert_eq!((report.applied, report.displaced), (1, 1), "{report:?}");
             if written {
                 open.write_all_at(b"two", 0).unwrap();
                 assert_eq!(open.meta().unwrap().mtime_ns, meta.mtime_ns, "nothing tells it");
             }
-            rescue_late_writes(&root, &private, &mut index).unwrap();
+            setup.look_into_trash();
             assert_eq!(top.try_lstat(b"f").unwrap().is_some(), written);
             if written {
                 assert_eq!(user::read(&top.open_file(b"f").unwrap()), "two");
@@ -158,12 +182,12 @@ fn a_late_write_that_leaves_length_and_time_as_they_were_is_found() {
                 continue;
             }
             // Read once more when it is old enough, and not again after that.
-            assert!(index.displaced(None, 10).unwrap()[0].content.is_some());
+            assert!(setup.index.displaced(None, 10).unwrap()[0].content.is_some());
             tokio::time::sleep(Duration::from_secs(10)).await;
-            rescue_late_writes(&root, &private, &mut index).unwrap();
-            assert_eq!(index.displaced(None, 10).unwrap()[0].content, None);
+            setup.look_into_trash();
+            assert_eq!(setup.index.displaced(None, 10).unwrap()[0].content, None);
             open.write_all_at(b"two", 0).unwrap();
-            rescue_late_writes(&root, &private, &mut index).unwrap();
+            setup.look_into_trash();
             assert_eq!(user::read(&top.open_file(b"f").unwrap()), "two");
         }
     });
@@ -172,6 +196,55 @@ fn a_late_write_that_leaves_length_and_time_as_they_were_is_found() {
 #[test]
 fn of_names_that_differ_only_in_case_one_is_held_where_they_are_one_and_none_is_lost() {
     run(World::live_with_names_that_differ_only_in_case());
+}
+
+#[test]
+fn a_disk_that_does_not_tell_case_is_found_out_while_somebody_works_there() {
+    run(async {
+        for (folds_case, call, removes) in [false, true].into_iter().flat_map(|folds_case| {
+            let calls = (0..12).flat_map(|call| [(call, false), (call, true)]);
+            calls.map(move |(call, removes)| (folds_case, call, removes))
+        }) {
+            let kind = Kind { grain_ns: 1, reuses_numbers: true, folds_case };
+            let disk = SimDisk::new(kind, 0);
+            let root = Path::new("/root");
+            disk.make_all(root, 0o755).unwrap();
+            let files = disk.open(root).unwrap();
+            files.create_new(b"name", 0o644).unwrap();
+            let top = disk.engine().open(root).unwrap();
+            let mut left = call;
+            let intruder = move |_: &SimDisk, _: &mut rand::rngs::StdRng| {
+                if left == 0 {
+                    files.remove_file(b"name").unwrap();
+                    if !removes {
+                        files.create_new(b"name", 0o644).unwrap();
+                    }
+                }
+                left -= 1;
+            };
+            disk.set_intruder(1, Box::new(intruder));
+            let found = crate::root_dir::folds_case(&top).unwrap();
+            assert_eq!(found, folds_case, "call {call}, removed for good: {removes}");
+        }
+    });
+}
+
+/// A single directory may be so, in one that tells case. It does not come to rest by looking again.
+#[test]
+fn what_collides_where_nobody_knew_that_case_is_not_told_is_said_and_not_looked_at_again() {
+    run(async {
+        for (folds_case, codes, looks) in [(true, vec![Code::CaseConflict], 0), (false, vec![], 0)]
+        {
+            let kind = Kind { grain_ns: 1, reuses_numbers: false, folds_case };
+            let mut setup = Setup::new(kind);
+            setup.root.top().create_new(b"name", 0o644).unwrap();
+            let path = WirePath::new("Name").unwrap();
+            let change = LocalChange { path, from: None, to: Some(Entry::Dir), aside: None };
+            let report = setup.apply(change);
+            let found: Vec<_> = report.findings.iter().map(|finding| finding.code).collect();
+            assert_eq!((found, report.dirty.len()), (codes, looks), "{folds_case}");
+        }
+    });
 }
 
 #[test]
@@ -233,11 +306,15 @@ fn a_disk_that_does_not_tell_case_is_found_out_and_seen_exactly() {
 #[test]
 fn d1_to_d8_a_process_may_end_at_every_change_it_makes_while_it_applies() {
     for power_loss in [false, true] {
-        for changes in 0.. {
-            if !run(async { World::apply_until(changes, power_loss).await }) {
-                assert!(changes > 20, "there is something to be done: {changes}");
-                break;
-            }
+        end_at_every_change(power_loss);
+    }
+}
+
+fn end_at_every_change(power_loss: bool) {
+    for changes in 0.. {
+        if !run(World::apply_until(changes, power_loss)) {
+            assert!(changes > 20, "there is something to be done: {changes}");
+            break;
         }
     }
 }
