@@ -93,7 +93,7 @@ impl PrivateDir {
                     // Where files cannot change places, what a staged one displaces goes to the trash under
                     // its name first.
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                        private.stage.rename_new(&name, &private.trash, &private.stage_name())?;
+                        private.discard_anew(&name)?;
                     }
                     result => result?,
                 }
@@ -155,6 +155,17 @@ impl PrivateDir {
     /// Those of the file system.
     pub fn discard(&self, stage_name: &[u8]) -> io::Result<()> {
         self.stage.rename_new(stage_name, &self.trash, stage_name)
+    }
+
+    /// As [`Self::discard`], under a name that is free there.
+    fn discard_anew(&self, stage_name: &[u8]) -> io::Result<()> {
+        loop {
+            match self.stage.rename_new(stage_name, &self.trash, &self.stage_name()) {
+                // Of this process, too, if it has opened the directory twice in this millisecond.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                result => return result,
+            }
+        }
     }
 
     /// Reads the file system's clock.
@@ -367,6 +378,20 @@ mod tests {
         assert_eq!(trash.len(), 2, "what may be somebody's, and what nobody has looked at yet");
         private.empty_trash().unwrap();
         assert_eq!(private.trash().names().unwrap(), trash[1..]);
+        // The process ended between the two steps of a replacement: one name for what was displaced, and
+        // for what was to take its place.
+        let name = String::from_utf8(private.stage_name()).unwrap();
+        std::fs::write(private.path().join("stage").join(&name), b"ours").unwrap();
+        std::fs::write(private.path().join("trash").join(&name), b"displaced").unwrap();
+        let private = open();
+        assert!(private.stage().names().unwrap().is_empty());
+        let in_trash = |name: &[u8]| {
+            let name = std::str::from_utf8(name).unwrap();
+            std::fs::read_to_string(private.path().join("trash").join(name)).unwrap()
+        };
+        let kept: Vec<_> = private.trash().names().unwrap().iter().map(|n| in_trash(n)).collect();
+        assert!(kept.contains(&"ours".to_owned()), "{kept:?}");
+        assert_eq!(in_trash(name.as_bytes()), "displaced", "it is looked for under its name");
         let first = private.clock().unwrap().now_ns;
         assert!(private.clock().unwrap().now_ns >= first);
     }

@@ -83,6 +83,8 @@ struct State {
     error_rate: u32,
     /// After so many more calls of an engine one fails.
     failure: Option<u64>,
+    /// Two names can change places in one step, for an engine.
+    exchanges: bool,
     begun: Instant,
     steps: i64,
     random: StdRng,
@@ -140,6 +142,7 @@ impl SimDisk {
             fuse: None,
             error_rate: 0,
             failure: None,
+            exchanges: true,
             begun: Instant::now(),
             steps: 0,
             random: StdRng::seed_from_u64(seed),
@@ -179,6 +182,11 @@ impl SimDisk {
     /// After so many more calls of the engine one fails.
     pub(super) fn set_failure(&self, calls: u64) {
         self.state().failure = Some(calls);
+    }
+
+    /// It is of a file system where no two names change places in one step.
+    pub(super) fn forbid_exchanges(&self) {
+        self.state().exchanges = false;
     }
 
     /// Whether it has failed.

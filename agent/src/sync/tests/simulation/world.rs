@@ -223,8 +223,11 @@ impl World {
 
     /// One member makes all kinds of changes, and the process of another ends after so many changes
     /// of its disk while it applies them. Whether it came to that.
-    pub(super) async fn apply_until(changes: u64, power_loss: bool) -> bool {
+    pub(super) async fn apply_until(changes: u64, power_loss: bool, exchanges: bool) -> bool {
         let mut world = Self::about_to_apply().await;
+        if !exchanges {
+            world.members[1].disk.forbid_exchanges();
+        }
         world.members[1].disk.set_fuse(changes);
         world.members[1].handle().head_moved(*world.hub.subscribe().borrow());
         sleep(ROUND).await;

@@ -179,6 +179,9 @@ impl Directory for SimDir {
     fn exchange(&self, name: &[u8], other: &dyn Directory, other_name: &[u8]) -> io::Result<()> {
         let other = same_disk(other, &self.disk)?;
         let mut state = self.disk.enter(true)?;
+        if self.disk.who != USER && !state.exchanges {
+            return fail(Errno::INVAL);
+        }
         let (one, two) = (state.child(self.id, name)?, state.child(other.id, other_name)?);
         if state.holds(one, other.id) || state.holds(two, self.id) {
             return fail(Errno::INVAL);
