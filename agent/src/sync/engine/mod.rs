@@ -52,8 +52,8 @@ const HALTED_RETRY: Duration = Duration::from_secs(2);
 const PROBLEM_RETRY: Duration = Duration::from_secs(30);
 /// First and longest wait before a file that is being written is looked at again.
 const UNSTABLE_RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
-/// How long after files were displaced it is looked whether somebody still writes to them, besides
-/// each look at everything.
+/// How long after files were displaced, and after a start, it is looked whether somebody still writes to
+/// them, besides each look at everything.
 const LATE_WRITES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 /// From this wait on, people are told.
 const UNSTABLE_TOLD: Duration = Duration::from_secs(1);

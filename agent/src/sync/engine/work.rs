@@ -12,7 +12,9 @@ use tokio::time::Instant;
 
 use super::hold;
 use super::looks::Looks;
-use super::{Command, HUB_RETRY, QUIET, Round, RoundError, UNSTABLE_RETRY, UNSTABLE_TOLD};
+use super::{
+    Command, HUB_RETRY, LATE_WRITES, QUIET, Round, RoundError, UNSTABLE_RETRY, UNSTABLE_TOLD,
+};
 use crate::library::Ticket;
 use crate::root_dir::DirIdentity;
 use crate::sync::FlushError;
@@ -101,7 +103,8 @@ impl Work {
             acknowledged_seq: None,
             looks: Looks::new(Instant::now()),
             revisits: Vec::new(),
-            trash_looks: Vec::new(),
+            // Somebody may have gone on writing while nobody looked, and may do so now.
+            trash_looks: LATE_WRITES.map(|delay| Instant::now() + delay).to_vec(),
             unseen: Vec::new(),
             hot: HashMap::new(),
             hub_backoff: Backoff::new(HUB_RETRY.0, HUB_RETRY.1),

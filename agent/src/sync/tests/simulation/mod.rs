@@ -326,6 +326,14 @@ fn end_at_every_change(power_loss: bool, exchanges: bool) {
     }
 }
 
+#[test]
+fn a_late_write_is_found_soon_after_a_start_as_well() {
+    for (after_ms, most_ms) in [(300, 1000), (5000, 26_000)] {
+        let taken = run(World::find_a_late_write_after_a_start(Duration::from_millis(after_ms)));
+        assert!(taken <= Duration::from_millis(most_ms), "after {after_ms} ms: {taken:?}");
+    }
+}
+
 /// A group of changes is made durable at once: its files by one call for all, or one each if they are few,
 /// and each directory by one.
 #[test]

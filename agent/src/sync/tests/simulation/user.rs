@@ -214,14 +214,14 @@ impl User {
         Ok(format!("writes {content} into{}", if sneaky { " (unseen)" } else { "" }))
     }
 
-    fn open(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+    pub(super) fn open(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
         let parent = self.parent(disk, path, false)?;
         let file = parent.open_for_writing(path[path.len() - 1].as_bytes())?;
         *self.open.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
         Ok("opens".to_owned())
     }
 
-    fn write_open(&self, close: bool) -> io::Result<String> {
+    pub(super) fn write_open(&self, close: bool) -> io::Result<String> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let file = open.as_ref().ok_or(io::ErrorKind::NotFound)?;
         if file.meta()?.links == 0 {

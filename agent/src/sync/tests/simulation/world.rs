@@ -259,6 +259,38 @@ impl World {
         failed
     }
 
+    /// A program goes on writing to a file that was displaced before a member has stopped, so long after
+    /// that has started again: how long it takes until that is in the tree.
+    pub(super) async fn find_a_late_write_after_a_start(after: Duration) -> Duration {
+        let mut world = Self::new(7);
+        let save = |world: &Self| {
+            let member = &world.members[0];
+            member.user.save(&member.disk, &["f"]).unwrap();
+        };
+        save(&world);
+        world.calm().await;
+        let Member { user, disk, .. } = &world.members[1];
+        user.open(disk, &["f"]).unwrap();
+        save(&world);
+        world.calm().await;
+        let member = &mut world.members[1];
+        member.stop().await;
+        // What is told of is only what happens in the tree, and nothing else makes it look there.
+        member.way =
+            Way { none: false, stalls: 0, twice: 0, lost: 0, room: 1000, directories: 1000 };
+        member.start();
+        sleep(after).await;
+        member.user.write_open(true).unwrap();
+        let (begun, before) = (tokio::time::Instant::now(), member.tree());
+        while member.tree() == before {
+            assert!(begun.elapsed() < LIMIT, "it is never found");
+            sleep(Duration::from_millis(100)).await;
+        }
+        let taken = begun.elapsed();
+        world.end().await;
+        taken
+    }
+
     /// Everybody is left alone and looked at, and stops.
     async fn end(&mut self) {
         self.calm().await;
