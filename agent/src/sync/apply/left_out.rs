@@ -4,7 +4,8 @@ use std::io;
 
 use cortex_shared::wire_path::WirePath;
 
-use super::{Applier, PlaceError, Placed, remove_empty, vanished};
+use super::place::{PlaceError, Placed, remove_empty};
+use super::{Applier, vanished};
 use crate::root_dir::{DirHandle, FileKind, Meta};
 use crate::sync::plan::LocalChange;
 

@@ -4,10 +4,11 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 
 use cortex_shared::chunk::Recipe;
-use cortex_shared::entry::Digest;
+use cortex_shared::entry::{Digest, File};
 use cortex_shared::ids::WorkspaceId;
 
 use super::*;
+use crate::sync::index::{Seen, Stamp};
 
 struct Fixture {
     folder: tempfile::TempDir,
