@@ -381,7 +381,12 @@ impl Hub {
             heartbeat: config.heartbeat,
         };
         let enroll = EnrollService { validator, limits, authorities: Arc::clone(&authorities) };
-        let sync = SyncService::new(Arc::clone(&content), membership, Arc::clone(&events));
+        let sync = SyncService::new(
+            Arc::clone(&content),
+            membership,
+            Arc::clone(&registry),
+            Arc::clone(&events),
+        );
         let by_http = operator.clone();
         let routes = Routes::new(limited(EnrollServer::new(enroll)))
             .add_service(limited_node(NodeServer::new(node)))

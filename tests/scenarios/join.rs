@@ -8,6 +8,7 @@ use std::thread;
 use cortex_tests::is_root;
 use cortex_tests::mesh::{As, Mesh};
 use cortex_tests::process::Outcome;
+use cortex_tests::wait::until;
 
 #[test]
 fn a_node_joins_and_its_identity_is_private() {
@@ -15,9 +16,12 @@ fn a_node_joins_and_its_identity_is_private() {
     let user = if is_root() { As::Unprivileged } else { As::Me };
     for (name, user) in [("mine", As::Me), ("theirs", user)] {
         let node = mesh.node(name, user);
-        let status = node.agent(&["status", "-o", "json"]).ok().json();
-        assert_eq!(status["name"], name);
-        assert_eq!(status["connected"], true);
+        // The hub knows of the connection before the node has heard its welcome.
+        until("the node knows that it is connected", || {
+            let status = node.agent(&["status", "-o", "json"]).ok().json();
+            assert_eq!(status["name"], name);
+            status["connected"] == true
+        });
         let key = node.home().join("state/identity/key.pem");
         let mode = std::fs::metadata(key).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);

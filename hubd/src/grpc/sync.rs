@@ -23,6 +23,7 @@ use super::auth::{AdmittedNode, admitted};
 use super::status::{disk_full, from_database, internal, invalid, no_room, over_quota, refuse};
 use crate::counters;
 use crate::events::{EventBus, Kind, NewEvent};
+use crate::node::registry::Registry;
 use crate::store::workspace::{Found, StoreError};
 use crate::sync::{SyncError, WorkspaceHub, Workspaces};
 
@@ -57,6 +58,7 @@ impl Membership for crate::node::membership::Membership {
 pub struct SyncService {
     workspaces: Arc<Workspaces>,
     membership: Arc<dyn Membership>,
+    registry: Arc<Registry>,
     events: Arc<EventBus>,
 }
 
@@ -73,9 +75,10 @@ impl SyncService {
     pub fn new(
         workspaces: Arc<Workspaces>,
         membership: Arc<dyn Membership>,
+        registry: Arc<Registry>,
         events: Arc<EventBus>,
     ) -> Self {
-        Self { workspaces, membership, events }
+        Self { workspaces, membership, registry, events }
     }
 
     /// Tells of conflicts, once for each commit: names of members are for those who see them to look up.
@@ -315,6 +318,8 @@ impl Sync for SyncService {
         let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
         let epoch = convert::epoch(&request.epoch)?;
         workspace.ack_applied(node, epoch, request.seq).await.map_err(status)?;
+        // Who waits for it may have had this node's last report before.
+        self.registry.notify();
         Ok(Response::new(v1::AckAppliedResponse {}))
     }
 }

@@ -175,7 +175,7 @@ impl Registry {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes whenever a node connects, leaves or reports; only the latest state matters.
+    /// Changes whenever a node connects, leaves, reports or has applied a version; only the latest state matters.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()

@@ -42,6 +42,7 @@ struct Fixture {
     scope: TaskScope,
     members: Arc<Members>,
     workspaces: Arc<Workspaces>,
+    registry: Arc<Registry>,
     address: SocketAddr,
     id: WorkspaceId,
 }
@@ -64,9 +65,11 @@ impl Fixture {
                 .unwrap();
         let members = Arc::new(Members::default());
         let workspaces = Arc::new(workspaces);
+        let registry = Arc::new(Registry::new(Vec::new()));
         let service = SyncService::new(
             workspaces.clone(),
             members.clone(),
+            registry.clone(),
             EventBus::in_memory(Default::default()),
         );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -84,7 +87,15 @@ impl Fixture {
             .add_service(service.into_server())
             .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop);
         scope.spawn("server", async move { server.await.unwrap() });
-        Self { _folder: folder, scope, members, workspaces, address, id: WorkspaceId::new() }
+        Self {
+            _folder: folder,
+            scope,
+            members,
+            workspaces,
+            registry,
+            address,
+            id: WorkspaceId::new(),
+        }
     }
 
     /// A connection of its own, as each node has.
@@ -284,7 +295,9 @@ async fn content_of_one_member_arrives_at_another_byte_for_byte() {
         assert!(whole == contents[at], "{}", names[at]);
         assert_eq!(wire, files[at]);
     }
+    let waiting = fixture.registry.changes();
     receiver.ack(5).await.unwrap();
+    assert!(waiting.has_changed().unwrap(), "who waits for this member looks again");
     assert_eq!(receiver.head().await.unwrap().applied_seq, 5);
     assert_eq!(sender.head().await.unwrap().applied_seq, 0);
     assert_eq!(code(&receiver.ack(6).await.unwrap_err()), "beyond_head");
