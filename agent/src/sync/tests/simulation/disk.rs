@@ -570,6 +570,13 @@ impl State {
         DirIdentity { ino: self.inodes[id].ino, born_ns: self.inodes[id].born_ns }
     }
 
+    fn set_mode(&mut self, id: usize, mode: u32) {
+        let now = self.now();
+        let inode = &mut self.inodes[id];
+        (inode.mode, inode.ctime_ns) = (mode, now);
+        self.tell_of(id, Deed::Attributes);
+    }
+
     fn sync_file(&mut self, id: usize) {
         let inode = &mut self.inodes[id];
         if let Body::File(data) = &inode.body {

@@ -104,11 +104,7 @@ impl Directory for SimDir {
     }
 
     fn set_mode(&self, mode: u32) -> io::Result<()> {
-        let mut state = self.disk.enter(true)?;
-        let now = state.now();
-        let inode = &mut state.inodes[self.id];
-        (inode.mode, inode.ctime_ns) = (mode, now);
-        state.tell_of(self.id, Deed::Attributes);
+        self.disk.enter(true)?.set_mode(self.id, mode);
         Ok(())
     }
 
@@ -297,11 +293,7 @@ impl OpenFile for SimFile {
     }
 
     fn set_mode(&self, mode: u32) -> io::Result<()> {
-        let mut state = self.disk.enter(true)?;
-        let now = state.now();
-        let inode = &mut state.inodes[self.id];
-        (inode.mode, inode.ctime_ns) = (mode, now);
-        state.tell_of(self.id, Deed::Attributes);
+        self.disk.enter(true)?.set_mode(self.id, mode);
         Ok(())
     }
 
