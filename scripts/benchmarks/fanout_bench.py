@@ -31,8 +31,11 @@ class Ansible:
         entries = [f"node{number} ansible_host={shell.addresses[number % ADDRESSES]} "
                    f"ansible_control_path={self._sockets}/{number}" for number in range(NODES)]
         folder.joinpath("inventory").write_text("\n".join(entries) + "\n")
+        # None of this machine's. It wants a name that ends like one of its own.
+        settings = folder / "ansible.cfg"
+        settings.touch()
         self.environment = {
-            **os.environ, "HOME": str(folder), "ANSIBLE_CONFIG": "/dev/null",
+            **os.environ, "HOME": str(folder), "ANSIBLE_CONFIG": str(settings),
             "ANSIBLE_SSH_ARGS": f"-F {shell.config} -o ControlMaster=auto -o ControlPersist=60s",
             "ANSIBLE_HOST_KEY_CHECKING": "True", "ANSIBLE_PYTHON_INTERPRETER": "/usr/bin/python3",
             "ANSIBLE_LOCALHOST_WARNING": "False"}
