@@ -449,7 +449,13 @@ impl Workspaces {
     /// Whether the library that is placed is as new as the hub's was after the call.
     async fn refresh_library_once(&self) -> bool {
         let Some(handle) = self.handle_of(LIBRARY_NAME) else { return false };
-        if handle.flush().await.is_err() || settled_at(&handle.status().borrow()).is_none() {
+        if handle.flush().await.is_err() {
+            return false;
+        }
+        // The engine answers as soon as all is done, and says after it that it has come to rest.
+        let mut status = handle.status();
+        let settled = status.wait_for(|status| settled_at(status).is_some());
+        if !matches!(tokio::time::timeout(LIBRARY_RETRY, settled).await, Ok(Ok(_))) {
             return false;
         }
         self.place_library().await
