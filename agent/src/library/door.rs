@@ -10,7 +10,7 @@ use std::path::Path;
 use cortex_shared::library::DOOR_NAME;
 use cortex_shared::wire_path::PRIVATE_NAME;
 
-use crate::root_dir::{FileKind, RootDir};
+use crate::root_dir::{DirHandle, FileKind, RootDir};
 
 /// What the door is called while it is being changed.
 const NEW_DOOR: &[u8] = b"library.new";
@@ -23,11 +23,11 @@ pub(crate) fn hang_door(root: &Path, place: &Path) -> io::Result<()> {
     let target = place.as_os_str().as_bytes();
     let root = RootDir::open(root)?;
     let root = root.top();
-    match root.make_dir(PRIVATE_NAME, 0o755) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-        _ => {}
-    }
-    let private = root.open_dir(PRIVATE_NAME)?;
+    let private = match private_dir(root) {
+        // Whoever looked whether names are told apart by case has just removed it again.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => private_dir(root)?,
+        result => result?,
+    };
     match private.try_lstat(DOOR_NAME)? {
         None => private.make_link(DOOR_NAME, target),
         Some(found) if found.kind == FileKind::Link => {
@@ -42,6 +42,13 @@ pub(crate) fn hang_door(root: &Path, place: &Path) -> io::Result<()> {
             private.remove_file(NEW_DOOR)
         }
         Some(_) => Err(io::ErrorKind::AlreadyExists.into()),
+    }
+}
+
+fn private_dir(root: &DirHandle) -> io::Result<DirHandle> {
+    match root.make_dir(PRIVATE_NAME, 0o755) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => root.open_dir(PRIVATE_NAME),
     }
 }
 

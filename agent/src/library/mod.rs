@@ -98,29 +98,35 @@ impl Library {
         self.place.join(VERSIONS).is_dir()
     }
 
-    /// Makes what is placed equal to what has arrived, which has to be complete. Blocking.
+    /// Makes what is placed equal to what has arrived; false if that has changed meanwhile, so that part of it
+    /// was not placed. Blocking.
+    ///
+    /// `complete` tells whether what has arrived is still the same complete version of the library as when
+    /// this was called: nothing is placed that may be a mixture.
     ///
     /// # Errors
     /// The first of those that were met; everything else has been done.
-    pub fn place(&self) -> Result<(), LibraryError> {
+    pub fn place(&self, complete: &dyn Fn() -> bool) -> Result<bool, LibraryError> {
         let wanted = self.arrived()?;
+        if !complete() {
+            return Ok(false);
+        }
         if wanted.is_empty() && !self.is_placed() {
-            return Ok(());
+            return Ok(true);
         }
         let versions = self.place.join(VERSIONS);
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o755).create(&versions).map_err(at("create", &versions))?;
-        let mut result = Ok(());
-        let mut keep_first = |done: Result<(), LibraryError>| {
-            if result.is_ok() {
-                result = done;
-            }
-        };
+        let mut result = Ok(true);
         for (skill, version) in &wanted {
-            keep_first(self.place_version(skill, *version));
+            match self.place_version(skill, *version, complete) {
+                Ok(true) => {}
+                // What else there was to be done belongs to a version that is over.
+                Ok(false) => return result.and(Ok(false)),
+                error => result = result.and(error),
+            }
         }
-        keep_first(self.remove_others(&wanted));
-        result
+        result.and(self.remove_others(&wanted).map(|()| true))
     }
 
     /// The version of each skill that has arrived.
@@ -145,7 +151,13 @@ impl Library {
         Ok(wanted)
     }
 
-    fn place_version(&self, skill: &str, version: u64) -> Result<(), LibraryError> {
+    /// False if what has arrived has changed.
+    fn place_version(
+        &self,
+        skill: &str,
+        version: u64,
+        complete: &dyn Fn() -> bool,
+    ) -> Result<bool, LibraryError> {
         let source = self.incoming.join(skill).join(version.to_string());
         let versions = self.place.join(VERSIONS);
         let name = version_name(skill, version);
@@ -155,7 +167,7 @@ impl Library {
         match fs::read_link(&link) {
             Ok(found) if is_ours(&found) => {
                 if found == target && is_copy_of(&placed, &source) {
-                    return Ok(());
+                    return Ok(true);
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -164,7 +176,12 @@ impl Library {
         if !is_copy_of(&placed, &source) {
             let new = versions.join(format!("{UNFINISHED}{name}"));
             remove_tree(&new).map_err(at("remove", &new))?;
-            make_copy(&source, &new).map_err(at("copy the skill to", &new))?;
+            let copied = make_copy(&source, &new).map_err(at("copy the skill to", &new));
+            if !complete() {
+                remove_tree(&new).map_err(at("remove", &new))?;
+                return Ok(false);
+            }
+            copied?;
             crash_point("library.copied");
             put_in_place(&new, &placed).map_err(at("place", &placed))?;
             remove_tree(&new).map_err(at("remove", &new))?;
@@ -178,7 +195,7 @@ impl Library {
         durable::sync_folder(&self.place).map_err(at("flush", &self.place))?;
         crash_point("library.linked");
         tracing::info!(skill, version, "a skill is here");
-        Ok(())
+        Ok(true)
     }
 
     /// Removes the links of skills that are no more, and then the versions that nothing leads to.
@@ -289,31 +306,48 @@ mod tests {
     #[test]
     fn a_skill_changes_as_a_whole_and_goes_when_it_is_gone() {
         let shelf = Shelf::new();
-        shelf.library.place().unwrap();
+        assert!(shelf.library.place(&|| true).unwrap());
         assert!(!shelf.library.is_placed(), "nothing for nothing");
         shelf.arrive("lint/1/run.sh", "one");
         shelf.arrive("lint/1/data/x", "x");
         shelf.arrive("Not A Skill/1/x", "x");
         shelf.arrive("lint/01/x", "x");
-        shelf.library.place().unwrap();
+        assert!(shelf.library.place(&|| true).unwrap());
         assert_eq!(shelf.read("lint/run.sh").as_deref(), Some("one"));
         assert_eq!(shelf.read("lint/data/x").as_deref(), Some("x"));
         let run = shelf.library.dir().join("lint/run.sh");
         assert_eq!(run.metadata().unwrap().permissions().mode() & 0o777, 0o444);
         let before = run.metadata().unwrap().ino();
-        shelf.library.place().unwrap();
+        assert!(shelf.library.place(&|| true).unwrap());
         assert_eq!(run.metadata().unwrap().ino(), before, "what is right is left alone");
 
         fs::remove_dir_all(shelf.library.incoming.join("lint/1")).unwrap();
         shelf.arrive("lint/2/run.sh", "two");
-        shelf.library.place().unwrap();
+        assert!(shelf.library.place(&|| true).unwrap());
         assert_eq!(shelf.read("lint/run.sh").as_deref(), Some("two"));
         assert_eq!(shelf.versions(), ["lint@2"]);
 
         fs::remove_dir_all(shelf.library.incoming.join("lint")).unwrap();
-        shelf.library.place().unwrap();
+        assert!(shelf.library.place(&|| true).unwrap());
         assert_eq!(shelf.read("lint/run.sh"), None);
         assert!(shelf.versions().is_empty());
+    }
+
+    #[test]
+    fn what_changes_while_it_is_copied_is_not_placed() {
+        let shelf = Shelf::new();
+        shelf.arrive("lint/1/run.sh", "one");
+        assert!(shelf.library.place(&|| true).unwrap());
+        shelf.arrive("lint/2/run.sh", "two");
+        assert!(!shelf.library.place(&|| false).unwrap(), "not complete when it was listed");
+        let asked = std::cell::Cell::new(0);
+        let while_it_is_listed = || asked.replace(asked.get() + 1) == 0;
+        assert!(!shelf.library.place(&while_it_is_listed).unwrap());
+        assert_eq!(asked.get(), 2);
+        assert_eq!(shelf.read("lint/run.sh").as_deref(), Some("one"));
+        assert_eq!(shelf.versions(), ["lint@1"]);
+        assert!(shelf.library.place(&|| true).unwrap());
+        assert_eq!(shelf.read("lint/run.sh").as_deref(), Some("two"));
     }
 
     #[test]
@@ -321,12 +355,12 @@ mod tests {
         let shelf = Shelf::new();
         shelf.arrive("lint/1/run.sh", "one");
         shelf.arrive("lint/1/sub/x", "x");
-        shelf.library.place().unwrap();
+        assert!(shelf.library.place(&|| true).unwrap());
         let sub = shelf.library.dir().join("lint/sub");
         fs::set_permissions(&sub, fs::Permissions::from_mode(0o755)).unwrap();
         fs::remove_file(sub.join("x")).unwrap();
         fs::write(sub.join("y"), "more").unwrap();
-        shelf.library.place().unwrap();
+        assert!(shelf.library.place(&|| true).unwrap());
         assert_eq!(shelf.read("lint/sub/x").as_deref(), Some("x"));
         assert_eq!(shelf.read("lint/sub/y"), None);
         // Another file of the same name, with the same text.
@@ -335,7 +369,7 @@ mod tests {
         fs::set_permissions(&top, fs::Permissions::from_mode(0o755)).unwrap();
         fs::remove_file(&run).unwrap();
         fs::write(&run, "two").unwrap();
-        shelf.library.place().unwrap();
+        assert!(shelf.library.place(&|| true).unwrap());
         assert_eq!(shelf.read("lint/run.sh").as_deref(), Some("one"));
     }
 
@@ -346,7 +380,7 @@ mod tests {
         shelf.arrive("b/1/x", "b");
         fs::create_dir_all(shelf.library.dir().join("a")).unwrap();
         fs::write(shelf.library.dir().join("a/mine"), "mine").unwrap();
-        assert!(matches!(shelf.library.place(), Err(LibraryError::InTheWay { .. })));
+        assert!(matches!(shelf.library.place(&|| true), Err(LibraryError::InTheWay { .. })));
         assert_eq!(shelf.read("a/mine").as_deref(), Some("mine"));
         assert_eq!(shelf.read("b/x").as_deref(), Some("b"));
     }
@@ -359,7 +393,7 @@ mod tests {
         fs::create_dir_all(versions.join(".new-lint@1/deep")).unwrap();
         fs::create_dir_all(versions.join("lint@1")).unwrap();
         symlink("x", versions.join(".new-link")).unwrap();
-        shelf.library.place().unwrap();
+        assert!(shelf.library.place(&|| true).unwrap());
         assert_eq!(shelf.read("lint/x").as_deref(), Some("one"));
         assert_eq!(shelf.versions(), ["lint@1"]);
     }

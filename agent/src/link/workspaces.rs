@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cortex_proto::v1;
+use cortex_shared::backoff::Backoff;
 use cortex_shared::ids::WorkspaceId;
 use cortex_shared::labels;
 use cortex_shared::library::LIBRARY_NAME;
@@ -32,8 +33,10 @@ use crate::sync::{
     self, ExplainError, Explanation, FlushError, Occupied, WorkspaceConfig, WorkspaceHandle,
 };
 
-/// How soon a library that is not up to date is looked at again.
-const LIBRARY_RETRY: Duration = Duration::from_secs(1);
+/// How soon a library that is not up to date is looked at again: first, and at most.
+const LIBRARY_RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
+/// An engine that has done everything comes to rest within this.
+const SETTLING: Duration = Duration::from_secs(1);
 /// Most workspaces of one node; a hub that sends more is not believed.
 const MAX_WORKSPACES: usize = 1024;
 
@@ -428,20 +431,25 @@ impl Workspaces {
                 continue;
             }
             let engine = self.start_engine(membership, scope);
+            let handle = engine.handle.clone();
             lock(&self.inner.engines).insert(membership.id, engine);
+            // Somebody may have decided otherwise before it was there to be told.
+            handle.set_options(self.options(&membership.name));
         }
         self.inner.changes.send_modify(|count| *count += 1);
     }
 
     /// Brings the library up to date whenever somebody needs it to be.
     async fn refresh_library(&self) {
+        let mut backoff = Backoff::new(LIBRARY_RETRY.0, LIBRARY_RETRY.1);
         loop {
             let ticket = self.inner.freshness.asked().await;
             if self.refresh_library_once().await {
+                backoff.reset();
                 self.inner.freshness.finish(ticket);
                 lock(&self.inner.engines).values().for_each(|engine| engine.handle.plan_again());
             } else {
-                tokio::time::sleep(LIBRARY_RETRY).await;
+                tokio::time::sleep(backoff.next_delay()).await;
             }
         }
     }
@@ -455,18 +463,20 @@ impl Workspaces {
         // The engine answers as soon as all is done, and says after it that it has come to rest.
         let mut status = handle.status();
         let settled = status.wait_for(|status| settled_at(status).is_some());
-        if !matches!(tokio::time::timeout(LIBRARY_RETRY, settled).await, Ok(Ok(_))) {
-            return false;
-        }
-        self.place_library().await
+        let settled =
+            tokio::time::timeout(SETTLING, settled).await.is_ok_and(|found| found.is_ok());
+        settled && self.place_library().await
     }
 
     /// Places what has arrived of the library, and hangs the doors to it. Whether all of it is placed.
     async fn place_library(&self) -> bool {
         let Some(library) = self.inner.library.clone() else { return false };
-        let placing = self.inner.placing.lock().await;
-        let placed = tokio::task::spawn_blocking(move || library.place()).await;
-        drop(placing);
+        let Some(handle) = self.handle_of(LIBRARY_NAME) else { return false };
+        let _placing = self.inner.placing.lock().await;
+        let status = handle.status();
+        let Some(seq) = settled_at(&status.borrow()) else { return false };
+        let still = move || settled_at(&status.borrow()) == Some(seq);
+        let placed = tokio::task::spawn_blocking(move || library.place(&still)).await;
         if let Ok(Err(error)) = &placed {
             let cause = std::error::Error::source(error).map(ToString::to_string);
             tracing::error!(%error, cause, "the library cannot be placed");
@@ -482,7 +492,7 @@ impl Workspaces {
         for root in roots {
             self.hang_door(root).await;
         }
-        matches!(placed, Ok(Ok(())))
+        matches!(placed, Ok(Ok(true)))
     }
 
     /// Makes links of a workspace that lead to skills lead there, once there are some.

@@ -55,6 +55,11 @@ pub fn folds_case(top: &DirHandle) -> io::Result<bool> {
     }
     match top.make_dir(PRIVATE_NAME, 0o700) {
         Ok(()) => {}
+        // Somebody has just made it.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let found = is_found_as(top, PRIVATE_NAME, &flipped(PRIVATE_NAME))?;
+            return found.ok_or(error);
+        }
         Err(error)
             if matches!(
                 error.kind(),
@@ -67,7 +72,11 @@ pub fn folds_case(top: &DirHandle) -> io::Result<bool> {
         Err(error) => return Err(error),
     }
     let found = top.try_lstat(&flipped(PRIVATE_NAME));
-    top.remove_dir(PRIVATE_NAME)?;
+    match top.remove_dir(PRIVATE_NAME) {
+        // Somebody has put something there, and keeps it.
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+        removed => removed?,
+    }
     Ok(found?.is_some())
 }
 
