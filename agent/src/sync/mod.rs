@@ -282,9 +282,18 @@ impl WorkspaceHandle {
     /// are held; with none it does nothing.
     ///
     /// # Errors
-    /// If the engine is too busy to be told, or has ended.
+    /// If the engine is too busy to be told, works on nothing now, or has ended.
     pub fn confirm_deletions(&self) -> Result<u64, FlushError> {
-        let held = self.status.borrow().held_deletions;
+        let held = {
+            let status = self.status.borrow();
+            match status.state {
+                SyncState::Paused => return Err(FlushError::Paused),
+                SyncState::Halted => {
+                    return Err(FlushError::Halted { reason: status.halted_reason.clone() });
+                }
+                _ => status.held_deletions,
+            }
+        };
         if held > 0 {
             self.commands.try_send(Command::ConfirmDeletions).map_err(|error| match error {
                 mpsc::error::TrySendError::Full(_) => {

@@ -8,6 +8,7 @@ use cortex_shared::entry::Entry;
 use rustix::io::Errno;
 
 use super::place::{Current, PlaceError, Placed};
+use super::record::Print;
 use super::{Applier, exists, vanished};
 use crate::root_dir::{DirHandle, Meta};
 use crate::sync::plan::LocalChange;
@@ -96,9 +97,9 @@ impl Applier<'_> {
             return Ok(Placed::Done);
         }
         stage.exchange(stage_name, parent, leaf)?;
-        if stage.lstat(stage_name)?.ino != ours.ino {
-            // Somebody wrote a third time, between the two exchanges. That file would be removed as
-            // ours: it is kept.
+        if Print::of(&stage.lstat(stage_name)?) != Print::of(ours) {
+            // Somebody wrote a third time, between the two exchanges: another file, or into ours. It
+            // would be removed as ours: it is kept.
             self.private.discard(stage_name)?;
             return Ok(Placed::ToBeRescued);
         }

@@ -67,18 +67,36 @@ pub fn rescue_late_writes(
         after = Some(last.name.clone());
         let (mut over, mut ours) = (Vec::new(), Vec::new());
         for row in rows {
-            match private.trash().try_lstat(&row.name).map_err(ApplyError::Trash)? {
-                None => match private.discard(&row.name) {
+            let found = match private.trash().try_lstat(&row.name) {
+                Ok(None) => match private.discard(&row.name) {
                     // It could not be brought here before; the next look sees it.
-                    Ok(()) => {}
+                    Ok(()) => continue,
                     // It was removed in its time.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => over.push(row.name),
-                    Err(error) => return Err(ApplyError::Trash(error)),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                        over.push(row.name);
+                        continue;
+                    }
+                    Err(error) => Err(error),
                 },
-                Some(meta)
+                found => found,
+            };
+            match found {
+                // One that cannot be looked at holds up nothing else.
+                Err(error) => {
+                    let text = format!(
+                        "it cannot be told whether it was written to after it was replaced; that version \
+                         is {} in {}: {error}",
+                        row.name.escape_ascii(),
+                        private.path().join("trash").display(),
+                    );
+                    late.findings.push(Finding::at(&row.path, Code::LateWrite, text));
+                }
+                // Only for completeness: what is gone was dealt with above.
+                Ok(None) => {}
+                Ok(Some(meta))
                     if meta.kind != FileKind::File
                         || row.content.is_none() && row.looks_unchanged(&meta) => {}
-                Some(meta) => match put_back(root, private, index, &row)? {
+                Ok(Some(meta)) => match put_back(root, private, index, &row)? {
                     Ok(Found::Unwritten(content)) => {
                         let Meta { size, mtime_ns, .. } = meta;
                         // Once it is old enough, its time tells.

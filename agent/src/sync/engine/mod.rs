@@ -221,7 +221,11 @@ impl<H: Hub> Engine<H> {
     }
 
     async fn work(&mut self, work: &mut Work) -> End {
-        self.progress.update(|status| status.halted_reason.clear());
+        self.progress.update(|status| {
+            status.halted_reason.clear();
+            // Not known yet; nobody is to confirm what an earlier run had held.
+            status.held_deletions = 0;
+        });
         work.dirty.add(Scope::Tree(None));
         if let Err(error) = self.tell_rules(work).await {
             tracing::error!(workspace = %self.config.name, %error, "sync failed");
@@ -300,7 +304,8 @@ impl<H: Hub> Engine<H> {
         // A time that has come must not wake up again and again while there is no hub.
         work.problem_retry_at = None;
         work.retry_at = work.retry_at.filter(|at| *at > now);
-        if !*self.online.borrow_and_update() || work.retry_at.is_some() {
+        // That it has changed is for `wait` to see, which then asks the hub what was missed.
+        if !*self.online.borrow() || work.retry_at.is_some() {
             // Some of it may have to be pulled rather than pushed; which is known once the hub is.
             let pending = work.core.run(|core| core.index.differing()).await?;
             self.progress.update(|status| {
@@ -443,7 +448,11 @@ impl<H: Hub> Engine<H> {
         tokio::select! {
             biased;
             () = self.cancel.cancelled() => return false,
-            () = work.dirty.changed() => return self.settle(work).await,
+            () = work.dirty.changed() => {
+                let goes_on = self.settle(work).await;
+                self.hear(work);
+                return goes_on;
+            }
             seq = next_value(&mut self.head) => {
                 work.head_moved(seq);
             }

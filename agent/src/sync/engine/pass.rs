@@ -106,11 +106,12 @@ impl<H: Hub> Engine<H> {
             if work.outdated {
                 let before = work.cursor;
                 self.progress.state(SyncState::Downloading);
-                let Refreshed { cursor, anew, wanted, confirm_deletes } =
-                    refresh(&mut self.session(work)).await?;
-                if confirm_deletes {
+                let mut confirmed = false;
+                let refreshed = refresh(&mut self.session(work), &mut confirmed).await;
+                if confirmed {
                     (work.deletions_confirmed, work.refused_until) = (true, None);
                 }
+                let Refreshed { cursor, anew, wanted } = refreshed?;
                 work.outdated = false;
                 if anew && work.cursor.is_some() {
                     // What is here is all there is to compare with: it had better be seen afresh.
@@ -266,9 +267,8 @@ impl<H: Hub> Engine<H> {
                 // Our own changes make hints as well, so a hint alone is no reason to stop.
                 let (dirty, begun) = (work.dirty.clone(), Instant::now());
                 let urgent = move || begun.elapsed() > LONGEST_PULL && !dirty.is_empty();
-                let pulled = pull(&mut self.session(work), plan.local, large, urgent).await?;
-                sweep.unapplied += unapplied.saturating_sub(pulled.applied + pulled.kept);
-                take_pulled(work, pulled, &mut sweep);
+                let done = self.pull(work, plan.local, large, urgent, &mut sweep).await?;
+                sweep.unapplied += unapplied.saturating_sub(done);
             }
             match next {
                 Some(next) if !sweep.interrupted => after = Some(next),
@@ -280,6 +280,23 @@ impl<H: Hub> Engine<H> {
         }
         work.awaited_skills.retain(|path, _| sweep.skill_links.contains(path));
         Ok(sweep)
+    }
+
+    /// Makes changes here; how many of them are done with.
+    async fn pull(
+        &self,
+        work: &mut Work,
+        changes: Vec<LocalChange>,
+        large: &Arc<Mutex<Large>>,
+        urgent: impl Fn() -> bool,
+        sweep: &mut Sweep,
+    ) -> Result<usize, SyncError> {
+        let mut pulled = Pulled::default();
+        let result = pull(&mut self.session(work), changes, large, urgent, &mut pulled).await;
+        let done = pulled.applied + pulled.kept;
+        // Of what was done before a line broke, too, somebody has to look at what was displaced.
+        take_pulled(work, pulled, sweep);
+        result.map(|()| done)
     }
 
     /// Puts the newest rules in their place before anything else; whether they are there then.
@@ -294,9 +311,8 @@ impl<H: Hub> Engine<H> {
             return Ok(false);
         }
         let count = changes.len();
-        let pulled = pull(&mut self.session(work), changes, large, || false).await?;
-        sweep.unapplied += count.saturating_sub(pulled.applied + pulled.kept);
-        take_pulled(work, pulled, sweep);
+        let done = self.pull(work, changes, large, || false, sweep).await?;
+        sweep.unapplied += count.saturating_sub(done);
         work.core.run(are_in_place).await
     }
 

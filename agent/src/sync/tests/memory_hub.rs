@@ -53,6 +53,8 @@ pub(super) struct Shared {
     packs_of_an_answer: AtomicUsize,
     /// So many packs are still taken before the line breaks.
     packs_left: AtomicUsize,
+    /// The line breaks once it has been told that deletions may go.
+    breaks_after_word: AtomicBool,
     pub(super) commits: AtomicUsize,
     pub(super) packs_received: AtomicUsize,
     pub(super) packs_sent: AtomicUsize,
@@ -87,6 +89,7 @@ impl MemoryHub {
                 full: AtomicBool::new(false),
                 packs_of_an_answer: AtomicUsize::new(usize::MAX),
                 packs_left: AtomicUsize::new(usize::MAX),
+                breaks_after_word: AtomicBool::new(false),
                 commits: AtomicUsize::new(0),
                 packs_received: AtomicUsize::new(0),
                 packs_sent: AtomicUsize::new(0),
@@ -198,6 +201,11 @@ impl MemoryHub {
     /// From now on there is no room for packs, or there is again.
     pub(super) fn set_full(&self, full: bool) {
         self.0.full.store(full, Ordering::SeqCst);
+    }
+
+    /// The line breaks right after the next word that deletions may go.
+    pub(super) fn break_after_word(&self) {
+        self.0.breaks_after_word.store(true, Ordering::SeqCst);
     }
 
     /// The line breaks after so many more packs.
@@ -336,6 +344,9 @@ impl Hub for MemoryHub {
         state.check_history(known).ok();
         let wanted = state.wanted.iter().copied().collect();
         let confirm_deletes = std::mem::take(&mut state.word);
+        if confirm_deletes && self.0.breaks_after_word.swap(false, Ordering::SeqCst) {
+            self.set_broken(true);
+        }
         Ok(Contact { head: state.head(), wanted, confirm_deletes })
     }
 

@@ -250,6 +250,29 @@ async fn offline_changes_are_seen_and_follow_later() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_comes_back_while_somebody_saves_all_the_time_learns_what_it_missed() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    a.write("f", "f");
+    settle(&[&a, &b]).await;
+    b.online.send_replace(false);
+    b.until_state(SyncState::Offline).await;
+    a.write("g", "new");
+    a.flush().await;
+    // Whenever the line comes back, the engine waits for quiet or looks. There is nothing to send, so it
+    // hears of what it missed only by asking.
+    for round in 0..100 {
+        b.write("f", "f");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        if round == 50 {
+            b.online.send_replace(true);
+        }
+    }
+    let path = b.path("g");
+    b.until(|status| status.state == SyncState::Idle && path.exists()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_root_that_vanished_or_was_replaced_is_not_believed() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("a"), mesh.node("b"));
@@ -294,6 +317,49 @@ async fn deleting_very_much_is_held_until_it_is_confirmed() {
     settle(&[&a, &b]).await;
     assert_eq!(b.names(), ["new"]);
     assert!(a.status().problems.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operators_word_is_not_lost_with_the_line_over_which_it_came() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    for number in 0..150 {
+        a.write(&format!("d/f{number}"), format!("content {number}"));
+    }
+    settle(&[&a, &b]).await;
+    fs::rename(a.path("d"), mesh.folder.path().join("gone")).unwrap();
+    a.flush().await;
+    assert_eq!(a.status().held_deletions, 150);
+    b.write("new", "so that there is something to ask for besides the word");
+    b.flush().await;
+    mesh.hub.break_after_word();
+    mesh.hub.confirm_deletions();
+    assert!(a.handle().flush().await.is_err());
+    assert!(b.path("d/f0").exists());
+    mesh.hub.set_broken(false);
+    settle(&[&a, &b]).await;
+    assert_eq!(b.names(), ["new"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_works_on_nothing_now_takes_no_word_for_deletions() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    for number in 0..150 {
+        a.write(&format!("d/f{number}"), format!("content {number}"));
+    }
+    settle(&[&a, &b]).await;
+    fs::rename(a.path("d"), mesh.folder.path().join("gone")).unwrap();
+    a.flush().await;
+    a.handle().set_options(MemberOptions { paused: true, ..a.options });
+    a.until_state(SyncState::Paused).await;
+    let paused = Err(crate::sync::FlushError::Paused);
+    assert_eq!(a.handle().confirm_deletions(), paused, "it would be swallowed");
+    a.handle().set_options(a.options);
+    a.until(|status| status.state == SyncState::Idle && status.held_deletions == 150).await;
+    assert_eq!(a.handle().confirm_deletions(), Ok(150));
+    settle(&[&a, &b]).await;
+    assert!(b.names().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

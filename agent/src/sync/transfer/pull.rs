@@ -67,13 +67,15 @@ pub(in crate::sync) struct Pulled {
 /// Makes changes, in order. Between groups, `urgent` may ask for an early end. Large files whose
 /// content is not here are left to the lane: those that came with it are in `large`, those it is to
 /// fetch next are put there.
+///
+/// What was done before a failure is in `pulled` as well.
 pub(in crate::sync) async fn pull<H: Hub>(
     session: &mut Session<'_, H>,
     changes: Vec<LocalChange>,
     large: &Arc<Mutex<Large>>,
     urgent: impl Fn() -> bool,
-) -> Result<Pulled, SyncError> {
-    let mut pulled = Pulled::default();
+    pulled: &mut Pulled,
+) -> Result<(), SyncError> {
     let groups = groups(&changes);
     let changes = Arc::new(changes);
     let stage = {
@@ -88,7 +90,7 @@ pub(in crate::sync) async fn pull<H: Hub>(
     let stage = Arc::new(Mutex::new(stage));
     let mut result = Ok(());
     for group in groups {
-        result = pull_group(session, &stage, &changes, group, large, &mut pulled).await;
+        result = pull_group(session, &stage, &changes, group, large, pulled).await;
         if result.is_err() || urgent() {
             pulled.interrupted = true;
             break;
@@ -101,7 +103,7 @@ pub(in crate::sync) async fn pull<H: Hub>(
             Ok::<_, SyncError>(())
         })
         .await?;
-    result.map(|()| pulled)
+    result
 }
 
 type Changes = Arc<Vec<LocalChange>>;

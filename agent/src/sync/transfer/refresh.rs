@@ -17,16 +17,18 @@ pub(in crate::sync) struct Refreshed {
     pub(in crate::sync) anew: bool,
     /// Chunks that the hub has lost.
     pub(in crate::sync) wanted: Vec<Digest>,
-    /// Deletions that are held here may go.
-    pub(in crate::sync) confirm_deletes: bool,
 }
 
 /// Brings Remote up to the head.
 ///
 /// If the hub's history is not the one known here (it was restored from a backup, or the index is
 /// new), everything known of it is forgotten first.
+///
+/// That somebody lets the deletions go that are held here is said by the hub once: `confirmed` is set as
+/// soon as it has been, whatever fails after that.
 pub(in crate::sync) async fn refresh<H: Hub>(
     session: &mut Session<'_, H>,
+    confirmed: &mut bool,
 ) -> Result<Refreshed, SyncError> {
     let (cursor, known) = session
         .core
@@ -34,6 +36,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
         .await?;
     let Contact { head, wanted, confirm_deletes } =
         waiting(session.cancel, session.hub, session.hub.head(session.workspace, known)).await?;
+    *confirmed = confirm_deletes;
     let Head { epoch, seq, root } = head;
     let same = cursor.filter(|cursor| cursor.epoch == epoch && cursor.seq <= seq);
     let anew = same.is_none();
@@ -54,7 +57,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
         })
         .await?;
     if cursor.seq == seq {
-        return Ok(Refreshed { cursor, anew, wanted, confirm_deletes });
+        return Ok(Refreshed { cursor, anew, wanted });
     }
     let known = Some(Head { epoch, seq, root });
     let mut pages = waiting(
@@ -112,7 +115,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
             break;
         }
     }
-    Ok(Refreshed { cursor, anew, wanted, confirm_deletes })
+    Ok(Refreshed { cursor, anew, wanted })
 }
 
 /// Notes the newest head the hub told of: should the hub ever lose it, this is the proof.
