@@ -114,13 +114,44 @@ service() {
   fi
 }
 
-# Fetches a file from the hub, by the key that it has to have, if one was given. A hub from which many download
-# says when to come again, which --retry heeds.
+# Fetches the file $1 from $2 at the hub, by the key that it has to have, if one was given. What was cut short
+# goes on where it stopped; a hub from which many download at once says so, and is asked again. It gives up when
+# not a byte more has come for this many seconds:
+patience_busy=900 patience_cut=300
 fetch() {
+  file=$1 url=$2
+  set -- curl -fsS --proto =https --connect-timeout 20 --speed-limit 1000 --speed-time 60 -C - -o "$file"
   if [ -n "$tls_pin" ]; then
     set -- "$@" --insecure --pinnedpubkey "$tls_pin"
   fi
-  step curl -fsS --proto =https --retry 10 --connect-timeout 20 -o "$@"
+  echo "+ $* $url"
+  if $dry; then return; fi
+  most=0 since=$(date +%s) told=''
+  while :; do
+    if answer=$("$@" -w '%{http_code}' "$url" 2>"$scratch/said"); then return; else code=$?; fi
+    size=0
+    [ ! -e "$file" ] || size=$(wc -c <"$file")
+    now=$(date +%s)
+    # A clock that was set back in between says nothing.
+    if [ "$size" -gt "$most" ] || [ "$now" -lt "$since" ]; then most=$size since=$now; fi
+    patience=$patience_cut
+    case $code:$answer in
+      *:408 | *:429 | *:5??) patience=$patience_busy ;;
+      # It cannot go on in the middle, such as behind a proxy that does not know how, or has another agent now.
+      33:* | 36:* | *:416) rm -f "$file" ;;
+      # Nothing there, or another's key: so it will be the next time.
+      22:* | 1:* | 2:* | 3:* | 23:* | 51:* | 60:* | 77:* | 90:*) patience=0 ;;
+      # It was there before, if anything has come.
+      5:* | 6:* | 7:*) [ "$size" -gt 0 ] || patience=0 ;;
+    esac
+    if [ $((now - since)) -ge $patience ]; then
+      cat "$scratch/said" >&2
+      return 1
+    fi
+    [ "$told" = "$code:$answer" ] || sed 's/$/; trying again/' "$scratch/said" >&2
+    told=$code:$answer
+    sleep 5
+  done
 }
 
 # Makes a folder for what is to be installed beside where it goes: other places may not be for programs.
@@ -199,14 +230,23 @@ find_programs() {
 # A release says what its files are, and for which machines; and so does a hub.
 check_sums() {
   if [ -e "$found/SHA256SUMS" ]; then
+    named=' '
     # Line by line: busybox has no --ignore-missing.
     while read -r sum file; do
       file=${file#\*}
+      named="$named$file "
       [ -e "$found/$file" ] || continue
       is=$(sha256sum <"$found/$file" | cut -d ' ' -f 1)
       [ "$is" = "$sum" ] ||
         fail "the programs in $found are not what SHA256SUMS says: $file" "fetch the release again"
     done <"$found/SHA256SUMS"
+    for program in cortex-agent cortex-hubd; do
+      [ -e "$found/$program" ] || continue
+      case $named in
+        *" $program "*) ;;
+        *) fail "SHA256SUMS in $found does not say what $program is" "fetch the release again" ;;
+      esac
+    done
   fi
   if [ -e "$found/RELEASE" ]; then
     made_for=$(sed -n 's/^architecture=//p' "$found/RELEASE")
@@ -226,6 +266,14 @@ check_archive() {
   [ "$is" = "$sha256" ] || fail "$from has the SHA-256 $is, not $sha256" "fetch it again"
 }
 
+# A program for another machine, or one that was torn on its way, is not asked anything.
+runs_here() {
+  # In a dry run, there is none yet from a hub.
+  [ -e "$found/$1" ] || return 0
+  "$found/$1" --version >/dev/null 2>&1 ||
+    fail "$found/$1 does not run on this machine ($(uname -m))" "take the release for it"
+}
+
 # Puts programs into place: beside the target and renamed over it, so that a running program keeps its
 # file and an interrupted installation leaves the old one.
 programs() {
@@ -236,8 +284,7 @@ programs() {
       continue
     fi
     [ -x "$found/$program" ] || fail "there is no $program in $found"
-    "$found/$program" --version >/dev/null 2>&1 ||
-      fail "$found/$program does not run on this machine ($(uname -m))" "take the release for it"
+    runs_here "$program"
     if cmp -s "$found/$program" "$bin/$program"; then
       echo "$bin/$program is up to date"
       continue
@@ -274,6 +321,18 @@ The hub runs. Next, here:
   cortex-hubd operator create NAME --role admin      prints the line to log in with
   cortex-hubd invite create                          prints the line that admits a node
 TEXT
+  tell_of_agent
+}
+
+# A hub's machine may be a node as well: its agent goes on with the program that it had.
+tell_of_agent() {
+  process=$(systemctl ${user:+--user} show --property=MainPID --value cortex-agent.service 2>/dev/null) || return 0
+  [ "$(readlink "/proc/${process:-0}/exe")" = "$(cd "$bin" && pwd -P)/cortex-agent (deleted)" ] || return 0
+  cat <<TEXT
+
+This machine is a node as well, and its agent still runs the old version. To renew it when no command runs:
+  the same again with agent in place of hub
+TEXT
 }
 
 # Whether there is a systemd that services can be given to.
@@ -291,6 +350,7 @@ install_agent() {
     [ -z "$pin$token_file" ] || usage "--hub is missing"
   fi
   find_programs
+  runs_here cortex-agent
   # Only the agent can tell: files of a node are left behind by one that has left, or did not join to the end.
   if [ -z "$hub" ] && [ -x "$found/cortex-agent" ] &&
     ! problem=$("$found/cortex-agent" --state "$state" identity show 2>&1 >/dev/null); then
@@ -319,7 +379,10 @@ join() {
   old_ifs=$IFS
   IFS='
 '
+  # As they are, and not as patterns of files' names.
+  set -f
   for label in $labels; do set -- "$@" --label "$label"; done
+  set +f
   IFS=$old_ifs
   # The token is in a file, on standard input or in the environment: never in arguments.
   step "$bin/cortex-agent" "$@"

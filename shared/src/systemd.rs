@@ -11,6 +11,9 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
+
 use crate::durable;
 
 /// Whose service it is.
@@ -61,6 +64,10 @@ pub enum Step {
         /// What has to run with it.
         units: Vec<Unit>,
     },
+    /// Restarts those of these units that do not run with what is there, and with any of them the last, which is
+    /// given what the others hold. The service manager is asked for all of it at once: it is done also if what
+    /// asked goes away, such as the terminal of an administrator.
+    Restart(Vec<Unit>),
     /// A command that is a courtesy: failing, it is said and no more.
     Try(Vec<String>),
 }
@@ -78,12 +85,18 @@ impl fmt::Display for Step {
                 write!(f, "run {}", command.join(" "))
             }
             Self::Renew { command, units } => {
-                let names: Vec<&str> = units.iter().map(|unit| unit.name).collect();
                 let command = command.join(" ");
-                write!(f, "run {command} unless it is up to date: {}", names.join(", "))
+                write!(f, "run {command} unless it is up to date: {}", names(units).join(", "))
+            }
+            Self::Restart(units) => {
+                write!(f, "restart unless it is up to date: {}", names(units).join(", "))
             }
         }
     }
+}
+
+fn names(units: &[Unit]) -> Vec<&'static str> {
+    units.iter().map(|unit| unit.name).collect()
 }
 
 /// What became of a step.
@@ -125,13 +138,21 @@ pub struct Unit {
 
 /// What systemd says of a unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UnitState {
+struct UnitState {
     /// Whether it runs, or is about to.
-    pub active: bool,
+    active: bool,
     /// Its process, if it has one.
-    pub process: Option<u32>,
+    process: Option<u32>,
     /// When it started, in seconds since the Unix epoch.
-    pub started_s: Option<i64>,
+    started_s: Option<i64>,
+}
+
+/// Which program a process runs.
+enum Running {
+    /// The file with this device and inode.
+    File(u64, u64),
+    /// This user may not look: so it is with one that hides its memory, as the hub does.
+    Hidden,
 }
 
 impl Unit {
@@ -139,10 +160,12 @@ impl Unit {
     ///
     /// # Errors
     /// If systemd cannot be asked.
-    pub fn state(&self) -> io::Result<UnitState> {
+    fn state(&self) -> io::Result<UnitState> {
         let asked = "--property=ActiveState,MainPID,ExecMainStartTimestamp,ActiveEnterTimestamp";
-        let command = systemctl(self.scope, &["show", "--timestamp=unix", asked, self.name]);
-        Ok(parse_state(&output_of(&command)?, self.program.is_some()))
+        // Times are in this zone's words; a number is told by the newest versions only.
+        let environment = [("TZ", "UTC"), ("LC_ALL", "C")];
+        let text = output_with(&systemctl(self.scope, &["show", asked, self.name]), &environment)?;
+        Ok(parse_state(&text, self.program.is_some()))
     }
 
     /// Whether it runs with the program and the files that are there now. Where that cannot be told, it does
@@ -152,17 +175,43 @@ impl Unit {
         else {
             return false;
         };
-        let same_program = |program: &Path, process: Option<u32>| {
-            let running = std::fs::metadata(format!("/proc/{}/exe", process?)).ok()?;
-            let there = std::fs::metadata(program).ok()?;
-            Some((running.dev(), running.ino()) == (there.dev(), there.ino()))
-        };
         let unchanged = |file: &PathBuf| {
             std::fs::metadata(file).is_ok_and(|metadata| metadata.mtime() <= started_s)
         };
-        self.program.as_deref().is_none_or(|it| same_program(it, process) == Some(true))
-            && self.files.iter().all(unchanged)
+        let same_program = |program: &Path| {
+            let running = process.and_then(running_program);
+            running.is_some_and(|running| is_program(&running, program, started_s))
+        };
+        self.program.as_deref().is_none_or(same_program) && self.files.iter().all(unchanged)
     }
+}
+
+/// What this process runs; nothing if there is no such process.
+fn running_program(process: u32) -> Option<Running> {
+    match std::fs::metadata(format!("/proc/{process}/exe")) {
+        Ok(running) => Some(Running::File(running.dev(), running.ino())),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Some(Running::Hidden),
+        Err(_) => None,
+    }
+}
+
+/// Whether that is this program, for a process that started at this second.
+fn is_program(running: &Running, program: &Path, started_s: i64) -> bool {
+    let Ok(there) = std::fs::metadata(program) else { return false };
+    match *running {
+        Running::File(device, inode) => (device, inode) == (there.dev(), there.ino()),
+        // Putting a program into place changes this time, whatever time its file had.
+        Running::Hidden => there.ctime() < started_s,
+    }
+}
+
+/// The process of a service, if it has one.
+///
+/// # Errors
+/// If systemd cannot be asked.
+pub fn main_process(scope: Scope, name: &str) -> io::Result<Option<u32>> {
+    let process = output_of(&systemctl(scope, &["show", "--property=MainPID", "--value", name]))?;
+    Ok(process.trim().parse().ok().filter(|process| *process != 0))
 }
 
 /// Reads what `systemctl show` prints.
@@ -172,10 +221,12 @@ fn parse_state(text: &str, has_program: bool) -> UnitState {
         lines.find(|(key, _)| *key == name).map_or("", |(_, value)| value)
     };
     let since = if has_program { "ExecMainStartTimestamp" } else { "ActiveEnterTimestamp" };
+    let started = DateTime::strptime("%a %Y-%m-%d %H:%M:%S UTC", value(since));
     UnitState {
         active: matches!(value("ActiveState"), "active" | "activating" | "reloading"),
         process: value("MainPID").parse().ok().filter(|process| *process != 0),
-        started_s: value(since).strip_prefix('@').and_then(|seconds| seconds.parse().ok()),
+        started_s: (started.and_then(|started| started.to_zoned(TimeZone::UTC)).ok())
+            .map(|started| started.timestamp().as_second()),
     }
 }
 
@@ -287,6 +338,8 @@ fn perform(step: &Step, written: &HashSet<PathBuf>) -> Result<Outcome, StepError
         };
         Some(Ok(Outcome::Skipped(why.to_owned())))
     };
+    let current =
+        |unit: &Unit| !unit.files.iter().any(|file| written.contains(file)) && unit.is_current();
     let outcome = match step {
         Step::CreateUser { name, home } => create_user(name, home),
         Step::Write { path, text } => write(path, text),
@@ -297,8 +350,7 @@ fn perform(step: &Step, written: &HashSet<PathBuf>) -> Result<Outcome, StepError
         Step::Run(command) => run(command),
         Step::RunWithSystemd(command) => absent(command).unwrap_or_else(|| run(command)),
         Step::Renew { command, units } => absent(command).unwrap_or_else(|| {
-            let untouched = |unit: &Unit| !unit.files.iter().any(|file| written.contains(file));
-            if units.iter().all(|unit| untouched(unit) && unit.is_current()) {
+            if units.iter().all(current) {
                 return Ok(Outcome::Unchanged);
             }
             let said = output_of(command)?;
@@ -307,11 +359,31 @@ fn perform(step: &Step, written: &HashSet<PathBuf>) -> Result<Outcome, StepError
                 None => Ok(Outcome::Done),
             }
         }),
+        Step::Restart(units) => match restart_of(units, current) {
+            None => Ok(Outcome::Unchanged),
+            Some(command) => absent(&command).unwrap_or_else(|| {
+                run(&command)?;
+                Ok(Outcome::Said(format!("done: {}", command.join(" "))))
+            }),
+        },
         Step::Try(command) => {
             Ok(run(command).unwrap_or_else(|error| Outcome::Skipped(error.to_string())))
         }
     };
     outcome.map_err(|source| StepError { step: step.to_string(), source })
+}
+
+/// The command that restarts what is to be restarted of these, if anything is.
+fn restart_of(units: &[Unit], is_current: impl Fn(&Unit) -> bool) -> Option<Vec<String>> {
+    let (last, others) = units.split_last()?;
+    let mut names: Vec<&str> =
+        others.iter().filter(|unit| !is_current(unit)).map(|unit| unit.name).collect();
+    if names.is_empty() && is_current(last) {
+        return None;
+    }
+    names.push(last.name);
+    let restart: Vec<&str> = std::iter::once("restart").chain(names).collect();
+    Some(systemctl(last.scope, &restart))
 }
 
 /// Whether systemd is this machine's service manager, as `sd_booted(3)` says it; for a user, whether it can
@@ -376,17 +448,32 @@ fn run(command: &[String]) -> io::Result<Outcome> {
 
 /// What a command that succeeds prints.
 fn output_of(command: &[String]) -> io::Result<String> {
+    output_with(command, &[])
+}
+
+/// The same with these variables in its environment.
+fn output_with(command: &[String], environment: &[(&str, &str)]) -> io::Result<String> {
     let (program, arguments) = command
         .split_first()
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "an empty command"))?;
-    let output =
-        Command::new(program).args(arguments).stdin(std::process::Stdio::null()).output()?;
+    let output = Command::new(program)
+        .args(arguments)
+        .envs(environment.iter().copied())
+        .stdin(std::process::Stdio::null())
+        .output()?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    let said = said.trim().lines().last().unwrap_or_default();
-    Err(io::Error::other(format!("{} ({said})", output.status)))
+    Err(io::Error::other(format!("{} ({})", output.status, what_failed(&said))))
+}
+
+/// The line that says what failed: in ours the error, behind which are causes and a hint, and the last in
+/// what others print.
+fn what_failed(said: &str) -> &str {
+    let mut lines = said.lines().map(str::trim);
+    let error = lines.clone().find(|line| line.starts_with("error:"));
+    error.or_else(|| lines.rfind(|line| !line.is_empty())).unwrap_or_default()
 }
 
 /// A path as it stands between quotes in a unit file, where some characters have a meaning.
@@ -443,16 +530,72 @@ mod tests {
     }
 
     #[test]
+    fn of_what_a_failed_command_said_the_error_is_told() {
+        for (said, expected) in [
+            ("error: no room\n  because: the disk\nhint: buy one\n", "error: no room"),
+            ("note: x\nerror: first\nerror: second", "error: first"),
+            ("warning\nJob failed.\n\n", "Job failed."),
+            ("", ""),
+        ] {
+            assert_eq!(what_failed(said), expected);
+        }
+    }
+
+    #[test]
     fn what_systemd_says_of_a_unit() {
-        let text = "ActiveState=activating\nMainPID=17\nExecMainStartTimestamp=@1700000000\nActiveEnterTimestamp=\n";
+        let text = "ActiveState=activating\nMainPID=17\nExecMainStartTimestamp=Tue 2023-11-14 22:13:20 UTC\nActiveEnterTimestamp=\n";
         let state = UnitState { active: true, process: Some(17), started_s: Some(1_700_000_000) };
         assert_eq!(parse_state(text, true), state);
         assert_eq!(parse_state(text, false), UnitState { started_s: None, ..state });
-        let stopped =
-            "ActiveState=inactive\nMainPID=0\nExecMainStartTimestamp=Mon 2026-01-05 UTC\n";
         let nothing = UnitState { active: false, process: None, started_s: None };
-        assert_eq!(parse_state(stopped, true), nothing);
+        for time in ["", "n/a", "Mon 2026-01-05 10:00:00 CET", "2026-01-05"] {
+            let stopped =
+                format!("ActiveState=inactive\nMainPID=0\nExecMainStartTimestamp={time}\n");
+            assert_eq!(parse_state(&stopped, true), nothing, "{time}");
+        }
         assert_eq!(parse_state("", true), nothing);
+    }
+
+    #[test]
+    fn a_process_runs_a_program_or_it_does_not_also_where_it_cannot_be_looked_at() {
+        let folder = tempfile::tempdir().unwrap();
+        let other = folder.path().join("other");
+        std::fs::write(&other, "x").unwrap();
+        let placed_s = std::fs::metadata(&other).unwrap().ctime();
+        let this = std::env::current_exe().unwrap();
+        let running = running_program(std::process::id()).unwrap();
+        assert!(matches!(running, Running::File(..)));
+        for (running, program, started_s, expected) in [
+            (&running, &this, 0, true),
+            (&running, &other, i64::MAX, false),
+            // One that was put there in the same second may be another.
+            (&Running::Hidden, &other, placed_s + 1, true),
+            (&Running::Hidden, &other, placed_s, false),
+            (&Running::Hidden, &folder.path().join("none"), i64::MAX, false),
+        ] {
+            assert_eq!(
+                is_program(running, program, started_s),
+                expected,
+                "{program:?} {started_s}"
+            );
+        }
+        // Beyond the largest number of a process.
+        assert!(running_program(u32::MAX).is_none());
+    }
+
+    #[test]
+    fn what_holds_something_for_a_service_restarts_with_it_and_nothing_else_does() {
+        let unit = |name| Unit { scope: Scope::User, name, program: None, files: Vec::new() };
+        let units = [unit("a.socket"), unit("b.socket"), unit("x.service")];
+        for (stale, expected) in [
+            (&[] as &[&str], None),
+            (&["x.service"], Some("systemctl --user restart x.service")),
+            (&["b.socket"], Some("systemctl --user restart b.socket x.service")),
+            (&["a.socket", "x.service"], Some("systemctl --user restart a.socket x.service")),
+        ] {
+            let command = restart_of(&units, |unit| !stale.contains(&unit.name));
+            assert_eq!(command.map(|command| command.join(" ")).as_deref(), expected);
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! ends when they have, and systemd starts it again.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use cortex_proto::v1;
@@ -15,6 +16,8 @@ use super::{Global, hub, local};
 use crate::config::StateDir;
 
 const UNIT: &str = "cortex-agent.service";
+/// How long an agent may take to say what it runs.
+const ANSWER_TIME: Duration = Duration::from_secs(10);
 const SYSTEM_STATE: &str = "/var/lib/cortex-agent";
 const SYSTEM_SERVICE: &str = include_str!("../../../packaging/systemd/cortex-agent.service");
 const USER_SERVICE: &str = include_str!("../../../packaging/systemd/cortex-agent.user.service");
@@ -160,43 +163,79 @@ fn install(global: &Global, args: &InstallArgs) -> Result<Vec<Step>, CliError> {
 /// Restarts it now if that ends nothing, and as soon as it does not otherwise.
 async fn restart(global: &Global, args: &RestartArgs) -> Result<(), CliError> {
     let scope = scope(args.user)?;
-    let unit = Unit { scope, name: UNIT, program: Some(PathBuf::new()), files: Vec::new() };
     let no_systemd =
         |error| CliError::new(Exit::Failed, "the service manager did not do it").because(error);
-    let process = unit.state().map_err(no_systemd)?.process;
-    let running = match process {
-        Some(_) if !args.now => running(&state(global, scope)?).await,
-        _ => 0,
+    let (way, text) = match systemd::main_process(scope, UNIT).map_err(no_systemd)? {
+        Some(process) if !args.now => {
+            let running = running(&state(global, scope)?).await;
+            gently(waits_for_commands(process), running)
+        }
+        Some(_) => (Way::Now, "restarted".to_owned()),
+        None => (Way::Now, "started".to_owned()),
     };
-    let mut printer = Printer::stdout(Format::Table, global.color);
-    if !args.now && process.is_some_and(waits_for_commands) {
+    let arguments: &[&str] = match way {
         // Also if none runs: only the agent can see to it that none begins before it ends.
-        run(systemctl(scope, &["kill", "--kill-who=main", "--signal=USR1", UNIT]))
-            .map_err(no_systemd)?;
-        let text = match running {
-            0 => "restarted\n".to_owned(),
-            running => format!(
-                "it restarts when the {running} commands that run here have ended (`service restart --now` ends them)\n"
-            ),
-        };
-        return printer.raw(text.as_bytes());
+        Way::WhenIdle => &["kill", "--kill-who=main", "--signal=USR1", UNIT],
+        // It is ready only when the hub has answered: nobody waits for that here.
+        Way::Now => &["restart", "--no-block", UNIT],
+        Way::NotAtAll => &[],
+    };
+    if !arguments.is_empty() {
+        run(systemctl(scope, arguments)).map_err(no_systemd)?;
     }
-    if running > 0 {
-        let text = format!(
-            "not restarted: {running} commands run here, and the agent that runs cannot wait for them; `service restart --now` ends them\n"
-        );
-        return printer.raw(text.as_bytes());
-    }
-    // It is ready only when the hub has answered: nobody waits for that here.
-    run(systemctl(scope, &["restart", "--no-block", UNIT])).map_err(no_systemd)?;
-    printer.raw(b"restarted\n")
+    Printer::stdout(Format::Table, global.color).raw(format!("{text}\n").as_bytes())
 }
 
-/// How many commands the agent with this state runs; none if it does not answer.
-async fn running(state: &StateDir) -> u32 {
-    let Ok(mut agent) = local::agent_of(state).await else { return 0 };
-    let answer = agent.agent_status(hub::question(v1::AgentStatusRequest {})).await;
-    answer.map_or(0, |answer| answer.into_inner().running_tasks)
+/// How an agent is restarted.
+#[derive(Debug, PartialEq, Eq)]
+enum Way {
+    /// By itself, when nothing is at work.
+    WhenIdle,
+    /// At once.
+    Now,
+    /// It would end what runs.
+    NotAtAll,
+}
+
+/// How an agent is restarted that runs `running` commands, if that can be told, so that none is ended; and the
+/// words for it.
+fn gently(waits_for_commands: bool, running: Option<u32>) -> (Way, String) {
+    let commands = match running {
+        Some(1) => "1 command runs".to_owned(),
+        Some(running) => format!("{running} commands run"),
+        None => "it cannot be told how many commands run".to_owned(),
+    };
+    let end_them = "`service restart --now` ends them";
+    match (waits_for_commands, running) {
+        // Files may be copied just then, for which it waits as well.
+        (true, Some(0)) => {
+            (Way::WhenIdle, "it restarts as soon as nothing is at work here".to_owned())
+        }
+        (true, _) => {
+            let text = format!(
+                "it restarts when nothing is at work here any more; {commands} now ({end_them})"
+            );
+            (Way::WhenIdle, text)
+        }
+        (false, Some(0)) => (Way::Now, "restarted".to_owned()),
+        (false, _) => {
+            let text = format!(
+                "not restarted: {commands} here, and the agent that runs cannot wait for them; {end_them}"
+            );
+            (Way::NotAtAll, text)
+        }
+    }
+}
+
+/// How many commands the agent with this state runs, if it answers.
+async fn running(state: &StateDir) -> Option<u32> {
+    let asked = async {
+        let mut agent = local::agent_of(state).await.ok()?;
+        let status = agent.agent_status(hub::question(v1::AgentStatusRequest {})).await.ok()?;
+        Some(status.into_inner().running_tasks)
+    };
+    // One that hangs may take the connection and never answer.
+    tokio::time::timeout(ANSWER_TIME, asked).await.ok().flatten()
 }
 
 /// Whether this agent has something to do on SIGUSR1, which ends one that has not.
@@ -238,6 +277,33 @@ fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Vec<Step>, CliErro
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_restart_ends_no_command_and_says_when_it_is() {
+        for (waits, running, way, words) in [
+            (true, Some(0), Way::WhenIdle, "as soon as nothing is at work"),
+            (
+                true,
+                Some(1),
+                Way::WhenIdle,
+                "restarts when nothing is at work here any more; 1 command runs",
+            ),
+            (true, Some(2), Way::WhenIdle, "2 commands run now (`service restart --now` ends"),
+            (true, None, Way::WhenIdle, "cannot be told how many commands run"),
+            (false, Some(0), Way::Now, "restarted"),
+            (false, Some(1), Way::NotAtAll, "not restarted: 1 command runs here"),
+            (
+                false,
+                None,
+                Way::NotAtAll,
+                "not restarted: it cannot be told how many commands run here",
+            ),
+        ] {
+            let (found, text) = gently(waits, running);
+            assert_eq!(found, way, "{waits} {running:?}");
+            assert!(text.contains(words), "{text}");
+        }
+    }
 
     #[test]
     fn whether_a_process_catches_the_signal() {

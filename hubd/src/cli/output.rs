@@ -4,8 +4,10 @@ use std::error::Error as _;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Args;
+use cortex_shared::systemd::StepError;
 use serde_json::Value;
 
 use crate::backup::BackupError;
@@ -47,6 +49,14 @@ impl Unreachable {
 pub(super) struct StillRuns {
     pub(super) node: String,
     pub(super) running: u32,
+}
+
+/// A worker was not done in time.
+#[derive(Debug, thiserror::Error)]
+#[error("{worker} is not done after {waited:?}, and goes on")]
+pub(super) struct StillWorks {
+    pub(super) worker: String,
+    pub(super) waited: Duration,
 }
 
 /// How data is printed.
@@ -189,7 +199,14 @@ pub(super) fn complain(error: &anyhow::Error) {
         .and_then(|status| status.metadata().get(cortex_proto::HINT_TRAILER))
         .and_then(|hint| hint.to_str().ok())
         .or_else(|| error.downcast_ref().map(Unreachable::hint))
-        .or_else(|| error.is::<StillRuns>().then_some("cortex-hubd node uncordon takes it back"));
+        .or_else(|| error.is::<StillRuns>().then_some("cortex-hubd node uncordon takes it back"))
+        .or_else(|| {
+            error.is::<StillWorks>().then_some("cortex-hubd worker list tells how it ended")
+        })
+        .or_else(|| {
+            let again = "what was done stays; run the same command again when the cause is gone";
+            error.is::<StepError>().then_some(again)
+        });
     if let Some(hint) = hint {
         writeln!(out, "hint: {hint}").ok();
     }
@@ -201,7 +218,7 @@ pub(super) fn exit_code(error: &anyhow::Error) -> ExitCode {
     if let Some(unreachable) = error.downcast_ref::<Unreachable>() {
         return ExitCode::from(if unreachable.is_forbidden() { 5 } else { 6 });
     }
-    if error.is::<StillRuns>() {
+    if error.is::<StillRuns>() || error.is::<StillWorks>() {
         return ExitCode::from(6);
     }
     if let Some(failed) = error.downcast_ref::<BackupError>() {

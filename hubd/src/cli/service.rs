@@ -1,5 +1,6 @@
 //! `service install` and `service uninstall`: the hub as a systemd service.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,8 @@ use cortex_shared::systemd::{self, Scope, Step, Unit, systemctl};
 use super::output;
 use crate::config::http::DEFAULT_HTTP_PORT;
 use crate::config::rewrite::with_setting;
-use crate::config::{DEFAULT_GRPC_PORT, HubConfig, settings};
+use crate::config::settings::{self, ConfigError};
+use crate::config::{DEFAULT_GRPC_PORT, HubConfig};
 
 const USER: &str = "cortex-hubd";
 const DATA: &str = "/var/lib/cortex-hubd";
@@ -111,13 +113,13 @@ fn said(args: &InstallArgs, file: &Path) -> anyhow::Result<Said> {
     let mut config = HubConfig::new(PathBuf::new());
     // A link is its owner's: what it leads to is changed.
     let file = file.canonicalize().unwrap_or_else(|_| file.to_owned());
-    let text = match std::fs::read_to_string(&file) {
+    let text = match settings::read_file(&file) {
         Ok(text) => {
-            settings::apply_file(&mut config, &file)?;
+            settings::apply_document(&mut config, &file, &text)?;
             Some(text)
         }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-        Err(error) => return Err(error).with_context(|| format!("cannot read {}", file.display())),
+        Err(ConfigError::Read { source, .. }) if source.kind() == ErrorKind::NotFound => None,
+        Err(error) => return Err(error.into()),
     };
     let default = SocketAddr::from(([127, 0, 0, 1], DEFAULT_GRPC_PORT));
     let grpc = args.grpc.unwrap_or(if text.is_some() { config.grpc } else { default });
@@ -207,14 +209,9 @@ fn plan(
     };
     // A socket is bound anew only while nothing uses it, and one that is new only while the service is down;
     // connections wait in those that stay.
-    for name in [grpc, http] {
-        let command = systemctl(scope, &["stop", service, name]);
-        steps.push(Step::Renew { command, units: vec![socket(name)] });
-    }
-    let command = systemctl(scope, &["stop", service]);
-    steps.push(Step::Renew { command, units: vec![hub, socket(grpc), socket(http)] });
-    steps.push(Step::RunWithSystemd(systemctl(scope, &["start", grpc, http])));
-    steps.push(Step::RunWithSystemd(systemctl(scope, &["start", service])));
+    steps.push(Step::Restart(vec![socket(grpc), socket(http), hub]));
+    // Waits for what began already.
+    steps.push(Step::RunWithSystemd(systemctl(scope, &["start", grpc, http, service])));
     Ok(steps)
 }
 

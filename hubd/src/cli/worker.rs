@@ -7,9 +7,9 @@ use clap::Subcommand;
 use cortex_proto::v1;
 use serde_json::{Value, json};
 
-use super::DataArg;
 use super::admin::{connect, connect_for_long, time};
-use super::output::{self, Format};
+use super::output::{self, Format, StillWorks};
+use super::{DataArg, parse_duration};
 
 #[derive(Subcommand)]
 pub(super) enum WorkerCommand {
@@ -24,6 +24,9 @@ pub(super) enum WorkerCommand {
     Run {
         /// Its name
         name: String,
+        /// How long to wait; a run that takes longer goes on without being waited for
+        #[arg(long, value_name = "DUR", default_value = "1h", value_parser = parse_duration)]
+        timeout: Duration,
         #[command(flatten)]
         data: DataArg,
         #[command(flatten)]
@@ -41,11 +44,14 @@ pub(super) async fn worker(command: WorkerCommand) -> anyhow::Result<()> {
                 ["name", "state", "period", "last_run", "last_took", "next_run", "last_result"];
             output::list(format, &columns, items);
         }
-        WorkerCommand::Run { name, data, format } => {
-            let request = v1::RunWorkerRequest { name };
+        WorkerCommand::Run { name, timeout, data, format } => {
+            let request = v1::RunWorkerRequest { name: name.clone() };
             // Some read everything there is.
             let mut hub = connect_for_long(&data.config()).await?;
-            let worker = hub.run_worker(request).await?.into_inner();
+            let Ok(ended) = tokio::time::timeout(timeout, hub.run_worker(request)).await else {
+                return Err(StillWorks { worker: name, waited: timeout }.into());
+            };
+            let worker = ended?.into_inner();
             let (name, failed) = (worker.name.clone(), worker.last_failed);
             let (result, id) = (worker.last_result.clone(), worker.error_id.clone());
             output::show(format, &worker_json(worker), &format!("{name}: {result}"));

@@ -283,12 +283,28 @@ impl Setting {
 /// # Errors
 /// If the file cannot be read, has a key that is not in the table, or a value that cannot be.
 pub fn apply_file(config: &mut HubConfig, path: &Path) -> Result<(), ConfigError> {
-    let syntax = |problem: String| ConfigError::Syntax { path: path.to_owned(), problem };
+    apply_document(config, path, &read_file(path)?)
+}
+
+/// What is in a file of settings.
+///
+/// # Errors
+/// If it cannot be read, or is larger than any such file.
+pub fn read_file(path: &Path) -> Result<String, ConfigError> {
     let read = |source| ConfigError::Read { path: path.to_owned(), source };
     if std::fs::metadata(path).map_err(read)?.len() > MAX_FILE_BYTES {
-        return Err(syntax(format!("larger than {MAX_FILE_BYTES} bytes")));
+        let problem = format!("larger than {MAX_FILE_BYTES} bytes");
+        return Err(ConfigError::Syntax { path: path.to_owned(), problem });
     }
-    let text = std::fs::read_to_string(path).map_err(read)?;
+    std::fs::read_to_string(path).map_err(read)
+}
+
+/// Changes `config` to what this text says, which was read from that file.
+///
+/// # Errors
+/// If it has a key that is not in the table, or a value that cannot be.
+pub fn apply_document(config: &mut HubConfig, path: &Path, text: &str) -> Result<(), ConfigError> {
+    let syntax = |problem: String| ConfigError::Syntax { path: path.to_owned(), problem };
     let table: toml::Table =
         text.parse().map_err(|error: toml::de::Error| syntax(error.to_string()))?;
     for (name, value) in table {
