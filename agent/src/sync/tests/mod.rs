@@ -27,6 +27,8 @@ use memory_hub::MemoryHub;
 
 /// The longest any wait may take before a test has failed.
 const LIMIT: Duration = Duration::from_secs(60);
+/// Within what anything ends that does not wait for something that never happens.
+const SOON: Duration = Duration::from_secs(10);
 
 /// A node with a copy of the workspace. Its engine can be stopped and started again.
 pub(super) struct Node {

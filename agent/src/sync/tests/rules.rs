@@ -346,7 +346,7 @@ async fn t32_unusual_names_arrive_as_they_are() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn t33_pause_flush_and_stop_take_less_than_a_second_in_the_middle_of_a_transfer() {
+async fn t33_pause_flush_and_stop_do_not_wait_for_the_end_of_a_transfer() {
     let mesh = Mesh::new();
     let mut a = mesh.node("a");
     a.flush().await;
@@ -356,7 +356,7 @@ async fn t33_pause_flush_and_stop_take_less_than_a_second_in_the_middle_of_a_tra
     let begun = std::time::Instant::now();
     let flushed = a.handle().flush_within(Duration::from_millis(500)).await;
     assert_eq!(flushed, Err(FlushError::Silent));
-    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
     let begun = std::time::Instant::now();
     let mut pending = Box::pin(a.handle().flush());
     assert!(tokio::time::timeout(Duration::from_millis(50), &mut pending).await.is_err());
@@ -364,7 +364,7 @@ async fn t33_pause_flush_and_stop_take_less_than_a_second_in_the_middle_of_a_tra
     a.until_state(SyncState::Paused).await;
     assert_eq!((&mut pending).await, Err(FlushError::Paused));
     drop(pending);
-    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
     assert_eq!(a.handle().flush().await, Err(FlushError::Paused));
     // Nothing is touched meanwhile, and nothing is forgotten.
     a.write("while paused", "x");
@@ -378,7 +378,7 @@ async fn t33_pause_flush_and_stop_take_less_than_a_second_in_the_middle_of_a_tra
     a.until(|status| status.state == SyncState::Uploading).await;
     let begun = std::time::Instant::now();
     a.stop().await;
-    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
