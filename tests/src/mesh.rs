@@ -1,12 +1,14 @@
 //! A hub, its nodes and an operator.
 
-use std::net::TcpListener;
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
+use rustix::fs::{Mode, StatVfsMountFlags};
+use rustix::net::{self, AddressFamily, SocketFlags, SocketType};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -30,6 +32,8 @@ pub enum As {
 pub struct Mesh {
     scratch: TempDir,
     hub: Option<Daemon>,
+    /// The hub's ports, kept from everybody else while it does not run.
+    _ports: Vec<OwnedFd>,
     address: String,
     http: String,
     operators: u32,
@@ -83,9 +87,8 @@ impl Mesh {
     /// If it does not come up.
     #[must_use]
     pub fn start_with_socket(arguments: &[&str]) -> Self {
-        let socket = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
         let mut mesh = Self::prepare("127.0.0.1", arguments, None);
-        mesh.socket = Some(socket);
+        mesh.socket = Some(TcpListener::bind("127.0.0.1:0").expect("loopback has a free port"));
         mesh.start_hub();
         mesh
     }
@@ -97,20 +100,33 @@ impl Mesh {
     }
 
     fn prepare(address: &str, arguments: &[&str], hub_log: Option<String>) -> Self {
+        // What the tests write is for agents of another user to read, whatever the user's own shell says.
+        rustix::process::umask(Mode::from_raw_mode(0o022));
         // Agents of another user live below it, too.
         let scratch = tempfile::Builder::new()
             .prefix("cortex-test-")
             .permissions(std::fs::Permissions::from_mode(0o755))
             .tempdir()
             .expect("there is room for scratch files");
+        assert_usable(scratch.path());
         let serve = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        let address = format!("{address}:0");
-        let http = address.clone();
-        let socket = None;
-        Self { scratch, hub: None, address, http, operators: 0, serve, hub_log, socket }
+        let (ports, addresses): (Vec<_>, Vec<_>) =
+            (0..2).map(|_| reserve(address.parse().expect("an address"))).unzip();
+        let [address, http] = [0, 1].map(|port: usize| addresses[port].to_string());
+        Self {
+            scratch,
+            hub: None,
+            _ports: ports,
+            address,
+            http,
+            operators: 0,
+            serve,
+            hub_log,
+            socket: None,
+        }
     }
 
-    /// Starts the hub, on the port it had before if it ran before.
+    /// Starts the hub, on the ports it had before if it ran before.
     ///
     /// # Panics
     /// If it does not come up.
@@ -331,7 +347,8 @@ impl Mesh {
     /// # Panics
     /// If it never is.
     pub fn wait_online(&self, name: &str) {
-        let wait = ["node", "wait", name, "--for", "online", "--timeout", "60s"];
+        // An agent whose hub was killed again and again tries once a minute, and `run` waits for two.
+        let wait = ["node", "wait", name, "--for", "online", "--timeout", "110s"];
         let _online: Outcome = self.admin_context().agent(&wait).ok();
     }
 
@@ -419,7 +436,38 @@ impl Mesh {
     }
 }
 
-/// Copies files and directories with their modes; sockets and locks of a running agent are left.
+/// A port of this address that nobody else is given, with what keeps it. It takes no connections, so
+/// whoever names the port may listen there (and sets `SO_REUSEADDR`, as servers do): a hub, again and again.
+fn reserve(address: IpAddr) -> (OwnedFd, SocketAddr) {
+    let domain = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = net::socket_with(domain, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+        .expect("descriptors are left");
+    net::sockopt::set_socket_reuseaddr(&socket, true).expect("our own socket");
+    net::bind(&socket, &SocketAddr::new(address, 0)).expect("the address has a free port");
+    let bound = net::getsockname(&socket).expect("it is bound");
+    (socket, bound.try_into().expect("an address of the internet"))
+}
+
+/// Says what is wrong with the directory for temporary files where it cannot hold a mesh: nothing else would
+/// say it clearly.
+fn assert_usable(scratch: &Path) {
+    // A socket's path has at most 107 bytes; of ours, the longest below is that of a node's state.
+    let longest = scratch.join("a-node-of-twelve/state/agent.sock");
+    assert!(
+        longest.as_os_str().len() <= 107,
+        "{}: too long a path for the sockets below; set TMPDIR to a shorter one",
+        scratch.display()
+    );
+    let mount = rustix::fs::statvfs(scratch).expect("it was just made");
+    assert!(
+        !mount.f_flag.contains(StatVfsMountFlags::NOEXEC),
+        "{}: nothing can be executed there (noexec); set TMPDIR to another place",
+        scratch.display()
+    );
+}
+
+/// Copies files and directories with their modes, as far as they stay there while a process lives in them;
+/// sockets and locks of a running agent are left.
 fn copy_files(from: &Path, to: &Path) {
     std::fs::create_dir(to).expect("the scratch directory is writable");
     let mode = std::fs::metadata(from).expect("it exists").permissions();
@@ -430,7 +478,10 @@ fn copy_files(from: &Path, to: &Path) {
         if kind.is_dir() {
             copy_files(&entry.path(), &target);
         } else if kind.is_file() {
-            std::fs::copy(entry.path(), target).expect("there is room for a copy");
+            match std::fs::copy(entry.path(), target) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                copied => drop(copied.expect("there is room for a copy")),
+            }
         }
     }
 }
@@ -568,7 +619,16 @@ impl Operator {
     /// If it does not say so.
     #[must_use]
     pub fn begin(&self, arguments: &[&str], log: &Path) -> Daemon {
-        let mut client = Daemon::start("client", &mut self.command(arguments), log);
+        self.begin_with(arguments, log, Stdio::null())
+    }
+
+    /// The same, with this as its standard input.
+    ///
+    /// # Panics
+    /// If it does not say so.
+    #[must_use]
+    pub fn begin_with(&self, arguments: &[&str], log: &Path, input: Stdio) -> Daemon {
+        let mut client = Daemon::start_with("client", &mut self.command(arguments), log, input);
         client.line("that it started", |line| (line == "started").then_some(()));
         client
     }

@@ -14,7 +14,7 @@ pub struct Island {
     name: String,
     outside: String,
     inside: String,
-    network: u8,
+    network: u16,
 }
 
 impl Island {
@@ -27,12 +27,12 @@ impl Island {
             return Err("network namespaces need root".to_owned());
         }
         // Names of interfaces have at most 15 characters.
-        let number: u16 = rand::random();
+        let number = rand::random::<u16>() >> 1;
         let island = Self {
             name: format!("cortex-{number:04x}"),
             outside: format!("cxo{number:04x}"),
             inside: format!("cxi{number:04x}"),
-            network: number.to_be_bytes()[0],
+            network: number,
         };
         let Self { name, outside, inside, .. } = &island;
         let [here, there] = [1, 2].map(|host| format!("{}/30", island.address(host)));
@@ -54,9 +54,12 @@ impl Island {
         Ok(island)
     }
 
-    fn address(&self, host: u8) -> String {
-        // Set aside for benchmarks of networks (RFC 2544): nothing real is reached by it.
-        format!("198.18.{}.{host}", self.network)
+    /// One of 198.18.0.0/15, which is set aside for benchmarks of networks (RFC 2544): nothing real is
+    /// reached by it. Each line has four of them.
+    fn address(&self, host: u16) -> String {
+        let (high, middle, low) =
+            (self.network >> 14, self.network >> 6 & 0xff, self.network & 0x3f);
+        format!("198.{}.{middle}.{}", 18 + high, low * 4 + host)
     }
 
     /// The address of this side of the line.

@@ -127,8 +127,23 @@ fn lines(output: impl std::io::Read + Send + 'static) -> Receiver<String> {
     receiver
 }
 
+/// Waits for the end of a child whose standard error is piped, and has said no more than a pipe holds.
+///
+/// # Panics
+/// If it does not end before the deadline.
+#[must_use]
+pub fn end(mut child: Child, name: &str) -> (ExitStatus, String) {
+    let status = wait(&mut child, name);
+    let mut said = Vec::new();
+    child.stderr.expect("its error output is piped").read_to_end(&mut said).ok();
+    (status, String::from_utf8_lossy(&said).into_owned())
+}
+
 /// Waits for a child's end with the deadline of tests.
-pub(crate) fn wait(child: &mut Child, name: &str) -> ExitStatus {
+///
+/// # Panics
+/// If it does not end before.
+pub fn wait(child: &mut Child, name: &str) -> ExitStatus {
     let until = Instant::now() + DEADLINE;
     loop {
         match child.try_wait().expect("a child can be waited for") {

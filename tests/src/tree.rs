@@ -19,7 +19,7 @@ pub enum Found {
 }
 
 /// Everything below `root` by relative path (bytes), without the agent's private directory and without
-/// what is deleted while it is read.
+/// what is deleted or replaced while it is read.
 ///
 /// # Panics
 /// If `root` is no directory, or something that is there cannot be read.
@@ -62,10 +62,12 @@ fn look(path: &Path) -> io::Result<Found> {
     Ok(Found::File(metadata.len(), hasher.finalize().to_string(), executable))
 }
 
-/// `None` of what has been deleted since it was listed.
+/// `None` of what has been deleted since it was listed, or has become of another kind.
 fn there<T>(looked_at: io::Result<T>) -> Option<T> {
+    use io::ErrorKind::{InvalidInput, IsADirectory, NotADirectory, NotFound};
+    let changed = [NotFound, IsADirectory, NotADirectory, InvalidInput];
     match looked_at {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) if changed.contains(&error.kind()) => None,
         looked_at => Some(looked_at.expect("what is there can be read")),
     }
 }
