@@ -12,6 +12,15 @@ use super::sync::{Pair, noise};
 /// Files that are written while the backup is made, in a few directories.
 const FILES: u64 = 120;
 
+/// Says that something is over, however it ends.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn a_hub_put_back_from_a_backup_made_under_load_loses_nothing_that_members_have() {
     let mut pair = Pair::new();
@@ -26,12 +35,13 @@ fn a_hub_put_back_from_a_backup_made_under_load_loses_nothing_that_members_have(
     let done = AtomicBool::new(false);
     let made = std::thread::scope(|scope| {
         scope.spawn(|| {
+            // Also when it fails, which ends the test.
+            let _done = SetOnDrop(&done);
             for n in 0..FILES {
                 let folder = a.join(format!("d{}", n % 7));
                 fs::create_dir_all(&folder).unwrap();
                 fs::write(folder.join(n.to_string()), noise(n, 60_000)).unwrap();
             }
-            done.store(true, Ordering::Relaxed);
         });
         let mut made = 0;
         // Some of them while nothing is written any more, and the rest is on its way.

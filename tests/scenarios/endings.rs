@@ -225,7 +225,7 @@ fn a_cancelled_command_whose_reader_stands_still_has_its_verdict_soon() {
     let _cancelled: Outcome = operator.agent(&["task", "cancel", &id]).ok();
     assert_eq!(operator.agent(&["task", "wait", &id]).code, 143);
     let took = begun.elapsed();
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(took < Duration::from_secs(9), "{took:?}");
     let mut stalled = stalled;
     stalled.kill().unwrap();
     stalled.wait().unwrap();
@@ -244,10 +244,10 @@ fn a_line_that_went_dead_without_a_word_is_noticed_in_time() {
         || std::fs::read_to_string(&log).unwrap().contains("connection to the node was lost");
     wait::until("that the loss is said", said);
     let took = begun.elapsed();
-    assert!(took < Duration::from_secs(20), "{took:?}");
+    assert!(took < Duration::from_secs(40), "{took:?}");
     wait::until("that the node notices, too", || node.log().contains("session lost"));
     let took = begun.elapsed();
-    assert!(took < Duration::from_secs(25), "{took:?}");
+    assert!(took < Duration::from_secs(50), "{took:?}");
     proxy.set(Fault::None);
     client.signal(Signal::INT);
     client.wait();
@@ -273,6 +273,7 @@ fn several_nodes_each_begin_a_task_of_their_own() {
         assert_eq!((again.code, again.text().as_str()), (3, "8\n"), "{}", again.stderr);
     }
     two.stop();
+    wait::until("the hub knows", || mesh.shown("b")["online"] == false);
     let partly = operator.agent(&["exec", "a", "b", "--detach", "--", "true"]);
     assert_eq!(partly.code, 125);
     assert!(partly.stderr.contains("1 of 2 accepted"), "{}", partly.stderr);

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use cortex_tests::is_root;
 use cortex_tests::mesh::{As, Mesh, Operator};
 use cortex_tests::process::{Outcome, run};
+use cortex_tests::wait::until;
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -57,6 +58,7 @@ fn a_missing_node_a_misspelt_one_and_an_offline_one_are_different_answers() {
     assert_eq!(misspelt.code, 125);
     assert!(misspelt.stderr.contains("did you mean \"web-3\""), "{}", misspelt.stderr);
     node.stop();
+    until("the hub knows", || mesh.shown("web-3")["online"] == false);
     let offline = exec(&operator, "web-3", "true");
     assert_eq!(offline.code, 125);
     assert!(offline.stderr.contains("offline"), "{}", offline.stderr);
@@ -88,7 +90,7 @@ pub(super) fn runs(mark: &str) -> bool {
 
 #[test]
 fn losing_the_node_is_told_at_once_and_is_not_the_commands_failure() {
-    let mut mesh = Mesh::start();
+    let mut mesh = Mesh::start_with(&["--resume-grace", "20s"]);
     let operator = mesh.operator("operator");
     let mut node = mesh.node("a", As::Me);
     let mut client =
@@ -97,9 +99,9 @@ fn losing_the_node_is_told_at_once_and_is_not_the_commands_failure() {
     let (begun, log) = (std::time::Instant::now(), mesh.path("client.log"));
     let said =
         || std::fs::read_to_string(&log).unwrap().contains("connection to the node was lost");
-    cortex_tests::wait::until("that the loss is said", said);
+    until("that the loss is said", said);
     let took = begun.elapsed();
-    assert!(took.as_secs() < 5, "at once, not when the grace is over: {took:?}");
+    assert!(took.as_secs() < 15, "at once, not when the grace is over: {took:?}");
     assert_eq!(client.wait().code(), Some(125));
     let log = std::fs::read_to_string(mesh.path("client.log")).unwrap();
     assert!(log.contains("lost"), "{log}");
@@ -156,12 +158,21 @@ fn a_reader_that_goes_away_ends_its_command() {
     assert_eq!(listed[0]["online"], true);
 }
 
+/// Whether a directory and all that lead to it may be passed by any user.
+fn everybody_gets_to(place: &Path) -> bool {
+    let open = |folder: &Path| {
+        std::fs::metadata(folder).is_ok_and(|metadata| metadata.permissions().mode() & 0o001 != 0)
+    };
+    place.canonicalize().is_ok_and(|place| place.ancestors().all(open))
+}
+
 #[test]
 fn a_nodes_owner_shows_commands_more_and_gives_them_less() {
-    // Not among temporary files, of which nothing is shown.
+    // Not among temporary files, of which nothing is shown; and where every user gets to.
     let places = [env!("CARGO_TARGET_TMPDIR"), "/srv", "/opt"].map(Path::new).into_iter();
-    let mut places =
-        places.filter(|place| !place.starts_with("/tmp") && !place.starts_with("/var/tmp"));
+    let mut places = places.filter(|place| {
+        !place.starts_with("/tmp") && !place.starts_with("/var/tmp") && everybody_gets_to(place)
+    });
     let Some(folder) = places.find_map(|place| tempfile::tempdir_in(place).ok()) else {
         eprintln!("skipped: this user has no place for files to show");
         return;
@@ -186,14 +197,16 @@ fn a_nodes_owner_shows_commands_more_and_gives_them_less() {
         assert_ne!(exec(&operator, &name, &read).code, 0, "nothing is shown unless told");
         // Each command reads it anew.
         change("sandbox", json!({ "read_only_paths": [root] }));
-        change("commands", json!({ "time_limit_s": 2, "processes": 40 }));
+        change("commands", json!({ "processes": 40 }));
         assert_eq!(exec(&operator, &name, &read).ok().text(), "weights\n");
         let write = format!("echo x >> {}/model", root.display());
         assert_ne!(exec(&operator, &name, &write).code, 0);
         let doctor = node.agent(&["doctor"]).text();
         assert!(doctor.contains(&root.display().to_string()), "{doctor}");
+        change("commands", json!({ "time_limit_s": 2, "processes": 40 }));
         let late = ["exec", &name, "--time-limit", "60s", "--", "sleep", "60"];
         assert_eq!(operator.agent(&late).code, 124, "its time is the owner's");
+        change("commands", json!({ "processes": 40 }));
 
         // Workspaces are written by commands and other machines: what lies there is nobody's to show.
         change("workspace_paths", json!({ "w": root.join("w") }));

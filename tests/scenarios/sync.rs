@@ -48,6 +48,23 @@ impl Pair {
         let _settled: Outcome = self.operator.agent(&["workspace", "status", "w", "--watch"]).ok();
     }
 
+    /// Nodes that have lost their hub again and again take their time to come back; a new process does not.
+    pub(crate) fn start_nodes_anew(&mut self) {
+        for node in [&mut self.a, &mut self.b] {
+            node.stop();
+            node.run();
+        }
+        for name in ["a", "b"] {
+            self.mesh.wait_online(name);
+        }
+    }
+
+    /// The newest change that the hub has.
+    pub(crate) fn head(&self) -> u64 {
+        let status = self.operator.agent(&["workspace", "status", "w", "-o", "json"]).ok().json();
+        status["head_seq"].as_u64().unwrap()
+    }
+
     /// Waits until both trees are equal and stay so.
     pub(crate) fn converge(&self) {
         let (a, b) = self.roots();
@@ -131,14 +148,10 @@ fn a_file_edited_on_both_sides_while_one_is_offline_leaves_one_conflict_copy_on_
     until("the file arrived", || b.join("notes.txt").exists());
     pair.converge();
     pair.b.stop();
+    let before = pair.head();
     fs::write(a.join("notes.txt"), b"edited on a").unwrap();
     fs::write(b.join("notes.txt"), b"edited on b").unwrap();
-    let head = |pair: &Pair| {
-        let status = pair.operator.agent(&["workspace", "status", "w", "-o", "json"]).ok().json();
-        status["head_seq"].as_u64().unwrap()
-    };
-    let before = head(&pair);
-    until("a's edit is committed", || head(&pair) > before);
+    until("a's edit is committed", || pair.head() > before);
     pair.b.run();
     let copies = |root: &Path| {
         let names = fs::read_dir(root).unwrap().map(|entry| entry.unwrap().file_name());
@@ -262,7 +275,7 @@ fn a_path_that_cannot_be_applied_holds_up_nothing_else() {
             || fs::read(b.join("other")).is_ok_and(|c| c == format!("{round}").as_bytes());
         until("the other file arrived", arrived);
         // Not a measurement: it took half a minute where the problem gated everything.
-        assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
+        assert!(begun.elapsed().as_secs() < 25, "{:?}", begun.elapsed());
     }
     assert!(b.join("d/.git/own").exists());
 }
@@ -284,15 +297,11 @@ fn a_hub_put_back_from_an_old_backup_loses_nothing_of_anybody() {
     pair.mesh.start_hub();
     pair.mesh.wait_online("a");
     // This is lost.
-    let head = |pair: &Pair| {
-        let status = pair.operator.agent(&["workspace", "status", "w", "-o", "json"]).ok().json();
-        status["head_seq"].as_u64().unwrap()
-    };
-    let before = head(&pair);
+    let before = pair.head();
     fs::write(a.join("edited"), b"by a").unwrap();
     fs::remove_file(a.join("deleted")).unwrap();
     fs::write(a.join("new"), b"by a").unwrap();
-    until("the changes are committed", || head(&pair) >= before + 3);
+    until("the changes are committed", || pair.head() >= before + 3);
     pair.settle();
     pair.a.stop();
     pair.mesh.hub().terminate();
@@ -305,7 +314,7 @@ fn a_hub_put_back_from_an_old_backup_loses_nothing_of_anybody() {
     for number in 0..5 {
         fs::write(b.join(format!("by-b-{number}")), b"by b").unwrap();
     }
-    until("b's changes are committed", || head(&pair) >= before + 5);
+    until("b's changes are committed", || pair.head() >= before + 5);
     let told = |pair: &Pair| {
         fs::read_to_string(pair.mesh.path("hub.log")).unwrap().contains("put back from a backup")
     };

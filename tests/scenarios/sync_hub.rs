@@ -34,6 +34,7 @@ fn h1_to_h6_a_hub_that_is_killed_at_any_point_of_a_change_loses_nothing() {
     for (round, point) in POINTS.into_iter().enumerate() {
         pair.mesh.kill_hub();
         pair.mesh.start_hub_that_crashes_at(point);
+        pair.start_nodes_anew();
         // New, large, changed and gone; from both sides.
         fs::write(a.join(format!("new-{round}")), format!("new {round}")).unwrap();
         fs::write(a.join(format!("large-{round}")), noise(round as u64, 5 << 20)).unwrap();

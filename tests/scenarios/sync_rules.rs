@@ -88,7 +88,7 @@ fn t33_what_an_owner_asks_is_answered_at_once_while_the_hub_is_silent() {
         eprintln!("{arguments:?} took {took:?}");
         // Not a measurement on a machine that does other things as well: a line that went dead is
         // noticed after half a minute.
-        assert!(took < Duration::from_secs(4), "{arguments:?} took {took:?}");
+        assert!(took < Duration::from_secs(15), "{arguments:?} took {took:?}");
     };
     asked(&["workspace", "flush", "w"], 6);
     asked(&["workspace", "explain", "w", "large"], 0);
@@ -193,8 +193,7 @@ fn t29_what_is_below_an_unreadable_directory_is_deleted_nowhere() {
     let _flushed = b.agent(&["workspace", "flush", "w", "--patience", "20s"]);
     until("other changes travel", || from.join("other").exists());
     assert_eq!(fs::read(from.join("d/f")).unwrap(), b"1");
-    let status = local_status(&b).to_string();
-    assert!(status.contains("unreadable"), "{status}");
+    until("it is told", || local_status(&b).to_string().contains("unreadable"));
     fs::set_permissions(to.join("d"), fs::Permissions::from_mode(0o755)).unwrap();
     let _flushed = b.agent(&["workspace", "flush", "w", "--patience", "20s"]);
     until("it is told no more", || !local_status(&b).to_string().contains("unreadable"));

@@ -1,9 +1,12 @@
 //! One command on several nodes.
 
 use std::process::Stdio;
+use std::time::Instant;
 
+use cortex_tests::DEADLINE;
 use cortex_tests::mesh::{As, Mesh, Node, Operator};
 use cortex_tests::process::{Daemon, Outcome, run};
+use cortex_tests::wait::until;
 use rustix::process::Signal;
 
 fn nodes(mesh: &Mesh, count: usize) -> Vec<Node> {
@@ -40,6 +43,7 @@ fn twelve_nodes_answer_in_whole_lines_and_the_summary_names_who_failed() {
 
     // One fails, one is offline, and both are named and told apart.
     nodes[7].stop();
+    until("the hub knows", || mesh.shown("n07")["online"] == false);
     let script = "test $(hostname) = cortex; exit ${BAD:-0}";
     let all = operator.agent(&["exec", "--all", "-s", script]);
     assert_eq!(all.code, 125);
@@ -149,12 +153,24 @@ fn a_slow_node_and_a_flooding_one_delay_nobody() {
         .spawn()
         .unwrap();
     let output = std::io::BufReader::new(flood.stdout.take().unwrap());
+    // Counted from when all of them run.
+    let mut begun = std::collections::HashSet::new();
     let mut counts = std::collections::HashMap::<String, usize>::new();
-    for line in std::io::BufRead::lines(output).take(2_000_000).map_while(Result::ok) {
+    let (mut counted, since) = (0, Instant::now());
+    let mut lines = std::io::BufRead::lines(output).map_while(Result::ok);
+    while counted < 2_000_000 {
+        let line = lines.next().expect("`yes` goes on");
         let (node, rest) = line.split_once(": ").expect("a prefix");
         assert_eq!(rest, "y");
-        *counts.entry(node.to_owned()).or_default() += 1;
+        if begun.len() == 4 {
+            *counts.entry(node.to_owned()).or_default() += 1;
+            counted += 1;
+        } else {
+            assert!(since.elapsed() < DEADLINE, "only {begun:?} came to print");
+            begun.insert(node.to_owned());
+        }
     }
+    drop(lines);
     assert_eq!(flood.wait().unwrap().code(), Some(141), "its reader left");
     assert_eq!(counts.len(), 4, "{counts:?}");
     let (most, least) = (counts.values().max().unwrap(), counts.values().min().unwrap());

@@ -124,8 +124,9 @@ fn a_node_that_stays_away_fails_its_command_in_time_and_its_word_is_added_later(
     let operator = mesh.operator("operator");
     let proxy = Proxy::start(mesh.address().parse().unwrap());
     let _node = mesh.node_through("a", &proxy.address().to_string());
-    let mut client = operator
-        .begin(&["exec", "a", "-s", "echo started; sleep 2; exit 9"], &mesh.path("client.log"));
+    let mark = format!("cortex-mark-{}", rand::random::<u64>());
+    let script = format!("exec -a {mark} bash -c 'echo started; sleep 5; exit 9'");
+    let mut client = operator.begin(&["exec", "a", "-s", &script], &mesh.path("client.log"));
     proxy.set(Fault::Refuse);
     proxy.cut();
     assert_eq!(client.wait().code(), Some(125));
@@ -133,6 +134,7 @@ fn a_node_that_stays_away_fails_its_command_in_time_and_its_word_is_added_later(
     assert!(log.contains("connection to the node was lost"), "{log}");
     let task = newest(&operator);
     assert_eq!((&task["state"], &task["verdict"]), (&"failed".into(), &"stream_lost".into()));
+    wait::until("its end on the node", || !super::exec::runs(&mark));
     proxy.set(Fault::None);
     let id = task["task_id"].as_str().unwrap();
     wait::until("the late outcome", || !task_of(&operator, id)["late_outcome"].is_null());
@@ -297,8 +299,15 @@ fn a_nodes_history_outlives_restarts_and_is_told_without_escape_sequences_unless
     let mut mesh = Mesh::start();
     let (operator, token) = (mesh.operator("operator"), mesh.operator("agent-token"));
     let mut node = mesh.node("a", As::Me);
-    let red = r"printf 'one\n\033[31mtwo\033[0m\n'; sleep 0.5; echo three >&2";
-    assert_eq!(operator.agent(&["exec", "a", "-s", red]).code, 0);
+    // The last line comes when the others have arrived.
+    let red = r"printf 'one\n\033[31mtwo\033[0m\n'; read -r; echo three >&2";
+    let mut command = operator.command(&["exec", "-i", "a", "-s", red]);
+    let (input, keyboard) = std::io::pipe().unwrap();
+    let log = mesh.path("client.log");
+    let mut client = Daemon::start_with("client", &mut command, &log, input.into());
+    client.line("two lines", |line| line.contains("two").then_some(()));
+    drop(keyboard);
+    assert_eq!(client.wait().code(), Some(0));
     let read = |arguments: &[&str]| -> String {
         operator.agent(&[&["history", "a"], arguments].concat()).ok().text()
     };

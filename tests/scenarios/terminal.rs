@@ -6,6 +6,7 @@ use cortex_tests::is_root;
 use cortex_tests::mesh::{As, Mesh, Operator};
 use cortex_tests::proxy::{Fault, Proxy};
 use cortex_tests::terminal::Terminal;
+use cortex_tests::wait::until;
 use rustix::process::Signal;
 
 fn users() -> Vec<As> {
@@ -195,6 +196,8 @@ fn a_permissive_shell_has_a_terminal_of_the_host() {
     let allow = ["policy", "set", "a", "permissive", "--reason", "test"];
     let _allowed = operator.agent(&allow).ok();
     let _raised = node.agent(&["ceiling", "set", "permissive"]).ok();
+    let allowed = ["exec", "a", "--mode", "permissive", "--", "true"];
+    until("the ceiling is known at the hub", || operator.agent(&allowed).code == 0);
     let command = operator.command(&["shell", "a", "--mode", "permissive"]);
     let mut terminal = Terminal::start(&command);
     // The prompt is whatever the user's own files make it.
@@ -250,7 +253,8 @@ impl Drop for Tmux {
 fn an_editor_works_in_a_real_terminal_program_and_the_terminal_is_sane_afterwards() {
     for program in ["tmux", "vi"] {
         // Without them nothing would be tested here, which must not look like success.
-        let there = std::process::Command::new("which").arg(program).output();
+        let look = format!("command -v {program}");
+        let there = std::process::Command::new("sh").args(["-c", &look]).output();
         assert!(
             there.is_ok_and(|found| found.status.success()),
             "install {program}: scripts/setup tmux vi"
@@ -282,7 +286,7 @@ fn an_editor_works_in_a_real_terminal_program_and_the_terminal_is_sane_afterward
     ]);
     tmux.until("cortex@cortex:");
     tmux.run(&["send-keys", "vi -u NONE file", "Enter"]);
-    tmux.until("~");
+    tmux.until("[New");
     tmux.run(&["send-keys", "i", "typed in vi", "Escape", ":set columns? lines?", "Enter"]);
     tmux.until("columns=100");
     tmux.run(&["resize-window", "-x", "120", "-y", "40"]);

@@ -1,6 +1,7 @@
 //! Restarts of the hub that nobody notices, and hubs that drain.
 
 use std::fs;
+use std::io::PipeWriter;
 use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -19,6 +20,8 @@ use super::sync::noise;
 const RESTARTS: usize = 3;
 /// What each long command writes: enough to be under way all the time.
 const LINES: usize = 400;
+/// How many files each side writes while one short command runs: some hundreds in all.
+const FILES_PER_COMMAND: u64 = 12;
 
 /// What a long command writes on standard output.
 fn lines(of: usize) -> Vec<u8> {
@@ -85,13 +88,17 @@ fn a_hub_restarted_three_times_under_load_loses_no_output_no_commit_and_no_task(
             scope.spawn(move || {
                 let mut number = 0_u64;
                 while !stop.load(Ordering::Relaxed) {
+                    std::thread::park_timeout(Duration::from_millis(10));
+                    // No more of them than commands run: where those are slow, so is the sync.
+                    if number >= FILES_PER_COMMAND * (1 + short.load(Ordering::Relaxed) as u64) {
+                        continue;
+                    }
                     number += 1;
                     fs::write(root.join(format!("{side}-{number}")), noise(number, 40_000))
                         .unwrap();
                     if number.is_multiple_of(5) {
                         fs::remove_file(root.join(format!("{side}-{}", number - 4))).unwrap();
                     }
-                    std::thread::park_timeout(Duration::from_millis(10));
                 }
             });
         }
@@ -143,10 +150,12 @@ fn a_hub_restarted_three_times_under_load_loses_no_output_no_commit_and_no_task(
     let _sound: Outcome = mesh.hubd(&["db", "verify"]).ok();
 }
 
-/// A client that has said that its command began.
-fn long(operator: &Operator, mesh: &Mesh, seconds: u32) -> Daemon {
-    let script = format!("echo started; sleep {seconds}; echo ended");
-    operator.begin(&["exec", "a", "-s", &script], &mesh.path("long.log"))
+/// A client that has said that its command began, and what ends that command when it is dropped.
+fn long(operator: &Operator, mesh: &Mesh) -> (Daemon, PipeWriter) {
+    let (input, keyboard) = std::io::pipe().unwrap();
+    let script = "echo started; read -r; echo ended";
+    let exec = ["exec", "-i", "a", "-s", script];
+    (operator.begin_with(&exec, &mesh.path("long.log"), input.into()), keyboard)
 }
 
 /// A drain that waits, once it has begun.
@@ -162,7 +171,7 @@ fn a_hub_that_drains_lets_commands_end_and_hands_new_ones_to_the_next() {
     let mut mesh = Mesh::start_with_socket(&[]);
     let operator = mesh.operator("operator");
     let _node = mesh.node("a", As::Me);
-    let mut running = long(&operator, &mesh, 3);
+    let (mut running, keyboard) = long(&operator, &mesh);
     let mut drain = begin_drain(&mesh);
     // Refused, with the time after which to ask again; the client does so by itself.
     let log = mesh.path("waiting.log");
@@ -175,6 +184,7 @@ fn a_hub_that_drains_lets_commands_end_and_hands_new_ones_to_the_next() {
     until("it is told", || {
         fs::read_to_string(&log).unwrap_or_default().contains("the hub is being restarted")
     });
+    drop(keyboard);
     running.line("the end", |line| (line == "ended").then_some(()));
     assert!(running.wait().success(), "what ran has ended");
     let drained: serde_json::Value =
@@ -200,7 +210,7 @@ fn a_drain_that_waits_no_longer_hands_over_what_runs_and_one_that_is_undone_ends
     let mut mesh = Mesh::start_with_socket(&[]);
     let operator = mesh.operator("operator");
     let _node = mesh.node("a", As::Me);
-    let mut running = long(&operator, &mesh, 6);
+    let (mut running, keyboard) = long(&operator, &mesh);
     let mut drain = begin_drain(&mesh);
     let _undone: Outcome = mesh.hubd(&["drain", "--undo"]).ok();
     assert_eq!(drain.wait().code(), Some(1));
@@ -211,6 +221,7 @@ fn a_drain_that_waits_no_longer_hands_over_what_runs_and_one_that_is_undone_ends
     assert_eq!(drained["handed_over"], 1, "{drained}");
     assert!(mesh.hub().wait().success());
     mesh.start_hub();
+    drop(keyboard);
     running.line("the end", |line| (line == "ended").then_some(()));
     assert!(running.wait().success());
 }
@@ -220,14 +231,18 @@ fn a_node_is_drained_by_the_hub_s_own_command_line_too() {
     let mut mesh = Mesh::start();
     let operator = mesh.operator("operator");
     let _node = mesh.node("a", As::Me);
-    let mut running = long(&operator, &mesh, 2);
+    let (mut running, keyboard) = long(&operator, &mesh);
     let early = mesh.hubd(&["node", "drain", "a", "--timeout", "300ms"]);
     assert_eq!(early.code, 6, "{}", early.stderr);
     assert!(early.stderr.contains("hint: cortex-hubd node uncordon"), "{}", early.stderr);
     let refused = operator.agent(&["exec", "a", "--", "true"]);
     assert!(refused.stderr.contains("cordoned"), "{}", refused.stderr);
-    let _drained: Outcome = mesh.hubd(&["node", "drain", "a"]).ok();
+    let mut drain = mesh.hubd_command(&["node", "drain", "a"]);
+    let mut drain = Daemon::start("drain", &mut drain, &mesh.path("drain.log"));
+    drop(keyboard);
+    running.line("the end", |line| (line == "ended").then_some(()));
     assert!(running.wait().success(), "no command was ended");
+    assert!(drain.wait().success());
     let _back: Outcome = mesh.hubd(&["node", "uncordon", "a"]).ok();
     let _runs: Outcome = operator.agent(&["exec", "a", "--", "true"]).ok();
 }
@@ -237,7 +252,7 @@ fn sighup_renews_certificates_changes_what_is_logged_and_ends_nothing() {
     let mut mesh = Mesh::start();
     let operator = mesh.operator("operator");
     let mut node = mesh.node("a", As::Me);
-    let mut running = long(&operator, &mesh, 3);
+    let (mut running, keyboard) = long(&operator, &mesh);
     mesh.hub().signal(Signal::HUP);
     let log = mesh.path("hub.log");
     until("the hub has another certificate", || {
@@ -257,6 +272,7 @@ fn sighup_renews_certificates_changes_what_is_logged_and_ends_nothing() {
     let status = node.agent(&["status", "-o", "json"]).ok().json();
     assert_eq!(status["generation"], before + 1, "{status}");
     assert!(node.log().contains("filter=\"debug\""), "{}", node.log());
+    drop(keyboard);
     running.line("the end", |line| (line == "ended").then_some(()));
     assert!(running.wait().success());
     // Connections that begin now are those of the new certificates.
@@ -272,11 +288,12 @@ fn an_agent_that_is_asked_to_ends_when_no_command_runs_and_ends_none() {
     let mut mesh = Mesh::start();
     let operator = mesh.operator("operator");
     let mut node = mesh.node("a", As::Me);
-    let mut running = long(&operator, &mesh, 6);
+    let (mut running, keyboard) = long(&operator, &mesh);
     node.daemon().signal(Signal::USR1);
     until("it has heard", || node.log().contains("stopping as soon as no command runs"));
     let meanwhile = operator.agent(&["exec", "a", "--", "echo", "meanwhile"]).ok();
     assert_eq!(meanwhile.text(), "meanwhile\n");
+    drop(keyboard);
     running.line("the end", |line| (line == "ended").then_some(()));
     assert!(running.wait().success());
     assert!(node.daemon().wait().success(), "{}", node.log());
