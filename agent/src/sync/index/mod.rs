@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 use cortex_shared::entry::{Digest, Entry, same};
 use cortex_shared::ids::WorkspaceEpoch;
 use cortex_shared::wire_path::WirePath;
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::hub::Head;
@@ -270,6 +271,9 @@ impl Index {
     fn open_existing(folder: &Path) -> Result<Self, IndexError> {
         let database = Connection::open(folder.join(FILE_NAME))?;
         database.set_prepared_statement_cache_capacity(32);
+        // Otherwise SQLite plans each statement with a `LIMIT ?` anew whenever that is bound, which takes longer
+        // than most of them run.
+        database.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
         database.pragma_update(None, "journal_mode", "WAL")?;
         database.pragma_update(None, "synchronous", "NORMAL")?;
         database.pragma_update(None, "cache_size", -16_384)?;

@@ -152,3 +152,17 @@ fn a_damaged_index_is_moved_aside_and_totals_survive_reopening() {
     assert_eq!(index.counts().local, 0);
     assert!(folder.path().join("index.db.damaged").exists());
 }
+
+/// SQLite does so whenever a `LIMIT` is bound, unless it is told not to.
+#[test]
+fn a_statement_is_planned_once_however_often_it_is_used() {
+    let (_folder, index) = open();
+    let sql = "SELECT key FROM entry WHERE key > ? ORDER BY key LIMIT ?";
+    for limit in [10, 20, 30] {
+        let mut statement = index.database.prepare_cached(sql).unwrap();
+        let mut rows = statement.query(params![Vec::new(), limit]).unwrap();
+        assert!(rows.next().unwrap().is_none());
+        drop(rows);
+        assert_eq!(statement.get_status(rusqlite::StatementStatus::RePrepare), 0, "{limit}");
+    }
+}
