@@ -525,11 +525,9 @@ impl State {
     /// Has the kernel tell what happens to a file, wherever it has a name.
     fn tell_of(&mut self, id: usize, deed: Deed) {
         let Some(watching) = &mut self.watching else { return };
-        for (directory, inode) in self.inodes.iter().enumerate() {
-            let Body::Dir(names) = &inode.body else { continue };
-            if watching.is_watched(directory)
-                && let Some((name, _)) = names.iter().find(|(_, child)| **child == id)
-            {
+        for directory in watching.watched() {
+            let Body::Dir(names) = &self.inodes[directory].body else { continue };
+            if let Some((name, _)) = names.iter().find(|(_, child)| **child == id) {
                 watching.tell(directory, Some(name), deed);
             }
         }

@@ -92,8 +92,13 @@ pub(super) struct Watching {
 }
 
 impl Watching {
-    pub(super) fn is_watched(&self, directory: usize) -> bool {
+    fn is_watched(&self, directory: usize) -> bool {
         self.paths.contains_key(&directory)
+    }
+
+    /// All directories that are watched, by their number.
+    pub(super) fn watched(&self) -> Vec<usize> {
+        self.paths.keys().copied().collect()
     }
 
     /// Something happened.

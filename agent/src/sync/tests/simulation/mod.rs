@@ -9,18 +9,18 @@
 //! - looking at everything once more sends nothing and changes nothing.
 //!
 //! A seed always makes the same history. `CORTEX_SIM_SEED` repeats one, `CORTEX_SIM_SEEDS` tells how
-//! many to pass; `scripts/simulate` sets them.
+//! many to pass; `scripts/simulate` sets them. The tests that pass many histories are in [`series`].
 
 mod disk;
 mod hints;
 mod line;
+mod member;
+mod series;
 mod user;
 mod world;
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,11 +43,6 @@ use crate::sync::scan::{Clock, Scanner, Scope};
 use crate::sync::watch::{Kernels, Unwatched};
 use world::{Outcome, World};
 
-/// Of so many calls to a disk one fails in an ordinary test run.
-const FAILURES_APART: usize = 5;
-/// Seeds of an ordinary test run.
-const SEEDS: u64 = 60;
-
 /// In one thread, where time passes only while everybody waits.
 fn run<T>(history: impl Future<Output = T>) -> T {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
@@ -56,27 +51,6 @@ fn run<T>(history: impl Future<Output = T>) -> T {
 
 fn simulate(seed: u64) -> Outcome {
     run(async { World::new(seed).live().await })
-}
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap())
-}
-
-#[test]
-#[allow(clippy::print_stderr)] // the seed of a failure
-fn meshes_in_a_storm_converge_and_lose_nothing() {
-    let seeds = match (number("CORTEX_SIM_SEED"), number("CORTEX_SIM_SEEDS")) {
-        (Some(seed), count) => seed..seed + count.unwrap_or(1),
-        (None, count) => 0..count.unwrap_or(SEEDS),
-    };
-    let mut failed = Vec::new();
-    for seed in seeds {
-        if catch_unwind(AssertUnwindSafe(|| simulate(seed))).is_err() {
-            eprintln!("CORTEX_SIM_SEED={seed} fails");
-            failed.push(seed);
-        }
-    }
-    assert!(failed.is_empty(), "seeds that fail: {failed:?}");
 }
 
 #[test]
@@ -301,31 +275,6 @@ fn a_disk_that_does_not_tell_case_is_found_out_and_seen_exactly() {
     });
 }
 
-/// D1 to D8 of the crash matrix: the process of a member ends at each single change it makes to its
-/// disk while it applies, is started again, and everything is as if nothing had happened.
-#[test]
-fn d1_to_d8_a_process_may_end_at_every_change_it_makes_while_it_applies() {
-    for power_loss in [false, true] {
-        end_at_every_change(power_loss, true);
-    }
-}
-
-/// The same where no two names change places in one step: what is displaced goes to the trash before the
-/// new file gets the name, so that a process may leave both under one name.
-#[test]
-fn so_it_may_where_files_cannot_change_places() {
-    end_at_every_change(false, false);
-}
-
-fn end_at_every_change(power_loss: bool, exchanges: bool) {
-    for changes in 0.. {
-        if !run(World::apply_until(changes, power_loss, exchanges)) {
-            assert!(changes > 20, "there is something to be done: {changes}");
-            break;
-        }
-    }
-}
-
 #[test]
 fn a_late_write_is_found_soon_after_a_start_as_well() {
     for (after_ms, most_ms) in [(300, 1000), (5000, 26_000)] {
@@ -345,17 +294,6 @@ fn t19_small_files_are_made_durable_together() {
         let of_directories = if directories + 1 > 32 { 1 } else { directories + 1 };
         let most = (groups * (of_files + of_directories)) as u64;
         assert!((1..=most).contains(&syncs), "{files} files: {syncs} calls, {most} at most");
-    }
-}
-
-/// Whatever call fails while a member applies and its user saves into the same files.
-#[test]
-fn a_disk_may_fail_at_any_call_while_changes_are_applied() {
-    for call in (0..).step_by(FAILURES_APART) {
-        if !run(World::apply_on_a_disk_that_fails_at(call)) {
-            assert!(call > 100, "there is something to be done: {call}");
-            break;
-        }
     }
 }
 

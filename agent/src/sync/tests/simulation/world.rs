@@ -1,12 +1,11 @@
 //! One history: what happens, and what has to be true in the end.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cortex_shared::ids::WorkspaceId;
-use cortex_shared::tasks::TaskScope;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::sync::watch;
@@ -14,17 +13,19 @@ use tokio::time::sleep;
 
 use super::super::memory_hub::MemoryHub;
 use super::disk::{Kind, SimDisk};
-use super::hints::{Way, kernels};
+use super::hints::Way;
 use super::line::Line;
+use super::member::Member;
 use super::user::{Ledger, User, tree};
 use crate::root_dir::Disk as _;
-use crate::sync::ground::{Blocking, Ground};
-use crate::sync::mode::MemberOptions;
+use crate::sync::WorkspaceConfig;
 use crate::sync::problem::Code;
 use crate::sync::roots::Roots;
 use crate::sync::status::SyncState;
-use crate::sync::{FlushError, WorkspaceConfig, WorkspaceHandle, start_on};
 
+/// What a user does between calls of the engine before he is tired. He makes it look, so that he gets to do
+/// something more; without an end they would keep each other busy for as long as time passes.
+const INTRUSIONS: u32 = 200;
 /// Storms of one history.
 const STORMS: usize = 3;
 /// The longest it may take until nothing moves any more, in virtual time.
@@ -32,6 +33,11 @@ const ROUNDS: usize = 60;
 const ROUND: Duration = Duration::from_secs(31);
 /// After so many of them everything has been looked at, whatever hints were lost.
 const LOOKED_ROUNDS: usize = 22;
+/// One in so many calms is waited for that long; in the others everybody is asked to look.
+const PATIENT_EVERY: u64 = 7;
+/// The same for ends of processes and failures of disks at one point after the other.
+const APPLIED_PATIENTLY: u64 = 23;
+/// The longest it may take until something is found.
 const LIMIT: Duration = Duration::from_secs(3600);
 
 /// What is the same whenever a seed is repeated.
@@ -43,95 +49,15 @@ pub(super) struct Outcome {
     deeds: Vec<String>,
 }
 
-struct Member {
-    config: WorkspaceConfig,
-    disk: SimDisk,
-    line: Line,
-    user: User,
-    online: watch::Sender<bool>,
-    handle: Option<WorkspaceHandle>,
-    begun: tokio::time::Instant,
-    /// How hints come to it.
-    way: Way,
-    /// What their accidents are drawn from, each time anew.
-    seed: u64,
-    /// The index as it was a while ago: what a power failure may bring back.
-    old_index: Option<Vec<(PathBuf, Vec<u8>)>>,
-}
-
 pub(super) struct World {
     random: StdRng,
     hub: MemoryHub,
     ledger: Arc<Mutex<Ledger>>,
     members: Vec<Member>,
     backup: Option<Box<dyn FnOnce()>>,
+    /// Counts calms; which of them are waited for in patience follows from the seed as well.
+    calms: u64,
     _folder: tempfile::TempDir,
-}
-
-impl Member {
-    fn start(&mut self) {
-        let line = self.line.clone();
-        let begun = self.begun;
-        let wall = move || {
-            1_700_000_000_000 + i64::try_from(begun.elapsed().as_millis()).unwrap_or(i64::MAX / 2)
-        };
-        let disk = self.disk.engine();
-        self.seed += 1;
-        let ground = Ground {
-            kernels: kernels(disk.clone(), self.way, self.seed),
-            disk: Arc::new(disk),
-            blocking: Blocking::Inline,
-            wall_ms: Arc::new(wall),
-            chance: Arc::new(move || line.chance()),
-        };
-        let (config, line, scope) = (self.config.clone(), self.line.clone(), TaskScope::new());
-        let online = self.online.subscribe();
-        self.handle = Some(start_on(
-            ground,
-            config,
-            MemberOptions::default(),
-            line.clone(),
-            line,
-            online,
-            &scope,
-        ));
-    }
-
-    async fn stop(&mut self) {
-        let Some(handle) = self.handle.take() else { return };
-        tokio::time::timeout(Duration::from_secs(5), handle.stop()).await.expect("it stops");
-    }
-
-    fn handle(&self) -> &WorkspaceHandle {
-        self.handle.as_ref().expect("it runs")
-    }
-
-    fn index_files(&self) -> [PathBuf; 2] {
-        ["index.db", "index.db-wal"].map(|name| self.config.state_folder().join(name))
-    }
-
-    fn remember_index(&mut self) {
-        let read = |path: PathBuf| std::fs::read(&path).ok().map(|bytes| (path, bytes));
-        self.old_index = Some(self.index_files().into_iter().filter_map(read).collect());
-    }
-
-    fn bring_back_index(&mut self) {
-        let Some(files) = self.old_index.take() else { return };
-        for path in self.index_files() {
-            std::fs::remove_file(&path).ok();
-        }
-        for (path, bytes) in files {
-            std::fs::write(path, bytes).unwrap();
-        }
-    }
-
-    async fn flush(&self) -> Result<(), FlushError> {
-        tokio::time::timeout(LIMIT, self.handle().flush()).await.expect("a flush ends")
-    }
-
-    fn tree(&self) -> Vec<(String, String)> {
-        tree(&self.disk, &self.config.root)
-    }
 }
 
 /// Whether a tree on a disk that does not tell case is all of another one that it can be: what is missing
@@ -214,7 +140,8 @@ impl World {
                 member
             })
             .collect();
-        let world = Self { random, hub, ledger, members, backup: None, _folder: folder };
+        let world =
+            Self { random, hub, ledger, members, backup: None, calms: seed, _folder: folder };
         for Member { user, disk, way, .. } in &world.members {
             world.note(format!("{}: {:?}, {way:?}", user.name, disk.kind()));
         }
@@ -224,7 +151,7 @@ impl World {
     /// One member makes all kinds of changes, and the process of another ends after so many changes
     /// of its disk while it applies them. Whether it came to that.
     pub(super) async fn apply_until(changes: u64, power_loss: bool, exchanges: bool) -> bool {
-        let mut world = Self::about_to_apply().await;
+        let mut world = Self::about_to_apply(changes).await;
         if !exchanges {
             world.members[1].disk.forbid_exchanges();
         }
@@ -242,7 +169,7 @@ impl World {
     /// As [`Self::apply_until`], but one call to the disk fails, while its user works in the same files.
     /// Whether it came to that.
     pub(super) async fn apply_on_a_disk_that_fails_at(call: u64) -> bool {
-        let mut world = Self::about_to_apply().await;
+        let mut world = Self::about_to_apply(call).await;
         let Member { user, disk, .. } = &world.members[1];
         let (user, mut random) = (user.clone(), StdRng::seed_from_u64(call));
         disk.set_failure(call);
@@ -300,10 +227,12 @@ impl World {
         }
     }
 
-    /// One member has made all kinds of changes, of which the others do not know yet.
-    async fn about_to_apply() -> Self {
+    /// One member has made all kinds of changes, of which the others do not know yet. How patient the end is
+    /// follows from the number.
+    async fn about_to_apply(number: u64) -> Self {
         let mut world = Self::new(7);
-        world.calm().await;
+        world.calms = if number.is_multiple_of(APPLIED_PATIENTLY) { PATIENT_EVERY - 1 } else { 0 };
+        world.rest(0).await;
         let save = |world: &Self, path: &[&str]| {
             let member = &world.members[0];
             member.user.save(&member.disk, path).unwrap();
@@ -311,7 +240,7 @@ impl World {
         for path in [["replaced"].as_slice(), &["deleted"], &["d", "below"], &["f"], &["kept"]] {
             save(&world, path);
         }
-        world.calm().await;
+        world.rest(0).await;
         save(&world, &["replaced"]);
         save(&world, &["new"]);
         save(&world, &["e", "deep", "new"]);
@@ -329,7 +258,7 @@ impl World {
     /// Many small files, and then a few: how often a member waits for its disk while it makes them.
     pub(super) async fn sync_small_files(files: usize, directories: usize) -> u64 {
         let mut world = Self::new(7);
-        world.calm().await;
+        world.rest(0).await;
         let Member { user, disk, .. } = &world.members[0];
         let names: Vec<_> =
             (0..files).map(|n| [format!("d{}", n % directories), format!("f{n}")]).collect();
@@ -502,8 +431,13 @@ impl World {
             }
             81..91 | 96..98 => {
                 let user = member.user.clone();
-                let intruder =
-                    move |disk: &SimDisk, random: &mut StdRng| user.intrude(disk, random);
+                let mut left = INTRUSIONS;
+                let intruder = move |disk: &SimDisk, random: &mut StdRng| {
+                    if left > 0 {
+                        left -= 1;
+                        user.intrude(disk, random);
+                    }
+                };
                 member.disk.set_intruder(3 + 2 * amount, Box::new(intruder));
             }
             _ => sleep(Duration::from_secs(10) * amount).await,
@@ -551,9 +485,28 @@ impl World {
         member.start();
     }
 
-    /// Everything works, and nobody does anything, until nothing moves any more.
+    /// Everything works, and nobody does anything, until nothing moves any more, and everybody has looked at
+    /// everything since: what nobody was told of is only found so, and so are late writes.
     async fn calm(&mut self) {
-        self.note("calm".to_owned());
+        self.rest(0).await;
+        self.calms += 1;
+        if self.members.iter().all(|member| member.way.none) {
+            // They have done nothing else.
+            return;
+        }
+        if self.calms.is_multiple_of(PATIENT_EVERY) {
+            return self.rest(LOOKED_ROUNDS).await;
+        }
+        for member in &self.members {
+            member.flush().await.unwrap();
+        }
+        self.rest(0).await;
+    }
+
+    /// Everything works, and nobody does anything, for a while at least, and until all are equal and none of
+    /// them knows of anything to be done.
+    async fn rest(&mut self, least_rounds: usize) {
+        self.note("rest".to_owned());
         for member in &self.members {
             member.line.set_up(true);
             member.line.set_loss(0);
@@ -572,10 +525,8 @@ impl World {
                 let status = member.handle().status().borrow().clone();
                 status.state == SyncState::Idle && status.applied_seq == status.head_seq
             };
-            // What nobody was told of is only found by looking at everything, and so are late writes.
-            let looked =
-                round >= LOOKED_ROUNDS || self.members.iter().all(|member| member.way.none);
-            if looked && held == 0 && self.are_equal(&trees) && self.members.iter().all(idle) {
+            let still = held == 0 && self.are_equal(&trees) && self.members.iter().all(idle);
+            if still && round >= least_rounds {
                 return;
             }
             if round >= ROUNDS {
