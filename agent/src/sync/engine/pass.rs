@@ -112,7 +112,7 @@ impl<H: Hub> Engine<H> {
                     (work.deletions_confirmed, work.refused_until) = (true, None);
                 }
                 let Refreshed { cursor, anew, wanted } = refreshed?;
-                work.outdated = false;
+                (work.outdated, work.asked_at) = (false, Instant::now());
                 if anew && work.cursor.is_some() {
                     // What is here is all there is to compare with: it had better be seen afresh.
                     work.dirty.add(Scope::Tree(None));

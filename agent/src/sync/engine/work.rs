@@ -35,6 +35,8 @@ pub(super) struct Work {
     pub(super) cursor: Option<Cursor>,
     /// Remote may be behind the hub.
     pub(super) outdated: bool,
+    /// When the hub was asked for news last.
+    pub(super) asked_at: Instant,
     /// The hub said that its history is another one, and no pass has succeeded since.
     pub(super) asked_anew: bool,
     pub(super) acknowledged_seq: Option<u64>,
@@ -99,6 +101,7 @@ impl Work {
             problems: Problems::default(),
             cursor: None,
             outdated: true,
+            asked_at: Instant::now(),
             asked_anew: false,
             acknowledged_seq: None,
             looks: Looks::new(Instant::now()),
@@ -228,8 +231,7 @@ impl Work {
         let now = Instant::now();
         if self.looks.next() <= now {
             self.dirty.add(Scope::Tree(None));
-            // Hints of the hub can be lost as well.
-            self.outdated = true;
+            self.outdated |= Looks::asks(self.asked_at, now);
         }
         let (due, later) = self.revisits.drain(..).partition(|(at, _)| *at <= now);
         self.revisits = later;

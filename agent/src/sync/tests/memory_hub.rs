@@ -55,6 +55,8 @@ pub(super) struct Shared {
     packs_left: AtomicUsize,
     /// The line breaks once it has been told that deletions may go.
     breaks_after_word: AtomicBool,
+    /// How often somebody asked for the head.
+    pub(super) heads: AtomicUsize,
     pub(super) commits: AtomicUsize,
     pub(super) packs_received: AtomicUsize,
     pub(super) packs_sent: AtomicUsize,
@@ -90,6 +92,7 @@ impl MemoryHub {
                 packs_of_an_answer: AtomicUsize::new(usize::MAX),
                 packs_left: AtomicUsize::new(usize::MAX),
                 breaks_after_word: AtomicBool::new(false),
+                heads: AtomicUsize::new(0),
                 commits: AtomicUsize::new(0),
                 packs_received: AtomicUsize::new(0),
                 packs_sent: AtomicUsize::new(0),
@@ -339,6 +342,7 @@ impl Hub for MemoryHub {
     }
 
     async fn head(&self, _: WorkspaceId, known: Option<Head>) -> Result<Contact, HubError> {
+        self.0.heads.fetch_add(1, Ordering::SeqCst);
         self.check()?;
         let mut state = self.state();
         state.check_history(known).ok();

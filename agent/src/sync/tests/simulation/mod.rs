@@ -283,6 +283,12 @@ fn a_late_write_is_found_soon_after_a_start_as_well() {
     }
 }
 
+#[test]
+fn who_looks_all_the_time_does_not_ask_the_hub_all_the_time() {
+    let times = run(World::ask_while_nothing_happens());
+    assert!((6..=12).contains(&times), "{times} times in an hour");
+}
+
 /// A group of changes is made durable at once: its files by one call for all, or one each if they are few,
 /// and each directory by one.
 #[test]

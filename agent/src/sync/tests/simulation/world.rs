@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -216,6 +217,24 @@ impl World {
         let taken = begun.elapsed();
         world.end().await;
         taken
+    }
+
+    /// How often the hub is asked for news within an hour in which nothing happens, while members without a
+    /// watcher look at everything all the time.
+    pub(super) async fn ask_while_nothing_happens() -> usize {
+        let mut world = Self::new(7);
+        for member in &mut world.members {
+            member.stop().await;
+            member.way.none = true;
+            member.start();
+        }
+        world.rest(0).await;
+        let asked = || world.hub.0.heads.load(Ordering::SeqCst);
+        let before = asked();
+        sleep(Duration::from_secs(3600)).await;
+        let times = asked() - before;
+        world.end().await;
+        times.div_ceil(world.members.len())
     }
 
     /// Everybody is left alone and looked at, and stops.
