@@ -465,15 +465,14 @@ impl Workspaces {
         let settled = status.wait_for(|status| settled_at(status).is_some());
         let settled =
             tokio::time::timeout(SETTLING, settled).await.is_ok_and(|found| found.is_ok());
-        settled && self.place_library().await
+        settled && self.place_library(status).await
     }
 
-    /// Places what has arrived of the library, and hangs the doors to it. Whether all of it is placed.
-    async fn place_library(&self) -> bool {
+    /// Places what has arrived of the library, whose engine has this status, and hangs the doors to it.
+    /// Whether all of it is placed.
+    async fn place_library(&self, status: watch::Receiver<SyncStatus>) -> bool {
         let Some(library) = self.inner.library.clone() else { return false };
-        let Some(handle) = self.handle_of(LIBRARY_NAME) else { return false };
         let _placing = self.inner.placing.lock().await;
-        let status = handle.status();
         let Some(seq) = settled_at(&status.borrow()) else { return false };
         let still = move || settled_at(&status.borrow()) == Some(seq);
         let placed = tokio::task::spawn_blocking(move || library.place(&still)).await;
@@ -542,13 +541,15 @@ impl Workspaces {
                 while status.changed().await.is_ok() {
                     changes.send_modify(|count| *count += 1);
                     let now = settled_at(&status.borrow_and_update());
+                    if now.is_some() && now != settled && is_library {
+                        // What was given up because the engine went on is done once it rests again, be
+                        // it at the same version.
+                        let placed = follower.place_library(status.clone()).await;
+                        settled = now.filter(|_| placed);
+                        continue;
+                    }
                     if now.is_some() && now != settled {
-                        if is_library {
-                            // Who needs it asks again.
-                            let _placed: bool = follower.place_library().await;
-                        } else {
-                            follower.hang_door(own_root.clone()).await;
-                        }
+                        follower.hang_door(own_root.clone()).await;
                     }
                     settled = now;
                 }
