@@ -21,6 +21,10 @@ use crate::sync::problem::{Code, Finding};
 
 use super::{ApplyError, exists, vanished};
 
+/// What is the matter with one that could not be put back.
+const WRITTEN: &str = "it was written to after it was replaced";
+/// And with one that could not be looked at.
+const UNSEEN: &str = "it cannot be told whether it was written to after it was replaced";
 /// Displaced files that are looked at in one go.
 const PAGE_ROWS: u32 = 1024;
 
@@ -67,57 +71,43 @@ pub fn rescue_late_writes(
         after = Some(last.name.clone());
         let (mut over, mut ours) = (Vec::new(), Vec::new());
         for row in rows {
-            let found = match private.trash().try_lstat(&row.name) {
-                Ok(None) => match private.discard(&row.name) {
-                    // It could not be brought here before; the next look sees it.
-                    Ok(()) => continue,
-                    // It was removed in its time.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                        over.push(row.name);
-                        continue;
+            let meta = match private.trash().try_lstat(&row.name) {
+                Ok(Some(meta)) => meta,
+                Ok(None) => {
+                    match private.discard(&row.name) {
+                        // It could not be brought here before; the next look sees it.
+                        Ok(()) => {}
+                        // It was removed in its time.
+                        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                            over.push(row.name);
+                        }
+                        Err(error) => late.findings.push(finding(private, &row, UNSEEN, &error)),
                     }
-                    Err(error) => Err(error),
-                },
-                found => found,
-            };
-            match found {
+                    continue;
+                }
                 // One that cannot be looked at holds up nothing else.
                 Err(error) => {
-                    let text = format!(
-                        "it cannot be told whether it was written to after it was replaced; that version \
-                         is {} in {}: {error}",
-                        row.name.escape_ascii(),
-                        private.path().join("trash").display(),
-                    );
-                    late.findings.push(Finding::at(&row.path, Code::LateWrite, text));
+                    late.findings.push(finding(private, &row, UNSEEN, &error));
+                    continue;
                 }
-                // Only for completeness: what is gone was dealt with above.
-                Ok(None) => {}
-                Ok(Some(meta))
-                    if meta.kind != FileKind::File
-                        || row.content.is_none() && row.looks_unchanged(&meta) => {}
-                Ok(Some(meta)) => match put_back(root, private, index, &row)? {
-                    Ok(Found::Unwritten(content)) => {
-                        let Meta { size, mtime_ns, .. } = meta;
-                        // Once it is old enough, its time tells.
-                        let hides = clock.may_hide_a_write(mtime_ns);
-                        let content = hides.then_some(content);
-                        ours.push(Displaced { size, mtime_ns, content, ..row });
-                    }
-                    Ok(Found::PutBack(path)) => {
-                        tracing::warn!(%path, "a file was written to after it was replaced");
-                        late.dirty.insert(path.parent());
-                        over.push(row.name);
-                    }
-                    Err(error) => {
-                        let text = format!(
-                            "it was written to after it was replaced; that version is {} in {}: {error}",
-                            row.name.escape_ascii(),
-                            private.path().join("trash").display(),
-                        );
-                        late.findings.push(Finding::at(&row.path, Code::LateWrite, text));
-                    }
-                },
+            };
+            if meta.kind != FileKind::File || row.content.is_none() && row.looks_unchanged(&meta) {
+                continue;
+            }
+            match put_back(root, private, index, &row)? {
+                Ok(Found::Unwritten(content)) => {
+                    let Meta { size, mtime_ns, .. } = meta;
+                    // Once it is old enough, its time tells.
+                    let hides = clock.may_hide_a_write(mtime_ns);
+                    let content = hides.then_some(content);
+                    ours.push(Displaced { size, mtime_ns, content, ..row });
+                }
+                Ok(Found::PutBack(path)) => {
+                    tracing::warn!(%path, "a file was written to after it was replaced");
+                    late.dirty.insert(path.parent());
+                    over.push(row.name);
+                }
+                Err(error) => late.findings.push(finding(private, &row, WRITTEN, &error)),
             }
         }
         if !over.is_empty() || !ours.is_empty() {
@@ -127,6 +117,14 @@ pub fn rescue_late_writes(
             })?;
         }
     }
+}
+
+/// What is told of a displaced file, and where it lies.
+fn finding(private: &PrivateDir, row: &Displaced, what: &str, error: &io::Error) -> Finding {
+    let trash = private.path().join("trash");
+    let (name, trash) = (row.name.escape_ascii(), trash.display());
+    let text = format!("{what}; that version is {name} in {trash}: {error}");
+    Finding::at(&row.path, Code::LateWrite, text)
 }
 
 /// Moves a displaced file back into the tree. Whoever has it open goes on writing to it there.

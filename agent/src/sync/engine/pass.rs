@@ -267,8 +267,7 @@ impl<H: Hub> Engine<H> {
                 // Our own changes make hints as well, so a hint alone is no reason to stop.
                 let (dirty, begun) = (work.dirty.clone(), Instant::now());
                 let urgent = move || begun.elapsed() > LONGEST_PULL && !dirty.is_empty();
-                let done = self.pull(work, plan.local, large, urgent, &mut sweep).await?;
-                sweep.unapplied += unapplied.saturating_sub(done);
+                self.pull(work, plan.local, large, urgent, &mut sweep).await?;
             }
             match next {
                 Some(next) if !sweep.interrupted => after = Some(next),
@@ -282,7 +281,7 @@ impl<H: Hub> Engine<H> {
         Ok(sweep)
     }
 
-    /// Makes changes here; how many of them are done with.
+    /// Makes changes here.
     async fn pull(
         &self,
         work: &mut Work,
@@ -290,13 +289,13 @@ impl<H: Hub> Engine<H> {
         large: &Arc<Mutex<Large>>,
         urgent: impl Fn() -> bool,
         sweep: &mut Sweep,
-    ) -> Result<usize, SyncError> {
-        let mut pulled = Pulled::default();
+    ) -> Result<(), SyncError> {
+        let (mut pulled, count) = (Pulled::default(), changes.len());
         let result = pull(&mut self.session(work), changes, large, urgent, &mut pulled).await;
-        let done = pulled.applied + pulled.kept;
+        sweep.unapplied += count.saturating_sub(pulled.applied + pulled.kept);
         // Of what was done before a line broke, too, somebody has to look at what was displaced.
         take_pulled(work, pulled, sweep);
-        result.map(|()| done)
+        result
     }
 
     /// Puts the newest rules in their place before anything else; whether they are there then.
@@ -310,9 +309,7 @@ impl<H: Hub> Engine<H> {
         if changes.is_empty() {
             return Ok(false);
         }
-        let count = changes.len();
-        let done = self.pull(work, changes, large, || false, sweep).await?;
-        sweep.unapplied += count.saturating_sub(done);
+        self.pull(work, changes, large, || false, sweep).await?;
         work.core.run(are_in_place).await
     }
 

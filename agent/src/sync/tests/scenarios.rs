@@ -293,14 +293,19 @@ async fn a_root_that_vanished_or_was_replaced_is_not_believed() {
     assert_eq!(b.names(), ["f"]);
 }
 
+/// More files than may be deleted at once, on both.
+async fn fill(a: &Node, b: &Node) {
+    for number in 0..150 {
+        a.write(&format!("d/f{number}"), format!("content {number}"));
+    }
+    settle(&[a, b]).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn deleting_very_much_is_held_until_it_is_confirmed() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("a"), mesh.node("b"));
-    for number in 0..150 {
-        a.write(&format!("d/f{number}"), format!("content {number}"));
-    }
-    settle(&[&a, &b]).await;
+    fill(&a, &b).await;
     fs::rename(a.path("d"), a.path("renamed")).unwrap();
     settle(&[&a, &b]).await;
     assert!(b.path("renamed/f0").exists() && !b.path("d").exists(), "a rename loses nothing");
@@ -323,10 +328,7 @@ async fn deleting_very_much_is_held_until_it_is_confirmed() {
 async fn an_operators_word_is_not_lost_with_the_line_over_which_it_came() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("a"), mesh.node("b"));
-    for number in 0..150 {
-        a.write(&format!("d/f{number}"), format!("content {number}"));
-    }
-    settle(&[&a, &b]).await;
+    fill(&a, &b).await;
     fs::rename(a.path("d"), mesh.folder.path().join("gone")).unwrap();
     a.flush().await;
     assert_eq!(a.status().held_deletions, 150);
@@ -345,10 +347,7 @@ async fn an_operators_word_is_not_lost_with_the_line_over_which_it_came() {
 async fn who_works_on_nothing_now_takes_no_word_for_deletions() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("a"), mesh.node("b"));
-    for number in 0..150 {
-        a.write(&format!("d/f{number}"), format!("content {number}"));
-    }
-    settle(&[&a, &b]).await;
+    fill(&a, &b).await;
     fs::rename(a.path("d"), mesh.folder.path().join("gone")).unwrap();
     a.flush().await;
     a.handle().set_options(MemberOptions { paused: true, ..a.options });
