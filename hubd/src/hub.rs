@@ -479,7 +479,7 @@ impl Hub {
     /// Ends when somebody has asked the hub to drain, and nothing runs any more or the wait is over. Safe
     /// to give up at any time.
     pub async fn drained(&self) {
-        self.relay.draining().over(|| self.relay.running()).await;
+        self.relay.draining().over(|| self.relay.unfinished()).await;
     }
 
     /// Stops in order: new commands are refused, nodes are told when to come back, sessions end, calls finish, the databases are

@@ -56,9 +56,9 @@ pub(super) async fn drain_hub(
     let undone = tokio::select! {
         biased;
         () = relay.draining().undone() => true,
-        () = relay.draining().over(|| relay.running()) => false,
+        () = relay.draining().over(|| relay.unfinished()) => false,
         () = stopping.cancelled() => false,
     };
-    let running_tasks = u32::try_from(service.relay.running()).unwrap_or(u32::MAX);
+    let running_tasks = u32::try_from(service.relay.unfinished()).unwrap_or(u32::MAX);
     Ok(v1::DrainHubResponse { running_tasks, undone })
 }

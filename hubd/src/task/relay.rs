@@ -11,6 +11,7 @@
 //! a restart loses has to be kept.
 
 mod counts;
+mod ending;
 
 use std::collections::HashMap;
 use std::io;
@@ -19,14 +20,17 @@ use std::time::Duration;
 
 use cortex_proto::DEFAULT_OUTPUT_CREDIT;
 use cortex_proto::v1::{
-    StartTask, TaskAck, TaskExit, TaskIoHello, TaskSpec, TaskVerdict, hub_frame, task_io_up,
+    StartTask, TaskExit, TaskIoHello, TaskSpec, TaskVerdict, hub_frame, task_io_up,
 };
 use cortex_shared::crash::crash_point;
 use cortex_shared::ids::{NodeId, SessionId, TaskId};
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
 
+pub(super) use self::ending::acknowledge;
+use self::ending::{Known, LATE_REPORTS, LateReport, record_late};
 use super::budget::Budget;
 use super::draining::Draining;
 use super::history::History;
@@ -34,21 +38,12 @@ use super::limits::{CommandLimits, Slot, Slots};
 pub use super::running::{DEFAULT_CANCEL_GRACE, Task};
 use super::spool::Spool;
 pub use super::start::{Begun, Claim, StartRefusal};
-use super::to_reader::End;
 use super::unwanted::Unwanted;
-use super::verdict::{journal_entry, tidy};
 use super::verdicts::Unrecorded;
 use crate::counters;
 use crate::events::{EventBus, Kind, NewEvent};
 use crate::node::registry::SessionHandle;
 use crate::store::{Acceptance, NewTask, Store, StoreError, TaskEnd, TaskRecord};
-
-/// Late reports of nodes that may wait for the journal. What does not fit is repeated by its node.
-const LATE_REPORTS: usize = 256;
-
-/// How long a verdict waits for the output before it to be in the spool. A disk that takes longer delays
-/// no verdict; only who comes back after a crash in this very moment may then lack something.
-const SPOOL_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How often a hub that stops looks whether all commands have begun: that takes some milliseconds.
 const SETTLING_LOOK: Duration = Duration::from_millis(5);
@@ -63,21 +58,6 @@ struct Running {
     _slot: Option<Slot>,
 }
 
-/// What is known of a command at its verdict.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Known {
-    PerhapsBegun,
-    /// It was not begun, and cannot be any more: asking again with the same key is not asking twice.
-    NeverBegun,
-}
-
-/// A node's word on a task that may have its verdict already.
-struct LateReport {
-    task: TaskId,
-    session: SessionHandle,
-    exit: TaskExit,
-}
-
 /// How long things may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
@@ -90,6 +70,8 @@ pub struct Deadlines {
 /// See the module.
 pub struct Relay {
     tasks: Mutex<HashMap<TaskId, Running>>,
+    /// Those that left the table, until their readers have been told.
+    ending: TaskTracker,
     slots: Arc<Slots>,
     budget: Arc<Budget>,
     store: Arc<dyn Store>,
@@ -121,13 +103,14 @@ impl Relay {
         let recording =
             record_late(Arc::clone(&store), Arc::clone(&events), reports, scope.clone());
         scope.spawn("late outcomes", recording);
-        let (tasks, slots) = (Mutex::default(), Arc::default());
+        let (tasks, ending, slots) = (Mutex::default(), TaskTracker::new(), Arc::default());
         let budget = Arc::new(Budget::new(&limits));
         let unwanted = Unwanted::new(Arc::clone(&store), scope.clone());
         let unrecorded = Unrecorded::new(Arc::clone(&store), scope.clone(), Arc::clone(&unwanted));
         let unrecorded = Arc::new(unrecorded);
         Arc::new(Self {
             tasks,
+            ending,
             slots,
             budget,
             store,
@@ -154,13 +137,16 @@ impl Relay {
         &self.draining
     }
 
-    /// Ends once no command is just being begun here, or at its node. For a hub that stops: a node that is
-    /// told to leave begins nothing for which it has no stream yet.
+    /// Ends once no command is just being begun here, or at its node, and none is just ending. For a hub that
+    /// stops: a node that is told to leave begins nothing for which it has no stream yet, and a reader whose
+    /// command has ended is not to wait for the next hub to hear it.
     pub async fn settled(&self) {
         self.draining.settled().await;
         while self.lock().values().any(|running| running.task.is_beginning()) {
             tokio::time::sleep(SETTLING_LOOK).await;
         }
+        self.ending.close();
+        self.ending.wait().await;
     }
 
     /// How long a lost stream can be resumed.
@@ -187,7 +173,15 @@ impl Relay {
         self.lock().len()
     }
 
-    /// How many of them are on this node.
+    /// How many tasks have no verdict yet, or one that their readers have not been told: until it is
+    /// journalled, nobody is.
+    #[must_use]
+    pub fn unfinished(&self) -> usize {
+        let tasks = self.lock();
+        tasks.len() + self.ending.len()
+    }
+
+    /// How many tasks without a verdict are on this node.
     #[must_use]
     pub fn running_on(&self, node: NodeId) -> usize {
         self.lock().values().filter(|running| running.task.record.node == node).count()
@@ -285,7 +279,7 @@ impl Relay {
                 reason: StartRefusal::GivenUp.to_string(),
                 ..TaskExit::default()
             };
-            self.conclude(task, exit, Known::NeverBegun);
+            self.conclude(self.ending_of(task), exit, Known::NeverBegun);
             return Err(StartRefusal::GivenUp);
         }
         self.spool.begin(id);
@@ -511,125 +505,6 @@ impl Relay {
         let tasks = self.lock();
         let of_session = tasks.values().map(|running| &running.task);
         of_session.filter(|task| task.is_of(session)).map(|task| task.last_frame()).max()
-    }
-
-    fn fail(&self, id: TaskId, verdict: TaskVerdict, reason: &str) {
-        self.fail_as(id, verdict, reason, Known::PerhapsBegun);
-    }
-
-    /// The same for one that its node cannot begin any more, and has not begun.
-    fn fail_unbegun(&self, id: TaskId, verdict: TaskVerdict, reason: &str) {
-        self.fail_as(id, verdict, reason, Known::NeverBegun);
-    }
-
-    fn fail_as(&self, id: TaskId, verdict: TaskVerdict, reason: &str, known: Known) {
-        if let Some(task) = self.take(id, |_| true) {
-            // What came is known, though nobody says whether it is all.
-            let [stdout_bytes, stderr_bytes] = task.to_reader.received();
-            let exit = TaskExit {
-                verdict: verdict.into(),
-                reason: reason.to_owned(),
-                stdout_bytes,
-                stderr_bytes,
-                ..TaskExit::default()
-            };
-            self.conclude(task, exit, known);
-        }
-    }
-
-    /// Gives a task the verdict its node reports; whether it had none.
-    pub fn finish(&self, id: TaskId, node: NodeId, exit: TaskExit) -> bool {
-        let task = self.take(id, |task| task.record.node == node);
-        task.map(|task| self.conclude(task, exit, Known::PerhapsBegun)).is_some()
-    }
-
-    /// A node reports how a task ended whose stream is gone.
-    pub fn outcome(&self, id: TaskId, session: &SessionHandle, exit: TaskExit) {
-        if !self.finish(id, session.node, exit.clone()) {
-            // Full: the node repeats what is not acknowledged.
-            self.late.try_send(LateReport { task: id, session: session.clone(), exit }).ok();
-        }
-    }
-
-    fn take(&self, id: TaskId, wanted: impl FnOnce(&Task) -> bool) -> Option<Arc<Task>> {
-        let mut tasks = self.lock();
-        if !wanted(&tasks.get(&id)?.task) {
-            return None;
-        }
-        let task = tasks.remove(&id)?.task;
-        self.unwanted.concluded(&task);
-        Some(task)
-    }
-
-    /// Journals the verdict, and only then tells the reader and the node.
-    fn conclude(&self, task: Arc<Task>, mut exit: TaskExit, known: Known) {
-        tidy(&mut exit);
-        task.ended.cancel();
-        task.to_node.close();
-        let mut end = journal_entry(&exit, task.started_at_ms());
-        end.never_begun = known == Known::NeverBegun;
-        end.cancel_wanted = task.is_cancelled() && !end.is_nodes_word();
-        let unwanted = Arc::clone(&self.unwanted);
-        let (store, spool) = (Arc::clone(&self.store), Arc::clone(&self.spool));
-        let (unrecorded, events) = (Arc::clone(&self.unrecorded), Arc::clone(&self.events));
-        self.scope.spawn("task verdict", async move {
-            // A reader that comes back finds the rest of the output there.
-            if exit.stdout_bytes + exit.stderr_bytes > 0 {
-                tokio::time::timeout(SPOOL_PATIENCE, spool.flush(task.id())).await.ok();
-            }
-            counters::TASKS_ENDED[end.verdict.state() as usize].add(1);
-            crash_point("task.ending");
-            let end = match store.end_task(task.id(), end.clone()).await {
-                Ok(()) => {
-                    crash_point("task.ended");
-                    events.publish(Kind::TaskEnded, ended(about(&task.record), &end));
-                    unwanted.journalled(task.id());
-                    if let Some(session) = task.session() {
-                        acknowledge(&session, task.id());
-                    }
-                    End::Exit(exit)
-                }
-                Err(error) => {
-                    tracing::error!(task = %task.id(), %error, "verdict not journalled");
-                    unrecorded.keep(task.id(), task.session(), end);
-                    End::NotRecorded
-                }
-            };
-            task.to_reader.end(end);
-            spool.end(task.id());
-        });
-    }
-}
-
-/// The node need not keep the task's end any longer. One that is gone hears it in its next session.
-pub(super) fn acknowledge(session: &SessionHandle, id: TaskId) {
-    let task_id = id.as_bytes().to_vec().into();
-    session.send(hub_frame::Frame::TaskAck(TaskAck { task_id })).ok();
-}
-
-/// Adds what nodes report late to the journal, one after the other.
-async fn record_late(
-    store: Arc<dyn Store>,
-    events: Arc<EventBus>,
-    mut reports: mpsc::Receiver<LateReport>,
-    scope: TaskScope,
-) {
-    while let Some(Some(report)) = scope.token().run_until_cancelled(reports.recv()).await {
-        let LateReport { task, session, mut exit } = report;
-        tidy(&mut exit);
-        let outcome = journal_entry(&exit, None);
-        match store.add_late_outcome(task, session.node, outcome.clone()).await {
-            Ok(added) => {
-                if added {
-                    if let Ok(Some(record)) = store.task(task).await {
-                        events.publish(Kind::TaskLateOutcome, ended(about(&record), &outcome));
-                    }
-                    tracing::info!(%task, node = %session.node, "a lost task's end became known");
-                }
-                acknowledge(&session, task);
-            }
-            Err(error) => tracing::warn!(%task, %error, "a late outcome was not journalled"),
-        }
     }
 }
 

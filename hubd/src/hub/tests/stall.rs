@@ -168,6 +168,26 @@ async fn a_command_that_is_not_journalled_in_time_is_refused_and_never_begun() {
 }
 
 #[tokio::test]
+async fn a_hub_that_drains_tells_how_the_last_command_ended_before_it_stops() {
+    let (hub, faults) = hub(|_| {}).await;
+    let node = hub.join("box", &[]).await;
+    let mut session = node.connect(&hub).await.unwrap();
+    let mut admin = hub.local().await;
+    let running = hub.exec(&mut admin, "box", script()).await.unwrap();
+    let task = session.attach_task().await;
+    faults.set(Fault::Stall);
+    task.exit().await;
+    faults.until_held("end_task", 1).await;
+    hub.hub.relay.draining().begin(HANG);
+    let mut drained = Box::pin(hub.hub.drained());
+    assert!(futures_util::poll!(&mut drained).is_pending(), "its verdict is not in the journal");
+    faults.set(Fault::None);
+    timeout(HANG, drained).await.unwrap();
+    let ((), end) = tokio::join!(hub.hub.shutdown(), running.end());
+    assert_eq!(end.unwrap().verdict(), v1::TaskVerdict::Exited);
+}
+
+#[tokio::test]
 async fn a_store_that_fails_or_is_slow_says_so_and_recovers() {
     let (hub, faults) = hub(|config| config.join_deadline = HANG).await;
     let token = hub.invite(v1::CreateInviteRequest::default()).await;

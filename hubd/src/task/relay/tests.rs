@@ -10,7 +10,7 @@ use crate::store::sqlite::SqliteStore;
 use crate::store::{IdempotencyKey, Verdict, fixtures};
 use crate::task::limits::CommandLimits;
 use crate::task::spool::SpoolLimits;
-use crate::task::to_reader::ReaderFrame;
+use crate::task::to_reader::{End, ReaderFrame};
 use crate::task::verdict::MAX_TEXT_BYTES;
 
 /// A resume grace that tests wait for.
