@@ -20,6 +20,7 @@ use cortex_shared::peer::CaPin;
 use cortex_shared::tasks::TaskScope;
 use rustls_pki_types::CertificateDer;
 use tokio::net::TcpListener;
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::transport::Server;
@@ -492,9 +493,13 @@ impl Hub {
         }
         self.relay.draining().begin(Duration::ZERO);
         // Nodes leave once they are told; what was begun for them until now is to reach them first.
-        let settled = self.relay.settled();
-        if tokio::time::timeout(self.grace.min(BEGINNING_GRACE), settled).await.is_err() {
+        let settled = timeout(self.grace.min(BEGINNING_GRACE), self.relay.settled());
+        let (settled, told) = tokio::join!(settled, timeout(self.grace, self.relay.told()));
+        if settled.is_err() {
             tracing::warn!("a command that was just to begin did not in time");
+        }
+        if told.is_err() {
+            tracing::warn!("how a command ended was not written in time");
         }
         let sessions = self.registry.sessions();
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
@@ -506,7 +511,7 @@ impl Hub {
         }
         self.events.publish(Kind::HubStopping, NewEvent::of_hub());
         self.scope.cancel();
-        if tokio::time::timeout(self.grace, self.scope.finish()).await.is_err() {
+        if timeout(self.grace, self.scope.finish()).await.is_err() {
             tracing::warn!(tasks = self.scope.running(), "not everything finished in time");
         }
         // Only now: the verdicts of the tasks above are the last that the journal has to accept.
@@ -523,7 +528,7 @@ impl Hub {
             }
             self.data.close().await;
         };
-        if tokio::time::timeout(self.grace, closing).await.is_err() {
+        if timeout(self.grace, closing).await.is_err() {
             // What was acknowledged is in the log, which the next start folds.
             tracing::warn!("the databases did not close in time");
         }

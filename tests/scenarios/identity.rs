@@ -8,7 +8,7 @@ use cortex_tests::wait::until;
 use serde_json::Value;
 
 /// The shortest life of a node's certificate that the hub allows.
-const SHORT_LIFE: [&str; 2] = ["--node-certificate-life", "10s"];
+const SHORT_LIFE: [&str; 2] = ["--node-certificate-life", "20s"];
 
 fn now_ms() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as i64

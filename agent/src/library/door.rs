@@ -22,12 +22,15 @@ const NEW_DOOR: &[u8] = b"library.new";
 pub(crate) fn hang_door(root: &Path, place: &Path) -> io::Result<()> {
     let target = place.as_os_str().as_bytes();
     let root = RootDir::open(root)?;
-    let root = root.top();
-    let private = match private_dir(root) {
-        // Whoever looked whether names are told apart by case has just removed it again.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => private_dir(root)?,
-        result => result?,
-    };
+    match hang(root.top(), target) {
+        // Whoever looked whether names are told apart by case has just removed the private directory again.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => hang(root.top(), target),
+        result => result,
+    }
+}
+
+fn hang(root: &DirHandle, target: &[u8]) -> io::Result<()> {
+    let private = private_dir(root)?;
     match private.try_lstat(DOOR_NAME)? {
         None => private.make_link(DOOR_NAME, target),
         Some(found) if found.kind == FileKind::Link => {

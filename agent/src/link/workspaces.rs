@@ -4,13 +4,14 @@
 //! hub. One task (spawned by [`Workspaces::start`]) starts and stops engines as the list changes;
 //! others look up in a table. Where a workspace lives is decided on this node alone.
 
+mod library;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cortex_proto::v1;
-use cortex_shared::backoff::Backoff;
 use cortex_shared::ids::WorkspaceId;
 use cortex_shared::labels;
 use cortex_shared::library::LIBRARY_NAME;
@@ -23,7 +24,7 @@ use super::report;
 use super::request::Refusal;
 use crate::client::{HubClient, Purpose};
 use crate::config::{ConfigError, Settings, StateDir, read_json, write_json};
-use crate::library::{Freshness, Library, hang_door};
+use crate::library::{Freshness, Library};
 use crate::sync::mode::{MemberMode, MemberOptions};
 use crate::sync::problem::Code;
 use crate::sync::roots::{Roots, overlap, real_path};
@@ -33,10 +34,6 @@ use crate::sync::{
     self, ExplainError, Explanation, FlushError, Occupied, WorkspaceConfig, WorkspaceHandle,
 };
 
-/// How soon a library that is not up to date is looked at again: first, and at most.
-const LIBRARY_RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
-/// An engine that has done everything comes to rest within this.
-const SETTLING: Duration = Duration::from_secs(1);
 /// Most workspaces of one node; a hub that sends more is not believed.
 const MAX_WORKSPACES: usize = 1024;
 
@@ -92,6 +89,8 @@ struct Inner {
     freshness: Freshness,
     /// Held by whoever places it.
     placing: tokio::sync::Mutex<()>,
+    /// Held by whoever makes a workspace's links to skills lead there.
+    hanging: tokio::sync::Mutex<()>,
     /// What the owner decided, by name; also of workspaces this node is no member of yet.
     options: Mutex<BTreeMap<String, MemberOptions>>,
 }
@@ -135,6 +134,7 @@ impl Workspaces {
                 library,
                 freshness: Freshness::default(),
                 placing: tokio::sync::Mutex::default(),
+                hanging: tokio::sync::Mutex::default(),
                 options: Mutex::new(options),
             }),
         };
@@ -247,19 +247,17 @@ impl Workspaces {
     /// What this node does with a workspace.
     #[must_use]
     pub fn options(&self, name: &str) -> MemberOptions {
-        let options = lock(&self.inner.options).get(name).copied().unwrap_or_default();
-        if name == LIBRARY_NAME {
-            // What is changed there is undone, whatever somebody has decided.
-            return MemberOptions { mode: MemberMode::Mirror, ..options };
-        }
-        options
+        options_of(&lock(&self.inner.options), name)
     }
 
-    /// Where skills are, if there are some on this node.
-    #[must_use]
-    pub fn library_dir(&self) -> Option<PathBuf> {
-        let library = self.inner.library.as_ref().filter(|library| library.is_placed())?;
-        Some(library.dir().to_owned())
+    /// Tells a workspace what is decided, if it is there: while nobody decides otherwise, or the later word
+    /// could be overtaken by the earlier one.
+    fn tell_options(&self, name: &str, table: &BTreeMap<String, MemberOptions>) -> MemberOptions {
+        let options = options_of(table, name);
+        if let Some(handle) = self.handle_of(name) {
+            handle.set_options(options);
+        }
+        options
     }
 
     /// Decides what this node does with a workspace; durable, and kept even if it is no member now.
@@ -282,12 +280,7 @@ impl Workspaces {
         }
         write_json(&options_path(&self.inner.state), &changed)?;
         *table = changed;
-        drop(table);
-        let options = self.options(name);
-        if let Some(handle) = self.handle_of(name) {
-            handle.set_options(options);
-        }
-        Ok(options)
+        Ok(self.tell_options(name, &table))
     }
 
     /// The names of this node's workspaces.
@@ -431,77 +424,11 @@ impl Workspaces {
                 continue;
             }
             let engine = self.start_engine(membership, scope);
-            let handle = engine.handle.clone();
             lock(&self.inner.engines).insert(membership.id, engine);
             // Somebody may have decided otherwise before it was there to be told.
-            handle.set_options(self.options(&membership.name));
+            self.tell_options(&membership.name, &lock(&self.inner.options));
         }
         self.inner.changes.send_modify(|count| *count += 1);
-    }
-
-    /// Brings the library up to date whenever somebody needs it to be.
-    async fn refresh_library(&self) {
-        let mut backoff = Backoff::new(LIBRARY_RETRY.0, LIBRARY_RETRY.1);
-        loop {
-            let ticket = self.inner.freshness.asked().await;
-            if self.refresh_library_once().await {
-                backoff.reset();
-                self.inner.freshness.finish(ticket);
-                lock(&self.inner.engines).values().for_each(|engine| engine.handle.plan_again());
-            } else {
-                tokio::time::sleep(backoff.next_delay()).await;
-            }
-        }
-    }
-
-    /// Whether the library that is placed is as new as the hub's was after the call.
-    async fn refresh_library_once(&self) -> bool {
-        let Some(handle) = self.handle_of(LIBRARY_NAME) else { return false };
-        if handle.flush().await.is_err() {
-            return false;
-        }
-        // The engine answers as soon as all is done, and says after it that it has come to rest.
-        let mut status = handle.status();
-        let settled = status.wait_for(|status| settled_at(status).is_some());
-        let settled =
-            tokio::time::timeout(SETTLING, settled).await.is_ok_and(|found| found.is_ok());
-        settled && self.place_library(status).await
-    }
-
-    /// Places what has arrived of the library, whose engine has this status, and hangs the doors to it.
-    /// Whether all of it is placed.
-    async fn place_library(&self, status: watch::Receiver<SyncStatus>) -> bool {
-        let Some(library) = self.inner.library.clone() else { return false };
-        let _placing = self.inner.placing.lock().await;
-        let Some(seq) = settled_at(&status.borrow()) else { return false };
-        let still = move || settled_at(&status.borrow()) == Some(seq);
-        let placed = tokio::task::spawn_blocking(move || library.place(&still)).await;
-        if let Ok(Err(error)) = &placed {
-            let cause = std::error::Error::source(error).map(ToString::to_string);
-            tracing::error!(%error, cause, "the library cannot be placed");
-        }
-        let roots: Vec<PathBuf> = {
-            let engines = lock(&self.inner.engines);
-            let open = engines.values().filter(|engine| {
-                engine.config.id != WorkspaceId::LIBRARY
-                    && engine.handle.status().borrow().state != SyncState::Halted
-            });
-            open.map(|engine| engine.root.clone()).filter(|root| root.is_dir()).collect()
-        };
-        for root in roots {
-            self.hang_door(root).await;
-        }
-        matches!(placed, Ok(Ok(true)))
-    }
-
-    /// Makes links of a workspace that lead to skills lead there, once there are some.
-    async fn hang_door(&self, root: PathBuf) {
-        let Some(place) = self.library_dir() else { return };
-        let shown = root.clone();
-        let hung = tokio::task::spawn_blocking(move || hang_door(&root, &place)).await;
-        if let Ok(Err(error)) = hung {
-            tracing::warn!(root = %shown.display(), %error, "links to skills lead nowhere here");
-        }
     }
 
     fn start_engine(&self, membership: &Membership, scope: &TaskScope) -> Engine {
@@ -567,6 +494,15 @@ fn settled_at(status: &SyncStatus) -> Option<u64> {
         && status.applied_seq == status.head_seq
         && status.problems.iter().all(|problem| problem.code == Code::WatchLimit);
     complete.then_some(status.applied_seq)
+}
+
+fn options_of(table: &BTreeMap<String, MemberOptions>, name: &str) -> MemberOptions {
+    let options = table.get(name).copied().unwrap_or_default();
+    if name == LIBRARY_NAME {
+        // What is changed there is undone, whatever somebody has decided.
+        return MemberOptions { mode: MemberMode::Mirror, ..options };
+    }
+    options
 }
 
 fn options_path(state: &StateDir) -> PathBuf {

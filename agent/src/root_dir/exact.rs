@@ -30,6 +30,9 @@ struct ExactDir {
     spelled: Mutex<Option<Spelled>>,
 }
 
+/// How often a name is looked for in another spelling while it is being changed.
+const ATTEMPTS: usize = 10;
+
 /// Whether a directory takes names for one that differ only in case. Asks for a name that stands there in
 /// another spelling; in an empty directory it makes one for a moment, and removes one that was left there
 /// by a process that ended in that moment. Somebody may work in the directory meanwhile.
@@ -57,7 +60,9 @@ pub fn folds_case(top: &DirHandle) -> io::Result<bool> {
         Ok(()) => {}
         // Somebody has just made it.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            let found = is_found_as(top, PRIVATE_NAME, &flipped(PRIVATE_NAME))?;
+            let ask = |_| is_found_as(top, PRIVATE_NAME, &flipped(PRIVATE_NAME)).transpose();
+            // Whoever has made it puts something into it just now.
+            let found = (0..ATTEMPTS).find_map(ask).transpose()?;
             return found.ok_or(error);
         }
         Err(error)

@@ -284,6 +284,10 @@ impl WorkspaceHandle {
     /// # Errors
     /// If the engine is too busy to be told, works on nothing now, or has ended.
     pub fn confirm_deletions(&self) -> Result<u64, FlushError> {
+        // Its state says so a moment later, and meanwhile nobody would take the word.
+        if self.options.borrow().paused {
+            return Err(FlushError::Paused);
+        }
         let held = {
             let status = self.status.borrow();
             match status.state {

@@ -190,18 +190,22 @@ impl PrivateDir {
     }
 
     /// Removes what has been in the trash for a day, and of what takes more than a GiB the oldest. A
-    /// file that is too large for that costs no other its place; it is kept for an hour.
+    /// file that is too large for that costs no other its place; it is kept for an hour. One that cannot be
+    /// looked at or removed stays, and keeps no other.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// If the trash cannot be read.
     pub fn empty_trash(&self) -> io::Result<()> {
         let (now, free) = (self.now_ms(), self.trash.file_system()?.free_bytes);
         let mut kept = Kept::new(free);
         // The names begin with the time: newest first.
         for name in self.trash.names()?.into_iter().rev() {
             let bytes = match self.trash.allocated(&name) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                result => result?,
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    stays(&name, &error);
+                    continue;
+                }
             };
             let made_ms = name
                 .split(|&b| b == b'-')
@@ -210,10 +214,16 @@ impl PrivateDir {
                 .and_then(|digits| digits.parse().ok())
                 .unwrap_or(0);
             if !kept.takes(bytes, Duration::from_millis(now.saturating_sub(made_ms))) {
-                self.trash.remove_file(&name)?;
+                self.trash.remove_file(&name).unwrap_or_else(|error| stays(&name, &error));
             }
         }
         Ok(())
+    }
+}
+
+fn stays(name: &[u8], error: &io::Error) {
+    if error.kind() != io::ErrorKind::NotFound {
+        tracing::warn!(name = %name.escape_ascii(), %error, "a file stays in the trash");
     }
 }
 

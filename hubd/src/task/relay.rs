@@ -70,7 +70,7 @@ pub struct Deadlines {
 /// See the module.
 pub struct Relay {
     tasks: Mutex<HashMap<TaskId, Running>>,
-    /// Those that left the table, until their readers have been told.
+    /// Those that left the table, until their verdicts are where their readers take them.
     ending: TaskTracker,
     slots: Arc<Slots>,
     budget: Arc<Budget>,
@@ -137,14 +137,18 @@ impl Relay {
         &self.draining
     }
 
-    /// Ends once no command is just being begun here, or at its node, and none is just ending. For a hub that
-    /// stops: a node that is told to leave begins nothing for which it has no stream yet, and a reader whose
-    /// command has ended is not to wait for the next hub to hear it.
+    /// Ends once no command is just being begun here, or at its node. For a hub that stops: a node that is
+    /// told to leave begins nothing for which it has no stream yet.
     pub async fn settled(&self) {
         self.draining.settled().await;
         while self.lock().values().any(|running| running.task.is_beginning()) {
             tokio::time::sleep(SETTLING_LOOK).await;
         }
+    }
+
+    /// Ends once no verdict is on its way into the journal. For a hub that stops: whose command has ended is
+    /// not to wait for the next hub to hear it.
+    pub async fn told(&self) {
         self.ending.close();
         self.ending.wait().await;
     }
@@ -173,8 +177,9 @@ impl Relay {
         self.lock().len()
     }
 
-    /// How many tasks have no verdict yet, or one that their readers have not been told: until it is
-    /// journalled, nobody is.
+    /// How many tasks have no verdict yet, or one that is not journalled, before which nobody is told. A
+    /// reader that takes its output is then told before the hub stops; one that does not comes back to the
+    /// next hub for it.
     #[must_use]
     pub fn unfinished(&self) -> usize {
         let tasks = self.lock();

@@ -25,6 +25,9 @@ use super::{ApplyError, exists, vanished};
 const WRITTEN: &str = "it was written to after it was replaced";
 /// And with one that could not be looked at.
 const UNSEEN: &str = "it cannot be told whether it was written to after it was replaced";
+/// Where such a file lies, below the private directory.
+const STAGE: &str = "stage";
+const TRASH: &str = "trash";
 /// Displaced files that are looked at in one go.
 const PAGE_ROWS: u32 = 1024;
 
@@ -33,7 +36,7 @@ const PAGE_ROWS: u32 = 1024;
 pub struct LateWrites {
     /// Directories to which files were put back.
     pub dirty: BTreeSet<Option<WirePath>>,
-    /// Files that could not be put back.
+    /// Files that could not be put back, or looked at.
     pub findings: Vec<Finding>,
 }
 
@@ -81,13 +84,15 @@ pub fn rescue_late_writes(
                         Err(error) if error.kind() == io::ErrorKind::NotFound => {
                             over.push(row.name);
                         }
-                        Err(error) => late.findings.push(finding(private, &row, UNSEEN, &error)),
+                        Err(error) => {
+                            late.findings.push(finding(private, STAGE, &row, UNSEEN, &error));
+                        }
                     }
                     continue;
                 }
                 // One that cannot be looked at holds up nothing else.
                 Err(error) => {
-                    late.findings.push(finding(private, &row, UNSEEN, &error));
+                    late.findings.push(finding(private, TRASH, &row, UNSEEN, &error));
                     continue;
                 }
             };
@@ -107,7 +112,7 @@ pub fn rescue_late_writes(
                     late.dirty.insert(path.parent());
                     over.push(row.name);
                 }
-                Err(error) => late.findings.push(finding(private, &row, WRITTEN, &error)),
+                Err(error) => late.findings.push(finding(private, TRASH, &row, WRITTEN, &error)),
             }
         }
         if !over.is_empty() || !ours.is_empty() {
@@ -120,10 +125,16 @@ pub fn rescue_late_writes(
 }
 
 /// What is told of a displaced file, and where it lies.
-fn finding(private: &PrivateDir, row: &Displaced, what: &str, error: &io::Error) -> Finding {
-    let trash = private.path().join("trash");
-    let (name, trash) = (row.name.escape_ascii(), trash.display());
-    let text = format!("{what}; that version is {name} in {trash}: {error}");
+fn finding(
+    private: &PrivateDir,
+    folder: &str,
+    row: &Displaced,
+    what: &str,
+    error: &io::Error,
+) -> Finding {
+    let folder = private.path().join(folder);
+    let (name, folder) = (row.name.escape_ascii(), folder.display());
+    let text = format!("{what}; that version is {name} in {folder}: {error}");
     Finding::at(&row.path, Code::LateWrite, text)
 }
 

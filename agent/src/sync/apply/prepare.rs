@@ -30,8 +30,11 @@ impl Applier<'_> {
     ) -> Result<Option<Displaced>, ApplyError> {
         let change = &staged.change;
         let is_displaced = match (&change.from, &change.to, &change.aside) {
-            (Some(Entry::File(_)), Some(Entry::File(_)), None) => staged.stage_name.is_some(),
-            (Some(Entry::File(_)), _, None) => true,
+            // What stands in the place of a link by then may be a file.
+            (Some(Entry::File(_) | Entry::Link { .. }), Some(Entry::File(_)), None) => {
+                staged.stage_name.is_some()
+            }
+            (Some(Entry::File(_) | Entry::Link { .. }), _, None) => true,
             _ => false,
         };
         if !is_displaced {

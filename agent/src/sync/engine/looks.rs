@@ -10,9 +10,6 @@ const FULL_SCAN: Duration = Duration::from_secs(600);
 /// look itself the pause is: looking must not become all there is.
 const POLL: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 const POLL_SHARE: u32 = 20;
-/// After so long without asking, the hub is asked for news with the next look at everything: hints of the hub can
-/// be lost as well. Who looks every few seconds does not ask as often: they tell nothing of the tree here.
-const ASK: Duration = Duration::from_secs(300);
 
 /// The next look at everything.
 #[derive(Debug)]
@@ -29,11 +26,6 @@ impl Looks {
     /// When it is due.
     pub(super) fn next(&self) -> Instant {
         self.next
-    }
-
-    /// Whether the hub is to be asked with a look that is due, if it was asked last at this time.
-    pub(super) fn asks(asked_at: Instant, now: Instant) -> bool {
-        now.saturating_duration_since(asked_at) >= ASK
     }
 
     /// Everything has been looked at, which took until now.

@@ -223,8 +223,9 @@ impl<H: Hub> Engine<H> {
     async fn work(&mut self, work: &mut Work) -> End {
         self.progress.update(|status| {
             status.halted_reason.clear();
-            // Not known yet; nobody is to confirm what an earlier run had held.
+            // Not known yet; nobody is to confirm what an earlier run had held, or to be told of it.
             status.held_deletions = 0;
+            status.problems.clear();
         });
         work.dirty.add(Scope::Tree(None));
         if let Err(error) = self.tell_rules(work).await {
@@ -304,7 +305,7 @@ impl<H: Hub> Engine<H> {
         // A time that has come must not wake up again and again while there is no hub.
         work.problem_retry_at = None;
         work.retry_at = work.retry_at.filter(|at| *at > now);
-        // That it has changed is for `wait` to see, which then asks the hub what was missed.
+        // That it has changed is for `wait` or `hear` to see, and then the hub is asked what was missed.
         if !*self.online.borrow() || work.retry_at.is_some() {
             // Some of it may have to be pulled rather than pushed; which is known once the hub is.
             let pending = work.core.run(|core| core.index.differing()).await?;
@@ -457,10 +458,7 @@ impl<H: Hub> Engine<H> {
                 work.head_moved(seq);
             }
             online = next_value(&mut self.online) => {
-                if online {
-                    work.outdated = true;
-                    work.retry_at = None;
-                }
+                work.line_changed(online);
             }
             Some(command) = self.commands.recv() => work.obey(command),
             // Another mode plans otherwise.
@@ -474,12 +472,17 @@ impl<H: Hub> Engine<H> {
         true
     }
 
-    /// Takes what is asked and told without waiting for it: where something is written all the time,
+    /// Takes what is asked, told and due without waiting for it: where something is written all the time,
     /// there is no time to wait.
     fn hear(&mut self, work: &mut Work) {
         if self.head.has_changed().unwrap_or(false) {
             work.head_moved(*self.head.borrow_and_update());
         }
+        if self.online.has_changed().unwrap_or(false) {
+            let online = *self.online.borrow_and_update();
+            work.line_changed(online);
+        }
+        work.collect_due();
         while let Ok(command) = self.commands.try_recv() {
             work.obey(command);
         }

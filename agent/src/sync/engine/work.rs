@@ -25,6 +25,10 @@ use crate::sync::scan::{HotFile, Report, Scope};
 use crate::sync::transfer::{Arrived, Lane};
 use crate::sync::watch::Dirty;
 
+/// After so long without asking, the hub is asked for news with the next look at everything: hints of the hub can
+/// be lost as well. Who looks every few seconds does not ask as often: they tell nothing of the tree here.
+const ASK: Duration = Duration::from_secs(300);
+
 /// What the engine holds while it works in a root.
 pub(super) struct Work {
     pub(super) core: CoreCell,
@@ -131,6 +135,14 @@ impl Work {
         self.outdated |= self.cursor.is_none_or(|cursor| seq != cursor.seq);
     }
 
+    /// Whoever comes back has missed what was told meanwhile.
+    pub(super) fn line_changed(&mut self, online: bool) {
+        if online {
+            self.outdated = true;
+            self.retry_at = None;
+        }
+    }
+
     pub(super) fn obey(&mut self, command: Command) {
         match command {
             Command::Flush(answer) => {
@@ -231,7 +243,7 @@ impl Work {
         let now = Instant::now();
         if self.looks.next() <= now {
             self.dirty.add(Scope::Tree(None));
-            self.outdated |= Looks::asks(self.asked_at, now);
+            self.outdated |= now.saturating_duration_since(self.asked_at) >= ASK;
         }
         let (due, later) = self.revisits.drain(..).partition(|(at, _)| *at <= now);
         self.revisits = later;

@@ -55,7 +55,7 @@ impl Node {
 
     async fn stop(&mut self) {
         let handle = self.handle.take().unwrap();
-        tokio::time::timeout(Duration::from_secs(5), handle.stop()).await.unwrap();
+        tokio::time::timeout(LIMIT, handle.stop()).await.unwrap();
     }
 
     fn handle(&self) -> &WorkspaceHandle {

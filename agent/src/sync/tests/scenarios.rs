@@ -1,6 +1,8 @@
 //! What users do, and what must come of it.
 
 use std::os::unix::fs::{MetadataExt as _, symlink};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use super::super::problem::Code;
 use super::*;
@@ -261,15 +263,24 @@ async fn who_comes_back_while_somebody_saves_all_the_time_learns_what_it_missed(
     a.flush().await;
     // Whenever the line comes back, the engine waits for quiet or looks. There is nothing to send, so it
     // hears of what it missed only by asking.
-    for round in 0..100 {
-        b.write("f", "f");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-        if round == 50 {
-            b.online.send_replace(true);
+    let (path, saved) = (b.path("g"), b.path("f"));
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                fs::write(&saved, "f").unwrap();
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        b.online.send_replace(true);
+        let deadline = std::time::Instant::now() + LIMIT;
+        while !path.exists() && std::time::Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(5));
         }
-    }
-    let path = b.path("g");
-    b.until(|status| status.state == SyncState::Idle && path.exists()).await;
+        over.store(true, Ordering::Relaxed);
+        assert!(path.exists(), "it has not asked");
+    });
+    b.until(|status| status.state == SyncState::Idle).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cortex_shared::tasks::TaskScope;
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, TransactionBehavior};
 use tokio::sync::mpsc;
 
@@ -31,6 +32,10 @@ use self::writer::{Request, Writer};
 /// How long a connection waits for a lock. Within the hub only opening and closing ever take one that
 /// matters; an administrator's shell may hold one for a moment.
 pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Statements that a connection keeps ready, more than one commit of a workspace runs through. Each takes a
+/// few KiB.
+const STATEMENTS: usize = 64;
 
 /// Why a database did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -132,7 +137,7 @@ impl Database {
 /// A connection that may write.
 fn connect(path: &Path, cache_kib: u32) -> Result<Connection, DatabaseError> {
     let connection = Connection::open(path)?;
-    connection.busy_timeout(BUSY_TIMEOUT)?;
+    prepare(&connection)?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
@@ -141,6 +146,16 @@ fn connect(path: &Path, cache_kib: u32) -> Result<Connection, DatabaseError> {
     // Negative: KiB rather than pages.
     connection.pragma_update(None, "cache_size", -i64::from(cache_kib))?;
     Ok(connection)
+}
+
+/// What every connection needs.
+fn prepare(connection: &Connection) -> Result<(), DatabaseError> {
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    // Otherwise SQLite plans each statement with a `LIMIT ?` anew whenever that is bound. No plan of ours
+    // hangs on a value.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
+    Ok(())
 }
 
 /// Brings a database up to date, each step in a transaction of its own.

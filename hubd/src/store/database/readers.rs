@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rusqlite::{Connection, OpenFlags};
 use tokio::sync::Semaphore;
 
-use super::{BUSY_TIMEOUT, Database, DatabaseError};
+use super::{Database, DatabaseError, prepare};
 use crate::counters;
 
 /// Readings at the same time. More would wait for the same disk and processors.
@@ -91,6 +91,6 @@ impl Database {
 fn open(path: &Path) -> Result<Connection, DatabaseError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(BUSY_TIMEOUT)?;
+    prepare(&connection)?;
     Ok(connection)
 }

@@ -267,3 +267,22 @@ async fn migrations_run_once_each_and_one_that_fails_leaves_its_predecessor() {
     assert_eq!(open(&[FIRST, ADD, ADD]).await, Ok(vec![1, 2]), "the step before it stays");
     assert_eq!(open(&[FIRST, ADD, ADD, ADD]).await, Ok(vec![1, 2, 3]));
 }
+
+/// SQLite plans one with a `LIMIT` anew whenever that is bound, unless it is told not to.
+#[tokio::test]
+async fn a_statement_is_planned_once_however_often_it_is_used() {
+    let fixture = Fixture::new().await;
+    let planned = |connection: &Connection| -> Result<i32, DatabaseError> {
+        let mut again = 0;
+        for limit in [10, 20, 30] {
+            let mut statement =
+                connection.prepare_cached("SELECT x FROM t WHERE x > ? ORDER BY x LIMIT ?")?;
+            assert!(statement.query([0, limit])?.next()?.is_none());
+            again += statement.get_status(rusqlite::StatementStatus::RePrepare);
+        }
+        Ok(again)
+    };
+    assert_eq!(fixture.database.write(planned).await.unwrap(), 0);
+    assert_eq!(fixture.database.read(planned).await.unwrap(), 0);
+    fixture.end().await;
+}

@@ -40,7 +40,7 @@ pub(super) struct LateReport {
     exit: TaskExit,
 }
 
-/// A task that is out of the table, and whose reader has not been told how it ended.
+/// A task that is out of the table, and whose verdict is not yet where its reader takes it.
 pub(super) struct Ending {
     task: Arc<Task>,
     _counted: TaskTrackerToken,
