@@ -64,12 +64,13 @@ use crate::worker::{self, Supervisor, WorkOf};
 const STREAMS_PER_CONNECTION: u32 = 4096;
 /// The first of the nodes told to go away comes back after this time, which the next hub takes to start.
 const FIRST_RECONNECT: Duration = Duration::from_millis(200);
-/// How long a hub that stops waits for commands that are just beginning: a slow disk and a slow sandbox
-/// together, but not a node that does not answer.
-const BEGINNING_GRACE: Duration = Duration::from_secs(2);
+/// How long a hub that stops waits for nodes at which commands are just beginning: for a slow sandbox, but not
+/// for a node that does not answer.
+const BEGINNING_GRACE: Duration = Duration::from_secs(5);
 /// How long after the last node was to come back it is still expected: a handshake of a thousand takes
-/// some tenths of a second, a slow line some more.
-const ARRIVAL_GRACE: Duration = Duration::from_secs(3);
+/// some tenths of a second, a slow line some more; and one that tried while the hub was starting waits some
+/// seconds before it tries again.
+const ARRIVAL_GRACE: Duration = Duration::from_secs(8);
 
 /// Why the hub could not start.
 #[derive(Debug, thiserror::Error)]
@@ -302,7 +303,9 @@ impl Hub {
         );
         relay.recover().await?;
         let told = Arc::clone(&events);
-        let operators = Operators::load(Arc::clone(&store), Arc::clone(&relay), told).await?;
+        let operators =
+            Operators::load(Arc::clone(&store), Arc::clone(&relay), Arc::clone(&registry), told)
+                .await?;
         let decisions = NodeDecisions::new(
             Arc::clone(&registry),
             Arc::clone(&relay),
@@ -493,9 +496,12 @@ impl Hub {
         }
         self.relay.draining().begin(Duration::ZERO);
         // Nodes leave once they are told; what was begun for them until now is to reach them first.
-        let settled = timeout(self.grace.min(BEGINNING_GRACE), self.relay.settled());
-        let (settled, told) = tokio::join!(settled, timeout(self.grace, self.relay.told()));
-        if settled.is_err() {
+        if timeout(self.grace, self.relay.draining().settled()).await.is_err() {
+            tracing::warn!("a command that was just to begin was not written in time");
+        }
+        let begun = timeout(self.grace.min(BEGINNING_GRACE), self.relay.begun());
+        let (begun, told) = tokio::join!(begun, timeout(self.grace, self.relay.told()));
+        if begun.is_err() {
             tracing::warn!("a command that was just to begin did not in time");
         }
         if told.is_err() {

@@ -104,7 +104,7 @@ fn a_slow_line_and_a_narrow_one_carry_everything_and_a_cancel_in_time() {
         let begun = Instant::now();
         let running = world.operator.agent(&["task", "list", "--status", "running", "-o", "json"]);
         let id = running.ok().json()[0]["task_id"].as_str().unwrap().to_owned();
-        assert_eq!(world.operator.agent(&["task", "cancel", &id]).code, 0);
+        assert_eq!(world.operator.agent(&["task", "cancel", &id, "--grace", "10s"]).code, 0);
         let ended = flood.end();
         assert_eq!(ended.code, Some(143), "{}", ended.errors);
         eprintln!("{fault:?}: a flood ended {:?} after its cancel", begun.elapsed());

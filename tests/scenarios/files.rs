@@ -181,7 +181,8 @@ fn role_scope_cordon_and_absence_count_and_every_change_is_in_the_audit_log() {
     let _cordoned = admin.agent(&["node", "cordon", "a"]).ok();
     assert_eq!(admin.agent(&["ls", "a:app"]).code, 7);
     assert_eq!(write(&admin, &["a:app/f"], b"x").code, 7);
-    assert_eq!(mesh.audit("file.refused").len(), 1);
+    // Nobody waits for such a line.
+    until("the refusal is in the log", || mesh.audit("file.refused").len() == 1);
     let _uncordoned = admin.agent(&["node", "uncordon", "a"]).ok();
     node.kill();
     until("the hub knows", || mesh.shown("a")["online"] == false);

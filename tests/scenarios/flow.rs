@@ -134,7 +134,7 @@ fn of_fifty_commands_ten_are_never_read_and_the_others_end_as_if_alone() {
     }
     assert_eq!(running(&operator).len(), 10, "those that nobody reads wait");
     for id in &ids {
-        let _cancelled: Outcome = operator.agent(&["task", "cancel", id]).ok();
+        let _cancelled: Outcome = operator.agent(&["task", "cancel", id, "--grace", "10s"]).ok();
     }
     wait::until("the end of the ten", || !runs(&mark));
     for id in &ids {

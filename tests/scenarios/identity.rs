@@ -100,7 +100,8 @@ fn a_copied_node_is_refused_named_and_gets_an_id_of_its_own() {
         (&true.into(), &machine["hostname"])
     );
     assert_eq!(shown["clone"]["presented_generation"], 1);
-    assert_eq!(mesh.audit("node.clone_suspected").len(), 1);
+    // It is in force before it is written down.
+    until("the suspicion is in the log", || mesh.audit("node.clone_suspected").len() == 1);
 
     copy.stop();
     let token = mesh.path("token");
@@ -122,8 +123,9 @@ fn a_node_that_is_killed_around_a_renewal_is_never_taken_for_its_own_copy() {
     let mut node = mesh.node("a", As::Me);
     let begun_with = now_ms().unsigned_abs() | 1;
     let mut seed = begun_with;
-    // No more than the hub allows at once, with those of its own that the agent makes.
-    for _ in 0..5 {
+    // The hub allows eight at once. Each takes one, and another one by the agent itself if an answer was
+    // missed; then comes a last one.
+    for _ in 0..3 {
         seed ^= seed << 13;
         seed ^= seed >> 7;
         seed ^= seed << 17;

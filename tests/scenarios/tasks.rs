@@ -290,6 +290,9 @@ fn tasks_are_seen_within_a_scope_and_cancelled_by_those_who_may() {
         two.agent(&["task", "list", "--mine", "-o", "json"]).ok().json(),
         serde_json::json!([])
     );
+    let shown = || one.agent(&["task", "show", id, "-o", "json"]).ok().json();
+    // Before that there is nothing that a signal could reach.
+    wait::until("it runs", || shown()["state"] == "running");
     assert_eq!(two.agent(&["task", "cancel", id, "--signal", "INT"]).code, 0);
     assert_eq!(one.agent(&["task", "wait", id]).code, 130);
 }

@@ -10,6 +10,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use cortex_shared::clock::unix_ms;
 use cortex_shared::policy::Role;
@@ -19,8 +20,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::nodes::DecisionError;
 use crate::events::{EventBus, Kind, NewEvent};
+use crate::node::registry::Registry;
 use crate::store::{Actor, KeyHash, NewAudit, OperatorRecord, Scope, Store, StoreError};
 use crate::task::relay::Relay;
+use crate::task::running::cancel_frame;
 
 /// Why a command of a revoked operator ends.
 const REVOKED: &str = "the operator who asked for it was revoked";
@@ -75,6 +78,7 @@ pub struct Operators {
     memory: Mutex<Memory>,
     store: Arc<dyn Store>,
     relay: Arc<Relay>,
+    registry: Arc<Registry>,
     events: Arc<EventBus>,
     /// One change at a time, from the store's answer to memory.
     order: tokio::sync::Mutex<()>,
@@ -90,6 +94,7 @@ impl Operators {
     pub async fn load(
         store: Arc<dyn Store>,
         relay: Arc<Relay>,
+        registry: Arc<Registry>,
         events: Arc<EventBus>,
     ) -> Result<Arc<Self>, StoreError> {
         let records = store.operators().await?;
@@ -97,6 +102,7 @@ impl Operators {
             memory: Mutex::default(),
             store,
             relay,
+            registry,
             events,
             order: tokio::sync::Mutex::default(),
             record_again: Notify::new(),
@@ -208,10 +214,16 @@ impl Operators {
             return Ok(());
         };
         let recorded = self.store.revoke_operator(name.to_owned(), at_ms, audit).await;
-        if matches!(recorded, Ok(()) | Err(StoreError::NotFound { .. })) {
+        if matches!(recorded, Ok(_) | Err(StoreError::NotFound { .. })) {
             self.lock().unrecorded.remove(name);
         }
-        recorded
+        // What was lost, and may go on where it was. A node that is away hears it when it is back.
+        for (task, node) in recorded? {
+            if let Some(session) = self.registry.get(node).and_then(|view| view.session) {
+                session.send(cancel_frame(task, 0, Duration::ZERO)).ok();
+            }
+        }
+        Ok(())
     }
 
     /// Waits until a revocation was not recorded. For one waiter.
@@ -319,7 +331,8 @@ mod tests {
             deadlines,
             Default::default(),
         );
-        let operators = Operators::load(faulty, relay, events).await.unwrap();
+        let registry = Arc::new(Registry::new(Vec::new()));
+        let operators = Operators::load(faulty, relay, registry, events).await.unwrap();
         Fixture { _folder: folder, store, faults, operators, scope }
     }
 

@@ -1,15 +1,19 @@
 //! `drain`: the running hub takes no new commands, waits for those that run, and stops.
 
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use clap::Args;
 use cortex_proto::v1;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::json;
+use tokio::net::UnixStream;
 
 use super::admin::{connect, connect_for_long, time};
 use super::output::{self, Format, Unreachable};
 use super::{DataArg, parse_duration};
-use crate::config::HubConfig;
+use crate::config::{DataLayout, HubConfig};
 
 /// How often the hub that stops is asked whether it is still there.
 const LOOK: Duration = Duration::from_millis(100);
@@ -35,6 +39,7 @@ pub(super) async fn drain(args: DrainArgs) -> anyhow::Result<()> {
     let started = hub.hub_status(v1::HubStatusRequest {}).await?.into_inner().started_at_ms;
     let wait_ms = args.wait.map_or(0, |wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX));
     let request = v1::DrainHubRequest { wait_ms, undo: args.undo };
+    let process = process_of(&config).await?;
     let over = hub.drain_hub(request).await?.into_inner();
     if args.undo {
         let document = json!({ "draining": false, "running_tasks": over.running_tasks });
@@ -44,7 +49,7 @@ pub(super) async fn drain(args: DrainArgs) -> anyhow::Result<()> {
     if over.undone {
         anyhow::bail!("somebody took it back: new commands are taken again");
     }
-    let next = end_of(&config, started).await?;
+    let next = end_of(&config, started, process).await?;
     let document = json!({
         "stopped": true,
         "handed_over": over.running_tasks,
@@ -59,13 +64,33 @@ pub(super) async fn drain(args: DrainArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The process of the hub that runs; none if it cannot be told, as from within another container.
+async fn process_of(config: &HubConfig) -> anyhow::Result<Option<OwnedFd>> {
+    let socket = UnixStream::connect(DataLayout::new(&config.data).socket()).await?;
+    let pid = socket.peer_cred()?.pid().and_then(Pid::from_raw);
+    Ok(pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()))
+}
+
 /// Waits until that hub is gone. Returns when the next one started, if there is one already.
-async fn end_of(config: &HubConfig, started: i64) -> anyhow::Result<Option<i64>> {
+async fn end_of(
+    config: &HubConfig,
+    started: i64,
+    process: Option<OwnedFd>,
+) -> anyhow::Result<Option<i64>> {
     loop {
         // Each time anew: a connection outlives nothing that this waits for.
         let mut hub = match connect(config).await {
             Ok(hub) => hub,
-            Err(error) if error.is::<Unreachable>() => return Ok(None),
+            // It takes no calls any more. Its directory is free once it has ended.
+            Err(error) if error.is::<Unreachable>() => {
+                if let Some(process) = process {
+                    tokio::task::spawn_blocking(move || {
+                        poll(&mut [PollFd::new(&process, PollFlags::IN)], None)
+                    })
+                    .await??;
+                }
+                return Ok(None);
+            }
             Err(error) => return Err(error),
         };
         // One that is just stopping does not answer.

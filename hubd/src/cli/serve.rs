@@ -58,8 +58,8 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 
 /// The longest that an orderly stop can take, in microseconds, with some time to spare.
 fn longest_stop(config: &HubConfig) -> u32 {
-    // What begins, what is under way, the databases, and the HTTP side have so much each at most.
-    let longest = config.shutdown_grace * 4 + Duration::from_secs(10);
+    // What begins, what ends, what is under way, the databases, and the HTTP side have so much each at most.
+    let longest = config.shutdown_grace * 5 + Duration::from_secs(10);
     u32::try_from(longest.as_micros()).unwrap_or(u32::MAX)
 }
 

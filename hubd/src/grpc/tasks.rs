@@ -349,10 +349,13 @@ pub(super) async fn read(
             return None;
         }
         let stop = view.stop.clone();
-        let frame = match stop.run_until_cancelled(next_of(&mut view)).await {
-            Some(frame) => frame,
-            None => Err(super::exec::hub_stops()),
+        // The rest of one that has ended comes without anybody's doing; its viewer need not come back for it.
+        let ended = view.running.as_ref().is_none_or(|task| task.has_ended());
+        let frame = match ended {
+            true => Some(next_of(&mut view).await),
+            false => stop.run_until_cancelled(next_of(&mut view)).await,
         };
+        let frame = frame.unwrap_or_else(|| Err(super::exec::hub_stops()));
         view.over |= frame.is_err();
         Some((frame.map(|frame| v1::ReadTaskResponse { frame: Some(frame) }), view))
     });

@@ -192,7 +192,11 @@ passed_on! {
     fn cordon_node(id: NodeId, cordoned: bool, audit: NewAudit) -> ();
     fn set_node_policy(id: NodeId, policy: NodePolicy, audit: NewAudit) -> ();
     fn operators() -> Vec<OperatorRecord>;
-    fn revoke_operator(name: String, now_ms: i64, audit: NewAudit) -> ();
+    fn revoke_operator(
+        name: String,
+        now_ms: i64,
+        audit: NewAudit
+    ) -> Vec<(TaskId, NodeId)>;
     fn record_audit(audit: NewAudit) -> ();
     fn audit_page(after_seq: Option<u64>, limit: u32) -> Vec<AuditLine>;
     fn audit_head() -> AuditHead;

@@ -265,13 +265,15 @@ pub trait Store: Send + Sync + 'static {
 
     /// All operators that have ever logged in, by name.
     async fn operators(&self) -> Result<Vec<OperatorRecord>, StoreError>;
-    /// Revokes an operator and the invites in its name; [`StoreError::NotFound`] if there is neither.
+    /// Revokes an operator and the invites in its name; [`StoreError::NotFound`] if there is neither. Its
+    /// commands that may still run are unwanted from now on, as by [`Store::want_cancel`]; those that have a
+    /// verdict without their node's word are returned.
     async fn revoke_operator(
         &self,
         name: String,
         now_ms: i64,
         audit: NewAudit,
-    ) -> Result<(), StoreError>;
+    ) -> Result<Vec<(TaskId, NodeId)>, StoreError>;
 
     /// Adds a line to the audit log that speaks of no change, such as a refusal.
     async fn record_audit(&self, audit: NewAudit) -> Result<(), StoreError>;

@@ -137,10 +137,9 @@ impl Relay {
         &self.draining
     }
 
-    /// Ends once no command is just being begun here, or at its node. For a hub that stops: a node that is
+    /// Ends once no command that was sent is just beginning at its node. For a hub that stops: a node that is
     /// told to leave begins nothing for which it has no stream yet.
-    pub async fn settled(&self) {
-        self.draining.settled().await;
+    pub async fn begun(&self) {
         while self.lock().values().any(|running| running.task.is_beginning()) {
             tokio::time::sleep(SETTLING_LOOK).await;
         }

@@ -32,9 +32,10 @@ async fn layer(nodes: Vec<Node>, records: Vec<OperatorRecord>) -> (tempfile::Tem
     let limits = Default::default();
     let relay = Relay::new(Arc::clone(&store), spool, history, told, scope, deadlines, limits);
     let refusals = RefusalLog::new(Arc::clone(&store), TaskScope::new());
-    let operators = Operators::load(store, relay, events).await.unwrap();
+    let registry = Arc::new(Registry::new(nodes));
+    let operators = Operators::load(store, relay, Arc::clone(&registry), events).await.unwrap();
     operators.apply(records);
-    (folder, AuthLayer { registry: Arc::new(Registry::new(nodes)), operators, refusals })
+    (folder, AuthLayer { registry, operators, refusals })
 }
 
 fn record(name: &str, role: Role, scope: &[(&str, &str)]) -> OperatorRecord {

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use cortex_shared::ids::NodeId;
+use cortex_shared::ids::{NodeId, TaskId};
 use cortex_shared::labels::{Labels, MAX_LABELS};
 use rusqlite::{Connection, OptionalExtension as _, Row, ToSql, params};
 
 use super::super::{
     LabelChange, LabelRefusal, NewAudit, NodePolicy, OperatorRecord, Scope, StoreError,
 };
-use super::{audit, damaged, from_json, is_duplicate, to_json};
+use super::{audit, damaged, from_json, is_duplicate, tasks, to_json};
 
 /// A change of one node's row; [`StoreError::NotFound`] if there is none.
 fn update_node(
@@ -165,7 +165,7 @@ pub(super) fn revoke_operator(
     name: &str,
     now_ms: i64,
     audit: &NewAudit,
-) -> Result<(), StoreError> {
+) -> Result<Vec<(TaskId, NodeId)>, StoreError> {
     let known: bool = t
         .prepare("SELECT 1 FROM operators WHERE name = ?1 UNION SELECT 1 FROM invites WHERE kind <> 'node' AND name_pattern = ?1")?
         .exists([name])?;
@@ -182,5 +182,8 @@ pub(super) fn revoke_operator(
          WHERE kind <> 'node' AND name_pattern = ?1 AND revoked_at IS NULL",
         params![name, now_ms],
     )?;
-    if operator + invites > 0 { audit::append(t, audit) } else { Ok(()) }
+    if operator + invites > 0 {
+        audit::append(t, audit)?;
+    }
+    tasks::want_cancel_of(t, name)
 }

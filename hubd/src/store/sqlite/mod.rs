@@ -351,7 +351,7 @@ impl Store for SqliteStore {
         name: String,
         now_ms: i64,
         audit: NewAudit,
-    ) -> Result<(), StoreError> {
+    ) -> Result<Vec<(TaskId, NodeId)>, StoreError> {
         self.database.write(move |t| authority::revoke_operator(t, &name, now_ms, &audit)).await
     }
 

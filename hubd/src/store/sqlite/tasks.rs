@@ -132,6 +132,27 @@ pub(super) fn want_cancel(t: &Connection, id: TaskId) -> Result<(), StoreError> 
     Ok(())
 }
 
+/// The same for all of somebody that may still run. Returns those that have a verdict.
+pub(super) fn want_cancel_of(
+    t: &Connection,
+    actor: &str,
+) -> Result<Vec<(TaskId, NodeId)>, StoreError> {
+    let mut statement = t.prepare(
+        "UPDATE tasks SET cancel_wanted = 1 \
+         WHERE actor = ? AND stdout_hash IS NULL AND late_outcome IS NULL \
+         RETURNING id, node, ended_at IS NOT NULL",
+    )?;
+    let mut rows = statement.query([actor])?;
+    let mut found = Vec::new();
+    while let Some(row) = rows.next()? {
+        if row.get(2)? {
+            let (id, node): (Vec<u8>, Vec<u8>) = (row.get(0)?, row.get(1)?);
+            found.push((task_id(&id)?, node_id(&node)?));
+        }
+    }
+    Ok(found)
+}
+
 pub(super) fn to_cancel(
     c: &Connection,
     node: NodeId,
