@@ -79,8 +79,9 @@ impl Trio {
         fs::write(folder.join("run.sh"), format!("#!/bin/sh\necho {text}\n")).unwrap();
         fs::set_permissions(folder.join("run.sh"), fs::Permissions::from_mode(0o755)).unwrap();
         fs::write(folder.join("data/text"), text).unwrap();
-        let _flushed: Outcome =
-            self.nodes[0].agent(&["workspace", "flush", "w", "--patience", "30s"]).ok();
+        // A line that was lost for a moment is none of these tests' matter.
+        let flush = || self.nodes[0].agent(&["workspace", "flush", "w", "--patience", "30s"]);
+        until("it is at the hub", || flush().code == 0);
     }
 
     fn promote(&self, path: &str, skill: &str, more: &[&str]) -> Outcome {

@@ -8,6 +8,7 @@ use std::process::Command;
 use base64::Engine as _;
 use serde_json::{Value, json};
 
+use crate::network::SteadyNetwork;
 use crate::process::{Daemon, run};
 use crate::wait::until;
 use crate::{DEADLINE, is_root};
@@ -23,6 +24,7 @@ pub struct Browser {
     process: Option<(u64, String)>,
     shots: PathBuf,
     _driver: Daemon,
+    _network: SteadyNetwork,
 }
 
 impl Browser {
@@ -40,6 +42,7 @@ impl Browser {
                 return None;
             }
         }
+        let network = SteadyNetwork::begin();
         let mut command = Command::new("chromedriver");
         // What the browser leaves there goes with the rest.
         command.arg("--port=0").env("TMPDIR", scratch);
@@ -74,7 +77,7 @@ impl Browser {
         let process = started["capabilities"]["goog:processID"].as_u64().map(|id| (id, profile));
         let shots = std::env::var_os("CORTEX_SCREENSHOTS");
         let shots = shots.map_or_else(|| scratch.to_owned(), PathBuf::from);
-        Some(Self { address, session, process, shots, _driver: driver })
+        Some(Self { address, session, process, shots, _driver: driver, _network: network })
     }
 
     fn ask(&self, method: &str, path: &str, body: &Value) -> Value {

@@ -6,6 +6,7 @@
 
 pub mod browser;
 pub mod mesh;
+pub mod network;
 pub mod partition;
 pub mod process;
 pub mod proxy;

@@ -7,10 +7,12 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use crate::is_root;
+use crate::network::NetworkChange;
 use crate::process::{Outcome, run};
 
 /// See the module.
 pub struct Island {
+    _change: NetworkChange,
     name: String,
     outside: String,
     inside: String,
@@ -29,6 +31,7 @@ impl Island {
         // Names of interfaces have at most 15 characters.
         let number = rand::random::<u16>() >> 1;
         let island = Self {
+            _change: NetworkChange::begin(),
             name: format!("cortex-{number:04x}"),
             outside: format!("cxo{number:04x}"),
             inside: format!("cxi{number:04x}"),
