@@ -122,6 +122,14 @@ fn a_pause_outlives_a_restart_and_loses_nothing() {
     let flush = ["workspace", "flush", "w", "--patience", "20s"];
     let _done: Outcome = a.agent(&flush).ok();
     assert!(!b.workspace("w").join("from-a").exists());
+    // Who follows is told what would keep it waiting for ever.
+    let watched = shared.operator.agent(&["workspace", "status", "w", "--watch"]);
+    assert_eq!(watched.code, 1, "{}", watched.stderr);
+    assert!(
+        watched.stderr.contains("not equal everywhere: node b is paused"),
+        "{}",
+        watched.stderr
+    );
     let _done: Outcome = b.agent(&["workspace", "resume", "w"]).ok();
     let both = |node: &Node| tree::read(&node.workspace("w")).len() == 2;
     until("both have both", || both(&a) && both(&b));

@@ -1,12 +1,20 @@
-//! `workspace status` of the mesh, and following it until all members are equal.
+//! `workspace status` of the mesh, and following it until all members are equal, or until those that are not
+//! wait for somebody's word.
+
+use std::time::Duration;
 
 use cortex_proto::v1;
 use indicatif::{ProgressBar, ProgressStyle};
+use tokio::time::Instant;
 
 use super::error::{CliError, Exit};
 use super::printer::{Format, progress_is_visible};
-use super::workspace::WorkspaceRow;
+use super::workspace::{MemberJson, WorkspaceRow};
 use super::{Global, Output, hub};
+
+/// After so long without a change, members that do nothing are not waited for any longer: what halts one for a
+/// moment, such as a start, is over by then.
+const UNCHANGED: Duration = Duration::from_secs(10);
 
 pub(super) async fn status(
     global: &Global,
@@ -19,10 +27,31 @@ pub(super) async fn status(
     let mut updates = client.workspace_status(request).await?.into_inner();
     let mut printer = global.printer(output);
     let bar = (watch && output.format == Format::Table && progress_is_visible()).then(progress_bar);
-    let mut last = None;
-    while let Some(update) = updates.message().await? {
+    let mut last: Option<WorkspaceRow> = None;
+    let (mut shown, mut changed_at) = (String::new(), Instant::now());
+    let mut waiting = Vec::new();
+    loop {
+        let at_rest = last.as_ref().and_then(wait_for_nothing).filter(|_| watch);
+        let update = match at_rest {
+            None => updates.message().await?,
+            Some(those) => {
+                match tokio::time::timeout_at(changed_at + UNCHANGED, updates.message()).await {
+                    Ok(update) => update?,
+                    Err(_) => {
+                        waiting = those;
+                        break;
+                    }
+                }
+            }
+        };
+        let Some(update) = update else { break };
         let Some(info) = update.workspace else { continue };
         let row = WorkspaceRow::of(info);
+        // The hub tells of changes; what says the same again is none.
+        let now = serde_json::to_string(&row).unwrap_or_default();
+        if now != shown {
+            (shown, changed_at) = (now, Instant::now());
+        }
         // A program that follows wants every step; people want the last one, and a bar until then.
         if watch && output.format == Format::Jsonl {
             printer.show(&row, &[])?;
@@ -40,23 +69,41 @@ pub(super) async fn status(
         bar.finish_and_clear();
     }
     let row = last.ok_or_else(|| CliError::new(Exit::Unreachable, "the hub sent no status"))?;
-    if watch && output.format == Format::Jsonl {
+    if !(watch && output.format == Format::Jsonl) {
+        printer.show(&row, &row.lines())?;
+    }
+    if waiting.is_empty() {
         return Ok(());
     }
-    printer.show(&row, &row.lines())
+    let text = format!("{} is not equal everywhere: {}", row.name, waiting.join("; "));
+    let hint = format!("cortex-agent workspace status {}", row.name);
+    Err(CliError::new(Exit::Failed, text).hint(hint))
 }
 
 /// Whether every member that is online has applied the head and has nothing to send. Members that
 /// are offline would keep a watcher for ever.
 fn at_head(row: &WorkspaceRow) -> bool {
-    row.members.iter().filter(|member| member.online).all(|member| {
-        member.status.as_ref().is_some_and(|status| {
-            status.state == "idle"
-                && status.pending_push == 0
-                && status.applied_seq == row.head_seq
-                && member.applied_seq == row.head_seq
-        })
+    row.members.iter().filter(|member| member.online).all(|member| is_at(member, row.head_seq))
+}
+
+fn is_at(member: &MemberJson, head_seq: u64) -> bool {
+    member.status.as_ref().is_some_and(|status| {
+        status.state == "idle"
+            && status.pending_push == 0
+            && status.applied_seq == head_seq
+            && member.applied_seq == head_seq
     })
+}
+
+/// Why those members that are online and not at the head are not, if none of them does anything about it.
+fn wait_for_nothing(row: &WorkspaceRow) -> Option<Vec<String>> {
+    let behind = row.members.iter().filter(|member| member.online && !is_at(member, row.head_seq));
+    behind
+        .map(|member| {
+            let why = member.status.as_ref()?.why_at_rest(row.head_seq)?;
+            Some(format!("node {} {why}", member.node_name))
+        })
+        .collect()
 }
 
 fn progress_bar() -> ProgressBar {
@@ -112,6 +159,35 @@ mod tests {
         ] {
             let info = v1::WorkspaceInfo { head_seq: 5, members, ..Default::default() };
             assert_eq!(at_head(&WorkspaceRow::of(info)), done, "{what}");
+        }
+    }
+
+    #[test]
+    fn watching_is_given_up_only_where_nobody_does_anything() {
+        let at = |state: v1::SyncState| {
+            Some(v1::SyncStatus { applied_seq: 4, state: state.into(), ..Default::default() })
+        };
+        let held = v1::SyncStatus {
+            applied_seq: 5,
+            pending_push: 150,
+            problems: vec![v1::SyncProblem { message: "held".into(), ..Default::default() }],
+            ..Default::default()
+        };
+        let halted = v1::SyncStatus { halted_reason: "no root".into(), ..Default::default() };
+        let halted = v1::SyncStatus { state: v1::SyncState::Halted.into(), ..halted };
+        for (what, status, why) in [
+            ("paused", at(v1::SyncState::Paused), Some("node  is paused")),
+            ("halted", Some(halted), Some("node  is halted: no root")),
+            ("held", Some(held), Some("node  has 150 changes that do not go (held)")),
+            ("behind", at(v1::SyncState::Idle), Some("node  is at version 4 of 5")),
+            ("busy", at(v1::SyncState::Applying), None),
+            ("not heard of yet", None, None),
+        ] {
+            let equal = v1::SyncStatus { applied_seq: 5, ..Default::default() };
+            let members = vec![member(true, 4, status), member(true, 5, Some(equal))];
+            let info = v1::WorkspaceInfo { head_seq: 5, members, ..Default::default() };
+            let why = why.map(|why| vec![why.to_owned()]);
+            assert_eq!(wait_for_nothing(&WorkspaceRow::of(info)), why, "{what}");
         }
     }
 }

@@ -302,7 +302,8 @@ impl WorkspaceHub {
         Ok(self.store.repeat_head().await?)
     }
 
-    /// Whether a member has to be told that it may send the deletions it holds. Says so once.
+    /// Whether a member has to be told that it may send the deletions it holds. Says so for a minute, or until it
+    /// has sent them.
     ///
     /// # Errors
     /// Those of the store.

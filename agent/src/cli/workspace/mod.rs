@@ -20,7 +20,7 @@ use super::error::CliError;
 use super::{Global, Output, hub, skill, watch};
 
 pub(super) use self::past::wire_path;
-pub(super) use self::rows::{SyncRow, WorkspaceRow};
+pub(super) use self::rows::{MemberJson, SyncRow, WorkspaceRow};
 
 const SIDES: &str = "\
 `attach`, `detach`, `status` and `confirm-deletes` speak for this node, over its own agent, with --local or --state
@@ -87,7 +87,8 @@ enum WorkspaceVerb {
     Status {
         /// The workspace; on this node, all without it
         name: Option<String>,
-        /// Follow until all members that are online are at the head
+        /// Follow until all members that are online are at the head; ends with 1 and says why if some cannot
+        /// get there by themselves, such as one that is paused
         #[arg(long)]
         watch: bool,
         /// This node, over its own agent

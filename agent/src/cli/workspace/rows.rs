@@ -79,6 +79,24 @@ impl SyncRow {
         }
     }
 
+    /// Why it is not at the head though it does nothing; none if it does something.
+    pub(in crate::cli) fn why_at_rest(&self, head_seq: u64) -> Option<String> {
+        let reason = self.halted_reason.as_deref().unwrap_or("no reason is known");
+        let problem = self.problems.first().map_or_else(String::new, |problem| {
+            let path = if problem.path.is_empty() { "" } else { &format!("{}: ", problem.path) };
+            format!(" ({path}{})", problem.message)
+        });
+        match self.state {
+            "paused" => Some("is paused".to_owned()),
+            "halted" => Some(format!("is halted: {reason}")),
+            "idle" if self.pending_push > 0 => {
+                Some(format!("has {} changes that do not go{problem}", self.pending_push))
+            }
+            "idle" => Some(format!("is at version {} of {head_seq}{problem}", self.applied_seq)),
+            _ => None,
+        }
+    }
+
     /// One line for people.
     pub(crate) fn sentence(&self) -> String {
         let mut text = format!(

@@ -19,6 +19,9 @@ use super::tree::{damaged, signed, unsigned};
 const WORD_WAITS: Duration = Duration::from_secs(24 * 3600);
 /// How long it holds once the member knows, and after each use.
 const WORD_HOLDS: Duration = Duration::from_secs(600);
+/// How long after that it is said again: the answer that says so may be lost. No longer, because the member takes
+/// it for whatever it holds then.
+const SAID_AGAIN: Duration = Duration::from_secs(60);
 /// How long a member is listed after its deletions were held.
 const LISTED: Duration = Duration::from_secs(600);
 
@@ -187,32 +190,46 @@ pub(super) fn allow(
     Ok(())
 }
 
-/// Whether there is a word that a member was not told of.
-pub(super) fn has_word(
-    connection: &Connection,
-    node: NodeId,
-    now_ms: i64,
-) -> Result<bool, StoreError> {
-    Ok(connection
-        .prepare_cached(
-            "SELECT 1 FROM holds WHERE node = ?1 AND untold = 1 AND allowed_until_ms > ?2",
-        )?
-        .exists(params![node.as_bytes(), now_ms])?)
+/// What a member is to be told of an operator's word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Word {
+    None,
+    New,
+    /// It was told, and has made no use of all of it yet: the answer may have been lost.
+    Again,
 }
 
-/// Notes that the member is told; whether there was something to tell.
+pub(super) fn word(connection: &Connection, node: NodeId, now_ms: i64) -> Result<Word, StoreError> {
+    let row: Option<(bool, i64, i64)> = connection
+        .prepare_cached(
+            "SELECT untold, allowed, allowed_until_ms FROM holds WHERE node = ?1 AND allowed_until_ms > ?2",
+        )?
+        .query_row(params![node.as_bytes(), now_ms], |row| {
+            Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+        })
+        .optional()?;
+    Ok(match row {
+        Some((true, ..)) => Word::New,
+        Some((false, 1.., until_ms)) if until_ms - now_ms > millis(WORD_HOLDS - SAID_AGAIN) => {
+            Word::Again
+        }
+        _ => Word::None,
+    })
+}
+
+/// Notes that the member is told.
 pub(super) fn word_told(
     connection: &Connection,
     node: NodeId,
     now_ms: i64,
-) -> Result<bool, StoreError> {
-    let told = connection
+) -> Result<(), StoreError> {
+    connection
         .prepare_cached(
             "UPDATE holds SET untold = 0, allowed_until_ms = ?3
              WHERE node = ?1 AND untold = 1 AND allowed_until_ms > ?2",
         )?
         .execute(params![node.as_bytes(), now_ms, now_ms + millis(WORD_HOLDS)])?;
-    Ok(told > 0)
+    Ok(())
 }
 
 /// The members whose deletions were held lately.

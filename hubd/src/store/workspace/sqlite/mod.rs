@@ -337,13 +337,14 @@ impl WorkspaceStore for SqliteWorkspaceStore {
 
     fn take_word(&self, node: NodeId) -> Answer<'_, bool> {
         Box::pin(async move {
-            let read = move |connection: &Connection| hold::has_word(connection, node, unix_ms());
-            if !self.database.read(read).await? {
-                return Ok(false);
+            let read = move |connection: &Connection| hold::word(connection, node, unix_ms());
+            let word = self.database.read(read).await?;
+            if word == hold::Word::New {
+                let told =
+                    move |connection: &Connection| hold::word_told(connection, node, unix_ms());
+                self.database.write(told).await?;
             }
-            self.database
-                .write(move |connection| hold::word_told(connection, node, unix_ms()))
-                .await
+            Ok(word != hold::Word::None)
         })
     }
 
