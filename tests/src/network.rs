@@ -1,5 +1,5 @@
 //! Who changes this machine's network, and who cannot bear that: a browser ends what it is asking for whenever
-//! an interface comes or goes. The two wait for each other.
+//! an interface comes or goes. The two wait for each other, so a test has one of them, and one only.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 

@@ -1,5 +1,5 @@
 //! `workspace status` of the mesh, and following it until all members are equal, or until those that are not
-//! wait for somebody's word.
+//! have done nothing about it for a while.
 
 use std::time::Duration;
 
@@ -9,12 +9,14 @@ use tokio::time::Instant;
 
 use super::error::{CliError, Exit};
 use super::printer::{Format, progress_is_visible};
-use super::workspace::{MemberJson, WorkspaceRow};
+use super::workspace::{MemberJson, SyncRow, WorkspaceRow};
 use super::{Global, Output, hub};
 
-/// After so long without a change, members that do nothing are not waited for any longer: what halts one for a
-/// moment, such as a start, is over by then.
-const UNCHANGED: Duration = Duration::from_secs(10);
+/// Members that do nothing for so long are not waited for any longer: what halts one for a moment, such as a
+/// start, is over by then.
+const IDLE: Duration = Duration::from_secs(10);
+/// And those that have said that they try again later, which they do within so long.
+const IDLE_UNTIL_RETRY: Duration = Duration::from_secs(90);
 
 pub(super) async fn status(
     global: &Global,
@@ -28,29 +30,27 @@ pub(super) async fn status(
     let mut printer = global.printer(output);
     let bar = (watch && output.format == Format::Table && progress_is_visible()).then(progress_bar);
     let mut last: Option<WorkspaceRow> = None;
-    let (mut shown, mut changed_at) = (String::new(), Instant::now());
-    let mut waiting = Vec::new();
+    let (mut resting, mut since) = (None, Instant::now());
+    let mut given_up = Vec::new();
     loop {
-        let at_rest = last.as_ref().and_then(wait_for_nothing).filter(|_| watch);
-        let update = match at_rest {
-            None => updates.message().await?,
-            Some(those) => {
-                match tokio::time::timeout_at(changed_at + UNCHANGED, updates.message()).await {
+        let update = match &resting {
+            Some(Resting { members, patience }) if watch => {
+                match tokio::time::timeout_at(since + *patience, updates.message()).await {
                     Ok(update) => update?,
                     Err(_) => {
-                        waiting = those;
+                        given_up = members.clone();
                         break;
                     }
                 }
             }
+            _ => updates.message().await?,
         };
         let Some(update) = update else { break };
         let Some(info) = update.workspace else { continue };
         let row = WorkspaceRow::of(info);
-        // The hub tells of changes; what says the same again is none.
-        let now = serde_json::to_string(&row).unwrap_or_default();
-        if now != shown {
-            (shown, changed_at) = (now, Instant::now());
+        let now = Resting::of(&row);
+        if now != resting {
+            (resting, since) = (now, Instant::now());
         }
         // A program that follows wants every step; people want the last one, and a bar until then.
         if watch && output.format == Format::Jsonl {
@@ -72,10 +72,10 @@ pub(super) async fn status(
     if !(watch && output.format == Format::Jsonl) {
         printer.show(&row, &row.lines())?;
     }
-    if waiting.is_empty() {
+    if given_up.is_empty() {
         return Ok(());
     }
-    let text = format!("{} is not equal everywhere: {}", row.name, waiting.join("; "));
+    let text = format!("{} is not equal everywhere: {}", row.name, given_up.join("; "));
     let hint = format!("cortex-agent workspace status {}", row.name);
     Err(CliError::new(Exit::Failed, text).hint(hint))
 }
@@ -95,15 +95,29 @@ fn is_at(member: &MemberJson, head_seq: u64) -> bool {
     })
 }
 
-/// Why those members that are online and not at the head are not, if none of them does anything about it.
-fn wait_for_nothing(row: &WorkspaceRow) -> Option<Vec<String>> {
-    let behind = row.members.iter().filter(|member| member.online && !is_at(member, row.head_seq));
-    behind
-        .map(|member| {
-            let why = member.status.as_ref()?.why_at_rest(row.head_seq)?;
+/// Members that are online and not equal, none of which does anything about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Resting {
+    /// Each with the reason.
+    members: Vec<String>,
+    patience: Duration,
+}
+
+impl Resting {
+    fn of(row: &WorkspaceRow) -> Option<Self> {
+        let behind = || {
+            let online = row.members.iter().filter(|member| member.online);
+            online.filter(|member| !is_at(member, row.head_seq))
+        };
+        let members = behind().map(|member| {
+            let why = member.status.as_ref()?.why_at_rest()?;
             Some(format!("node {} {why}", member.node_name))
-        })
-        .collect()
+        });
+        let tries_again =
+            behind().any(|member| member.status.as_ref().is_some_and(SyncRow::tries_again));
+        let patience = if tries_again { IDLE_UNTIL_RETRY } else { IDLE };
+        Some(Self { members: members.collect::<Option<_>>()?, patience })
+    }
 }
 
 fn progress_bar() -> ProgressBar {
@@ -175,19 +189,25 @@ mod tests {
         };
         let halted = v1::SyncStatus { halted_reason: "no root".into(), ..Default::default() };
         let halted = v1::SyncStatus { state: v1::SyncState::Halted.into(), ..halted };
+        let retried = v1::SyncStatus { next_retry_ms: 1, ..Default::default() };
+        let skill = vec![v1::SyncProblem { code: "skill_awaited".into(), ..Default::default() }];
+        let awaits = v1::SyncStatus { problems: skill, ..Default::default() };
         for (what, status, why) in [
-            ("paused", at(v1::SyncState::Paused), Some("node  is paused")),
-            ("halted", Some(halted), Some("node  is halted: no root")),
-            ("held", Some(held), Some("node  has 150 changes that do not go (held)")),
-            ("behind", at(v1::SyncState::Idle), Some("node  is at version 4 of 5")),
+            ("paused", at(v1::SyncState::Paused), Some(("is paused", IDLE))),
+            ("halted", Some(halted), Some(("is halted: no root", IDLE))),
+            ("held", Some(held), Some(("has 150 changes that do not go (held)", IDLE))),
+            ("behind", at(v1::SyncState::Idle), Some(("stays at version 4", IDLE))),
+            ("tried again", Some(retried), Some(("stays at version 0", IDLE_UNTIL_RETRY))),
             ("busy", at(v1::SyncState::Applying), None),
+            ("its library is busy", Some(awaits), None),
             ("not heard of yet", None, None),
         ] {
             let equal = v1::SyncStatus { applied_seq: 5, ..Default::default() };
             let members = vec![member(true, 4, status), member(true, 5, Some(equal))];
             let info = v1::WorkspaceInfo { head_seq: 5, members, ..Default::default() };
-            let why = why.map(|why| vec![why.to_owned()]);
-            assert_eq!(wait_for_nothing(&WorkspaceRow::of(info)), why, "{what}");
+            let resting = why
+                .map(|(why, patience)| Resting { members: vec![format!("node  {why}")], patience });
+            assert_eq!(Resting::of(&WorkspaceRow::of(info)), resting, "{what}");
         }
     }
 }

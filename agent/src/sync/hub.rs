@@ -88,7 +88,7 @@ pub struct Contact {
     pub head: Head,
     /// Chunks that the hub had and has lost: who has them sends them again.
     pub wanted: Vec<Digest>,
-    /// An operator lets the deletions go that are held here. Said once.
+    /// An operator lets the deletions go that are held here. Said until one is sent, for a minute.
     pub confirm_deletes: bool,
 }
 

@@ -39,6 +39,10 @@ pub struct Admission {
     pub calls: CancellationToken,
 }
 
+/// Lost commands that a revocation ends at once. Each waits in the outbox of its node's session, which has room for
+/// some hundred frames.
+const MOST_TOLD: usize = 128;
+
 /// Why an operator's call is refused, though its certificate is good.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OperatorRefusal {
@@ -217,8 +221,9 @@ impl Operators {
         if matches!(recorded, Ok(_) | Err(StoreError::NotFound { .. })) {
             self.lock().unrecorded.remove(name);
         }
-        // What was lost, and may go on where it was. A node that is away hears it when it is back.
-        for (task, node) in recorded? {
+        // What was lost, and may go on where it was. A node that is away hears it when it is back, and of more than
+        // its session has room for in its next one.
+        for (task, node) in recorded?.into_iter().rev().take(MOST_TOLD) {
             if let Some(session) = self.registry.get(node).and_then(|view| view.session) {
                 session.send(cancel_frame(task, 0, Duration::ZERO)).ok();
             }

@@ -348,14 +348,19 @@ pub(super) async fn read(
         if view.over {
             return None;
         }
-        let stop = view.stop.clone();
-        // The rest of one that has ended comes without anybody's doing; its viewer need not come back for it.
-        let ended = view.running.as_ref().is_none_or(|task| task.has_ended());
-        let frame = match ended {
-            true => Some(next_of(&mut view).await),
-            false => stop.run_until_cancelled(next_of(&mut view)).await,
+        let (stop, task) = (view.stop.clone(), view.running.clone());
+        let stops = async move {
+            stop.cancelled().await;
+            // The rest of one that has ended comes without anybody's doing: its viewer need not come back for it.
+            if task.is_none_or(|task| task.has_ended()) {
+                std::future::pending::<()>().await;
+            }
         };
-        let frame = frame.unwrap_or_else(|| Err(super::exec::hub_stops()));
+        let frame = tokio::select! {
+            biased;
+            frame = next_of(&mut view) => frame,
+            () = stops => Err(super::exec::hub_stops()),
+        };
         view.over |= frame.is_err();
         Some((frame.map(|frame| v1::ReadTaskResponse { frame: Some(frame) }), view))
     });

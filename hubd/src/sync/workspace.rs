@@ -303,7 +303,7 @@ impl WorkspaceHub {
     }
 
     /// Whether a member has to be told that it may send the deletions it holds. Says so for a minute, or until it
-    /// has sent them.
+    /// sends some.
     ///
     /// # Errors
     /// Those of the store.

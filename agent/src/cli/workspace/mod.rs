@@ -87,8 +87,8 @@ enum WorkspaceVerb {
     Status {
         /// The workspace; on this node, all without it
         name: Option<String>,
-        /// Follow until all members that are online are at the head; ends with 1 and says why if some cannot
-        /// get there by themselves, such as one that is paused
+        /// Follow until all members that are online are at the head; ends with 1 and says why if those that
+        /// are not do nothing about it, such as one that is paused
         #[arg(long)]
         watch: bool,
         /// This node, over its own agent

@@ -73,7 +73,7 @@ pub(super) struct Condition {
     withheld: u64,
     bytes_per_second: u64,
     eta_ms: Option<u64>,
-    next_retry_ms: Option<i64>,
+    pub(super) next_retry_ms: Option<i64>,
 }
 
 impl Condition {

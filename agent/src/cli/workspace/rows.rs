@@ -80,7 +80,7 @@ impl SyncRow {
     }
 
     /// Why it is not at the head though it does nothing; none if it does something.
-    pub(in crate::cli) fn why_at_rest(&self, head_seq: u64) -> Option<String> {
+    pub(in crate::cli) fn why_at_rest(&self) -> Option<String> {
         let reason = self.halted_reason.as_deref().unwrap_or("no reason is known");
         let problem = self.problems.first().map_or_else(String::new, |problem| {
             let path = if problem.path.is_empty() { "" } else { &format!("{}: ", problem.path) };
@@ -92,9 +92,16 @@ impl SyncRow {
             "idle" if self.pending_push > 0 => {
                 Some(format!("has {} changes that do not go{problem}", self.pending_push))
             }
-            "idle" => Some(format!("is at version {} of {head_seq}{problem}", self.applied_seq)),
+            // What it waits for is done by another engine of the same node.
+            "idle" if self.problems.iter().any(|problem| problem.code == "skill_awaited") => None,
+            "idle" => Some(format!("stays at version {}{problem}", self.applied_seq)),
             _ => None,
         }
+    }
+
+    /// Whether it does something again by itself, later.
+    pub(in crate::cli) fn tries_again(&self) -> bool {
+        self.condition.next_retry_ms.is_some()
     }
 
     /// One line for people.

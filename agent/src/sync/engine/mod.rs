@@ -187,7 +187,10 @@ impl<H: Hub> Engine<H> {
                 // Who resumes and then flushes is not told that it is paused.
                 biased;
                 () = stop.cancelled() => return,
-                options = next_value(&mut self.options) => if !options.paused { return },
+                options = next_value(&mut self.options) => if !options.paused {
+                    // What it does first takes a while where the disk is slow.
+                    return self.progress.state(SyncState::Scanning);
+                },
                 Some(command) = self.commands.recv() => {
                     if let Command::Flush(answer) = command {
                         answer.send(Err(FlushError::Paused)).ok();
@@ -481,6 +484,10 @@ impl<H: Hub> Engine<H> {
         if self.online.has_changed().unwrap_or(false) {
             let online = *self.online.borrow_and_update();
             work.line_changed(online);
+        }
+        if self.options.has_changed().unwrap_or(false) {
+            let mode = self.options.borrow_and_update().mode;
+            self.progress.update(|status| status.mode = mode);
         }
         work.collect_due();
         while let Ok(command) = self.commands.try_recv() {

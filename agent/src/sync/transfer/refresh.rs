@@ -24,8 +24,8 @@ pub(in crate::sync) struct Refreshed {
 /// If the hub's history is not the one known here (it was restored from a backup, or the index is
 /// new), everything known of it is forgotten first.
 ///
-/// That somebody lets the deletions go that are held here is said by the hub once: `confirmed` is set as
-/// soon as it has been, whatever fails after that.
+/// That somebody lets the deletions go that are held here is not said by the hub for long: `confirmed` is set
+/// as soon as it has been, whatever fails after that.
 pub(in crate::sync) async fn refresh<H: Hub>(
     session: &mut Session<'_, H>,
     confirmed: &mut bool,

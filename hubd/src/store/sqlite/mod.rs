@@ -40,6 +40,7 @@ const SETTINGS: Settings = Settings {
         include_str!("migrations/0006_deleted_workspaces.sql"),
         include_str!("migrations/0007_network.sql"),
         include_str!("migrations/0009_skills.sql"),
+        include_str!("migrations/0010_unresolved_tasks.sql"),
     ],
     // The journal's random ids outgrow SQLite's default soon, and there is only one such database.
     cache_kib: 64 * 1024,

@@ -132,14 +132,15 @@ pub(super) fn want_cancel(t: &Connection, id: TaskId) -> Result<(), StoreError> 
     Ok(())
 }
 
-/// The same for all of somebody that may still run. Returns those that have a verdict.
+/// The same for all of somebody that may still run and that nobody wanted to end before. Returns those that
+/// have a verdict.
 pub(super) fn want_cancel_of(
     t: &Connection,
     actor: &str,
 ) -> Result<Vec<(TaskId, NodeId)>, StoreError> {
     let mut statement = t.prepare(
         "UPDATE tasks SET cancel_wanted = 1 \
-         WHERE actor = ? AND stdout_hash IS NULL AND late_outcome IS NULL \
+         WHERE actor = ? AND stdout_hash IS NULL AND late_outcome IS NULL AND NOT cancel_wanted \
          RETURNING id, node, ended_at IS NOT NULL",
     )?;
     let mut rows = statement.query([actor])?;

@@ -208,8 +208,8 @@ pub trait WorkspaceStore: Send + Sync + 'static {
     /// ten minutes from the time the member was told or made use of it.
     fn allow_deletions(&self, node: NodeId, losses: u64) -> Answer<'_, ()>;
 
-    /// Whether a member is to be told of that word. Says so for a minute, or until the member has made use
-    /// of all of it.
+    /// Whether a member is to be told of that word. Says so for a minute, or until the member makes use
+    /// of it.
     fn take_word(&self, node: NodeId) -> Answer<'_, bool>;
 
     /// The members whose deletions were held within the last ten minutes.

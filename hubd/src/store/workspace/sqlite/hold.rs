@@ -19,8 +19,8 @@ use super::tree::{damaged, signed, unsigned};
 const WORD_WAITS: Duration = Duration::from_secs(24 * 3600);
 /// How long it holds once the member knows, and after each use.
 const WORD_HOLDS: Duration = Duration::from_secs(600);
-/// How long after that it is said again: the answer that says so may be lost. No longer, because the member takes
-/// it for whatever it holds then.
+/// How long it is said again, unless the member makes use of it: the answer that says so may be lost. No longer,
+/// because the member takes it for whatever it holds then.
 const SAID_AGAIN: Duration = Duration::from_secs(60);
 /// How long a member is listed after its deletions were held.
 const LISTED: Duration = Duration::from_secs(600);
@@ -124,7 +124,8 @@ pub(super) fn note_gone(
     if by_word > 0 {
         connection
             .prepare_cached(
-                "UPDATE holds SET allowed = allowed - ?2, allowed_until_ms = ?3 WHERE node = ?1",
+                "UPDATE holds SET allowed = allowed - ?2, allowed_until_ms = ?3, untold = 0
+                 WHERE node = ?1",
             )?
             .execute(params![node.as_bytes(), signed(by_word), now_ms + millis(WORD_HOLDS)])?;
     }
@@ -190,27 +191,33 @@ pub(super) fn allow(
     Ok(())
 }
 
+/// The column `untold`; 0 once the member has made use of the word.
+const NOT_TOLD: i64 = 1;
+const TOLD: i64 = 2;
+
 /// What a member is to be told of an operator's word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Word {
     None,
     New,
-    /// It was told, and has made no use of all of it yet: the answer may have been lost.
+    /// It was told a moment ago, and has made no use of it: the answer may have been lost.
     Again,
 }
 
 pub(super) fn word(connection: &Connection, node: NodeId, now_ms: i64) -> Result<Word, StoreError> {
-    let row: Option<(bool, i64, i64)> = connection
+    let row: Option<(i64, i64)> = connection
         .prepare_cached(
-            "SELECT untold, allowed, allowed_until_ms FROM holds WHERE node = ?1 AND allowed_until_ms > ?2",
+            "SELECT untold, allowed_until_ms FROM holds
+             WHERE node = ?1 AND untold > 0 AND allowed_until_ms > ?2",
         )?
-        .query_row(params![node.as_bytes(), now_ms], |row| {
-            Ok((row.get(0)?, row.get(1)?, row.get(2)?))
-        })
+        .query_row(params![node.as_bytes(), now_ms], |row| Ok((row.get(0)?, row.get(1)?)))
         .optional()?;
     Ok(match row {
-        Some((true, ..)) => Word::New,
-        Some((false, 1.., until_ms)) if until_ms - now_ms > millis(WORD_HOLDS - SAID_AGAIN) => {
+        Some((NOT_TOLD, _)) => Word::New,
+        // A clock that was put back says it no longer.
+        Some((TOLD, until_ms))
+            if (0..millis(SAID_AGAIN)).contains(&(now_ms - (until_ms - millis(WORD_HOLDS)))) =>
+        {
             Word::Again
         }
         _ => Word::None,
@@ -225,10 +232,10 @@ pub(super) fn word_told(
 ) -> Result<(), StoreError> {
     connection
         .prepare_cached(
-            "UPDATE holds SET untold = 0, allowed_until_ms = ?3
-             WHERE node = ?1 AND untold = 1 AND allowed_until_ms > ?2",
+            "UPDATE holds SET untold = ?4, allowed_until_ms = ?3
+             WHERE node = ?1 AND untold = ?5 AND allowed_until_ms > ?2",
         )?
-        .execute(params![node.as_bytes(), now_ms, now_ms + millis(WORD_HOLDS)])?;
+        .execute(params![node.as_bytes(), now_ms, now_ms + millis(WORD_HOLDS), TOLD, NOT_TOLD])?;
     Ok(())
 }
 

@@ -190,7 +190,7 @@ CREATE TABLE recent_losses (
 ) STRICT, WITHOUT ROWID;
 -- held_at_ms, held_losses: when deletions of a member were last held back, and how many; NULL if an
 -- operator has let them go since. allowed: how many losses such a word still lets go, until
--- allowed_until_ms; untold = 1: the member does not know of it.
+-- allowed_until_ms; untold = 1: the member was not told of it; 2: it was, and has made no use of it.
 CREATE TABLE holds (
     node BLOB PRIMARY KEY CHECK (length(node) = 16),
     held_at_ms INTEGER,
