@@ -7,7 +7,7 @@ use cortex_tests::process::{Outcome, end};
 use cortex_tests::wait::until;
 use serde_json::Value;
 
-/// The shortest life of a node's certificate that the hub allows.
+/// A life of a node's certificate that ends within a test, and not before a slow disk has the next one.
 const SHORT_LIFE: [&str; 2] = ["--node-certificate-life", "20s"];
 
 fn now_ms() -> i64 {

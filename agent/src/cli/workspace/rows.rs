@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::lossy;
 use super::node::Condition;
 use crate::cli::printer::{self, Row};
+use crate::sync::problem::Code;
 
 /// One member's progress, for people and as the JSON of scripts.
 #[derive(Clone, Debug, Serialize)]
@@ -81,6 +82,7 @@ impl SyncRow {
 
     /// Why it is not at the head though it does nothing; none if it does something.
     pub(in crate::cli) fn why_at_rest(&self) -> Option<String> {
+        let awaited = Code::SkillAwaited.as_str();
         let reason = self.halted_reason.as_deref().unwrap_or("no reason is known");
         let problem = self.problems.first().map_or_else(String::new, |problem| {
             let path = if problem.path.is_empty() { "" } else { &format!("{}: ", problem.path) };
@@ -93,7 +95,7 @@ impl SyncRow {
                 Some(format!("has {} changes that do not go{problem}", self.pending_push))
             }
             // What it waits for is done by another engine of the same node.
-            "idle" if self.problems.iter().any(|problem| problem.code == "skill_awaited") => None,
+            "idle" if self.problems.iter().any(|problem| problem.code == awaited) => None,
             "idle" => Some(format!("stays at version {}{problem}", self.applied_seq)),
             _ => None,
         }

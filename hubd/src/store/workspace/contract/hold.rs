@@ -124,6 +124,10 @@ pub(crate) async fn an_operators_word_lets_as_many_go_as_it_was_given_for(engine
     assert_eq!(held(&fixture.commit(deletions(0..1)).await), 1);
     let (store, node) = (fixture.store.clone(), fixture.node);
     assert!(!store.take_word(node).await.unwrap());
+    // Who makes use of a word before it is told may wait for it with others.
+    store.allow_deletions(node, 1).await.unwrap();
+    fixture.set(deletions(399..400)).await;
+    assert!(store.take_word(node).await.unwrap());
     store.allow_deletions(node, 200).await.unwrap();
     assert_eq!(store.held_members().await.unwrap(), []);
     drop(store);

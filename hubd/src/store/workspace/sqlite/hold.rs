@@ -124,10 +124,17 @@ pub(super) fn note_gone(
     if by_word > 0 {
         connection
             .prepare_cached(
-                "UPDATE holds SET allowed = allowed - ?2, allowed_until_ms = ?3, untold = 0
+                // Who has not been told may hold others, for which it waits to be.
+                "UPDATE holds SET allowed = allowed - ?2, allowed_until_ms = ?3,
+                 untold = CASE untold WHEN ?4 THEN 0 ELSE untold END
                  WHERE node = ?1",
             )?
-            .execute(params![node.as_bytes(), signed(by_word), now_ms + millis(WORD_HOLDS)])?;
+            .execute(params![
+                node.as_bytes(),
+                signed(by_word),
+                now_ms + millis(WORD_HOLDS),
+                TOLD
+            ])?;
     }
     Ok(())
 }
