@@ -149,9 +149,9 @@ def memory_mib(pid):
 
 
 def cpu_seconds_exact(pid):
-    """Processor time of the threads that process has now, as the scheduler counts it."""
-    threads = Path(f"/proc/{pid}/task").iterdir()
-    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
+    """Processor time of that process so far, to the nanosecond, also of threads that have ended."""
+    # What clock_getcpuclockid(3) makes of a process id; Python does not offer it.
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 def cpu_seconds(pid):
