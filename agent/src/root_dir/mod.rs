@@ -13,6 +13,7 @@
 
 mod exact;
 mod real;
+mod root;
 #[cfg(test)]
 mod tests;
 
@@ -21,13 +22,12 @@ use std::fmt::{self, Debug};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use cortex_shared::wire_path::{WirePath, check_name};
-use rustix::io::Errno;
 
 pub use exact::{exact, folds_case};
 pub use real::real_disk;
+pub use root::{Parents, RootDir};
 
 /// What kind of thing a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -616,68 +616,5 @@ impl Read for FileReader {
         let read = self.file.read_at(buffer, self.offset)?;
         self.offset += read as u64;
         Ok(read)
-    }
-}
-
-/// The root of a tree whose contents are not trusted.
-#[derive(Clone, Debug)]
-pub struct RootDir {
-    top: DirHandle,
-    /// Whether a path cannot be opened at once (`openat2` came with Linux 5.6, and containers may
-    /// filter it): learned once.
-    step_by_step: Arc<AtomicBool>,
-}
-
-impl RootDir {
-    /// Opens a root of this machine.
-    ///
-    /// # Errors
-    /// Those of the file system.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        Ok(Self::new(real_disk().open(path)?))
-    }
-
-    /// Takes an open directory as a root.
-    #[must_use]
-    pub fn new(top: DirHandle) -> Self {
-        Self { top, step_by_step: Arc::new(AtomicBool::new(false)) }
-    }
-
-    /// The root directory itself.
-    #[must_use]
-    pub fn top(&self) -> &DirHandle {
-        &self.top
-    }
-
-    /// Opens a directory below the root, or the root for `None`.
-    ///
-    /// # Errors
-    /// Those of the file system; `NotFound` or `NotADirectory` if a component is missing, and an
-    /// error if one is a link.
-    pub fn open_dir(&self, path: Option<&WirePath>) -> io::Result<DirHandle> {
-        let Some(path) = path else { return Ok(self.top.clone()) };
-        if !self.step_by_step.load(Ordering::Relaxed) {
-            match self.top.0.open_below(path) {
-                Err(error)
-                    if matches!(Errno::from_io_error(&error), Some(Errno::NOSYS | Errno::PERM)) =>
-                {
-                    self.step_by_step.store(true, Ordering::Relaxed);
-                }
-                result => return result,
-            }
-        }
-        self.open_by_steps(path)
-    }
-
-    fn open_by_steps(&self, path: &WirePath) -> io::Result<DirHandle> {
-        path.components().try_fold(self.top.clone(), |dir, name| dir.open_dir(name))
-    }
-
-    /// The directory that holds `path`, and the name of `path` in it.
-    ///
-    /// # Errors
-    /// As [`RootDir::open_dir`].
-    pub fn parent_of<'a>(&self, path: &'a WirePath) -> io::Result<(DirHandle, &'a [u8])> {
-        Ok((self.open_dir(path.parent().as_ref())?, path.name()))
     }
 }

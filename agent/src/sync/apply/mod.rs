@@ -9,6 +9,7 @@
 //! more. If it is not what the plan was made for, it is somebody's newer work: it is put back, and
 //! the plan for that path is dropped. Otherwise it goes to the trash.
 
+mod attributes;
 mod displace;
 mod late;
 mod left_out;
@@ -18,7 +19,9 @@ mod record;
 #[cfg(test)]
 mod tests;
 
+pub use attributes::Attributes;
 pub use late::{LateWrites, rescue_late_writes};
+pub use record::Print;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -34,7 +37,7 @@ use super::plan::LocalChange;
 use super::private_dir::PrivateDir;
 use super::problem::{Code, Finding};
 use super::scan::Scope;
-use crate::root_dir::{DirHandle, RootDir};
+use crate::root_dir::{DirHandle, Parents, RootDir};
 use place::Placed;
 use prepare::Prepared;
 use record::Made;
@@ -49,6 +52,16 @@ pub struct Staged {
     pub change: LocalChange,
     /// Name in the stage.
     pub stage_name: Option<Vec<u8>>,
+    /// What that looks like, if it has its attributes already.
+    pub print: Option<Print>,
+}
+
+impl Staged {
+    /// A change with what came for it into the stage.
+    #[must_use]
+    pub fn new(change: LocalChange, stage_name: Option<Vec<u8>>) -> Self {
+        Self { change, stage_name, print: None }
+    }
 }
 
 /// Whether a change needs a new file or link in the stage.
@@ -97,14 +110,27 @@ impl Report {
     }
 }
 
-/// Directories to be synced once, at the end of a batch.
-#[derive(Default)]
+/// The directories of a batch, which are synced once, at its end.
 struct Touched {
+    parents: Parents,
     directories: BTreeMap<Option<WirePath>, DirHandle>,
     too_many: bool,
 }
 
 impl Touched {
+    fn new(parents: Parents) -> Self {
+        Self { parents, directories: BTreeMap::new(), too_many: false }
+    }
+
+    /// The directory of a path, in which something is about to be changed.
+    fn parent_of<'a>(&mut self, path: &'a WirePath) -> io::Result<(DirHandle, &'a [u8])> {
+        let (parent, leaf) = self.parents.of(path)?;
+        if !self.too_many {
+            self.add(path.parent(), &parent);
+        }
+        Ok((parent, leaf))
+    }
+
     fn add(&mut self, directory: Option<WirePath>, handle: &DirHandle) {
         if self.directories.len() < SYNC_ONE_BY_ONE {
             self.directories.entry(directory).or_insert_with(|| handle.clone());
@@ -148,10 +174,8 @@ impl Applier<'_> {
         let mut ready = Vec::with_capacity(batch.len());
         let mut clock = None;
         for staged in batch {
-            match self.prepare(&staged) {
-                // Many open files at once would meet the limit of the process.
+            match self.prepare(&staged, one_by_one) {
                 Ok((file, print)) => {
-                    let file = file.filter(|_| one_by_one);
                     let displaces = self.displaces(&staged, &mut clock)?;
                     ready.push(Prepared { staged, file, print, displaces });
                 }
@@ -168,7 +192,7 @@ impl Applier<'_> {
                 notes.try_for_each(|file| writer.note_displaced(file))
             })?;
         }
-        let mut touched = Touched::default();
+        let mut touched = Touched::new(self.root.parents());
         let mut made = Vec::with_capacity(ready.len());
         let mut untouched = Vec::new();
         for Prepared { staged, file, print, displaces } in ready {
@@ -176,6 +200,9 @@ impl Applier<'_> {
             let (mut stood, name) = (None, displaces.map(|file| file.name));
             let placed = self.place_anyway(&staged, &mut touched, &mut stood, name.as_deref());
             crash_point("sync.apply.placed");
+            if concerns_directory(&staged.change) {
+                touched.parents.forget();
+            }
             if let Some(name) = name {
                 // What failed may have failed after that.
                 let done = matches!(placed, Ok(Placed::Done | Placed::ToBeRescued));
@@ -262,6 +289,10 @@ pub enum ApplyError {
     /// The trash cannot be read.
     #[error("cannot look into the trash")]
     Trash(#[source] io::Error),
+}
+
+fn concerns_directory(change: &LocalChange) -> bool {
+    [&change.from, &change.to].into_iter().any(|entry| *entry == Some(Entry::Dir))
 }
 
 fn exists(error: &io::Error) -> bool {

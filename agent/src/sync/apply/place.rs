@@ -5,7 +5,7 @@ use std::io;
 use cortex_shared::crash::crash_point;
 use cortex_shared::entry::{Entry, File, same};
 
-use super::prepare::set_mode;
+use super::attributes::with_executable;
 use super::record::Print;
 use super::{Applier, Staged, Touched, exists, vanished};
 use crate::root_dir::{DirHandle, FileKind, Meta};
@@ -82,13 +82,11 @@ impl Applier<'_> {
         trash_name: Option<&[u8]>,
     ) -> Result<Placed, PlaceError> {
         let change = &staged.change;
-        let directory = change.path.parent();
-        let (parent, leaf) = match self.root.parent_of(&change.path) {
+        let (parent, leaf) = match touched.parent_of(&change.path) {
             Ok(found) => found,
             Err(error) if vanished(&error) => return Ok(Placed::Blocked),
             Err(error) => return Err(error.into()),
         };
-        touched.add(directory.clone(), &parent);
         let Some(current) = self.expected(change, &parent, leaf)? else {
             return Ok(Placed::Surprise);
         };
@@ -223,7 +221,7 @@ fn set_executable(
     if current.is_none_or(|current| current.meta != meta) {
         return Ok(None);
     }
-    set_mode(&file, meta.mode & 0o777, to.executable)?;
+    file.set_mode(with_executable(meta.mode & 0o777, to.executable))?;
     // As the file system shows it, which may be another way than it was set.
     let set = file.meta()?;
     file.sync()?;

@@ -4,6 +4,7 @@ use std::io;
 
 use cortex_shared::entry::Entry;
 
+use super::attributes::{Attributes, keeps_mode};
 use super::record::Print;
 use super::{Applier, ApplyError, Staged};
 use crate::root_dir::FileHandle;
@@ -60,37 +61,42 @@ impl Applier<'_> {
         }))
     }
 
-    /// Gives a staged file its attributes, before it takes its place: a crash must not leave a file
-    /// that looks like an edit.
+    /// Gives what is staged its attributes, as far as it has none yet. The file stays open if it is to
+    /// be synced by itself: many open files at once would meet the limit of the process.
     pub(super) fn prepare(
         &self,
         staged: &Staged,
+        one_by_one: bool,
     ) -> io::Result<(Option<FileHandle>, Option<Print>)> {
         let Some(stage_name) = &staged.stage_name else { return Ok((None, None)) };
         let stage = self.private.stage();
-        if let Some((uid, gid)) = self.owner {
-            stage.set_owner(stage_name, uid, gid)?;
+        if !one_by_one && let Some(print) = staged.print {
+            return Ok((None, Some(print)));
         }
         let Some(Entry::File(entry)) = &staged.change.to else {
+            if let Some((uid, gid)) = self.owner {
+                stage.set_owner(stage_name, uid, gid)?;
+            }
             return Ok((None, Some(Print::of(&stage.lstat(stage_name)?))));
         };
         let file = stage.open_for_writing(stage_name)?;
-        // Other permission bits than the executable one are the user's own: they stay.
-        let replaced = match &staged.change {
-            LocalChange { from: Some(Entry::File(_)), aside: None, path, .. } => {
-                let (parent, leaf) = self.root.parent_of(path)?;
-                parent.try_lstat(leaf)?.map(|meta| meta.mode & 0o777)
+        let print = match staged.print {
+            Some(print) => print,
+            None => {
+                let mode = self.mode_there(&staged.change)?;
+                Attributes::of(entry, self.owner).give(stage, stage_name, &file, mode)?
             }
-            _ => None,
         };
-        let mode = match replaced {
-            Some(mode) => mode,
-            None => file.meta()?.mode & 0o777,
-        };
-        set_mode(&file, mode, entry.executable)?;
-        file.set_mtime(entry.mtime_ns)?;
-        let print = Print::of(&file.meta()?);
-        Ok((Some(file), Some(print)))
+        Ok((Some(file).filter(|_| one_by_one), Some(print)))
+    }
+
+    /// The permission bits of the file that a change replaces.
+    fn mode_there(&self, change: &LocalChange) -> io::Result<Option<u32>> {
+        if !keeps_mode(change) {
+            return Ok(None);
+        }
+        let (parent, leaf) = self.root.parent_of(&change.path)?;
+        Ok(parent.try_lstat(leaf)?.map(|meta| meta.mode & 0o777))
     }
 
     pub(super) fn sync_files(
@@ -105,10 +111,4 @@ impl Applier<'_> {
         };
         result.map_err(ApplyError::Durability)
     }
-}
-
-pub(super) fn set_mode(file: &FileHandle, mode: u32, executable: bool) -> io::Result<()> {
-    // Whoever may read may execute.
-    let mode = if executable { mode | ((mode & 0o444) >> 2) | 0o100 } else { mode & !0o111 };
-    file.set_mode(mode)
 }

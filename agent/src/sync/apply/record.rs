@@ -11,7 +11,7 @@ use crate::sync::plan::LocalChange;
 /// What a file or link of ours looked like when nobody else could reach it. If it looks otherwise
 /// later, somebody has worked on it since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Print {
+pub struct Print {
     kind: FileKind,
     dev: u64,
     ino: u64,
@@ -22,7 +22,9 @@ pub(super) struct Print {
 }
 
 impl Print {
-    pub(super) fn of(meta: &Meta) -> Self {
+    /// What something with these attributes looks like.
+    #[must_use]
+    pub fn of(meta: &Meta) -> Self {
         let Meta { kind, dev, ino, size, mtime_ns, .. } = *meta;
         Self { kind, dev, ino, size, mtime_ns, executable: meta.executable() }
     }
@@ -44,11 +46,11 @@ impl Applier<'_> {
         report: &mut Report,
     ) -> Result<(), ApplyError> {
         let clock = self.private.clock().map_err(ApplyError::Durability)?;
-        let root = self.root;
+        let mut parents = self.root.parents();
         self.index.batch(|writer| {
             untouched.iter().try_for_each(|name| writer.forget_displaced(name))?;
             for Made { change, print, aside: aside_print } in made {
-                let parent = root.parent_of(&change.path).map(|(parent, _)| parent);
+                let parent = parents.of(&change.path).map(|(parent, _)| parent);
                 let stamp_of = |path: &WirePath| {
                     let meta = parent.as_ref().ok()?.lstat(path.name()).ok()?;
                     Some((meta, Stamp::new(&meta, clock.is_racy(&meta))))

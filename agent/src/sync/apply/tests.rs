@@ -64,7 +64,7 @@ impl Fixture {
             name
         });
         let change = LocalChange { path: path(name), from, to: to.map(file), aside: None };
-        Staged { change, stage_name }
+        Staged::new(change, stage_name)
     }
 
     fn apply(&mut self, staged: Staged) -> Report {
@@ -183,7 +183,7 @@ fn a_directory_with_unknown_files_is_kept_and_the_rest_of_the_batch_goes_on() {
     let make = LocalChange { path: path("e"), from: None, to: Some(Entry::Dir), aside: None };
     let applier =
         Applier { root: &tree.root, private: &tree.private, index: &mut tree.index, owner: None };
-    let batch = [remove, make].map(|change| Staged { change, stage_name: None });
+    let batch = [remove, make].map(|change| Staged::new(change, None));
     let report = applier.apply(batch.into()).unwrap();
     assert_eq!((report.applied, report.findings.len()), (1, 1));
     assert!(tree.path("d/precious").exists() && tree.path("e").is_dir());

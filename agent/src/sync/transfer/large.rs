@@ -176,7 +176,7 @@ pub(in crate::sync) async fn download<H: Hub>(
             .into_iter()
             .enumerate()
             .map(|(number, change)| {
-                let finished = stage.finished(number, &change, &cancel);
+                let finished = stage.finished(number, &change, &cancel).map(|file| file.name);
                 (change, Some(finished))
             })
             .collect();

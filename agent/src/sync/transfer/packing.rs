@@ -17,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use super::large::lock;
-use crate::root_dir::{FileHandle, RootDir};
+use crate::root_dir::{FileHandle, Parents, RootDir};
 use crate::sync::core::{SyncError, waiting};
 use crate::sync::ground::Blocking;
 use crate::sync::hub::{Hub, HubError};
@@ -215,6 +215,7 @@ impl Packer {
             None => (PackBuilder::new(COMPRESSION_LEVEL)?, Vec::new()),
         };
         let mut failed = Vec::new();
+        let mut parents = self.root.parents();
         let mut open: Option<(usize, io::Result<FileHandle>)> = None;
         for piece in pieces {
             if self.cancel.is_cancelled() {
@@ -224,7 +225,7 @@ impl Packer {
             let Piece { file: number, ref path, chunk, offset } = piece;
             let (_, file) = match open.take_if(|(opened, _)| *opened == number) {
                 Some(opened) => open.insert(opened),
-                None => open.insert((number, self.open(path))),
+                None => open.insert((number, open_file(&mut parents, path))),
             };
             buffer.resize(chunk.len as usize, 0);
             let read = file.as_ref().is_ok_and(|file| {
@@ -240,11 +241,11 @@ impl Packer {
         lock(&self.idle).push((builder, buffer));
         Ok(Packed { pack, failed })
     }
+}
 
-    fn open(&self, path: &WirePath) -> io::Result<FileHandle> {
-        let (directory, leaf) = self.root.parent_of(path)?;
-        directory.open_file(leaf)
-    }
+fn open_file(parents: &mut Parents, path: &WirePath) -> io::Result<FileHandle> {
+    let (directory, leaf) = parents.of(path)?;
+    directory.open_file(leaf)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Carrying out the changes to the tree here: fetching what is not here yet, then applying.
 //!
-//! The changes of a plan are worked through in groups, in order. Each group is fetched, put together
-//! in the stage and applied before the next, but a pack that arrives serves later groups as well.
+//! The changes of a plan are worked through in groups, in order. Each group is fetched and put together in
+//! the stage while the one before it is applied; a pack that arrives serves later groups as well.
 //! Large files are fetched by the lane (`lane`), and applied once they have arrived.
 
 use std::collections::{HashMap, HashSet};
@@ -14,15 +14,16 @@ use cortex_shared::ids::WorkspaceId;
 use cortex_shared::pack::InvalidPack;
 use cortex_shared::wire_path::WirePath;
 use futures_util::StreamExt as _;
+use futures_util::future::join;
 use futures_util::stream::FuturesUnordered;
 use tokio_util::sync::CancellationToken;
 
 use super::Session;
 use super::lane::LARGE_BYTES;
 use super::large::{Large, lock};
-use super::stage::{Stage, StageError, take_pack};
+use super::stage::{Finished, Stage, StageError, take_pack};
 use crate::sync::apply::{Applier, Staged, needs_stage};
-use crate::sync::core::{SyncError, waiting};
+use crate::sync::core::{CoreCell, SyncError, waiting};
 use crate::sync::ground::Blocking;
 use crate::sync::hub::{Fetched, Hub, MAX_HASHES};
 use crate::sync::index::{Index, IndexError, IndexRow};
@@ -83,19 +84,19 @@ pub(in crate::sync) async fn pull<H: Hub>(
         session
             .core
             .run(move |core| {
-                Ok::<_, SyncError>(Stage::new(core.private.clone(), &changes, needs_stage))
+                Ok::<_, SyncError>(Stage::new(
+                    core.private.clone(),
+                    &changes,
+                    needs_stage,
+                    core.owner,
+                ))
             })
             .await?
     };
     let stage = Arc::new(Mutex::new(stage));
-    let mut result = Ok(());
-    for group in groups {
-        result = pull_group(session, &stage, &changes, group, large, pulled).await;
-        if result.is_err() || urgent() {
-            pulled.interrupted = true;
-            break;
-        }
-    }
+    let plan = Plan { stage: stage.clone(), changes, large: large.clone() };
+    let result = pull_groups(session, &plan, groups, urgent, pulled).await;
+    pulled.interrupted |= result.is_err();
     session
         .core
         .run(move |_| {
@@ -106,34 +107,87 @@ pub(in crate::sync) async fn pull<H: Hub>(
     result
 }
 
-type Changes = Arc<Vec<LocalChange>>;
+/// What is worked through, group by group.
+#[derive(Clone)]
+struct Plan {
+    stage: Arc<Mutex<Stage>>,
+    changes: Arc<Vec<LocalChange>>,
+    large: Arc<Mutex<Large>>,
+}
 
-async fn pull_group<H: Hub>(
+/// While one group takes its place, the next one is fetched.
+async fn pull_groups<H: Hub>(
     session: &mut Session<'_, H>,
-    stage: &Arc<Mutex<Stage>>,
-    changes: &Changes,
-    group: Range<usize>,
-    large: &Arc<Mutex<Large>>,
+    plan: &Plan,
+    groups: Vec<Range<usize>>,
+    urgent: impl Fn() -> bool,
     pulled: &mut Pulled,
 ) -> Result<(), SyncError> {
-    crash_point("sync.apply.planned");
-    let begun = begin(session, stage, changes, group.clone(), large).await?;
-    pulled.findings.extend(begun.findings);
-    pulled.waiting.extend(begun.waiting);
-    let blocking = session.core.blocking();
-    let Session { hub, workspace, cancel, progress, .. } = session;
-    let fetched = fetch(*hub, *workspace, blocking, cancel, progress, stage, &begun.needed).await;
-    // What has arrived before the line broke is made use of: a line that breaks all the time gets to
-    // its end that way. But nothing is taken away for what is not here yet.
-    let broken = fetched.is_err();
-    if let Err(SyncError::Cancelled) = fetched {
-        return fetched;
+    let mut groups = groups.into_iter();
+    let Some(first) = groups.next() else { return Ok(()) };
+    let mut begun = begin(session.core, session.cancel, plan, first).await?;
+    let (blocking, cancel) = (session.core.blocking(), session.cancel.clone());
+    let Session { hub, workspace, core, progress, occupancy, .. } = session;
+    let fetch = async |begun: &Begun, cancel: &CancellationToken| {
+        fetch(*hub, *workspace, blocking, cancel, progress, &plan.stage, &begun.needed).await
+    };
+    let mut fetched = fetch(&begun, &cancel).await;
+    loop {
+        pulled.findings.append(&mut begun.findings);
+        pulled.waiting.append(&mut begun.waiting);
+        if let Err(SyncError::Cancelled) = fetched {
+            return fetched;
+        }
+        let next = match groups.next() {
+            Some(group) if fetched.is_ok() => Some(begin(core, &cancel, plan, group).await),
+            _ => None,
+        };
+        let no_longer = cancel.child_token();
+        let ahead = async {
+            match &next {
+                Some(Ok(next)) => fetch(next, &no_longer).await,
+                _ => Ok(()),
+            }
+        };
+        let apply = async {
+            let applied =
+                apply(core, occupancy, &cancel, plan, begun, fetched.is_err(), pulled).await;
+            let ends_early = applied.is_err() || urgent();
+            if ends_early {
+                no_longer.cancel();
+            }
+            applied.map(|count| (count, ends_early))
+        };
+        let (applied, fetched_ahead) = join(apply, ahead).await;
+        let (count, ends_early) = applied?;
+        progress.applied(count);
+        // What has arrived before the line broke has been made use of: a line that breaks all the time
+        // gets to its end that way.
+        fetched?;
+        if ends_early {
+            pulled.interrupted = true;
+            return Ok(());
+        }
+        let Some(next) = next else { return Ok(()) };
+        (begun, fetched) = (next?, fetched_ahead);
     }
-    let (stage, changes) = (stage.clone(), changes.clone());
-    let (cancel, occupancy) = (session.cancel.clone(), session.occupancy.clone());
-    let mut ready = begun.ready;
-    let (report, occupied) = session
-        .core
+}
+
+/// Puts what has arrived for a group into its place; how many changes were made.
+async fn apply(
+    core: &mut CoreCell,
+    occupancy: &Occupancy,
+    cancel: &CancellationToken,
+    plan: &Plan,
+    begun: Begun,
+    // Then nothing is taken away for what is not here yet.
+    broken: bool,
+    pulled: &mut Pulled,
+) -> Result<usize, SyncError> {
+    let Plan { stage, changes, .. } = plan.clone();
+    let (cancel, occupancy) = (cancel.clone(), occupancy.clone());
+    let Begun { group, skipped, mut ready, .. } = begun;
+    let (report, occupied) = core
         .run(move |core| {
             let mut stage = lock(&stage);
             let mut batch = Vec::with_capacity(group.len());
@@ -142,7 +196,7 @@ async fn pull_group<H: Hub>(
             // Held until all of the batch is in its place.
             let replacing = if concerned { occupancy.replace() } else { None };
             let mut occupied = false;
-            for number in group.filter(|number| !begun.skipped.contains(number)) {
+            for number in group.filter(|number| !skipped.contains(number)) {
                 if cancel.is_cancelled() {
                     return Err(SyncError::Cancelled);
                 }
@@ -160,12 +214,14 @@ async fn pull_group<H: Hub>(
                     continue;
                 }
                 if !needs_stage(&change) {
-                    batch.push(Staged { change, stage_name: None });
+                    batch.push(Staged::new(change, None));
                 } else if let Some(name) = ready.remove(&number) {
-                    batch.push(Staged { change, stage_name: Some(name) });
+                    batch.push(Staged::new(change, Some(name)));
                 } else {
                     match stage.take_finished(number, &change, &cancel) {
-                        Ok(name) => batch.push(Staged { change, stage_name: Some(name) }),
+                        Ok(Finished { name, print }) => {
+                            batch.push(Staged { change, stage_name: Some(name), print });
+                        }
                         Err(finding) => findings.push(finding),
                     }
                 }
@@ -186,17 +242,18 @@ async fn pull_group<H: Hub>(
         })
         .await?;
     pulled.occupied |= occupied;
-    session.progress.applied(report.applied);
     pulled.applied += report.applied;
     pulled.displaced += report.displaced;
     pulled.kept += report.kept;
     pulled.dirty.extend(report.scopes());
     pulled.findings.extend(report.findings);
-    fetched
+    Ok(report.applied)
 }
 
+/// A group that has been begun.
 #[derive(Default)]
 struct Begun {
+    group: Range<usize>,
     /// Chunks to be fetched, each once.
     needed: Vec<Digest>,
     /// Changes that cannot be made now.
@@ -209,80 +266,77 @@ struct Begun {
 }
 
 /// Begins the files of a group with what is here.
-async fn begin<H: Hub>(
-    session: &mut Session<'_, H>,
-    stage: &Arc<Mutex<Stage>>,
-    changes: &Changes,
+async fn begin(
+    core: &mut CoreCell,
+    cancel: &CancellationToken,
+    plan: &Plan,
     group: Range<usize>,
-    large: &Arc<Mutex<Large>>,
 ) -> Result<Begun, SyncError> {
-    let (stage, changes, large) = (stage.clone(), changes.clone(), large.clone());
-    let cancel = session.cancel.clone();
-    session
-        .core
-        .run(move |core| {
-            let mut begun = Begun::default();
-            let mut asked = HashSet::new();
-            let mut room = Room::new(core.root.top().file_system()?.free_bytes);
-            let (mut stage, mut large) = (lock(&stage), lock(&large));
-            for number in group {
-                if cancel.is_cancelled() {
-                    return Err(SyncError::Cancelled);
-                }
-                let change = &changes[number];
-                let bytes = size_of(change);
-                let mut can_wait = true;
-                if bytes > LARGE_BYTES {
-                    match large.arrived(change) {
-                        Some(Ok(name)) => {
-                            begun.ready.insert(number, name);
-                            continue;
-                        }
-                        Some(Err(finding)) => {
-                            begun.findings.push(finding);
-                            begun.skipped.insert(number);
-                            continue;
-                        }
-                        None if large.has_room(bytes) => {}
-                        // What can be copied here has to be copied before its source goes.
-                        None if goes_from_here(&core.index, change)? => can_wait = false,
-                        None => {
-                            begun.skipped.insert(number);
-                            begun.waiting.push(change.path.clone());
-                            continue;
-                        }
+    crash_point("sync.apply.planned");
+    let (Plan { stage, changes, large }, cancel) = (plan.clone(), cancel.clone());
+    core.run(move |core| {
+        let mut begun = Begun { group: group.clone(), ..Begun::default() };
+        let mut asked = HashSet::new();
+        let mut room = Room::new(core.root.top().file_system()?.free_bytes);
+        let (mut stage, mut large) = (lock(&stage), lock(&large));
+        for number in group {
+            if cancel.is_cancelled() {
+                return Err(SyncError::Cancelled);
+            }
+            let change = &changes[number];
+            let bytes = size_of(change);
+            let mut can_wait = true;
+            if bytes > LARGE_BYTES {
+                match large.arrived(change) {
+                    Some(Ok(name)) => {
+                        begun.ready.insert(number, name);
+                        continue;
                     }
-                }
-                if !room.take(bytes) {
-                    let text = format!(
-                        "its {bytes} bytes do not fit: {} bytes are free, and {RESERVE_BYTES} stay so",
-                        room.free
-                    );
-                    begun.findings.push(Finding::at(&change.path, Code::NoSpace, text));
-                    begun.skipped.insert(number);
-                    continue;
-                }
-                match stage.begin(number, change, core, can_wait, &cancel) {
-                    Ok(needed) if bytes > LARGE_BYTES && !needed.is_empty() => {
+                    Some(Err(finding)) => {
+                        begun.findings.push(finding);
+                        begun.skipped.insert(number);
+                        continue;
+                    }
+                    None if large.has_room(bytes) => {}
+                    // What can be copied here has to be copied before its source goes.
+                    None if goes_from_here(&core.index, change)? => can_wait = false,
+                    None => {
                         begun.skipped.insert(number);
                         begun.waiting.push(change.path.clone());
-                        if large.has_room(bytes) {
-                            large.add(&mut stage, number, change.clone());
-                        }
+                        continue;
                     }
-                    Ok(needed) => {
-                        begun.needed.extend(needed.into_iter().filter(|hash| asked.insert(*hash)));
-                    }
-                    Err(StageError::Io(error)) => {
-                        begun.findings.push(Finding::at(&change.path, Code::StageFailed, error));
-                        begun.skipped.insert(number);
-                    }
-                    Err(error) => return Err(error.into()),
                 }
             }
-            Ok(begun)
-        })
-        .await
+            if !room.take(bytes) {
+                let text = format!(
+                    "its {bytes} bytes do not fit: {} bytes are free, and {RESERVE_BYTES} stay so",
+                    room.free
+                );
+                begun.findings.push(Finding::at(&change.path, Code::NoSpace, text));
+                begun.skipped.insert(number);
+                continue;
+            }
+            match stage.begin(number, change, core, can_wait, &cancel) {
+                Ok(needed) if bytes > LARGE_BYTES && !needed.is_empty() => {
+                    begun.skipped.insert(number);
+                    begun.waiting.push(change.path.clone());
+                    if large.has_room(bytes) {
+                        large.add(&mut stage, number, change.clone());
+                    }
+                }
+                Ok(needed) => {
+                    begun.needed.extend(needed.into_iter().filter(|hash| asked.insert(*hash)));
+                }
+                Err(StageError::Io(error)) => {
+                    begun.findings.push(Finding::at(&change.path, Code::StageFailed, error));
+                    begun.skipped.insert(number);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(begun)
+    })
+    .await
 }
 
 /// Room on the file system.

@@ -13,6 +13,7 @@ use cortex_shared::wire_path::WirePath;
 use tokio_util::sync::CancellationToken;
 
 use crate::root_dir::{DirHandle, FileHandle};
+use crate::sync::apply::{Attributes, Print};
 use crate::sync::core::Core;
 use crate::sync::index::IndexError;
 use crate::sync::plan::LocalChange;
@@ -27,6 +28,8 @@ use super::large::lock;
 const SOURCES: u32 = 4;
 /// What is copied or hashed between two looks whether to stop.
 const PIECE_BYTES: usize = 8 * 1024 * 1024;
+/// Before the umask.
+const NEW_FILE_MODE: u32 = 0o666;
 
 /// A file here that holds some or all of the content that is wanted. It is open, so that it can be
 /// read even if it is taken away meanwhile.
@@ -48,6 +51,18 @@ struct StagedFile {
     checked: bool,
     /// If it has several chunks: its length, and what is known of its content so far.
     growing: Option<(u64, Arc<Growing>)>,
+    /// If it has one chunk: what it gets together with that.
+    attributes: Option<Attributes>,
+    /// What it looks like with them.
+    print: Option<Print>,
+}
+
+/// A file or link to which nothing is missing.
+pub(super) struct Finished {
+    /// Its name in the stage.
+    pub(super) name: Vec<u8>,
+    /// What it looks like, if it has its attributes.
+    pub(super) print: Option<Print>,
 }
 
 #[derive(Clone, Copy)]
@@ -67,11 +82,13 @@ pub(super) struct Stage {
 }
 
 impl Stage {
-    /// A stage for `changes`; `needed` tells which of them get a file or link.
+    /// A stage for `changes`; `needed` tells which of them get a file or link, which is to belong to
+    /// `owner`.
     pub(super) fn new(
         private: Arc<PrivateDir>,
         changes: &[LocalChange],
         needed: impl Fn(&LocalChange) -> bool,
+        owner: Option<(u32, u32)>,
     ) -> Self {
         let mut files = Vec::with_capacity(changes.len());
         let mut wanted: HashMap<Digest, Vec<Place>> = HashMap::new();
@@ -103,7 +120,9 @@ impl Stage {
                 waiting,
                 broken: None,
                 checked: false,
+                attributes: Attributes::of_new(change, owner).filter(|_| growing.is_none()),
                 growing,
+                print: None,
             }));
         }
         Self { private, files, wanted }
@@ -156,8 +175,11 @@ impl Stage {
             }
             Some(Entry::Dir) | None => return Ok(Vec::new()),
         };
-        self.create(number)?;
-        self.settle_zeros(number, file);
+        // A single chunk comes into a file that is made for it.
+        if !file.recipe.is_empty() || !self.is_waiting(number) {
+            self.create(number)?;
+            self.settle_zeros(number, file);
+        }
         if self.is_waiting(number) {
             let sources = sources(file, &change.path, core)?;
             if let Some(staged) = &mut self.files[number] {
@@ -187,7 +209,7 @@ impl Stage {
         if let Some(staged) = &mut self.files[number]
             && !staged.created
         {
-            let file = self.private.stage().create_new(&staged.name, 0o666)?;
+            let file = self.private.stage().create_new(&staged.name, NEW_FILE_MODE)?;
             staged.created = true;
             if let Some((size, _)) = &staged.growing {
                 // So that holes can be read, wherever they are.
@@ -197,13 +219,13 @@ impl Stage {
         Ok(())
     }
 
-    /// The name in the stage of a file to which nothing is missing, or what is wrong with it.
+    /// A file to which nothing is missing, or what is wrong with it.
     pub(super) fn finished(
         &mut self,
         number: usize,
         change: &LocalChange,
         cancel: &CancellationToken,
-    ) -> Result<Vec<u8>, Finding> {
+    ) -> Result<Finished, Finding> {
         let missing = || {
             let text =
                 "the hub does not have all of its content at present; it asks the members for it";
@@ -217,13 +239,11 @@ impl Stage {
         if !staged.created || staged.waiting > 0 {
             return Err(missing());
         }
-        let Some(Entry::File(file)) = &change.to else { return Ok(staged.name.clone()) };
+        let Some(Entry::File(file)) = &change.to else { return Ok(staged.as_finished()) };
         let mut check = || -> io::Result<bool> {
-            let handle = self.private.stage().open_for_writing(&staged.name)?;
-            // Also makes the hole at the end, if there is one.
-            handle.set_len(file.size)?;
             let whole = match &staged.growing {
                 Some((size, growing)) if !staged.checked => {
+                    let handle = self.private.stage().open_for_writing(&staged.name)?;
                     growing.finish(&handle, *size, cancel)? == Some(file.content)
                 }
                 // A single chunk is the content, and its hash has been checked.
@@ -235,22 +255,22 @@ impl Stage {
             Ok(whole)
         };
         match check() {
-            Ok(true) => Ok(staged.name.clone()),
+            Ok(true) => Ok(staged.as_finished()),
             Ok(false) => Err(failed("its chunks do not make up its content")),
             Err(error) => Err(failed(&error.to_string())),
         }
     }
 
-    /// As [`Self::finished`], and forgets the name, since the caller takes the file over.
+    /// As [`Self::finished`], and forgets the file, since the caller takes it over.
     pub(super) fn take_finished(
         &mut self,
         number: usize,
         change: &LocalChange,
         cancel: &CancellationToken,
-    ) -> Result<Vec<u8>, Finding> {
-        let name = self.finished(number, change, cancel)?;
+    ) -> Result<Finished, Finding> {
+        let finished = self.finished(number, change, cancel)?;
         self.taken(number);
-        Ok(name)
+        Ok(finished)
     }
 
     /// Forgets the name of a file that has been taken over.
@@ -266,12 +286,13 @@ impl Stage {
         }
     }
 
-    /// Hands out the places where a chunk is wanted, in files that exist from now on. Whoever takes them
-    /// tells when they are written.
+    /// Hands out the places where a chunk is wanted. Whoever takes them tells when they are written.
     fn take_places(&mut self, hash: &Digest) -> Vec<Writing> {
         let mut writings = Vec::new();
         for place in self.wanted.remove(hash).unwrap_or_default() {
-            match self.create(place.file) {
+            let growing =
+                self.files[place.file].as_ref().is_some_and(|file| file.growing.is_some());
+            match if growing { self.create(place.file) } else { Ok(()) } {
                 Ok(()) => writings.extend(self.writing(place)),
                 Err(error) => self.written(place, Err(error)),
             }
@@ -282,15 +303,20 @@ impl Stage {
     fn writing(&self, place: Place) -> Option<Writing> {
         let staged = self.files[place.file].as_ref()?;
         let growing = staged.growing.as_ref().map(|(_, growing)| growing.clone());
-        Some(Writing { place, name: staged.name.clone(), growing })
+        let (name, new) = (staged.name.clone(), !staged.created);
+        Some(Writing { place, name, new, growing, attributes: staged.attributes })
     }
 
     /// Takes note of what came of a place. A file that cannot be written to is given up by itself.
-    fn written(&mut self, place: Place, result: io::Result<()>) {
+    fn written(&mut self, place: Place, result: io::Result<Option<Print>>) {
         let Some(staged) = &mut self.files[place.file] else { return };
         staged.waiting -= 1;
-        if let Err(error) = result {
-            staged.broken.get_or_insert(error.to_string());
+        staged.created = true;
+        match result {
+            Ok(print) => staged.print = print,
+            Err(error) => {
+                staged.broken.get_or_insert(error.to_string());
+            }
         }
     }
 
@@ -359,6 +385,8 @@ impl Stage {
         if sources.is_empty() {
             return Ok(());
         }
+        self.create(number)?;
+        let Some(staged) = &mut self.files[number] else { return Ok(()) };
         let target = self.private.stage().open_for_writing(&staged.name)?;
         for Source { file: source, .. } in sources {
             if copy(&source, &target, file, cancel).unwrap_or(false) {
@@ -392,26 +420,46 @@ impl Stage {
     }
 }
 
+impl StagedFile {
+    fn as_finished(&self) -> Finished {
+        Finished { name: self.name.clone(), print: self.print }
+    }
+}
+
 /// A place that is being written.
 struct Writing {
     place: Place,
     name: Vec<u8>,
+    /// Its file does not exist yet.
+    new: bool,
     growing: Option<Arc<Growing>>,
+    attributes: Option<Attributes>,
 }
 
 impl Writing {
-    /// Writes a chunk that has been checked.
-    fn write(&self, stage: &DirHandle, data: &[u8]) -> io::Result<()> {
+    /// Writes a chunk that has been checked. If the file is whole with that, it gets its attributes; what
+    /// it looks like then.
+    fn write(&self, stage: &DirHandle, data: &[u8]) -> io::Result<Option<Print>> {
         let Place { offset, len, .. } = self.place;
         if len as usize != data.len() {
             return Err(io::Error::other("a chunk has another length than its file says"));
         }
-        let file = stage.open_for_writing(&self.name)?;
-        // Zeros become a hole, since the length is set at the end.
+        let file = if self.new {
+            stage.create_new(&self.name, NEW_FILE_MODE)?
+        } else {
+            stage.open_for_writing(&self.name)?
+        };
         if data.iter().any(|&b| b != 0) {
             file.write_all_at(data, offset)?;
+        } else if self.new {
+            // Zeros become a hole: a file of several chunks has its length from its beginning.
+            file.set_len(u64::from(len))?;
         }
-        self.growing.as_ref().map_or(Ok(()), |growing| growing.add(&file, offset, data))
+        if let Some(growing) = &self.growing {
+            growing.add(&file, offset, data)?;
+        }
+        let give = |attributes: &Attributes| attributes.give(stage, &self.name, &file, None);
+        self.attributes.as_ref().map(give).transpose()
     }
 }
 

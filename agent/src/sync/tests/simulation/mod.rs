@@ -111,7 +111,7 @@ impl Setup {
     fn apply(&mut self, change: LocalChange) -> Report {
         let Self { root, private, index, .. } = self;
         let applier = Applier { root, private, index, owner: None };
-        applier.apply(vec![Staged { change, stage_name: None }]).unwrap()
+        applier.apply(vec![Staged::new(change, None)]).unwrap()
     }
 
     fn look_into_trash(&mut self) {
