@@ -31,6 +31,8 @@ pub(super) struct Dirty {
     changed: Notify,
     /// The last of what was added was the end of a change, as far as the kernel tells.
     finished: AtomicBool,
+    /// A whole tree was added, whose directories may have lost their watches.
+    moved: AtomicBool,
     ignore: Mutex<Ignore>,
 }
 
@@ -41,10 +43,25 @@ impl Dirty {
 
     /// Adds a place and wakes the engine.
     pub(super) fn add(&self, scope: Scope) {
+        if matches!(scope, Scope::Tree(_)) {
+            self.moved.store(true, Ordering::Relaxed);
+        }
+        self.insert(scope);
+    }
+
+    /// Adds everything, because somebody wants it looked at and not because something happened to it.
+    pub(super) fn add_everything(&self) {
+        self.insert(Scope::Tree(None));
+    }
+
+    fn insert(&self, scope: Scope) {
         let mut scopes = self.lock();
         if scopes.contains(&Scope::Tree(None)) {
             // Covers everything.
         } else if scope == Scope::Tree(None) || scopes.len() >= MAX_SCOPES {
+            // Among those that are forgotten there may be one that lost its watches.
+            let lost = scope != Scope::Tree(None);
+            self.moved.fetch_or(lost, Ordering::Relaxed);
             scopes.clear();
             scopes.insert(Scope::Tree(None));
         } else {
@@ -89,6 +106,11 @@ impl Dirty {
             !inside
         });
         scopes
+    }
+
+    /// Whether a directory of what was taken may have lost its watch; asked before everything is looked at.
+    pub(super) fn take_moved(&self) -> bool {
+        self.moved.swap(false, Ordering::Relaxed)
     }
 
     /// Whether everything is to be looked at.
@@ -153,9 +175,11 @@ pub(super) struct Watch {
     root: PathBuf,
     /// The kernel watches no more directories: the rest is looked at from time to time.
     pub(super) limited: bool,
-    /// Directories that were entered since the last scan of everything, and which they were: a name
-    /// may stand for another directory by now. One byte string for each directory of the tree.
+    /// Directories that were entered since they were last forgotten, and which they were: a name may
+    /// stand for another directory by now. One byte string for each directory of the tree.
     entered: HashMap<WirePath, DirIdentity>,
+    /// Those are not watched again: it would take longer than listing them.
+    trusts: bool,
 }
 
 impl Watch {
@@ -172,11 +196,21 @@ impl Watch {
             }
         };
         let kernel = (kernels.0)(Box::new(handler))?;
-        Ok(Self { kernel, root: root.to_owned(), limited: false, entered: HashMap::new() })
+        let (limited, entered, trusts) = Default::default();
+        Ok(Self { kernel, root: root.to_owned(), limited, entered, trusts })
+    }
+
+    /// A look at `scope` begins; `moved` if directories may have lost their watches.
+    pub(super) fn begin(&mut self, scope: &Scope, moved: bool) {
+        let everything = *scope == Scope::Tree(None);
+        self.trusts = everything && !moved;
+        if everything && moved {
+            self.forget();
+        }
     }
 
     /// Begins to remember anew which directories were entered: everything is about to be.
-    pub(super) fn forget(&mut self) {
+    fn forget(&mut self) {
         self.entered.clear();
         // Others may have given watches back: each directory is tried again.
         self.limited = false;
@@ -207,9 +241,16 @@ impl Watch {
 
 impl Directories for Watch {
     fn enter(&mut self, directory: Option<&WirePath>, handle: &DirHandle) {
+        let identity = handle.identity();
+        if self.trusts
+            && let (Some(directory), Ok(identity)) = (directory, &identity)
+            && self.looks_after(directory, *identity)
+        {
+            return;
+        }
         let watched = self.directory(directory);
         let Some(directory) = directory else { return };
-        match handle.identity() {
+        match identity {
             Ok(identity) if watched => {
                 self.entered.insert(directory.clone(), identity);
             }
@@ -368,5 +409,52 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(dirty.changed());
         assert_eq!(dirty.take(), [Scope::Children(None)]);
+    }
+
+    #[test]
+    fn what_may_have_been_moved_is_remembered_until_everything_is_looked_at() {
+        let dirty = Dirty::default();
+        dirty.add_everything();
+        assert!(!dirty.take_moved(), "somebody only wanted it to be looked at");
+        dirty.add(Scope::Tree(path("d")));
+        assert_eq!(dirty.take(), [Scope::Tree(None)]);
+        assert!(dirty.take_moved() && !dirty.take_moved());
+        for number in 0..=MAX_SCOPES {
+            dirty.add(Scope::Children(path(&format!("d{number}"))));
+        }
+        assert!(dirty.take_moved(), "it is not known any more what happened");
+    }
+
+    #[test]
+    fn a_directory_is_watched_again_unless_nothing_happened_to_it() {
+        struct Counting(Arc<std::sync::atomic::AtomicUsize>);
+        impl Kernel for Counting {
+            fn watch(&mut self, _: &Path) -> notify::Result<()> {
+                self.0.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
+        }
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["d", "e"] {
+            std::fs::create_dir(folder.path().join(name)).unwrap();
+        }
+        let top = DirHandle::open_ambient(folder.path()).unwrap();
+        let [d, e] = [b"d", b"e"].map(|name| top.open_dir(name).unwrap());
+        let count = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let counting = count.clone();
+        let kernels = Kernels::new(move |_| Ok(Box::new(Counting(counting.clone()))));
+        let mut watch = Watch::new(&kernels, folder.path(), Arc::default()).unwrap();
+        let mut watches = |scope: Scope, moved, handle: &DirHandle| {
+            watch.begin(&scope, moved);
+            watch.enter(path("d").as_ref(), handle);
+            count.swap(0, Ordering::Relaxed)
+        };
+        let everything = Scope::Tree(None);
+        assert_eq!(watches(everything.clone(), true, &d), 1);
+        assert_eq!(watches(everything.clone(), false, &d), 0);
+        assert_eq!(watches(Scope::Tree(path("d")), false, &d), 1, "it was moved here");
+        assert_eq!(watches(everything.clone(), false, &e), 1, "another one of this name");
+        assert_eq!(watches(everything.clone(), false, &e), 0);
+        assert_eq!(watches(everything, true, &e), 1);
     }
 }

@@ -397,6 +397,7 @@ impl<H: Hub> Engine<H> {
         let threads = self.ground.blocking == Blocking::Threads;
         let kernels = self.ground.kernels.clone();
         let begun = Instant::now();
+        let moved = scanned == Scope::Tree(None) && work.dirty.take_moved();
         let (root, dirty) = (self.config.root.clone(), work.dirty.clone());
         let hot: HashMap<_, _> =
             work.hot.iter().map(|(path, (hot, _))| (path.clone(), *hot)).collect();
@@ -415,11 +416,9 @@ impl<H: Hub> Engine<H> {
                     scanned.directory().is_some_and(|path| core.ignore.ignores(path, true));
                 if !is_file && !left_out {
                     let mut unwatched = Unwatched;
-                    let directories: &mut dyn Directories = match &mut core.watch {
+                    let directories: &mut (dyn Directories + Send) = match &mut core.watch {
                         Some(watch) => {
-                            if scanned == Scope::Tree(None) {
-                                watch.forget();
-                            }
+                            watch.begin(&scanned, moved);
                             watch
                         }
                         None => &mut unwatched,

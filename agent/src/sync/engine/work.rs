@@ -150,7 +150,7 @@ impl Work {
                 // Whoever asks has finished writing.
                 let now = Instant::now();
                 self.hot.values_mut().for_each(|(hot, _)| hot.until = now);
-                self.dirty.add(Scope::Tree(None));
+                self.dirty.add_everything();
                 self.outdated = true;
                 self.retry_at = None;
             }

@@ -17,13 +17,19 @@ use crate::sync::index::Stamp;
 
 /// Hashing is limited by memory bandwidth well before more threads would help.
 const WORKERS: usize = 2;
-/// Files that wait for a worker; bounds the directory handles kept open.
-const QUEUE: usize = 64;
+/// Files that a worker is given at once, unless they are large: to wake it for each small one would cost
+/// more than reading that.
+const BATCH_FILES: usize = 16;
+const BATCH_BYTES: u64 = 1024 * 1024;
+/// Batches that wait for a worker; bounds the directory handles kept open.
+const QUEUE: usize = 8;
 
 /// A file to be read.
 pub(super) struct Job {
     pub(super) path: WirePath,
     pub(super) parent: DirHandle,
+    /// Its length when it was listed.
+    pub(super) bytes: u64,
     /// It has been changing for long: what it begins with will do, if that stays the same.
     pub(super) prefix: bool,
     /// What it looked like when it was read last.
@@ -52,8 +58,19 @@ pub(super) struct Hashed {
 
 /// What reads files: two threads, or whoever asks. Lives within one scan.
 pub(super) enum Pool<'a> {
-    Threads { jobs: SyncSender<Job>, results: Receiver<Hashed>, waiting: usize },
+    Threads(Threads),
     Inline(Reader<'a>),
+}
+
+/// The ends of the queues to and from two threads.
+pub(super) struct Threads {
+    jobs: SyncSender<Vec<Job>>,
+    results: Receiver<Vec<Hashed>>,
+    /// Batches whose results have not come back.
+    waiting: usize,
+    /// The next batch.
+    batch: Vec<Job>,
+    bytes: u64,
 }
 
 impl<'a> Pool<'a> {
@@ -68,7 +85,7 @@ impl<'a> Pool<'a> {
             return work(&mut Self::Inline(Reader::new(clock, cancel)));
         }
         thread::scope(|scope| {
-            let (jobs, job_receiver) = sync_channel::<Job>(QUEUE);
+            let (jobs, job_receiver) = sync_channel::<Vec<Job>>(QUEUE);
             let (result_sender, results) = sync_channel(QUEUE);
             let job_receiver = std::sync::Arc::new(Mutex::new(job_receiver));
             for _ in 0..WORKERS {
@@ -76,7 +93,8 @@ impl<'a> Pool<'a> {
                 scope.spawn(move || worker(&jobs, &results, Reader::new(clock, cancel)));
             }
             drop(result_sender);
-            let mut pool = Self::Threads { jobs, results, waiting: 0 };
+            let (batch, bytes, waiting) = Default::default();
+            let mut pool = Self::Threads(Threads { jobs, results, waiting, batch, bytes });
             let result = work(&mut pool);
             // Closes the queues, so that the workers end.
             drop(pool);
@@ -85,51 +103,72 @@ impl<'a> Pool<'a> {
     }
 
     /// Queues a file and hands over results meanwhile.
-    pub(super) fn submit(&mut self, mut job: Job, mut take: impl FnMut(Hashed)) {
-        let (jobs, results, waiting) = match self {
-            Self::Threads { jobs, results, waiting } => (jobs, results, waiting),
+    pub(super) fn submit(&mut self, job: Job, mut take: impl FnMut(Hashed)) {
+        let threads = match self {
+            Self::Threads(threads) => threads,
             Self::Inline(reader) => return take(reader.read(job)),
         };
+        threads.bytes = threads.bytes.saturating_add(job.bytes);
+        threads.batch.push(job);
+        if threads.batch.len() == BATCH_FILES || threads.bytes >= BATCH_BYTES {
+            threads.send(&mut take);
+        }
+        while let Ok(hashed) = threads.results.try_recv() {
+            threads.waiting -= 1;
+            hashed.into_iter().for_each(&mut take);
+        }
+    }
+
+    /// Hands over all results that are still to come.
+    pub(super) fn finish(&mut self, mut take: impl FnMut(Hashed)) {
+        let Self::Threads(threads) = self else { return };
+        threads.send(&mut take);
+        while threads.waiting > 0 {
+            threads.receive(&mut take);
+        }
+    }
+}
+
+impl Threads {
+    fn send(&mut self, take: &mut impl FnMut(Hashed)) {
+        self.bytes = 0;
+        let mut batch = std::mem::take(&mut self.batch);
+        if batch.is_empty() {
+            return;
+        }
         loop {
-            match jobs.try_send(job) {
+            match self.jobs.try_send(batch) {
                 Ok(()) => {
-                    *waiting += 1;
-                    break;
+                    self.waiting += 1;
+                    return;
                 }
                 Err(TrySendError::Full(back)) => {
-                    job = back;
-                    take(receive_one(results, waiting));
+                    batch = back;
+                    self.receive(take);
                 }
                 Err(TrySendError::Disconnected(_)) => {
                     unreachable!("workers end only after the pool is dropped")
                 }
             }
         }
-        while let Ok(hashed) = results.try_recv() {
-            *waiting -= 1;
-            take(hashed);
-        }
     }
 
-    /// Hands over all results that are still to come.
-    pub(super) fn finish(&mut self, mut take: impl FnMut(Hashed)) {
-        let Self::Threads { results, waiting, .. } = self else { return };
-        while *waiting > 0 {
-            take(receive_one(results, waiting));
-        }
+    fn receive(&mut self, take: &mut impl FnMut(Hashed)) {
+        self.waiting -= 1;
+        let results = self.results.recv().expect("workers end only after the pool is dropped");
+        results.into_iter().for_each(take);
     }
 }
 
-fn receive_one(results: &Receiver<Hashed>, waiting: &mut usize) -> Hashed {
-    *waiting -= 1;
-    results.recv().expect("workers end only after the pool is dropped")
-}
-
-fn worker(jobs: &Mutex<Receiver<Job>>, results: &SyncSender<Hashed>, mut reader: Reader<'_>) {
+fn worker(
+    jobs: &Mutex<Receiver<Vec<Job>>>,
+    results: &SyncSender<Vec<Hashed>>,
+    mut reader: Reader<'_>,
+) {
     loop {
         let next = jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).recv();
-        let Ok(job) = next else { return };
-        if results.send(reader.read(job)).is_err() {
+        let Ok(batch) = next else { return };
+        if results.send(batch.into_iter().map(|job| reader.read(job)).collect()).is_err() {
             return;
         }
     }

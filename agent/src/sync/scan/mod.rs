@@ -7,6 +7,7 @@
 //! the rest.
 
 mod hash;
+mod listing;
 #[cfg(test)]
 mod tests;
 
@@ -15,6 +16,8 @@ use cortex_shared::entry::{Entry, MAX_LINK_TARGET_BYTES};
 use cortex_shared::wire_path::WirePath;
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::sync::Mutex;
+use std::thread;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -23,6 +26,7 @@ use super::index::{Index, IndexError, IndexRow, Seen, Stamp};
 use super::problem::{Code, Finding};
 use crate::root_dir::{DirHandle, DirIdentity, FileKind, Meta, RootDir};
 use hash::{Hashed, Job, Outcome, Pool};
+use listing::{Listed, Lister, Part, Parts, Rules};
 
 /// Rows written in one transaction.
 const BATCH_ROWS: usize = 512;
@@ -118,7 +122,7 @@ pub struct Scanner<'a> {
     /// Files that are being written.
     pub hot: &'a HashMap<WirePath, HotFile>,
     /// Told of each directory before it is listed, so that it can be watched from then on.
-    pub directories: &'a mut dyn Directories,
+    pub directories: &'a mut (dyn Directories + Send),
     /// Ends the scan early.
     pub cancel: &'a CancellationToken,
 }
@@ -157,13 +161,34 @@ impl Scanner<'_> {
     /// If the index fails or the root cannot be read. Anything else concerns single paths and is in
     /// the report.
     pub fn scan(self, scope: &Scope, threads: bool) -> Result<Report, ScanError> {
-        let (clock, cancel) = (self.clock, self.cancel);
+        let Self { root, index, ignore, clock, hot, directories, cancel } = self;
+        let mount = root.top().mount().map_err(ScanError::Root)?;
+        let (directory, handle) = match root.open_dir(scope.directory()) {
+            Ok(handle) => (scope.directory().cloned(), handle),
+            Err(error) => match scope.directory() {
+                None => return Err(ScanError::Root(error)),
+                // It vanished since; what happened is seen from further up.
+                Some(path) => {
+                    let above = Scope::Children(path.parent());
+                    let scanner = Self { root, index, ignore, clock, hot, directories, cancel };
+                    return scanner.scan(&above, threads);
+                }
+            },
+        };
+        let directories = Mutex::new(directories);
+        let rules = Rules { directories: &directories, ignore, mount, cancel };
+        let deep = matches!(scope, Scope::Tree(_));
+        let lister = Lister::new(rules, directory.clone(), handle, deep);
         Pool::run(clock, cancel, threads, |pool| {
-            let mount = self.root.top().mount().map_err(ScanError::Root)?;
-            let mut walk =
-                Walk { scanner: self, pool, mount, writes: Vec::new(), report: Report::default() };
-            walk.run(scope)?;
-            Ok(walk.report)
+            thread::scope(|scope| {
+                // A single directory is not worth a thread.
+                let ahead = threads && deep;
+                let parts = if ahead { lister.ahead(scope) } else { Parts::Here(lister) };
+                let (writes, report) = Default::default();
+                let mut walk = Walk { index, rules, clock, hot, pool, parts, writes, report };
+                walk.run(directory.as_ref(), deep)?;
+                Ok(walk.report)
+            })
         })
     }
 }
@@ -211,35 +236,29 @@ impl Cursor {
 }
 
 struct Walk<'a, 'b> {
-    scanner: Scanner<'a>,
+    index: &'b mut Index,
+    rules: Rules<'b>,
+    clock: Clock,
+    hot: &'b HashMap<WirePath, HotFile>,
     pool: &'b mut Pool<'a>,
-    mount: (u64, u64),
+    parts: Parts<'b>,
     writes: Vec<Write>,
     report: Report,
 }
 
 impl Walk<'_, '_> {
-    fn run(&mut self, scope: &Scope) -> Result<(), ScanError> {
-        let directory = scope.directory();
-        let handle = match self.scanner.root.open_dir(directory) {
-            Ok(handle) => handle,
-            Err(error) => match directory {
-                None => return Err(ScanError::Root(error)),
-                // It vanished since; what happened is seen from further up.
-                Some(path) => return self.run(&Scope::Children(path.parent())),
-            },
+    fn run(&mut self, directory: Option<&WirePath>, deep: bool) -> Result<(), ScanError> {
+        let mut cursor = match deep {
+            true => Cursor::tree(directory),
+            false => Cursor::rows(self.index.children(directory)?),
         };
-        let (mut cursor, deep) = match scope {
-            Scope::Tree(_) => (Cursor::tree(directory), true),
-            Scope::Children(_) => (Cursor::rows(self.scanner.index.children(directory)?), false),
-        };
-        if let Err(error) = self.walk(directory, &handle, &mut cursor, deep)? {
+        if let Err(error) = self.walk(directory, &mut cursor, deep)? {
             let Some(path) = directory else { return Err(ScanError::Root(error)) };
             self.unreadable(path, &error);
         }
         let (mut hashed, report) = (Vec::new(), &mut self.report);
         self.pool.finish(|result| hashed.push(result));
-        report.cancelled = self.scanner.cancel.is_cancelled();
+        report.cancelled = self.rules.cancel.is_cancelled();
         for result in hashed {
             self.take(result);
         }
@@ -247,67 +266,77 @@ impl Walk<'_, '_> {
         Ok(())
     }
 
-    /// Walks one directory. The inner error is that of listing it; nothing has been concluded then.
+    /// Walks one directory, whose parts come next. The inner error is that of listing it; nothing has
+    /// been concluded then.
     fn walk(
         &mut self,
         directory: Option<&WirePath>,
-        handle: &DirHandle,
         cursor: &mut Cursor,
         deep: bool,
     ) -> Result<Result<(), io::Error>, ScanError> {
-        self.scanner.directories.enter(directory, handle);
-        let names = match handle.names() {
-            Ok(names) => names,
-            Err(error) => return Ok(Err(error)),
-        };
-        for name in names {
-            if self.scanner.cancel.is_cancelled() {
-                return Ok(Ok(()));
-            }
-            if self.scanner.ignore.ignores_name(directory, &name) {
-                continue;
-            }
-            let path = match directory {
-                Some(directory) => directory.join(&name),
-                None => WirePath::new(name.clone()),
+        loop {
+            let (handle, entries) = match self.parts.next() {
+                Some(Part::Entries(handle, entries)) => (handle, entries),
+                Some(Part::Failed(error)) => return Ok(Err(error)),
+                Some(Part::End) => break,
+                // It was cancelled.
+                None => return Ok(Ok(())),
             };
-            let path = match path {
-                Ok(path) => path,
-                Err(error) => {
-                    self.find(Finding {
-                        path: directory.cloned(),
-                        code: Code::PathTooLong,
-                        message: format!("{}: {error}", name.escape_ascii()),
-                    });
-                    continue;
+            for entry in entries {
+                if self.rules.cancel.is_cancelled() {
+                    return Ok(Ok(()));
                 }
-            };
-            self.absent_before(&path, cursor, deep)?;
-            let row = match cursor.peek(self.scanner.index)? {
-                Some(found) if found.row.path == path => cursor.next(self.scanner.index)?,
-                _ => None,
-            };
-            self.visit(path, &name, row, handle, cursor, deep)?;
-            if self.writes.len() >= BATCH_ROWS {
-                self.flush()?;
+                self.meet(directory, entry, &handle, cursor, deep)?;
+                if self.writes.len() >= BATCH_ROWS {
+                    self.flush()?;
+                }
             }
         }
-        if !self.scanner.cancel.is_cancelled() {
+        if !self.rules.cancel.is_cancelled() {
             self.absent_rest(directory, cursor, deep)?;
         }
         Ok(Ok(()))
     }
 
+    /// Brings an entry together with its row.
+    fn meet(
+        &mut self,
+        directory: Option<&WirePath>,
+        entry: Listed,
+        handle: &DirHandle,
+        cursor: &mut Cursor,
+        deep: bool,
+    ) -> Result<(), ScanError> {
+        let path = match &entry.path {
+            Ok(path) => path.clone(),
+            Err(error) => {
+                self.find(Finding {
+                    path: directory.cloned(),
+                    code: Code::PathTooLong,
+                    message: format!("{}: {error}", entry.name.escape_ascii()),
+                });
+                return Ok(());
+            }
+        };
+        self.absent_before(&path, cursor, deep)?;
+        let row = match cursor.peek(self.index)? {
+            Some(found) if found.row.path == path => cursor.next(self.index)?,
+            _ => None,
+        };
+        self.visit(path, entry, row, handle, cursor, deep)
+    }
+
     fn visit(
         &mut self,
         path: WirePath,
-        name: &[u8],
+        entry: Listed,
         row: Option<IndexRow>,
         handle: &DirHandle,
         cursor: &mut Cursor,
         deep: bool,
     ) -> Result<(), ScanError> {
-        let meta = match handle.lstat(name) {
+        let Listed { name, meta, mounted, entered, .. } = entry;
+        let meta = match meta {
             Ok(meta) => meta,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 self.absent(path, row, deep);
@@ -318,7 +347,7 @@ impl Walk<'_, '_> {
                 return self.skip_below(&path, cursor);
             }
         };
-        if self.scanner.ignore.ignores_entry(&path, meta.kind == FileKind::Dir) {
+        if self.rules.ignore.ignores_entry(&path, meta.kind == FileKind::Dir) {
             // What stood there before may have been something that is not left out.
             self.absent(path.clone(), row, deep);
             return self.skip_below(&path, cursor);
@@ -329,9 +358,6 @@ impl Walk<'_, '_> {
         if was_dir && meta.kind != FileKind::Dir && !deep {
             self.writes.push(Write::AbsentBelow(path.clone()));
         }
-        // What is mounted here may be gone tomorrow, with all its files.
-        let mounted = meta.kind == FileKind::Dir
-            && handle.mount_of(name).is_ok_and(|mount| mount != self.mount);
         match meta.kind {
             FileKind::Dir if mounted => {
                 self.find(Finding::at(
@@ -351,9 +377,13 @@ impl Walk<'_, '_> {
                 }
                 // A directory that was unknown was not looked into either. One that was made by us,
                 // or made again under its old name, is known but not watched.
-                let entered = |identity| self.scanner.directories.looks_after(&path, identity);
-                if deep || !known || !handle.identity_of(name).is_ok_and(entered) {
-                    self.descend(&path, name, handle, cursor, deep)?;
+                let looked_after = |it| self.rules.directories.looks_after(&path, it);
+                if entered {
+                    let listed = self.walk(Some(&path), cursor, true)?;
+                    self.listed(&path, listed, cursor)?;
+                } else if !known || !handle.identity_of(&name).is_ok_and(looked_after) {
+                    let listed = self.walk_anew(&path, &name, handle)?;
+                    self.listed(&path, listed, cursor)?;
                 }
             }
             FileKind::File => {
@@ -362,7 +392,7 @@ impl Walk<'_, '_> {
                         .as_ref()
                         .and_then(|row| row.stamp)
                         .is_some_and(|stamp| stamp.proves_unchanged(&meta));
-                let hot = self.scanner.hot.get(&path);
+                let hot = self.hot.get(&path);
                 if !unchanged && hot.is_none_or(|hot| hot.until <= Instant::now()) {
                     let prefix = hot.is_some_and(|hot| hot.prefix);
                     let known = row.as_ref().and_then(|row| row.stamp);
@@ -371,14 +401,15 @@ impl Walk<'_, '_> {
                         _ => Recipe::default(),
                     };
                     let mut results = Vec::new();
-                    let job = Job { path, parent: handle.clone(), prefix, known, earlier };
+                    let (parent, bytes) = (handle.clone(), meta.size);
+                    let job = Job { path, parent, bytes, prefix, known, earlier };
                     self.pool.submit(job, |result| results.push(result));
                     for result in results {
                         self.take(result);
                     }
                 }
             }
-            FileKind::Link => self.visit_link(path, name, local, &row, handle, &meta),
+            FileKind::Link => self.visit_link(path, &name, local, &row, handle, &meta),
             FileKind::Other => {
                 self.find(Finding::at(
                     &path,
@@ -418,33 +449,35 @@ impl Walk<'_, '_> {
         }
     }
 
-    fn descend(
+    /// Walks a directory that is new here, or not watched: it is read whole, against rows of its own.
+    fn walk_anew(
         &mut self,
         path: &WirePath,
         name: &[u8],
         handle: &DirHandle,
-        cursor: &mut Cursor,
-        deep: bool,
-    ) -> Result<(), ScanError> {
+    ) -> Result<Result<(), io::Error>, ScanError> {
         let below = match handle.open_dir(name) {
             Ok(below) => below,
-            Err(error) => {
-                self.unreadable(path, &error);
-                return self.skip_below(path, cursor);
-            }
+            Err(error) => return Ok(Err(error)),
         };
-        let listed = if deep {
-            self.walk(Some(path), &below, cursor, true)?
-        } else {
-            // New here or not watched, so it is read whole, against rows of its own.
-            self.flush()?;
-            self.walk(Some(path), &below, &mut Cursor::tree(Some(path)), true)?
-        };
-        if let Err(error) = listed {
-            self.unreadable(path, &error);
-            self.skip_below(path, cursor)?;
-        }
-        Ok(())
+        self.flush()?;
+        let lister = Lister::new(self.rules, Some(path.clone()), below, true);
+        let outer = std::mem::replace(&mut self.parts, Parts::Here(lister));
+        let listed = self.walk(Some(path), &mut Cursor::tree(Some(path)), true);
+        self.parts = outer;
+        listed
+    }
+
+    /// Takes note of a directory that could not be listed.
+    fn listed(
+        &mut self,
+        path: &WirePath,
+        listed: io::Result<()>,
+        cursor: &mut Cursor,
+    ) -> Result<(), ScanError> {
+        let Err(error) = listed else { return Ok(()) };
+        self.unreadable(path, &error);
+        self.skip_below(path, cursor)
     }
 
     /// Rows that the walk has passed without finding their files.
@@ -454,8 +487,8 @@ impl Walk<'_, '_> {
         cursor: &mut Cursor,
         deep: bool,
     ) -> Result<(), ScanError> {
-        while cursor.peek(self.scanner.index)?.is_some_and(|found| found.row.path < *path) {
-            if let Some(found) = cursor.next(self.scanner.index)? {
+        while cursor.peek(self.index)?.is_some_and(|found| found.row.path < *path) {
+            if let Some(found) = cursor.next(self.index)? {
                 self.absent(found.row.path.clone(), Some(found), deep);
             }
         }
@@ -469,8 +502,8 @@ impl Walk<'_, '_> {
         deep: bool,
     ) -> Result<(), ScanError> {
         let inside = |found: &IndexRow| directory.is_none_or(|d| found.row.path.is_below(d));
-        while cursor.peek(self.scanner.index)?.is_some_and(inside) {
-            if let Some(found) = cursor.next(self.scanner.index)? {
+        while cursor.peek(self.index)?.is_some_and(inside) {
+            if let Some(found) = cursor.next(self.index)? {
                 self.absent(found.row.path.clone(), Some(found), deep);
             }
             if self.writes.len() >= BATCH_ROWS {
@@ -484,7 +517,7 @@ impl Walk<'_, '_> {
         let Some(row) = row else { return };
         // What is left out now but was not before is no deletion.
         let was_dir = matches!(row.row.local, Some(Entry::Dir));
-        if self.scanner.ignore.ignores(&path, was_dir) {
+        if self.rules.ignore.ignores(&path, was_dir) {
             return;
         }
         if row.row.local.is_some() || row.row.unknown {
@@ -496,11 +529,8 @@ impl Walk<'_, '_> {
     }
 
     fn skip_below(&mut self, directory: &WirePath, cursor: &mut Cursor) -> Result<(), ScanError> {
-        while cursor
-            .peek(self.scanner.index)?
-            .is_some_and(|found| found.row.path.is_below(directory))
-        {
-            cursor.next(self.scanner.index)?;
+        while cursor.peek(self.index)?.is_some_and(|found| found.row.path.is_below(directory)) {
+            cursor.next(self.index)?;
         }
         Ok(())
     }
@@ -509,7 +539,7 @@ impl Walk<'_, '_> {
         match outcome {
             Outcome::Stable(entry, stamp) => {
                 // One whose time is still to come would be looked at for ever.
-                let clock = self.scanner.clock;
+                let clock = self.clock;
                 let ahead = stamp.ctime_ns > clock.now_ns.saturating_add(clock.tick_ns);
                 if stamp.racy && !(ahead && known == Some(stamp)) {
                     revisit(&mut self.report.racy, path.parent());
@@ -526,7 +556,7 @@ impl Walk<'_, '_> {
                 self.unstable(path.clone());
                 self.see(path, Seen::Unknown);
             }
-            Outcome::Unreadable(_) if self.scanner.cancel.is_cancelled() => {}
+            Outcome::Unreadable(_) if self.rules.cancel.is_cancelled() => {}
             Outcome::Unreadable(error) => self.unreadable(&path, &error),
             Outcome::TooLarge => {
                 self.find(Finding::at(&path, Code::TooLarge, "the file is too large to be synced"));
@@ -563,7 +593,7 @@ impl Walk<'_, '_> {
             return Ok(());
         }
         let writes = std::mem::take(&mut self.writes);
-        self.scanner.index.batch(|writer| {
+        self.index.batch(|writer| {
             for write in writes {
                 match write {
                     Write::Seen(path, seen) => writer.set_local(&path, seen)?,
