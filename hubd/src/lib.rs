@@ -57,6 +57,7 @@ pub mod hub;
 pub mod node;
 pub mod rate;
 pub mod service;
+mod shares;
 pub mod skills;
 pub mod store;
 pub mod sync;

@@ -29,14 +29,18 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use super::auth::Peer;
 use crate::enroll::authorities::{Authorities, Ring};
 use crate::enroll::ca::generation_in;
+use crate::shares::{Queue, Shares};
 use crate::store::KeyHash;
 
-/// Connections that have not said anything yet; beyond that, new ones are closed.
+/// Connections that have not said anything yet; beyond that, new ones are closed. Of one address there may
+/// be fewer, so that nobody keeps all others out; as many as come at once where a whole site is behind it.
 const MAX_SILENT: usize = 16 * 1024;
+const MAX_SILENT_OF_ADDRESS: usize = MAX_SILENT / 4 * 3;
 /// Time a connection has for its first byte.
 const FIRST_BYTE_DEADLINE: Duration = Duration::from_secs(5);
-/// Handshakes under way at once; more wait for a place.
+/// Handshakes under way at once, of all and of one address; more wait for a place.
 const MAX_HANDSHAKES: usize = 512;
+const MAX_HANDSHAKES_OF_ADDRESS: usize = MAX_HANDSHAKES / 4 * 3;
 /// Handshakes that are worked on at once. Each takes a processor for about a millisecond, and whatever else
 /// is to be done stands in line behind those that are ready: this many are a small part of a second, even
 /// where the hub has a small part of a processor.
@@ -208,9 +212,9 @@ pub fn accept_tls(
     scope: &TaskScope,
 ) -> Incoming {
     let (ready, incoming) = mpsc::channel(READY);
-    let places = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let places = Queue::new(MAX_HANDSHAKES, MAX_HANDSHAKES_OF_ADDRESS);
     let turns = Arc::new(Semaphore::new(TURNS));
-    let silent = Arc::new(Semaphore::new(MAX_SILENT));
+    let silent = Shares::new(MAX_SILENT, MAX_SILENT_OF_ADDRESS);
     let (own_scope, cancel) = (scope.clone(), scope.token().clone());
     scope.spawn("accept", async move {
         loop {
@@ -225,7 +229,7 @@ pub fn accept_tls(
                     continue;
                 }
             };
-            let Ok(waiting) = Arc::clone(&silent).try_acquire_owned() else {
+            let Some(waiting) = silent.take(address.ip()) else {
                 // As good as any other: the one that has just come is turned away.
                 continue;
             };
@@ -237,7 +241,7 @@ pub fn accept_tls(
                 if !matches!(spoke, Ok(Ok(()))) {
                     return;
                 }
-                let Ok(place) = places.acquire_owned().await else { return };
+                let place = places.wait(address.ip()).await;
                 // Only now: those that wait for a place are bounded as well.
                 drop(waiting);
                 let Ok(turn) = turns.acquire_owned().await else { return };

@@ -10,7 +10,6 @@
 //! | `sse` | answers that go on until something ends them |
 //! | `openapi` | the table as a document |
 //! | `provision` | installing nodes: the script and the agent |
-//! | `shares` | how many places there are, and how many of them one address may have |
 //! | `page` | the web page, and where a login link leads |
 //! | [`health`], `metrics` | for monitoring |
 //! | `error` | problem documents |
@@ -31,7 +30,6 @@ mod page;
 mod provision;
 mod routes;
 mod server;
-mod shares;
 mod sse;
 
 use std::io;

@@ -30,8 +30,8 @@ use tokio::sync::Mutex;
 
 use super::error::{Problem, internal};
 use super::server::{Download, Downloading};
-use super::shares::{Place, Shares};
 use crate::grpc::auth::Peer;
+use crate::shares::{Place, Shares};
 
 const SCRIPT: &str = include_str!("../../../install.sh");
 /// Platforms that there may be an agent for, as `uname` says them.

@@ -25,10 +25,10 @@ use tokio::time::Instant;
 use tonic::transport::server::Connected as _;
 use tower::ServiceExt as _;
 
-use super::shares::Shares;
 use crate::config::HttpConfig;
 use crate::counters;
 use crate::grpc::accept::{Incoming, PeerStream};
+use crate::shares::Shares;
 
 /// Requests that one HTTP/2 connection may have open.
 const STREAMS: u32 = 64;

@@ -53,6 +53,10 @@ pub(in crate::sync) struct Arrived {
 /// A name in the stage, or what is wrong.
 type Outcome = Result<Vec<u8>, Finding>;
 
+fn number_of(files: &[(LocalChange, Option<Outcome>)], change: &LocalChange) -> Option<usize> {
+    files.iter().position(|(other, _)| other.path == change.path && other.to == change.to)
+}
+
 impl Arrived {
     /// Removes what nobody has taken. Blocking.
     pub(in crate::sync) fn clean(&self) {
@@ -78,22 +82,21 @@ impl Large {
         Self { private, busy, arrived, next: None }
     }
 
-    /// What came of fetching the file of this change; `None` if it was not fetched.
-    pub(super) fn arrived(&mut self, change: &LocalChange) -> Option<Outcome> {
+    /// Whether the file of this change has arrived, or why it could not; `None` if it was not fetched.
+    pub(super) fn arrived(&self, change: &LocalChange) -> Option<Result<(), Finding>> {
+        let Arrived { files, .. } = self.arrived.as_ref()?;
+        let number = number_of(files, change)?;
+        let outcome = files[number].1.as_ref()?;
+        Some(outcome.as_ref().map(drop).map_err(Finding::clone))
+    }
+
+    /// Takes the file of this change over, if it has arrived: its name in the stage.
+    pub(super) fn take(&mut self, change: &LocalChange) -> Option<Vec<u8>> {
         let Arrived { stage, files } = self.arrived.as_mut()?;
-        let same = |other: &LocalChange| other.path == change.path && other.to == change.to;
-        let number = files.iter().position(|(other, _)| same(other))?;
-        match files[number].1.take()? {
-            Ok(name) => {
-                stage.taken(number);
-                Some(Ok(name))
-            }
-            // Asked for again in this pass, the answer is the same.
-            Err(finding) => {
-                files[number].1 = Some(Err(finding.clone()));
-                Some(Err(finding))
-            }
-        }
+        let number = number_of(files, change)?;
+        let name = files[number].1.take_if(|outcome| outcome.is_ok())?.ok()?;
+        stage.taken(number);
+        Some(name)
     }
 
     /// Whether the next job can take a file of this size.

@@ -4,7 +4,7 @@
 //! the stage while the one before it is applied; a pack that arrives serves later groups as well.
 //! Large files are fetched by the lane (`lane`), and applied once they have arrived.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -184,9 +184,9 @@ async fn apply(
     broken: bool,
     pulled: &mut Pulled,
 ) -> Result<usize, SyncError> {
-    let Plan { stage, changes, .. } = plan.clone();
+    let Plan { stage, changes, large } = plan.clone();
     let (cancel, occupancy) = (cancel.clone(), occupancy.clone());
-    let Begun { group, skipped, mut ready, .. } = begun;
+    let Begun { group, skipped, ready, .. } = begun;
     let (report, occupied) = core
         .run(move |core| {
             let mut stage = lock(&stage);
@@ -208,15 +208,19 @@ async fn apply(
                     occupied = true;
                     findings.push(Finding::at(&change.path, Code::CommandRuns, HELD));
                     // What the lane brought is of no use then; the stage removes the rest itself.
-                    if let Some(name) = ready.remove(&number) {
+                    if ready.contains(&number)
+                        && let Some(name) = lock(&large).take(&change)
+                    {
                         core.private.stage().remove_file(&name).ok();
                     }
                     continue;
                 }
                 if !needs_stage(&change) {
                     batch.push(Staged::new(change, None));
-                } else if let Some(name) = ready.remove(&number) {
-                    batch.push(Staged::new(change, Some(name)));
+                } else if ready.contains(&number) {
+                    // Not before: a group that is begun may not get that far.
+                    let name = lock(&large).take(&change);
+                    batch.extend(name.map(|name| Staged::new(change, Some(name))));
                 } else {
                     match stage.take_finished(number, &change, &cancel) {
                         Ok(Finished { name, print }) => {
@@ -258,8 +262,8 @@ struct Begun {
     needed: Vec<Digest>,
     /// Changes that cannot be made now.
     skipped: HashSet<usize>,
-    /// Names in the stage of files that came by the lane.
-    ready: HashMap<usize, Vec<u8>>,
+    /// Those whose files came by the lane.
+    ready: HashSet<usize>,
     findings: Vec<Finding>,
     /// Those of the skipped that are left to the lane.
     waiting: Vec<WirePath>,
@@ -288,8 +292,8 @@ async fn begin(
             let mut can_wait = true;
             if bytes > LARGE_BYTES {
                 match large.arrived(change) {
-                    Some(Ok(name)) => {
-                        begun.ready.insert(number, name);
+                    Some(Ok(())) => {
+                        begun.ready.insert(number);
                         continue;
                     }
                     Some(Err(finding)) => {
