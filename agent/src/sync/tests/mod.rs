@@ -1,5 +1,6 @@
 //! Whole engines on real directories against a hub in memory.
 
+mod left_out;
 mod listing;
 mod memory_hub;
 mod random;
@@ -8,6 +9,7 @@ mod safety;
 mod scenarios;
 mod simulation;
 mod skills;
+mod trees;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,6 +23,7 @@ use cortex_shared::tasks::TaskScope;
 use tokio::sync::watch;
 
 use super::mode::MemberOptions;
+use super::problem::Code;
 use super::status::{SyncState, SyncStatus};
 use super::{WorkspaceConfig, WorkspaceHandle, start_workspace};
 use memory_hub::MemoryHub;
@@ -200,4 +203,29 @@ async fn settle(nodes: &[&Node]) {
     for pair in nodes.windows(2) {
         assert_eq!(pair[0].tree(), pair[1].tree());
     }
+}
+
+/// Whether a status says a problem of this kind.
+fn says(status: &SyncStatus, code: Code) -> bool {
+    status.problems.iter().any(|problem| problem.code == code)
+}
+
+/// As [`settle`], where the trees differ by what is not synced.
+async fn settle_names(nodes: &[&Node]) {
+    for _ in 0..3 {
+        for node in nodes {
+            node.flush().await;
+        }
+    }
+}
+
+/// Waits until `b` has everything the hub has, without making it look at its own tree.
+async fn arrived(mesh: &Mesh, b: &Node) -> SyncStatus {
+    let seq = *mesh.hub.subscribe().borrow();
+    b.handle().head_moved(seq);
+    b.until(|status| status.applied_seq >= seq && status.state == SyncState::Idle).await
+}
+
+fn path(text: &str) -> cortex_shared::wire_path::WirePath {
+    cortex_shared::wire_path::WirePath::new(text).unwrap()
 }
