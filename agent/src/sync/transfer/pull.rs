@@ -138,8 +138,11 @@ async fn pull_groups<H: Hub>(
         if let Err(SyncError::Cancelled) = fetched {
             return fetched;
         }
+        let ends = urgent();
         let next = match groups.next() {
-            Some(group) if fetched.is_ok() => Some(begin(core, &cancel, plan, group).await),
+            Some(group) if fetched.is_ok() && !ends => {
+                Some(begin(core, &cancel, plan, group).await)
+            }
             _ => None,
         };
         let no_longer = cancel.child_token();
@@ -152,7 +155,7 @@ async fn pull_groups<H: Hub>(
         let apply = async {
             let applied =
                 apply(core, occupancy, &cancel, plan, begun, fetched.is_err(), pulled).await;
-            let ends_early = applied.is_err() || urgent();
+            let ends_early = ends || applied.is_err() || urgent();
             if ends_early {
                 no_longer.cancel();
             }
