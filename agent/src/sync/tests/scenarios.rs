@@ -640,8 +640,12 @@ async fn a_large_file_on_its_way_delays_no_small_one_and_a_flush_waits_for_it() 
     b.stop().await;
     mesh.hub.let_large_move(false);
     let large: Vec<Vec<u8>> = (0..3).map(|seed| noise(seed, 40 << 20)).collect();
+    fs::create_dir(a.path("large")).unwrap();
+    let aside = a.config.state_dir.join("aside");
     for (number, content) in large.iter().enumerate() {
-        a.write(&format!("large/{number}"), content);
+        // What is seen while it is still short would be no large file.
+        fs::write(&aside, content).unwrap();
+        fs::rename(&aside, a.path(&format!("large/{number}"))).unwrap();
     }
     at_hub(&mesh, "large", true).await;
     a.until(|status| status.state == SyncState::Uploading && status.pending_push == 3).await;
@@ -650,7 +654,7 @@ async fn a_large_file_on_its_way_delays_no_small_one_and_a_flush_waits_for_it() 
         a.write(&name, "x");
         at_hub(&mesh, &name, true).await;
     }
-    assert_eq!(mesh.hub.tree().len(), 4);
+    assert_eq!(mesh.hub.tree().len(), 4, "{:?}", mesh.hub.tree());
     let mut flush = Box::pin(a.handle().flush());
     let soon = tokio::time::timeout(Duration::from_millis(500), &mut flush).await;
     assert!(soon.is_err(), "flushed although three files are on their way");
