@@ -122,11 +122,16 @@ impl Touched {
         Self { parents, directories: BTreeMap::new(), too_many: false }
     }
 
-    /// The directory of a path, in which something is about to be changed.
-    fn parent_of<'a>(&mut self, path: &'a WirePath) -> io::Result<(DirHandle, &'a [u8])> {
-        let (parent, leaf) = self.parents.of(path)?;
+    /// The directory in which a change is about to be made.
+    fn parent_of<'a>(&mut self, change: &'a LocalChange) -> io::Result<(DirHandle, &'a [u8])> {
+        // What is taken away has to be where the plan says: somebody may have moved the directory since the
+        // change before. What is new is looked at under its path afterwards.
+        if change.from.is_some() || change.to == Some(Entry::Dir) {
+            self.parents.forget();
+        }
+        let (parent, leaf) = self.parents.of(&change.path)?;
         if !self.too_many {
-            self.add(path.parent(), &parent);
+            self.add(change.path.parent(), &parent);
         }
         Ok((parent, leaf))
     }

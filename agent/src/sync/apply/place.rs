@@ -82,7 +82,7 @@ impl Applier<'_> {
         trash_name: Option<&[u8]>,
     ) -> Result<Placed, PlaceError> {
         let change = &staged.change;
-        let (parent, leaf) = match touched.parent_of(&change.path) {
+        let (parent, leaf) = match touched.parent_of(change) {
             Ok(found) => found,
             Err(error) if vanished(&error) => return Ok(Placed::Blocked),
             Err(error) => return Err(error.into()),

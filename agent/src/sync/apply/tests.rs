@@ -257,3 +257,20 @@ fn a_displaced_file_is_remembered_before_a_crash_can_come_in_between() {
         assert!(contents.contains(&Some("written late".to_owned())), "{to:?} {contents:?}");
     }
 }
+
+#[test]
+fn what_is_taken_away_is_looked_for_where_the_plan_says_and_not_in_a_directory_that_was_there() {
+    let fixture = Fixture::new();
+    fs::create_dir(fixture.path("d")).unwrap();
+    fs::write(fixture.path("d/new"), "x").unwrap();
+    let mut touched = Touched::new(fixture.root.parents());
+    let change = |name: &str, from: Option<Entry>| fixture.change(name, from, None).change;
+    let made = LocalChange { to: Some(file("y")), ..change("d/another", None) };
+    touched.parent_of(&made).unwrap();
+    // Somebody moves the directory in the middle of a batch.
+    fs::rename(fixture.path("d"), fixture.path("kept")).unwrap();
+    touched.parent_of(&made).unwrap();
+    let gone = touched.parent_of(&change("d/new", Some(file("x")))).unwrap_err();
+    assert!(vanished(&gone), "{gone}");
+    assert!(touched.parent_of(&made).is_err(), "it was looked for anew");
+}

@@ -28,10 +28,13 @@ impl Looks {
         self.next
     }
 
-    /// Everything has been looked at, which took until now.
-    pub(super) fn done(&mut self, begun: Instant, now: Instant) {
+    /// Everything has been looked at, which took until now. If nothing was watched anew, that is still to
+    /// be done when it was due.
+    pub(super) fn done(&mut self, begun: Instant, now: Instant, watched_anew: bool) {
         self.poll = ((now - begun) * POLL_SHARE).clamp(POLL.0, POLL.1);
-        self.next = now + FULL_SCAN;
+        if watched_anew {
+            self.next = now + FULL_SCAN;
+        }
     }
 
     /// Takes over whether the kernel tells of changes everywhere; if not, they are looked for soon,
@@ -65,13 +68,16 @@ mod tests {
         // A look that takes a second is not repeated every five.
         let begun = later;
         let ended = begun + Duration::from_secs(1);
-        looks.done(begun, ended);
+        looks.done(begun, ended, true);
         assert_eq!(looks.watched(true, ended), Some(Duration::from_secs(20)));
         assert_eq!(looks.next(), ended + Duration::from_secs(20));
-        looks.done(ended, ended + POLL.1);
+        looks.done(ended, ended + POLL.1, true);
         assert_eq!(looks.watched(true, ended + POLL.1), Some(POLL.1));
-        looks.done(ended, ended);
+        looks.done(ended, ended, true);
         assert_eq!(looks.watched(false, ended), None);
         assert_eq!(looks.next(), ended + FULL_SCAN, "watches are back");
+        // Where it is done often on somebody's word, directories are still watched anew from time to time.
+        looks.done(later, ended + FULL_SCAN / 2, false);
+        assert_eq!(looks.next(), ended + FULL_SCAN);
     }
 }

@@ -355,17 +355,21 @@ impl<H: Hub> Engine<H> {
         self.progress.state(SyncState::Scanning);
         let begun = Instant::now();
         let everything = scopes.contains(&Scope::Tree(None));
+        let mut watched_anew = false;
         let mut scopes = scopes.into_iter();
         while let Some(scope) = scopes.next() {
-            if let Err(error) = self.look_at(work, &scope).await {
-                // Nobody else remembers that there is something to be seen.
-                work.unseen.push(scope);
-                work.unseen.extend(scopes);
-                return Err(error);
+            match self.look_at(work, &scope).await {
+                Ok(anew) => watched_anew |= anew,
+                Err(error) => {
+                    // Nobody else remembers that there is something to be seen.
+                    work.unseen.push(scope);
+                    work.unseen.extend(scopes);
+                    return Err(error);
+                }
             }
         }
         if everything {
-            work.looks.done(begun, Instant::now());
+            work.looks.done(begun, Instant::now(), watched_anew);
             work.supplied.clear();
             work.flushes.iter_mut().for_each(|flush| flush.looked = true);
             work.core.run(|core| core.private.empty_trash()).await?;
@@ -391,7 +395,8 @@ impl<H: Hub> Engine<H> {
         Ok(())
     }
 
-    async fn look_at(&mut self, work: &mut Work, scope: &Scope) -> Result<(), SyncError> {
+    /// Looks at a scope; whether all of its directories are watched anew.
+    async fn look_at(&mut self, work: &mut Work, scope: &Scope) -> Result<bool, SyncError> {
         let cancel = self.cancel.clone();
         let scanned = scope.clone();
         let threads = self.ground.blocking == Blocking::Threads;
@@ -442,7 +447,7 @@ impl<H: Hub> Engine<H> {
         }
         work.seen(scope, begun, report);
         self.progress.update(|status| status.entries = entries);
-        Ok(())
+        Ok(moved)
     }
 
     /// Waits for a reason to go round again; false if that is to stop.

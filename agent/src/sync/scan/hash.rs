@@ -65,7 +65,7 @@ pub(super) enum Pool<'a> {
 /// The ends of the queues to and from two threads.
 pub(super) struct Threads {
     jobs: SyncSender<Vec<Job>>,
-    results: Receiver<Vec<Hashed>>,
+    results: Receiver<thread::Result<Vec<Hashed>>>,
     /// Batches whose results have not come back.
     waiting: usize,
     /// The next batch.
@@ -115,7 +115,7 @@ impl<'a> Pool<'a> {
         }
         while let Ok(hashed) = threads.results.try_recv() {
             threads.waiting -= 1;
-            hashed.into_iter().for_each(&mut take);
+            whole(hashed).into_iter().for_each(&mut take);
         }
     }
 
@@ -156,19 +156,28 @@ impl Threads {
     fn receive(&mut self, take: &mut impl FnMut(Hashed)) {
         self.waiting -= 1;
         let results = self.results.recv().expect("workers end only after the pool is dropped");
-        results.into_iter().for_each(take);
+        whole(results).into_iter().for_each(take);
     }
+}
+
+/// Goes on with the panic of a reader.
+fn whole(hashed: thread::Result<Vec<Hashed>>) -> Vec<Hashed> {
+    hashed.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn worker(
     jobs: &Mutex<Receiver<Vec<Job>>>,
-    results: &SyncSender<Vec<Hashed>>,
+    results: &SyncSender<thread::Result<Vec<Hashed>>>,
     mut reader: Reader<'_>,
 ) {
     loop {
         let next = jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).recv();
         let Ok(batch) = next else { return };
-        if results.send(batch.into_iter().map(|job| reader.read(job)).collect()).is_err() {
+        let read = || batch.into_iter().map(|job| reader.read(job)).collect();
+        // Whoever waits for its answer would wait for ever.
+        let hashed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
+        let panic = hashed.as_ref().is_err();
+        if results.send(hashed).is_err() || panic {
             return;
         }
     }
@@ -187,6 +196,10 @@ impl<'a> Reader<'a> {
     }
 
     fn read(&mut self, job: Job) -> Hashed {
+        if self.cancel.is_cancelled() {
+            let outcome = Outcome::Unreadable(io::Error::other("cancelled"));
+            return Hashed { path: job.path, outcome, known: job.known };
+        }
         let outcome = read_stably(&job, &mut self.cutter, self.clock, self.cancel);
         Hashed { path: job.path, outcome, known: job.known }
     }

@@ -24,7 +24,10 @@ const PART_ENTRIES: usize = 256;
 /// Entries that are handed to the walk at once: to wake it for each directory would cost more than many
 /// are worth.
 const BATCH_ENTRIES: usize = 1024;
-/// Batches that wait for the walk. With one on either side this bounds memory to some 5000 entries.
+/// What a directory counts for at least, since each is open: 32 of them make a batch.
+const DIRECTORY_WEIGHT: usize = 32;
+/// Batches that wait for the walk. With one on either side this bounds memory to some 5000 entries, and
+/// open directories to 128 and the depth of the tree.
 const BATCHES_AHEAD: usize = 2;
 
 /// A name in a directory.
@@ -124,6 +127,8 @@ impl<'a> Lister<'a> {
                 continue;
             }
             let names = frame.names.by_ref().take(PART_ENTRIES);
+            // Where a look takes long, a stop does not wait for all of them.
+            let names = names.take_while(|_| !self.rules.cancel.is_cancelled());
             let (directory, handle) = (frame.directory.as_ref(), &frame.handle);
             let entries: Vec<Listed> = names
                 .filter(|name| !self.rules.ignore.ignores_name(directory, name))
@@ -153,7 +158,7 @@ impl<'a> Lister<'a> {
                     let part = self.next();
                     more = part.is_some();
                     entries += match &part {
-                        Some(Part::Entries(_, some)) => some.len(),
+                        Some(Part::Entries(_, some)) => some.len().max(DIRECTORY_WEIGHT),
                         _ => 1,
                     };
                     batch.extend(part);

@@ -279,8 +279,12 @@ impl Walk<'_, '_> {
                 Some(Part::Entries(handle, entries)) => (handle, entries),
                 Some(Part::Failed(error)) => return Ok(Err(error)),
                 Some(Part::End) => break,
-                // It was cancelled.
-                None => return Ok(Ok(())),
+                None if self.rules.cancel.is_cancelled() => return Ok(Ok(())),
+                // Whoever lists has panicked: nothing is known of the rest.
+                None => {
+                    let error = io::Error::other("the listing ended before its end");
+                    return Err(ScanError::Root(error));
+                }
             };
             for entry in entries {
                 if self.rules.cancel.is_cancelled() {

@@ -347,3 +347,38 @@ fn a_time_in_the_future_is_not_looked_at_again_and_again() {
     assert_eq!(tree.scan_all().racy, [Scope::Children(None)]);
     assert!(tree.scan_all().racy.is_empty());
 }
+
+#[test]
+fn a_directory_that_comes_in_many_parts_is_seen_whole_with_what_is_below_in_between() {
+    let mut tree = Fixture::new();
+    // More than a part before, between and behind the directories, and more than a batch in all.
+    let mut all = Vec::new();
+    for (letter, names) in [("a", 300), ("c", 700), ("f", 300)] {
+        for number in 0..names {
+            let name = format!("{letter}{number:04}");
+            tree.write(&name, "x");
+            all.push(name);
+        }
+    }
+    for name in ["b/x", "b/y/z", "d/x", "e/x", "g/x"] {
+        tree.write(name, "x");
+    }
+    let below = ["b/", "b/x", "b/y/", "b/y/z", "d/", "d/x", "e/", "e/x", "g/", "g/x"];
+    all.extend(below.map(String::from));
+    all.sort_by_key(|name| name.trim_end_matches('/').replace('/', "\0"));
+    let seen = |tree: &Fixture| {
+        let rows = tree.index.below(None, None, 10_000).unwrap();
+        let dir = |row: &IndexRow| if row.row.local == Some(Entry::Dir) { "/" } else { "" };
+        let there = rows.iter().filter(|row| row.row.local.is_some());
+        there.map(|row| format!("{}{}", row.row.path, dir(row))).collect::<Vec<_>>()
+    };
+    assert_eq!(tree.scan_all().changed, all.len() as u64);
+    assert_eq!(seen(&tree), all);
+    assert_eq!(tree.scan_all().changed, 0, "a second look finds nothing new");
+    for name in ["a0010", "c0256", "f0299", "g/x"] {
+        fs::remove_file(tree.path(name)).unwrap();
+    }
+    assert_eq!(tree.scan_all().changed, 4);
+    all.retain(|name| !["a0010", "c0256", "f0299", "g/x"].contains(&name.as_str()));
+    assert_eq!(seen(&tree), all);
+}

@@ -175,9 +175,10 @@ impl Stage {
             }
             Some(Entry::Dir) | None => return Ok(Vec::new()),
         };
-        // A single chunk comes into a file that is made for it.
-        if !file.recipe.is_empty() || !self.is_waiting(number) {
-            self.create(number)?;
+        // A single chunk comes into a file that is made for it, unless there is nothing to come.
+        let is_hole = file.recipe.is_empty() && file.chunks().any(|chunk| chunk.is_zero());
+        if !file.recipe.is_empty() || is_hole || !self.is_waiting(number) {
+            self.create(number, file.size)?;
             self.settle_zeros(number, file);
         }
         if self.is_waiting(number) {
@@ -205,15 +206,15 @@ impl Stage {
         self.files[number].as_ref().is_some_and(|file| file.waiting > 0)
     }
 
-    fn create(&mut self, number: usize) -> io::Result<()> {
+    /// Makes a file, if it does not exist: of `len` bytes, so that holes can be read wherever they are.
+    fn create(&mut self, number: usize, len: u64) -> io::Result<()> {
         if let Some(staged) = &mut self.files[number]
             && !staged.created
         {
             let file = self.private.stage().create_new(&staged.name, NEW_FILE_MODE)?;
             staged.created = true;
-            if let Some((size, _)) = &staged.growing {
-                // So that holes can be read, wherever they are.
-                file.set_len(*size)?;
+            if len > 0 {
+                file.set_len(len)?;
             }
         }
         Ok(())
@@ -290,9 +291,13 @@ impl Stage {
     fn take_places(&mut self, hash: &Digest) -> Vec<Writing> {
         let mut writings = Vec::new();
         for place in self.wanted.remove(hash).unwrap_or_default() {
-            let growing =
-                self.files[place.file].as_ref().is_some_and(|file| file.growing.is_some());
-            match if growing { self.create(place.file) } else { Ok(()) } {
+            let file = self.files[place.file].as_ref();
+            // One of a single chunk is made by whoever writes that.
+            let made = match file.and_then(|file| file.growing.as_ref()) {
+                Some(&(len, _)) => self.create(place.file, len),
+                None => Ok(()),
+            };
+            match made {
                 Ok(()) => writings.extend(self.writing(place)),
                 Err(error) => self.written(place, Err(error)),
             }
@@ -385,7 +390,7 @@ impl Stage {
         if sources.is_empty() {
             return Ok(());
         }
-        self.create(number)?;
+        self.create(number, 0)?;
         let Some(staged) = &mut self.files[number] else { return Ok(()) };
         let target = self.private.stage().open_for_writing(&staged.name)?;
         for Source { file: source, .. } in sources {
