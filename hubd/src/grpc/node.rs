@@ -29,7 +29,7 @@ use crate::enroll::authorities::Authorities;
 use crate::enroll::validator::Validator;
 use crate::events::{EventBus, Kind, NewEvent};
 use crate::node::files::FileExchange;
-use crate::node::registry::{ArrivalRefusal, NodeRefusal, Registry, policy_update};
+use crate::node::registry::{ArrivalRefusal, NodeRefusal, Outbox, Registry, policy_update};
 use crate::node::session::{self, SessionGuard};
 use crate::store::{Actor, Presented, Store};
 use crate::sync::members::Members;
@@ -162,7 +162,7 @@ impl Node for NodeService {
         let heartbeat = heartbeat_for(self.registry.online(), self.heartbeat);
         let policy = policy_update(&node.policy, unix_ms());
         let ring = self.authorities.ring();
-        let welcome = hub_frame::Frame::Welcome(Welcome {
+        let welcome = Welcome {
             session_id: ends.handle.id.as_bytes().to_vec().into(),
             epoch: ends.handle.epoch,
             name: node.name.clone(),
@@ -177,9 +177,7 @@ impl Node for NodeService {
             trusted_cas_der: ring.trusted_der(),
             // Also who missed an answer: what it has may be of an authority that is to be retired.
             renew_now: !ring.has_moved(&node) || presented == Presented::MissedAnswer,
-        });
-        // The queue is empty: these two fit.
-        ends.handle.send(welcome).ok();
+        };
         self.relay.session_began(&ends.handle, &held);
         self.registry.correct_policy(node_id, &node.policy);
         // Beside the session, which must not wait for the workspaces' databases.
@@ -199,11 +197,8 @@ impl Node for NodeService {
             session::run(guard, inbound, cancel, heartbeat).await;
         });
         self.end_with_certificate(node_id, not_after_ms, ends.cancel.clone());
-        // What is queued is still sent after the session was ended: the reason is among it.
-        let end = ends.cancel.cancelled_owned();
-        let frames = ReceiverStream::new(ends.outbox).map(|frame| Ok(*frame));
-        let outbound = stream_until(frames, end);
-        Ok(Response::new(Box::pin(outbound)))
+        let frames = outbound(welcome, ends.outbox, ends.cancel.cancelled_owned());
+        Ok(Response::new(Box::pin(frames.map(|frame| Ok(*frame)))))
     }
 
     async fn task_io(
@@ -345,6 +340,17 @@ fn heartbeat_for(online: usize, least: Duration) -> Duration {
     least.max(Duration::from_secs(1) * online / HEARTBEATS_PER_SECOND)
 }
 
+/// What a node hears: first the welcome, whatever others have put into the queue since they see the session.
+/// What is queued is still sent after the session was ended: the reason is among it.
+fn outbound(
+    welcome: Welcome,
+    outbox: Outbox,
+    end: impl Future<Output = ()>,
+) -> impl Stream<Item = Box<HubFrame>> {
+    let welcome = Box::new(HubFrame { frame: Some(hub_frame::Frame::Welcome(welcome)) });
+    stream_until(stream::iter([welcome]).chain(ReceiverStream::new(outbox)), end)
+}
+
 /// Passes a stream on until `end`, and then only what is ready at once.
 fn stream_until<S: Stream + Unpin>(
     frames: S,
@@ -370,7 +376,28 @@ fn stream_until<S: Stream + Unpin>(
 
 #[cfg(test)]
 mod tests {
+    use cortex_proto::v1::Heartbeat;
+    use tokio::sync::mpsc;
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_node_is_welcomed_before_it_hears_anything_else_also_if_its_session_is_over() {
+        for over in [false, true] {
+            let (queue, outbox) = mpsc::channel(2);
+            let early = hub_frame::Frame::Heartbeat(Heartbeat {});
+            queue.try_send(Box::new(HubFrame { frame: Some(early) })).unwrap();
+            let cancel = CancellationToken::new();
+            if over {
+                cancel.cancel();
+            }
+            let mut heard = Box::pin(outbound(Welcome::default(), outbox, cancel.cancelled()));
+            let first = heard.next().await.unwrap().frame;
+            assert!(matches!(first, Some(hub_frame::Frame::Welcome(_))), "{first:?}");
+            let second = heard.next().await.unwrap().frame;
+            assert!(matches!(second, Some(hub_frame::Frame::Heartbeat(_))), "{second:?}");
+        }
+    }
 
     #[test]
     fn heartbeats_are_bounded_in_all() {

@@ -164,7 +164,7 @@ passed_on! {
     fn suspect_clone(node: NodeId, suspicion: CloneSuspicion) -> ();
     fn accept_task(task: NewTask) -> Acceptance;
     fn end_task(id: TaskId, end: TaskEnd) -> ();
-    fn add_late_outcome(id: TaskId, node: NodeId, outcome: TaskEnd) -> bool;
+    fn add_late_outcome(id: TaskId, node: NodeId, outcome: TaskEnd) -> LateReport;
     fn want_cancel(id: TaskId) -> ();
     fn tasks_to_cancel(node: NodeId, held: Vec<TaskId>) -> Vec<TaskId>;
     fn open_tasks() -> Vec<TaskRecord>;

@@ -33,10 +33,10 @@ pub use identity::{
 };
 pub use records::{
     Acceptance, Actor, AuditHead, AuditLine, Caller, Facts, IdempotencyKey, Invite, InviteKind,
-    KeyHash, LabelChange, LabelRefusal, LateOutcome, NewAudit, NewInvite, NewTask, Node,
-    NodePolicy, NodeRedemption, Operator, OperatorRecord, OperatorRedemption, RedeemRefusal, Scope,
-    ShownCommand, SkillOrigin, SkillVersion, TaskEnd, TaskEndState, TaskQuery, TaskRecord, Verdict,
-    Workspace,
+    KeyHash, LabelChange, LabelRefusal, LateOutcome, LateReport, NewAudit, NewInvite, NewTask,
+    Node, NodePolicy, NodeRedemption, Operator, OperatorRecord, OperatorRedemption, RedeemRefusal,
+    Scope, ShownCommand, SkillOrigin, SkillVersion, TaskEnd, TaskEndState, TaskQuery, TaskRecord,
+    Verdict, Workspace,
 };
 pub use source::{InvalidRange, SourceRange};
 
@@ -139,14 +139,13 @@ pub trait Store: Send + Sync + 'static {
     /// Journals how a task ended. The first verdict stands; a later one changes nothing.
     async fn end_task(&self, id: TaskId, end: TaskEnd) -> Result<(), StoreError>;
     /// Adds what a node reports of a task that has a verdict without it. Changes nothing if this is known
-    /// already, if the verdict was the node's own, or if it is not a task of this node; returns whether
-    /// it was added.
+    /// already, if the verdict was the node's own, or if it is not a task of this node.
     async fn add_late_outcome(
         &self,
         id: TaskId,
         node: NodeId,
         outcome: TaskEnd,
-    ) -> Result<bool, StoreError>;
+    ) -> Result<LateReport, StoreError>;
     /// Records that somebody wants a command to end, unless its node has said how it ended.
     async fn want_cancel(&self, id: TaskId) -> Result<(), StoreError>;
     /// Those of these tasks that have a verdict, are wanted to end, and of whose end their node has not

@@ -18,8 +18,8 @@ use super::source::SourceRange;
 pub use authority::{Actor, LabelChange, LabelRefusal, NodePolicy, OperatorRecord, Scope};
 pub use skills::{SkillOrigin, SkillVersion};
 pub use tasks::{
-    Acceptance, IdempotencyKey, LateOutcome, NewTask, ShownCommand, TaskEnd, TaskEndState,
-    TaskQuery, TaskRecord, Verdict,
+    Acceptance, IdempotencyKey, LateOutcome, LateReport, NewTask, ShownCommand, TaskEnd,
+    TaskEndState, TaskQuery, TaskRecord, Verdict,
 };
 
 /// SHA-256 of a public key (its SubjectPublicKeyInfo).

@@ -30,7 +30,7 @@ use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 pub(super) use self::ending::acknowledge;
-use self::ending::{Known, LATE_REPORTS, LateReport, record_late};
+use self::ending::{Known, LATE_REPORTS, Report, record_late};
 use super::budget::Budget;
 use super::draining::Draining;
 use super::history::History;
@@ -81,7 +81,7 @@ pub struct Relay {
     scope: TaskScope,
     deadlines: Deadlines,
     limits: CommandLimits,
-    late: mpsc::Sender<LateReport>,
+    late: mpsc::Sender<Report>,
     unrecorded: Arc<Unrecorded>,
     unwanted: Arc<Unwanted>,
     draining: Draining,

@@ -77,6 +77,17 @@ pub enum Acceptance {
     KeyReused(TaskId),
 }
 
+/// What became of a node's word on a task that should have its verdict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LateReport {
+    /// It is in the journal.
+    Added,
+    /// It adds nothing: the journal has the node's word, or there is no such task of this node.
+    Known,
+    /// The verdict is not in the journal yet; nothing was journalled.
+    TooEarly,
+}
+
 /// In what way a task ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -22,9 +22,9 @@ use rusqlite::{Connection, OptionalExtension as _};
 use super::database::{Database, DatabaseError, Settings};
 use super::{
     Acceptance, AuditHead, AuditLine, CaState, CloneSuspicion, Invite, LabelChange, LabelRefusal,
-    NewAudit, NewInvite, NewTask, Node, NodePolicy, NodeRedemption, Operator, OperatorRecord,
-    OperatorRedemption, RedeemRefusal, RenewOutcome, Renewal, SkillVersion, Store, StoreError,
-    TaskEnd, TaskQuery, TaskRecord, Workspace,
+    LateReport, NewAudit, NewInvite, NewTask, Node, NodePolicy, NodeRedemption, Operator,
+    OperatorRecord, OperatorRedemption, RedeemRefusal, RenewOutcome, Renewal, SkillVersion, Store,
+    StoreError, TaskEnd, TaskQuery, TaskRecord, Workspace,
 };
 
 pub(super) use self::audit::page as audit_page;
@@ -155,7 +155,7 @@ impl Store for SqliteStore {
         id: TaskId,
         node: NodeId,
         outcome: TaskEnd,
-    ) -> Result<bool, StoreError> {
+    ) -> Result<LateReport, StoreError> {
         self.database.write(move |t| tasks::add_late_outcome(t, id, node, &outcome)).await
     }
 

@@ -7,7 +7,8 @@ use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde_json::{Value, json};
 
 use super::super::{
-    Acceptance, Actor, NewTask, StoreError, TaskEnd, TaskEndState, TaskQuery, TaskRecord, Verdict,
+    Acceptance, Actor, LateReport, NewTask, StoreError, TaskEnd, TaskEndState, TaskQuery,
+    TaskRecord, Verdict,
 };
 use super::{audit, damaged, from_json, node_id, to_json};
 
@@ -111,16 +112,21 @@ pub(super) fn add_late_outcome(
     id: TaskId,
     node: NodeId,
     outcome: &TaskEnd,
-) -> Result<bool, StoreError> {
+) -> Result<LateReport, StoreError> {
     let mut statement = t.prepare_cached(
         "UPDATE tasks SET late_outcome = ?3 WHERE id = ?1 AND node = ?2 AND ended_at IS NOT NULL \
          AND late_outcome IS NULL AND stdout_hash IS NULL RETURNING actor",
     )?;
     let key = params![id.as_bytes().as_slice(), node.as_bytes().as_slice(), to_json(outcome)?];
     let actor: Option<String> = statement.query_row(key, |row| row.get(0)).optional()?;
-    let Some(actor) = actor else { return Ok(false) };
+    let Some(actor) = actor else {
+        let open = t
+            .prepare_cached("SELECT 1 FROM tasks WHERE id = ?1 AND node = ?2 AND ended_at IS NULL")?
+            .exists([id.as_bytes().as_slice(), node.as_bytes().as_slice()])?;
+        return Ok(if open { LateReport::TooEarly } else { LateReport::Known });
+    };
     append_end(t, id, &actor, "task.late_outcome", node, outcome)?;
-    Ok(true)
+    Ok(LateReport::Added)
 }
 
 pub(super) fn want_cancel(t: &Connection, id: TaskId) -> Result<(), StoreError> {

@@ -123,22 +123,27 @@ fn end(verdict: Verdict, code: u32) -> TaskEnd {
 async fn the_first_verdict_of_a_task_stands_and_a_late_outcome_is_added_once() {
     let (_folder, store) = store().await;
     let node = NodeId::new();
-    let (known, lost) = (task("ann", node), task("ann", node));
-    for task in [&known, &lost] {
+    let (known, lost, open) = (task("ann", node), task("ann", node), task("ann", node));
+    for task in [&known, &lost, &open] {
         store.accept_task(task.clone()).await.unwrap();
     }
     let exited = end(Verdict::Exited, 7);
     store.end_task(known.id, exited.clone()).await.unwrap();
     store.end_task(known.id, end(Verdict::StreamLost, 0)).await.unwrap();
     store.end_task(lost.id, end(Verdict::StreamLost, 0)).await.unwrap();
-    assert!(store.open_tasks().await.unwrap().is_empty());
+    assert_eq!(store.open_tasks().await.unwrap().len(), 1);
     let late = end(Verdict::Exited, 5);
     let add = async |id, node| store.add_late_outcome(id, node, late.clone()).await.unwrap();
-    assert!(!add(known.id, node).await, "the node's own verdict needs none");
-    assert!(!add(lost.id, NodeId::new()).await, "another node's task");
-    assert!(add(lost.id, node).await);
-    assert!(!add(lost.id, node).await);
-    assert!(!add(TaskId::new(), node).await);
+    for (id, of, wanted, why) in [
+        (known.id, node, LateReport::Known, "the node's own verdict needs none"),
+        (lost.id, NodeId::new(), LateReport::Known, "another node's task"),
+        (open.id, node, LateReport::TooEarly, "no verdict"),
+        (lost.id, node, LateReport::Added, "a verdict of the hub"),
+        (lost.id, node, LateReport::Known, "a second time"),
+        (TaskId::new(), node, LateReport::Known, "no task"),
+    ] {
+        assert_eq!(add(id, of).await, wanted, "{why}");
+    }
     let record = store.task(known.id).await.unwrap().unwrap();
     assert_eq!((record.end, record.late), (Some(exited), None));
     let record = store.task(lost.id).await.unwrap().unwrap();

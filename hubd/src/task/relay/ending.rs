@@ -14,7 +14,7 @@ use super::{Relay, Task, about, ended};
 use crate::counters;
 use crate::events::{EventBus, Kind};
 use crate::node::registry::SessionHandle;
-use crate::store::Store;
+use crate::store::{LateReport, Store};
 use crate::task::to_reader::End;
 use crate::task::verdict::{journal_entry, tidy};
 
@@ -34,7 +34,7 @@ pub(super) enum Known {
 }
 
 /// A node's word on a task that may have its verdict already.
-pub(super) struct LateReport {
+pub(super) struct Report {
     task: TaskId,
     session: SessionHandle,
     exit: TaskExit,
@@ -81,7 +81,7 @@ impl Relay {
     pub fn outcome(&self, id: TaskId, session: &SessionHandle, exit: TaskExit) {
         if !self.finish(id, session.node, exit.clone()) {
             // Full: the node repeats what is not acknowledged.
-            self.late.try_send(LateReport { task: id, session: session.clone(), exit }).ok();
+            self.late.try_send(Report { task: id, session: session.clone(), exit }).ok();
         }
     }
 
@@ -152,16 +152,21 @@ pub(in crate::task) fn acknowledge(session: &SessionHandle, id: TaskId) {
 pub(super) async fn record_late(
     store: Arc<dyn Store>,
     events: Arc<EventBus>,
-    mut reports: mpsc::Receiver<LateReport>,
+    mut reports: mpsc::Receiver<Report>,
     scope: TaskScope,
 ) {
     while let Some(Some(report)) = scope.token().run_until_cancelled(reports.recv()).await {
-        let LateReport { task, session, mut exit } = report;
+        let Report { task, session, mut exit } = report;
         tidy(&mut exit);
         let outcome = journal_entry(&exit, None);
         match store.add_late_outcome(task, session.node, outcome.clone()).await {
-            Ok(added) => {
-                if added {
+            // Whoever gives the verdict acknowledges it, too; if that was the hub's own, the node's word is
+            // still to be heard, in its next session.
+            Ok(LateReport::TooEarly) => {
+                tracing::debug!(%task, node = %session.node, "reported before its verdict is journalled");
+            }
+            Ok(known) => {
+                if known == LateReport::Added {
                     if let Ok(Some(record)) = store.task(task).await {
                         events.publish(Kind::TaskLateOutcome, ended(about(&record), &outcome));
                     }

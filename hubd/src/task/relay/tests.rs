@@ -270,6 +270,30 @@ async fn a_node_that_stays_away_loses_its_task_and_what_it_says_later_is_added_o
 }
 
 #[tokio::test]
+async fn a_node_keeps_its_word_on_a_command_whose_verdict_is_not_journalled() {
+    let mut fixture = fixture_with(SHORT).await;
+    let lost = fixture.start("ann", Role::Operator).await.unwrap();
+    fixture.open(&lost);
+    fixture.relay.session_lost(fixture.session.handle.id);
+    end_after_news(&lost).await;
+    // Out of the table, and not in the journal yet.
+    let early = fixture.new_task("ann", Role::Operator);
+    fixture.store.accept_task(early.clone()).await.unwrap();
+    fixture.reconnect(&[early.id, lost.id()]);
+    for id in [early.id, lost.id()] {
+        fixture.relay.outcome(id, &fixture.session.handle, exited());
+    }
+    // One report is dealt with after the other.
+    loop {
+        let frame = fixture.session.outbox.recv().await.unwrap().frame;
+        if let Some(hub_frame::Frame::TaskAck(ack)) = frame {
+            assert_eq!(ack.task_id, &lost.id().as_bytes()[..], "nobody has journalled the other");
+            break;
+        }
+    }
+}
+
+#[tokio::test]
 async fn what_a_node_does_not_hold_any_more_ends_when_it_says_so() {
     let mut fixture = fixture_with(Duration::from_secs(600)).await;
     let task = fixture.start("ann", Role::Operator).await.unwrap();
