@@ -58,8 +58,10 @@ pub(super) struct Shared {
     /// How often somebody asked for the head.
     pub(super) heads: AtomicUsize,
     pub(super) commits: AtomicUsize,
-    pub(super) packs_received: AtomicUsize,
+    packs_received: watch::Sender<usize>,
     pub(super) packs_sent: AtomicUsize,
+    /// Commits are made once so many packs have come.
+    packs_before_commits: AtomicUsize,
     large_moves: watch::Sender<bool>,
     pub(super) conflicts: Mutex<Vec<(WirePath, WirePath)>>,
 }
@@ -94,8 +96,9 @@ impl MemoryHub {
                 breaks_after_word: AtomicBool::new(false),
                 heads: AtomicUsize::new(0),
                 commits: AtomicUsize::new(0),
-                packs_received: AtomicUsize::new(0),
+                packs_received: watch::Sender::new(0),
                 packs_sent: AtomicUsize::new(0),
+                packs_before_commits: AtomicUsize::new(0),
                 conflicts: Mutex::default(),
                 large_moves: watch::Sender::new(true),
             }),
@@ -111,6 +114,11 @@ impl MemoryHub {
     /// From now on nothing moves on the line of large files, or it does again.
     pub(super) fn let_large_move(&self, moves: bool) {
         self.0.large_moves.send_replace(moves);
+    }
+
+    /// From now on commits wait until so many packs have come.
+    pub(super) fn await_packs(&self, packs: usize) {
+        self.0.packs_before_commits.store(packs, Ordering::SeqCst);
     }
 
     async fn line(&self) {
@@ -187,8 +195,9 @@ impl MemoryHub {
 
     /// Counters of commits, packs received, packs sent.
     pub(super) fn traffic(&self) -> [usize; 3] {
-        [&self.0.commits, &self.0.packs_received, &self.0.packs_sent]
-            .map(|counter| counter.load(Ordering::SeqCst))
+        let [commits, sent] =
+            [&self.0.commits, &self.0.packs_sent].map(|c| c.load(Ordering::SeqCst));
+        [commits, *self.0.packs_received.borrow(), sent]
     }
 
     /// From now on every call fails, or works again.
@@ -243,7 +252,7 @@ impl MemoryHub {
             state.wanted.remove(&indexed.chunk.hash);
         }
         state.packs.insert(pack.hash(), pack.bytes().clone());
-        self.0.packs_received.fetch_add(1, Ordering::SeqCst);
+        self.0.packs_received.send_modify(|packs| *packs += 1);
         Ok(pack.hash())
     }
 }
@@ -373,6 +382,8 @@ impl Hub for MemoryHub {
 
     async fn commit(&self, _: WorkspaceId, commit: Commit) -> Result<Committed, HubError> {
         self.check()?;
+        let before = self.0.packs_before_commits.load(Ordering::SeqCst);
+        self.0.packs_received.subscribe().wait_for(|packs| *packs >= before).await.unwrap();
         let mut state = self.state();
         state.check_history(commit.known)?;
         assert_eq!(commit.epoch, state.epoch);

@@ -210,6 +210,21 @@ async fn t19_thousands_of_small_files_travel_in_few_packs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn content_of_the_next_commit_is_on_its_way_while_one_is_made() {
+    let mesh = Mesh::new();
+    let (mut a, b) = (mesh.stopped_node("a"), mesh.node("b"));
+    for number in 0..1500 {
+        a.write(&format!("f{number}"), number.to_string());
+    }
+    // The first thousand are in one pack.
+    mesh.hub.await_packs(2);
+    a.start();
+    settle(&[&a, &b]).await;
+    assert_eq!(mesh.hub.traffic()[..2], [2, 2]);
+    assert_eq!(b.status().entries, 1500);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn t20_a_broken_line_and_a_restart_only_cost_time() {
     let mesh = Mesh::new();
     let mut a = mesh.stopped_node("a");

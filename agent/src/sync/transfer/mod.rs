@@ -3,6 +3,7 @@
 mod growing;
 mod lane;
 mod large;
+mod outgoing;
 mod packing;
 mod pull;
 mod push;
