@@ -10,6 +10,7 @@ use rand::RngExt as _;
 
 use super::core::SyncError;
 use super::watch::Kernels;
+use crate::identity::MachineFacts;
 use crate::root_dir::{Disk, real_disk};
 
 /// Where blocking work is done.
@@ -64,6 +65,8 @@ pub(super) struct Ground {
     pub(super) kernels: Kernels,
     /// The time of day in milliseconds since the Unix epoch: to tell when, never to compare.
     pub(super) wall_ms: Arc<dyn Fn() -> i64 + Send + Sync>,
+    /// Tells one start of the machine from another; empty if that is not known.
+    pub(super) boot_id: Arc<dyn Fn() -> String + Send + Sync>,
     /// A number from 0 to 1, to spread what would otherwise happen at once.
     pub(super) chance: Arc<dyn Fn() -> f64 + Send + Sync>,
 }
@@ -82,6 +85,7 @@ impl Ground {
             blocking: Blocking::Threads,
             kernels: Kernels::real(),
             wall_ms: Arc::new(unix_ms),
+            boot_id: Arc::new(|| MachineFacts::of_this_machine().boot_id),
             chance: Arc::new(|| rand::rng().random_range(0.0..1.0)),
         }
     }

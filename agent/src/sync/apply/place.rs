@@ -225,5 +225,7 @@ fn set_executable(
     // As the file system shows it, which may be another way than it was set.
     let set = file.meta()?;
     file.sync()?;
-    Ok(Some(set))
+    // Somebody wrote to it in between: that has to be read.
+    let is_same = (set.size, set.mtime_ns) == (meta.size, meta.mtime_ns);
+    Ok(Some(set).filter(|_| is_same))
 }

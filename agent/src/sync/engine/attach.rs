@@ -112,6 +112,10 @@ pub(super) fn attach(
     let private = PrivateDir::open(ground, config.id, &folder, &config.root, &top)
         .map_err(|source| AttachError::Private { path: path(), source })?;
     tracing::debug!(workspace = %config.name, private = ?private.path(), "attached");
+    let clock = private
+        .clock_of_readers()
+        .map_err(|source| AttachError::Private { path: path(), source })?;
+    index.begin_boot(&(ground.boot_id)(), clock.now_ns.saturating_add(clock.tick_ns))?;
     let meta = top.meta().map_err(|source| AttachError::Root { path: path(), source })?;
     let owner = rustix::process::geteuid().is_root().then_some((meta.uid, meta.gid));
     let folds_case =

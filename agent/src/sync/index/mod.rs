@@ -14,6 +14,7 @@ mod codec;
 mod left_out;
 mod listing;
 mod peek;
+mod power;
 mod replica;
 #[cfg(test)]
 mod tests;
@@ -119,6 +120,8 @@ pub struct Stamp {
     /// It had been changed so shortly before it was read that a change right after it might have
     /// left the same times.
     pub racy: bool,
+    /// The machine was started since, and the file may have been lost with the power.
+    pub distrusted: bool,
 }
 
 impl Stamp {
@@ -126,7 +129,7 @@ impl Stamp {
     #[must_use]
     pub fn new(meta: &Meta, racy: bool) -> Self {
         let Meta { dev, ino, size, mtime_ns, ctime_ns, .. } = *meta;
-        Self { dev, ino, size, mtime_ns, ctime_ns, racy }
+        Self { dev, ino, size, mtime_ns, ctime_ns, racy, distrusted: false }
     }
 
     /// Whether the content is surely what it was.
@@ -574,7 +577,8 @@ fn decode_row(row: &rusqlite::Row<'_>) -> Result<IndexRow, IndexError> {
                 size: size.cast_unsigned(),
                 mtime_ns,
                 ctime_ns,
-                racy: racy != 0,
+                racy: racy & !power::DISTRUSTED != 0,
+                distrusted: racy & power::DISTRUSTED != 0,
             })
         }
         _ => None,

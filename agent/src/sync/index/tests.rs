@@ -166,3 +166,88 @@ fn a_statement_is_planned_once_however_often_it_is_used() {
         assert_eq!(statement.get_status(rusqlite::StatementStatus::RePrepare), 0, "{limit}");
     }
 }
+
+fn stamp(ctime_s: i64, racy: bool) -> Stamp {
+    let ctime_ns = ctime_s * 1_000_000_000;
+    Stamp { dev: 1, ino: 1, size: 1, mtime_ns: ctime_ns, ctime_ns, racy, distrusted: false }
+}
+
+/// An index of two starts of a machine: `name`, which the hub has as well, was seen at second 1000.
+fn after_a_loss_of_power(name: &str, racy: bool) -> (tempfile::TempDir, Index) {
+    let (folder, mut index) = open();
+    index.begin_boot("first", 0).unwrap();
+    index
+        .batch(|w| {
+            w.set_local(&path("long ago"), Seen::Entry(file("old"), Some(stamp(600, false))))?;
+            w.set_local(&path("d"), Seen::Entry(Entry::Dir, None))?;
+            w.set_local(&path(name), Seen::Entry(file("new"), Some(stamp(1000, racy))))?;
+            w.set_local(&path("to come"), Seen::Entry(file("odd"), Some(stamp(9000, false))))?;
+            for (name, entry) in [
+                ("d", Entry::Dir),
+                ("long ago", file("old")),
+                (name, file("new")),
+                ("to come", file("odd")),
+            ] {
+                w.set_remote(&path(name), Some(entry))?;
+            }
+            Ok(())
+        })
+        .unwrap();
+    index.begin_boot("first", 2_000_000_000_000).unwrap();
+    assert!(!index.get(&path(name)).unwrap().unwrap().stamp.unwrap().distrusted);
+    index.begin_boot("second", 2_000_000_000_000).unwrap();
+    (folder, index)
+}
+
+#[test]
+fn after_a_loss_of_power_what_was_changed_last_and_is_gone_comes_back_and_older_deletions_count() {
+    let (_folder, mut index) = after_a_loss_of_power("d/f", false);
+    let distrusted = |index: &Index, name: &str| {
+        index.get(&path(name)).unwrap().unwrap().stamp.is_some_and(|stamp| stamp.distrusted)
+    };
+    assert!(distrusted(&index, "d/f"));
+    assert!(!distrusted(&index, "long ago") && !distrusted(&index, "to come"));
+    // What cannot be read now is still distrusted when it can.
+    index.batch(|w| w.set_local(&path("d/f"), Seen::Unknown)).unwrap();
+    index
+        .batch(|w| {
+            w.set_local(&path("long ago"), Seen::Absent)?;
+            w.set_local(&path("d"), Seen::Absent)?;
+            w.set_absent_below(&path("d"))
+        })
+        .unwrap();
+    let base = |name: &str| index.get(&path(name)).unwrap().unwrap().row.base;
+    assert_eq!((base("d"), base("d/f")), (None, None), "nobody took them away");
+    assert_eq!(base("long ago"), Some(file("old")), "somebody deleted it");
+}
+
+#[test]
+fn after_a_loss_of_power_what_is_as_it_was_before_gives_way_and_what_was_changed_since_is_kept() {
+    for (found, at, racy, wanted) in [
+        ("older", 900, false, Some(file("older"))),
+        ("cut off", 1000, false, Some(file("cut off"))),
+        // It may have been changed within the same tick.
+        ("either", 1000, true, None),
+        ("newer", 1900, false, None),
+        ("new", 1000, false, Some(file("new"))),
+    ] {
+        let (_folder, mut index) = after_a_loss_of_power("f", racy);
+        let seen = Seen::Entry(file(found), Some(stamp(at, false)));
+        index.batch(|w| w.set_local(&path("f"), seen)).unwrap();
+        let row = index.get(&path("f")).unwrap().unwrap();
+        assert_eq!((row.row.base, row.row.local), (wanted, Some(file(found))), "{found}");
+        assert!(!row.stamp.unwrap().distrusted, "it has been seen again");
+    }
+    // A directory that was there before the file that took its place.
+    let (_folder, mut index) = after_a_loss_of_power("f", false);
+    let seen = Seen::Entry(Entry::Dir, Some(stamp(900, false)));
+    index.batch(|w| w.set_local(&path("f"), seen)).unwrap();
+    let row = index.get(&path("f")).unwrap().unwrap();
+    assert_eq!((row.row.base, row.stamp), (Some(Entry::Dir), None));
+    // What the hub does not have yet is as the disk has it.
+    let (_folder, mut index) = after_a_loss_of_power("f", false);
+    index.batch(|w| w.set_remote(&path("f"), Some(file("the hub's")))).unwrap();
+    let seen = Seen::Entry(file("older"), Some(stamp(900, false)));
+    index.batch(|w| w.set_local(&path("f"), seen)).unwrap();
+    assert_eq!(index.get(&path("f")).unwrap().unwrap().row.base, Some(file("new")));
+}

@@ -5,6 +5,7 @@ use cortex_shared::wire_path::WirePath;
 use rusqlite::{Connection, params};
 
 use super::left_out::is_left_out;
+use super::power::DISTRUSTED;
 use super::{Counts, Cursor, Displaced, IndexError, IndexRow, Seen, bounded, codec, differs, get};
 use crate::root_dir::DirIdentity;
 use crate::sync::ignore::Ignore;
@@ -31,20 +32,36 @@ impl<'a> Writer<'a> {
         Ok(self.counts)
     }
 
-    /// Records what stands at a path here.
+    /// Records what stands at a path here. The stamp of a directory is not kept; it only tells what was
+    /// there before a loss of power.
     ///
     /// # Errors
     /// Those of SQLite, and a damaged row.
     pub fn set_local(&mut self, path: &WirePath, seen: Seen) -> Result<(), IndexError> {
+        let mut lost = false;
         self.change(path, |found| match seen {
             Seen::Absent => {
+                lost = found.is_lost();
+                found.row.base.take_if(|_| lost);
                 (found.row.local, found.row.unknown, found.stamp) = (None, false, None);
             }
             Seen::Entry(entry, stamp) => {
-                (found.row.local, found.row.unknown, found.stamp) = (Some(entry), false, stamp);
+                found.row.base = found.base_of_found(&entry, stamp.as_ref());
+                found.stamp = stamp.filter(|_| !entry.is_dir());
+                (found.row.local, found.row.unknown) = (Some(entry), false);
             }
-            Seen::Unknown => (found.row.unknown, found.stamp) = (true, None),
-        })
+            Seen::Unknown => {
+                found.row.unknown = true;
+                found.stamp.take_if(|stamp| !stamp.distrusted);
+            }
+        })?;
+        // What comes back needs the directories above it.
+        for directory in path.ancestors().filter(|_| lost) {
+            self.change(&directory, |found| {
+                found.row.base.take_if(|base| found.row.local.is_none() && base.is_dir());
+            })?;
+        }
+        Ok(())
     }
 
     /// Records what stands at a path at the hub.
@@ -243,7 +260,7 @@ impl<'a> Writer<'a> {
                 stamp.map(|s| s.size.cast_signed()),
                 stamp.map(|s| s.mtime_ns),
                 stamp.map(|s| s.ctime_ns),
-                stamp.map(|s| s.racy),
+                stamp.map(|s| i64::from(s.racy) | if s.distrusted { DISTRUSTED } else { 0 }),
             ])?;
         Ok(())
     }

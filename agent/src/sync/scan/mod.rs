@@ -377,7 +377,8 @@ impl Walk<'_, '_> {
             FileKind::Dir => {
                 let known = local.is_some_and(Entry::is_dir);
                 if !known {
-                    self.see(path.clone(), Seen::Entry(Entry::Dir, None));
+                    let stamp = Stamp::new(&meta, false);
+                    self.see(path.clone(), Seen::Entry(Entry::Dir, Some(stamp)));
                 }
                 // A directory that was unknown was not looked into either. One that was made by us,
                 // or made again under its old name, is known but not watched.

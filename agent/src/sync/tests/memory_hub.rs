@@ -30,6 +30,8 @@ struct State {
     /// The heads there have been.
     roots: BTreeMap<u64, Digest>,
     entries: BTreeMap<WirePath, Entry>,
+    /// The content of every file there ever was.
+    contents: BTreeSet<Digest>,
     /// The last change of each path; `None` where it was deleted.
     changes: BTreeMap<u64, WirePath>,
     changed_at: HashMap<WirePath, u64>,
@@ -79,6 +81,7 @@ impl MemoryHub {
                     seq: 0,
                     roots: BTreeMap::new(),
                     entries: BTreeMap::new(),
+                    contents: BTreeSet::new(),
                     changes: BTreeMap::new(),
                     changed_at: HashMap::new(),
                     packs: HashMap::new(),
@@ -114,6 +117,11 @@ impl MemoryHub {
     /// From now on nothing moves on the line of large files, or it does again.
     pub(super) fn let_large_move(&self, moves: bool) {
         self.0.large_moves.send_replace(moves);
+    }
+
+    /// Whether a file with this content has ever been committed.
+    pub(super) fn ever_had(&self, content: &[u8]) -> bool {
+        self.state().contents.contains(&blake3::hash(content).into())
     }
 
     /// From now on commits wait until so many packs have come.
@@ -296,6 +304,9 @@ impl State {
             self.changes.remove(&old);
         }
         self.changes.insert(self.seq, path.clone());
+        if let Some(Entry::File(file)) = &entry {
+            self.contents.insert(file.content);
+        }
         match entry {
             Some(entry) => self.entries.insert(path.clone(), entry),
             None => self.entries.remove(path),

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -28,6 +29,8 @@ pub(super) struct Crash;
 /// A user's process lives on whatever becomes of the engine's.
 const USER: u64 = u64::MAX;
 const TOP: usize = 0;
+/// How long what nobody syncs is in memory alone.
+const IN_MEMORY: Duration = Duration::from_secs(60);
 /// Changes of names that may be lost together.
 const MAX_JOURNAL: usize = 200;
 
@@ -78,6 +81,9 @@ struct State {
     /// Which run of the engine's process this is.
     life: u64,
     dead: bool,
+    /// How often the machine was started.
+    boot: u64,
+    written_back: Instant,
     fuse: Option<u64>,
     /// One in so many calls of an engine fails; 0 for none.
     error_rate: u32,
@@ -139,6 +145,8 @@ impl SimDisk {
             next_number: 3,
             life: 0,
             dead: false,
+            boot: 1,
+            written_back: Instant::now(),
             fuse: None,
             error_rate: 0,
             failure: None,
@@ -291,10 +299,25 @@ impl SimDisk {
         self.state().write_back();
     }
 
+    /// The kernel leaves nothing in memory alone for long.
+    pub(super) fn write_back_in_time(&self) {
+        let mut state = self.state();
+        if state.written_back.elapsed() >= IN_MEMORY {
+            state.written_back = Instant::now();
+            state.write_back();
+        }
+    }
+
+    /// Which start of the machine this is.
+    pub(super) fn boot(&self) -> u64 {
+        self.state().boot
+    }
+
     /// The power fails: what was not synced is lost in part.
     pub(super) fn lose_power(&self) {
         let mut state = self.state();
         state.dead = true;
+        state.boot += 1;
         let changes = state.journal.len();
         let kept = state.random.random_range(0..=changes);
         // What the directories held before the first change that is lost.

@@ -43,12 +43,14 @@ impl Member {
             1_700_000_000_000 + i64::try_from(begun.elapsed().as_millis()).unwrap_or(i64::MAX / 2)
         };
         let disk = self.disk.engine();
+        let power = self.disk.clone();
         self.seed += 1;
         let ground = Ground {
             kernels: kernels(disk.clone(), self.way, self.seed),
             disk: Arc::new(disk),
             blocking: Blocking::Inline,
             wall_ms: Arc::new(wall),
+            boot_id: Arc::new(move || power.boot().to_string()),
             chance: Arc::new(move || line.chance()),
         };
         let (config, line, scope) = (self.config.clone(), self.line.clone(), TaskScope::new());

@@ -99,6 +99,7 @@ impl Setup {
             disk: Arc::new(disk.clone()),
             blocking: Blocking::Inline,
             wall_ms: Arc::new(|| 1),
+            boot_id: Arc::new(|| "the only one".to_owned()),
             chance: Arc::new(|| 0.5),
         };
         let top = disk.open(root).unwrap();

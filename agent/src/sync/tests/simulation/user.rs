@@ -22,6 +22,8 @@ pub(super) struct Ledger {
     /// Contents that somebody removed who had them in front of him.
     pub(super) removed: BTreeSet<String>,
     pub(super) deeds: Vec<String>,
+    /// Contents that were saved without waiting for the disk, by the users of each member.
+    pub(super) hasty: BTreeSet<(String, String)>,
     /// Some contents are large.
     pub(super) large: bool,
 }
@@ -136,10 +138,10 @@ impl User {
     fn do_something(&self, disk: &SimDisk, random: &mut StdRng, may_hide: bool) {
         let path = self.path(random);
         let deed = match random.random_range(0..100) {
-            0..35 => self.save(disk, &path),
+            0..35 => self.save_as(disk, &path, random.random_bool(0.5)),
             35..50 => {
                 let hides = random.random_bool(0.3);
-                self.write(disk, &path, hides && may_hide)
+                self.write(disk, &path, hides && may_hide, random.random_bool(0.5))
             }
             50..62 => self.remove(disk, &path),
             62..74 => {
@@ -178,26 +180,67 @@ impl User {
         }
     }
 
+    fn note_written(&self, content: &str, hasty: bool) {
+        let mut ledger = self.ledger();
+        ledger.written.insert(content.to_owned());
+        if hasty {
+            ledger.hasty.insert((self.name.clone(), content.to_owned()));
+        }
+    }
+
+    /// After a loss of power: of what was saved in haste, what `is_kept` elsewhere has to be there all the same.
+    /// Whatever stands here now, halves as well, is as good as written, and may be taken away.
+    pub(super) fn lose_power(&self, disk: &SimDisk, is_kept: impl Fn(&[u8]) -> bool) {
+        // In the trash as well: what was cut off there looks like a late write.
+        let found = tree(disk, Path::new("/"));
+        let mut ledger = self.ledger();
+        let Ledger { hasty, written, removed, .. } = &mut *ledger;
+        let lost = hasty.extract_if(.., |(name, _)| *name == self.name);
+        removed.extend(lost.map(|(_, content)| content).filter(|c| !is_kept(&bytes_of(c))));
+        for (_, shown) in found {
+            let content = shown.trim_end_matches('*').to_owned();
+            if !written.contains(&content) {
+                removed.insert(content.clone());
+                written.insert(content);
+            }
+        }
+    }
+
     /// Saves as editors do, by a rename over the old file.
     pub(super) fn save(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {
+        self.save_as(disk, path, false)
+    }
+
+    /// The same; in haste, the disk is not waited for.
+    fn save_as(&self, disk: &SimDisk, path: &[&str], hasty: bool) -> io::Result<String> {
         let parent = self.parent(disk, path, true)?;
         let name = path[path.len() - 1].as_bytes();
         let content = self.content();
         let aside = disk.open(&self.aside)?;
         let file = aside.create_new(content.as_bytes(), 0o644)?;
         file.write_all_at(&bytes_of(&content), 0)?;
-        file.sync()?;
+        if !hasty {
+            file.sync()?;
+        }
         if aside.rename_new(content.as_bytes(), &parent, name).is_err() {
             aside.exchange(content.as_bytes(), &parent, name)?;
             self.note_removed(&aside, content.as_bytes())?;
         }
-        parent.sync()?;
-        self.ledger().written.insert(content.clone());
-        Ok(format!("saves {content} at"))
+        if !hasty {
+            parent.sync()?;
+        }
+        self.note_written(&content, hasty);
+        Ok(format!("saves {content}{} at", if hasty { " in haste" } else { "" }))
     }
 
     /// Writes into the file that stands there, and may hide it.
-    fn write(&self, disk: &SimDisk, path: &[&str], sneaky: bool) -> io::Result<String> {
+    fn write(
+        &self,
+        disk: &SimDisk,
+        path: &[&str],
+        sneaky: bool,
+        hasty: bool,
+    ) -> io::Result<String> {
         let parent = self.parent(disk, path, false)?;
         let file = parent.open_for_writing(path[path.len() - 1].as_bytes())?;
         let (old, before) = (read(&file), file.meta()?);
@@ -207,11 +250,14 @@ impl User {
         if sneaky {
             file.set_mtime(before.mtime_ns)?;
         }
-        file.sync()?;
-        let mut ledger = self.ledger();
-        ledger.removed.insert(old);
-        ledger.written.insert(content.clone());
-        Ok(format!("writes {content} into{}", if sneaky { " (unseen)" } else { "" }))
+        if !hasty {
+            file.sync()?;
+        }
+        self.ledger().removed.insert(old);
+        self.note_written(&content, hasty);
+        let (unseen, hasty) =
+            (if sneaky { " (unseen)" } else { "" }, if hasty { " in haste" } else { "" });
+        Ok(format!("writes {content}{hasty} into{unseen}"))
     }
 
     pub(super) fn open(&self, disk: &SimDisk, path: &[&str]) -> io::Result<String> {

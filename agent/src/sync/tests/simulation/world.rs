@@ -469,6 +469,7 @@ impl World {
     /// Starts those again whose process has ended, and tells all what the hub tells.
     async fn tend(&mut self) {
         for number in 0..self.members.len() {
+            self.members[number].disk.write_back_in_time();
             if self.members[number].disk.is_dead() {
                 let power = self.random.random_bool(0.5);
                 self.note(format!("{}: ended, power loss {power}", self.members[number].user.name));
@@ -495,6 +496,7 @@ impl World {
         let member = &mut self.members[number];
         if power {
             member.disk.lose_power();
+            member.user.lose_power(&member.disk, |content| self.hub.ever_had(content));
             // No program that had a file open outlives that.
             *member.user.open.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
