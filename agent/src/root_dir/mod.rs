@@ -244,6 +244,12 @@ impl DirHandle {
         self.0.identity()
     }
 
+    /// Whether both are clones of one handle.
+    #[must_use]
+    pub fn is_same_handle(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// What the directory `name` is, without opening it or following a link.
     ///
     /// # Errors

@@ -137,8 +137,13 @@ impl Touched {
     }
 
     fn add(&mut self, directory: Option<WirePath>, handle: &DirHandle) {
-        if self.directories.len() < SYNC_ONE_BY_ONE {
-            self.directories.entry(directory).or_insert_with(|| handle.clone());
+        if let Some(known) = self.directories.get(&directory) {
+            // Another one may stand there by now, and both were changed.
+            let is_same = known.is_same_handle(handle)
+                || matches!((known.identity(), handle.identity()), (Ok(a), Ok(b)) if a == b);
+            self.too_many |= !is_same;
+        } else if self.directories.len() < SYNC_ONE_BY_ONE {
+            self.directories.insert(directory, handle.clone());
         } else if !self.directories.contains_key(&directory) {
             self.too_many = true;
         }
@@ -168,27 +173,26 @@ impl Applier<'_> {
         Ok(report)
     }
 
-    /// Makes the changes and makes them durable. Also returns the names in the trash under which
-    /// nothing was displaced.
-    fn make(
+    /// Makes staged files durable and notes what they will displace. What failed is in `ready`, too.
+    fn make_ready(
         &mut self,
         batch: Vec<Staged>,
+        ready: &mut Vec<Prepared>,
         report: &mut Report,
-    ) -> Result<(Vec<Made>, Vec<Vec<u8>>), ApplyError> {
+    ) -> Result<(), ApplyError> {
         let one_by_one = batch.iter().filter(|s| s.stage_name.is_some()).count() <= SYNC_ONE_BY_ONE;
-        let mut ready = Vec::with_capacity(batch.len());
-        let mut clock = None;
         for staged in batch {
             match self.prepare(&staged, one_by_one) {
-                Ok((file, print)) => {
-                    let displaces = self.displaces(&staged, &mut clock)?;
-                    ready.push(Prepared { staged, file, print, displaces });
-                }
+                Ok((file, print)) => ready.push(Prepared { staged, file, print, displaces: None }),
                 Err(error) => self.give_up(staged, &error, report),
             }
         }
+        let mut clock = None;
+        for one in ready.iter_mut() {
+            one.displaces = self.displaces(&one.staged, &mut clock)?;
+        }
         crash_point("sync.apply.staged");
-        self.sync_files(&ready, one_by_one)?;
+        self.sync_files(ready, one_by_one)?;
         crash_point("sync.apply.synced");
         // Before it happens: a crash must not leave a file in the trash that nobody looks after.
         if ready.iter().any(|one| one.displaces.is_some()) {
@@ -196,6 +200,22 @@ impl Applier<'_> {
                 let mut notes = ready.iter().filter_map(|one| one.displaces.as_ref());
                 notes.try_for_each(|file| writer.note_displaced(file))
             })?;
+        }
+        Ok(())
+    }
+
+    /// Makes the changes and makes them durable. Also returns the names in the trash under which
+    /// nothing was displaced.
+    fn make(
+        &mut self,
+        batch: Vec<Staged>,
+        report: &mut Report,
+    ) -> Result<(Vec<Made>, Vec<Vec<u8>>), ApplyError> {
+        let mut ready = Vec::with_capacity(batch.len());
+        if let Err(error) = self.make_ready(batch, &mut ready, report) {
+            // Nothing took its place, and whoever tries again has it anew.
+            ready.iter().for_each(|one| self.remove_staged(&one.staged));
+            return Err(error);
         }
         let mut touched = Touched::new(self.root.parents());
         let mut made = Vec::with_capacity(ready.len());

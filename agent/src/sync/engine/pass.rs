@@ -16,7 +16,7 @@ use super::{Engine, LATE_WRITES, PROBLEM_RETRY, Round, Work};
 use crate::sync::apply::needs_stage;
 use crate::sync::case::{self, hold_collisions};
 use crate::sync::core::{Core, SyncError, waiting};
-use crate::sync::hub::Hub;
+use crate::sync::hub::{Hub, HubError};
 use crate::sync::index::{Index, IndexError};
 use crate::sync::mode::MemberMode;
 use crate::sync::moves::apply_moves;
@@ -249,7 +249,10 @@ impl<H: Hub> Engine<H> {
             if !plan.push.is_empty() {
                 self.progress.state(SyncState::Uploading);
                 let Some(cursor) = work.cursor else { return Ok(sweep) };
-                let mut pushed = push(&mut self.session(work), cursor.epoch, plan.push).await?;
+                work.full_for_large.take_if(|(until, _)| *until <= Instant::now());
+                let full = work.full_for_large.as_ref().map(|(_, message)| message.clone());
+                let mut session = self.session(work);
+                let mut pushed = push(&mut session, cursor.epoch, plan.push, full).await?;
                 self.send_large(work, std::mem::take(&mut pushed.large)).await?;
                 if pushed.held > 0 {
                     work.refused_until = Some(Instant::now() + REFUSED_RETRY);
@@ -374,10 +377,17 @@ impl<H: Hub> Engine<H> {
 
     /// Takes what the lane of large files has done. What came before and nobody wanted is dropped.
     async fn collect_large(&self, work: &mut Work) -> Result<(), SyncError> {
-        if let Some(result) = work.upload.collect() {
-            for path in result? {
-                work.dirty.add(Scope::Children(path.parent()));
+        match work.upload.collect() {
+            // Everything else goes on.
+            Some(Err(SyncError::Hub(HubError::Full { message }))) => {
+                work.full_for_large = Some((Instant::now() + PROBLEM_RETRY, message));
             }
+            Some(result) => {
+                for path in result? {
+                    work.dirty.add(Scope::Children(path.parent()));
+                }
+            }
+            None => {}
         }
         if let Some(result) = work.download.collect() {
             let arrived = result?;

@@ -62,6 +62,8 @@ pub(super) struct Work {
     /// Content of large files on its way to the hub; the paths of files that have changed meanwhile.
     pub(super) upload: Lane<HashSet<WirePath>>,
     pub(super) download: Lane<Arrived>,
+    /// The hub had no room for the content of large files, in its words, and until when it is not asked again.
+    pub(super) full_for_large: Option<(Instant, String)>,
     /// What the last download has brought, until a pass has taken it over.
     pub(super) arrived: Option<Arrived>,
     /// One of the two has ended.
@@ -118,6 +120,7 @@ impl Work {
             retry_at: None,
             problem_retry_at: None,
             supplied: Vec::new(),
+            full_for_large: None,
             flushes: Vec::new(),
             occupied: false,
             deletions: hold::Sent::default(),
@@ -152,6 +155,7 @@ impl Work {
                 self.hot.values_mut().for_each(|(hot, _)| hot.until = now);
                 self.dirty.add_everything();
                 self.outdated = true;
+                self.full_for_large = None;
                 self.retry_at = None;
             }
             Command::ConfirmDeletions => self.confirm_deletions(),

@@ -131,6 +131,28 @@ async fn a_full_hub_takes_deletions_and_is_not_called_unreachable() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_file_for_which_the_hub_has_no_room_is_told_and_holds_up_nothing() {
+    let mesh = Mesh::new();
+    let a = mesh.node("a");
+    mesh.hub.set_full(true);
+    a.write("large", noise(1, 12 << 20));
+    a.flush().await;
+    let told = |status: &SyncStatus| {
+        let problem = status.problems.first().map(|problem| problem.code);
+        status.state == SyncState::Idle && problem == Some(Code::HubFull)
+    };
+    a.until(told).await;
+    let [_, received, _] = mesh.hub.traffic();
+    fs::create_dir(a.path("needs no content")).unwrap();
+    a.until(|status| told(status) && mesh.hub.tree().len() == 1).await;
+    assert_eq!(mesh.hub.traffic()[1], received);
+    mesh.hub.set_full(false);
+    a.flush().await;
+    assert_eq!(mesh.hub.tree().len(), 2);
+    assert!(a.status().problems.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_line_that_breaks_after_each_pack_gets_to_its_end() {
     let mesh = Mesh::new();
     let a = mesh.node("a");

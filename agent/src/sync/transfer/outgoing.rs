@@ -42,9 +42,15 @@ pub(super) struct Outgoing {
     kept: HashSet<WirePath>,
     /// The hub has no room for content; in its words.
     full: Option<String>,
+    /// The same for that of large files.
+    full_for_large: Option<String>,
 }
 
 impl Outgoing {
+    pub(super) fn new(full_for_large: Option<String>) -> Self {
+        Self { full_for_large, ..Self::default() }
+    }
+
     /// Sends what the hub lacks of the content of operations, and leaves those out that have to wait. The
     /// others can be committed once this returns: their content is durable at the hub.
     pub(super) async fn send<H: Hub>(
@@ -109,6 +115,10 @@ impl Outgoing {
         let Some(Entry::File(file)) = &op.new else { return false };
         if file.size <= LARGE_BYTES || lacking(file, missing).next().is_none() {
             return false;
+        }
+        if let Some(message) = self.full.as_ref().or(self.full_for_large.as_ref()) {
+            self.findings.push(Finding::at(&op.path, Code::HubFull, message));
+            return true;
         }
         if self.large.is_empty() || self.large_bytes + file.size <= JOB_BYTES {
             self.large_bytes += file.size;

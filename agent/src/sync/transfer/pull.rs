@@ -204,7 +204,8 @@ async fn apply(
                     return Err(SyncError::Cancelled);
                 }
                 let change = changes[number].clone();
-                if broken && (change.to.is_none() || stage.is_waiting(number)) {
+                let is_here = ready.contains(&number) || !stage.is_waiting(number);
+                if broken && (change.to.is_none() || !is_here) {
                     continue;
                 }
                 if replacing.is_none() && Occupancy::concerns(&change.path) {

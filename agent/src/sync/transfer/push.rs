@@ -13,6 +13,7 @@ use cortex_shared::wire_path::WirePath;
 use futures_util::future::join;
 use tokio_util::sync::CancellationToken;
 
+use super::lane::LARGE_BYTES;
 use super::outgoing::{Line, Outgoing};
 use super::packing::Parcel;
 use super::{Epoch, Session};
@@ -28,7 +29,7 @@ use crate::sync::status::Progress;
 const COMMIT_OPS: usize = 1000;
 /// Encoded operations of one commit, at most (a single larger one goes alone).
 const COMMIT_BYTES: usize = 1024 * 1024;
-/// Content of one commit, at most (a single larger file goes alone).
+/// Content that is sent for one commit, at most; that of large files goes by the lane.
 const COMMIT_CONTENT_BYTES: u64 = 64 * 1024 * 1024;
 
 /// What came of a push.
@@ -53,11 +54,13 @@ pub(in crate::sync) struct Pushed {
     pub(in crate::sync) large: Parcel,
 }
 
-/// Sends operations, in order, in as many commits as it takes.
+/// Sends operations, in order, in as many commits as it takes. `full` is the hub's word that it has no room
+/// for large content, which is then not offered.
 pub(in crate::sync) async fn push<H: Hub>(
     session: &mut Session<'_, H>,
     epoch: Epoch,
     ops: Vec<PushOp>,
+    full: Option<String>,
 ) -> Result<Pushed, SyncError> {
     let root = session.core.run(|core| Ok::<_, SyncError>(core.root.clone())).await?;
     let blocking = session.core.blocking();
@@ -67,7 +70,7 @@ pub(in crate::sync) async fn push<H: Hub>(
     let (pushed, kept) = Default::default();
     let mut commits =
         Commits { hub: *hub, workspace: *workspace, core, cancel, progress, epoch, pushed, kept };
-    let mut outgoing = Outgoing::default();
+    let mut outgoing = Outgoing::new(full);
     let mut ops = ops.into_iter().peekable();
     let mut ready = outgoing.send(&line, next_batch(&mut ops)).await?;
     loop {
@@ -118,7 +121,10 @@ fn next_batch(ops: &mut Peekable<impl Iterator<Item = PushOp>>) -> Vec<PushOp> {
 
 fn weight(op: &PushOp) -> (usize, u64) {
     let (recipe, size) = match &op.new {
-        Some(Entry::File(file)) => (file.recipe.0.len() * 36, file.size),
+        Some(Entry::File(file)) => {
+            let sent = if file.size > LARGE_BYTES { 0 } else { file.size };
+            (file.recipe.0.len() * 36, sent)
+        }
         Some(Entry::Link { target }) => (target.len(), 0),
         _ => (0, 0),
     };

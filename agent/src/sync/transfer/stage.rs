@@ -402,7 +402,8 @@ impl Stage {
                 return Ok(());
             }
         }
-        // What could not be copied left nothing.
+        // What was copied of it is not wanted: zeros are not written where holes are expected.
+        target.set_len(0)?;
         target.set_len(file.size)
     }
 
