@@ -5,6 +5,7 @@
 //! only itself; how many may be at it at once is bounded, and so is the time each has.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,8 +20,9 @@ use rustls::server::{NoServerSessionStorage, ResolvesServerCert, WebPkiClientVer
 use rustls::{RootCertStore, ServerConfig};
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::Connected;
 use x509_parser::extensions::GeneralName;
@@ -29,18 +31,35 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use super::auth::Peer;
 use crate::enroll::authorities::{Authorities, Ring};
 use crate::enroll::ca::generation_in;
-use crate::shares::{Queue, Shares};
+use crate::shares::{Place, Queue, Shares};
 use crate::store::KeyHash;
 
-/// Connections that have not said anything yet; beyond that, new ones are closed. Of one address there may
-/// be fewer, so that nobody keeps all others out; as many as come at once where a whole site is behind it.
-const MAX_SILENT: usize = 16 * 1024;
-const MAX_SILENT_OF_ADDRESS: usize = MAX_SILENT / 4 * 3;
-/// Time a connection has for its first byte.
-const FIRST_BYTE_DEADLINE: Duration = Duration::from_secs(5);
-/// Handshakes under way at once, of all and of one address; more wait for a place.
-const MAX_HANDSHAKES: usize = 512;
-const MAX_HANDSHAKES_OF_ADDRESS: usize = MAX_HANDSHAKES / 4 * 3;
+/// What connections may take that have not shaken hands yet.
+#[derive(Clone, Copy)]
+struct Limits {
+    /// Connections that have not said anything yet; beyond that, new ones are closed. Of one address there
+    /// may be fewer, so that nobody keeps all others out; as many as come at once where a whole site is
+    /// behind it.
+    silent: usize,
+    silent_of_address: usize,
+    /// Time a connection has for its first byte.
+    first_byte: Duration,
+    /// Handshakes under way at once, of all and of one address; more wait for a place.
+    handshakes: usize,
+    handshakes_of_address: usize,
+    /// Time a handshake may take.
+    handshake: Duration,
+}
+
+const LIMITS: Limits = Limits {
+    silent: 16 * 1024,
+    silent_of_address: 16 * 1024 / 4 * 3,
+    first_byte: Duration::from_secs(5),
+    handshakes: 512,
+    handshakes_of_address: 512 / 4 * 3,
+    handshake: Duration::from_secs(10),
+};
+
 /// Handshakes that are worked on at once. Each takes a processor for about a millisecond, and whatever else
 /// is to be done stands in line behind those that are ready: this many are a small part of a second, even
 /// where the hub has a small part of a processor.
@@ -48,8 +67,6 @@ const TURNS: usize = 32;
 /// After this time a handshake is taken to wait for its peer, and another one has its turn. So distant
 /// peers do not hold up others: hundreds begin in a second, wherever they are.
 const TURN: Duration = Duration::from_millis(100);
-/// Time a handshake may take.
-const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// Connections that are ready but not yet taken by the server.
 const READY: usize = 64;
 
@@ -211,10 +228,25 @@ pub fn accept_tls(
     mesh: MeshId,
     scope: &TaskScope,
 ) -> Incoming {
+    accept_within(LIMITS, listener, settings, mesh, scope)
+}
+
+fn accept_within(
+    limits: Limits,
+    listener: TcpListener,
+    settings: TlsSettings,
+    mesh: MeshId,
+    scope: &TaskScope,
+) -> Incoming {
     let (ready, incoming) = mpsc::channel(READY);
-    let places = Queue::new(MAX_HANDSHAKES, MAX_HANDSHAKES_OF_ADDRESS);
-    let turns = Arc::new(Semaphore::new(TURNS));
-    let silent = Shares::new(MAX_SILENT, MAX_SILENT_OF_ADDRESS);
+    let silent = Shares::new(limits.silent, limits.silent_of_address);
+    let entrance = Arc::new(Entrance {
+        limits,
+        settings,
+        mesh,
+        places: Queue::new(limits.handshakes, limits.handshakes_of_address),
+        turns: Arc::new(Semaphore::new(TURNS)),
+    });
     let (own_scope, cancel) = (scope.clone(), scope.token().clone());
     scope.spawn("accept", async move {
         loop {
@@ -233,66 +265,92 @@ pub fn accept_tls(
                 // As good as any other: the one that has just come is turned away.
                 continue;
             };
-            let (acceptor, ready) = (TlsAcceptor::from(settings.config()), ready.clone());
-            let (places, turns) = (Arc::clone(&places), Arc::clone(&turns));
+            let (entrance, ready) = (Arc::clone(&entrance), ready.clone());
             own_scope.spawn("handshake", async move {
-                // A connection that says nothing takes no place from those that do.
-                let spoke = tokio::time::timeout(FIRST_BYTE_DEADLINE, tcp.readable()).await;
-                if !matches!(spoke, Ok(Ok(()))) {
-                    return;
+                if let Some(stream) = entrance.shake_hands(tcp, address, waiting).await {
+                    // The server is gone: so is the reason for this connection.
+                    ready.send(Ok(stream)).await.ok();
                 }
-                let place = places.wait(address.ip()).await;
-                // Only now: those that wait for a place are bounded as well.
-                drop(waiting);
-                let Ok(turn) = turns.acquire_owned().await else { return };
-                // Small frames must not wait for more: latency is what people feel.
-                tcp.set_nodelay(true).ok();
-                cortex_shared::dead_line::notice(&tcp).ok();
-                let handshake = in_turn(acceptor.accept(tcp), turn);
-                let tls = match tokio::time::timeout(HANDSHAKE_DEADLINE, handshake).await {
-                    Ok(Ok(tls)) => tls,
-                    Ok(Err(error)) => {
-                        tracing::debug!(%address, %error, "handshake failed");
-                        return;
-                    }
-                    Err(_) => {
-                        tracing::debug!(%address, "handshake took too long");
-                        return;
-                    }
-                };
-                let peer = match tls.get_ref().1.peer_certificates() {
-                    None | Some([]) => Peer::Anonymous(address),
-                    // The library does not hold the authority to signing no other authority: with
-                    // one certificate, there is no room for one.
-                    Some([leaf]) => match identity_of(leaf, mesh) {
-                        Some(Holding { identity, key, not_after_ms, generation }) => {
-                            let certificate = Bytes::copy_from_slice(leaf);
-                            Peer::Certified {
-                                address,
-                                identity,
-                                key,
-                                not_after_ms,
-                                generation,
-                                certificate,
-                            }
-                        }
-                        None => {
-                            tracing::warn!(%address, "certificate names nobody of this mesh");
-                            return;
-                        }
-                    },
-                    Some(_) => {
-                        tracing::warn!(%address, "a chain of certificates instead of one");
-                        return;
-                    }
-                };
-                drop(place);
-                // The server is gone: so is the reason for this connection.
-                ready.send(Ok(PeerStream { stream: Box::new(tls), peer })).await.ok();
             });
         }
     });
     incoming
+}
+
+/// What all handshakes of one listener have in common.
+struct Entrance {
+    limits: Limits,
+    settings: TlsSettings,
+    mesh: MeshId,
+    places: Arc<Queue>,
+    turns: Arc<Semaphore>,
+}
+
+impl Entrance {
+    /// The connection, once it is known who is at its other end; `waiting` is given back when it has a
+    /// place among the handshakes.
+    async fn shake_hands(
+        &self,
+        tcp: TcpStream,
+        address: SocketAddr,
+        waiting: Place,
+    ) -> Option<PeerStream> {
+        // A connection that says nothing takes no place from those that do. A look at the byte itself: a
+        // socket counts as readable from the moment it is accepted, until a read has found it empty.
+        match timeout(self.limits.first_byte, tcp.peek(&mut [0])).await {
+            Ok(Ok(1..)) => {}
+            Ok(Ok(0) | Err(_)) | Err(_) => return None,
+        }
+        let acceptor = TlsAcceptor::from(self.settings.config());
+        let place = self.places.wait(address.ip()).await;
+        // Only now: those that wait for a place are bounded as well.
+        drop(waiting);
+        let turn = Arc::clone(&self.turns).acquire_owned().await.ok()?;
+        // Small frames must not wait for more: latency is what people feel.
+        tcp.set_nodelay(true).ok();
+        cortex_shared::dead_line::notice(&tcp).ok();
+        let handshake = in_turn(acceptor.accept(tcp), turn);
+        let tls = match timeout(self.limits.handshake, handshake).await {
+            Ok(Ok(tls)) => tls,
+            Ok(Err(error)) => {
+                tracing::debug!(%address, %error, "handshake failed");
+                return None;
+            }
+            Err(_) => {
+                tracing::debug!(%address, "handshake took too long");
+                return None;
+            }
+        };
+        drop(place);
+        let peer = peer_of(tls.get_ref().1.peer_certificates(), address, self.mesh)?;
+        Some(PeerStream { stream: Box::new(tls), peer })
+    }
+}
+
+/// Who has shown these certificates, if it may be here at all.
+fn peer_of(
+    shown: Option<&[CertificateDer<'_>]>,
+    address: SocketAddr,
+    mesh: MeshId,
+) -> Option<Peer> {
+    match shown {
+        None | Some([]) => Some(Peer::Anonymous(address)),
+        // The library does not hold the authority to signing no other authority: with one certificate,
+        // there is no room for one.
+        Some([leaf]) => {
+            let Some(Holding { identity, key, not_after_ms, generation }) = identity_of(leaf, mesh)
+            else {
+                tracing::warn!(%address, "certificate names nobody of this mesh");
+                return None;
+            };
+            let certificate = Bytes::copy_from_slice(leaf);
+            Some(Peer::Certified { address, identity, key, not_after_ms, generation, certificate })
+        }
+        Some(_) => {
+            tracing::warn!(%address, "a chain of certificates instead of one");
+            None
+        }
+    }
 }
 
 /// Gives the turn back when the work is done, or has taken so long that it must be waiting for somebody.
@@ -366,7 +424,104 @@ pub fn bind_local(path: &Path) -> io::Result<UnixListener> {
 
 #[cfg(test)]
 mod tests {
+    use cortex_shared::clock::unix_ms;
+    use cortex_shared::peer::HUB_SERVER_NAME;
+    use rustls::ClientConfig;
+    use rustls_pki_types::ServerName;
+    use tokio::io::AsyncReadExt as _;
+    use tokio_rustls::TlsConnector;
+    use tokio_rustls::client::TlsStream;
+
     use super::*;
+    use crate::enroll::ca::NODE_CERTIFICATE_LIFE;
+    use crate::enroll::hub_certificate::HubCertificate;
+    use crate::store::Store as _;
+    use crate::store::sqlite::SqliteStore;
+
+    /// As long as nobody waits, and longer than a test.
+    const FOR_EVER: Duration = Duration::from_secs(3600);
+    /// What a test waits for that is to happen.
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// A listener, and whoever believes its authority.
+    struct Listening {
+        address: SocketAddr,
+        incoming: Incoming,
+        scope: TaskScope,
+        connector: TlsConnector,
+        _folder: tempfile::TempDir,
+    }
+
+    impl Listening {
+        async fn start(limits: Limits) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let (scope, databases) = (TaskScope::new(), TaskScope::new());
+            let database = folder.path().join("hub.db");
+            let store = SqliteStore::open(database, &databases).await.unwrap();
+            let mesh = store.mesh().await.unwrap();
+            let ca = folder.path().join("ca");
+            let authorities = Authorities::open(ca, mesh, NODE_CERTIFICATE_LIFE, &store);
+            let authorities = Arc::new(authorities.await.unwrap());
+            let mut roots = RootCertStore::empty();
+            roots.add(authorities.ring().serving().certificate().clone()).unwrap();
+            let certificate = HubCertificate::new(Arc::clone(&authorities), unix_ms).unwrap();
+            let settings = TlsSettings::new(authorities, Arc::new(certificate), &[b"h2"]).unwrap();
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let incoming = accept_within(limits, listener, settings, mesh, &scope);
+            let provider = Arc::new(rustls::crypto::ring::default_provider());
+            let client = ClientConfig::builder_with_provider(provider)
+                .with_protocol_versions(&[&rustls::version::TLS13])
+                .unwrap()
+                .with_root_certificates(roots)
+                .with_no_client_auth();
+            let connector = TlsConnector::from(Arc::new(client));
+            Self { address, incoming, scope, connector, _folder: folder }
+        }
+
+        async fn dial(&self) -> TcpStream {
+            TcpStream::connect(self.address).await.unwrap()
+        }
+
+        /// Dials and shakes hands.
+        async fn greet(&mut self) -> (TlsStream<TcpStream>, PeerStream) {
+            let name = ServerName::try_from(HUB_SERVER_NAME).unwrap();
+            let shaking = async {
+                let tls = self.connector.connect(name, self.dial().await).await.unwrap();
+                (tls, self.incoming.recv().await.unwrap().unwrap())
+            };
+            timeout(PATIENCE, shaking).await.expect("there is a place for it")
+        }
+    }
+
+    #[tokio::test]
+    async fn a_silent_connection_holds_no_place_of_those_that_speak() {
+        let limits = Limits {
+            first_byte: FOR_EVER,
+            handshakes: 1,
+            handshakes_of_address: 1,
+            handshake: FOR_EVER,
+            ..LIMITS
+        };
+        let mut listening = Listening::start(limits).await;
+        let silent = listening.dial().await;
+        // It has been accepted before.
+        let (_, stream) = listening.greet().await;
+        assert!(matches!(stream.peer, Peer::Anonymous(_)));
+        drop(silent);
+        listening.scope.cancel();
+    }
+
+    #[tokio::test]
+    async fn a_silent_connection_is_closed_when_its_time_for_a_first_byte_is_over() {
+        let limits =
+            Limits { first_byte: Duration::from_millis(50), handshake: FOR_EVER, ..LIMITS };
+        let listening = Listening::start(limits).await;
+        let mut silent = listening.dial().await;
+        let closed = timeout(PATIENCE, silent.read(&mut [0])).await.expect("it is closed");
+        assert!(matches!(closed, Ok(0) | Err(_)), "nobody has said anything");
+        listening.scope.cancel();
+    }
 
     #[tokio::test]
     async fn a_peer_that_is_slow_keeps_its_turn_for_a_moment_only() {
