@@ -266,11 +266,16 @@ fn accept_within(
                 continue;
             };
             let (entrance, ready) = (Arc::clone(&entrance), ready.clone());
-            own_scope.spawn("handshake", async move {
+            let arriving = async move {
                 if let Some(stream) = entrance.shake_hands(tcp, address, waiting).await {
                     // The server is gone: so is the reason for this connection.
                     ready.send(Ok(stream)).await.ok();
                 }
+            };
+            // Whoever has not shaken hands when the hub stops would have to begin anew in any case.
+            let arriving = cancel.clone().run_until_cancelled_owned(arriving);
+            own_scope.spawn("handshake", async move {
+                arriving.await;
             });
         }
     });
@@ -428,7 +433,7 @@ mod tests {
     use cortex_shared::peer::HUB_SERVER_NAME;
     use rustls::ClientConfig;
     use rustls_pki_types::ServerName;
-    use tokio::io::AsyncReadExt as _;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio_rustls::TlsConnector;
     use tokio_rustls::client::TlsStream;
 
@@ -521,6 +526,19 @@ mod tests {
         let closed = timeout(PATIENCE, silent.read(&mut [0])).await.expect("it is closed");
         assert!(matches!(closed, Ok(0) | Err(_)), "nobody has said anything");
         listening.scope.cancel();
+    }
+
+    #[tokio::test]
+    async fn a_stop_waits_for_nobody_who_has_not_shaken_hands() {
+        let limits = Limits { first_byte: FOR_EVER, handshake: FOR_EVER, ..LIMITS };
+        let mut listening = Listening::start(limits).await;
+        let _silent = listening.dial().await;
+        let mut half_shaken = listening.dial().await;
+        half_shaken.write_all(&[22]).await.unwrap();
+        // Both have been accepted before.
+        let _shaken = listening.greet().await;
+        listening.scope.cancel();
+        timeout(PATIENCE, listening.scope.finish()).await.expect("it ends");
     }
 
     #[tokio::test]
