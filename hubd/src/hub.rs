@@ -21,6 +21,7 @@ use cortex_shared::tasks::TaskScope;
 use rustls_pki_types::CertificateDer;
 use tokio::net::TcpListener;
 use tokio::time::timeout;
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::transport::Server;
@@ -40,6 +41,7 @@ use crate::events::{EventBus, EventFeed, Kind, Knowledge, NewEvent};
 use crate::grpc::accept::{self, Incoming};
 use crate::grpc::auth::AuthLayer;
 use crate::grpc::enroll::EnrollService;
+use crate::grpc::guests::Guests;
 use crate::grpc::node::NodeService;
 use crate::grpc::operator::{HubAddress, OperatorService};
 use crate::grpc::sync::SyncService;
@@ -407,8 +409,9 @@ impl Hub {
             http.open(by_http, auth.clone());
         }
         let incoming = accept::accept_tls(listener, tls, mesh, &scope);
-        serve(incoming, routes.clone(), auth.clone(), &scope);
-        serve(accept::accept_local(local, &scope), routes, auth, &scope);
+        let guests = || Guests::new(config.join_deadline, scope.token().clone());
+        serve(incoming, guests(), routes.clone(), auth.clone(), &scope);
+        serve(accept::accept_local(local, &scope), guests(), routes, auth, &scope);
         hint_heads(&content, Arc::clone(&members), &scope);
         let work = WorkOf {
             registry: Arc::clone(&registry),
@@ -558,7 +561,9 @@ fn limited_operator(server: OperatorServer<OperatorService>) -> OperatorServer<O
     server.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES)
 }
 
-fn serve(incoming: Incoming, routes: Routes, auth: AuthLayer, scope: &TaskScope) {
+fn serve(incoming: Incoming, guests: Guests, routes: Routes, auth: AuthLayer, scope: &TaskScope) {
+    let incoming = ReceiverStream::new(incoming)
+        .filter_map(move |accepted| accepted.map(|stream| guests.let_in(stream)).transpose());
     let stop = scope.token().clone().cancelled_owned();
     let server = Server::builder()
         .initial_stream_window_size(BULK_STREAM_WINDOW)
@@ -571,7 +576,7 @@ fn serve(incoming: Incoming, routes: Routes, auth: AuthLayer, scope: &TaskScope)
         .http2_keepalive_timeout(Some(Duration::from_secs(60)))
         .layer(auth)
         .add_routes(routes)
-        .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop);
+        .serve_with_incoming_shutdown(incoming, stop);
     scope.spawn("server", async move {
         if let Err(error) = server.await {
             tracing::error!(%error, "server ended");

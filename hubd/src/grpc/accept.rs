@@ -167,6 +167,14 @@ pub struct PeerStream {
     peer: Peer,
 }
 
+impl PeerStream {
+    /// A connection to this peer, for tests.
+    #[cfg(test)]
+    pub(super) fn new(stream: tokio::io::DuplexStream, peer: Peer) -> Self {
+        Self { stream: Box::new(stream), peer }
+    }
+}
+
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 

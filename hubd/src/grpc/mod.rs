@@ -10,6 +10,7 @@ pub mod enroll;
 mod events;
 mod exec;
 mod files;
+pub(crate) mod guests;
 mod history;
 mod in_scope;
 mod invites;

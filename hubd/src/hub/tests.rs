@@ -8,6 +8,7 @@ mod logs;
 mod matrix;
 mod rotation;
 mod stall;
+mod stopping;
 mod support;
 mod web;
 

@@ -1,0 +1,46 @@
+//! A stop of the hub, whoever is at its door.
+
+use cortex_shared::peer::HUB_SERVER_NAME;
+use rustls_pki_types::ServerName;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use super::support::tls;
+use super::*;
+
+/// What a test waits for that is to happen; much less than the grace.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How a client begins, and that it has no wishes.
+const GREETING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+#[tokio::test]
+async fn a_stop_waits_for_no_stranger_however_far_it_has_come() {
+    let folder = tempfile::tempdir().unwrap();
+    let grace = Duration::from_secs(3600);
+    let config = HubConfig { shutdown_grace: grace, ..config(folder.path()) };
+    let hub = Hub::start(config).await.unwrap();
+    let authority = hub.authority_certificate();
+    let (grpc, http) = (hub.address(), hub.http().unwrap().address());
+    let mut strangers = Vec::new();
+    for address in [grpc, http] {
+        strangers.push(TcpStream::connect(address).await.unwrap());
+        let mut half_shaken = TcpStream::connect(address).await.unwrap();
+        half_shaken.write_all(&[22]).await.unwrap();
+        strangers.push(half_shaken);
+    }
+    let shake = async |address, name, protocol: &[u8]| {
+        let tcp = TcpStream::connect(address).await.unwrap();
+        let name = ServerName::try_from(name).unwrap();
+        tls(std::slice::from_ref(&authority), None, protocol).connect(name, tcp).await.unwrap()
+    };
+    let mut unheard = shake(grpc, HUB_SERVER_NAME, b"h2").await;
+    let mut deaf = shake(grpc, HUB_SERVER_NAME, b"h2").await;
+    deaf.write_all(GREETING).await.unwrap();
+    for taken in [&mut unheard, &mut deaf] {
+        // The server's own greeting: it has been taken.
+        taken.read_exact(&mut [0; 9]).await.unwrap();
+    }
+    let _web = [shake(http, "localhost", b"h2").await, shake(http, "localhost", b"http/1.1").await];
+    timeout(PATIENCE, hub.shutdown()).await.expect("it stops");
+}
