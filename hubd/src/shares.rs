@@ -93,9 +93,9 @@ impl Queue {
         Arc::new(Self { all, each: each.max(1), by_address: Mutex::default() })
     }
 
-    /// Waits for a place for this address; whoever gives up waiting stands in nobody's way. Bounded by
-    /// how many the caller lets wait.
-    pub(crate) async fn wait(self: &Arc<Self>, address: IpAddr) -> Turn {
+    /// Waits for a place for this address; whoever gives up waiting stands in nobody's way. How many wait,
+    /// and how long, is the caller's to bound.
+    pub(crate) async fn wait(self: &Arc<Self>, address: IpAddr) -> Queued {
         let holder = holder(address);
         let own = {
             let mut by_address = self.by_address();
@@ -108,7 +108,7 @@ impl Queue {
         let never_closed = "nobody closes these semaphores";
         let own = own.acquire_owned().await.expect(never_closed);
         let of_all = Arc::clone(&self.all).acquire_owned().await.expect(never_closed);
-        Turn { _places: [own, of_all], _concerned: concerned }
+        Queued { _places: [own, of_all], _concerned: concerned }
     }
 
     fn by_address(&self) -> MutexGuard<'_, HashMap<IpAddr, (Arc<Semaphore>, usize)>> {
@@ -135,7 +135,7 @@ impl Drop for Concerned {
 }
 
 /// A place of a [`Queue`], until it is dropped.
-pub(crate) struct Turn {
+pub(crate) struct Queued {
     _places: [OwnedSemaphorePermit; 2],
     _concerned: Concerned,
 }

@@ -31,7 +31,7 @@ use super::statistics::{Times, millis};
 use super::{BenchError, BenchHub, descriptors_for};
 use crate::store::fault::Fault;
 
-/// Connection attempts under way at the same time; the hub takes as many handshakes at once.
+/// Connection attempts under way at the same time; the hub shakes hands with a quarter of so many of one address.
 const CONNECTING: u32 = 512;
 /// How long a client goes on asking, as the agent does.
 const PATIENCE: Duration = Duration::from_secs(120);

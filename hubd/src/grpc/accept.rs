@@ -37,26 +37,28 @@ use crate::store::KeyHash;
 /// What connections may take that have not shaken hands yet.
 #[derive(Clone, Copy)]
 struct Limits {
-    /// Connections that have not said anything yet; beyond that, new ones are closed. Of one address there
-    /// may be fewer, so that nobody keeps all others out; as many as come at once where a whole site is
-    /// behind it.
+    /// Connections that have not said anything yet, or wait for a place; beyond that, new ones are closed. Of
+    /// one address there may be a quarter, here and below: two or three do not keep all others out.
     silent: usize,
     silent_of_address: usize,
     /// Time a connection has for its first byte.
     first_byte: Duration,
-    /// Handshakes under way at once, of all and of one address; more wait for a place.
+    /// Handshakes under way at once, of all and of one address; more wait for a place, and so long.
     handshakes: usize,
     handshakes_of_address: usize,
+    place: Duration,
     /// Time a handshake may take.
     handshake: Duration,
 }
 
 const LIMITS: Limits = Limits {
     silent: 16 * 1024,
-    silent_of_address: 16 * 1024 / 4 * 3,
+    silent_of_address: 16 * 1024 / 4,
     first_byte: Duration::from_secs(5),
     handshakes: 512,
-    handshakes_of_address: 512 / 4 * 3,
+    handshakes_of_address: 512 / 4,
+    // As long as the handshake: whoever is at the other end has given up by then, and comes again.
+    place: Duration::from_secs(10),
     handshake: Duration::from_secs(10),
 };
 
@@ -314,14 +316,18 @@ impl Entrance {
             Ok(Ok(1..)) => {}
             Ok(Ok(0) | Err(_)) | Err(_) => return None,
         }
-        let acceptor = TlsAcceptor::from(self.settings.config());
-        let place = self.places.wait(address.ip()).await;
-        // Only now: those that wait for a place are bounded as well.
+        let Ok(place) = timeout(self.limits.place, self.places.wait(address.ip())).await else {
+            tracing::debug!(%address, "no place for a handshake");
+            return None;
+        };
+        // Those that wait for a place are bounded as well.
         drop(waiting);
         let turn = Arc::clone(&self.turns).acquire_owned().await.ok()?;
         // Small frames must not wait for more: latency is what people feel.
         tcp.set_nodelay(true).ok();
         cortex_shared::dead_line::notice(&tcp).ok();
+        // Only now: what has become of the authorities while it waited counts.
+        let acceptor = TlsAcceptor::from(self.settings.config());
         let handshake = in_turn(acceptor.accept(tcp), turn);
         let tls = match timeout(self.limits.handshake, handshake).await {
             Ok(Ok(tls)) => tls,
@@ -534,6 +540,55 @@ mod tests {
         let closed = timeout(PATIENCE, silent.read(&mut [0])).await.expect("it is closed");
         assert!(matches!(closed, Ok(0) | Err(_)), "nobody has said anything");
         listening.scope.cancel();
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_finds_no_place_for_its_handshake_in_time_is_closed() {
+        let limits = Limits {
+            handshakes: 1,
+            handshakes_of_address: 1,
+            place: Duration::from_millis(50),
+            handshake: FOR_EVER,
+            ..LIMITS
+        };
+        let listening = Listening::start(limits).await;
+        let mut both = Vec::new();
+        for _ in 0..2 {
+            let mut half_shaken = listening.dial().await;
+            half_shaken.write_all(&[22]).await.unwrap();
+            both.push(half_shaken);
+        }
+        let [one, other] = &mut both[..] else { unreachable!() };
+        let (mut of_one, mut of_other) = ([0], [0]);
+        let closed = async {
+            tokio::select! {
+                closed = one.read(&mut of_one) => closed,
+                closed = other.read(&mut of_other) => closed,
+            }
+        };
+        let closed = timeout(PATIENCE, closed).await.expect("the one without a place is closed");
+        assert!(matches!(closed, Ok(0) | Err(_)));
+        listening.scope.cancel();
+    }
+
+    #[tokio::test]
+    async fn three_addresses_leave_places_for_others() {
+        let places = Queue::new(LIMITS.handshakes, LIMITS.handshakes_of_address);
+        let silent = Shares::new(LIMITS.silent, LIMITS.silent_of_address);
+        let (mut held, mut shaking) = (Vec::new(), Vec::new());
+        for address in ["192.0.2.1", "192.0.2.2", "192.0.2.3"] {
+            let address = address.parse().unwrap();
+            held.extend(std::iter::from_fn(|| silent.take(address)));
+            let all = async {
+                for _ in 0..LIMITS.handshakes_of_address {
+                    shaking.push(places.wait(address).await);
+                }
+            };
+            timeout(PATIENCE, all).await.expect("it has its share, whatever the others have");
+        }
+        let other = "192.0.2.4".parse().unwrap();
+        assert!(silent.take(other).is_some());
+        timeout(PATIENCE, places.wait(other)).await.expect("there is a place");
     }
 
     #[tokio::test]
