@@ -51,6 +51,8 @@ const SETTLING_LOOK: Duration = Duration::from_millis(5);
 /// Why a task is interrupted. Its stream often breaks before the session does, and for the same reason.
 const CONNECTION_LOST: &str =
     "the connection to the node was lost; the command may still be running there";
+/// Why a task ends whose node came back and said that it holds it.
+const NOT_TAKEN_UP: &str = "the node connected anew and did not take the command up in time; it may still be running there";
 
 /// A task in the table. Its place among its caller's commands is free once it is taken out.
 struct Running {
@@ -378,7 +380,12 @@ impl Relay {
             }
             task_io_up::Frame::StdinCredit(credit) => task.stdin_taken(credit.bytes),
             task_io_up::Frame::Exit(exit) => {
-                self.finish(task.id(), task.record.node, exit);
+                match task.session() {
+                    // Also after a verdict of the hub's own: nobody else acknowledges it in this session.
+                    Some(session) => self.outcome(task.id(), &session, exit),
+                    // The next session hears it again.
+                    None => drop(self.finish(task.id(), task.record.node, exit)),
+                }
                 return false;
             }
             task_io_up::Frame::Hello(_) => {}
@@ -422,7 +429,9 @@ impl Relay {
             if held.contains(&task.id()) {
                 // Its stream was one of another session, whose end may not have been noticed yet.
                 self.interrupt(&task, None, "the node has connected anew");
-                task.rebind(session);
+                if let Some(number) = task.rebind(session) {
+                    self.await_node(&task, number, NOT_TAKEN_UP);
+                }
             } else if !task.is_of(session.id) {
                 let reason = "the node does not run the command any more; its end is not known";
                 self.fail(task.id(), TaskVerdict::StreamLost, reason);

@@ -201,14 +201,21 @@ impl Task {
         lock(&self.place).session.clone()
     }
 
-    /// The node is back and has the task: it is reached through this session from now on.
-    pub(super) fn rebind(&self, session: &SessionHandle) {
+    /// The node is back and has the task: it is reached through this session from now on. Returns the number
+    /// of the interruption that lasts until the node takes it up; one of its own, whose deadline begins now.
+    /// `None` if it is not interrupted.
+    pub(super) fn rebind(&self, session: &SessionHandle) -> Option<u64> {
         let mut place = lock(&self.place);
         if let Some((signal, grace)) = place.cancel {
             // If this session is gone, too, its end is the next interruption.
             session.send(cancel_frame(self.id(), signal, grace)).ok();
         }
         place.session = Some(session.clone());
+        if !matches!(place.phase, Phase::Interrupted { .. }) {
+            return None;
+        }
+        place.interruptions += 1;
+        Some(place.interruptions)
     }
 
     /// Notes that the node is away, or its stream. Returns the number of the interruption; `None` if it

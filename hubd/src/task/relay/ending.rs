@@ -28,6 +28,8 @@ const SPOOL_PATIENCE: Duration = Duration::from_secs(2);
 /// What is known of a command at its verdict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Known {
+    /// Its node says how it ended.
+    Ended,
     PerhapsBegun,
     /// It was not begun, and cannot be any more: asking again with the same key is not asking twice.
     NeverBegun,
@@ -74,10 +76,10 @@ impl Relay {
     /// Gives a task the verdict its node reports; whether it had none.
     pub fn finish(&self, id: TaskId, node: NodeId, exit: TaskExit) -> bool {
         let ending = self.take(id, |task| task.record.node == node);
-        ending.map(|ending| self.conclude(ending, exit, Known::PerhapsBegun)).is_some()
+        ending.map(|ending| self.conclude(ending, exit, Known::Ended)).is_some()
     }
 
-    /// A node reports how a task ended whose stream is gone.
+    /// A node reports how a task ended, whose stream may be gone and which may have its verdict already.
     pub fn outcome(&self, id: TaskId, session: &SessionHandle, exit: TaskExit) {
         if !self.finish(id, session.node, exit.clone()) {
             // Full: the node repeats what is not acknowledged.
@@ -100,7 +102,8 @@ impl Relay {
         Ending { task, _counted: self.ending.token() }
     }
 
-    /// Journals the verdict, and only then tells the reader and the node.
+    /// Journals the verdict, and only then tells the reader; and the node, if it is the node's word. After a
+    /// verdict of the hub's own the node keeps what it knows, until it has reported that, too.
     pub(super) fn conclude(&self, ending: Ending, mut exit: TaskExit, known: Known) {
         let task = Arc::clone(&ending.task);
         tidy(&mut exit);
@@ -119,19 +122,20 @@ impl Relay {
             }
             counters::TASKS_ENDED[end.verdict.state() as usize].add(1);
             crash_point("task.ending");
+            let to_tell = || task.session().filter(|_| known == Known::Ended);
             let end = match store.end_task(task.id(), end.clone()).await {
                 Ok(()) => {
                     crash_point("task.ended");
                     events.publish(Kind::TaskEnded, ended(about(&task.record), &end));
                     unwanted.journalled(task.id());
-                    if let Some(session) = task.session() {
+                    if let Some(session) = to_tell() {
                         acknowledge(&session, task.id());
                     }
                     End::Exit(exit)
                 }
                 Err(error) => {
                     tracing::error!(task = %task.id(), %error, "verdict not journalled");
-                    unrecorded.keep(task.id(), task.session(), end);
+                    unrecorded.keep(task.id(), to_tell(), end);
                     End::NotRecorded
                 }
             };
@@ -160,8 +164,8 @@ pub(super) async fn record_late(
         tidy(&mut exit);
         let outcome = journal_entry(&exit, None);
         match store.add_late_outcome(task, session.node, outcome.clone()).await {
-            // Whoever gives the verdict acknowledges it, too; if that was the hub's own, the node's word is
-            // still to be heard, in its next session.
+            // If the verdict is the node's word, whoever journals it acknowledges it, too; if it is the hub's
+            // own, nobody does, and the node's word is added in its next session.
             Ok(LateReport::TooEarly) => {
                 tracing::debug!(%task, node = %session.node, "reported before its verdict is journalled");
             }

@@ -270,6 +270,82 @@ async fn a_node_that_stays_away_loses_its_task_and_what_it_says_later_is_added_o
 }
 
 #[tokio::test]
+async fn a_verdict_of_the_hubs_own_takes_no_nodes_word_for_heard() {
+    let mut fixture = fixture_with(Duration::from_secs(600)).await;
+    for (code, late) in ["by its stream", "by its session"].into_iter().enumerate() {
+        let task = fixture.start("bob", Role::Operator).await.unwrap();
+        let stream = fixture.open(&task);
+        fixture.relay.end_of_actor("bob", "bob was revoked");
+        assert_eq!(end(&task).await.verdict(), TaskVerdict::Cancelled);
+        let acknowledged = acks(&mut fixture.session.outbox);
+        assert!(acknowledged.is_empty(), "its end is not known yet");
+        let pending = async || {
+            let held = vec![task.id()];
+            fixture.store.tasks_to_cancel(fixture.node, held).await.unwrap().len()
+        };
+        assert_eq!(pending().await, 1);
+        let exit = TaskExit { exit_code: u32::try_from(code).unwrap(), ..exited() };
+        if late == "by its stream" {
+            let exit = task_io_up::Frame::Exit(exit);
+            assert!(!fixture.relay.node_frame(&task, stream, exit), "no more may follow");
+        } else {
+            fixture.relay.outcome(task.id(), &fixture.session.handle, exit);
+        }
+        wait_for_ack(&mut fixture.session.outbox, task.id()).await;
+        let record = fixture.store.task(task.id()).await.unwrap().unwrap();
+        assert_eq!(record.end.unwrap().verdict, Verdict::Cancelled, "never rewritten");
+        let said = record.late.map(|late| late.exit_code);
+        assert_eq!(said, Some(u32::try_from(code).ok()), "{late}");
+        assert_eq!(pending().await, 0);
+    }
+}
+
+#[tokio::test]
+async fn a_verdict_by_the_nodes_word_is_acknowledged_once() {
+    let mut fixture = fixture_with(Duration::from_secs(600)).await;
+    let task = fixture.start("ann", Role::Operator).await.unwrap();
+    let stream = fixture.open(&task);
+    assert!(!fixture.relay.node_frame(&task, stream, task_io_up::Frame::Exit(exited())));
+    end(&task).await;
+    assert_eq!(acks(&mut fixture.session.outbox), [task.id()]);
+    assert!(fixture.store.task(task.id()).await.unwrap().unwrap().late.is_none());
+}
+
+#[tokio::test]
+async fn a_node_that_comes_back_late_has_the_whole_grace_to_take_its_tasks_up_and_no_longer() {
+    let grace = 5 * SHORT;
+    let mut fixture = fixture_with(grace).await;
+    let task = fixture.start("ann", Role::Operator).await.unwrap();
+    let other = fixture.start("ann", Role::Operator).await.unwrap();
+    for task in [&task, &other] {
+        fixture.open(task);
+    }
+    fixture.relay.session_lost(fixture.session.handle.id);
+    tokio::time::sleep(grace * 2 / 3).await;
+    fixture.reconnect(&[task.id(), other.id()]);
+    tokio::time::sleep(grace * 2 / 3).await;
+    assert!(!task.has_ended() && !other.has_ended(), "the deadline of its absence is over");
+    assert!(fixture.relay.open_stream(fixture.node, &hello(&task, true)).is_some());
+    let exit = end_after_news(&other).await;
+    assert_eq!(exit.verdict(), TaskVerdict::StreamLost);
+    assert!(exit.reason.contains("did not take the command up"), "{}", exit.reason);
+    tokio::time::sleep(SHORT).await;
+    assert!(!task.has_ended(), "it was taken up");
+    // The node is there, and it has said nothing of the other one's end.
+    assert_eq!(acks(&mut fixture.session.outbox), []);
+}
+
+/// What was acknowledged up to now.
+fn acks(outbox: &mut Outbox) -> Vec<TaskId> {
+    std::iter::from_fn(|| outbox.try_recv().ok())
+        .filter_map(|frame| match frame.frame {
+            Some(hub_frame::Frame::TaskAck(ack)) => TaskId::from_slice(&ack.task_id).ok(),
+            _ => None,
+        })
+        .collect()
+}
+
+#[tokio::test]
 async fn a_node_keeps_its_word_on_a_command_whose_verdict_is_not_journalled() {
     let mut fixture = fixture_with(SHORT).await;
     let lost = fixture.start("ann", Role::Operator).await.unwrap();
