@@ -539,6 +539,33 @@ async fn a_command_outlives_its_stream_and_its_session_and_goes_on_at_the_exact_
 }
 
 #[tokio::test]
+async fn a_task_that_the_hub_cannot_take_up_yet_is_offered_again() {
+    let (mut hub, _agent, session) = connected(v1::Mode::Permissive, "permissive", CALM).await;
+    let spec = v1::TaskSpec {
+        mode: v1::Mode::Permissive.into(),
+        stdin: true,
+        ..shell("echo ready; read x; echo got $x")
+    };
+    session.start(TaskId::new().as_bytes(), spec, 1024).await;
+    let mut task = hub.task().await;
+    while !matches!(task.next().await, task_io_up::Frame::Output(_)) {}
+    hub.set(|script| script.refuse_tasks = Some("task_not_reached"));
+    drop(task);
+    hub.seen(|script| (script.refused > 1).then_some(())).await;
+    hub.set(|script| script.refuse_tasks = None);
+    let task = hub.task().await;
+    assert!(task.hello.resume);
+    task.resume(6, 1024).await;
+    let stdin = v1::Stdin { data: "in\n".into(), end: false };
+    task.send(task_io_down::Frame::Stdin(stdin)).await;
+    assert_eq!(
+        task.read_to_exit().await.0,
+        b"got in\n",
+        "neither its input nor its output is lost"
+    );
+}
+
+#[tokio::test]
 async fn what_the_hub_gave_up_runs_to_its_end_and_is_reported() {
     let (mut hub, agent, session) = connected(v1::Mode::Permissive, "permissive", CALM).await;
     let done = agent.path("done");
@@ -549,7 +576,7 @@ async fn what_the_hub_gave_up_runs_to_its_end_and_is_reported() {
     session.start(TaskId::new().as_bytes(), spec, 1024).await;
     let mut task = hub.task().await;
     while !matches!(task.next().await, task_io_up::Frame::Output(_)) {}
-    hub.set(|script| script.refuse_tasks = true);
+    hub.set(|script| script.refuse_tasks = Some("task_unknown"));
     drop((task, session));
     let mut session = hub.session().await;
     let node_frame::Frame::TaskOutcome(outcome) = session.next().await else { panic!() };

@@ -36,8 +36,9 @@ pub struct Script {
     pub refuse_recovery: Option<Status>,
     pub refuse_leaving: Option<Status>,
     pub refuse_session: Option<Status>,
-    /// No task is known.
-    pub refuse_tasks: bool,
+    /// With which word streams of tasks are refused, and how many were.
+    pub refuse_tasks: Option<&'static str>,
+    pub refused: u32,
     /// What a welcome says.
     pub renew_now: bool,
     pub trusted: Vec<bytes::Bytes>,
@@ -67,7 +68,8 @@ impl Default for Script {
             refuse_recovery: None,
             refuse_leaving: None,
             refuse_session: None,
-            refuse_tasks: false,
+            refuse_tasks: None,
+            refused: 0,
             renew_now: false,
             trusted: Vec::new(),
             policy_for_ms: 3_600_000,
@@ -439,8 +441,12 @@ impl Node for Service {
         while held && self.script.lock().unwrap().hold_tasks {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
-        if self.script.lock().unwrap().refuse_tasks {
-            return Err(refusal("task_unknown", "no such task"));
+        {
+            let mut script = self.script.lock().unwrap();
+            if let Some(word) = script.refuse_tasks {
+                script.refused += 1;
+                return Err(refusal(word, "not now, or never"));
+            }
         }
         let (down, queue) = mpsc::channel(16);
         self.tasks.send(TaskIo { task_id: hello.task_id.to_vec(), hello, up, down }).await.ok();

@@ -33,7 +33,7 @@ use crate::node::registry::{ArrivalRefusal, NodeRefusal, Outbox, Registry, polic
 use crate::node::session::{self, SessionGuard};
 use crate::store::{Actor, Presented, Store};
 use crate::sync::members::Members;
-use crate::task::relay::{Relay, Task};
+use crate::task::relay::{Relay, StreamRefusal, Task};
 use crate::task::to_node;
 
 /// Time a node has to send its first frame on a stream.
@@ -119,6 +119,15 @@ async fn first_frame<T>(inbound: &mut Streaming<T>) -> Result<T, Status> {
         Ok(Err(status)) => Err(status),
         Err(_) => Err(refuse(Code::DeadlineExceeded, "no_first_frame", "no first frame in time")),
     }
+}
+
+/// Only the first lets the node give the task up.
+fn from_stream(refusal: StreamRefusal) -> Status {
+    let (code, word) = match refusal {
+        StreamRefusal::Unknown => (Code::NotFound, "task_unknown"),
+        StreamRefusal::NotReached => (Code::Unavailable, "task_not_reached"),
+    };
+    refuse(code, word, refusal.to_string())
 }
 
 #[tonic::async_trait]
@@ -210,9 +219,8 @@ impl Node for NodeService {
         let Some(task_io_up::Frame::Hello(hello)) = first_frame(&mut inbound).await?.frame else {
             return Err(invalid("the first frame of a task is TaskIoHello"));
         };
-        let (task, number) = self.relay.open_stream(node_id, &hello).ok_or_else(|| {
-            refuse(Code::NotFound, "task_unknown", "no such task waits for this node")
-        })?;
+        let opened = self.relay.open_stream(node_id, &hello);
+        let (task, number) = opened.map_err(from_stream)?;
         let (relay, reading, stop) =
             (Arc::clone(&self.relay), Arc::clone(&task), self.scope.token().clone());
         self.scope.spawn("task output", async move {
@@ -397,6 +405,21 @@ mod tests {
             let second = heard.next().await.unwrap().frame;
             assert!(matches!(second, Some(hub_frame::Frame::Heartbeat(_))), "{second:?}");
         }
+    }
+
+    #[test]
+    fn a_task_is_called_unknown_only_if_its_node_need_not_ask_again() {
+        let unknown = from_stream(StreamRefusal::Unknown);
+        assert_eq!((unknown.code(), word(&unknown)), (Code::NotFound, "task_unknown"));
+        let not_reached = from_stream(StreamRefusal::NotReached);
+        assert_eq!(
+            (not_reached.code(), word(&not_reached)),
+            (Code::Unavailable, "task_not_reached")
+        );
+    }
+
+    fn word(status: &Status) -> &str {
+        status.metadata().get(cortex_proto::CODE_TRAILER).unwrap().to_str().unwrap()
     }
 
     #[test]

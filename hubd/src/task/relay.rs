@@ -35,7 +35,7 @@ use super::budget::Budget;
 use super::draining::Draining;
 use super::history::History;
 use super::limits::{CommandLimits, Slot, Slots};
-pub use super::running::{DEFAULT_CANCEL_GRACE, Task};
+pub use super::running::{DEFAULT_CANCEL_GRACE, StreamRefusal, Task};
 use super::spool::Spool;
 pub use super::start::{Begun, Claim, StartRefusal};
 use super::unwanted::Unwanted;
@@ -332,20 +332,26 @@ impl Relay {
     }
 
     /// The node opened a stream for a task: its first, or, after an interruption, another. Returns the
-    /// stream's number; `None` if no such task waits for this node.
-    #[must_use]
-    pub fn open_stream(&self, node: NodeId, hello: &TaskIoHello) -> Option<(Arc<Task>, u64)> {
-        let id = TaskId::from_slice(&hello.task_id).ok()?;
-        let task = self.get(id).filter(|task| task.record.node == node)?;
+    /// stream's number.
+    ///
+    /// # Errors
+    /// See [`StreamRefusal`].
+    pub fn open_stream(
+        &self,
+        node: NodeId,
+        hello: &TaskIoHello,
+    ) -> Result<(Arc<Task>, u64), StreamRefusal> {
+        let task = TaskId::from_slice(&hello.task_id).ok().and_then(|id| self.get(id));
+        let task = task.filter(|task| task.record.node == node).ok_or(StreamRefusal::Unknown)?;
         let stream = if hello.resume {
-            let stream = task.resume(hello)?;
+            let stream = task.resume(hello).ok_or(StreamRefusal::NotReached)?;
             self.tell(Kind::TaskResumed, &task, |about| about);
             stream
         } else {
-            task.open()?
+            task.open().ok_or(StreamRefusal::Unknown)?
         };
         task.heard();
-        Some((task, stream))
+        Ok((task, stream))
     }
 
     /// Takes a frame from the node's stream; returns whether more may follow.

@@ -24,6 +24,17 @@ use crate::store::TaskRecord;
 /// Time a cancelled command has before it is killed, if the caller names none.
 pub const DEFAULT_CANCEL_GRACE: Duration = Duration::from_secs(2);
 
+/// Why a node's stream for a task is not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum StreamRefusal {
+    /// It has its verdict, or is none of the node's, or may not begin any more: the node need not ask again.
+    #[error("no such task waits for this node")]
+    Unknown,
+    /// The session has just ended in which the node asks: it takes the task up in its next one.
+    #[error("the node has no session that the task is bound to: ask again in the next one")]
+    NotReached,
+}
+
 /// Where a task is.
 #[derive(Clone, Debug)]
 enum Phase {

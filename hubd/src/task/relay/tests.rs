@@ -258,7 +258,8 @@ async fn a_node_that_stays_away_loses_its_task_and_what_it_says_later_is_added_o
     assert_eq!(exit.verdict(), TaskVerdict::StreamLost);
     assert!(exit.reason.contains("may still be running"), "{}", exit.reason);
     fixture.reconnect(&[task.id()]);
-    assert!(fixture.relay.open_stream(fixture.node, &hello(&task, true)).is_none(), "it is over");
+    let over = fixture.relay.open_stream(fixture.node, &hello(&task, true));
+    assert_eq!(over.err(), Some(StreamRefusal::Unknown));
     for code in [3, 4] {
         let exit = TaskExit { exit_code: code, ..exited() };
         fixture.relay.outcome(task.id(), &fixture.session.handle, exit);
@@ -325,7 +326,7 @@ async fn a_node_that_comes_back_late_has_the_whole_grace_to_take_its_tasks_up_an
     fixture.reconnect(&[task.id(), other.id()]);
     tokio::time::sleep(grace * 2 / 3).await;
     assert!(!task.has_ended() && !other.has_ended(), "the deadline of its absence is over");
-    assert!(fixture.relay.open_stream(fixture.node, &hello(&task, true)).is_some());
+    assert!(fixture.relay.open_stream(fixture.node, &hello(&task, true)).is_ok());
     let exit = end_after_news(&other).await;
     assert_eq!(exit.verdict(), TaskVerdict::StreamLost);
     assert!(exit.reason.contains("did not take the command up"), "{}", exit.reason);
@@ -410,6 +411,27 @@ async fn a_cancel_reaches_a_node_that_was_away() {
     let frame = fixture.session.outbox.try_recv().unwrap().frame;
     let Some(hub_frame::Frame::CancelTask(cancel)) = frame else { panic!("{frame:?}") };
     assert_eq!(cancel.signal, 2);
+}
+
+#[tokio::test]
+async fn a_task_that_waits_for_its_nodes_next_session_is_not_called_unknown() {
+    let mut fixture = fixture_with(Duration::from_secs(600)).await;
+    let open = |fixture: &Fixture, task: &Task, resume| {
+        fixture.relay.open_stream(fixture.node, &hello(task, resume)).err()
+    };
+    let task = fixture.start("ann", Role::Operator).await.unwrap();
+    let unopened = fixture.start("ann", Role::Operator).await.unwrap();
+    fixture.open(&task);
+    assert_eq!(open(&fixture, &task, false), Some(StreamRefusal::Unknown), "there is one already");
+    fixture.relay.session_lost(fixture.session.handle.id);
+    assert_eq!(open(&fixture, &task, true), Some(StreamRefusal::NotReached));
+    assert_eq!(open(&fixture, &unopened, false), Some(StreamRefusal::Unknown), "it may not begin");
+    let others = fixture.relay.open_stream(NodeId::new(), &hello(&task, true)).err();
+    assert_eq!(others, Some(StreamRefusal::Unknown), "of another node");
+    fixture.reconnect(&[task.id(), unopened.id()]);
+    assert_eq!(open(&fixture, &task, true), None);
+    fixture.relay.finish(task.id(), fixture.node, exited());
+    assert_eq!(open(&fixture, &task, true), Some(StreamRefusal::Unknown), "it is over");
 }
 
 /// The next cancel that is on its way to the node.
