@@ -211,6 +211,8 @@ impl Dispatcher {
 
     pub(super) fn begin_session(&self, context: SessionContext, policy: HubPolicy) {
         self.set_policy(&context, policy);
+        // First, so that what leaves the table after the look at it is told here: see [`Running`].
+        self.inner.session.send_replace(Some(context.clone()));
         let running: HashSet<TaskId> = self.inner.running.ids();
         let mut ended = self.inner.journal.unacknowledged();
         ended.retain(|id| !running.contains(id));
@@ -218,7 +220,6 @@ impl Dispatcher {
         for _ in 0..REPORTS_AT_ONCE {
             self.report_next(&context);
         }
-        self.inner.session.send_replace(Some(context));
         self.inner.workspaces.set_online(true);
     }
 
@@ -230,6 +231,11 @@ impl Dispatcher {
     /// Tells the hub how the next of the earlier tasks ended.
     fn report_next(&self, session: &SessionContext) {
         let Some(id) = lock(&self.inner.to_report).pop_front() else { return };
+        self.report(session, id);
+    }
+
+    /// Tells the hub how a task ended, unless it has acknowledged that.
+    fn report(&self, session: &SessionContext, id: TaskId) {
         if let Some(exit) = self.inner.journal.outcome(id) {
             let task_id = id.as_bytes().to_vec().into();
             let outcome = v1::TaskOutcome { task_id, exit: Some(exit) };
@@ -370,10 +376,9 @@ impl Dispatcher {
         };
         let role = start.role.parse().ok();
         let permit = Permit::new(self.clone(), role, line);
-        let session = context.session.clone();
         // Beside the opening of its stream, which takes as long.
         let command = async {
-            if !self.record_begin(id, &session).await {
+            if !self.record_begin(id).await {
                 return None;
             }
             let command = match start.spec {
@@ -396,7 +401,7 @@ impl Dispatcher {
     }
 
     /// Writes down, durably, that a task starts; answers the hub where it must not.
-    async fn record_begin(&self, id: TaskId, session: &SessionContext) -> bool {
+    async fn record_begin(&self, id: TaskId) -> bool {
         crash_point("task.told");
         match self.inner.journal.begin(id).await {
             Ok(true) => {
@@ -405,18 +410,25 @@ impl Dispatcher {
             }
             Ok(false) => {
                 tracing::warn!(task = %id, "the hub ordered a task a second time; it does not run");
-                // What is known of the first time is the answer.
-                match self.inner.journal.outcome(id) {
-                    Some(exit) => answer(session, id, exit),
-                    None => refuse(session, id, "this task has been run before"),
+                // What is known of the first time is the answer, as for each task that is over.
+                if self.inner.journal.outcome(id).is_none() {
+                    self.refuse_now(id, "this task has been run before");
                 }
             }
             Err(error) => {
                 tracing::error!(%error, "a task cannot be recorded, so it does not run");
-                refuse(session, id, "the node cannot record that the task starts");
+                self.refuse_now(id, "the node cannot record that the task starts");
             }
         }
         false
+    }
+
+    /// Refuses a task in the session of this moment: the disk may have taken longer than the one that
+    /// ordered it lasted.
+    fn refuse_now(&self, id: TaskId, reason: &str) {
+        if let Some(session) = &*self.inner.session.borrow() {
+            refuse(session, id, reason);
+        }
     }
 
     /// Whether a command may run, by what is known now; a refusal for want of permission is
@@ -584,7 +596,9 @@ fn answer(session: &SessionContext, id: TaskId, exit: v1::TaskExit) {
     }));
 }
 
-/// A task in the table of running ones; leaves it whatever way the task ends.
+/// A task in the table of running ones; leaves it whatever way the task ends. What the hub has not acknowledged
+/// of its end then is told in the session of that moment, which may have begun while the task was in the table
+/// and have left it out. Later sessions hear it from the journal.
 struct Running {
     dispatcher: Dispatcher,
     id: TaskId,
@@ -592,6 +606,120 @@ struct Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.dispatcher.inner.running.end(self.id);
+        let inner = &self.dispatcher.inner;
+        inner.running.end(self.id);
+        let session = inner.session.borrow().clone();
+        if let Some(session) = session {
+            self.dispatcher.report(&session, self.id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use cortex_shared::clock::unix_ms;
+    use tonic::transport::Endpoint;
+
+    use super::*;
+    use crate::client::{HubClient, Trust};
+    use crate::identity::NodeIdentity;
+    use crate::identity::testing::Ca;
+
+    fn dispatcher(folder: &Path, scope: &TaskScope) -> Dispatcher {
+        let state = StateDir::resolve(Some(folder.join("state"))).unwrap();
+        state.create().unwrap();
+        NodeIdentity::pending_key(&state).unwrap();
+        Ca::new().node(&state.identity(), unix_ms() + 60_000).store(&state).unwrap();
+        let identity = NodeIdentity::load(&state).unwrap().unwrap();
+        let settings = Settings {
+            hub: "127.0.0.1:1".parse().unwrap(),
+            workspace_root: folder.join("ws"),
+            ceiling: Bound::LEAST,
+            workspace_paths: BTreeMap::new(),
+            library: crate::config::LibraryPlace::Default,
+            sandbox: SandboxSettings::default(),
+            commands: CommandSettings::default(),
+            log: None,
+        };
+        settings.save(&state).unwrap();
+        let identity = LiveIdentity::new(state.clone(), identity, settings.hub.clone()).unwrap();
+        let hub = HubClient::new(settings.hub.clone(), Trust::Pins(Vec::new()), None).unwrap();
+        let workspaces = Workspaces::start(state.clone(), settings, hub, scope).unwrap();
+        Dispatcher::new(state, workspaces, identity).unwrap()
+    }
+
+    /// A session, and what is sent in it.
+    fn session() -> (SessionContext, mpsc::Receiver<v1::NodeFrame>) {
+        let (frames, sent) = mpsc::channel(16);
+        let channel = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
+        let context = SessionContext {
+            client: NodeClient::new(channel),
+            outbox: Outbox::new(frames),
+            tasks: TaskScope::new(),
+            resume_grace: Duration::from_secs(10),
+        };
+        (context, sent)
+    }
+
+    /// The ends that were told up to now.
+    fn told(sent: &mut mpsc::Receiver<v1::NodeFrame>) -> Vec<TaskId> {
+        std::iter::from_fn(|| sent.try_recv().ok())
+            .filter_map(|frame| match frame.frame {
+                Some(node_frame::Frame::TaskOutcome(outcome)) => {
+                    TaskId::from_slice(&outcome.task_id).ok()
+                }
+                _ => None,
+            })
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn an_end_is_told_in_the_session_in_which_its_task_leaves_the_table() {
+        let folder = tempfile::tempdir().unwrap();
+        let scope = TaskScope::new();
+        let dispatcher = dispatcher(folder.path(), &scope);
+        let [open, acknowledged, earlier] = [(); 3].map(|()| TaskId::new());
+        let (first, mut of_first) = session();
+        dispatcher.begin_session(first, HubPolicy::UNTOLD);
+        let tasks = [open, acknowledged].map(|id| {
+            let handle =
+                Handle { cancels: mpsc::channel(1).0, acknowledged: CancellationToken::new() };
+            dispatcher.inner.running.begin(id, handle).unwrap();
+            Running { dispatcher: dispatcher.clone(), id }
+        });
+        for id in [earlier, open, acknowledged] {
+            assert!(dispatcher.inner.journal.begin(id).await.unwrap());
+            let exit = v1::TaskExit { exit_code: 3, ..Default::default() };
+            dispatcher.inner.journal.end(id, &exit).await.unwrap();
+        }
+        dispatcher.end_session();
+        let (second, mut of_second) = session();
+        dispatcher.begin_session(second, HubPolicy::UNTOLD);
+        assert_eq!(told(&mut of_second), [earlier], "the others are not over yet");
+        dispatcher.inner.journal.acknowledged(acknowledged);
+        drop(tasks);
+        assert_eq!(told(&mut of_second), [open]);
+        assert_eq!(told(&mut of_first), []);
+        scope.cancel();
+    }
+
+    #[tokio::test]
+    async fn a_task_that_was_run_before_is_refused_in_the_session_of_that_moment() {
+        let folder = tempfile::tempdir().unwrap();
+        let scope = TaskScope::new();
+        let dispatcher = dispatcher(folder.path(), &scope);
+        let id = TaskId::new();
+        assert!(dispatcher.inner.journal.begin(id).await.unwrap());
+        let (first, mut of_first) = session();
+        dispatcher.begin_session(first, HubPolicy::UNTOLD);
+        let (second, mut of_second) = session();
+        dispatcher.begin_session(second, HubPolicy::UNTOLD);
+        assert!(!dispatcher.record_begin(id).await);
+        assert!(of_first.try_recv().is_err());
+        let refused = of_second.try_recv().unwrap().frame;
+        assert!(matches!(refused, Some(node_frame::Frame::TaskRefused(_))), "{refused:?}");
+        scope.cancel();
     }
 }

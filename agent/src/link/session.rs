@@ -118,7 +118,7 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    fn new(frames: mpsc::Sender<v1::NodeFrame>) -> Self {
+    pub(super) fn new(frames: mpsc::Sender<v1::NodeFrame>) -> Self {
         Self { frames, last_sent: Arc::new(Mutex::new(Instant::now())) }
     }
 

@@ -5,7 +5,7 @@
 //! slow reader. In the next session the stream is opened anew, and both directions go on at the exact
 //! byte ([`super::carrier`] keeps the books). A hub that does not know the task any more has given it
 //! its verdict: the command then runs to its end without a reader, and its end is reported through the
-//! journal.
+//! journal, by the dispatcher. So is every end that the hub has not acknowledged when this task is over.
 //!
 //! The stream from the hub is read in a loop that never waits for the command: what the command has
 //! not taken yet waits in a queue bounded in bytes.
@@ -229,14 +229,6 @@ impl Running {
                 }
                 () = sleep_until(self.ack_by) => return,
             }
-        }
-        // Whoever has the session now is told; later ones hear it from the journal.
-        if self.orphan
-            && let (Some(session), Some(exit)) = (&self.session, self.carrier.exit())
-        {
-            let task_id = self.context.id.as_bytes().to_vec().into();
-            let outcome = v1::TaskOutcome { task_id, exit: Some(exit.clone()) };
-            session.outbox.send(v1::node_frame::Frame::TaskOutcome(outcome));
         }
     }
 
