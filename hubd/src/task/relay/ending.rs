@@ -1,5 +1,6 @@
 //! How a task gets its verdict: out of the table, into the journal, then to its reader and its node.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use cortex_shared::crash::crash_point;
 use cortex_shared::ids::{NodeId, TaskId};
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::{Relay, Task, about, ended};
@@ -20,6 +22,12 @@ use crate::task::verdict::{journal_entry, tidy};
 
 /// Late reports of nodes that may wait for the journal. What does not fit is repeated by its node.
 pub(super) const LATE_REPORTS: usize = 256;
+
+/// How long after a report came before its verdict it is looked at again, and how often: a verdict is in the
+/// journal within seconds, or its disk fails. What is still too early then, the node repeats in its next
+/// session.
+const LATE_AGAIN: Duration = Duration::from_secs(1);
+const LATE_TRIES: u32 = 5;
 
 /// How long a verdict waits for the output before it to be in the spool. A disk that takes longer delays
 /// no verdict; only who comes back after a crash in this very moment may then lack something.
@@ -40,6 +48,7 @@ pub(super) struct Report {
     task: TaskId,
     session: SessionHandle,
     exit: TaskExit,
+    tries: u32,
 }
 
 /// A task that is out of the table, and whose verdict is not yet where its reader takes it.
@@ -83,7 +92,9 @@ impl Relay {
     pub fn outcome(&self, id: TaskId, session: &SessionHandle, exit: TaskExit) {
         if !self.finish(id, session.node, exit.clone()) {
             // Full: the node repeats what is not acknowledged.
-            self.late.try_send(Report { task: id, session: session.clone(), exit }).ok();
+            self.late
+                .try_send(Report { task: id, session: session.clone(), exit, tries: LATE_TRIES })
+                .ok();
         }
     }
 
@@ -159,26 +170,58 @@ pub(super) async fn record_late(
     mut reports: mpsc::Receiver<Report>,
     scope: TaskScope,
 ) {
-    while let Some(Some(report)) = scope.token().run_until_cancelled(reports.recv()).await {
-        let Report { task, session, mut exit } = report;
-        tidy(&mut exit);
-        let outcome = journal_entry(&exit, None);
-        match store.add_late_outcome(task, session.node, outcome.clone()).await {
-            // If the verdict is the node's word, whoever journals it acknowledges it, too; if it is the hub's
-            // own, nobody does, and the node's word is added in its next session.
-            Ok(LateReport::TooEarly) => {
-                tracing::debug!(%task, node = %session.node, "reported before its verdict is journalled");
+    // All wait equally long: the first is the next.
+    let mut early: VecDeque<(Instant, Report)> = VecDeque::new();
+    loop {
+        let next = early.front().map(|(at, _)| *at);
+        let report = tokio::select! {
+            () = scope.token().cancelled() => return,
+            report = reports.recv() => report,
+            () = sleep_until(next) => early.pop_front().map(|(_, report)| report),
+        };
+        let Some(mut report) = report else { return };
+        tidy(&mut report.exit);
+        if record(&store, &events, &report).await == Some(LateReport::TooEarly) {
+            report.tries -= 1;
+            if report.tries > 0 && early.len() < LATE_REPORTS {
+                early.push_back((Instant::now() + LATE_AGAIN, report));
             }
-            Ok(known) => {
-                if known == LateReport::Added {
-                    if let Ok(Some(record)) = store.task(task).await {
-                        events.publish(Kind::TaskLateOutcome, ended(about(&record), &outcome));
-                    }
-                    tracing::info!(%task, node = %session.node, "a lost task's end became known");
-                }
-                acknowledge(&session, task);
-            }
-            Err(error) => tracing::warn!(%task, %error, "a late outcome was not journalled"),
         }
     }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn record(store: &Arc<dyn Store>, events: &EventBus, report: &Report) -> Option<LateReport> {
+    let Report { task, session, exit, .. } = report;
+    let outcome = journal_entry(exit, None);
+    let known = match store.add_late_outcome(*task, session.node, outcome.clone()).await {
+        Ok(known) => known,
+        Err(error) => {
+            tracing::warn!(%task, %error, "a late outcome was not journalled");
+            return None;
+        }
+    };
+    match known {
+        // The journal is about to have the verdict. If that is the node's word, whoever journals it
+        // acknowledges it, too, though perhaps to an earlier session; if it is the hub's own, nobody does.
+        LateReport::TooEarly => {
+            tracing::debug!(%task, node = %session.node, "reported before its verdict is journalled");
+            return Some(known);
+        }
+        LateReport::Added => {
+            if let Ok(Some(record)) = store.task(*task).await {
+                events.publish(Kind::TaskLateOutcome, ended(about(&record), &outcome));
+            }
+            tracing::info!(%task, node = %session.node, "a lost task's end became known");
+        }
+        LateReport::Known => {}
+    }
+    acknowledge(session, *task);
+    Some(known)
 }

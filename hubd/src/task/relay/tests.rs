@@ -11,7 +11,7 @@ use crate::store::{IdempotencyKey, Verdict, fixtures};
 use crate::task::limits::CommandLimits;
 use crate::task::spool::SpoolLimits;
 use crate::task::to_reader::{End, ReaderFrame};
-use crate::task::verdict::MAX_TEXT_BYTES;
+use crate::task::verdict::{MAX_TEXT_BYTES, journal_entry};
 
 /// A resume grace that tests wait for.
 const SHORT: Duration = Duration::from_millis(300);
@@ -368,6 +368,13 @@ async fn a_node_keeps_its_word_on_a_command_whose_verdict_is_not_journalled() {
             break;
         }
     }
+    // Once it is, the report that is here already is dealt with: the node does not repeat it.
+    let verdict = TaskExit { verdict: TaskVerdict::StreamLost.into(), ..TaskExit::default() };
+    fixture.store.end_task(early.id, journal_entry(&verdict, None)).await.unwrap();
+    let heard = wait_for_ack(&mut fixture.session.outbox, early.id);
+    tokio::time::timeout(Duration::from_secs(30), heard).await.unwrap();
+    let record = fixture.store.task(early.id).await.unwrap().unwrap();
+    assert_eq!(record.late.unwrap().verdict, Verdict::Exited);
 }
 
 #[tokio::test]
