@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cortex_shared::clock::unix_ms;
+use cortex_shared::ids::{NodeId, TaskId};
 use cortex_shared::policy::Role;
 use serde_json::json;
 use tokio::sync::Notify;
@@ -39,8 +40,8 @@ pub struct Admission {
     pub calls: CancellationToken,
 }
 
-/// Lost commands that a revocation ends at once. Each waits in the outbox of its node's session, which has room for
-/// some hundred frames.
+/// Lost commands of one node that a revocation ends at once. Each waits in the outbox of the node's session, which has
+/// room for some hundred frames.
 const MOST_TOLD: usize = 128;
 
 /// Why an operator's call is refused, though its certificate is good.
@@ -223,7 +224,7 @@ impl Operators {
         }
         // What was lost, and may go on where it was. A node that is away hears it when it is back, and of more than
         // its session has room for in its next one.
-        for (task, node) in recorded?.into_iter().rev().take(MOST_TOLD) {
+        for (task, node) in to_tell(recorded?) {
             if let Some(session) = self.registry.get(node).and_then(|view| view.session) {
                 session.send(cancel_frame(task, 0, Duration::ZERO)).ok();
             }
@@ -284,6 +285,16 @@ impl Known {
     fn new(record: OperatorRecord) -> Self {
         Self { record, calls: CancellationToken::new() }
     }
+}
+
+/// Those of these lost commands that are ended at once: the latest of each node.
+fn to_tell(lost: Vec<(TaskId, NodeId)>) -> impl Iterator<Item = (TaskId, NodeId)> {
+    let mut told: HashMap<NodeId, usize> = HashMap::new();
+    lost.into_iter().rev().filter(move |(_, node)| {
+        let told = told.entry(*node).or_default();
+        *told += 1;
+        *told <= MOST_TOLD
+    })
 }
 
 #[cfg(test)]
@@ -437,6 +448,18 @@ mod tests {
         f.faults.set(Fault::None);
         calls.finish().await;
         assert!(f.store.operators().await.unwrap()[0].revoked_at_ms.is_some());
+    }
+
+    #[test]
+    fn a_node_with_many_lost_commands_takes_no_other_nodes_place() {
+        let (busy, other) = (NodeId::new(), NodeId::new());
+        let first = (TaskId::new(), other);
+        let many: Vec<_> = (0..=MOST_TOLD).map(|_| (TaskId::new(), busy)).collect();
+        let lost = std::iter::once(first).chain(many.iter().copied()).collect();
+        let mut told: Vec<_> = to_tell(lost).collect();
+        assert_eq!(told.pop(), Some(first));
+        told.reverse();
+        assert_eq!(told, many[1..], "the oldest of too many hears it in its node's next session");
     }
 
     #[tokio::test]
