@@ -35,6 +35,7 @@ use super::budget::Budget;
 use super::draining::Draining;
 use super::history::History;
 use super::limits::{CommandLimits, Slot, Slots};
+use super::running::Lost;
 pub use super::running::{DEFAULT_CANCEL_GRACE, StreamRefusal, Task};
 use super::spool::Spool;
 pub use super::start::{Begun, Claim, StartRefusal};
@@ -411,15 +412,15 @@ impl Relay {
 
     /// A stream of the node ended. Unless it has opened another one, the task is interrupted.
     pub fn stream_ended(self: &Arc<Self>, task: &Arc<Task>, stream: u64) {
-        if task.to_node.stream() == stream && !task.has_ended() {
-            self.interrupt(task, None, CONNECTION_LOST);
+        if !task.has_ended() {
+            self.interrupt(task, Lost::Stream(stream), CONNECTION_LOST);
         }
     }
 
     /// The session ended: its tasks are interrupted, and everybody who waits for one hears it.
     pub fn session_lost(self: &Arc<Self>, session: SessionId) {
         for task in self.those(|task| task.is_of(session)) {
-            self.interrupt(&task, Some(session), CONNECTION_LOST);
+            self.interrupt(&task, Lost::Session(session), CONNECTION_LOST);
         }
     }
 
@@ -434,7 +435,7 @@ impl Relay {
         for task in self.those(|task| task.record.node == session.node) {
             if held.contains(&task.id()) {
                 // Its stream was one of another session, whose end may not have been noticed yet.
-                self.interrupt(&task, None, "the node has connected anew");
+                self.interrupt(&task, Lost::EarlierSession, "the node has connected anew");
                 if let Some(number) = task.rebind(session) {
                     self.await_node(&task, number, NOT_TAKEN_UP);
                 }
@@ -455,8 +456,8 @@ impl Relay {
         }
     }
 
-    fn interrupt(self: &Arc<Self>, task: &Arc<Task>, session: Option<SessionId>, reason: &str) {
-        if let Some(number) = task.interrupt(session, reason, self.deadlines.resume) {
+    fn interrupt(self: &Arc<Self>, task: &Arc<Task>, lost: Lost, reason: &str) {
+        if let Some(number) = task.interrupt(lost, reason, self.deadlines.resume) {
             self.tell(Kind::TaskInterrupted, task, |about| about.with("reason", reason));
             self.await_node(task, number, reason);
         }

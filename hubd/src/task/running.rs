@@ -35,6 +35,16 @@ pub enum StreamRefusal {
     NotReached,
 }
 
+/// What a task may have been carried by, and is gone.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Lost {
+    Session(SessionId),
+    /// One of the node's streams, by its number.
+    Stream(u64),
+    /// Whatever was before the node's latest session.
+    EarlierSession,
+}
+
 /// Where a task is.
 #[derive(Clone, Debug)]
 enum Phase {
@@ -230,16 +240,14 @@ impl Task {
     }
 
     /// Notes that the node is away, or its stream. Returns the number of the interruption; `None` if it
-    /// is interrupted already. With `session`, only if it is reached through that one.
-    pub(super) fn interrupt(
-        &self,
-        session: Option<SessionId>,
-        reason: &str,
-        grace: Duration,
-    ) -> Option<u64> {
+    /// is interrupted already, or does not depend on what was lost.
+    pub(super) fn interrupt(&self, lost: Lost, reason: &str, grace: Duration) -> Option<u64> {
         let mut place = lock(&self.place);
-        if let Some(id) = session {
-            place.session.take_if(|current| current.id == id)?;
+        match lost {
+            Lost::Session(id) => drop(place.session.take_if(|current| current.id == id)?),
+            // Streams are counted while the place is held: none is opened meanwhile.
+            Lost::Stream(number) if self.to_node.stream() != number => return None,
+            Lost::Stream(_) | Lost::EarlierSession => {}
         }
         if matches!(place.phase, Phase::Interrupted { .. }) {
             return None;
@@ -276,20 +284,23 @@ impl Task {
 
     /// The node opens its first stream; returns its number.
     pub(super) fn open(&self) -> Option<u64> {
-        self.take_opening().then(|| self.to_node.open())
+        let mut place = lock(&self.place);
+        (!std::mem::replace(&mut place.opened, true)).then(|| self.to_node.open())
     }
 
     /// The node opens its stream anew; returns its number. `None` if it is not reached by any session.
     pub(super) fn resume(&self, hello: &TaskIoHello) -> Option<u64> {
         let flow = lock(&self.flow);
-        {
+        let (stream, taken) = {
             let mut place = lock(&self.place);
             place.session.as_ref()?;
+            let ([stdout_offset, stderr_offset], credit) = self.to_reader.resume();
+            let resume = TaskIoResume { stdout_offset, stderr_offset, credit };
+            let opened = self.to_node.resume(hello, resume);
+            // The end of the stream before cannot interrupt it any more.
             place.phase = Phase::Running;
-        }
-        let ([stdout_offset, stderr_offset], credit) = self.to_reader.resume();
-        let resume = TaskIoResume { stdout_offset, stderr_offset, credit };
-        let (stream, taken) = self.to_node.resume(hello, resume);
+            opened
+        };
         if taken > 0 {
             self.to_reader.stdin_credit(taken);
         }

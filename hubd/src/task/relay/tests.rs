@@ -1,4 +1,4 @@
-use cortex_proto::v1::{Output, StartTask};
+use cortex_proto::v1::{Output, StartTask, TaskState};
 use cortex_shared::policy::Role;
 use tokio_util::sync::CancellationToken;
 
@@ -249,6 +249,20 @@ async fn a_node_that_comes_back_in_time_takes_its_task_up_and_the_reader_hears_b
 }
 
 #[tokio::test]
+async fn the_end_of_a_stream_interrupts_what_it_carries_and_no_later_one() {
+    let fixture = fixture_with(Duration::from_secs(600)).await;
+    let task = fixture.start("ann", Role::Operator).await.unwrap();
+    let first = fixture.open(&task);
+    fixture.relay.stream_ended(&task, first);
+    assert_eq!(task.state().0, TaskState::Interrupted);
+    let (_, second) = fixture.relay.open_stream(fixture.node, &hello(&task, true)).unwrap();
+    fixture.relay.stream_ended(&task, first);
+    assert_eq!(task.state().0, TaskState::Running);
+    fixture.relay.stream_ended(&task, second);
+    assert_eq!(task.state().0, TaskState::Interrupted);
+}
+
+#[tokio::test]
 async fn a_node_that_stays_away_loses_its_task_and_what_it_says_later_is_added_once() {
     let mut fixture = fixture_with(SHORT).await;
     let task = fixture.start("ann", Role::Operator).await.unwrap();
@@ -371,8 +385,7 @@ async fn a_node_keeps_its_word_on_a_command_whose_verdict_is_not_journalled() {
     // Once it is, the report that is here already is dealt with: the node does not repeat it.
     let verdict = TaskExit { verdict: TaskVerdict::StreamLost.into(), ..TaskExit::default() };
     fixture.store.end_task(early.id, journal_entry(&verdict, None)).await.unwrap();
-    let heard = wait_for_ack(&mut fixture.session.outbox, early.id);
-    tokio::time::timeout(Duration::from_secs(30), heard).await.unwrap();
+    wait_for_ack(&mut fixture.session.outbox, early.id).await;
     let record = fixture.store.task(early.id).await.unwrap().unwrap();
     assert_eq!(record.late.unwrap().verdict, Verdict::Exited);
 }
@@ -623,8 +636,10 @@ async fn end_after_news(task: &Task) -> TaskExit {
 }
 
 async fn wait_for_ack(outbox: &mut Outbox, id: TaskId) {
+    let limit = Duration::from_secs(20);
     loop {
-        if let Some(hub_frame::Frame::TaskAck(ack)) = outbox.recv().await.unwrap().frame {
+        let frame = tokio::time::timeout(limit, outbox.recv()).await.expect("acknowledged");
+        if let Some(hub_frame::Frame::TaskAck(ack)) = frame.unwrap().frame {
             assert_eq!(ack.task_id, id.as_bytes().to_vec());
             return;
         }
