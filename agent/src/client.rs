@@ -35,6 +35,10 @@ use verifier::Shown;
 
 /// How long reaching the hub may take: name, TCP and TLS together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long after somebody answered and closed the connection another one is tried: a hub that stops closes
+/// those that have just come, and the next one is there in a moment.
+const CUT_OFF_PAUSES: [Duration; 3] =
+    [Duration::from_millis(100), Duration::from_millis(300), Duration::from_millis(900)];
 
 /// How long a refusal of our certificate may take to arrive. A hub that accepts it need not say
 /// anything before it is asked.
@@ -141,6 +145,22 @@ impl HubClient {
     /// # Errors
     /// As [`HubClient::connect`].
     pub async fn connect_counted(
+        &self,
+        purpose: Purpose,
+    ) -> Result<(Channel, Arc<Traffic>), ConnectError> {
+        let mut pauses = CUT_OFF_PAUSES.into_iter();
+        loop {
+            match self.connect_once(purpose).await {
+                Err(error) if error.is_cut_off() => match pauses.next() {
+                    Some(pause) => tokio::time::sleep(pause).await,
+                    None => return Err(error),
+                },
+                result => return result,
+            }
+        }
+    }
+
+    async fn connect_once(
         &self,
         purpose: Purpose,
     ) -> Result<(Channel, Arc<Traffic>), ConnectError> {

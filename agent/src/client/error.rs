@@ -129,6 +129,25 @@ fn list_pins(pins: &[CaPin]) -> String {
 }
 
 impl ConnectError {
+    /// Whether somebody answered and closed the connection in the middle of it, as a hub does that stops: the
+    /// next one may be there in a moment.
+    pub(super) fn is_cut_off(&self) -> bool {
+        match self {
+            Self::Tls { source, .. } => is_end(source.kind()),
+            Self::Http2 { source, .. } => {
+                let mut cause: Option<&(dyn StdError + 'static)> = Some(&**source);
+                while let Some(error) = cause {
+                    if error.downcast_ref::<io::Error>().is_some_and(|error| is_end(error.kind())) {
+                        return true;
+                    }
+                    cause = error.source();
+                }
+                false
+            }
+            _ => false,
+        }
+    }
+
     pub(super) fn from_handshake(address: HubAddress, error: io::Error) -> Self {
         let refused = error
             .get_ref()
@@ -191,6 +210,11 @@ pub fn connect_error_in(error: &(dyn StdError + 'static)) -> Option<ConnectError
         next = error.source();
     }
     None
+}
+
+fn is_end(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    matches!(kind, BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
 }
 
 /// What the hub had against our own certificate, if the error says so. In TLS 1.3 the client has

@@ -2,6 +2,7 @@
 //! right one, and must not have sent anything when it does not.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cortex_shared::ids::{MeshId, NodeId};
 use cortex_shared::peer::{CaPin, HUB_SERVER_NAME, Holder, PeerIdentity};
@@ -217,4 +218,23 @@ async fn nothing_listening_is_unreachable_and_plain_text_is_not_tls() {
     let error = client.probe().await.unwrap_err();
     assert!(matches!(error, ConnectError::Unreachable { .. }), "{error:?}");
     assert!(!error.is_permanent());
+}
+
+#[tokio::test]
+async fn whoever_closes_a_connection_that_has_just_come_is_asked_a_few_times_more() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address: HubAddress = listener.local_addr().unwrap().to_string().parse().unwrap();
+    let client = HubClient::new(address, Authority::new().trust(), None).unwrap();
+    let accepted = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&accepted);
+    let closing = tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            count.fetch_add(1, Ordering::SeqCst);
+            drop(tcp);
+        }
+    });
+    let error = client.connect(Purpose::Control).await.unwrap_err();
+    assert!(matches!(error, ConnectError::Tls { .. }), "{error:?}");
+    assert_eq!(accepted.load(Ordering::SeqCst), 1 + CUT_OFF_PAUSES.len());
+    closing.abort();
 }

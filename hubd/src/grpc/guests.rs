@@ -7,7 +7,7 @@
 //! Holders of certificates, and the administration socket, are bound by none of this.
 //!
 //! The server waits at its end for every connection to agree, which one that has not begun to speak HTTP/2
-//! never does: it ends at once, whosever it is. A guest may finish its call for a moment; it repeats it
+//! never does: it has a moment to begin, whosever it is. So has a guest to finish its call; it repeats it
 //! without harm where that was too short.
 
 use std::io;
@@ -35,7 +35,7 @@ const GUESTS_OF_ADDRESS: usize = GUESTS / 4;
 const QUIET: Duration = Duration::from_secs(30);
 /// How long a guest may stay beyond the time that its call may wait for an answer.
 const BEYOND_CALL: Duration = Duration::from_secs(60);
-/// How long a guest may stay when the hub stops.
+/// How long a guest may stay when the hub stops, and whoever has not begun to speak.
 const LEAVING: Duration = Duration::from_secs(2);
 /// Bytes with which every client begins to speak HTTP/2.
 const PREFACE: u8 = 24;
@@ -70,7 +70,8 @@ impl Guests {
             Peer::Anonymous(address) => Some(Box::new(self.guest(address.ip(), stop())?)),
             Peer::Certified { .. } | Peer::Local { .. } | Peer::Session { .. } => None,
         };
-        let unheard = Some(Unheard { read: 0, stop: stop() });
+        let end = End::Stop(stop(), self.times.leaving);
+        let unheard = Some(Unheard { read: 0, end });
         Some(Bounded { stream, unheard, guest })
     }
 
@@ -92,7 +93,27 @@ type Stop = Pin<Box<WaitForCancellationFutureOwned>>;
 /// A connection that has not begun to speak HTTP/2.
 struct Unheard {
     read: u8,
-    stop: Stop,
+    end: End,
+}
+
+/// A moment after the stop of the hub: whoever has just shaken hands is about to speak, and is to hear that
+/// the hub goes. Cut off instead, it would not know with whom it shook hands.
+enum End {
+    Stop(Stop, Duration),
+    Moment(Pin<Box<Sleep>>),
+}
+
+impl Unheard {
+    fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        if let End::Stop(stop, moment) = &mut self.end {
+            ready!(stop.as_mut().poll(context));
+            self.end = End::Moment(Box::pin(sleep_until(Instant::now() + *moment)));
+        }
+        match &mut self.end {
+            End::Moment(moment) => moment.as_mut().poll(context),
+            End::Stop(..) => Poll::Pending,
+        }
+    }
 }
 
 struct Guest {
@@ -141,7 +162,7 @@ impl Bounded {
     /// be waited for in writing. As an error, so that nothing is left to be written.
     fn check(&mut self, context: &mut Context<'_>) -> io::Result<()> {
         if let Some(unheard) = &mut self.unheard
-            && unheard.stop.as_mut().poll(context).is_ready()
+            && unheard.poll_end(context).is_ready()
         {
             return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the hub stops"));
         }
@@ -325,11 +346,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stop_ends_at_once_whoever_has_not_begun_to_speak_and_guests_soon() {
+    async fn a_stop_soon_ends_guests_and_whoever_has_not_begun_to_speak_and_hears_who_does() {
         let (guests, stop) = guests(Times { leaving: A_MOMENT, ..ENDLESS });
         let (mut early, mut unheard) = known(&guests);
         let (mut guest_far, mut guest) = guest_of(&guests, "192.0.2.1").unwrap();
         let (mut known_far, mut known) = known(&guests);
+        let (mut late_far, mut late) = self::known(&guests);
         for (far, stream, said) in [
             (&mut early, &mut unheard, PREFACE - 1),
             (&mut guest_far, &mut guest, PREFACE),
@@ -341,9 +363,14 @@ mod tests {
         }
         let stopped = Instant::now();
         stop.cancel();
+        late_far.write_all(&[0; PREFACE as usize]).await.unwrap();
+        late.read_exact(&mut [0; PREFACE as usize]).await.unwrap();
         assert_eq!(end(&mut unheard).await, io::ErrorKind::ConnectionAborted);
         assert_eq!(end(&mut guest).await, io::ErrorKind::TimedOut);
         assert!(stopped.elapsed() >= A_MOMENT, "it has a moment for its call");
-        assert!(goes_on(&mut known).await, "it says itself when it has finished");
+        assert!(
+            goes_on(&mut late).await && goes_on(&mut known).await,
+            "it says itself when it has finished"
+        );
     }
 }
