@@ -4,6 +4,7 @@
 use std::fmt;
 use std::num::NonZero;
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use cortex_shared::clock::unix_ms;
 use rand::RngExt as _;
@@ -54,6 +55,23 @@ impl Blocking {
     }
 }
 
+/// How much is done at once, and how long.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Batches {
+    /// Operations of one commit: few enough that others see the beginning of a large change early.
+    pub(super) commit_ops: usize,
+    /// Changes of one group of a pull: the more, the fewer times the disk is asked to sync.
+    pub(super) group_changes: usize,
+    /// How long changes here wait for a push or pull that goes on: it then ends early, between two commits or
+    /// groups.
+    pub(super) patience: Duration,
+}
+
+impl Batches {
+    pub(super) const REAL: Self =
+        Self { commit_ops: 1000, group_changes: 2048, patience: Duration::from_secs(5) };
+}
+
 /// See the module. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Ground {
@@ -61,6 +79,7 @@ pub(super) struct Ground {
     pub(super) disk: Arc<dyn Disk>,
     /// Where blocking work is done.
     pub(super) blocking: Blocking,
+    pub(super) batches: Batches,
     /// Who tells of changes.
     pub(super) kernels: Kernels,
     /// The time of day in milliseconds since the Unix epoch: to tell when, never to compare.
@@ -83,6 +102,7 @@ impl Ground {
         Self {
             disk: real_disk(),
             blocking: Blocking::Threads,
+            batches: Batches::REAL,
             kernels: Kernels::real(),
             wall_ms: Arc::new(unix_ms),
             boot_id: Arc::new(|| MachineFacts::of_this_machine().boot_id),

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use cortex_shared::crash::crash_point;
 use cortex_shared::entry::{Digest, Entry, same};
@@ -25,14 +24,12 @@ use crate::sync::problem::{Code, Finding, Stage};
 use crate::sync::scan::Scope;
 use crate::sync::status::SyncState;
 use crate::sync::transfer::{
-    Large, Parcel, Pulled, Pushed, Refreshed, Session, download, pull, push, refresh, send_packs,
-    supply,
+    Arrived, Large, Parcel, Pulled, Pushed, Refreshed, Session, download, pull, push, refresh,
+    send_packs, supply,
 };
 
 /// Rows that are planned at once; bounds memory.
 const WINDOW_ROWS: u32 = 20_000;
-/// How long changes here wait for a pull that goes on: it is then interrupted between two groups.
-const LONGEST_PULL: Duration = Duration::from_secs(5);
 /// Passes over all windows in one round. Two members that change the same paths all the time make
 /// more than a few; a mistake of ours must not make it endless.
 const MAX_SWEEPS: usize = 50;
@@ -42,6 +39,14 @@ const MAX_IN_VAIN: usize = 3;
 const MAX_LINKS_TOLD: usize = 100;
 /// Names that differ only in case of one sweep that are told.
 const MAX_COLLISIONS_TOLD: usize = 100;
+
+/// How a sweep ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    WithAll,
+    Early,
+    Failed,
+}
 
 /// A plan for one window.
 struct Planned {
@@ -188,6 +193,7 @@ impl<H: Hub> Engine<H> {
             cancel: &self.cancel,
             progress: &self.progress,
             occupancy: &self.occupancy,
+            batches: self.ground.batches,
         }
     }
 
@@ -195,7 +201,12 @@ impl<H: Hub> Engine<H> {
     async fn sweep(&self, work: &mut Work) -> Result<Sweep, SyncError> {
         let large = self.large(work).await?;
         let result = Box::pin(self.sweep_windows(work, &large)).await;
-        self.fetch_large(work, &large, result.is_ok()).await?;
+        let ended = match &result {
+            Ok(sweep) if sweep.interrupted => Ended::Early,
+            Ok(_) => Ended::WithAll,
+            Err(_) => Ended::Failed,
+        };
+        self.fetch_large(work, &large, ended).await?;
         result
     }
 
@@ -251,8 +262,9 @@ impl<H: Hub> Engine<H> {
                 let Some(cursor) = work.cursor else { return Ok(sweep) };
                 work.full_for_large.take_if(|(until, _)| *until <= Instant::now());
                 let full = work.full_for_large.as_ref().map(|(_, message)| message.clone());
+                let urgent = self.urgent(work);
                 let mut session = self.session(work);
-                let mut pushed = push(&mut session, cursor.epoch, plan.push, full).await?;
+                let mut pushed = push(&mut session, cursor.epoch, plan.push, full, urgent).await?;
                 self.send_large(work, std::mem::take(&mut pushed.large)).await?;
                 if pushed.held > 0 {
                     work.refused_until = Some(Instant::now() + REFUSED_RETRY);
@@ -265,11 +277,13 @@ impl<H: Hub> Engine<H> {
                 sweep.unpushed += unpushed - pushed.accepted.min(unpushed);
                 self.take_pushed(work, pushed, &mut sweep).await?;
             }
+            if sweep.interrupted {
+                sweep.unapplied += plan.local.len();
+                break;
+            }
             if !plan.local.is_empty() {
                 self.progress.state(SyncState::Applying);
-                // Our own changes make hints as well, so a hint alone is no reason to stop.
-                let (dirty, begun) = (work.dirty.clone(), Instant::now());
-                let urgent = move || begun.elapsed() > LONGEST_PULL && !dirty.is_empty();
+                let urgent = self.urgent(work);
                 self.pull(work, plan.local, large, urgent, &mut sweep).await?;
             }
             match next {
@@ -282,6 +296,14 @@ impl<H: Hub> Engine<H> {
         }
         work.awaited_skills.retain(|path, _| sweep.skill_links.contains(path));
         Ok(sweep)
+    }
+
+    /// Asks whether changes here have waited long enough for what begins now.
+    fn urgent(&self, work: &Work) -> impl Fn() -> bool + use<H> {
+        // Our own changes make hints as well, so a hint alone is no reason to stop.
+        let (dirty, begun, patience) =
+            (work.dirty.clone(), Instant::now(), self.ground.batches.patience);
+        move || begun.elapsed() > patience && !dirty.is_empty()
     }
 
     /// Makes changes here.
@@ -355,12 +377,14 @@ impl<H: Hub> Engine<H> {
         &self,
         work: &mut Work,
         large: &Mutex<Large>,
-        go_on: bool,
+        ended: Ended,
     ) -> Result<(), SyncError> {
         let (next, arrived) = large.lock().unwrap_or_else(PoisonError::into_inner).end();
         work.arrived = arrived;
         let Some(batch) = next else { return Ok(()) };
-        if !go_on {
+        // What the next job brings takes the place of what has arrived and has not had its turn.
+        let keeps = work.arrived.as_ref().is_some_and(Arrived::has_files);
+        if ended == Ended::Failed || (ended == Ended::Early && keeps) {
             let clean = move |_: &mut Core| {
                 batch.clean();
                 Ok::<_, SyncError>(())
@@ -375,7 +399,7 @@ impl<H: Hub> Engine<H> {
         Ok(())
     }
 
-    /// Takes what the lane of large files has done. What came before and nobody wanted is dropped.
+    /// Takes what the lane of large files has done. What came before has had its turn, and is dropped.
     async fn collect_large(&self, work: &mut Work) -> Result<(), SyncError> {
         match work.upload.collect() {
             // Everything else goes on.
@@ -414,6 +438,7 @@ impl<H: Hub> Engine<H> {
         sweep: &mut Sweep,
     ) -> Result<(), SyncError> {
         sweep.progress |= pushed.accepted > 0 || pushed.learned > 0;
+        sweep.interrupted |= pushed.interrupted;
         sweep.push_findings.extend(pushed.findings);
         sweep.changed += pushed.changed;
         sweep.learned += pushed.learned;

@@ -50,7 +50,7 @@ pub(super) struct Shared {
     state: Mutex<State>,
     head: watch::Sender<u64>,
     broken: AtomicBool,
-    full: AtomicBool,
+    full_after: AtomicUsize,
     /// The line breaks after so many packs of one answer.
     packs_of_an_answer: AtomicUsize,
     /// So many packs are still taken before the line breaks.
@@ -63,7 +63,7 @@ pub(super) struct Shared {
     packs_received: watch::Sender<usize>,
     pub(super) packs_sent: AtomicUsize,
     /// Commits are made once so many packs have come.
-    packs_before_commits: AtomicUsize,
+    packs_before_commits: watch::Sender<usize>,
     large_moves: watch::Sender<bool>,
     pub(super) conflicts: Mutex<Vec<(WirePath, WirePath)>>,
 }
@@ -93,7 +93,7 @@ impl MemoryHub {
                 }),
                 head: watch::Sender::new(0),
                 broken: AtomicBool::new(false),
-                full: AtomicBool::new(false),
+                full_after: AtomicUsize::new(usize::MAX),
                 packs_of_an_answer: AtomicUsize::new(usize::MAX),
                 packs_left: AtomicUsize::new(usize::MAX),
                 breaks_after_word: AtomicBool::new(false),
@@ -101,7 +101,7 @@ impl MemoryHub {
                 commits: AtomicUsize::new(0),
                 packs_received: watch::Sender::new(0),
                 packs_sent: AtomicUsize::new(0),
-                packs_before_commits: AtomicUsize::new(0),
+                packs_before_commits: watch::Sender::new(0),
                 conflicts: Mutex::default(),
                 large_moves: watch::Sender::new(true),
             }),
@@ -126,7 +126,12 @@ impl MemoryHub {
 
     /// From now on commits wait until so many packs have come.
     pub(super) fn await_packs(&self, packs: usize) {
-        self.0.packs_before_commits.store(packs, Ordering::SeqCst);
+        self.0.packs_before_commits.send_replace(packs);
+    }
+
+    /// Waits until so many packs have come.
+    pub(super) async fn received(&self, packs: usize) {
+        self.0.packs_received.subscribe().wait_for(|received| *received >= packs).await.unwrap();
     }
 
     async fn line(&self) {
@@ -220,7 +225,12 @@ impl MemoryHub {
 
     /// From now on there is no room for packs, or there is again.
     pub(super) fn set_full(&self, full: bool) {
-        self.0.full.store(full, Ordering::SeqCst);
+        self.full_after(if full { 0 } else { usize::MAX });
+    }
+
+    /// There is room until so many packs have come.
+    pub(super) fn full_after(&self, packs: usize) {
+        self.0.full_after.store(packs, Ordering::SeqCst);
     }
 
     /// The line breaks right after the next word that deletions may go.
@@ -249,7 +259,7 @@ impl MemoryHub {
             self.set_broken(true);
         }
         self.check()?;
-        if self.0.full.load(Ordering::SeqCst) {
+        if self.0.full_after.load(Ordering::SeqCst) <= *self.0.packs_received.borrow() {
             return Err(HubError::Full { message: "the hub's disk is full".to_owned() });
         }
         let pack = Pack::parse(bytes).map_err(HubError::protocol)?;
@@ -393,8 +403,18 @@ impl Hub for MemoryHub {
 
     async fn commit(&self, _: WorkspaceId, commit: Commit) -> Result<Committed, HubError> {
         self.check()?;
-        let before = self.0.packs_before_commits.load(Ordering::SeqCst);
-        self.0.packs_received.subscribe().wait_for(|packs| *packs >= before).await.unwrap();
+        let mut before = self.0.packs_before_commits.subscribe();
+        loop {
+            let packs = *before.borrow_and_update();
+            if *self.0.packs_received.borrow() >= packs {
+                break;
+            }
+            tokio::select! {
+                () = self.received(packs) => {}
+                changed = before.changed() => changed.unwrap(),
+            }
+        }
+        self.check()?;
         let mut state = self.state();
         state.check_history(commit.known)?;
         assert_eq!(commit.epoch, state.epoch);

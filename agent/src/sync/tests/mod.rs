@@ -1,5 +1,6 @@
 //! Whole engines on real directories against a hub in memory.
 
+mod batches;
 mod left_out;
 mod listing;
 mod memory_hub;
@@ -22,10 +23,11 @@ use cortex_shared::ids::WorkspaceId;
 use cortex_shared::tasks::TaskScope;
 use tokio::sync::watch;
 
+use super::ground::{Batches, Ground};
 use super::mode::MemberOptions;
 use super::problem::Code;
 use super::status::{SyncState, SyncStatus};
-use super::{WorkspaceConfig, WorkspaceHandle, start_workspace};
+use super::{WorkspaceConfig, WorkspaceHandle, start_on};
 use memory_hub::MemoryHub;
 
 /// The longest any wait may take before a test has failed.
@@ -37,6 +39,7 @@ const SOON: Duration = Duration::from_secs(10);
 pub(super) struct Node {
     config: WorkspaceConfig,
     options: MemberOptions,
+    batches: Batches,
     hub: MemoryHub,
     online: watch::Sender<bool>,
     scope: TaskScope,
@@ -45,7 +48,8 @@ pub(super) struct Node {
 
 impl Node {
     fn start(&mut self) {
-        let handle = start_workspace(
+        let handle = start_on(
+            Ground { batches: self.batches, ..Ground::real() },
             self.config.clone(),
             self.options,
             self.hub.clone(),
@@ -175,6 +179,7 @@ impl Mesh {
                 library: None,
             },
             options: MemberOptions::default(),
+            batches: Batches::REAL,
             hub: self.hub.clone(),
             online: watch::Sender::new(true),
             scope: self.scope.clone(),

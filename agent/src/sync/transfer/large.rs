@@ -24,7 +24,7 @@ use crate::sync::status::Progress;
 const ATTEMPTS: u32 = 5;
 const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
-/// What is locked here is only ever locked by one blocking thread at a time.
+/// Locks what blocking threads share; whoever panicked has left nothing in it by halves that is not thrown away.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -58,6 +58,11 @@ fn number_of(files: &[(LocalChange, Option<Outcome>)], change: &LocalChange) -> 
 }
 
 impl Arrived {
+    /// Whether there are files that nobody has taken.
+    pub(in crate::sync) fn has_files(&self) -> bool {
+        self.files.iter().any(|(_, outcome)| matches!(outcome, Some(Ok(_))))
+    }
+
     /// Removes what nobody has taken. Blocking.
     pub(in crate::sync) fn clean(&self) {
         self.stage.clean();

@@ -15,6 +15,7 @@ use cortex_shared::ids::{WorkspaceEpoch, WorkspaceId};
 use tokio_util::sync::CancellationToken;
 
 use super::core::CoreCell;
+use super::ground::Batches;
 use super::occupancy::Occupancy;
 use super::status::Progress;
 
@@ -34,6 +35,7 @@ pub(super) struct Session<'a, H> {
     pub(super) cancel: &'a CancellationToken,
     pub(super) progress: &'a Progress,
     pub(super) occupancy: &'a Occupancy,
+    pub(super) batches: Batches,
 }
 
 /// The history that operations belong to.

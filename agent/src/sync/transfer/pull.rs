@@ -33,8 +33,6 @@ use crate::sync::problem::{Code, Finding};
 use crate::sync::scan::Scope;
 use crate::sync::status::Progress;
 
-/// Changes of one group: the more, the fewer times the disk is asked to sync.
-const GROUP_CHANGES: usize = 2048;
 /// Content of one group, unless a single file is larger.
 const GROUP_BYTES: u64 = 64 * 1024 * 1024;
 /// What stays free on the file system, so that an application there can go on.
@@ -77,7 +75,7 @@ pub(in crate::sync) async fn pull<H: Hub>(
     urgent: impl Fn() -> bool,
     pulled: &mut Pulled,
 ) -> Result<(), SyncError> {
-    let groups = groups(&changes);
+    let groups = groups(&changes, session.batches.group_changes);
     let changes = Arc::new(changes);
     let stage = {
         let changes = changes.clone();
@@ -434,12 +432,12 @@ fn size_of(change: &LocalChange) -> u64 {
     }
 }
 
-fn groups(changes: &[LocalChange]) -> Vec<Range<usize>> {
+fn groups(changes: &[LocalChange], most: usize) -> Vec<Range<usize>> {
     let mut groups = Vec::new();
     let (mut start, mut bytes) = (0, 0);
     for (number, change) in changes.iter().enumerate() {
         let size = size_of(change);
-        if number > start && (number - start == GROUP_CHANGES || bytes + size > GROUP_BYTES) {
+        if number > start && (number - start == most || bytes + size > GROUP_BYTES) {
             groups.push(start..number);
             (start, bytes) = (number, 0);
         }

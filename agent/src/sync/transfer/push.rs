@@ -25,8 +25,6 @@ use crate::sync::problem::{Code, Finding};
 use crate::sync::scan::Scope;
 use crate::sync::status::Progress;
 
-/// Operations of one commit: few enough that others see the beginning of a large change early.
-const COMMIT_OPS: usize = 1000;
 /// Encoded operations of one commit, at most (a single larger one goes alone).
 const COMMIT_BYTES: usize = 1024 * 1024;
 /// Content that is sent for one commit, at most; that of large files goes by the lane.
@@ -52,19 +50,22 @@ pub(in crate::sync) struct Pushed {
     /// Content of large files that the hub lacks, for a job of its own. Their operations were left
     /// out, and so were those of others for which this job has no room.
     pub(in crate::sync) large: Parcel,
+    /// It ended early because something more urgent came up.
+    pub(in crate::sync) interrupted: bool,
 }
 
-/// Sends operations, in order, in as many commits as it takes. `full` is the hub's word that it has no room
-/// for large content, which is then not offered.
+/// Sends operations, in order, in as many commits as it takes; between two, `urgent` may ask for an early end.
+/// `full` is the hub's word that it has no room for large content, which is then not offered.
 pub(in crate::sync) async fn push<H: Hub>(
     session: &mut Session<'_, H>,
     epoch: Epoch,
     ops: Vec<PushOp>,
     full: Option<String>,
+    urgent: impl Fn() -> bool,
 ) -> Result<Pushed, SyncError> {
     let root = session.core.run(|core| Ok::<_, SyncError>(core.root.clone())).await?;
     let blocking = session.core.blocking();
-    let Session { hub, workspace, core, cancel, progress, .. } = session;
+    let Session { hub, workspace, core, cancel, progress, batches, .. } = session;
     let no_longer = cancel.child_token();
     let line = Line { hub: *hub, workspace: *workspace, blocking, root, cancel: &no_longer };
     let (pushed, kept) = Default::default();
@@ -72,19 +73,24 @@ pub(in crate::sync) async fn push<H: Hub>(
         Commits { hub: *hub, workspace: *workspace, core, cancel, progress, epoch, pushed, kept };
     let mut outgoing = Outgoing::new(full);
     let mut ops = ops.into_iter().peekable();
-    let mut ready = outgoing.send(&line, next_batch(&mut ops)).await?;
+    let most = batches.commit_ops;
+    let mut ready = outgoing.send(&line, next_batch(&mut ops, most)).await?;
     loop {
-        let next = next_batch(&mut ops);
+        let next = next_batch(&mut ops, most);
         let is_last = next.is_empty();
         let commit = async {
             let committed = commits.commit(ready).await;
-            if committed.is_err() {
+            let ends_early = !is_last && (committed.is_err() || urgent());
+            if ends_early {
                 no_longer.cancel();
             }
-            committed
+            committed.map(|()| ends_early)
         };
-        let (committed, sent) = join(commit, outgoing.send(&line, next)).await;
-        committed?;
+        let (ends_early, sent) = join(commit, outgoing.send(&line, next)).await;
+        if ends_early? {
+            commits.pushed.interrupted = true;
+            break;
+        }
         ready = sent?;
         if is_last {
             break;
@@ -97,7 +103,7 @@ pub(in crate::sync) async fn push<H: Hub>(
 }
 
 /// The operations of the next commit; none at the end.
-fn next_batch(ops: &mut Peekable<impl Iterator<Item = PushOp>>) -> Vec<PushOp> {
+fn next_batch(ops: &mut Peekable<impl Iterator<Item = PushOp>>, most: usize) -> Vec<PushOp> {
     let mut batch = Vec::new();
     let (mut bytes, mut content) = (0, 0);
     let mut copied = HashSet::new();
@@ -108,7 +114,7 @@ fn next_batch(ops: &mut Peekable<impl Iterator<Item = PushOp>>) -> Vec<PushOp> {
         }
         copied.extend(op.conflict_of.clone());
         let (more_bytes, more_content) = weight(op);
-        let fits = batch.len() < COMMIT_OPS
+        let fits = batch.len() < most
             && bytes + more_bytes <= COMMIT_BYTES
             && content + more_content <= COMMIT_CONTENT_BYTES;
         (bytes, content) = (bytes + more_bytes, content + more_content);

@@ -133,8 +133,8 @@ impl Stage {
         Self { private, files: Vec::new(), wanted: HashMap::new() }
     }
 
-    /// Moves a file that has been begun to another stage, and tells its number there.
-    pub(super) fn move_to(&mut self, number: usize, file: &File, other: &mut Self) -> usize {
+    /// Moves a file that has been begun to the end of another stage.
+    pub(super) fn move_to(&mut self, number: usize, file: &File, other: &mut Self) {
         let moved = other.files.len();
         for chunk in file.chunks() {
             let Some(places) = self.wanted.get_mut(&chunk.hash) else { continue };
@@ -148,7 +148,6 @@ impl Stage {
             }
         }
         other.files.push(self.files[number].take());
-        moved
     }
 
     /// Begins the file or link of a change and takes its content from here if all of it is, unless that

@@ -11,7 +11,7 @@ use super::disk::SimDisk;
 use super::hints::{Way, kernels};
 use super::line::Line;
 use super::user::{User, tree};
-use crate::sync::ground::{Blocking, Ground};
+use crate::sync::ground::{Batches, Blocking, Ground};
 use crate::sync::mode::MemberOptions;
 use crate::sync::{FlushError, WorkspaceConfig, WorkspaceHandle, start_on};
 
@@ -29,6 +29,8 @@ pub(super) struct Member {
     pub(super) begun: tokio::time::Instant,
     /// How hints come to it.
     pub(super) way: Way,
+    /// How much it does at once.
+    pub(super) batches: Batches,
     /// What their accidents are drawn from, each time anew.
     pub(super) seed: u64,
     /// The index as it was a while ago: what a power failure may bring back.
@@ -49,6 +51,7 @@ impl Member {
             kernels: kernels(disk.clone(), self.way, self.seed),
             disk: Arc::new(disk),
             blocking: Blocking::Inline,
+            batches: self.batches,
             wall_ms: Arc::new(wall),
             boot_id: Arc::new(move || power.boot().to_string()),
             chance: Arc::new(move || line.chance()),

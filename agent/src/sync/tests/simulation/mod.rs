@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::root_dir::{Disk as _, RootDir};
 use crate::sync::apply::{Applier, Report, Staged, rescue_late_writes};
-use crate::sync::ground::{Blocking, Ground};
+use crate::sync::ground::{Batches, Blocking, Ground};
 use crate::sync::ignore::Ignore;
 use crate::sync::index::{Index, Seen, Stamp};
 use crate::sync::plan::LocalChange;
@@ -98,6 +98,7 @@ impl Setup {
             kernels: Kernels::real(),
             disk: Arc::new(disk.clone()),
             blocking: Blocking::Inline,
+            batches: Batches::REAL,
             wall_ms: Arc::new(|| 1),
             boot_id: Arc::new(|| "the only one".to_owned()),
             chance: Arc::new(|| 0.5),

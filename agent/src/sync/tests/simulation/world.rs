@@ -20,6 +20,7 @@ use super::member::Member;
 use super::user::{Ledger, User, tree};
 use crate::root_dir::Disk as _;
 use crate::sync::WorkspaceConfig;
+use crate::sync::ground::Batches;
 use crate::sync::problem::Code;
 use crate::sync::roots::Roots;
 use crate::sync::status::SyncState;
@@ -134,6 +135,16 @@ impl World {
                     handle: None,
                     begun: tokio::time::Instant::now(),
                     way: Way::draw(&mut ways),
+                    batches: match ways.random_range(0..4) {
+                        // So that what is on its way beside a commit or a group happens at all.
+                        0 => Batches {
+                            commit_ops: 1,
+                            group_changes: 2,
+                            patience: Duration::from_millis(ways.random_range(0..500)),
+                        },
+                        1 => Batches { commit_ops: 3, group_changes: 1, ..Batches::REAL },
+                        _ => Batches::REAL,
+                    },
                     seed: ways.random_range(0..u64::MAX / 2),
                     old_index: None,
                 };
@@ -143,8 +154,8 @@ impl World {
             .collect();
         let world =
             Self { random, hub, ledger, members, backup: None, calms: seed, _folder: folder };
-        for Member { user, disk, way, .. } in &world.members {
-            world.note(format!("{}: {:?}, {way:?}", user.name, disk.kind()));
+        for Member { user, disk, way, batches, .. } in &world.members {
+            world.note(format!("{}: {:?}, {way:?}, {batches:?}", user.name, disk.kind()));
         }
         world
     }
