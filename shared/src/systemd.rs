@@ -70,6 +70,9 @@ pub enum Step {
     Restart(Vec<Unit>),
     /// A command that is a courtesy: failing, it is said and no more.
     Try(Vec<String>),
+    /// Lets this user's services run while he is not logged in. Who may not ask for it is told what follows, and
+    /// who may.
+    Linger,
 }
 
 impl fmt::Display for Step {
@@ -91,6 +94,7 @@ impl fmt::Display for Step {
             Self::Restart(units) => {
                 write!(f, "restart unless it is up to date: {}", names(units).join(", "))
             }
+            Self::Linger => f.write_str("let the services of this user run without a login"),
         }
     }
 }
@@ -369,6 +373,7 @@ fn perform(step: &Step, written: &HashSet<PathBuf>) -> Result<Outcome, StepError
         Step::Try(command) => {
             Ok(run(command).unwrap_or_else(|error| Outcome::Skipped(error.to_string())))
         }
+        Step::Linger => Ok(linger()),
     };
     outcome.map_err(|source| StepError { step: step.to_string(), source })
 }
@@ -393,6 +398,24 @@ fn is_running(scope: Scope) -> bool {
         Scope::System => Path::new("/run/systemd/system").is_dir(),
         Scope::User => run(&systemctl(scope, &["show-environment"])).is_ok(),
     }
+}
+
+/// By number: without one, it is the session that is asked for its user, and there may be none, as under `su`.
+fn linger() -> Outcome {
+    let user = rustix::process::getuid().as_raw().to_string();
+    let loginctl = |arguments: &[&str]| -> Vec<String> {
+        let words = ["loginctl"].into_iter().chain(arguments.iter().copied()).chain([&*user]);
+        words.map(str::to_owned).collect()
+    };
+    let lingers = output_of(&loginctl(&["show-user", "--property=Linger", "--value"]));
+    if lingers.is_ok_and(|lingers| lingers.trim() == "yes") {
+        return Outcome::Unchanged;
+    }
+    run(&loginctl(&["enable-linger"])).unwrap_or_else(|error| {
+        Outcome::Skipped(format!(
+            "{error}: it stops when this user logs out (hint: loginctl enable-linger {user}, as root)"
+        ))
+    })
 }
 
 fn create_user(name: &str, home: &Path) -> io::Result<Outcome> {

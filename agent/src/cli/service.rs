@@ -147,7 +147,7 @@ fn install(global: &Global, args: &InstallArgs) -> Result<Vec<Step>, CliError> {
         Step::Run(systemctl(scope, &["enable", UNIT])),
     ];
     if scope == Scope::User {
-        steps.push(Step::Try(vec!["loginctl".to_owned(), "enable-linger".to_owned()]));
+        steps.push(Step::Linger);
     }
     let mut command = vec![program.display().to_string()];
     if let Some(state) = &global.state {

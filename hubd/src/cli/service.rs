@@ -198,7 +198,7 @@ fn plan(
     steps.push(Step::RunWithSystemd(systemctl(scope, &["daemon-reload"])));
     steps.push(Step::Run(systemctl(scope, &["enable", grpc, http, service])));
     if scope == Scope::User {
-        steps.push(Step::Try(vec!["loginctl".to_owned(), "enable-linger".to_owned()]));
+        steps.push(Step::Linger);
     }
     let socket = |name| Unit { scope, name, program: None, files: vec![units.join(name)] };
     let hub = Unit {
