@@ -128,6 +128,9 @@ pub enum StartError {
     /// TLS.
     #[error("cannot set up TLS")]
     Tls(#[from] rustls::Error),
+    /// Threads for handshakes.
+    #[error("the system gives no thread")]
+    Threads(#[source] io::Error),
     /// The HTTP side.
     #[error("the HTTP side cannot be started")]
     Http(#[from] HttpError),
@@ -408,7 +411,8 @@ impl Hub {
         if let Some(http) = &http {
             http.open(by_http, auth.clone());
         }
-        let incoming = accept::accept_tls(listener, tls, mesh, &scope);
+        let incoming =
+            accept::accept_tls(listener, tls, mesh, &scope).map_err(StartError::Threads)?;
         let guests = || Guests::new(config.join_deadline, scope.token().clone());
         serve(incoming, guests(), routes.clone(), auth.clone(), &scope);
         serve(accept::accept_local(local, &scope), guests(), routes, auth, &scope);

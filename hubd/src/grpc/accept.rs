@@ -2,7 +2,8 @@
 //! administration socket.
 //!
 //! Every connection is shaken hands with in a task of its own, so that a slow or silent one delays
-//! only itself; how many may be at it at once is bounded, and so is the time each has.
+//! only itself, and on threads that do nothing else; how many may be at it at once is bounded, and so is the
+//! time each has.
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,7 +22,7 @@ use rustls::{RootCertStore, ServerConfig};
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::Connected;
@@ -29,6 +30,7 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::auth::Peer;
+use super::handshakes::Handshakes;
 use crate::enroll::authorities::{Authorities, Ring};
 use crate::enroll::ca::generation_in;
 use crate::shares::{Place, Queue, Shares};
@@ -62,13 +64,6 @@ const LIMITS: Limits = Limits {
     handshake: Duration::from_secs(10),
 };
 
-/// Handshakes that are worked on at once. Each takes a processor for about a millisecond, and whatever else
-/// is to be done stands in line behind those that are ready: this many are a small part of a second, even
-/// where the hub has a small part of a processor.
-const TURNS: usize = 32;
-/// After this time a handshake is taken to wait for its peer, and another one has its turn. So distant
-/// peers do not hold up others: hundreds begin in a second, wherever they are.
-const TURN: Duration = Duration::from_millis(100);
 /// Connections that are ready but not yet taken by the server.
 const READY: usize = 64;
 
@@ -231,13 +226,15 @@ impl AsyncWrite for PeerStream {
 pub type Incoming = mpsc::Receiver<io::Result<PeerStream>>;
 
 /// Accepts TLS connections until the scope is cancelled.
-#[must_use]
+///
+/// # Errors
+/// If the system gives no thread for handshakes.
 pub fn accept_tls(
     listener: TcpListener,
     settings: TlsSettings,
     mesh: MeshId,
     scope: &TaskScope,
-) -> Incoming {
+) -> io::Result<Incoming> {
     accept_within(LIMITS, listener, settings, mesh, scope)
 }
 
@@ -247,7 +244,7 @@ fn accept_within(
     settings: TlsSettings,
     mesh: MeshId,
     scope: &TaskScope,
-) -> Incoming {
+) -> io::Result<Incoming> {
     let (ready, incoming) = mpsc::channel(READY);
     let silent = Shares::new(limits.silent, limits.silent_of_address);
     let entrance = Arc::new(Entrance {
@@ -255,7 +252,7 @@ fn accept_within(
         settings,
         mesh,
         places: Queue::new(limits.handshakes, limits.handshakes_of_address),
-        turns: Arc::new(Semaphore::new(TURNS)),
+        handshakes: Handshakes::start()?,
     });
     let (own_scope, cancel) = (scope.clone(), scope.token().clone());
     scope.spawn("accept", async move {
@@ -289,7 +286,7 @@ fn accept_within(
             });
         }
     });
-    incoming
+    Ok(incoming)
 }
 
 /// What all handshakes of one listener have in common.
@@ -298,7 +295,7 @@ struct Entrance {
     settings: TlsSettings,
     mesh: MeshId,
     places: Arc<Queue>,
-    turns: Arc<Semaphore>,
+    handshakes: Handshakes,
 }
 
 impl Entrance {
@@ -322,13 +319,13 @@ impl Entrance {
         };
         // Those that wait for a place are bounded as well.
         drop(waiting);
-        let turn = Arc::clone(&self.turns).acquire_owned().await.ok()?;
+        let turn = self.handshakes.turn().await;
         // Small frames must not wait for more: latency is what people feel.
         tcp.set_nodelay(true).ok();
         cortex_shared::dead_line::notice(&tcp).ok();
         // Only now: what has become of the authorities while it waited counts.
         let acceptor = TlsAcceptor::from(self.settings.config());
-        let handshake = in_turn(acceptor.accept(tcp), turn);
+        let handshake = self.handshakes.run(acceptor.accept(tcp), turn);
         let tls = match timeout(self.limits.handshake, handshake).await {
             Ok(Ok(tls)) => tls,
             Ok(Err(error)) => {
@@ -370,17 +367,6 @@ fn peer_of(
             None
         }
     }
-}
-
-/// Gives the turn back when the work is done, or has taken so long that it must be waiting for somebody.
-async fn in_turn<F: Future>(work: F, turn: OwnedSemaphorePermit) -> F::Output {
-    let mut work = std::pin::pin!(work);
-    tokio::select! {
-        biased;
-        done = &mut work => return done,
-        () = tokio::time::sleep(TURN) => drop(turn),
-    }
-    work.await
 }
 
 /// Accepts connections of root and of the hub's own user on the administration socket.
@@ -487,7 +473,7 @@ mod tests {
             let settings = TlsSettings::new(authorities, Arc::new(certificate), &[b"h2"]).unwrap();
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
-            let incoming = accept_within(limits, listener, settings, mesh, &scope);
+            let incoming = accept_within(limits, listener, settings, mesh, &scope).unwrap();
             let provider = Arc::new(rustls::crypto::ring::default_provider());
             let client = ClientConfig::builder_with_provider(provider)
                 .with_protocol_versions(&[&rustls::version::TLS13])
@@ -602,24 +588,5 @@ mod tests {
         let _shaken = listening.greet().await;
         listening.scope.cancel();
         timeout(PATIENCE, listening.scope.finish()).await.expect("it ends");
-    }
-
-    #[tokio::test]
-    async fn a_peer_that_is_slow_keeps_its_turn_for_a_moment_only() {
-        let turns = Arc::new(Semaphore::new(1));
-        let turn = || Arc::clone(&turns).try_acquire_owned();
-        let (answer, peer) = tokio::sync::oneshot::channel::<()>();
-        let slow = in_turn(peer, turn().unwrap());
-        let another = async {
-            assert!(turn().is_err(), "it is worked on");
-            let began = tokio::time::Instant::now();
-            let next = turns.acquire().await.unwrap();
-            assert!(began.elapsed() >= TURN / 2, "it waits for its peer");
-            drop(next);
-            answer.send(()).unwrap();
-        };
-        tokio::join!(slow, another).0.unwrap();
-        in_turn(std::future::ready(()), turn().unwrap()).await;
-        assert!(turn().is_ok(), "it is done");
     }
 }

@@ -11,6 +11,7 @@ mod events;
 mod exec;
 mod files;
 pub(crate) mod guests;
+mod handshakes;
 mod history;
 mod in_scope;
 mod invites;

@@ -76,6 +76,9 @@ pub enum HttpError {
     /// TLS.
     #[error("cannot set up TLS")]
     Tls(#[from] rustls::Error),
+    /// Threads for handshakes.
+    #[error("the system gives no thread")]
+    Threads(#[source] io::Error),
     /// The file with the token for metrics.
     #[error("cannot use {path}")]
     Token {
@@ -157,7 +160,8 @@ impl HttpSide {
         ));
         let place = HttpPlace::new(config, address, ground.host, Arc::clone(&certificate));
         let scope = TaskScope::new();
-        let incoming = accept_tls(listener, tls, ground.authorities.mesh(), &scope);
+        let incoming = accept_tls(listener, tls, ground.authorities.mesh(), &scope)
+            .map_err(HttpError::Threads)?;
         server::serve(incoming, door::router(&door), server::Limits::of(config), &scope);
         tracing::info!(%address, url = place.url(), "http serves");
         Ok(Some(Self { address, place, certificate, door, scope }))
