@@ -62,8 +62,7 @@ pub(super) struct Batches {
     pub(super) commit_ops: usize,
     /// Changes of one group of a pull: the more, the fewer times the disk is asked to sync.
     pub(super) group_changes: usize,
-    /// How long changes here wait for a push or pull that goes on: it then ends early, between two commits or
-    /// groups.
+    /// How long a pull goes on once there are changes here: it then ends early, between two groups.
     pub(super) patience: Duration,
 }
 

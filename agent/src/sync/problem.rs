@@ -187,9 +187,11 @@ impl Problems {
             if self.0.len() >= MAX_PROBLEMS {
                 break;
             }
-            let first_seen_ms = old.get(&path).copied().unwrap_or_else(unix_ms);
-            let problem = Problem { path: path.clone(), code, message, first_seen_ms };
-            self.0.insert((stage, path), problem);
+            let key = (stage, path);
+            let lasting = self.0.get(&key).map(|problem| problem.first_seen_ms);
+            let first_seen_ms = lasting.or(old.get(&key.1).copied()).unwrap_or_else(unix_ms);
+            let problem = Problem { path: key.1.clone(), code, message, first_seen_ms };
+            self.0.insert(key, problem);
         }
     }
 

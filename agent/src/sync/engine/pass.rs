@@ -24,8 +24,8 @@ use crate::sync::problem::{Code, Finding, Stage};
 use crate::sync::scan::Scope;
 use crate::sync::status::SyncState;
 use crate::sync::transfer::{
-    Arrived, Large, Parcel, Pulled, Pushed, Refreshed, Session, download, pull, push, refresh,
-    send_packs, supply,
+    Large, Parcel, Pulled, Pushed, Refreshed, Session, download, pull, push, refresh, send_packs,
+    supply,
 };
 
 /// Rows that are planned at once; bounds memory.
@@ -39,14 +39,6 @@ const MAX_IN_VAIN: usize = 3;
 const MAX_LINKS_TOLD: usize = 100;
 /// Names that differ only in case of one sweep that are told.
 const MAX_COLLISIONS_TOLD: usize = 100;
-
-/// How a sweep ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ended {
-    WithAll,
-    Early,
-    Failed,
-}
 
 /// A plan for one window.
 struct Planned {
@@ -201,12 +193,7 @@ impl<H: Hub> Engine<H> {
     async fn sweep(&self, work: &mut Work) -> Result<Sweep, SyncError> {
         let large = self.large(work).await?;
         let result = Box::pin(self.sweep_windows(work, &large)).await;
-        let ended = match &result {
-            Ok(sweep) if sweep.interrupted => Ended::Early,
-            Ok(_) => Ended::WithAll,
-            Err(_) => Ended::Failed,
-        };
-        self.fetch_large(work, &large, ended).await?;
+        self.fetch_large(work, &large, result.is_ok()).await?;
         result
     }
 
@@ -262,9 +249,8 @@ impl<H: Hub> Engine<H> {
                 let Some(cursor) = work.cursor else { return Ok(sweep) };
                 work.full_for_large.take_if(|(until, _)| *until <= Instant::now());
                 let full = work.full_for_large.as_ref().map(|(_, message)| message.clone());
-                let urgent = self.urgent(work);
                 let mut session = self.session(work);
-                let mut pushed = push(&mut session, cursor.epoch, plan.push, full, urgent).await?;
+                let mut pushed = push(&mut session, cursor.epoch, plan.push, full).await?;
                 self.send_large(work, std::mem::take(&mut pushed.large)).await?;
                 if pushed.held > 0 {
                     work.refused_until = Some(Instant::now() + REFUSED_RETRY);
@@ -277,13 +263,12 @@ impl<H: Hub> Engine<H> {
                 sweep.unpushed += unpushed - pushed.accepted.min(unpushed);
                 self.take_pushed(work, pushed, &mut sweep).await?;
             }
-            if sweep.interrupted {
-                sweep.unapplied += plan.local.len();
-                break;
-            }
             if !plan.local.is_empty() {
                 self.progress.state(SyncState::Applying);
-                let urgent = self.urgent(work);
+                // Our own changes make hints as well, so a hint alone is no reason to stop.
+                let (dirty, begun) = (work.dirty.clone(), Instant::now());
+                let patience = self.ground.batches.patience;
+                let urgent = move || begun.elapsed() > patience && !dirty.is_empty();
                 self.pull(work, plan.local, large, urgent, &mut sweep).await?;
             }
             match next {
@@ -296,14 +281,6 @@ impl<H: Hub> Engine<H> {
         }
         work.awaited_skills.retain(|path, _| sweep.skill_links.contains(path));
         Ok(sweep)
-    }
-
-    /// Asks whether changes here have waited long enough for what begins now.
-    fn urgent(&self, work: &Work) -> impl Fn() -> bool + use<H> {
-        // Our own changes make hints as well, so a hint alone is no reason to stop.
-        let (dirty, begun, patience) =
-            (work.dirty.clone(), Instant::now(), self.ground.batches.patience);
-        move || begun.elapsed() > patience && !dirty.is_empty()
     }
 
     /// Makes changes here.
@@ -377,14 +354,12 @@ impl<H: Hub> Engine<H> {
         &self,
         work: &mut Work,
         large: &Mutex<Large>,
-        ended: Ended,
+        go_on: bool,
     ) -> Result<(), SyncError> {
         let (next, arrived) = large.lock().unwrap_or_else(PoisonError::into_inner).end();
         work.arrived = arrived;
         let Some(batch) = next else { return Ok(()) };
-        // What the next job brings takes the place of what has arrived and has not had its turn.
-        let keeps = work.arrived.as_ref().is_some_and(Arrived::has_files);
-        if ended == Ended::Failed || (ended == Ended::Early && keeps) {
+        if !go_on {
             let clean = move |_: &mut Core| {
                 batch.clean();
                 Ok::<_, SyncError>(())
@@ -399,7 +374,7 @@ impl<H: Hub> Engine<H> {
         Ok(())
     }
 
-    /// Takes what the lane of large files has done. What came before has had its turn, and is dropped.
+    /// Takes what the lane of large files has done. What came before and nobody wanted is dropped.
     async fn collect_large(&self, work: &mut Work) -> Result<(), SyncError> {
         match work.upload.collect() {
             // Everything else goes on.
@@ -438,7 +413,6 @@ impl<H: Hub> Engine<H> {
         sweep: &mut Sweep,
     ) -> Result<(), SyncError> {
         sweep.progress |= pushed.accepted > 0 || pushed.learned > 0;
-        sweep.interrupted |= pushed.interrupted;
         sweep.push_findings.extend(pushed.findings);
         sweep.changed += pushed.changed;
         sweep.learned += pushed.learned;
@@ -492,14 +466,16 @@ impl<H: Hub> Engine<H> {
 
     /// Tells what stands in the way now.
     fn report(&self, work: &mut Work, sweep: &Sweep) {
-        work.held = sweep.held;
-        if sweep.held == 0 && !sweep.interrupted {
+        // One that ended early has not looked at everything: nothing is cured because it was not seen.
+        let whole = !sweep.interrupted;
+        work.held = if whole { sweep.held } else { work.held.max(sweep.held) };
+        if work.held == 0 && whole {
             // The word was for those that were held, not for the next ones.
             work.deletions_confirmed = false;
         }
         let mut plan_findings = Vec::new();
-        if sweep.held > 0 {
-            let (held, name) = (sweep.held, &self.config.name);
+        if work.held > 0 {
+            let (held, name) = (work.held, &self.config.name);
             let by = if work.refused_until.is_some() { " by the hub" } else { "" };
             let message = format!(
                 "{held} deletions are held back{by} because they are so many; an operator can confirm \
@@ -516,16 +492,19 @@ impl<H: Hub> Engine<H> {
             let text = "it becomes a link to a skill, once the library here is new enough";
             Finding::at(path, Code::SkillAwaited, text)
         }));
-        work.problems.replace(Stage::Plan, |_| true, plan_findings);
-        work.problems.replace(Stage::Push, |_| true, sweep.push_findings.clone());
-        let told_again = |path: Option<&WirePath>| path.is_none_or(|p| !sweep.waiting.contains(p));
+        work.problems.replace(Stage::Plan, |_| whole, plan_findings);
+        work.problems.replace(Stage::Push, |_| whole, sweep.push_findings.clone());
+        let told_again =
+            |path: Option<&WirePath>| whole && path.is_none_or(|p| !sweep.waiting.contains(p));
         work.problems.replace(Stage::Apply, told_again, sweep.apply_findings.clone());
         let problems = work.problems.list();
         self.progress.update(|status| {
             status.problems = problems;
-            status.held_deletions = sweep.held as u64;
-            status.kept = sweep.kept as u64;
-            status.withheld = sweep.withheld as u64;
+            status.held_deletions = work.held as u64;
+            if whole {
+                status.kept = sweep.kept as u64;
+                status.withheld = sweep.withheld as u64;
+            }
         });
     }
 

@@ -58,11 +58,6 @@ fn number_of(files: &[(LocalChange, Option<Outcome>)], change: &LocalChange) -> 
 }
 
 impl Arrived {
-    /// Whether there are files that nobody has taken.
-    pub(in crate::sync) fn has_files(&self) -> bool {
-        self.files.iter().any(|(_, outcome)| matches!(outcome, Some(Ok(_))))
-    }
-
     /// Removes what nobody has taken. Blocking.
     pub(in crate::sync) fn clean(&self) {
         self.stage.clean();

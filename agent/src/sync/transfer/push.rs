@@ -50,18 +50,15 @@ pub(in crate::sync) struct Pushed {
     /// Content of large files that the hub lacks, for a job of its own. Their operations were left
     /// out, and so were those of others for which this job has no room.
     pub(in crate::sync) large: Parcel,
-    /// It ended early because something more urgent came up.
-    pub(in crate::sync) interrupted: bool,
 }
 
-/// Sends operations, in order, in as many commits as it takes; between two, `urgent` may ask for an early end.
-/// `full` is the hub's word that it has no room for large content, which is then not offered.
+/// Sends operations, in order, in as many commits as it takes. `full` is the hub's word that it has no room
+/// for large content, which is then not offered.
 pub(in crate::sync) async fn push<H: Hub>(
     session: &mut Session<'_, H>,
     epoch: Epoch,
     ops: Vec<PushOp>,
     full: Option<String>,
-    urgent: impl Fn() -> bool,
 ) -> Result<Pushed, SyncError> {
     let root = session.core.run(|core| Ok::<_, SyncError>(core.root.clone())).await?;
     let blocking = session.core.blocking();
@@ -80,17 +77,13 @@ pub(in crate::sync) async fn push<H: Hub>(
         let is_last = next.is_empty();
         let commit = async {
             let committed = commits.commit(ready).await;
-            let ends_early = !is_last && (committed.is_err() || urgent());
-            if ends_early {
+            if committed.is_err() {
                 no_longer.cancel();
             }
-            committed.map(|()| ends_early)
+            committed
         };
-        let (ends_early, sent) = join(commit, outgoing.send(&line, next)).await;
-        if ends_early? {
-            commits.pushed.interrupted = true;
-            break;
-        }
+        let (committed, sent) = join(commit, outgoing.send(&line, next)).await;
+        committed?;
         ready = sent?;
         if is_last {
             break;

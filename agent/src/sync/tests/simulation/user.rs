@@ -24,6 +24,8 @@ pub(super) struct Ledger {
     pub(super) deeds: Vec<String>,
     /// Contents that were saved without waiting for the disk, by the users of each member.
     pub(super) hasty: BTreeSet<(String, String)>,
+    /// Those of them that a loss of power took, and the hub had.
+    pub(super) at_hub: BTreeSet<String>,
     /// Some contents are large.
     pub(super) large: bool,
 }
@@ -49,7 +51,7 @@ fn middle(number: &[u8]) -> Vec<u8> {
 
 /// Content that is named `header+number`: too much for one pack, and most of it the same for all numbers.
 /// Any other is its name.
-fn bytes_of(content: &str) -> Vec<u8> {
+pub(super) fn bytes_of(content: &str) -> Vec<u8> {
     let (header, number) = content.split_at(HEADER_BYTES);
     let Some(number) = number.strip_prefix('+') else { return header.as_bytes().to_vec() };
     let number = number.as_bytes();
@@ -194,9 +196,11 @@ impl User {
         // In the trash as well: what was cut off there looks like a late write.
         let found = tree(disk, Path::new("/"));
         let mut ledger = self.ledger();
-        let Ledger { hasty, written, removed, .. } = &mut *ledger;
-        let lost = hasty.extract_if(.., |(name, _)| *name == self.name);
-        removed.extend(lost.map(|(_, content)| content).filter(|c| !is_kept(&bytes_of(c))));
+        let Ledger { hasty, at_hub, written, removed, .. } = &mut *ledger;
+        for (_, content) in hasty.extract_if(.., |(name, _)| *name == self.name) {
+            let place = if is_kept(&bytes_of(&content)) { &mut *at_hub } else { &mut *removed };
+            place.insert(content);
+        }
         for (_, shown) in found {
             let content = shown.trim_end_matches('*').to_owned();
             if !written.contains(&content) {

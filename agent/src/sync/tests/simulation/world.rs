@@ -17,7 +17,7 @@ use super::disk::{Kind, SimDisk};
 use super::hints::Way;
 use super::line::Line;
 use super::member::Member;
-use super::user::{Ledger, User, tree};
+use super::user::{Ledger, User, bytes_of, tree};
 use crate::root_dir::Disk as _;
 use crate::sync::WorkspaceConfig;
 use crate::sync::ground::Batches;
@@ -457,6 +457,7 @@ impl World {
                 if let Some(restore) = self.backup.take() {
                     self.note("the hub is put back from a backup".to_owned());
                     restore();
+                    self.forget_what_only_the_hub_had();
                 }
             }
             81..91 | 96..98 => {
@@ -515,6 +516,19 @@ impl World {
             member.bring_back_index();
         }
         member.start();
+    }
+
+    /// After a backup of the hub was put back: what a loss of power had taken before, and nobody but the hub had,
+    /// is nowhere.
+    fn forget_what_only_the_hub_had(&self) {
+        let disks = self.members.iter().flat_map(|member| tree(&member.disk, Path::new("/")));
+        let there: BTreeSet<String> =
+            disks.map(|(_, shown)| shown.trim_end_matches('*').to_owned()).collect();
+        let mut ledger = self.ledger();
+        let Ledger { at_hub, removed, .. } = &mut *ledger;
+        let is_gone =
+            |content: &String| !there.contains(content) && !self.hub.ever_had(&bytes_of(content));
+        removed.extend(at_hub.extract_if(.., is_gone));
     }
 
     /// Everything works, and nobody does anything, until nothing moves any more, and everybody has looked at
