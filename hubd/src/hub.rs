@@ -42,6 +42,7 @@ use crate::grpc::accept::{self, Incoming};
 use crate::grpc::auth::AuthLayer;
 use crate::grpc::enroll::EnrollService;
 use crate::grpc::guests::Guests;
+use crate::grpc::handshakes::Handshakes;
 use crate::grpc::node::NodeService;
 use crate::grpc::operator::{HubAddress, OperatorService};
 use crate::grpc::sync::SyncService;
@@ -254,7 +255,9 @@ impl Hub {
         let bound = listener.local_addr().map_err(listen_error)?;
         let address = HubAddress { bound, advertise: config.advertise.clone() };
         let sessions = Arc::new(Sessions::new(config.http.session_life));
+        let handshakes = Arc::new(Handshakes::start().map_err(StartError::Threads)?);
         let ground = Ground {
+            handshakes: &handshakes,
             authorities: &authorities,
             key: &data.layout.http_key(),
             host: &address.host(),
@@ -411,8 +414,7 @@ impl Hub {
         if let Some(http) = &http {
             http.open(by_http, auth.clone());
         }
-        let incoming =
-            accept::accept_tls(listener, tls, mesh, &scope).map_err(StartError::Threads)?;
+        let incoming = accept::accept_tls(listener, handshakes, tls, mesh, &scope);
         let guests = || Guests::new(config.join_deadline, scope.token().clone());
         serve(incoming, guests(), routes.clone(), auth.clone(), &scope);
         serve(accept::accept_local(local, &scope), guests(), routes, auth, &scope);

@@ -94,7 +94,7 @@ impl fmt::Display for Step {
             Self::Restart(units) => {
                 write!(f, "restart unless it is up to date: {}", names(units).join(", "))
             }
-            Self::Linger => f.write_str("let the services of this user run without a login"),
+            Self::Linger => write!(f, "run {}", loginctl(&["enable-linger"]).join(" ")),
         }
     }
 }
@@ -326,6 +326,9 @@ pub fn carry_out(
     Ok(())
 }
 
+/// Why a step of a user's is left out.
+const NO_USER_MANAGER: &str = "this user has no service manager here";
+
 /// Carries out one step; `written` are the files that those before it have changed.
 ///
 /// # Errors
@@ -338,7 +341,7 @@ fn perform(step: &Step, written: &HashSet<PathBuf>) -> Result<Outcome, StepError
         let why = match scope {
             _ if is_running(scope) => return None,
             Scope::System => "systemd does not run here",
-            Scope::User => "this user has no service manager here",
+            Scope::User => NO_USER_MANAGER,
         };
         Some(Ok(Outcome::Skipped(why.to_owned())))
     };
@@ -373,6 +376,9 @@ fn perform(step: &Step, written: &HashSet<PathBuf>) -> Result<Outcome, StepError
         Step::Try(command) => {
             Ok(run(command).unwrap_or_else(|error| Outcome::Skipped(error.to_string())))
         }
+        Step::Linger if !is_running(Scope::User) => {
+            Ok(Outcome::Skipped(NO_USER_MANAGER.to_owned()))
+        }
         Step::Linger => Ok(linger()),
     };
     outcome.map_err(|source| StepError { step: step.to_string(), source })
@@ -400,22 +406,26 @@ fn is_running(scope: Scope) -> bool {
     }
 }
 
-/// By number: without one, it is the session that is asked for its user, and there may be none, as under `su`.
 fn linger() -> Outcome {
-    let user = rustix::process::getuid().as_raw().to_string();
-    let loginctl = |arguments: &[&str]| -> Vec<String> {
-        let words = ["loginctl"].into_iter().chain(arguments.iter().copied()).chain([&*user]);
-        words.map(str::to_owned).collect()
-    };
     let lingers = output_of(&loginctl(&["show-user", "--property=Linger", "--value"]));
     if lingers.is_ok_and(|lingers| lingers.trim() == "yes") {
         return Outcome::Unchanged;
     }
-    run(&loginctl(&["enable-linger"])).unwrap_or_else(|error| {
+    let enable = loginctl(&["enable-linger"]);
+    run(&enable).unwrap_or_else(|error| {
+        let hint = enable.join(" ");
         Outcome::Skipped(format!(
-            "{error}: it stops when this user logs out (hint: loginctl enable-linger {user}, as root)"
+            "{error}: it stops when this user logs out (hint: {hint}, as root)"
         ))
     })
+}
+
+/// About this user, by number: without it, it is the session that is asked for its user, and there may be none, as
+/// under `su`.
+fn loginctl(arguments: &[&str]) -> Vec<String> {
+    let user = rustix::process::getuid().as_raw().to_string();
+    let words = ["loginctl"].into_iter().chain(arguments.iter().copied()).chain([&*user]);
+    words.map(str::to_owned).collect()
 }
 
 fn create_user(name: &str, home: &Path) -> io::Result<Outcome> {

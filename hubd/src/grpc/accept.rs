@@ -226,25 +226,25 @@ impl AsyncWrite for PeerStream {
 pub type Incoming = mpsc::Receiver<io::Result<PeerStream>>;
 
 /// Accepts TLS connections until the scope is cancelled.
-///
-/// # Errors
-/// If the system gives no thread for handshakes.
+#[must_use]
 pub fn accept_tls(
     listener: TcpListener,
+    handshakes: Arc<Handshakes>,
     settings: TlsSettings,
     mesh: MeshId,
     scope: &TaskScope,
-) -> io::Result<Incoming> {
-    accept_within(LIMITS, listener, settings, mesh, scope)
+) -> Incoming {
+    accept_within(LIMITS, listener, handshakes, settings, mesh, scope)
 }
 
 fn accept_within(
     limits: Limits,
     listener: TcpListener,
+    handshakes: Arc<Handshakes>,
     settings: TlsSettings,
     mesh: MeshId,
     scope: &TaskScope,
-) -> io::Result<Incoming> {
+) -> Incoming {
     let (ready, incoming) = mpsc::channel(READY);
     let silent = Shares::new(limits.silent, limits.silent_of_address);
     let entrance = Arc::new(Entrance {
@@ -252,7 +252,7 @@ fn accept_within(
         settings,
         mesh,
         places: Queue::new(limits.handshakes, limits.handshakes_of_address),
-        handshakes: Handshakes::start()?,
+        handshakes,
     });
     let (own_scope, cancel) = (scope.clone(), scope.token().clone());
     scope.spawn("accept", async move {
@@ -286,7 +286,7 @@ fn accept_within(
             });
         }
     });
-    Ok(incoming)
+    incoming
 }
 
 /// What all handshakes of one listener have in common.
@@ -295,7 +295,7 @@ struct Entrance {
     settings: TlsSettings,
     mesh: MeshId,
     places: Arc<Queue>,
-    handshakes: Handshakes,
+    handshakes: Arc<Handshakes>,
 }
 
 impl Entrance {
@@ -473,7 +473,8 @@ mod tests {
             let settings = TlsSettings::new(authorities, Arc::new(certificate), &[b"h2"]).unwrap();
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
-            let incoming = accept_within(limits, listener, settings, mesh, &scope).unwrap();
+            let handshakes = Arc::new(Handshakes::start().unwrap());
+            let incoming = accept_within(limits, listener, handshakes, settings, mesh, &scope);
             let provider = Arc::new(rustls::crypto::ring::default_provider());
             let client = ClientConfig::builder_with_provider(provider)
                 .with_protocol_versions(&[&rustls::version::TLS13])

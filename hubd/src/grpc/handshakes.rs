@@ -20,8 +20,8 @@ const TURNS: usize = 32;
 /// peers do not hold up others: hundreds begin in a second, wherever they are.
 const TURN: Duration = Duration::from_millis(100);
 
-/// See the module.
-pub(super) struct Handshakes {
+/// See the module. One for all listeners of a hub.
+pub struct Handshakes {
     /// Always there until it is dropped.
     threads: Option<Runtime>,
     turns: Arc<Semaphore>,
@@ -31,8 +31,8 @@ impl Handshakes {
     /// Starts half as many threads as there are processors.
     ///
     /// # Errors
-    /// If the system gives none.
-    pub(super) fn start() -> io::Result<Self> {
+    /// If the runtime cannot be made. (One that gets no thread from the system panics, as that of the program.)
+    pub fn start() -> io::Result<Self> {
         let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
         // Sockets and clocks stay with the runtime that has accepted them.
         let threads = Builder::new_multi_thread()
@@ -48,10 +48,10 @@ impl Handshakes {
         turn.expect("nobody closes it")
     }
 
-    /// Works on a handshake. Dropped, it ends it.
+    /// Works on a handshake. Dropped, it ends it; its panic goes on here.
     ///
     /// # Errors
-    /// Those of the handshake, and its panic.
+    /// Those of the handshake.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         handshake: impl Future<Output = io::Result<T>> + Send + 'static,
@@ -59,7 +59,10 @@ impl Handshakes {
     ) -> io::Result<T> {
         let threads = self.threads.as_ref().ok_or(io::ErrorKind::NotConnected)?;
         let handshake = AbortOnDropHandle::new(threads.spawn(handshake));
-        in_turn(handshake, turn).await?
+        in_turn(handshake, turn).await.unwrap_or_else(|error| match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(ended) => Err(ended.into()),
+        })
     }
 }
 
@@ -121,8 +124,9 @@ mod tests {
         let waiting = tokio::time::timeout(TURN, handshakes.run(endless, turn));
         assert!(waiting.await.is_err());
         while dropped.recv().await.is_some() {}
-        let panic = async { panic!("a peer found a fault") };
         let turn = handshakes.turn().await;
-        assert!(handshakes.run::<()>(panic, turn).await.is_err(), "and nothing else happens");
+        let panic = async { panic!("a peer found a fault") };
+        let told = tokio::spawn(async move { handshakes.run::<()>(panic, turn).await.ok() }).await;
+        assert!(told.unwrap_err().is_panic(), "it is told by whoever waits");
     }
 }

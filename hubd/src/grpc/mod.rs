@@ -11,7 +11,7 @@ mod events;
 mod exec;
 mod files;
 pub(crate) mod guests;
-mod handshakes;
+pub mod handshakes;
 mod history;
 mod in_scope;
 mod invites;

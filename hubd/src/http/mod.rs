@@ -52,6 +52,7 @@ use crate::enroll::authorities::Authorities;
 use crate::enroll::http_certificate::{HttpCertificate, HttpCertificateError};
 use crate::grpc::accept::{TlsSettings, accept_tls};
 use crate::grpc::auth::AuthLayer;
+use crate::grpc::handshakes::Handshakes;
 use crate::grpc::operator::OperatorService;
 use crate::grpc::place::HttpPlace;
 
@@ -76,9 +77,6 @@ pub enum HttpError {
     /// TLS.
     #[error("cannot set up TLS")]
     Tls(#[from] rustls::Error),
-    /// Threads for handshakes.
-    #[error("the system gives no thread")]
-    Threads(#[source] io::Error),
     /// The file with the token for metrics.
     #[error("cannot use {path}")]
     Token {
@@ -100,6 +98,8 @@ pub struct Ground<'a> {
     pub host: &'a str,
     /// Who has logged in.
     pub sessions: &'a Arc<Sessions>,
+    /// Where it shakes hands.
+    pub handshakes: &'a Arc<Handshakes>,
 }
 
 /// The HTTP side while it serves.
@@ -160,8 +160,8 @@ impl HttpSide {
         ));
         let place = HttpPlace::new(config, address, ground.host, Arc::clone(&certificate));
         let scope = TaskScope::new();
-        let incoming = accept_tls(listener, tls, ground.authorities.mesh(), &scope)
-            .map_err(HttpError::Threads)?;
+        let (handshakes, mesh) = (Arc::clone(ground.handshakes), ground.authorities.mesh());
+        let incoming = accept_tls(listener, handshakes, tls, mesh, &scope);
         server::serve(incoming, door::router(&door), server::Limits::of(config), &scope);
         tracing::info!(%address, url = place.url(), "http serves");
         Ok(Some(Self { address, place, certificate, door, scope }))
