@@ -50,10 +50,8 @@ impl<'a> Writer<'a> {
                 found.stamp = stamp.filter(|_| !entry.is_dir());
                 (found.row.local, found.row.unknown) = (Some(entry), false);
             }
-            Seen::Unknown => {
-                found.row.unknown = true;
-                found.stamp.take_if(|stamp| !stamp.distrusted);
-            }
+            // The stamp stays: after a loss of power it tells how old what was known is.
+            Seen::Unknown => found.row.unknown = true,
         })?;
         // What comes back needs the directories above it.
         for directory in path.ancestors().filter(|_| lost) {
