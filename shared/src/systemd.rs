@@ -326,9 +326,6 @@ pub fn carry_out(
     Ok(())
 }
 
-/// Why a step of a user's is left out.
-const NO_USER_MANAGER: &str = "this user has no service manager here";
-
 /// Carries out one step; `written` are the files that those before it have changed.
 ///
 /// # Errors
@@ -337,13 +334,7 @@ fn perform(step: &Step, written: &HashSet<PathBuf>) -> Result<Outcome, StepError
     let absent = |command: &[String]| {
         // Whose manager it is stands in the command.
         let user = command.iter().any(|argument| argument == "--user");
-        let scope = if user { Scope::User } else { Scope::System };
-        let why = match scope {
-            _ if is_running(scope) => return None,
-            Scope::System => "systemd does not run here",
-            Scope::User => NO_USER_MANAGER,
-        };
-        Some(Ok(Outcome::Skipped(why.to_owned())))
+        absent(if user { Scope::User } else { Scope::System }).map(Ok)
     };
     let current =
         |unit: &Unit| !unit.files.iter().any(|file| written.contains(file)) && unit.is_current();
@@ -376,10 +367,7 @@ fn perform(step: &Step, written: &HashSet<PathBuf>) -> Result<Outcome, StepError
         Step::Try(command) => {
             Ok(run(command).unwrap_or_else(|error| Outcome::Skipped(error.to_string())))
         }
-        Step::Linger if !is_running(Scope::User) => {
-            Ok(Outcome::Skipped(NO_USER_MANAGER.to_owned()))
-        }
-        Step::Linger => Ok(linger()),
+        Step::Linger => Ok(self::absent(Scope::User).unwrap_or_else(linger)),
     };
     outcome.map_err(|source| StepError { step: step.to_string(), source })
 }
@@ -404,6 +392,16 @@ fn is_running(scope: Scope) -> bool {
         Scope::System => Path::new("/run/systemd/system").is_dir(),
         Scope::User => run(&systemctl(scope, &["show-environment"])).is_ok(),
     }
+}
+
+/// What becomes of a step whose service manager is not there.
+fn absent(scope: Scope) -> Option<Outcome> {
+    let why = match scope {
+        _ if is_running(scope) => return None,
+        Scope::System => "systemd does not run here",
+        Scope::User => "this user has no service manager here",
+    };
+    Some(Outcome::Skipped(why.to_owned()))
 }
 
 fn linger() -> Outcome {

@@ -617,36 +617,22 @@ impl Drop for Running {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use cortex_shared::clock::unix_ms;
     use tonic::transport::Endpoint;
 
     use super::*;
-    use crate::client::{HubClient, Trust};
     use crate::identity::NodeIdentity;
     use crate::identity::testing::Ca;
+    use crate::link::workspaces::tests::workspaces;
 
     fn dispatcher(folder: &Path, scope: &TaskScope) -> Dispatcher {
+        let workspaces = workspaces(folder, scope);
         let state = StateDir::resolve(Some(folder.join("state"))).unwrap();
-        state.create().unwrap();
+        let settings = Settings::load(&state).unwrap();
         NodeIdentity::pending_key(&state).unwrap();
         Ca::new().node(&state.identity(), unix_ms() + 60_000).store(&state).unwrap();
         let identity = NodeIdentity::load(&state).unwrap().unwrap();
-        let settings = Settings {
-            hub: "127.0.0.1:1".parse().unwrap(),
-            workspace_root: folder.join("ws"),
-            ceiling: Bound::LEAST,
-            workspace_paths: BTreeMap::new(),
-            library: crate::config::LibraryPlace::Default,
-            sandbox: SandboxSettings::default(),
-            commands: CommandSettings::default(),
-            log: None,
-        };
-        settings.save(&state).unwrap();
-        let identity = LiveIdentity::new(state.clone(), identity, settings.hub.clone()).unwrap();
-        let hub = HubClient::new(settings.hub.clone(), Trust::Pins(Vec::new()), None).unwrap();
-        let workspaces = Workspaces::start(state.clone(), settings, hub, scope).unwrap();
+        let identity = LiveIdentity::new(state.clone(), identity, settings.hub).unwrap();
         Dispatcher::new(state, workspaces, identity).unwrap()
     }
 

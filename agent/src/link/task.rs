@@ -16,6 +16,7 @@ use std::time::Duration;
 use cortex_proto::CODE_TRAILER;
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::{self, task_io_up};
+use cortex_shared::clock::sleep_until;
 use cortex_shared::crash::crash_point;
 use cortex_shared::ids::TaskId;
 use cortex_shared::tasks::TaskScope;
@@ -382,13 +383,6 @@ async fn reserve<T>(
 async fn next_event(events: &mut Option<mpsc::Receiver<CommandEvent>>) -> Option<CommandEvent> {
     match events {
         Some(events) => events.recv().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
     }
 }

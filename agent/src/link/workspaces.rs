@@ -542,12 +542,13 @@ pub enum PlaceError {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::client::Trust;
     use cortex_shared::policy::Bound;
 
-    fn workspaces(folder: &Path, scope: &TaskScope) -> Workspaces {
+    /// Those of a node that has never reached its hub, and whose state is in `folder`.
+    pub(in crate::link) fn workspaces(folder: &Path, scope: &TaskScope) -> Workspaces {
         let state = StateDir::resolve(Some(folder.join("state"))).unwrap();
         state.create().unwrap();
         let settings = Settings {

@@ -22,7 +22,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 
-use super::accept::PeerStream;
+use super::accept::{PeerStream, Stream};
 use super::auth::Peer;
 use crate::shares::{Place, Shares};
 
@@ -64,15 +64,15 @@ impl Guests {
     }
 
     /// The connection within its bounds; `None` for a guest for whom there is no place.
-    pub(crate) fn let_in(&self, stream: PeerStream) -> Option<Bounded> {
+    pub(crate) fn let_in(&self, PeerStream { stream, peer }: PeerStream) -> Option<Bounded> {
         let stop = || Box::pin(self.stop.clone().cancelled_owned());
-        let guest = match stream.connect_info() {
+        let guest = match &peer {
             Peer::Anonymous(address) => Some(Box::new(self.guest(address.ip(), stop())?)),
             Peer::Certified { .. } | Peer::Local { .. } | Peer::Session { .. } => None,
         };
         let end = End::Stop(stop(), self.times.leaving);
         let unheard = Some(Unheard { read: 0, end });
-        Some(Bounded { stream, unheard, guest })
+        Some(Bounded { stream, peer, unheard, guest })
     }
 
     fn guest(&self, address: IpAddr, stop: Stop) -> Option<Guest> {
@@ -151,7 +151,8 @@ impl Guest {
 
 /// A connection within its bounds.
 pub(crate) struct Bounded {
-    stream: PeerStream,
+    stream: Box<dyn Stream>,
+    peer: Peer,
     /// Until it has begun to speak.
     unheard: Option<Unheard>,
     guest: Option<Box<Guest>>,
@@ -192,7 +193,7 @@ impl Bounded {
 impl Connected for Bounded {
     type ConnectInfo = Peer;
     fn connect_info(&self) -> Peer {
-        self.stream.connect_info()
+        self.peer.clone()
     }
 }
 
@@ -266,13 +267,13 @@ mod tests {
     fn guest_of(guests: &Guests, address: &str) -> Option<(DuplexStream, Bounded)> {
         let (far, near) = tokio::io::duplex(64);
         let peer = Peer::Anonymous(std::net::SocketAddr::new(address.parse().unwrap(), 1));
-        Some((far, guests.let_in(PeerStream::new(near, peer))?))
+        Some((far, guests.let_in(PeerStream { stream: Box::new(near), peer })?))
     }
 
     fn known(guests: &Guests) -> (DuplexStream, Bounded) {
         let (far, near) = tokio::io::duplex(64);
         let peer = Peer::Local { uid: 0 };
-        (far, guests.let_in(PeerStream::new(near, peer)).unwrap())
+        (far, guests.let_in(PeerStream { stream: Box::new(near), peer }).unwrap())
     }
 
     /// What the connection ends with.

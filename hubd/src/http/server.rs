@@ -22,12 +22,12 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::sync::Notify;
 use tokio::time::Instant;
-use tonic::transport::server::Connected as _;
 use tower::ServiceExt as _;
 
 use crate::config::HttpConfig;
 use crate::counters;
 use crate::grpc::accept::{Incoming, PeerStream};
+use crate::grpc::auth::Peer;
 use crate::shares::Shares;
 
 /// Requests that one HTTP/2 connection may have open.
@@ -70,7 +70,7 @@ pub(super) fn serve(mut incoming: Incoming, router: Router, limits: Limits, scop
     let own = scope.clone();
     scope.spawn("http", async move {
         while let Some(Ok(stream)) = incoming.recv().await {
-            let Some(place) = places.take(address_of(&stream)) else {
+            let Some(place) = places.take(address_of(&stream.peer)) else {
                 // As good as any other: the one that has just come is turned away.
                 counters::HTTP_TURNED_AWAY.add(1);
                 continue;
@@ -86,14 +86,17 @@ pub(super) fn serve(mut incoming: Incoming, router: Router, limits: Limits, scop
     });
 }
 
-fn address_of(stream: &PeerStream) -> IpAddr {
-    let address = stream.connect_info().address();
+fn address_of(peer: &Peer) -> IpAddr {
     // All that comes here came over TCP.
-    address.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip())
+    peer.address().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip())
 }
 
-async fn serve_one(stream: PeerStream, router: Router, limits: Limits, scope: &TaskScope) {
-    let peer = stream.connect_info();
+async fn serve_one(
+    PeerStream { stream, peer }: PeerStream,
+    router: Router,
+    limits: Limits,
+    scope: &TaskScope,
+) {
     let moved = Arc::new(Moved::new());
     let seen = Arc::clone(&moved);
     let service = service_fn(move |mut request: Request<RequestBody>| {

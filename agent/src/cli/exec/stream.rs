@@ -18,6 +18,7 @@ use cortex_proto::v1::{self, exec_down, exec_up};
 use cortex_proto::{
     CODE_DRAINING, CODE_TASK_ENDING, CODE_TRAILER, LEAST_OUTPUT_CREDIT, STDIN_WINDOW_BYTES,
 };
+use cortex_shared::clock::sleep_until;
 use cortex_shared::replay::{Piece, Replay};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -511,13 +512,6 @@ fn call(
 async fn next_piece(stdin: &mut Option<Input>) -> Option<Bytes> {
     match stdin {
         Some(stdin) => stdin.recv().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
     }
 }

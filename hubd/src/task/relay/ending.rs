@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cortex_proto::v1::{TaskAck, TaskExit, TaskVerdict, hub_frame};
+use cortex_shared::clock::sleep_until;
 use cortex_shared::crash::crash_point;
 use cortex_shared::ids::{NodeId, TaskId};
 use cortex_shared::tasks::TaskScope;
@@ -187,13 +188,6 @@ pub(super) async fn record_late(
                 early.push_back((Instant::now() + LATE_AGAIN, report));
             }
         }
-    }
-}
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
     }
 }
 
