@@ -7,7 +7,7 @@ use cortex_agent::exec::{
 use cortex_agent::sandbox::TerminalSize;
 use cortex_shared::policy::Mode;
 
-use crate::support::{PLENTY, Running, in_workspace, program, script, succeeds_outside};
+use crate::support::{PLENTY, Running, holds, in_workspace, program, script, succeeds_outside};
 
 fn with_terminal(request: CommandRequest) -> CommandRequest {
     let size = TerminalSize { rows: 24, columns: 80 };
@@ -137,16 +137,22 @@ async fn all_output_of_a_terminal_arrives_and_its_end_of_input_is_understood() {
 
 #[tokio::test]
 async fn a_slow_reader_slows_the_command_and_ctrl_c_still_arrives() {
-    let mut running = Running::start(with_terminal(script("yes; echo never")), 64 * 1024);
+    let folder = tempfile::tempdir().unwrap();
+    // The shell goes on once `yes` is over, and says so where no credit is needed.
+    let text = "trap 'touch interrupted; trap - INT; kill -INT $$' INT; yes; echo never";
+    let request = with_terminal(in_workspace(text, folder.path()));
+    let mut running = Running::start(request, 64 * 1024);
     while running.stdout.len() < 64 * 1024 {
         running.next().await.unwrap();
     }
     typed(&running, "\x03").await;
+    assert!(holds(|| folder.path().join("interrupted").exists()).await);
     running.order(CommandControl::Credit(PLENTY)).await;
     let done = running.finish().await;
     assert_eq!(done.exit.verdict, CommandVerdict::Signalled);
     assert_eq!(done.exit.signal, Some(2));
     assert!(done.stdout.len() < 64 * 1024 + 256 * 1024, "{}", done.stdout.len());
+    assert!(!done.stdout.contains("never"));
 }
 
 #[tokio::test]

@@ -266,6 +266,11 @@ impl SimDisk {
         self.state().kind
     }
 
+    /// One step of its clock.
+    pub(super) fn tick(&self) -> Duration {
+        Duration::from_nanos(self.kind().grain_ns.unsigned_abs())
+    }
+
     /// Whether names that differ only in case are one.
     pub(super) fn folds_case(&self) -> bool {
         self.state().kind.folds_case

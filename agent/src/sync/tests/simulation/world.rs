@@ -511,7 +511,11 @@ impl World {
             member.user.lose_power(&member.disk, |content| self.hub.ever_had(content));
             // No program that had a file open outlives that.
             *member.user.open.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            // No machine starts within one step of its disk's clock: nothing that is saved after it has the
+            // stamps of what was saved before.
+            sleep(member.disk.tick()).await;
         }
+        let member = &mut self.members[number];
         if old_index {
             member.bring_back_index();
         }
