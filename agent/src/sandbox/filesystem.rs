@@ -34,6 +34,9 @@ use super::workspace;
 /// Directories of programs and libraries. On most systems all but `/usr` are links into it.
 const SYSTEM: [&str; 8] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "libexec"];
 
+/// Terminals of one command.
+const MAX_TERMINALS: &str = "256";
+
 /// Files and directories of `/etc` that programs need and that hold no secrets.
 const ETC: [&str; 41] = [
     "ld.so.cache",
@@ -402,7 +405,8 @@ fn place_proc(root: &OwnedFd) -> Result<(), SetupError> {
 fn place_devices(root: &OwnedFd) -> Result<(), SetupError> {
     Detached::new(
         "devpts",
-        &[("mode", "0620"), ("ptmxmode", "0666")],
+        // Of all terminals of the machine there is one number.
+        &[("mode", "0620"), ("ptmxmode", "0666"), ("max", MAX_TERMINALS)],
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC,
     )?
     .attach(root, "dev/pts")?;

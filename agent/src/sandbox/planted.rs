@@ -16,6 +16,10 @@ const MAX_NAMED: usize = 12;
 /// Longest name as it is said.
 const MAX_SHOWN_CHARACTERS: usize = 120;
 
+/// Said instead of names that nobody looked at.
+const TOO_MANY: &str = "while it ran, so many names came that programs outside the sandbox obey that not all \
+                        were looked at";
+
 /// What stood in a workspace before a command.
 #[derive(Debug, Clone)]
 pub struct Before {
@@ -72,9 +76,12 @@ impl Before {
     /// called where waiting is forbidden.
     #[must_use]
     pub fn look_again(&self) -> Option<String> {
-        let changes = self.changes();
+        let after = Survey::of(&self.root);
+        let changes = self.changes(&after);
+        // What stood there before was told, or not, with the command that brought it.
+        let more = after.full && !self.survey.full;
         if changes.is_empty() {
-            return None;
+            return more.then(|| TOO_MANY.to_owned());
         }
         let named = changes.iter().take(MAX_NAMED).map(|(name, change)| {
             let name: String = name.to_string_lossy().chars().take(MAX_SHOWN_CHARACTERS).collect();
@@ -84,14 +91,14 @@ impl Before {
         if changes.len() > MAX_NAMED {
             names.push_str(&format!(" and {} more", changes.len() - MAX_NAMED));
         }
+        let more = if more { format!(". And {TOO_MANY}") } else { String::new() };
         Some(format!(
             "while it ran, names in the workspace came or changed which programs outside the \
-             sandbox obey: {names}. Look at them before using git, a shell or an editor there"
+             sandbox obey: {names}. Look at them before using git, a shell or an editor there{more}"
         ))
     }
 
-    fn changes(&self) -> Vec<(PathBuf, Change)> {
-        let after = Survey::of(&self.root);
+    fn changes(&self, after: &Survey) -> Vec<(PathBuf, Change)> {
         let mut changes: Vec<(PathBuf, Change)> = Vec::new();
         let names =
             self.survey.names.iter().chain(
@@ -143,7 +150,7 @@ mod tests {
 
     fn changes(before: &Before) -> Vec<(String, Change)> {
         let named = |(name, change): (PathBuf, _)| (name.display().to_string(), change);
-        before.changes().into_iter().map(named).collect()
+        before.changes(&Survey::of(&before.root)).into_iter().map(named).collect()
     }
 
     #[test]
@@ -186,6 +193,81 @@ mod tests {
         }
         let expected = [".git", "a/b/.git", "node_modules/m/.git"];
         assert_eq!(changes(&before), expected.map(|name| (name.to_owned(), Change::Created)));
+    }
+
+    #[test]
+    fn a_new_bare_repository_is_named_by_what_git_obeys_in_it() {
+        let workspace = tempfile::TempDir::new().unwrap();
+        let path = |name: &str| workspace.path().join(name);
+        std::fs::create_dir_all(path("src/objects")).unwrap();
+        std::fs::write(path("src/main.c"), "").unwrap();
+        let before = Before::of(workspace.path());
+        std::fs::create_dir(path("src/refs")).unwrap();
+        std::fs::write(path("src/HEAD"), "ref: refs/heads/main").unwrap();
+        std::fs::write(path("src/config"), "[core]\nfsmonitor = evil").unwrap();
+        for name in ["objects", "refs"] {
+            std::fs::create_dir_all(path(name)).unwrap();
+        }
+        std::fs::write(path("HEAD"), "ref: refs/heads/main").unwrap();
+        std::fs::write(path("config"), "").unwrap();
+        let created = |name: &str| (name.to_owned(), Change::Created);
+        assert_eq!(changes(&before), ["config", "src/config"].map(created));
+        // Once it is there, it is like any other.
+        let before = Before::of(workspace.path());
+        assert_eq!(
+            before.survey.names[Path::new("src/config")].hold,
+            super::super::survey::Hold::ReadOnly
+        );
+        std::fs::write(path("src/config"), "[core]\nfsmonitor = worse").unwrap();
+        assert_eq!(changes(&before), [("src/config".to_owned(), Change::Changed)]);
+    }
+
+    /// So long a way below so many submodules that there is no room for names elsewhere, if it were kept
+    /// one by one.
+    fn fill_with_ways(workspace: &Path) {
+        for number in 0..9 {
+            let deep = std::iter::repeat_n("x", 240).collect::<PathBuf>();
+            let deep = workspace.join(".git/modules").join(number.to_string()).join(deep);
+            std::fs::create_dir_all(&deep).unwrap();
+            std::fs::write(deep.join("HEAD"), "").unwrap();
+        }
+    }
+
+    #[test]
+    fn nothing_takes_the_room_of_other_names() {
+        let workspace = tempfile::TempDir::new().unwrap();
+        let path = |name: &str| workspace.path().join(name);
+        std::fs::create_dir_all(path("nested/.git")).unwrap();
+        std::fs::write(path(".envrc"), "").unwrap();
+        let before = Before::of(workspace.path());
+        fill_with_ways(workspace.path());
+        std::fs::write(path(".profile"), "").unwrap();
+        std::fs::write(path("nested/.git/config"), "").unwrap();
+        let created = |name: &str| (name.to_owned(), Change::Created);
+        assert_eq!(changes(&before), [".git", ".profile", "nested/.git/config"].map(created));
+        let before = Before::of(workspace.path());
+        assert!(!before.survey.full, "{}", before.survey.names.len());
+        std::fs::write(path(".envrc"), "evil").unwrap();
+        std::fs::write(path("nested/.git/config"), "evil").unwrap();
+        let changed = |name: &str| (name.to_owned(), Change::Changed);
+        assert_eq!(changes(&before), [".envrc", "nested/.git/config"].map(changed));
+    }
+
+    #[test]
+    fn more_names_than_are_looked_at_are_said() {
+        let workspace = tempfile::TempDir::new().unwrap();
+        let before = Before::of(workspace.path());
+        for one in 0..40 {
+            let git = workspace.path().join(format!("{one}/.git"));
+            std::fs::create_dir_all(&git).unwrap();
+            let mut config = String::new();
+            for two in 0..120 {
+                let way = "way/".repeat(20);
+                config.push_str(&format!("[include]\npath = ../{two}/{way}file\n"));
+            }
+            std::fs::write(git.join("config"), config).unwrap();
+        }
+        assert!(before.look_again().unwrap().contains("not all were looked at"));
     }
 
     #[test]

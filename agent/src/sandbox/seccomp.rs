@@ -1,24 +1,27 @@
-//! The system call filter: two filters, because one would have to answer with one error number.
+//! The system call filter: three filters, because one has to answer with one error number.
 //!
 //! It denies a list and allows the rest: the command is arbitrary bash, so an allow list would be
 //! a guess at all programs of the world. The list is what reaches kernel code that a command has
 //! no business in: namespaces and mounts, other processes' memory and limits, keys, tracing,
 //! modules, exotic sockets, terminals' input queues, set-user-id bits. Another architecture's
-//! system calls end the process, since the numbers would mean other calls.
+//! system calls end the process, since the numbers would mean other calls; those of a kernel newer
+//! than this list do not exist.
 
 use seccompiler::BpfProgram;
 
-use super::bpf::{self, Condition, Rule, Rules, Test};
+use super::bpf::{self, Condition, Half, Rule, Rules, Test};
 use super::spec::{SetupError, Step};
 
 /// Answered with ENOSYS, so that programs fall back to an older call: those whose arguments are
-/// behind a pointer, where a filter cannot look, and io_uring, which does everything at once.
+/// behind a pointer, where a filter cannot look; io_uring, which does everything at once; and its
+/// predecessor, of whose requests there is one number for the whole machine.
 const NOT_THERE: &[i64] = &[
     libc::SYS_clone3,
     libc::SYS_openat2,
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
+    libc::SYS_io_setup,
 ];
 
 /// Answered with EPERM whatever the arguments.
@@ -116,6 +119,19 @@ const CLONE_NEWTIME: u32 = 0x80;
 /// Terminal requests that put words into somebody's mouth: input queue, selection, console; and
 /// line disciplines, each a driver of its own.
 const TERMINAL_REQUESTS: [u32; 4] = [0x5412, 0x541C, 0x541D, 0x5423];
+/// Requests of btrfs that make or remove subvolumes, by their type and number. A snapshot shows the
+/// whole subvolume that a directory lies in: before Linux 6.7 any directory's, for whoever owns that.
+const SUBVOLUME_REQUESTS: [u32; 6] = [0x9401, 0x940E, 0x940F, 0x9417, 0x9418, 0x943F];
+const REQUEST_TYPE_AND_NUMBER: u32 = 0xFFFF;
+/// All requests of bcachefs: it has the same ones.
+const BCACHEFS_REQUESTS: u32 = 0xBC00;
+const REQUEST_TYPE: u32 = 0xFF00;
+/// Huge pages are set aside for the programs of the machine, and no group counts them as memory.
+const HUGE_PAGES: [(i64, u8, i32); 3] = [
+    (libc::SYS_mmap, 3, libc::MAP_HUGETLB),
+    (libc::SYS_memfd_create, 1, libc::MFD_HUGETLB.cast_signed()),
+    (libc::SYS_shmget, 2, libc::SHM_HUGETLB),
+];
 
 /// Whom `setpriority` and `ioprio_set` may concern: one process, or all of a user.
 const PRIORITY_OF_PROCESS: u32 = 0;
@@ -128,7 +144,25 @@ const INIT: u32 = 1;
 /// The filters, ready to be installed.
 pub(super) fn compile() -> Vec<BpfProgram> {
     let absent = NOT_THERE.iter().map(|call| (number(*call), Vec::new())).collect();
-    vec![bpf::program(&absent, libc::ENOSYS), bpf::program(&denied(), libc::EPERM)]
+    vec![
+        bpf::program(&absent, libc::ENOSYS),
+        bpf::program(&denied(), libc::EPERM),
+        bpf::program(&pretended(), 0),
+    ]
+}
+
+/// What is not done, and answered as if it had been: many programs set the size of their core dumps to 0,
+/// and some end if they cannot. To the kernel only 1 means that no program outside is to be given the dump.
+fn pretended() -> Rules {
+    let (own, core) = (is(0, 0), is(1, libc::RLIMIT_CORE));
+    let new_limit = |half| Condition { argument: 2, half, test: Test::IsNot(0) };
+    Rules::from([
+        (number(libc::SYS_setrlimit), vec![vec![is(0, libc::RLIMIT_CORE)]]),
+        (
+            number(libc::SYS_prlimit64),
+            [Half::Lower, Half::Upper].map(|half| vec![own, core, new_limit(half)]).to_vec(),
+        ),
+    ])
 }
 
 /// Installs the filters. Afterwards, this process can do no more than the command.
@@ -156,6 +190,13 @@ fn denied() -> Rules {
 
     for request in TERMINAL_REQUESTS {
         deny(libc::SYS_ioctl, vec![is(1, request)]);
+    }
+    for request in SUBVOLUME_REQUESTS {
+        deny(libc::SYS_ioctl, vec![masked(1, REQUEST_TYPE_AND_NUMBER, request)]);
+    }
+    deny(libc::SYS_ioctl, vec![masked(1, REQUEST_TYPE, BCACHEFS_REQUESTS)]);
+    for (call, flags, huge) in HUGE_PAGES {
+        deny(call, vec![any(flags, huge.cast_unsigned())]);
     }
 
     // Only the default personality, asking for it, and switching address randomisation off.
@@ -236,19 +277,19 @@ fn mknod_calls() -> Vec<(i64, u8)> {
 }
 
 fn any(argument: u8, bits: u32) -> Condition {
-    Condition { argument, test: Test::Any(bits) }
+    Condition { argument, half: Half::Lower, test: Test::Any(bits) }
 }
 
 fn masked(argument: u8, mask: u32, value: u32) -> Condition {
-    Condition { argument, test: Test::Masked { mask, value } }
+    Condition { argument, half: Half::Lower, test: Test::Masked { mask, value } }
 }
 
 fn is(argument: u8, value: u32) -> Condition {
-    Condition { argument, test: Test::Is(value) }
+    Condition { argument, half: Half::Lower, test: Test::Is(value) }
 }
 
 fn is_not(argument: u8, value: u32) -> Condition {
-    Condition { argument, test: Test::IsNot(value) }
+    Condition { argument, half: Half::Lower, test: Test::IsNot(value) }
 }
 
 #[cfg(test)]
@@ -258,12 +299,13 @@ mod tests {
     /// Calls denied whatever their arguments, by their numbers on x86-64 and on aarch64 in the
     /// kernel's own tables: what this is compiled for is looked up in one column, and the other is
     /// for whoever compiles there.
-    const TABLE: [(&str, Option<u32>, Option<u32>); 64] = [
+    const TABLE: [(&str, Option<u32>, Option<u32>); 65] = [
         ("clone3", Some(435), Some(435)),
         ("openat2", Some(437), Some(437)),
         ("io_uring_setup", Some(425), Some(425)),
         ("io_uring_enter", Some(426), Some(426)),
         ("io_uring_register", Some(427), Some(427)),
+        ("io_setup", Some(206), Some(0)),
         ("mount", Some(165), Some(40)),
         ("umount2", Some(166), Some(39)),
         ("pivot_root", Some(155), Some(41)),
@@ -347,13 +389,13 @@ mod tests {
         // With arguments of zero: those that look at them allow an own limit, and deny an odd kind
         // of socket.
         let by_arguments = [libc::SYS_socket, libc::SYS_socketpair].map(number);
-        for number in (0..600).filter(|number| !by_arguments.contains(number)) {
+        for number in (0..bpf::FIRST_UNKNOWN).filter(|number| !by_arguments.contains(number)) {
             assert_eq!(denied(number), table.contains(&number), "call {number}");
         }
     }
 
     #[test]
-    fn arguments_decide_by_their_lower_half() {
+    fn arguments_decide_by_the_half_that_the_kernel_looks_at() {
         let filters = compile();
         let high = 7_u64 << 32;
         for (call, arguments, wanted) in [
@@ -370,6 +412,22 @@ mod tests {
             (libc::SYS_prlimit64, [0, 7, 0], true),
             (libc::SYS_prlimit64, [1, 7, 0], false),
             (libc::SYS_prlimit64, [high, 7, 0], true),
+            (libc::SYS_prlimit64, [0, 7, 8], true),
+            // Its own limit of core dumps, looked at and set.
+            (libc::SYS_prlimit64, [0, 4, 0], true),
+            (libc::SYS_prlimit64, [0, 4, 8], false),
+            (libc::SYS_prlimit64, [0, 4, high], false),
+            (libc::SYS_prlimit64, [0, high | 4, 8], false),
+            (libc::SYS_setrlimit, [4, 8, 0], false),
+            (libc::SYS_setrlimit, [high | 4, 8, 0], false),
+            (libc::SYS_setrlimit, [7, 8, 0], true),
+            (libc::SYS_ioctl, [3, 0x5000_9417, 8], false),
+            (libc::SYS_ioctl, [3, high | 0x5000_9417, 8], false),
+            (libc::SYS_ioctl, [3, 0x4020_BC10, 8], false),
+            // Sharing the blocks of a file with a copy of it.
+            (libc::SYS_ioctl, [3, 0x4004_9409, 8], true),
+            (libc::SYS_memfd_create, [8, 4, 0], false),
+            (libc::SYS_memfd_create, [8, 1, 0], true),
             (libc::SYS_sched_setaffinity, [1, 8, 0], false),
             (libc::SYS_sched_setaffinity, [5, 8, 0], true),
             (libc::SYS_socket, [1, 1, 0], true),

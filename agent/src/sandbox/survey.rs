@@ -46,7 +46,17 @@ const OBEYED: [&str; 17] = [
 const MAX_REPOSITORIES: usize = 256;
 /// Most configuration files that are read, and most names that are protected.
 const MAX_SETTINGS: usize = 256;
-const MAX_NAMES: usize = 2048;
+const MAX_NAMES: usize = 4096;
+/// Names of one git directory, about.
+const REPOSITORY_NAMES: usize = GIT_ACTIVE.len() + 1;
+/// Directories on the way to a name that are kept in their place one by one: what lies deeper is
+/// protected as a whole, so that no way is so long that others get no protection.
+const MAX_WAY: usize = 32;
+/// Among how many entries of directories that are obeyed links are looked for, in one of them and in all,
+/// and how many directories deep.
+const LINKED_ENTRIES: usize = 256;
+const ALL_LINKED_ENTRIES: usize = 4096;
+const LINKED_DEPTH: usize = 2;
 /// Most entries looked at below one `modules` or `worktrees`.
 const MAX_MODULE_ENTRIES: usize = 4096;
 /// Longest name of one of them: longer ones are protected with what they are in.
@@ -116,6 +126,8 @@ pub(super) struct Survey {
     pub(super) names: BTreeMap<PathBuf, Found>,
     /// Not every directory was looked into for nested repositories.
     pub(super) truncated: bool,
+    /// There are more names than are protected.
+    pub(super) full: bool,
 }
 
 impl Survey {
@@ -130,6 +142,8 @@ impl Survey {
                     survey: Self::default(),
                     repositories: BTreeSet::new(),
                     settings: BTreeSet::new(),
+                    linked: BTreeSet::new(),
+                    linked_left: ALL_LINKED_ENTRIES,
                 };
                 surveyor.look();
                 surveyor.survey
@@ -233,6 +247,14 @@ impl Tree<'_> {
     }
 }
 
+/// One below the top.
+enum Repository {
+    /// A `.git`, of any kind.
+    Named(PathBuf),
+    /// A directory that git takes for one of its own whatever its name.
+    Bare(PathBuf),
+}
+
 struct Surveyor<'a> {
     tree: Tree<'a>,
     survey: Survey,
@@ -240,16 +262,28 @@ struct Surveyor<'a> {
     repositories: BTreeSet<PathBuf>,
     /// Configuration files that were read.
     settings: BTreeSet<PathBuf>,
+    /// Directories in which links were looked for, and how many more entries may be.
+    linked: BTreeSet<PathBuf>,
+    linked_left: usize,
 }
 
 impl Surveyor<'_> {
     fn look(&mut self) {
+        // The names at the top come before all that they may lead to, so that nothing takes their place.
+        for name in OBEYED {
+            self.note(Path::new(name), Hold::ReadOnly, true);
+        }
         self.repository(Path::new(".git"), MAX_HOPS);
         for name in OBEYED {
             self.obeyed(Path::new(name), MAX_HOPS);
         }
-        for name in self.nested() {
-            self.repository(&name, MAX_HOPS);
+        for repository in self.nested() {
+            match repository {
+                Repository::Named(name) => self.repository(&name, MAX_HOPS),
+                Repository::Bare(directory) => {
+                    self.git_directory(&directory, &directory, MAX_HOPS, false);
+                }
+            }
         }
     }
 
@@ -262,7 +296,7 @@ impl Surveyor<'_> {
             return;
         }
         if self.survey.names.len() >= MAX_NAMES {
-            self.survey.truncated = true;
+            (self.survey.truncated, self.survey.full) = (true, true);
             return;
         }
         let seen = self.tree.see(name);
@@ -271,18 +305,54 @@ impl Surveyor<'_> {
 
     /// What is on the way to a name must not be moved either: another could take its place.
     fn keep_way_to(&mut self, name: &Path) {
-        for way in name.ancestors().skip(1).filter(|way| !way.as_os_str().is_empty()) {
-            self.note(way, Hold::InPlace, false);
+        let way = name.ancestors().skip(1).filter(|way| !way.as_os_str().is_empty());
+        let too_deep = way.clone().count().saturating_sub(MAX_WAY);
+        for (above, way) in way.skip(too_deep).enumerate() {
+            let whole = too_deep > 0 && above == 0;
+            self.note(way, if whole { Hold::ReadOnly } else { Hold::InPlace }, whole);
         }
     }
 
-    /// A name that is obeyed as it is, with what it leads to.
+    /// A name that is obeyed as it is, with what it leads to, and what links in it lead to.
     fn obeyed(&mut self, name: &Path, hops: usize) {
         self.keep_way_to(name);
         self.note(name, Hold::ReadOnly, true);
         if let Some(target) = self.leads_to(name, hops) {
             self.obeyed(&target, hops - 1);
         }
+        if hops > 0 {
+            for link in self.links_in(name) {
+                self.obeyed(&link, hops - 1);
+            }
+        }
+    }
+
+    /// Links in a directory that is obeyed: a hook may be one, to a file that can be changed.
+    fn links_in(&mut self, name: &Path) -> Vec<PathBuf> {
+        let is_directory = |found: &Found| matches!(found.seen, Seen::Directory { .. });
+        let mut links = Vec::new();
+        if !self.survey.names.get(name).is_some_and(is_directory)
+            || !self.linked.insert(name.to_owned())
+        {
+            return links;
+        }
+        let mut left = LINKED_ENTRIES.min(self.linked_left);
+        let mut pending = VecDeque::from([(name.to_owned(), 1)]);
+        while let Some((directory, depth)) = pending.pop_front() {
+            let (entries, _) = self.tree.list(&directory, left);
+            left -= entries.len();
+            self.linked_left -= entries.len();
+            for (name, kind) in entries {
+                match kind {
+                    FileType::Symlink => links.push(directory.join(name)),
+                    FileType::Directory if depth < LINKED_DEPTH => {
+                        pending.push_back((directory.join(name), depth + 1));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        links
     }
 
     /// Where a link leads, if that is in the workspace.
@@ -346,7 +416,7 @@ impl Surveyor<'_> {
         self.keep_way_to(name);
         match self.tree.kind(name) {
             Some(FileType::Directory) => {
-                self.git_directory(name, name.parent().unwrap_or(Path::new("")), hops);
+                self.git_directory(name, name.parent().unwrap_or(Path::new("")), hops, true);
             }
             Some(FileType::Symlink) => {
                 self.note(name, Hold::ReadOnly, true);
@@ -361,14 +431,16 @@ impl Surveyor<'_> {
                 let named = self.tree.read(name).and_then(|text| git_files::named_directory(&text));
                 let target = named.and_then(|named| self.resolve(directory, &named));
                 if let Some(target) = target {
-                    self.git_directory(&target, directory, hops);
+                    self.git_directory(&target, directory, hops, true);
                 }
             }
             _ => self.note(name, Hold::ReadOnly, true),
         }
     }
 
-    fn git_directory(&mut self, directory: &Path, worktree: &Path, hops: usize) {
+    /// What makes git obey is in it, whether or not it is `named` as a git directory. One that is not, a bare
+    /// repository, was an ordinary directory before it had its parts.
+    fn git_directory(&mut self, directory: &Path, worktree: &Path, hops: usize, named: bool) {
         if self.repositories.len() >= MAX_REPOSITORIES
             || hops == 0
             || !self.repositories.insert(directory.to_owned())
@@ -376,7 +448,9 @@ impl Surveyor<'_> {
             return;
         }
         self.keep_way_to(directory);
-        self.note(directory, Hold::InPlace, true);
+        if !directory.as_os_str().is_empty() {
+            self.note(directory, Hold::InPlace, named);
+        }
         for name in GIT_ACTIVE {
             self.obeyed(&directory.join(name), hops);
         }
@@ -386,7 +460,7 @@ impl Surveyor<'_> {
         let common = self.tree.read(&directory.join("commondir"));
         let common = common.map(|text| PathBuf::from(OsStr::from_bytes(text.trim_ascii())));
         if let Some(common) = common.and_then(|common| self.resolve(directory, &common)) {
-            self.git_directory(&common, worktree, hops - 1);
+            self.git_directory(&common, worktree, hops - 1, named);
         }
         for container in ["modules", "worktrees"] {
             self.contained(&directory.join(container), hops);
@@ -420,7 +494,7 @@ impl Surveyor<'_> {
 
     /// The git directories of submodules and worktrees, which may be in directories of their own
     /// name. Too many to be protected one by one are protected as a whole, so that nobody can lock a
-    /// workspace by making them.
+    /// workspace by making them, nor take the room of other names.
     fn contained(&mut self, container: &Path, hops: usize) {
         if self.tree.kind(container) != Some(FileType::Directory) {
             return;
@@ -428,7 +502,9 @@ impl Surveyor<'_> {
         let mut found = Vec::new();
         let mut pending = vec![container.to_owned()];
         let mut left = MAX_MODULE_ENTRIES;
+        let (mut ways, room) = (0, MAX_NAMES.saturating_sub(self.survey.names.len()) / 2);
         while let Some(directory) = pending.pop() {
+            ways += 1;
             let (entries, mut more) = self.tree.list(&directory, left);
             left -= entries.len();
             for (name, kind) in entries {
@@ -445,19 +521,21 @@ impl Surveyor<'_> {
                     pending.push(path);
                 }
             }
-            if more || found.len() + self.repositories.len() > MAX_REPOSITORIES {
+            let too_many = found.len() + self.repositories.len() > MAX_REPOSITORIES
+                || ways + found.len() * REPOSITORY_NAMES > room;
+            if more || too_many {
                 self.note(container, Hold::ReadOnly, true);
                 return;
             }
         }
         self.note(container, Hold::InPlace, false);
         for directory in found {
-            self.git_directory(&directory, &directory, hops - 1);
+            self.git_directory(&directory, &directory, hops - 1, true);
         }
     }
 
-    /// Every `.git` below the top, as far as it is looked for.
-    fn nested(&mut self) -> Vec<PathBuf> {
+    /// Every `.git` below the top, and every bare repository, as far as it is looked for.
+    fn nested(&mut self) -> Vec<Repository> {
         let mut found = Vec::new();
         let mut pending = VecDeque::from([(PathBuf::new(), 0)]);
         let mut last = VecDeque::new();
@@ -471,10 +549,15 @@ impl Surveyor<'_> {
             let (entries, more) = self.tree.list(&directory, left);
             left -= entries.len();
             self.survey.truncated |= more;
+            // By these git takes a directory for one of its own.
+            let has = |sign: &str| entries.iter().any(|(name, _)| name == sign);
+            if has("HEAD") && (has("commondir") || has("objects") && has("refs")) {
+                found.push(Repository::Bare(directory.clone()));
+            }
             for (name, kind) in entries {
                 let bytes = name.as_bytes();
                 if bytes == b".git" && depth > 0 {
-                    found.push(directory.join(name));
+                    found.push(Repository::Named(directory.join(name)));
                 } else if kind == FileType::Directory && bytes != b".git" {
                     if depth == NESTED_DEPTH {
                         self.survey.truncated = true;

@@ -16,8 +16,10 @@ const SYSTEM: [&str; 14] = [
     "/usr", "/etc", "/bin", "/sbin", "/lib", "/lib64", "/boot", "/dev", "/proc", "/sys", "/run",
     "/var/lib", "/var/run", "/var/log",
 ];
-/// Directories of the system in which no workspace lies.
-const SYSTEM_INSIDE: [&str; 6] = ["/proc", "/sys", "/dev", "/boot", "/etc", "/usr/bin"];
+/// Directories of the system in which no workspace lies: what is in programs' and libraries' is shown to
+/// every command, whatever its workspace.
+const SYSTEM_INSIDE: [&str; 10] =
+    ["/proc", "/sys", "/dev", "/boot", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64"];
 
 /// Why a directory cannot be a workspace.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +46,14 @@ pub enum WorkspaceRefusal {
         /// What must stay hidden.
         hidden: PathBuf,
     },
+    /// It lies in a directory of the system.
+    #[error("the workspace {path:?} lies in {system:?}, among the system's own files")]
+    AmongTheSystems {
+        /// The directory.
+        path: PathBuf,
+        /// Of the system.
+        system: PathBuf,
+    },
     /// Another file system is mounted below it.
     #[error("another file system is mounted inside the workspace, at {mount:?}")]
     MountInside {
@@ -60,7 +70,7 @@ impl WorkspaceRefusal {
             Self::Unusable { .. } | Self::NotADirectory { .. } => {
                 "check that the workspace's directory exists and belongs to the agent's user"
             }
-            Self::ShowsHidden { .. } => {
+            Self::ShowsHidden { .. } | Self::AmongTheSystems { .. } => {
                 "attach the workspace at a directory of its own, away from system directories, \
                  home directories as a whole, and the agent's state directory"
             }
@@ -93,7 +103,8 @@ pub(super) fn check(root: &Path, forbidden: &[PathBuf]) -> Result<WorkspaceSpec,
     }
     for system in SYSTEM_INSIDE.map(Path::new) {
         if path.starts_with(system) {
-            return Err(hidden(system));
+            let system = system.to_owned();
+            return Err(WorkspaceRefusal::AmongTheSystems { path, system });
         }
     }
     for home in home_directories() {

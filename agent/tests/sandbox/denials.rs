@@ -205,6 +205,26 @@ async fn limits_hold() {
 }
 
 #[tokio::test]
+async fn no_word_of_a_command_brings_core_dumps_back() {
+    // The kernel gives a dump to a program outside at any limit but 1: at 0 as well.
+    let text = "ulimit -c 0 && ulimit -c 0 -H && python3 -c 'import resource as r; \
+                r.setrlimit(r.RLIMIT_CORE, (0, 0)); print(r.getrlimit(r.RLIMIT_CORE))'";
+    let outside = std::process::Command::new("bash").args(["-c", text]).output().unwrap();
+    assert_eq!(outside.stdout, b"(0, 0)\n", "{outside:?}");
+    let ran = run(script(text)).await;
+    assert_eq!((ran.succeeded(), &*ran.stdout), (true, "(1, 1)\n"), "{ran:?}");
+}
+
+/// Of all terminals of the machine there is one number.
+#[tokio::test]
+async fn a_command_gets_only_some_of_the_terminals() {
+    let text = "python3 -c 'import os\nfor n in range(300): os.open(\"/dev/ptmx\", os.O_RDWR | os.O_NOCTTY)'";
+    assert!(succeeds_outside(text, Path::new("/")), "too few terminals for this test");
+    let ran = run(script(text)).await;
+    assert!(ran.exit.exit_code == 1 && ran.stderr.contains("No space left"), "{ran:?}");
+}
+
+#[tokio::test]
 async fn memory_is_limited_for_all_processes_together() {
     let eat = "for i in 1 2 3 4; do perl -e '$x = \"x\" x (60 << 20); sleep 2; print \"$i\\n\"' & \
                done; wait";

@@ -174,13 +174,22 @@ async fn what_protected_names_lead_to_is_protected_too() {
     workspace.link(".real", ".git");
     workspace.link("../githooks", ".real/hooks");
     workspace.write("sub/.git", "gitdir: ../sub.git\n");
+    for script in ["scripts/push", "scripts/tool"] {
+        workspace.write(script, "original");
+    }
+    for directory in [".husky", ".claude/hooks"] {
+        std::fs::create_dir_all(workspace.path(directory)).unwrap();
+    }
+    workspace.link("../scripts/push", ".husky/pre-push");
+    workspace.link("../../scripts/tool", ".claude/hooks/tool");
     for file in ["sub.git/HEAD", "sub.git/config", "sub.git/hooks/h"] {
         workspace.write(file, "original");
     }
     let text = "for link in .envrc .git .real/hooks sub/.git; do
             rm -rf $link; mv $link away; ln -sfn /tmp $link; done 2>/dev/null
         for file in env.real .envrc githooks/pre-commit .git/hooks/pre-commit .git/config \
-            .real/config shared/config husky/_/pre-commit sub.git/config sub.git/hooks/h; do
+            .real/config shared/config husky/_/pre-commit sub.git/config sub.git/hooks/h \
+            scripts/push scripts/tool; do
             echo evil > $file; rm -f $file; done 2>/dev/null
         for way in .real githooks shared husky husky/_ sub sub.git; do mv $way away; done 2>/dev/null
         echo new > .git/index && echo works";
@@ -190,9 +199,15 @@ async fn what_protected_names_lead_to_is_protected_too() {
         let found = std::fs::read_link(workspace.path(link)).unwrap();
         assert_eq!(found, Path::new(to), "{link}");
     }
-    for file in
-        ["env.real", "githooks/pre-commit", "shared/config", "husky/_/pre-commit", "sub.git/config"]
-    {
+    for file in [
+        "env.real",
+        "githooks/pre-commit",
+        "shared/config",
+        "husky/_/pre-commit",
+        "sub.git/config",
+        "scripts/push",
+        "scripts/tool",
+    ] {
         assert!(workspace.is_original(file), "{file} was changed");
     }
     assert!(ran.exit.hint.is_none(), "{:?}", ran.exit.hint);

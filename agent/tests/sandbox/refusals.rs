@@ -34,6 +34,7 @@ async fn a_refused_command_has_not_run() {
         ("a home as workspace", at(Path::new("/root"), "")),
         ("all homes as workspace", at(Path::new("/home"), "")),
         ("the system as workspace", at(Path::new("/usr"), "")),
+        ("a workspace that all commands would see", at(Path::new("/usr/share"), "")),
         (
             "a workspace around the agent's state",
             CommandRequest { forbidden_paths: vec![root.join("sub")], ..ok() },
