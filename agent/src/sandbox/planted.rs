@@ -108,7 +108,8 @@ impl Before {
         // A directory stands for all in it.
         names.sort_by_key(|(name, _)| *name);
         for (name, _) in names {
-            if changes.iter().any(|(above, _)| name.starts_with(above)) {
+            // In the order of paths, what is below one follows it at once.
+            if changes.last().is_some_and(|(above, _)| name.starts_with(above)) {
                 continue;
             }
             let before = self.survey.names.get(name).map(|found| &found.seen);
