@@ -32,6 +32,12 @@ impl Mesh {
         command.spawn().unwrap()
     }
 
+    async fn run(&self, args: &[&str]) -> Output {
+        let mut command = self.agent.command();
+        command.args(args);
+        support::run(command).await
+    }
+
     /// Starts `exec n1 -- x` and gives the hub's end.
     async fn exec(&mut self) -> (Child, Exec) {
         let child = self.spawn(&["n1", "--", "x"]);
@@ -328,6 +334,10 @@ async fn json_holds_the_output_and_the_end() {
     assert_eq!(document["complete"], true);
 }
 
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
 #[tokio::test]
 async fn draining_cordons_and_waits_until_nothing_runs_or_the_time_is_up() {
     let mesh = Mesh::new().await;
@@ -350,6 +360,21 @@ async fn draining_cordons_and_waits_until_nothing_runs_or_the_time_is_up() {
     assert_eq!(busy.status.code(), Some(6));
     let text = String::from_utf8_lossy(&busy.stderr).into_owned();
     assert!(text.contains("still runs 2 commands") && text.contains("node uncordon n1"), "{text}");
+}
+
+#[tokio::test]
+async fn nothing_is_revoked_or_forgotten_unasked() {
+    let mesh = Mesh::new().await;
+    for verb in ["revoke", "forget"] {
+        // Standard input is no terminal.
+        let output = mesh.run(&["node", verb, "n1"]).await;
+        assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+        let again = format!("hint: cortex-agent node {verb} n1 --yes");
+        assert!(stderr(&output).contains(&again), "{}", stderr(&output));
+        // This hub knows no such thing, but is asked.
+        let asked = mesh.run(&["node", verb, "n1", "--yes"]).await;
+        assert!(stderr(&asked).contains("not in this hub"), "{}", stderr(&asked));
+    }
 }
 
 #[tokio::test]

@@ -209,14 +209,16 @@ pub(crate) async fn node(global: &Global, args: NodeArgs) -> Result<(), CliError
         NodeVerb::Uncordon { node, output } => cordon(global, node, false, output).await,
         NodeVerb::Drain { node, timeout, output } => drain(global, node, timeout, output).await,
         NodeVerb::Revoke { node, reason, yes, output } => {
-            confirm(&format!("revoke {node} for good, ending its session and commands"), yes)?;
+            let deed = format!("revoke {node} for good, ending its session and commands");
+            confirm(&deed, yes, &format!("cortex-agent node revoke {node} --yes"))?;
             let mut client = hub::operator(global).await?;
             let request = v1::RevokeNodeRequest { node, reason };
             let info = client.revoke_node(hub::question(request)).await?.into_inner();
             changed(global, output, info)
         }
         NodeVerb::Forget { node, yes } => {
-            confirm(&format!("remove the record of {node}"), yes)?;
+            let deed = format!("remove the record of {node}");
+            confirm(&deed, yes, &format!("cortex-agent node forget {node} --yes"))?;
             let mut client = hub::operator(global).await?;
             client.forget_node(hub::question(v1::ForgetNodeRequest { node })).await?;
             Ok(())
@@ -291,12 +293,17 @@ pub(super) fn changed(global: &Global, output: Output, info: v1::NodeInfo) -> Re
     global.printer(output).list(&[NodeRow::of(info)])
 }
 
-/// Asks before something that cannot be taken back: only a person at a terminal.
-pub(super) fn confirm(deed: &str, yes: bool) -> Result<(), CliError> {
+/// Asks a person at a terminal before something that cannot be taken back. Where nobody can be asked it has to be
+/// said with the command, as in `again`.
+pub(super) fn confirm(deed: &str, yes: bool, again: &str) -> Result<(), CliError> {
     use std::io::{BufRead as _, IsTerminal as _};
     let stdin = std::io::stdin();
-    if yes || !stdin.is_terminal() {
+    if yes {
         return Ok(());
+    }
+    if !stdin.is_terminal() {
+        let text = format!("nobody can be asked here whether to {deed}");
+        return Err(CliError::usage(text).hint(again));
     }
     printer::complain(&format!("{deed}? [y/N]"), printer::ColorWhen::Auto);
     let mut answer = String::new();

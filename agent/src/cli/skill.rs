@@ -1,7 +1,6 @@
 //! `skill list|show|versions|remove|restore|place`, and `workspace promote`: the library that every node has.
 
 use std::ffi::OsString;
-use std::io::IsTerminal as _;
 use std::path::Path;
 
 use clap::{Args, Subcommand};
@@ -295,11 +294,8 @@ pub(crate) async fn skill(global: &Global, args: SkillArgs) -> Result<(), CliErr
             global.printer(output).list(&versions.map(SkillRow::of).collect::<Vec<_>>())
         }
         SkillVerb::Remove { skill, expect, yes, output } => {
-            if !yes && !std::io::stdin().is_terminal() {
-                return Err(CliError::usage("every node loses the skill")
-                    .hint(format!("cortex-agent skill remove {skill} --yes")));
-            }
-            node::confirm(&format!("take skill {skill} out of the library of all nodes"), yes)?;
+            let deed = format!("take skill {skill} out of the library of all nodes");
+            node::confirm(&deed, yes, &format!("cortex-agent skill remove {skill} --yes"))?;
             let mut client = hub::operator(global).await?;
             let request = v1::RemoveSkillRequest { skill: skill.clone(), expected_version: expect };
             let removed_version = client.remove_skill(request).await?.into_inner().removed_version;

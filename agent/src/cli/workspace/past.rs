@@ -1,7 +1,6 @@
 //! What a workspace was: `log`, `restore`; and how much of that it keeps: `show`, `set`, `delete`.
 
 use std::ffi::{OsStr, OsString};
-use std::io::IsTerminal as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::time::Duration;
 
@@ -281,12 +280,8 @@ pub(super) async fn set(
 
 /// `workspace delete`.
 pub(super) async fn delete(global: &Global, workspace: String, yes: bool) -> Result<(), CliError> {
-    if !yes && !std::io::stdin().is_terminal() {
-        return Err(CliError::usage("deleting a workspace cannot be taken back")
-            .hint(format!("cortex-agent workspace delete {workspace} --yes")));
-    }
     let deed = format!("remove workspace {workspace} with all its versions from the hub");
-    node::confirm(&deed, yes)?;
+    node::confirm(&deed, yes, &format!("cortex-agent workspace delete {workspace} --yes"))?;
     let mut client = hub::operator(global).await?;
     // As long as it takes: its content goes with it.
     client.delete_workspace(v1::DeleteWorkspaceRequest { workspace }).await?;
