@@ -363,6 +363,73 @@ async fn draining_cordons_and_waits_until_nothing_runs_or_the_time_is_up() {
 }
 
 #[tokio::test]
+async fn draining_goes_on_where_the_hub_starts_anew() {
+    let mesh = Mesh::new().await;
+    mesh.hub.set(|script| {
+        script.running = [2, 0].into_iter().collect();
+        script.failing_looks = 2;
+    });
+    let drained = mesh.run(&["node", "drain", "n1", "--timeout", "15s"]).await;
+    assert!(drained.status.success(), "{}", stderr(&drained));
+    assert!(stderr(&drained).contains("connected to the hub again"), "{}", stderr(&drained));
+}
+
+#[tokio::test]
+async fn waiting_for_a_node_goes_on_where_the_hub_starts_anew() {
+    use support::Presence::{Behind, Offline};
+    let mesh = Mesh::new().await;
+    let wait = async |state: &str, watched: &[&[support::Presence]]| {
+        mesh.hub.set(|script| script.watched = watched.iter().map(|one| one.to_vec()).collect());
+        mesh.run(&["node", "wait", "n1", "--for", state, "--timeout", "3s"]).await
+    };
+    let online = wait("online", &[&[Offline], &[Offline], &[Offline, Behind]]).await;
+    assert!(online.status.success(), "{}", stderr(&online));
+    let offline = wait("offline", &[&[Behind, Offline]]).await;
+    assert!(offline.status.success(), "{}", stderr(&offline));
+    // A hub that has started anew has no sessions: that does not mean that a node is away.
+    let back = wait("offline", &[&[Behind], &[Offline, Behind]]).await;
+    assert_eq!(back.status.code(), Some(6), "{}", stderr(&back));
+    assert!(stderr(&back).contains("n1 was not offline within 3s\nhint: "), "{}", stderr(&back));
+    // Nor is a refusal waited for.
+    let refused = wait("online", &[]).await;
+    assert_eq!(refused.status.code(), Some(3), "{}", stderr(&refused));
+}
+
+#[tokio::test]
+async fn a_workspace_is_followed_until_it_is_equal_also_where_the_hub_starts_anew() {
+    use support::Presence::{Behind, Equal, Offline};
+    let mesh = Mesh::new().await;
+    let watch = async |watched: &[&[support::Presence]]| {
+        mesh.hub.set(|script| script.watched = watched.iter().map(|one| one.to_vec()).collect());
+        // A node that is named by its state is spoken for by itself.
+        let mut command = mesh.agent.command();
+        command.env_remove("CORTEX_STATE");
+        command.args(["workspace", "status", "w", "--watch", "-o", "jsonl"]);
+        support::run(command).await
+    };
+    let steps = |output: &Output| String::from_utf8_lossy(&output.stdout).lines().count();
+    // Nobody is online at a hub that has just started, and nothing is equal.
+    for broken in [&[Behind][..], &[]] {
+        let equal = watch(&[broken, &[Offline, Behind, Equal]]).await;
+        assert!(equal.status.success(), "{}", stderr(&equal));
+        assert_eq!(steps(&equal), broken.len() + 3, "{}", stderr(&equal));
+    }
+    // Those that were offline before are not waited for.
+    let alone = watch(&[&[Offline]]).await;
+    assert_eq!((alone.status.code(), steps(&alone)), (Some(0), 1), "{}", stderr(&alone));
+}
+
+#[tokio::test]
+async fn following_a_workspace_is_not_taken_for_one_look_at_a_node() {
+    let agent = Agent::unjoined();
+    let mut command = agent.command();
+    command.args(["workspace", "status", "w", "--watch"]);
+    let output = support::run(command).await;
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("workspace flush w;"), "{}", stderr(&output));
+}
+
+#[tokio::test]
 async fn nothing_is_revoked_or_forgotten_unasked() {
     let mesh = Mesh::new().await;
     for verb in ["revoke", "forget"] {

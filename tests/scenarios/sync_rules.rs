@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use cortex_tests::is_root;
 use cortex_tests::mesh::{As, Mesh, Node, Operator};
-use cortex_tests::process::Outcome;
+use cortex_tests::process::{Daemon, Outcome};
 use cortex_tests::proxy::{Fault, Proxy};
 use cortex_tests::tree;
 use cortex_tests::wait::until;
@@ -133,6 +133,31 @@ fn a_pause_outlives_a_restart_and_loses_nothing() {
     let _done: Outcome = b.agent(&["workspace", "resume", "w"]).ok();
     let both = |node: &Node| tree::read(&node.workspace("w")).len() == 2;
     until("both have both", || both(&a) && both(&b));
+}
+
+#[test]
+fn a_hub_that_starts_anew_is_no_end_for_who_follows_a_workspace() {
+    let mut shared = Shared::start();
+    let a = shared.member("a");
+    shared.settle();
+    let _done: Outcome = a.agent(&["workspace", "pause", "w"]).ok();
+    until("the hub knows", || {
+        let shown = shared.operator.agent(&["workspace", "status", "w", "-o", "json"]).ok().json();
+        shown["members"][0]["status"]["state"] == "paused"
+    });
+    let log = shared.mesh.path("watch.log");
+    let mut follow =
+        shared.operator.command(&["workspace", "status", "w", "--watch", "-o", "jsonl"]);
+    let mut follow = Daemon::start("watch", &mut follow, &log);
+    follow.line("a look", |line| line.contains("paused").then_some(()));
+    // At once it knows nobody who is online, and nobody who is not equal.
+    assert!(shared.mesh.hub().terminate().success());
+    shared.mesh.start_hub();
+    assert_eq!(follow.wait().code(), Some(1));
+    let said = fs::read_to_string(log).unwrap();
+    for part in ["connected to the hub again", "not equal everywhere: node a is paused"] {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use cortex_proto::v1;
 use cortex_shared::labels;
 
 use super::error::{CliError, Exit};
+use super::persist::{Latest, Persistence};
 use super::{Global, Output, hub, policy, printer, units};
 pub(crate) use show::{NodeRow, bound_text, skew_text};
 
@@ -83,7 +84,8 @@ Example:
     /// Cordon a node and wait until it runs nothing
     #[command(after_help = "\
 Ends no command. Afterwards the node stays cordoned; `node uncordon` takes that back.
-Exit codes: 0 it runs nothing, 6 it still did when the time was up.
+A restart of the hub is waited for.
+Exit codes: 0 it runs nothing, 6 it still did when the time was up, or the hub stays away.
 
 Example:
   cortex-agent node drain build-1 --timeout 10m")]
@@ -126,7 +128,8 @@ Example:
     },
     /// Wait until a node is online or offline
     #[command(after_help = "\
-Exit codes: 0 it is, 6 it was not in time.
+A restart of the hub is waited for; a node is offline then if it is not back a minute after it.
+Exit codes: 0 it is, 6 it was not in time, or the hub stays away.
 
 Example:
   cortex-agent node wait build-1 --for online --timeout 2m")]
@@ -169,20 +172,35 @@ async fn wait(
     let watch = async {
         let mut client = hub::operator(global).await?;
         let request = v1::ListNodesRequest { selector: node.clone() };
-        let mut updates = client.watch_nodes(request).await?.into_inner();
-        while let Some(update) = updates.message().await? {
+        let mut updates = Latest::new();
+        // Nothing where it is not known whether it is so, or will not stay so.
+        let mut so_from = None;
+        loop {
+            let next = updates.next(async || client.watch_nodes(request.clone()).await);
+            let update = match so_from {
+                None => next.await?,
+                Some(so_from) => match tokio::time::timeout_at(so_from, next).await {
+                    Ok(update) => update?,
+                    Err(_) => return Ok(()),
+                },
+            };
             let wanted = state == Presence::Online;
-            if !update.nodes.is_empty() && update.nodes.iter().all(|node| node.online == wanted) {
-                return Ok(());
+            let nodes = update.map(|update| update.nodes).unwrap_or_default();
+            if nodes.is_empty() || nodes.iter().any(|node| node.online != wanted) {
+                so_from = None;
+                continue;
+            }
+            match updates.settles_at().filter(|_| !wanted) {
+                None => return Ok(()),
+                settles_at => so_from = settles_at,
             }
         }
-        Err(CliError::new(Exit::Unreachable, "the hub ended the stream"))
     };
     let Some(timeout) = timeout else { return watch.await };
     tokio::time::timeout(timeout, watch).await.unwrap_or_else(|_| {
         let state = if state == Presence::Online { "online" } else { "offline" };
         let text = format!("{node} was not {state} within {timeout:?}");
-        Err(CliError::new(Exit::Unreachable, text))
+        Err(CliError::new(Exit::Unreachable, text).hint(format!("cortex-agent node list {node}")))
     })
 }
 
@@ -273,13 +291,26 @@ async fn drain(
     // By its id from here on: somebody may rename it.
     let (id, name) = NodeRow::of(info).into_identity();
     let deadline = timeout.map(|timeout| tokio::time::Instant::now() + timeout);
+    let late = |at| deadline.is_some_and(|deadline| deadline < at);
+    let mut persistence = Persistence::default();
+    persistence.arrived();
     loop {
-        let row = one(global, id.clone()).await?;
+        let request = v1::ListNodesRequest { selector: id.clone() };
+        let nodes = match client.list_nodes(hub::question(request)).await {
+            Ok(answer) => answer.into_inner().nodes,
+            Err(status) if late(tokio::time::Instant::now()) => return Err(status.into()),
+            Err(status) => {
+                persistence.pause(status).await?;
+                continue;
+            }
+        };
+        persistence.arrived();
+        let row = the_one(rows(nodes), &name)?;
         if row.running_tasks == 0 {
             return global.printer(output).list(&[row]);
         }
         let next = tokio::time::Instant::now() + DRAIN_POLL;
-        if deadline.is_some_and(|deadline| deadline < next) {
+        if late(next) {
             let text = format!("{name} is cordoned and still runs {} commands", row.running_tasks);
             return Err(CliError::new(Exit::Unreachable, text)
                 .hint(format!("`cortex-agent node uncordon {name}` takes it back")));
@@ -316,7 +347,10 @@ pub(super) fn confirm(deed: &str, yes: bool, again: &str) -> Result<(), CliError
 
 /// The one node that is meant.
 pub(super) async fn one(global: &Global, node: String) -> Result<NodeRow, CliError> {
-    let mut rows = list(global, node.clone()).await?;
+    the_one(list(global, node.clone()).await?, &node)
+}
+
+fn the_one(mut rows: Vec<NodeRow>, node: &str) -> Result<NodeRow, CliError> {
     match (rows.pop(), rows.len()) {
         (Some(row), 0) => Ok(row),
         (None, _) => Err(CliError::new(Exit::NotFound, format!("no node matches {node:?}"))),
@@ -331,7 +365,11 @@ pub(super) async fn one(global: &Global, node: String) -> Result<NodeRow, CliErr
 async fn list(global: &Global, selector: String) -> Result<Vec<NodeRow>, CliError> {
     let mut client = hub::operator(global).await?;
     let answer = client.list_nodes(hub::question(v1::ListNodesRequest { selector })).await?;
-    let mut rows: Vec<NodeRow> = answer.into_inner().nodes.into_iter().map(NodeRow::of).collect();
+    Ok(rows(answer.into_inner().nodes))
+}
+
+fn rows(nodes: Vec<v1::NodeInfo>) -> Vec<NodeRow> {
+    let mut rows: Vec<NodeRow> = nodes.into_iter().map(NodeRow::of).collect();
     rows.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(rows)
+    rows
 }

@@ -1,11 +1,14 @@
 //! Going on where the connection to the hub broke: what follows something survives a restart of the hub.
+//!
+//! A hub that has started anew takes every node for offline until it is back, so what it says of who is online
+//! counts only after a while: [`Latest::settles_at`].
 
 use std::time::Duration;
 
 use cortex_proto::CODE_TRAILER;
 use rand::RngExt as _;
 use tokio::time::Instant;
-use tonic::{Code, Status};
+use tonic::{Code, Response, Status, Streaming};
 
 use super::error::CliError;
 use super::printer::{ColorWhen, complain};
@@ -84,6 +87,68 @@ impl Persistence {
         self.delay = Some(delay);
         tokio::time::sleep(jittered(delay)).await;
         Ok(())
+    }
+}
+
+/// A stream of the latest state, which is asked for anew where it broke or ended: the hub ends none by itself.
+#[derive(Debug)]
+pub(super) struct Latest<T> {
+    open: Option<Streaming<T>>,
+    /// Why it is not open any more.
+    broke: Option<Status>,
+    persistence: Persistence,
+    settles_at: Option<Instant>,
+}
+
+impl<T> Latest<T> {
+    pub(super) fn new() -> Self {
+        Self { open: None, broke: None, persistence: Persistence::default(), settles_at: None }
+    }
+
+    /// What comes next; nothing where the stream broke, which the next call asks for anew.
+    ///
+    /// # Errors
+    /// If that is of no use, or has been for too long.
+    pub(super) async fn next(
+        &mut self,
+        ask: impl AsyncFnOnce() -> Result<Response<Streaming<T>>, Status>,
+    ) -> Result<Option<T>, CliError> {
+        if let Some(status) = self.broke.take() {
+            self.persistence.pause(status).await?;
+        }
+        match self.message(ask).await {
+            Ok(message) => Ok(Some(message)),
+            Err(status) => {
+                (self.open, self.broke) = (None, Some(status));
+                Ok(None)
+            }
+        }
+    }
+
+    async fn message(
+        &mut self,
+        ask: impl AsyncFnOnce() -> Result<Response<Streaming<T>>, Status>,
+    ) -> Result<T, Status> {
+        let open = match &mut self.open {
+            Some(open) => open,
+            None => {
+                let answer = ask().await?.into_inner();
+                self.settles_at = self.persistence.lost_at.map(|_| Instant::now() + PATIENCE);
+                self.persistence.known = true;
+                self.open.insert(answer)
+            }
+        };
+        let message = open.message().await?;
+        // An older hub that stops says nothing.
+        let message = message.ok_or_else(|| Status::unavailable("the hub ended the stream"))?;
+        // Only now: one that fails each time is not asked for ever.
+        self.persistence.arrived();
+        Ok(message)
+    }
+
+    /// Until when nodes may still come back to a hub that was lost and is there again.
+    pub(super) fn settles_at(&self) -> Option<Instant> {
+        self.settles_at.filter(|at| *at > Instant::now())
     }
 }
 

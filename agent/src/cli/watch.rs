@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::Instant;
 
 use super::error::{CliError, Exit};
+use super::persist::Latest;
 use super::printer::{Format, progress_is_visible};
 use super::workspace::{MemberJson, SyncRow, WorkspaceRow};
 use super::{Global, Output, hub};
@@ -26,50 +27,55 @@ pub(super) async fn status(
 ) -> Result<(), CliError> {
     let mut client = hub::operator(global).await?;
     let request = v1::WorkspaceStatusRequest { workspace, watch };
-    let mut updates = client.workspace_status(request).await?.into_inner();
     let mut printer = global.printer(output);
-    let bar = (watch && output.format == Format::Table && progress_is_visible()).then(progress_bar);
-    let mut last: Option<WorkspaceRow> = None;
-    let (mut resting, mut since) = (None, Instant::now());
-    let mut given_up = Vec::new();
-    loop {
-        let update = match &resting {
-            Some(Resting { members, patience }) if watch => {
-                match tokio::time::timeout_at(since + *patience, updates.message()).await {
-                    Ok(update) => update?,
-                    Err(_) => {
-                        given_up = members.clone();
-                        break;
-                    }
-                }
-            }
-            _ => updates.message().await?,
-        };
-        let Some(update) = update else { break };
-        let Some(info) = update.workspace else { continue };
+    if !watch {
+        let update = client.workspace_status(request).await?.into_inner().message().await?;
+        let info = update.and_then(|update| update.workspace);
+        let info =
+            info.ok_or_else(|| CliError::new(Exit::Unreachable, "the hub sent no status"))?;
         let row = WorkspaceRow::of(info);
-        let now = Resting::of(&row);
-        if now != resting {
-            (resting, since) = (now, Instant::now());
-        }
-        // A program that follows wants every step; people want the last one, and a bar until then.
-        if watch && output.format == Format::Jsonl {
-            printer.show(&row, &[])?;
-        }
-        if let Some(bar) = &bar {
-            draw(bar, &row);
-        }
-        let done = !watch || at_head(&row);
-        last = Some(row);
-        if done {
-            break;
-        }
+        return printer.show(&row, &row.lines());
     }
+    let bar = (output.format == Format::Table && progress_is_visible()).then(progress_bar);
+    let mut updates = Latest::new();
+    let mut seen = Seen::default();
+    let given_up = loop {
+        let next = updates.next(async || client.workspace_status(request.clone()).await);
+        let update = match seen.deadline() {
+            None => Some(next.await?),
+            Some(deadline) => tokio::time::timeout_at(deadline, next).await.ok().transpose()?,
+        };
+        match update {
+            Some(Some(update)) => {
+                let Some(info) = update.workspace else { continue };
+                let row = WorkspaceRow::of(info);
+                // A program that follows wants every step; people want the last one, and a bar until then.
+                if output.format == Format::Jsonl {
+                    printer.show(&row, &[])?;
+                }
+                if let Some(bar) = &bar {
+                    draw(bar, &row);
+                }
+                seen.take(row, updates.settles_at());
+            }
+            Some(None) => seen.lost(),
+            None => {
+                if let Some(resting) = seen.resting.take() {
+                    break resting.members;
+                }
+                seen.settles_at = None;
+            }
+        }
+        if seen.is_done() {
+            break Vec::new();
+        }
+    };
     if let Some(bar) = bar {
         bar.finish_and_clear();
     }
-    let row = last.ok_or_else(|| CliError::new(Exit::Unreachable, "the hub sent no status"))?;
-    if !(watch && output.format == Format::Jsonl) {
+    let row =
+        seen.last.ok_or_else(|| CliError::new(Exit::Unreachable, "the hub sent no status"))?;
+    if output.format != Format::Jsonl {
         printer.show(&row, &row.lines())?;
     }
     if given_up.is_empty() {
@@ -78,6 +84,56 @@ pub(super) async fn status(
     let text = format!("{} is not equal everywhere: {}", row.name, given_up.join("; "));
     let hint = format!("cortex-agent workspace status {}", row.name);
     Err(CliError::new(Exit::Failed, text).hint(hint))
+}
+
+/// What was seen so far.
+#[derive(Default)]
+struct Seen {
+    last: Option<WorkspaceRow>,
+    /// Members that do nothing, and until when they are waited for.
+    resting: Option<Resting>,
+    rests_until: Option<Instant>,
+    /// Until when members may still come back to a hub that was lost.
+    settles_at: Option<Instant>,
+    /// Those that were offline before it was lost: nobody waits for them.
+    offline: Vec<String>,
+    /// Whether the hub is there.
+    connected: bool,
+}
+
+impl Seen {
+    fn take(&mut self, row: WorkspaceRow, settles_at: Option<Instant>) {
+        let resting = Resting::of(&row).filter(|resting| !resting.members.is_empty());
+        if resting != self.resting {
+            self.rests_until = resting.as_ref().map(|resting| Instant::now() + resting.patience);
+            self.resting = resting;
+        }
+        if settles_at.is_none() {
+            let offline = row.members.iter().filter(|member| !member.online);
+            self.offline = offline.map(|member| member.node_id.clone()).collect();
+        }
+        (self.settles_at, self.connected) = (settles_at, true);
+        self.last = Some(row);
+    }
+
+    /// The hub is away: nobody's time runs.
+    fn lost(&mut self) {
+        (self.resting, self.rests_until, self.settles_at) = (None, None, None);
+        self.connected = false;
+    }
+
+    /// When to look again though nothing comes.
+    fn deadline(&self) -> Option<Instant> {
+        self.rests_until.or(self.settles_at)
+    }
+
+    fn is_done(&self) -> bool {
+        let Some(row) = self.last.as_ref().filter(|_| self.connected) else { return false };
+        let comes_back =
+            |member: &MemberJson| !member.online && !self.offline.contains(&member.node_id);
+        let awaited = self.settles_at.is_some() && row.members.iter().any(comes_back);
+        at_head(row) && !awaited
+    }
 }
 
 /// Whether every member that is online has applied the head and has nothing to send. Members that

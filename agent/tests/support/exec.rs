@@ -1,17 +1,20 @@
-//! The operators' side of a hub, as far as `exec` and `node drain` need it.
+//! The operators' side of a hub, as far as `exec`, `node drain` and those who watch need it.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
 use cortex_proto::v1::{self, exec_down, exec_up};
+use futures_util::{Stream, StreamExt as _, stream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::hub::Presence;
 use super::{Script, within};
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// The hub's end of one `exec`.
 pub struct Exec {
@@ -81,6 +84,10 @@ impl tonic::codegen::Service<http::Request<tonic::body::Body>> for ExecOnly {
                 "/cortex.v1.Operator/ListNodes" => {
                     let list = tower::service_fn(move |_: Request<v1::ListNodesRequest>| {
                         let mut script = script.lock().unwrap();
+                        if let Some(left) = script.failing_looks.checked_sub(1) {
+                            script.failing_looks = left;
+                            return std::future::ready(Err(Status::unavailable("it starts")));
+                        }
                         let nodes = vec![script.node()];
                         if script.running.len() > 1 {
                             script.running.pop_front();
@@ -90,10 +97,66 @@ impl tonic::codegen::Service<http::Request<tonic::body::Body>> for ExecOnly {
                     let codec = tonic_prost::ProstCodec::default();
                     tonic::server::Grpc::new(codec).unary(list, request).await
                 }
+                "/cortex.v1.Operator/WatchNodes" => {
+                    let watch = tower::service_fn(move |_: Request<v1::ListNodesRequest>| {
+                        let node = script.lock().unwrap().node();
+                        std::future::ready(watched(&script, move |presence| {
+                            let online = presence != Presence::Offline;
+                            v1::ListNodesResponse {
+                                nodes: vec![v1::NodeInfo { online, ..node.clone() }],
+                            }
+                        }))
+                    });
+                    let codec = tonic_prost::ProstCodec::default();
+                    tonic::server::Grpc::new(codec).server_streaming(watch, request).await
+                }
+                "/cortex.v1.Operator/WorkspaceStatus" => {
+                    let watch = tower::service_fn(move |_: Request<v1::WorkspaceStatusRequest>| {
+                        std::future::ready(watched(&script, workspace))
+                    });
+                    let codec = tonic_prost::ProstCodec::default();
+                    tonic::server::Grpc::new(codec).server_streaming(watch, request).await
+                }
                 _ => Status::unimplemented("not in this hub").into_http(),
             })
         })
     }
+}
+
+/// What the next stream of those who watch shows.
+fn watched<T: Send + 'static>(
+    script: &Mutex<Script>,
+    shown: impl Fn(Presence) -> T + Send + 'static,
+) -> Result<Response<BoxStream<T>>, Status> {
+    let mut script = script.lock().unwrap();
+    let next = script.watched.pop_front();
+    let items = stream::iter(next.ok_or_else(|| Status::not_found("no more to see"))?);
+    let items = items.map(move |presence| Ok(shown(presence)));
+    Ok(Response::new(match script.watched.is_empty() {
+        true => Box::pin(items.chain(stream::pending())),
+        false => Box::pin(items),
+    }))
+}
+
+/// A workspace with one member.
+fn workspace(presence: Presence) -> v1::WorkspaceStatusResponse {
+    let applied_seq = if presence == Presence::Equal { 5 } else { 4 };
+    // What it does is not known before it has said so.
+    let status = v1::SyncStatus { applied_seq, ..Default::default() };
+    let member = v1::WorkspaceMember {
+        node_name: "n1".into(),
+        online: presence != Presence::Offline,
+        applied_seq,
+        status: (presence == Presence::Equal).then_some(status),
+        ..Default::default()
+    };
+    let workspace = v1::WorkspaceInfo {
+        name: "w".into(),
+        head_seq: 5,
+        members: vec![member],
+        ..Default::default()
+    };
+    v1::WorkspaceStatusResponse { workspace: Some(workspace) }
 }
 
 impl tonic::server::StreamingService<v1::ExecUp> for ExecOnly {

@@ -50,6 +50,11 @@ pub struct Script {
     /// How many commands the node runs, by each look of an operator; the last one stays.
     pub running: VecDeque<u32>,
     pub cordoned: bool,
+    /// How many looks of an operator fail, as while the hub starts anew.
+    pub failing_looks: u32,
+    /// What an operator who watches is shown of the node and of a workspace, by each stream, which then ends
+    /// as if the hub stopped; the last stream stays open, and there is none after it.
+    pub watched: VecDeque<Vec<Presence>>,
     /// What was asked.
     pub renewals: Vec<v1::RenewRequest>,
     pub recoveries: Vec<v1::RecoverNodeRequest>,
@@ -78,6 +83,8 @@ impl Default for Script {
             held: 0,
             running: VecDeque::new(),
             cordoned: false,
+            failing_looks: 0,
+            watched: VecDeque::new(),
             renewals: Vec::new(),
             recoveries: Vec::new(),
             joins: Vec::new(),
@@ -97,6 +104,16 @@ impl Script {
             ..Default::default()
         }
     }
+}
+
+/// How the node is, to an operator who watches.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Presence {
+    Offline,
+    /// Online, with less than the workspace's head.
+    Behind,
+    /// Online, with all of it.
+    Equal,
 }
 
 /// A refusal with its stable word.

@@ -17,7 +17,7 @@ use cortex_proto::v1;
 pub use agent::Agent;
 pub use ca::{Ca, Life};
 pub use exec::Exec;
-pub use hub::{Hub, Script, Session, TaskIo, refusal};
+pub use hub::{Hub, Presence, Script, Session, TaskIo, refusal};
 
 /// Longest wait for anything; a hang fails instead of hanging.
 pub const PATIENCE: Duration = Duration::from_secs(20);

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use cortex_proto::v1;
-use futures_util::{StreamExt as _, stream};
+use futures_util::StreamExt as _;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use super::auth::AdmittedOperator;
-use super::exec::hub_stops;
+use super::listing::until_stopped;
 use super::operator::{BoxStream, OperatorService};
 use super::status::{from_store, invalid, refuse, with_hint};
 use crate::events::{Cursor, Event, Frame, Kind, Viewer};
@@ -90,11 +90,7 @@ pub(super) fn watch(
         }
         std::future::ready(frame.map_err(from_store).map(|frame| frame.map(wire)).transpose())
     });
-    // Told when the hub stops, so that the caller comes back to the next one.
-    let end = service.scope.token().clone().cancelled_owned();
-    let stopped = service.scope.token().clone();
-    let last = stream::once(async move { stopped.is_cancelled().then(|| Err(hub_stops())) });
-    Ok(Box::pin(frames.take_until(end).chain(last.filter_map(std::future::ready))))
+    Ok(until_stopped(&service.scope, frames))
 }
 
 fn wire(frame: Frame) -> v1::EventFrame {

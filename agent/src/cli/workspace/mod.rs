@@ -87,8 +87,9 @@ enum WorkspaceVerb {
     Status {
         /// The workspace; on this node, all without it
         name: Option<String>,
-        /// Follow until all members that are online are at the head; ends with 1 and says why if those that
-        /// are not do nothing about it, such as one that is paused
+        /// As an operator: follow until all members that are online are at the head; ends with 1 and says
+        /// why if those that are not do nothing about it, such as one that is paused, and with 6 if the hub
+        /// stays away
         #[arg(long)]
         watch: bool,
         /// This node, over its own agent
@@ -273,6 +274,7 @@ pub(crate) async fn workspace(global: &Global, args: WorkspaceArgs) -> Result<()
         }
         WorkspaceVerb::Status { name, watch, local, output } => {
             match (Side::choose(global, local, None)?, name) {
+                (Side::Node, name) if watch => Err(only_for_the_mesh(name)),
                 (Side::Node, name) => member::status(global, name, output).await,
                 (Side::Mesh, Some(name)) => watch::status(global, name, watch, output).await,
                 (Side::Mesh, None) => Err(CliError::usage("which workspace?")
@@ -303,6 +305,15 @@ pub(crate) async fn workspace(global: &Global, args: WorkspaceArgs) -> Result<()
         }
         WorkspaceVerb::Delete { name, yes } => past::delete(global, name, yes).await,
     }
+}
+
+/// Nobody is to take one look for the end of what is followed.
+fn only_for_the_mesh(workspace: Option<String>) -> CliError {
+    let flush = workspace.map_or_else(String::new, |workspace| format!(" {workspace}"));
+    CliError::usage("--watch follows all members, as an operator; this speaks for this node alone")
+        .hint(format!(
+            "cortex-agent workspace flush{flush}; that ends once this node and the hub are equal"
+        ))
 }
 
 fn lossy(bytes: &[u8]) -> String {

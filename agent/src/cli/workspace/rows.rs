@@ -164,7 +164,7 @@ pub(in crate::cli) struct WorkspaceRow {
 
 #[derive(Clone, Debug, Serialize)]
 pub(in crate::cli) struct MemberJson {
-    node_id: String,
+    pub(in crate::cli) node_id: String,
     pub(in crate::cli) node_name: String,
     pub(in crate::cli) online: bool,
     pub(in crate::cli) applied_seq: u64,

@@ -1,11 +1,12 @@
 //! A stop of the hub, whoever is at its door.
 
+use cortex_proto::v1;
 use cortex_shared::peer::HUB_SERVER_NAME;
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use super::support::tls;
+use super::support::{TestHub, tls, word};
 use super::*;
 
 /// What a test waits for that is to happen; much less than the grace.
@@ -43,4 +44,21 @@ async fn a_stop_waits_for_no_stranger_however_far_it_has_come() {
     }
     let _web = [shake(http, "localhost", b"h2").await, shake(http, "localhost", b"http/1.1").await];
     timeout(PATIENCE, hub.shutdown()).await.expect("it stops");
+}
+
+#[tokio::test]
+async fn whoever_watches_is_told_that_the_hub_stops() {
+    let hub = TestHub::start().await;
+    let mut admin = hub.local().await;
+    let made = v1::CreateWorkspaceRequest { name: "w".into() };
+    admin.create_workspace(made).await.unwrap();
+    let mut nodes = admin.watch_nodes(v1::ListNodesRequest::default()).await.unwrap().into_inner();
+    let watch = v1::WorkspaceStatusRequest { workspace: "w".into(), watch: true };
+    let mut workspace = admin.workspace_status(watch).await.unwrap().into_inner();
+    nodes.message().await.unwrap().unwrap();
+    workspace.message().await.unwrap().unwrap();
+    hub.hub.shutdown().await;
+    // Not as if that were the end of what was watched.
+    let told = (nodes.message().await.unwrap_err(), workspace.message().await.unwrap_err());
+    assert_eq!((word(&told.0), word(&told.1)), ("shutting_down", "shutting_down"), "{told:?}");
 }
