@@ -120,7 +120,8 @@ impl Printer {
             Format::Table => {}
             Format::Json => {
                 self.out.write_all(if before == 0 { b"[\n" } else { b",\n" })?;
-                serde_json::to_writer_pretty(&mut self.out, value).map_err(io::Error::from)?;
+                let text = serde_json::to_string_pretty(value).map_err(io::Error::from)?;
+                self.out.write_all(escaped(text).as_bytes())?;
             }
             Format::Jsonl => write_line(&mut self.out, value)?,
         }
@@ -309,14 +310,22 @@ mod tests {
 
     #[test]
     fn characters_that_change_how_others_look_are_written_out_in_every_shape() {
-        let rows = [Fruit { name: "a\u{202e}b\u{9b}\u{e0041}", count: 1 }];
-        assert!(printed(Format::Table, &rows).contains("\na\\u{202e}b \\u{e0041}  1\n"));
+        let rows = [Fruit { name: "a\u{202e}b\u{9b}\u{e0041}\u{7f}", count: 1 }];
+        assert!(printed(Format::Table, &rows).contains("\na\\u{202e}b \\u{e0041}   1\n"));
         for format in [Format::Json, Format::Jsonl] {
             let text = printed(format, &rows);
             assert!(text.contains(r"a\u202eb\u009b\udb40\udc41"), "{text}");
             let value: serde_json::Value = serde_json::from_str(&text).unwrap();
             let fruit = if format == Format::Json { &value[0] } else { &value };
             assert_eq!(fruit["name"], rows[0].name);
+            // Those of a list that is not complete yet, too.
+            let buffer = Buffer::default();
+            let mut printer = Printer { format, out: Box::new(buffer.clone()) };
+            printer.item(0, &rows[0]).unwrap();
+            printer.end_items(1).unwrap();
+            let item = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
+            assert_eq!(serde_json::from_str::<serde_json::Value>(&item).unwrap(), value);
+            assert!(item.contains(r"a\u202eb\u009b\udb40\udc41\u007f"), "{item}");
         }
     }
 
