@@ -284,6 +284,12 @@ fn several_nodes_each_begin_a_task_of_their_own() {
         let again = operator.agent(&["task", "retry", id, "--env", "LEVEL=8"]);
         assert_eq!((again.code, again.text().as_str()), (3, "8\n"), "{}", again.stderr);
     }
+    // What is left out of a list is said, and only then: there are two of each node.
+    for (limit, more) in [("3", true), ("4", false), ("0", false)] {
+        let some = operator.agent(&["task", "list", "--limit", limit, "-o", "json"]).ok();
+        assert_eq!(some.stderr.contains("--limit 0 lists all"), more, "{limit}: {}", some.stderr);
+        assert_eq!(some.json().as_array().unwrap().len(), if more { 3 } else { 4 });
+    }
     two.stop();
     wait::until("the hub knows", || mesh.shown("b")["online"] == false);
     let partly = operator.agent(&["exec", "a", "b", "--detach", "--", "true"]);

@@ -182,6 +182,8 @@ fn a_workspace_over_its_quota_takes_deletions_and_says_what_is_the_matter() {
         log.ok().json()[0]["change"].clone()
     };
     until("the deletion is taken", || newest() == "deleted");
+    let cut = pair.operator.agent(&["workspace", "log", "w", "--limit", "1", "-o", "json"]).ok();
+    assert!(cut.stderr.contains("there is more"), "{}", cut.stderr);
     assert_eq!(set(&["--quota", "none"])["quota_bytes"], Value::Null);
     until("the file arrived", || b.join("second").exists());
     pair.converge();

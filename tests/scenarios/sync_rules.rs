@@ -97,6 +97,9 @@ fn t33_what_an_owner_asks_is_answered_at_once_while_the_hub_is_silent() {
     asked(&["workspace", "pause", "w"], 0);
     until("it is paused", || local_status(&node)["state"] == "paused");
     asked(&["workspace", "flush", "w"], 1);
+    // A program is told what the matter is where people are.
+    let flushed = node.agent(&["workspace", "flush", "w", "-o", "json"]);
+    assert_eq!(flushed.json()["problems"][0]["code"], "paused", "{}", flushed.stderr);
     asked(&["workspace", "detach", "w", "--local"], 6);
     asked(&["workspace", "resume", "w"], 0);
     proxy.set(Fault::None);

@@ -237,18 +237,26 @@ async fn list(
 ) -> Result<(), CliError> {
     let mut client = hub::operator(global).await?;
     let limit = if limit == 0 { usize::MAX } else { usize::try_from(limit).unwrap_or(usize::MAX) };
+    // One more than is shown says whether there are more.
+    let wanted = limit.saturating_add(1);
     let mut rows = Vec::new();
     loop {
-        let left = limit - rows.len();
+        let left = wanted - rows.len();
         request.page_size = u32::try_from(left).unwrap_or(PAGE).min(PAGE);
         let page = client.list_tasks(hub::question(request.clone())).await?.into_inner();
         rows.extend(page.tasks.iter().map(TaskRow::from).take(left));
-        if page.next_page.is_empty() || rows.len() >= limit {
+        if page.next_page.is_empty() || rows.len() >= wanted {
             break;
         }
         request.page = page.next_page;
     }
-    global.printer(output).list(&rows)
+    let more = rows.len() > limit;
+    rows.truncate(limit);
+    global.printer(output).list(&rows)?;
+    if more {
+        complain("note: there are more; --limit 0 lists all\n", global.color);
+    }
+    Ok(())
 }
 
 async fn wait(global: &Global, tasks: Vec<String>, output: Output) -> Result<u8, CliError> {

@@ -205,19 +205,26 @@ async fn flush(
         flushed: answer.workspaces,
         problems: answer.problems.into_iter().map(problem).collect(),
     };
-    let sentence = format!("{}: equal with the hub", json.flushed.join(", "));
-    if let Some(problem) = json.problems.first() {
-        let exit = match problem.code.as_str() {
-            "offline" | "silent" => Exit::Unreachable,
-            _ => Exit::Failed,
-        };
-        let error = CliError::new(exit, format!("{}: {}", problem.workspace, problem.message));
-        return Err(error.hint(match problem.code.as_str() {
-            "paused" => format!("cortex-agent workspace resume {}", problem.workspace),
-            _ => format!("cortex-agent workspace status {} --local", problem.workspace),
-        }));
-    }
-    global.printer(output).say(&sentence, &json)
+    // Also of those that are equal where others are not; for people, nothing if there is none.
+    let sentence = match json.flushed.as_slice() {
+        [] if !json.problems.is_empty() => String::new(),
+        flushed => format!("{}: equal with the hub", flushed.join(", ")),
+    };
+    global.printer(output).say(&sentence, &json)?;
+    not_flushed(&json.problems).map_or(Ok(()), Err)
+}
+
+/// What there is to say of those that are not equal with the hub.
+fn not_flushed(problems: &[FlushProblemJson]) -> Option<CliError> {
+    let first = problems.first()?;
+    let is_away = |problem: &FlushProblemJson| matches!(&*problem.code, "offline" | "silent");
+    let exit = if problems.iter().all(is_away) { Exit::Unreachable } else { Exit::Failed };
+    let each = problems.iter().map(|problem| format!("{}: {}", problem.workspace, problem.message));
+    let error = CliError::new(exit, each.collect::<Vec<_>>().join("; "));
+    Some(error.hint(match first.code.as_str() {
+        "paused" => format!("cortex-agent workspace resume {}", first.workspace),
+        _ => format!("cortex-agent workspace status {} --local", first.workspace),
+    }))
 }
 
 async fn explain(
@@ -285,4 +292,24 @@ async fn choose_mode(
     let answer = agent.mode_local(hub::question(request)).await?.into_inner();
     let mode = mode_name(answer.mode);
     global.printer(output).say(mode, &ModeJson { workspace, mode })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_workspace_that_is_not_equal_is_named_and_only_a_hub_that_is_away_is_6() {
+        let problem = |workspace: &str, code: &str| FlushProblemJson {
+            workspace: workspace.to_owned(),
+            code: code.to_owned(),
+            message: format!("it is {code}"),
+        };
+        assert!(not_flushed(&[]).is_none());
+        for (second, exit) in [("silent", Exit::Unreachable), ("paused", Exit::Failed)] {
+            let error = not_flushed(&[problem("a", "offline"), problem("b", second)]).unwrap();
+            assert_eq!(error.message(), format!("a: it is offline; b: it is {second}"));
+            assert_eq!(error.exit(), exit);
+        }
+    }
 }

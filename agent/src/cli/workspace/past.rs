@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::lossy;
 use super::rows::WorkspaceRow;
 use crate::cli::error::{CliError, Exit};
-use crate::cli::printer::{self, Format, Row};
+use crate::cli::printer::{self, Row};
 use crate::cli::units::millis;
 use crate::cli::{Global, Output, hub, node};
 
@@ -114,11 +114,12 @@ pub(super) async fn log(
             break;
         }
     }
-    if before_seq > 0 && output.format == Format::Table {
-        let more = format!("there is more: --before {before_seq}");
+    global.printer(output).list(&rows)?;
+    if before_seq > 0 {
+        let more = format!("note: there is more; go on with --before {before_seq}");
         printer::complain(&more, global.color);
     }
-    global.printer(output).list(&rows)
+    Ok(())
 }
 
 #[derive(Serialize)]
