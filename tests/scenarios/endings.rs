@@ -204,10 +204,19 @@ fn those_who_follow_survive_a_hub_that_is_killed() {
 fn a_hub_that_stays_away_is_unreachable_and_said_to_be() {
     let mut mesh = Mesh::start();
     let operator = mesh.operator("operator");
+    // This machine is no node, which is no fault of a login's.
+    let doctor = operator.agent(&["doctor"]).ok().text();
+    for part in ["this machine is no node", "hub accepts login  yes", "operator-1 (operator)"] {
+        assert!(doctor.contains(part), "{part} is not in {doctor}");
+    }
     mesh.kill_hub();
     let list = operator.agent(&["task", "list"]);
     assert_eq!(list.code, 6, "{}", list.stderr);
     assert!(list.stderr.contains("hint:"), "{}", list.stderr);
+    // What the hint names looks closer indeed.
+    let doctor = operator.agent(&["doctor"]);
+    assert_eq!(doctor.code, 1, "{}", doctor.text());
+    assert!(doctor.text().contains("fail    hub address"), "{}", doctor.text());
 }
 
 #[test]

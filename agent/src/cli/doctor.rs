@@ -1,4 +1,4 @@
-//! `doctor`: what would keep this node from working, each with what helps.
+//! `doctor`: what would keep this node, or this user's login, from working, each with what helps.
 
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 use cortex_proto::v1;
+use cortex_shared::clock::unix_ms;
 use serde::Serialize;
 
 use super::error::CliError;
@@ -14,7 +15,7 @@ use super::node::skew_text;
 use super::printer::Row;
 use super::{Global, Output, hub, local, printer};
 use crate::client::{ConnectError, Purpose, certificate_refusal};
-use crate::config::{Ceiling, Settings, StateDir};
+use crate::config::{Ceiling, ConfigError, Settings, StateDir};
 use crate::identity::NodeIdentity;
 use crate::link::session::MAX_SKEW_MS;
 use crate::sandbox::{Launcher, exposed};
@@ -25,12 +26,16 @@ const LOW_DISK_BYTES: u64 = 1024 * 1024 * 1024;
 const FEW_WATCHES: u64 = 65_536;
 /// Life of a certificate below which it should have been renewed.
 const SHORT_LIFE: Duration = Duration::from_secs(2 * 60 * 60);
+const STATE_DIRECTORY: &str = "state directory";
+/// Life of a login below which somebody should make a new one.
+const SHORT_LOGIN: Duration = Duration::from_secs(3 * 24 * 60 * 60);
 
-/// Look for what keeps this node from working, and say what helps
+/// Look for what keeps this node, or your login, from working, and say what helps
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Checks the state directory, the identity, the way to the hub, the clock, what the kernel can enforce,
-file watching and the disk. Changes nothing. Ends with 1 if anything fails.")]
+file watching and the disk; and, where you are logged in, the way to the hub as an operator. Changes
+nothing. Ends with 1 if anything fails.")]
 pub(crate) struct DoctorArgs {
     #[command(flatten)]
     output: Output,
@@ -84,7 +89,11 @@ impl Row for Finding {
 /// Looks; the result is the exit code.
 pub(crate) async fn doctor(global: &Global, args: DoctorArgs) -> Result<u8, CliError> {
     let state = global.state()?;
-    let mut findings = vec![state_permissions(&state)];
+    let mut findings = login(global).await;
+    // An operator's machine need not be a node. What would keep one from working is said all the same.
+    let may_be_none = !findings.is_empty() && global.state.is_none();
+    let mut is_none = false;
+    findings.push(state_permissions(&state));
     let settings = Settings::load(&state);
     findings.extend(ceiling(&state));
     match NodeIdentity::load(&state) {
@@ -94,7 +103,7 @@ pub(crate) async fn doctor(global: &Global, args: DoctorArgs) -> Result<u8, CliE
                 Level::Ok,
                 format!("{} ({})", identity.name, identity.node_id),
             ));
-            findings.push(certificate(&identity, cortex_shared::clock::unix_ms()));
+            findings.push(certificate(&identity, unix_ms()));
             match settings {
                 Ok(settings) => {
                     findings.extend(hub_findings(&identity, &settings).await);
@@ -105,8 +114,14 @@ pub(crate) async fn doctor(global: &Global, args: DoctorArgs) -> Result<u8, CliE
             }
             findings.extend(agent(global).await);
         }
+        Ok(None) if may_be_none => {
+            is_none = true;
+            findings.retain(|finding| finding.check != STATE_DIRECTORY);
+            let text = "this machine is no node, and need not be one for a login";
+            findings.push(Finding::new("identity", Level::Ok, text));
+        }
         Ok(None) => {
-            let not_joined = crate::config::ConfigError::NotJoined { state: state.path().into() };
+            let not_joined = ConfigError::NotJoined { state: state.path().into() };
             findings.push(failed("identity", not_joined.into()));
         }
         Err(error) => findings.push(failed("identity", error.into())),
@@ -114,11 +129,72 @@ pub(crate) async fn doctor(global: &Global, args: DoctorArgs) -> Result<u8, CliE
     let hidden = [state.path().to_owned()];
     let require_cgroup = Settings::load(&state).is_ok_and(|own| own.sandbox.require_cgroup);
     let found = Launcher::default().probe(&hidden, require_cgroup).await;
-    findings.extend(sandbox(&(&found).into()));
+    let mut sandbox = sandbox(&(&found).into());
+    for finding in sandbox.iter_mut().filter(|finding| is_none && finding.result == Level::Fail) {
+        finding.result = Level::Warn;
+    }
+    findings.extend(sandbox);
     findings.push(inotify());
     findings.push(disk("state disk", existing(state.path())));
     global.printer(args.output).list(&findings)?;
     Ok(u8::from(findings.iter().any(|finding| finding.result == Level::Fail)))
+}
+
+/// The way to the hub as an operator; nothing where nobody is logged in.
+async fn login(global: &Global) -> Vec<Finding> {
+    const CHECK: &str = "login";
+    let Ok(config) = global.config() else { return Vec::new() };
+    let loaded = config.choose(global.context.as_deref()).and_then(|context| {
+        let credentials = config.credentials(&context)?;
+        Ok((context, credentials))
+    });
+    let (context, credentials) = match loaded {
+        Ok(loaded) => loaded,
+        Err(ConfigError::NotLoggedIn) => return Vec::new(),
+        Err(error) => return vec![failed(CHECK, error.into())],
+    };
+    let who = format!("{} ({}), context {:?}", context.operator, context.role, context.name);
+    let mut findings = vec![login_life(&who, credentials.not_after_ms(), unix_ms())];
+    match context.client(credentials) {
+        Ok(client) => {
+            let address = context.hub.to_string();
+            findings.push(reached(&client, &address).await);
+            if findings.iter().all(|finding| finding.result != Level::Fail) {
+                findings.push(login_accepted(global).await);
+            }
+        }
+        Err(error) => findings.push(failed("certificate and key", error.into())),
+    }
+    findings
+}
+
+/// Nobody renews a login but its owner.
+fn login_life(who: &str, not_after_ms: i64, now_ms: i64) -> Finding {
+    const CHECK: &str = "login";
+    let end = printer::time(not_after_ms);
+    let anew = "an admin makes a new one with `cortex-hubd operator create`; compare the clock with `date -u`";
+    let left = u64::try_from(not_after_ms.saturating_sub(now_ms)).map(Duration::from_millis);
+    match left {
+        Err(_) => Finding::new(CHECK, Level::Fail, format!("{who}: ended at {end}")).hint(anew),
+        Ok(left) => {
+            let level = if left < SHORT_LOGIN { Level::Warn } else { Level::Ok };
+            let finding = Finding::new(CHECK, level, format!("{who}, until {end}"));
+            if level == Level::Ok { finding } else { finding.hint(anew) }
+        }
+    }
+}
+
+async fn login_accepted(global: &Global) -> Finding {
+    const CHECK: &str = "hub accepts login";
+    let asked = async {
+        let mut client = hub::operator(global).await?;
+        client.who_am_i(hub::question(v1::WhoAmIRequest {})).await?;
+        Ok::<_, CliError>(())
+    };
+    match asked.await {
+        Ok(()) => Finding::new(CHECK, Level::Ok, "yes"),
+        Err(error) => failed(CHECK, error),
+    }
 }
 
 fn failed(check: &'static str, error: CliError) -> Finding {
@@ -156,7 +232,7 @@ fn shown(state: &StateDir, settings: &Settings) -> Vec<Finding> {
 }
 
 fn state_permissions(state: &StateDir) -> Finding {
-    const CHECK: &str = "state directory";
+    const CHECK: &str = STATE_DIRECTORY;
     let path = state.path();
     let metadata = match std::fs::metadata(path) {
         Ok(metadata) => metadata,
@@ -209,23 +285,30 @@ fn certificate(identity: &NodeIdentity, now_ms: i64) -> Finding {
 }
 
 async fn hub_findings(identity: &NodeIdentity, settings: &Settings) -> Vec<Finding> {
-    let address = settings.hub.to_string();
-    let connecting = |error: &ConnectError| match error {
-        ConnectError::Resolve { .. } => "hub name",
-        ConnectError::Unreachable { .. } | ConnectError::TimedOut { .. } => "hub address",
-        _ => "hub identity",
-    };
     let client = match identity.client(settings.hub.clone()) {
         Ok(client) => client,
         Err(error) => return vec![failed("certificate and key", error.into())],
     };
-    if let Err(error) = client.probe().await {
-        return vec![failed(connecting(&error), error.into())];
+    let mut findings = vec![reached(&client, &settings.hub.to_string()).await];
+    if findings.iter().all(|finding| finding.result != Level::Fail) {
+        findings.push(accepted(&client).await);
     }
-    let mut findings =
-        vec![Finding::new("hub identity", Level::Ok, format!("{address} is this mesh's"))];
-    findings.push(accepted(&client).await);
     findings
+}
+
+/// Whether the hub is there, and is this mesh's.
+async fn reached(client: &crate::client::HubClient, address: &str) -> Finding {
+    match client.probe().await {
+        Ok(_) => Finding::new("hub identity", Level::Ok, format!("{address} is this mesh's")),
+        Err(error) => {
+            let check = match error {
+                ConnectError::Resolve { .. } => "hub name",
+                ConnectError::Unreachable { .. } | ConnectError::TimedOut { .. } => "hub address",
+                _ => "hub identity",
+            };
+            failed(check, error.into())
+        }
+    }
 }
 
 /// Whether the hub accepts this node. In TLS 1.3 its refusal arrives with the first answer, so
@@ -362,9 +445,19 @@ mod tests {
 
     #[test]
     fn errors_become_findings_with_their_hint() {
-        let finding = failed("identity", crate::config::ConfigError::NotLoggedIn.into());
+        let finding = failed("identity", ConfigError::NotLoggedIn.into());
         assert_eq!(finding.detail, "not logged in");
         assert!(finding.hint.unwrap().starts_with("cortex-agent login"));
+    }
+
+    #[test]
+    fn a_login_that_ends_soon_or_has_ended_is_said_with_what_helps() {
+        let day = 24 * 60 * 60 * 1000;
+        for (left, level) in [(29 * day, Level::Ok), (day, Level::Warn), (-1, Level::Fail)] {
+            let finding = login_life("ann (admin)", 100 * day + left, 100 * day);
+            assert_eq!(finding.result, level, "{left}");
+            assert_eq!(finding.hint.is_some(), level != Level::Ok, "{left}");
+        }
     }
 
     #[test]
