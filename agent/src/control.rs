@@ -348,11 +348,9 @@ type HubClient = cortex_proto::v1::node_client::NodeClient<tonic::transport::Cha
 fn renewal_status(error: &RenewError) -> Status {
     let text = error.to_string();
     match error {
-        RenewError::Cloned { .. } => with_code(
-            Status::failed_precondition(text),
-            "identity_cloned",
-            "cortex-agent identity fork --token-file FILE",
-        ),
+        RenewError::Cloned { .. } => {
+            with_code(Status::failed_precondition(text), "identity_cloned", renewal::FORK)
+        }
         RenewError::Refused { .. } => Status::failed_precondition(text),
         RenewError::Busy { .. } => Status::resource_exhausted(text),
         RenewError::Connect(_) | RenewError::Failed { .. } => {

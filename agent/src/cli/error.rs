@@ -12,7 +12,7 @@ use crate::audit::AuditError;
 use crate::client::{ConnectError, certificate_refusal, connect_error_in};
 use crate::config::ConfigError;
 use crate::identity::live::IdentityError;
-use crate::link::renewal::RenewError;
+use crate::link::renewal::{FORK, RenewError};
 
 /// Exit codes of every command but `exec`, whose own code is [`Exit::Code`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -218,9 +218,9 @@ impl From<RenewError> for CliError {
         match error {
             RenewError::Connect(error) => error.into(),
             RenewError::Identity(error) => error.into(),
-            RenewError::Cloned { .. } => Self::from_source(error)
-                .with_exit(Exit::Conflict)
-                .hint("cortex-agent identity fork --token-file FILE"),
+            RenewError::Cloned { .. } => {
+                Self::from_source(error).with_exit(Exit::Conflict).hint(FORK)
+            }
             RenewError::Refused { .. } => Self::from_source(error).with_exit(Exit::Forbidden),
             RenewError::Busy { after, .. } => Self::from_source(error)
                 .with_exit(Exit::Unreachable)

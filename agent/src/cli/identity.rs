@@ -49,10 +49,12 @@ days after the certificate's end; later, `cortex-agent identity fork` with a new
 A machine that was copied with its state (a disk image, a restored backup) shows its original's
 identity, and the hub refuses the second one. This makes a new key, joins with a new invite as a node
 of its own, and puts the old identity aside (STATE/identity.old-ID); nothing is deleted. Stop the
-agent first. Settings and the ceiling stay as they are.
+agent first, and start it afterwards. Settings and the ceiling stay as they are.
 
 Example:
-  cortex-agent identity fork --token-file invite --name build-2")]
+  systemctl stop cortex-agent
+  cortex-agent identity fork --token-file invite --name build-2
+  systemctl start cortex-agent")]
     Fork(ForkArgs),
 }
 
@@ -203,7 +205,7 @@ async fn fork(global: &Global, args: ForkArgs) -> Result<(), CliError> {
     let settings = Settings::load(&state)?;
     let Some(_lock) = state.try_lock()? else {
         return Err(CliError::new(Exit::Conflict, "the agent runs with this identity").hint(
-            "stop it first (systemctl stop cortex-agent, or end the process that `cortex-agent status` names)",
+            "stop it first (systemctl [--user] stop cortex-agent; where it is no service, end the process that `cortex-agent status` names), and start it again afterwards",
         ));
     };
     let wish = join::Wish {

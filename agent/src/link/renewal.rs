@@ -27,6 +27,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// How long to leave a hub alone that will not issue a certificate for now.
 const PATIENCE: Duration = Duration::from_secs(60 * 60);
 
+/// How a machine gets an identity of its own. It is refused while an agent runs with the old one, and an agent
+/// that is a service comes back by itself unless it is stopped as one.
+pub(crate) const FORK: &str = "with a new invite: stop the agent (systemctl [--user] stop cortex-agent; where it is no service, end the process that `cortex-agent status` names), cortex-agent identity fork --token-file FILE, then start it again";
+
 /// Why there is no new certificate.
 #[derive(Debug, thiserror::Error)]
 pub enum RenewError {
@@ -86,10 +90,9 @@ impl From<Status> for RenewError {
             | Code::InvalidArgument
             | Code::Unimplemented => {
                 let hint = match trailer(CODE_TRAILER).as_deref() {
-                    Some("recovery_expired" | "node_revoked" | "node_unknown") => Some(
-                        "with a new invite: cortex-agent identity fork --token-file FILE"
-                            .to_owned(),
-                    ),
+                    Some("recovery_expired" | "node_revoked" | "node_unknown") => {
+                        Some(FORK.to_owned())
+                    }
                     _ => trailer(HINT_TRAILER),
                 };
                 Self::Refused { reason, hint }
@@ -103,7 +106,7 @@ impl From<Status> for RenewError {
 pub(super) fn this_machine() -> String {
     let MachineFacts { machine_id, boot_id, hostname } = MachineFacts::of_this_machine();
     format!(
-        "this machine is {hostname} (machine id {machine_id}, boot id {boot_id}). If it is the copy, stop the agent and give it an identity of its own, with a new invite: cortex-agent identity fork --token-file FILE"
+        "this machine is {hostname} (machine id {machine_id}, boot id {boot_id}). If it is the copy, give it an identity of its own, {FORK}"
     )
 }
 
@@ -275,7 +278,11 @@ mod tests {
             RenewError::from(status)
         };
         for code in ["recovery_expired", "node_revoked", "node_unknown"] {
-            assert!(refused(code).to_string().contains("cortex-agent identity fork"), "{code}");
+            let text = refused(code).to_string();
+            let at =
+                |part| text.find(part).unwrap_or_else(|| panic!("{code}: {part} is not in {text}"));
+            // It is refused while the agent runs.
+            assert!(at("stop cortex-agent") < at("cortex-agent identity fork"), "{text}");
         }
         assert_eq!(refused("other").to_string(), "no");
         assert!(matches!(refused("identity_cloned"), RenewError::Cloned { .. }));

@@ -230,7 +230,7 @@ fn cloned(name: &str, suspicion: &CloneSuspicion, holder: &Machine) -> Status {
 }
 
 /// What helps a copy.
-const FORK: &str = "on the copy, with a new invite: cortex-agent identity fork --token-file FILE";
+const FORK: &str = "on the copy, with a new invite: stop the agent (systemctl [--user] stop cortex-agent; where it is no service, end the process that `cortex-agent status` names), cortex-agent identity fork --token-file FILE, then start it again";
 
 /// How a name that leads to no node looks to a caller.
 pub fn from_lookup(error: NodeLookup) -> Status {

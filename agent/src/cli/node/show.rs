@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::cli::printer::{self, Row};
 use crate::client::say_skew;
+use crate::link::renewal::FORK;
 use crate::link::{mode_of, network_of};
 
 /// A node as it is listed; the JSON of scripts.
@@ -231,11 +232,7 @@ impl NodeRow {
             ),
             ("accepted machine", format!("{own} at {}", self.remote_address)),
             ("refused machine", format!("{other} at {}", clone.remote_address)),
-            (
-                "what helps",
-                "on the copy: cortex-agent identity fork --token-file FILE (with a new invite)"
-                    .to_owned(),
-            ),
+            ("what helps", format!("on the copy, {FORK}")),
         ]
     }
 
