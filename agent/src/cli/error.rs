@@ -3,6 +3,8 @@
 
 use std::error::Error as StdError;
 use std::fmt::Write as _;
+use std::io::ErrorKind;
+use std::path::Path;
 
 use cortex_proto::{CODE_TRAILER, HINT_TRAILER};
 use cortex_shared::text::is_printable;
@@ -161,9 +163,16 @@ impl From<ConfigError> for CliError {
     fn from(error: ConfigError) -> Self {
         let (exit, hint) = match &error {
             ConfigError::NoHome { .. } => (Exit::Usage, None),
-            ConfigError::Read { .. } | ConfigError::Write { .. } | ConfigError::Refused { .. } => {
-                (Exit::Failed, None)
+            ConfigError::Read { path, source } | ConfigError::Write { path, source } => {
+                (Exit::Failed, Some(file_hint(path, source.kind())))
             }
+            ConfigError::Refused { .. } => (
+                Exit::Failed,
+                Some(
+                    "nothing was changed. Is this the right hub? `cortex-agent context list` shows its address, `cortex-hubd ca pin` on its machine the right pin"
+                        .to_owned(),
+                ),
+            ),
             ConfigError::Damaged { .. } => (
                 Exit::Failed,
                 Some("restore the file from a backup, or join or log in anew elsewhere".to_owned()),
@@ -194,6 +203,18 @@ impl From<ConfigError> for CliError {
             ),
         };
         Self { exit, hint, ..Self::from_source(error) }
+    }
+}
+
+/// What helps where a file of ours can be neither read nor written.
+fn file_hint(path: &Path, kind: ErrorKind) -> String {
+    let shown = path.display();
+    match kind {
+        ErrorKind::PermissionDenied => format!(
+            "run as the user whose file it is (`ls -ld {shown}`), or name your own directory: --state, CORTEX_CONFIG_DIR"
+        ),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => format!("make room: df {shown}"),
+        _ => format!("look at it: ls -ld {shown}; df {shown}"),
     }
 }
 
@@ -337,6 +358,11 @@ mod tests {
         }
         assert_eq!(CliError::from(ConfigError::NotLoggedIn).exit().code(), 4);
         assert_eq!(CliError::from(ConfigError::NoSuchContext("x".into())).exit().code(), 3);
+        for kind in [ErrorKind::PermissionDenied, ErrorKind::StorageFull, ErrorKind::IsADirectory] {
+            let (path, source) = (std::path::PathBuf::from("/a/file"), kind.into());
+            let error = CliError::from(ConfigError::Write { path, source });
+            assert!(error.help().is_some_and(|hint| hint.contains("/a/file")), "{kind}");
+        }
         let gone = std::io::Error::from(std::io::ErrorKind::BrokenPipe);
         assert_eq!(CliError::from(gone).exit().code(), 0);
     }

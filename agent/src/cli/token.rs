@@ -31,6 +31,7 @@ impl TokenArgs {
             let failed = |error| {
                 CliError::new(Exit::Failed, format!("cannot read {}", path.display()))
                     .because(error)
+                    .hint("name a file that this user may read, or give the token by --token-stdin")
             };
             read_bounded(std::fs::File::open(path).map_err(failed)?).map_err(failed)?
         } else if self.token_stdin {
@@ -42,7 +43,9 @@ impl TokenArgs {
                 );
             }
             read_bounded(stdin.lock()).map_err(|error| {
-                CliError::new(Exit::Failed, "cannot read standard input").because(error)
+                CliError::new(Exit::Failed, "cannot read standard input")
+                    .because(error)
+                    .hint("give --token-file FILE, or the variable CORTEX_TOKEN")
             })?
         } else if let Ok(text) = std::env::var("CORTEX_TOKEN") {
             Zeroizing::new(text)
@@ -51,8 +54,11 @@ impl TokenArgs {
                 .hint("give --token-file FILE, --token-stdin, or the variable CORTEX_TOKEN"));
         };
         let text = Zeroizing::new(text.trim().to_owned());
-        text.parse::<InviteToken>()
-            .map_err(|error| CliError::new(Exit::Usage, error.to_string()))?;
+        text.parse::<InviteToken>().map_err(|error| {
+            CliError::new(Exit::Usage, error.to_string()).hint(
+                "the token is what `cortex-agent invite create` or `cortex-hubd operator create` prints, whole",
+            )
+        })?;
         Ok(text)
     }
 }
@@ -79,5 +85,8 @@ mod tests {
         let error = args.read().unwrap_err();
         assert_eq!(error.exit(), Exit::Usage);
         assert!(!error.render().contains(&token[13..30]));
+        assert!(error.help().is_some());
+        std::fs::remove_file(&path).unwrap();
+        assert!(args.read().unwrap_err().help().is_some());
     }
 }

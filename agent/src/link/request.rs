@@ -45,7 +45,7 @@ impl Refusal {
                 format!("cortex-agent workspace attach {name} --node NODE")
             }
             Self::WorkspaceUnusable { .. } => {
-                "`cortex-agent workspace status` on the node says more".to_owned()
+                "`cortex-agent workspace status --local` on the node says more".to_owned()
             }
             Self::NotShown(refusal) => refusal.hint().to_owned(),
             Self::Invalid(_) => String::new(),
