@@ -92,7 +92,7 @@ enum TaskVerb {
         /// The first signal, by name or number
         #[arg(long, default_value = "TERM", value_parser = parse_signal)]
         signal: u32,
-        /// Time until KILL
+        /// Time until KILL, 60s at most
         #[arg(long, default_value = "2s", value_parser = parse_duration, value_name = "DURATION")]
         grace: Duration,
         #[command(flatten)]

@@ -273,7 +273,7 @@ impl Accepted {
 pub(in crate::http) struct Cancel {
     /// 15 (SIGTERM) unless told otherwise.
     pub(in crate::http) signal: Option<u32>,
-    /// Milliseconds until SIGKILL; 2000 unless told otherwise.
+    /// Milliseconds until SIGKILL: 2000 unless told otherwise, 60000 at most; more is taken for that.
     pub(in crate::http) grace_ms: Option<u64>,
 }
 
