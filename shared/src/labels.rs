@@ -17,7 +17,7 @@ pub const SELF_LABEL_PREFIX: &str = "self/";
 pub enum InvalidName {
     /// Not a node, workspace or operator name.
     #[error(
-        "{0:?} is not a valid name: 1 to 63 of a-z, 0-9, '-', '_' and '.', starting with a letter or digit"
+        "{0:?} is not a valid name: 1 to 63 of a-z, 0-9, '-', '_' and '.', starting with a letter or digit, and no UUID"
     )]
     Name(String),
     /// Not a label.
@@ -33,14 +33,20 @@ pub enum InvalidName {
 /// Checks the name of a node, workspace or operator.
 ///
 /// # Errors
-/// If it is not 1 to 63 of `a-z 0-9 - _ .`, starting with a letter or digit.
+/// If it is not 1 to 63 of `a-z 0-9 - _ .`, starting with a letter or digit, or is a UUID.
 pub fn check_name(name: &str) -> Result<(), InvalidName> {
     let valid = matches!(name.len(), 1..=63)
         && name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
         && name.bytes().all(|b| {
             b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.')
-        });
+        })
+        && !is_id(name);
     if valid { Ok(()) } else { Err(InvalidName::Name(name.to_owned())) }
+}
+
+/// What looks like an id would be taken for whatever has that id.
+fn is_id(name: &str) -> bool {
+    uuid::Uuid::parse_str(name).is_ok()
 }
 
 /// Checks a label's key and value.
@@ -89,6 +95,8 @@ pub fn name_from_hostname(hostname: &str) -> String {
         .collect();
     if name.is_empty() {
         name.push_str("node");
+    } else if is_id(&name) {
+        name.insert_str(0, "node-");
     }
     name
 }
@@ -132,14 +140,23 @@ mod tests {
         for good in ["a", "web-3", "0", "a.b_c", &"x".repeat(63)] {
             assert!(check_name(good).is_ok(), "{good}");
         }
-        for bad in ["", "-a", "A", "a b", "a/b", "ä", &"x".repeat(64), "a\n"] {
+        let id = "0b8d1c3e-2f4a-4c6d-8e9f-a0b1c2d3e4f5";
+        for bad in
+            ["", "-a", "A", "a b", "a/b", "ä", &"x".repeat(64), "a\n", id, &id.replace('-', "")]
+        {
             assert!(check_name(bad).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn host_names_become_node_names() {
-        for (host, name) in [("Build-Box_1.LAN", "build-box-1.lan"), ("--", "node"), ("", "node")] {
+        let id = "0b8d1c3e-2f4a-4c6d-8e9f-a0b1c2d3e4f5";
+        for (host, name) in [
+            ("Build-Box_1.LAN", "build-box-1.lan"),
+            ("--", "node"),
+            ("", "node"),
+            (id, &format!("node-{id}")),
+        ] {
             assert_eq!(name_from_hostname(host), name);
             assert!(check_name(&name_from_hostname(host)).is_ok());
         }

@@ -352,7 +352,8 @@ impl AuthLayer {
                         let judges =
                             ["/cortex.v1.Node/Link", "/cortex.v1.Node/Renew"].contains(&path);
                         let generation = if judges { None } else { *generation };
-                        let calls = self.registry.admit(*node_id, generation).map_err(from_node)?;
+                        let calls =
+                            self.registry.admit(*node_id, key, generation).map_err(from_node)?;
                         // Over a connection that is older than its newest certificate it may go on.
                         let newest = self.registry.get(*node_id);
                         let newest = newest.map(|view| view.node.certificate.not_after_ms);

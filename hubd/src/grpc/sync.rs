@@ -173,7 +173,7 @@ impl Sync for SyncService {
         let Member { node, workspace } =
             self.member(node_id, &request.get_ref().workspace_id).await?;
         let head = match convert::known(request.get_ref().known.as_ref())? {
-            Some(known) => workspace.check_history(known).await.map_err(status)?,
+            Some(known) => workspace.check_history(node, known).await.map_err(status)?,
             None => *workspace.head().borrow(),
         };
         Ok(Response::new(v1::HeadResponse {
@@ -231,7 +231,7 @@ impl Sync for SyncService {
         let request = request.into_inner();
         let Member { node, workspace } = self.writer(node_id, &request.workspace_id).await?;
         let room = workspace.incoming_room(node, request.encoded_len()).await;
-        same_history(&workspace, request.known.as_ref()).await?;
+        same_history(&workspace, node, request.known.as_ref()).await?;
         let commit = convert::commit(request, node)?;
         let copies: Vec<_> = commit.copies().collect();
         let result = workspace.commit(commit).await.map_err(status)?;
@@ -253,7 +253,7 @@ impl Sync for SyncService {
         let AdmittedNode { node_id } = admitted(&request)?;
         let request = request.into_inner();
         let Member { node, workspace } = self.member(node_id, &request.workspace_id).await?;
-        same_history(&workspace, request.known.as_ref()).await?;
+        same_history(&workspace, node, request.known.as_ref()).await?;
         let service = self.clone();
         let first = Reading { after: request.after_seq, complete: false };
         let pages = stream::try_unfold(Some(first), move |reading| {
@@ -325,9 +325,13 @@ impl Sync for SyncService {
 }
 
 /// Refuses a member whose versions are not those of this history.
-async fn same_history(workspace: &WorkspaceHub, known: Option<&v1::Version>) -> Result<(), Status> {
+async fn same_history(
+    workspace: &WorkspaceHub,
+    member: NodeId,
+    known: Option<&v1::Version>,
+) -> Result<(), Status> {
     let Some(known) = convert::known(known)? else { return Ok(()) };
-    let head = workspace.check_history(known).await.map_err(status)?;
+    let head = workspace.check_history(member, known).await.map_err(status)?;
     if head.epoch == known.epoch {
         return Ok(());
     }
@@ -372,6 +376,9 @@ pub(super) fn status(error: SyncError) -> Status {
             }
         }
         SyncError::OverQuota { .. } => over_quota(&error),
+        SyncError::RestartedTooOften { .. } => {
+            refuse(Code::Unavailable, "restarted_too_often", error.to_string())
+        }
         SyncError::Deleted => {
             refuse(Code::NotFound, "workspace_not_found", "the workspace was deleted")
         }

@@ -228,7 +228,10 @@ impl Registry {
             return Err(NodeLookup::Unknown { wanted, similar: None });
         }
         let nodes = self.lock();
-        if let Some(known) = nodes.named(wanted).filter(|known| visible(&known.node)) {
+        // What is an id means the node with it: another one may have been given it as a name.
+        let by_id = wanted.parse().ok().and_then(|id| nodes.get(id));
+        let named = by_id.or_else(|| nodes.named(wanted));
+        if let Some(known) = named.filter(|known| visible(&known.node)) {
             return Ok(known.view());
         }
         // Fewer characters would make a typing error run a command somewhere else.
@@ -585,7 +588,11 @@ mod tests {
         let (a, b) = (node("web-3"), node("db"));
         let prefix = a.id.to_string();
         let all = |_: &Node| true;
-        let registry = Registry::new(vec![a, b]);
+        // Its name is the id of another one, from a time when it could be.
+        let impostor = node(&prefix);
+        let registry = Registry::new(vec![a, b, impostor]);
+        let unseen = registry.find(&prefix, |node| node.name != "web-3").unwrap_err();
+        assert!(matches!(unseen, NodeLookup::Unknown { .. }), "{unseen:?}");
         assert_eq!(registry.find("db", all).unwrap().node.name, "db");
         assert_eq!(registry.find(&prefix, all).unwrap().node.name, "web-3");
         // Version 7 ids of the same second begin alike.

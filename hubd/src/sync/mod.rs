@@ -31,6 +31,7 @@ mod workspace;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use cortex_shared::durable;
 use cortex_shared::ids::{NodeId, WorkspaceId};
@@ -73,6 +74,15 @@ pub enum SyncError {
         stored_bytes: u64,
         /// What it may have.
         quota_bytes: u64,
+    },
+    /// Members said so often that versions were lost that nobody is believed for a while.
+    #[error(
+        "the history of this workspace was begun anew several times a moment ago; again in {} s",
+        wait.as_secs() + 1
+    )]
+    RestartedTooOften {
+        /// How long.
+        wait: Duration,
     },
     /// The workspace was deleted.
     #[error("the workspace was deleted")]

@@ -1,7 +1,8 @@
 //! Room on the hub's disk.
 //!
 //! Content is taken only while a reserve stays free, so that a hub that is full of content still writes
-//! its databases: deletions above all, which are what makes room. Should something else fill the disk to
+//! its databases: deletions above all, which are what makes room; new names only while half of it is free.
+//! Should something else fill the disk to
 //! its end, there is the ballast: a file that is given up for the databases' sake, and put back once there
 //! is room again. A crash loses nothing here; a ballast that is missing is made anew.
 
@@ -54,7 +55,7 @@ impl Space {
                 return true;
             }
         };
-        let reserve = self.reserve_bytes.unwrap_or((room.total / 100).min(MAX_RESERVE_BYTES));
+        let reserve = self.reserve(room);
         let fits = room.free >= reserve.saturating_add(bytes as u64);
         if self.full.swap(!fits, Ordering::Relaxed) == fits {
             if fits {
@@ -68,6 +69,16 @@ impl Space {
             }
         }
         fits
+    }
+
+    /// Whether names may come: half of the reserve is for deletions, and for the other databases.
+    pub(super) fn has_room_for_names(&self) -> bool {
+        let Ok(room) = self.room() else { return true };
+        room.free >= self.reserve(room) / 2
+    }
+
+    fn reserve(&self, room: Room) -> u64 {
+        self.reserve_bytes.unwrap_or((room.total / 100).min(MAX_RESERVE_BYTES))
     }
 
     /// Gives the ballast up; whether there was one.

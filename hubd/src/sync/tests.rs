@@ -18,7 +18,9 @@ use super::pack_files::PackFiles;
 use super::*;
 use crate::store::database::DatabaseError;
 use crate::store::workspace::contract::{file, op, root_digest};
-use crate::store::workspace::{Author, Commit, CommitResult, KnownRules, WorkspaceSettings};
+use crate::store::workspace::{
+    Author, Commit, CommitResult, Head, KnownRules, StoreError, WorkspaceSettings,
+};
 
 /// A hub's workspaces in a folder, with one workspace open.
 struct Hub {
@@ -63,11 +65,18 @@ impl Hub {
     }
 
     async fn commit(&self, ops: Vec<crate::store::workspace::Op>) -> CommitResult {
+        self.try_commit(ops).await.unwrap()
+    }
+
+    async fn try_commit(
+        &self,
+        ops: Vec<crate::store::workspace::Op>,
+    ) -> Result<CommitResult, SyncError> {
         let epoch = self.workspace.head().borrow().epoch;
         let ops = ops.into_iter().map(Ok).collect();
         let author = Author::Node(self.node);
         let commit = Commit { id: CommitId::new(), author, epoch, rules: KnownRules::Unsaid, ops };
-        self.workspace.commit(commit).await.unwrap()
+        self.workspace.commit(commit).await
     }
 
     async fn have(&self, data: &[u8]) -> bool {
@@ -380,8 +389,38 @@ async fn a_full_hub_takes_no_content_but_deletions_which_make_room() {
     assert!(matches!(&refused, Err(error @ SyncError::Full) if error.is_disk_full()));
     assert!(hub.put(&pack).await.duplicate, "what is there needs no room");
     assert!(hub.readable(b"content").await);
+    let named = hub.try_commit(vec![op("g", None, Some(content.clone()))]).await;
+    assert!(matches!(named, Err(SyncError::Full)), "names fill a disk as well: {named:?}");
     let deleted = hub.commit(vec![op("f", Some(&content), None)]).await;
     assert_eq!(deleted.rejected, []);
+    hub.close().await;
+}
+
+#[tokio::test]
+async fn a_member_that_lies_about_versions_cannot_make_the_others_merge_all_the_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let hub = Hub::open(folder.path(), WorkspaceId::new()).await;
+    hub.put(&pack_of(&[b"content"])).await;
+    hub.commit(vec![op("f", None, Some(file(b"content")))]).await;
+    let head = || *hub.workspace.head().borrow();
+    let lie = async |seq| {
+        let known = Head { seq, root: Digest::of(b"never"), ..head() };
+        hub.workspace.check_history(hub.node, known).await
+    };
+    let refused = lie(1 << 61).await;
+    assert!(matches!(refused, Err(SyncError::Store(StoreError::BeyondHead { .. }))), "{refused:?}");
+    let (first, mut epochs) = (head(), 0);
+    while let Ok(restarted) = lie(head().seq + 1).await {
+        assert_ne!(restarted.epoch, first.epoch);
+        epochs += 1;
+    }
+    assert!((1..10).contains(&epochs), "{epochs}");
+    let refused = lie(head().seq + 1).await;
+    assert!(matches!(refused, Err(SyncError::RestartedTooOften { .. })), "{refused:?}");
+    // Whoever tells the truth is not concerned.
+    let now = head();
+    assert_eq!(hub.workspace.check_history(hub.node, now).await.unwrap(), now);
+    hub.commit(vec![op("f", Some(&file(b"content")), None)]).await;
     hub.close().await;
 }
 

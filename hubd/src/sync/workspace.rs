@@ -21,6 +21,7 @@ use super::heads::HeadBoard;
 use super::pack_files::{PackFileError, PackFiles};
 use super::space::Space;
 use super::{Opener, SyncError};
+use crate::rate::{Bucket, Rate};
 use crate::store::workspace::sqlite::SqliteWorkspaceStore;
 use crate::store::workspace::{
     Answer, ChangesPage, Commit, CommitResult, Conflict, Found, Head, HeldMember, PackAdded,
@@ -29,6 +30,9 @@ use crate::store::workspace::{
 
 /// No limit for the content of a workspace.
 const NO_QUOTA: u64 = u64::MAX;
+/// How often a history is begun anew on members' word: after a hub was put back from a backup once is
+/// enough, and one that lies must not make all others merge all the time.
+const RESTARTS: Rate = Rate { burst: 4, per_second: 1.0 / 600.0 };
 /// How often it is said that deletions are held.
 const HOLD_TOLD: Duration = Duration::from_secs(60);
 
@@ -57,6 +61,8 @@ pub struct WorkspaceHub {
     /// for the collection, from forgetting packs to removing their files. Otherwise a pack that is
     /// sent anew just then would lose its new file.
     pub(super) collection: RwLock<()>,
+    /// See [`RESTARTS`].
+    restarts: tokio::sync::Mutex<Bucket>,
     /// When it was last said that deletions are held: not for each commit of who never ceases.
     hold_told: Mutex<Option<Instant>>,
     /// Shared by those that change the tree; alone for whoever needs it to stand still (`adopt`).
@@ -97,6 +103,7 @@ impl WorkspaceHub {
             stored_bytes: AtomicU64::new(0),
             quota_bytes: AtomicU64::new(NO_QUOTA),
             collection: RwLock::new(()),
+            restarts: tokio::sync::Mutex::new(Bucket::full(RESTARTS, tokio::time::Instant::now())),
             hold_told: Mutex::default(),
             still: RwLock::new(()),
         });
@@ -215,12 +222,26 @@ impl WorkspaceHub {
     }
 
     /// Compares the newest version a member knows with this history, and begins a new epoch if that
-    /// proves that versions were lost; see [`WorkspaceStore::check_history`].
+    /// proves that versions were lost; see [`WorkspaceStore::restart_if_lost`].
     ///
     /// # Errors
-    /// Those of the store.
-    pub async fn check_history(&self, known: Head) -> Result<Head, SyncError> {
-        Ok(self.store.check_history(known).await?)
+    /// Those of the store, and [`SyncError::RestartedTooOften`].
+    pub async fn check_history(&self, member: NodeId, known: Head) -> Result<Head, SyncError> {
+        if self.store.is_known(known).await? {
+            return Ok(*self.store.watch_head().borrow());
+        }
+        let mut restarts = self.restarts.lock().await;
+        // Many members may come at once, of whom the first one has said it.
+        if self.store.is_known(known).await? {
+            return Ok(*self.store.watch_head().borrow());
+        }
+        let taken = restarts.take(RESTARTS, tokio::time::Instant::now());
+        tracing::error!(
+            workspace = %self.id, %member, epoch = %known.epoch, known.seq, restarts = taken.is_ok(),
+            "a member knows a version that is not here: this history was put back from a backup"
+        );
+        taken.map_err(|wait| SyncError::RestartedTooOften { wait })?;
+        Ok(self.store.restart_if_lost(known).await?)
     }
 
     /// Head and size.
@@ -375,6 +396,13 @@ impl WorkspaceHub {
     pub async fn commit(&self, commit: Commit) -> Result<CommitResult, SyncError> {
         let _moving = self.still.read().await;
         let author = commit.author.clone();
+        // Names and recipes are content too, as far as the disk goes.
+        if commit.ops.iter().flatten().any(|op| op.new.is_some())
+            && !self.space.has_room_for_names()
+        {
+            self.pressure.no_room();
+            return Err(SyncError::Full);
+        }
         let result = self.write(|| self.store.commit(commit.clone())).await?;
         let held = result.rejected.iter().filter(|op| op.reason == RejectReason::Held).count();
         if held > 0 && self.tells_of_holds() {

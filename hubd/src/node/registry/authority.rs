@@ -9,7 +9,7 @@ use cortex_shared::policy::{Bound, Mode, Network};
 use tokio_util::sync::CancellationToken;
 
 use super::{Known, Registry};
-use crate::store::{Node, NodePolicy};
+use crate::store::{KeyHash, Node, NodePolicy};
 
 /// Why a call of a node is refused, though its certificate is good.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -59,18 +59,21 @@ pub fn policy_update(policy: &NodePolicy, now_ms: i64) -> PolicyUpdate {
 }
 
 impl Registry {
-    /// Whether a node may call with a certificate of this generation, where that is known and nothing
-    /// else decides about it; the token is cancelled when it no longer may.
+    /// Whether a node may call with a certificate for this key and of this generation, where that is known and
+    /// nothing else decides about it; the token is cancelled when it no longer may. Another key is another
+    /// node: whoever made such a certificate has the authority's key, not the node's.
     ///
     /// # Errors
     /// See [`NodeRefusal`].
     pub fn admit(
         &self,
         id: NodeId,
+        key: &KeyHash,
         generation: Option<u64>,
     ) -> Result<CancellationToken, NodeRefusal> {
         let nodes = self.lock();
-        let known = nodes.get(id).ok_or(NodeRefusal::Unknown)?;
+        let known = nodes.get(id).filter(|known| known.node.key == *key);
+        let known = known.ok_or(NodeRefusal::Unknown)?;
         if known.node.revoked_at_ms.is_some() {
             return Err(NodeRefusal::Revoked);
         }
@@ -195,10 +198,12 @@ mod tests {
         let id = one.id;
         let registry = Registry::new(vec![one]);
         let session = begin(&registry, id);
-        let calls = registry.admit(id, None).unwrap();
+        let key = registry.get(id).unwrap().node.key;
+        assert_eq!(registry.admit(id, &[7; 32], None).unwrap_err(), NodeRefusal::Unknown);
+        let calls = registry.admit(id, &key, None).unwrap();
         registry.revoke(id);
         assert!(session.cancel.is_cancelled() && calls.is_cancelled());
-        assert_eq!(registry.admit(id, None).unwrap_err(), NodeRefusal::Revoked);
+        assert_eq!(registry.admit(id, &key, None).unwrap_err(), NodeRefusal::Revoked);
         let at = registry.get(id).unwrap().node.revoked_at_ms;
         registry.revoke(id);
         assert_eq!(registry.get(id).unwrap().node.revoked_at_ms, at, "the first time stands");
@@ -217,7 +222,7 @@ mod tests {
         assert!(!registry.end_session(a_id, session.handle.id), "its farewell finds nobody");
         assert_eq!(registry.forget(b_id).unwrap().name, "b");
         assert_eq!(registry.forget(b_id).unwrap_err(), ForgetRefusal::Unknown);
-        assert_eq!(registry.admit(b_id, None).unwrap_err(), NodeRefusal::Unknown);
+        assert_eq!(registry.admit(b_id, &[7; 32], None).unwrap_err(), NodeRefusal::Unknown);
     }
 
     #[test]

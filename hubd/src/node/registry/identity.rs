@@ -268,9 +268,10 @@ mod tests {
         assert!(state().certificate.connected, "it has connected already");
         // The session has it: what is older no longer stands for the node.
         for (generation, accepted) in [(2, false), (3, true), (4, true)] {
-            assert_eq!(registry.admit(id, Some(generation)).is_ok(), accepted, "{generation}");
+            let admitted = registry.admit(id, &one.key, Some(generation));
+            assert_eq!(admitted.is_ok(), accepted, "{generation}");
         }
-        assert!(registry.admit(id, None).is_ok(), "where something else decides");
+        assert!(registry.admit(id, &one.key, None).is_ok(), "where something else decides");
     }
 
     #[test]

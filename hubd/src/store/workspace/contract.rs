@@ -68,6 +68,7 @@ macro_rules! contract_tests {
             too_many_deletions_of_a_member_are_held_and_all_else_goes_on,
             deletions_count_together_within_a_minute_however_they_are_cut,
             what_only_moves_is_no_loss,
+            content_that_is_elsewhere_by_a_members_word_alone_is_lost_all_the_same,
             an_operators_word_lets_as_many_go_as_it_was_given_for,
             a_whole_commit_is_all_or_nothing,
             a_subtree_is_read_at_one_moment_with_its_digest,
@@ -404,21 +405,25 @@ pub(crate) async fn a_version_that_never_was_begins_a_new_epoch(engine: &impl En
         }
         let last = heads[3];
         for known in &heads {
-            let head = fixture.store.check_history(*known).await.unwrap();
+            let head = fixture.check_history(*known).await;
             assert_eq!(head, last, "a head there was");
         }
+        let made_up = Head { seq: last.seq + (1 << 40), ..last };
+        let refused = fixture.store.restart_if_lost(made_up).await;
+        assert!(matches!(refused, Err(StoreError::BeyondHead { .. })), "{refused:?}");
+        assert_eq!(*fixture.store.watch_head().borrow(), last, "nobody lost so many");
         let foreign = Head { epoch: WorkspaceEpoch::new(), seq: 99, root: Digest::of(b"x") };
-        let head = fixture.store.check_history(foreign).await.unwrap();
+        let head = fixture.check_history(foreign).await;
         assert_eq!(head, last, "another epoch proves nothing");
 
         let known = Head { epoch: last.epoch, seq, root: root.unwrap_or(last.root) };
-        let head = fixture.store.check_history(known).await.unwrap();
+        let head = fixture.check_history(known).await;
         assert_ne!(head.epoch, last.epoch, "{what}");
         assert!(head.seq > known.seq && head.seq > last.seq, "{what}");
         assert_eq!(head.root, last.root, "{what}");
         assert_eq!(*fixture.store.watch_head().borrow(), head, "{what}");
         for known in [known, last, head] {
-            assert_eq!(fixture.store.check_history(known).await.unwrap(), head, "{what}: once");
+            assert_eq!(fixture.check_history(known).await, head, "{what}: once");
         }
         assert_eq!(fixture.tree(1000).await.len(), 6, "{what}");
         let stale = fixture.store.commit(fixture.batch(vec![create("d", link("x"))])).await;
@@ -511,7 +516,7 @@ pub(crate) async fn lost_chunks_are_wanted_until_they_are_here_again(engine: &im
     fixture.add_chunks(&[b"used", b"more"]).await;
     assert_eq!((store.wanted().await.unwrap(), seq()), (vec![], 4), "waiting members try again");
     let head = *store.watch_head().borrow();
-    assert_eq!(store.check_history(head).await.unwrap(), head);
+    assert_eq!(fixture.check_history(head).await, head);
     assert_eq!(fixture.tree(1000).await.len(), 2);
     // What is collected is not lost.
     store.drop_packs(vec![kept], unix_ms() + 1).await.unwrap();

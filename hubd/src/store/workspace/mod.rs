@@ -133,10 +133,16 @@ pub trait WorkspaceStore: Send + Sync + 'static {
     /// The newest durable version, now and whenever it moves. Only the latest value is kept.
     fn watch_head(&self) -> watch::Receiver<Head>;
 
-    /// Compares the newest version that a member was told of with this history. If it was never one
-    /// of it, versions have been lost, and a new epoch begins, durably. Returns the head; the member
+    /// Whether the newest version that a member was told of can have been one of this history. If it was
+    /// never one of it, versions have been lost.
+    fn is_known(&self, known: Head) -> Answer<'_, bool>;
+
+    /// Begins a new epoch, durably, if this version was never one of this history. Returns the head; the member
     /// has to merge anew if that has another epoch than `known`.
-    fn check_history(&self, known: Head) -> Answer<'_, Head>;
+    ///
+    /// # Errors
+    /// [`StoreError::BeyondHead`] if so many versions cannot have been lost.
+    fn restart_if_lost(&self, known: Head) -> Answer<'_, Head>;
 
     /// Makes a new version of the same tree, so that members ask what there is to do.
     fn repeat_head(&self) -> Answer<'_, ()>;

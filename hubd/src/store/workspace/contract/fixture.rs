@@ -34,6 +34,14 @@ impl Fixture {
         Self { folder, scope, store, epoch, node: NodeId::new() }
     }
 
+    /// What a member that was told of this version learns, and what follows.
+    pub(super) async fn check_history(&self, known: Head) -> Head {
+        match self.store.is_known(known).await.unwrap() {
+            true => *self.store.watch_head().borrow(),
+            false => self.store.restart_if_lost(known).await.unwrap(),
+        }
+    }
+
     pub(super) async fn reopen(self, engine: &impl Engine) -> Self {
         let Self { folder, scope, store, epoch, node } = self;
         scope.cancel();

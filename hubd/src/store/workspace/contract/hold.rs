@@ -1,5 +1,6 @@
 //! What a member deletes is judged, whatever it says; and by which rules it went.
 
+use cortex_shared::chunk::{ChunkRef, Recipe};
 use cortex_shared::entry::Entry;
 use cortex_shared::ids::NodeId;
 
@@ -36,6 +37,29 @@ fn deletions(numbers: std::ops::Range<usize>) -> Vec<Op> {
 
 fn held(result: &CommitResult) -> usize {
     result.rejected.iter().filter(|rejected| rejected.reason == RejectReason::Held).count()
+}
+
+pub(crate) async fn content_that_is_elsewhere_by_a_members_word_alone_is_lost_all_the_same(
+    engine: &impl Engine,
+) {
+    for lies in [true, false] {
+        let fixture = filled(engine, 150).await;
+        fixture.add_chunks(&[b"t"]).await;
+        let tiny = ChunkRef::of(b"t").unwrap();
+        let others = (0..150).map(|number| {
+            let mut copy = entry(number);
+            if let Entry::File(file) = &mut copy
+                && lies
+            {
+                // What is there is something else, of the same size even.
+                file.recipe = Recipe(vec![tiny; usize::try_from(file.size).unwrap()]);
+            }
+            create(&format!("copy{number}"), copy)
+        });
+        fixture.set(others.collect()).await;
+        let result = fixture.commit(deletions(0..150)).await;
+        assert_eq!(held(&result), if lies { 150 } else { 0 });
+    }
 }
 
 pub(crate) async fn too_many_deletions_of_a_member_are_held_and_all_else_goes_on(

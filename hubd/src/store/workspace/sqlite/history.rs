@@ -16,6 +16,9 @@ use super::{HeadRow, head_of, read_head};
 /// How long versions are remembered, in milliseconds: 30 days. A member that was away for longer is
 /// believed unless it has seen more than there is.
 const VERSIONS_KEPT_MS: i64 = 30 * 24 * 3600 * 1000;
+/// More versions than any backup is behind: who says that so many were lost is not believed. Nobody can
+/// bring the numbers to their end.
+const MAX_LOST: u64 = 1 << 32;
 /// How many old versions are cleared away with each new one.
 const VERSIONS_CLEARED: i64 = 16;
 
@@ -81,6 +84,9 @@ pub(super) fn restart_if_lost(
 ) -> Result<Head, StoreError> {
     let mut head = read_head(connection)?;
     if !is_known(connection, known)? {
+        if known.seq.saturating_sub(head.seq) > MAX_LOST {
+            return Err(StoreError::BeyondHead { asked: known.seq, head: head.seq });
+        }
         head.epoch = WorkspaceEpoch::new().as_bytes().to_vec();
         // Above all that the member has seen, so that it also looks newer to those who only compare
         // numbers.

@@ -28,8 +28,9 @@ const LISTED: Duration = Duration::from_secs(600);
 /// What a commit removes from the tree.
 #[derive(Debug, Default)]
 pub(super) struct Removed {
-    /// Contents of the files that are not empty, one for each.
-    contents: Vec<Digest>,
+    /// Contents of the files that are not empty, one for each, and their recipes' digests: that a file has this
+    /// content is its member's word, and what the recipe says is looked at.
+    contents: Vec<(Digest, Option<Digest>)>,
     /// Entries of any kind.
     entries: u64,
 }
@@ -40,7 +41,8 @@ impl Removed {
         if let Entry::File(file) = entry
             && file.size > 0
         {
-            self.contents.push(file.content);
+            let recipe = Some(&file.recipe).filter(|recipe| !recipe.is_empty());
+            self.contents.push((file.content, recipe.map(|recipe| Digest::of(&recipe.encode()))));
         }
     }
 
@@ -51,11 +53,13 @@ impl Removed {
     /// How many of the files were the last with their content. Asked once the commit is applied.
     fn losses(&self, connection: &Connection) -> Result<u64, StoreError> {
         let mut elsewhere = connection.prepare_cached(
-            "SELECT 1 FROM entries WHERE content = ?1 AND content IS NOT NULL AND size > 0 LIMIT 1",
+            "SELECT 1 FROM entries
+             WHERE content = ?1 AND content IS NOT NULL AND size > 0 AND recipe IS ?2 LIMIT 1",
         )?;
         let mut losses = 0;
-        for content in &self.contents {
-            losses += u64::from(!elsewhere.exists([content.as_bytes()])?);
+        for (content, recipe) in &self.contents {
+            let recipe = recipe.as_ref().map(Digest::as_bytes);
+            losses += u64::from(!elsewhere.exists(params![content.as_bytes(), recipe])?);
         }
         Ok(losses)
     }

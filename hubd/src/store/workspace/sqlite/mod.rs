@@ -147,23 +147,15 @@ impl WorkspaceStore for SqliteWorkspaceStore {
         self.head.subscribe()
     }
 
-    fn check_history(&self, known: Head) -> Answer<'_, Head> {
-        Box::pin(async move {
-            let current = self.head.borrow().epoch;
-            let fits =
-                self.database.read(move |connection| history::is_known(connection, &known)).await?;
-            if fits {
-                return Ok(*self.head.borrow());
-            }
-            tracing::error!(
-                epoch = %current, known.seq,
-                "a member knows a version that is not here: this history was put back from a backup"
-            );
-            let write = move |connection: &Connection| {
-                history::restart_if_lost(connection, &known, unix_ms())
-            };
-            self.database.write_then(write, self.publish()).await
-        })
+    fn is_known(&self, known: Head) -> Answer<'_, bool> {
+        let read = move |connection: &Connection| history::is_known(connection, &known);
+        Box::pin(self.database.read(read))
+    }
+
+    fn restart_if_lost(&self, known: Head) -> Answer<'_, Head> {
+        let write =
+            move |connection: &Connection| history::restart_if_lost(connection, &known, unix_ms());
+        Box::pin(self.database.write_then(write, self.publish()))
     }
 
     fn repeat_head(&self) -> Answer<'_, ()> {
