@@ -130,6 +130,30 @@ fn without_a_grace_a_command_ends_with_its_line() {
 }
 
 #[test]
+fn a_client_that_was_away_for_too_long_is_told_so_and_of_no_cancel() {
+    let mut mesh = Mesh::start_with(&["--resume-grace", "1s"]);
+    let admin = mesh.operator("admin");
+    let proxy = Proxy::start(mesh.address().parse().unwrap());
+    let operator = mesh.operator_through("operator", &proxy.address().to_string());
+    let _node = mesh.node("a", As::Me);
+    let mark = mark();
+    let log = mesh.path("client.log");
+    let mut client = operator.begin(&["exec", "a", "-s", &sleeper(&mark)], &log);
+    leave(&proxy);
+    wait::until("its end on the node", || !runs(&mark));
+    let id = newest(&admin)["task_id"].as_str().unwrap().to_owned();
+    wait::until("the node's word", || !task_of(&admin, &id)["late_outcome"].is_null());
+    proxy.set(Fault::None);
+    assert_eq!(client.wait().code(), Some(125));
+    let log = std::fs::read_to_string(log).unwrap();
+    assert!(log.contains("away for longer than the resume grace"), "{log}");
+    assert!(!log.contains("cancelled"), "{log}");
+    let task = task_of(&admin, &id);
+    assert_eq!((&task["state"], &task["verdict"]), (&"failed".into(), &"failed".into()));
+    assert!(task["reason"].as_str().unwrap().contains("was away"), "{task}");
+}
+
+#[test]
 fn an_agent_that_is_stopped_is_not_the_commands_doing() {
     let mut mesh = Mesh::start();
     let operator = mesh.operator("operator");

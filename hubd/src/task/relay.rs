@@ -55,6 +55,9 @@ const CONNECTION_LOST: &str =
 /// Why a task ends whose node came back and said that it holds it.
 const NOT_TAKEN_UP: &str = "the node connected anew and did not take the command up in time; it may still be running there";
 
+/// Why a task ends whose reader did not come back.
+const READER_AWAY: &str = "whoever read its output was away for longer than the resume grace";
+
 /// A task in the table. Its place among its caller's commands is free once it is taken out.
 struct Running {
     task: Arc<Task>,
@@ -483,10 +486,17 @@ impl Relay {
         }
         let (relay, waiting) = (Arc::clone(self), Arc::clone(task));
         let give_up = move || {
-            if waiting.to_reader.is_read_by(reader) && !waiting.has_ended() {
+            if !waiting.to_reader.is_read_by(reader) || waiting.has_ended() {
+                return;
+            }
+            if waiting.is_cancelled() {
                 relay.cancel(&waiting, 0, DEFAULT_CANCEL_GRACE);
                 // What is still under way has no reader: let it flow, so that the command can end.
                 waiting.discard();
+            } else {
+                // Nobody asked for it: the node would take it for a cancel, so the verdict is the hub's.
+                waiting.cancel(0, DEFAULT_CANCEL_GRACE);
+                relay.fail(waiting.id(), TaskVerdict::Failed, READER_AWAY);
             }
         };
         if self.deadlines.resume.is_zero() {

@@ -418,7 +418,51 @@ async fn a_reader_that_stays_away_ends_its_command_and_one_that_comes_back_does_
         }
     };
     assert_eq!(cancelled, left.id(), "and not the one whose deadline came first");
-    assert!(left.attach([0; 2], 1, 0).is_none());
+    assert!(!back.has_ended());
+}
+
+#[tokio::test]
+async fn a_command_whose_reader_stayed_away_has_failed_and_was_not_cancelled() {
+    let mut fixture = fixture_with(SHORT).await;
+    let task = fixture.start("ann", Role::Operator).await.unwrap();
+    let stream = fixture.open(&task);
+    fixture.relay.reader_lost(&task, 1);
+    assert_eq!(next_cancel(&mut fixture.session.outbox).await, (task.id(), 0));
+    assert!(task.has_ended(), "the node's word is not waited for");
+    let exit = end(&task).await;
+    assert_eq!((exit.verdict(), exit.reason.as_str()), (TaskVerdict::Failed, READER_AWAY));
+    let pending = async || {
+        let held = vec![task.id()];
+        fixture.store.tasks_to_cancel(fixture.node, held).await.unwrap().len()
+    };
+    assert_eq!(pending().await, 1, "until the node has said how it ended");
+    let exit = TaskExit {
+        verdict: TaskVerdict::Cancelled.into(),
+        reason: "cancelled on request".into(),
+        ..TaskExit::default()
+    };
+    fixture.relay.node_frame(&task, stream, task_io_up::Frame::Exit(exit));
+    wait_for_ack(&mut fixture.session.outbox, task.id()).await;
+    let record = fixture.store.task(task.id()).await.unwrap().unwrap();
+    let end = record.end.unwrap();
+    assert_eq!((end.verdict, end.reason.as_str()), (Verdict::Failed, READER_AWAY));
+    assert_eq!(record.late.unwrap().verdict, Verdict::Cancelled);
+    assert_eq!(pending().await, 0);
+}
+
+#[tokio::test]
+async fn a_command_that_somebody_cancelled_has_its_nodes_verdict_also_without_a_reader() {
+    let mut fixture = fixture_with(SHORT).await;
+    let task = fixture.start("ann", Role::Operator).await.unwrap();
+    let stream = fixture.open(&task);
+    fixture.relay.cancel(&task, 2, Duration::from_secs(60));
+    assert_eq!(next_cancel(&mut fixture.session.outbox).await, (task.id(), 2));
+    fixture.relay.reader_lost(&task, 1);
+    assert_eq!(next_cancel(&mut fixture.session.outbox).await, (task.id(), 0), "and at once");
+    assert!(!task.has_ended());
+    let exit = TaskExit { verdict: TaskVerdict::Cancelled.into(), ..TaskExit::default() };
+    fixture.relay.node_frame(&task, stream, task_io_up::Frame::Exit(exit));
+    assert_eq!(end(&task).await.verdict(), TaskVerdict::Cancelled);
 }
 
 #[tokio::test]
