@@ -124,7 +124,7 @@ impl<'a> Making<'a> {
     fn all(&mut self, tell: Tell<'_>) -> Result<Backup, BackupError> {
         let mut copied = Copied::default();
         // The mark may be behind the log that is copied after it, and never beyond it.
-        let small = [self.from.audit_mark()];
+        let small = [self.from.audit_mark(), self.from.http_key()];
         for path in small.into_iter().filter(|path| path.exists()) {
             self.copy_small(&path)?;
         }

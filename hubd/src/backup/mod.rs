@@ -7,7 +7,7 @@
 //! databases-<n>/hub.db           copies of one moment each, complete without a log
 //!              /history.db
 //!              /ws/<id>.db
-//!              /ca/…  audit.head
+//!              /ca/…  http.key  audit.head
 //! ws/<id>/packs/<hash>           content, named by its hash: what is there already is not copied again
 //! lock                           one backup at a time
 //! ```
@@ -17,8 +17,8 @@
 //!
 //! The set is consistent: a workspace's packs are those that its database copy names (one that is
 //! collected meanwhile makes its database be copied anew), and the main database is copied last, after
-//! the audit log's mark. What commands wrote and is still to be read (`DATA/tasks`) is not in a backup: it
-//! belongs to the last hours; the history of nodes is.
+//! the audit log's mark. What commands wrote and is still to be read (`DATA/tasks`) is not in a backup, nor
+//! are the latest events (`DATA/events.db`): they belong to the last hours; the history of nodes is.
 //!
 //! The work is done by the process that is asked, on the files of the hub, so it takes the rights of
 //! root or of the hub's user and no running hub.
@@ -304,6 +304,11 @@ impl StoreFiles {
 
     fn audit_mark(&self) -> PathBuf {
         self.databases.join("audit.head")
+    }
+
+    /// The key of the HTTP side; none where that has no certificate of the mesh's own making.
+    fn http_key(&self) -> PathBuf {
+        self.databases.join("http.key")
     }
 
     fn ca(&self) -> PathBuf {

@@ -37,7 +37,7 @@ use crate::sync::pack_files::PackFiles;
 /// What a restore leaves behind, and whatever else may be in a directory where nothing is.
 const NO_CONTENT: [&str; 3] = ["lock", "restoring", "lost+found"];
 /// What is moved into place, in this order: a main database is only there once all else is.
-const IN_ORDER: [&str; 5] = ["ws", "ca", "audit.head", "history.db", "hub.db"];
+const IN_ORDER: [&str; 6] = ["ws", "ca", "http.key", "audit.head", "history.db", "hub.db"];
 
 /// A backup that was put back.
 #[derive(Debug)]

@@ -287,6 +287,33 @@ async fn a_folder_with_something_else_is_left_alone() {
     other.close().await;
 }
 
+#[tokio::test]
+async fn the_key_of_the_http_side_is_put_back_and_a_backup_without_one_is_as_good() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let folder = tempfile::tempdir().unwrap();
+    let (live, target) = (folder.path().join("live"), folder.path().join("backup"));
+    let data = Data::new(&live).await;
+    back_up_quietly(&data.layout, &target).unwrap();
+    let without = folder.path().join("without");
+    restore_quietly(&target, &without).await.unwrap();
+    assert!(!DataLayout::new(&without).http_key().exists());
+
+    cortex_shared::durable::write_file(&data.layout.http_key(), b"a key", 0o600).unwrap();
+    back_up_quietly(&data.layout, &target).unwrap();
+    data.close().await;
+    assert_eq!(problems_of_backup(&target), [""; 0]);
+    let again = folder.path().join("again");
+    restore_quietly(&target, &again).await.unwrap();
+    let key = DataLayout::new(&again).http_key();
+    assert_eq!(fs::read(&key).unwrap(), b"a key");
+    assert_eq!(fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
+
+    let manifest = Manifest::read(&target).unwrap();
+    fs::write(StoreFiles::of_backup(&target, &manifest).http_key(), b"another").unwrap();
+    let refused = restore_quietly(&target, &folder.path().join("never")).await;
+    assert!(matches!(refused, Err(BackupError::Damaged { .. })), "{refused:?}");
+}
+
 /// Damage, and the words by which it is told.
 type Damage = (&'static str, fn(&Path, WorkspaceId), &'static str);
 

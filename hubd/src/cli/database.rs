@@ -26,7 +26,8 @@ pub(super) enum DbCommand {
 FILE is a folder, which is made. Made again in the same folder, a backup copies only the content that is
 new, and replaces the one before once it is complete; interrupted, it leaves the one before. It takes the
 rights of the hub's user or of root, and holds the keys of the mesh's authority: keep it as you keep those.
-The settings (/etc/cortex/hubd.toml) are not in it.
+The settings (/etc/cortex/hubd.toml), the output of commands that can still be read and the latest events
+are not in it.
 
 Exit codes: 0 all is in it, 1 it was not made, or lacks content that the hub has lost.")]
     Backup {
