@@ -2,6 +2,11 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
+
+/// Longest policy with an end, whatever a hub says: nodes take none for longer. What is needed for longer
+/// belongs into the sandbox's own rules.
+pub const LONGEST_POLICY: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// How much a command may do on a node. Ordered: strict is less than permissive, so the mode in
 /// force is the minimum of what everyone involved allows.

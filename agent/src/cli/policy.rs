@@ -51,7 +51,8 @@ Examples:
         /// Why; it stands in the audit log
         #[arg(long, default_value = "", required_if_eq("mode", "permissive"))]
         reason: String,
-        /// When it ends by itself, such as 30m or 8h; at most 30d [default: 1h for permissive]
+        /// When it ends by itself, such as 30m or 8h; at most the hub's `permissive_longest` (30d)
+        /// [default: 1h for permissive]
         #[arg(long = "for", value_name = "DURATION", value_parser = units::parse_duration)]
         duration: Option<Duration>,
         #[command(flatten)]

@@ -8,10 +8,7 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use cortex_shared::policy::{Bound, Mode, Network, Role};
-
-/// Longest permissive policy, whatever the hub says.
-const LONGEST_POLICY: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+use cortex_shared::policy::{Bound, LONGEST_POLICY, Mode, Network, Role};
 
 /// One instant on both clocks that count.
 #[derive(Clone, Copy, Debug)]

@@ -132,7 +132,8 @@ cortex-agent ceiling set permissive, cortex-agent ceiling set strict --net full"
         /// Why, for the audit log; permissive and the network need it
         #[arg(long, default_value = "")]
         reason: String,
-        /// How long it lasts, such as 30m or 12h, 30d at most [default: 1h for permissive]
+        /// How long it lasts, such as 30m or 12h, at most the hub's `permissive_longest` (30d)
+        /// [default: 1h for permissive]
         #[arg(long = "for", value_name = "DUR", value_parser = parse_duration)]
         duration: Option<Duration>,
         #[command(flatten)]

@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use cortex_shared::policy::LONGEST_POLICY;
 use cortex_shared::telemetry::LogFormat;
 
 pub use self::http::HttpConfig;
@@ -116,8 +117,7 @@ impl HubConfig {
             events: EventLimits::default(),
             workers: Periods::default(),
             commands: CommandLimits::default(),
-            // What is needed for longer belongs into the sandbox's own rules.
-            permissive_longest: Duration::from_secs(30 * 24 * 3600),
+            permissive_longest: LONGEST_POLICY,
             content: ContentLimits::default(),
             shutdown_grace: Duration::from_secs(10),
             drain_wait: Duration::from_secs(30),

@@ -13,6 +13,7 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use cortex_shared::policy::LONGEST_POLICY;
 use cortex_shared::telemetry::LogFormat;
 
 use super::HubConfig;
@@ -222,8 +223,8 @@ settings! {
     /// The same of one node's commands, so that one node does not take all of it.
     node_output_memory: "SIZE" in 4_194_304..=u64::MAX => commands.node_memory;
     /// Longest time for which an administrator may allow a node's commands more than STRICT, or the
-    /// network.
-    permissive_longest: "DURATION" in Duration::from_secs(60)..=Duration::from_secs(365 * 86_400) => permissive_longest;
+    /// network until an end; 30 days at most, since nodes take nothing for longer.
+    permissive_longest: "DURATION" in Duration::from_secs(60)..=LONGEST_POLICY => permissive_longest;
     /// Content of workspaces on its way in that is in memory, of all members; some fifty packs keep a
     /// disk busy.
     content_memory: "SIZE" in MIN_CONTENT_MEMORY..=u32::MAX => content.hub_bytes;
@@ -603,6 +604,8 @@ mod tests {
             ("resume_grace = \"5 parsecs\"", "resume_grace: expected a unit"),
             ("resume_grace = true", "not a boolean"),
             ("node_certificate_life = \"1s\"", "expected 10s to 30d"),
+            // Nodes would take no policy for longer.
+            ("permissive_longest = \"31d\"", "to 30d"),
             ("join_queue = 0", "expected 1 to 1000000"),
             ("task_output = \"1 KB\"", "such as 64 KiB"),
             ("grpc = \"example.org\"", "an address and a port"),

@@ -67,7 +67,7 @@ pub(in crate::http) struct Policy {
     #[serde(default)]
     pub(in crate::http) reason: String,
     /// How long, in milliseconds. One hour unless told otherwise where the mode is permissive, and for
-    /// ever where only the network is allowed; 30 days at most.
+    /// ever where only the network is allowed; at most the hub's `permissive_longest` (30 days).
     pub(in crate::http) for_ms: Option<u64>,
 }
 
