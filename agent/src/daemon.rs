@@ -162,8 +162,8 @@ async fn idle_when_asked(mut asked: Signal, dispatcher: &Dispatcher) {
 }
 
 fn log_as(logging: &Logging, settings: &Settings) {
-    let filter = settings.log.as_deref().unwrap_or(DEFAULT_LOG);
-    match logging.change(filter) {
+    let filter = telemetry::log_filter(settings.log.as_deref().unwrap_or(DEFAULT_LOG));
+    match logging.change(&filter) {
         Ok(()) => tracing::info!(filter, "logging"),
         Err(error) => tracing::error!(%error, "what is logged stays as it was"),
     }

@@ -110,15 +110,22 @@ pub fn tell_left_out() -> u64 {
     left_out.iter().map(|(_, count)| count).sum()
 }
 
-/// Starts logging to standard error. `filter` is used unless `CORTEX_LOG` is set, in the syntax of
-/// `tracing_subscriber::EnvFilter` (such as `info` or `cortex_hubd=debug`).
+/// What `CORTEX_LOG` says is to be logged, or else `otherwise`.
+#[must_use]
+pub fn log_filter(otherwise: &str) -> String {
+    std::env::var("CORTEX_LOG").unwrap_or_else(|_| otherwise.to_owned())
+}
+
+/// Starts logging to standard error. `filter` is in the syntax of `tracing_subscriber::EnvFilter` (such as
+/// `info` or `cortex_hubd=debug`); whether `CORTEX_LOG` goes before it is the caller's to say, by
+/// [`log_filter`].
 ///
 /// Calling it again starts nothing, and returns a handle that changes nothing.
 ///
 /// # Errors
 /// If the filter cannot be used.
 pub fn start_logging(filter: &str, format: LogFormat) -> Result<Logging, BadFilter> {
-    let (filter, handle) = reload::Layer::new(wanted(filter)?);
+    let (filter, handle) = reload::Layer::new(parse(filter)?);
     let lines = fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none());
@@ -132,12 +139,12 @@ pub fn start_logging(filter: &str, format: LogFormat) -> Result<Logging, BadFilt
 }
 
 impl Logging {
-    /// Logs by another filter from now on; `CORTEX_LOG` goes before it, as at the start.
+    /// Logs by another filter from now on.
     ///
     /// # Errors
     /// If the filter cannot be used; the old one stays.
     pub fn change(&self, filter: &str) -> Result<(), BadFilter> {
-        let filter = wanted(filter)?;
+        let filter = parse(filter)?;
         self.0.reload(filter).map_err(|error| BadFilter(error.to_string()))
     }
 }
@@ -148,13 +155,6 @@ impl Logging {
 /// Why not.
 pub fn check_filter(filter: &str) -> Result<(), BadFilter> {
     parse(filter).map(|_| ())
-}
-
-fn wanted(filter: &str) -> Result<EnvFilter, BadFilter> {
-    match std::env::var("CORTEX_LOG") {
-        Ok(text) => parse(&text),
-        Err(_) => parse(filter),
-    }
 }
 
 fn parse(filter: &str) -> Result<EnvFilter, BadFilter> {

@@ -17,6 +17,7 @@ mod page;
 mod partition;
 mod sandbox;
 mod secrets;
+mod settings;
 mod skills;
 mod sync;
 mod sync_crash;

@@ -1,7 +1,7 @@
 //! `run`: the node's daemon.
 
 use clap::{Args, ValueEnum};
-use cortex_shared::telemetry::{LogFormat, start_logging};
+use cortex_shared::telemetry::{LogFormat, log_filter, start_logging};
 
 use super::Global;
 use super::error::{CliError, Exit};
@@ -31,7 +31,7 @@ enum LogShape {
 
 pub(crate) async fn run(global: &Global, args: RunArgs) -> Result<(), CliError> {
     let logging = start_logging(
-        DEFAULT_LOG,
+        &log_filter(DEFAULT_LOG),
         match args.log_format {
             LogShape::Text => LogFormat::Text,
             LogShape::Json => LogFormat::Json,

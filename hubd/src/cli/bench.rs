@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use cortex_shared::telemetry::{LogFormat, start_logging};
+use cortex_shared::telemetry::{LogFormat, log_filter, start_logging};
 
 use super::output::{self, Format};
 use super::parse_duration;
@@ -132,7 +132,7 @@ pub(super) struct JoinArgs {
 }
 
 pub(super) async fn bench(command: BenchCommand) -> anyhow::Result<ExitCode> {
-    start_logging("error", LogFormat::Text)?;
+    start_logging(&log_filter("error"), LogFormat::Text)?;
     raise_open_files();
     let (load, format) = match command {
         BenchCommand::Join(args) => return join(args).await,

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::builder::ValueParser;
+use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
+use cortex_shared::telemetry::{check_filter, log_filter};
 
 use super::{DataArg, output};
 use crate::config::HubConfig;
@@ -29,13 +31,20 @@ impl Configuration {
         if let Some(file) = &self.config {
             settings::apply_file(&mut config, file)?;
         }
-        settings::apply_texts(&mut config, &self.settings.0)?;
+        settings::apply_texts(&mut config, &self.settings.said)?;
+        if !self.settings.log_by_flag {
+            config.log.filter = log_filter(&config.log.filter);
+        }
         Ok(config)
     }
 }
 
 /// A flag and an environment variable for each setting; what was said by either, by the setting's name.
-struct Settings(BTreeMap<&'static str, String>);
+struct Settings {
+    said: BTreeMap<&'static str, String>,
+    /// Nothing goes before the flag, not even `CORTEX_LOG`.
+    log_by_flag: bool,
+}
 
 impl Args for Settings {
     fn augment_args(command: Command) -> Command {
@@ -72,7 +81,8 @@ impl FromArgMatches for Settings {
         let said = SETTINGS.iter().filter_map(|setting| {
             matches.get_one::<String>(setting.name).map(|text| (setting.name, text.clone()))
         });
-        Ok(Self(said.collect()))
+        let log_by_flag = matches.value_source("log") == Some(ValueSource::CommandLine);
+        Ok(Self { said: said.collect(), log_by_flag })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
@@ -89,8 +99,7 @@ pub(super) fn print_default() {
 /// `check`: says what the configuration comes to.
 pub(super) fn check(configuration: &Configuration) -> anyhow::Result<()> {
     let config = configuration.read()?;
-    cortex_shared::telemetry::check_filter(&config.log.filter)
-        .map_err(|problem| anyhow::anyhow!("log: {problem}"))?;
+    check_filter(&config.log.filter).map_err(|problem| anyhow::anyhow!("log: {problem}"))?;
     config.http.certificate_files().map_err(|problem| anyhow::anyhow!(problem))?;
     output::print(settings::document(&config).trim_end());
     Ok(())

@@ -63,7 +63,8 @@ enum Command {
 SIGTERM and SIGINT stop it in order; SIGHUP reads the configuration again, changes what is logged, and
 makes the hub a new certificate.
 Each setting can also be given as an environment variable, CORTEX_HUB_ and its name in capitals, or in
-a file (--config). A flag goes before a variable, and a variable before the file.")]
+a file (--config). A flag goes before a variable, and a variable before the file; CORTEX_LOG goes
+before CORTEX_HUB_LOG.")]
     Serve(Box<serve::ServeArgs>),
     /// Say whether a configuration can be used, and what it comes to
     Check(Box<configuration::Configuration>),

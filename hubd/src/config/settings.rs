@@ -245,7 +245,7 @@ settings! {
     /// should be well below `resume_grace`.
     reconnect_spread: "DURATION" in Duration::ZERO..=Duration::from_secs(300) => reconnect_spread;
     /// What is logged: error, warn, info, debug, trace, or a list such as info,cortex_hubd=debug. Read
-    /// again on SIGHUP.
+    /// again on SIGHUP. The environment variable CORTEX_LOG goes before the file and CORTEX_HUB_LOG.
     log: "FILTER" => log.filter;
     /// How log lines look: text, or json with one object a line.
     log_format: "FORMAT" => log.format;
