@@ -139,6 +139,9 @@ fn every_verb_that_asks_a_hub_ends_with_6_where_none_runs() {
         assert!(refused.stderr.contains("no hub answers on"), "{}", refused.stderr);
         assert!(refused.stderr.contains("\nhint: "), "{}", refused.stderr);
     }
+    // Nor is one asked for what makes no sense.
+    let wrong = mesh.hubd(&["policy", "set", "x", "strict", "--for", "1h"]);
+    assert_eq!(wrong.code, 2, "{}", wrong.stderr);
     // What asks none works.
     let _pin: Outcome = mesh.hubd(&["ca", "pin"]).ok();
     let _sound: Outcome = mesh.hubd(&["db", "verify"]).ok();

@@ -293,11 +293,9 @@ pub(super) async fn policy(command: PolicyCommand) -> anyhow::Result<()> {
         }
         PolicyCommand::Set { node, mode, net, reason, duration, data } => {
             let for_ms = duration.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
-            if duration.is_some_and(|duration| duration.is_zero()) {
-                bail!("--for takes a time above zero");
-            }
             if (mode, net) == (Mode::Strict, Network::None) && duration.is_some() {
-                bail!("strict without network has no end: leave --for out");
+                let text = "strict without network has no end: leave --for out";
+                return Err(output::WrongUse(text).into());
             }
             let mode = match mode {
                 Mode::Strict => v1::Mode::Strict,

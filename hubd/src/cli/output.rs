@@ -43,6 +43,11 @@ impl Unreachable {
     }
 }
 
+/// What was asked for makes no sense, whatever the hub says.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct WrongUse(pub(super) &'static str);
+
 /// A node was not empty in time.
 #[derive(Debug, thiserror::Error)]
 #[error("{node} is cordoned and still runs {running} commands")]
@@ -217,6 +222,9 @@ pub(super) fn exit_code(error: &anyhow::Error) -> ExitCode {
     use tonic::Code;
     if let Some(unreachable) = error.downcast_ref::<Unreachable>() {
         return ExitCode::from(if unreachable.is_forbidden() { 5 } else { 6 });
+    }
+    if error.is::<WrongUse>() {
+        return ExitCode::from(2);
     }
     if error.is::<StillRuns>() || error.is::<StillWorks>() {
         return ExitCode::from(6);
