@@ -17,7 +17,7 @@
 #   --user         for this user alone (the default unless root): programs in ~/.local/bin
 #   --prefix DIR   programs in DIR/bin [/usr/local]
 #   --from PATH    a folder with the programs, or an archive of a release [this folder's build]
-#   --from URL     a hub, https://HOST:PORT: its agent is downloaded, for this machine, and checked
+#   --from URL     with agent: a hub, https://HOST:PORT: its agent is downloaded, for this machine, and checked
 #   --pin PIN      the key that this hub has to have, as curl takes it (sha256//...)
 #   --sha256 HEX   what the archive has to be; without it, what SHA256SUMS beside it says, if there is one
 #   --dry-run      print every step and do none
@@ -167,7 +167,10 @@ download() {
   case $(uname -s)-$(uname -m) in
     Linux-x86_64 | Linux-amd64) platform=linux-x86_64 ;;
     Linux-aarch64 | Linux-arm64) platform=linux-aarch64 ;;
-    *) fail "there is no agent for $(uname -s) on $(uname -m)" ;;
+    *)
+      fail "there is no agent for $(uname -s) on $(uname -m)" \
+        "nodes are Linux on x86_64 or aarch64; elsewhere, build it from the sources"
+      ;;
   esac
   found=$bin/.cortex-download
   if $dry; then
@@ -176,10 +179,12 @@ download() {
     beside_target
     found=$scratch
   fi
+  remedy="is $from reached from here, and has that hub an agent for $platform (its setting http_agents)? \
+or give --from with the archive of a release"
   fetch "$found/cortex-agent" "$from/v1/agent/$platform" ||
-    fail "the agent cannot be downloaded from $from"
+    fail "the agent cannot be downloaded from $from" "$remedy"
   fetch "$found/SHA256SUMS" "$from/v1/agent/$platform.sha256" ||
-    fail "the hash of the agent cannot be downloaded from $from"
+    fail "the hash of the agent cannot be downloaded from $from" "$remedy"
   step chmod 755 "$found/cortex-agent"
 }
 
@@ -195,6 +200,7 @@ find_programs() {
   esac
   case $from in
     https://*)
+      [ "$what" = agent ] || usage "--from with a hub is for \`agent\` only: a hub gives away no other program"
       download
       check_sums
       return
@@ -204,13 +210,15 @@ find_programs() {
   if [ -n "$from" ] && [ -d "$from" ]; then
     found=$(cd "$from" && pwd)
   elif [ -n "$from" ]; then
-    [ -r "$from" ] || fail "there is no $from"
+    [ -r "$from" ] || fail "there is no $from" "--from takes a folder with the programs, or the archive of a release"
     check_archive
     if $dry; then scratch=$(mktemp -d); else beside_target; fi
-    tar -xzf "$from" -C "$scratch" --strip-components=1 || fail "$from is not an archive of a release"
+    no_release="fetch cortex-*.tar.gz of a release again, or unpack what it is and give the folder"
+    tar -xzf "$from" -C "$scratch" --strip-components=1 ||
+      fail "$from is not an archive of a release" "$no_release"
     found=$scratch
     if [ ! -e "$found/SHA256SUMS" ] || [ ! -e "$found/RELEASE" ]; then
-      fail "$from is not an archive of a release"
+      fail "$from is not an archive of a release" "$no_release"
     fi
   elif [ -x "$here/cortex-agent" ]; then
     found=$here
