@@ -41,7 +41,7 @@ pub(super) fn document() -> Value {
         "info": {
             "title": "cortex mesh hub",
             "version": env!("CARGO_PKG_VERSION"),
-            "description": "What an operator may do by the command line is what it may do here.",
+            "description": "Each route is a call of the service that the command line uses, with the same rights; what is not among them is the command line's.",
         },
         "paths": paths,
         "components": {
