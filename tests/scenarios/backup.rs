@@ -67,6 +67,11 @@ fn a_hub_put_back_from_a_backup_made_under_load_loses_nothing_that_members_have(
     pair.converge();
     let before = tree::read(&a);
 
+    let pin_of = |pair: &Pair| {
+        let status = pair.mesh.hubd(&["status", "-o", "json"]).ok().json();
+        status["http_pin"].as_str().unwrap().to_owned()
+    };
+    let pin = pin_of(&pair);
     let data = pair.mesh.path("hub");
     let refused = pair.mesh.hubd(&["db", "restore", &backup]);
     assert_eq!(refused.code, 7, "over a hub that runs: {}", refused.stderr);
@@ -79,6 +84,7 @@ fn a_hub_put_back_from_a_backup_made_under_load_loses_nothing_that_members_have(
     let restored = pair.mesh.hubd(&["db", "restore", &backup]).ok();
     assert!(restored.text().contains("1 workspaces"), "{}", restored.text());
     pair.mesh.start_hub();
+    assert_eq!(pin_of(&pair), pin, "lines that pin the HTTP side's key stay good");
     pair.mesh.wait_online("a");
     pair.mesh.wait_online("b");
     until("it is all there again", || {
