@@ -144,7 +144,8 @@ fn command_line(spec: &Spec, script: Option<&OwnedFd>) -> Result<Option<Command>
             if u64::try_from(size).is_ok_and(|size| size <= MAX_INLINE_SCRIPT_BYTES) {
                 let text = memory_file::read_sealed(script, MAX_INLINE_SCRIPT_BYTES)
                     .step(Step::Specification, "read the script")?;
-                command.arg("-c").arg(std::ffi::OsString::from_vec(text));
+                // One that begins with `-` or `+` is no option either.
+                command.args(["-c", "--"]).arg(std::ffi::OsString::from_vec(text));
             } else {
                 command.arg(format!("/proc/self/fd/{}", script.as_fd().as_raw_fd()));
             }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use cortex_agent::exec::{CancelCause, CommandControl, CommandRequest, CommandVerdict};
+use cortex_shared::policy::Mode;
 use tempfile::TempDir;
 
 use crate::support::{PLENTY, Running, in_workspace, program, run, script, view};
@@ -31,6 +32,18 @@ async fn a_script_of_any_permitted_length_runs() {
         let text = format!("X='{}'\necho ${{#X}}", "y".repeat(bytes));
         let ran = run(script(&text)).await;
         assert_eq!(ran.stdout, format!("{bytes}\n"), "{:?} {}", ran.exit, ran.stderr);
+    }
+}
+
+#[tokio::test]
+async fn a_script_is_never_read_as_options() {
+    let text = |begin: &str| format!("{begin} 2>&1\necho \"$0 $#\"");
+    for begin in ["-v", "+e", "--", "-"] {
+        for mode in [Mode::Strict, Mode::Permissive] {
+            let ran = run(CommandRequest { mode, ..script(&text(begin)) }).await;
+            let said = format!("{begin}: command not found\nbash 0\n");
+            assert!(ran.stdout.ends_with(&said), "{mode} {begin}: {:?} {}", ran.exit, ran.stderr);
+        }
     }
 }
 
