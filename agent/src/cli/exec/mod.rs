@@ -35,6 +35,7 @@ use cortex_shared::policy::Mode;
 use super::error::CliError;
 use super::units::{parse_duration, parse_size};
 use super::{Global, Output};
+use crate::exec::MAX_TIME_LIMIT;
 pub(crate) use shell::{ShellArgs, shell};
 
 /// Run a command on a node
@@ -42,7 +43,8 @@ pub(crate) use shell::{ShellArgs, shell};
 #[command(after_help = "\
 The command runs in the strict sandbox: it sees read-only system directories, a private /tmp, no
 network and, with --workspace, the files of that workspace. Its output arrives here as it is
-written, stdout on stdout and stderr on stderr.
+written, stdout on stdout and stderr on stderr. After 24 hours it is ended, or earlier if
+--time-limit or the node's owner say so.
 
 Exit code: the command's own; 124 time limit, 125 failure of the mesh (node or hub not reachable,
 session lost, output incomplete), 126 refused by policy, 127 command not found, 128+n ended by
@@ -106,8 +108,9 @@ pub(crate) struct ExecArgs {
     /// Processes the command may have
     #[arg(long, value_name = "N")]
     pids: Option<u32>,
-    /// Time the command may take, such as 90s or 1h
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    /// Time the command may take, such as 90s or 1h; 24h at most, and where nothing is said. The node's
+    /// owner may allow less
+    #[arg(long, value_name = "DURATION", value_parser = parse_time_limit)]
     time_limit: Option<Duration>,
     /// Say the task's id (of each node) and leave; `task logs`, `task wait` and `task attach` lead to it
     #[arg(long, conflicts_with_all = ["stdin", "terminal"])]
@@ -159,6 +162,19 @@ impl From<Net> for v1::Network {
     }
 }
 
+/// Reads the time that a command may take. No node gives it more than this, so what is asked for beyond
+/// would be cut without a word.
+fn parse_time_limit(text: &str) -> Result<Duration, String> {
+    let limit = parse_duration(text)?;
+    if limit > MAX_TIME_LIMIT {
+        let hours = MAX_TIME_LIMIT.as_secs() / 3600;
+        return Err(format!(
+            "every command is ended after {hours}h; no longer time can be asked for"
+        ));
+    }
+    Ok(limit)
+}
+
 /// Runs the command; the result is the exit code of this process.
 pub(crate) async fn exec(global: &Global, args: ExecArgs) -> Result<u8, CliError> {
     let start = request::start(&args)?;
@@ -178,4 +194,19 @@ pub(crate) async fn exec(global: &Global, args: ExecArgs) -> Result<u8, CliError
         return fan::detach(global, start, targets, args.several, args.output).await;
     }
     fan::exec(global, start, targets, args.several, args.output).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_time_can_be_asked_for_than_a_node_gives() {
+        assert_eq!(parse_time_limit("24h"), Ok(MAX_TIME_LIMIT));
+        assert_eq!(parse_time_limit("90s"), Ok(Duration::from_secs(90)));
+        for long in ["25h", "86401", "2d"] {
+            assert!(parse_time_limit(long).unwrap_err().contains("24h"), "{long}");
+        }
+        assert!(parse_time_limit("x").is_err());
+    }
 }

@@ -9,10 +9,10 @@ use clap::Args;
 use cortex_proto::{DEFAULT_OUTPUT_CREDIT, v1};
 use cortex_shared::policy::Mode;
 
-use super::{Net, keyboard, one};
+use super::{Net, keyboard, one, parse_time_limit};
 use crate::cli::error::CliError;
 use crate::cli::printer::Format;
-use crate::cli::units::{millis, parse_duration};
+use crate::cli::units::millis;
 use crate::cli::{Global, Output};
 use crate::link::proto_mode;
 
@@ -43,8 +43,9 @@ pub(crate) struct ShellArgs {
     /// Network the shell sees
     #[arg(long, value_enum, default_value_t)]
     net: Net,
-    /// Time the shell may stay open, such as 90s or 1h
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    /// Time the shell may stay open, such as 90s or 1h; 24h at most, and where nothing is said. The
+    /// node's owner may allow less
+    #[arg(long, value_name = "DURATION", value_parser = parse_time_limit)]
     time_limit: Option<Duration>,
 }
 
