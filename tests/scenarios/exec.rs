@@ -107,6 +107,13 @@ fn losing_the_node_is_told_at_once_and_is_not_the_commands_failure() {
     assert!(log.contains("lost"), "{log}");
 }
 
+/// Exits when it is read by nobody: what comes to it fails.
+pub(super) fn closed() -> Stdio {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    writer.into()
+}
+
 #[test]
 fn a_viewer_runs_nothing_and_an_agent_token_only_in_workspaces() {
     let mut mesh = Mesh::start();

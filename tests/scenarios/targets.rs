@@ -9,6 +9,8 @@ use cortex_tests::process::{Daemon, Outcome, run};
 use cortex_tests::wait::until;
 use rustix::process::Signal;
 
+use super::exec::closed;
+
 fn nodes(mesh: &Mesh, count: usize) -> Vec<Node> {
     (0..count).map(|n| mesh.node(&format!("n{n:02}"), As::Me)).collect()
 }
@@ -122,6 +124,27 @@ fn output_directory_gets_files_of_each_node_and_follows_no_link() {
         assert_eq!(read("stderr"), b"err\n");
     }
     assert_eq!(std::fs::read_to_string(victim).unwrap(), "untouched");
+}
+
+#[test]
+fn whoever_closes_standard_error_still_gets_the_output() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("admin");
+    let _nodes = nodes(&mesh, 2);
+    let script = "echo err >&2; echo out; exit 3";
+    let quietly = |arguments: &[&str]| {
+        let mut command = operator.command(arguments);
+        let ended = command.stdin(Stdio::null()).stderr(closed()).output().unwrap();
+        (ended.status.code(), String::from_utf8(ended.stdout).unwrap())
+    };
+    let (code, text) = quietly(&["exec", "n00", "n01", "-s", script]);
+    assert_eq!((code, text.matches(": out\n").count()), (Some(1), 2), "{text}");
+    let grouped = quietly(&["exec", "n00", "n01", "--group", "-s", script]);
+    assert_eq!(grouped, (Some(1), "== n00, n01 (2 nodes)\nout\n".to_owned()));
+    let begun = operator.agent(&["exec", "n00", "--detach", "-o", "json", "-s", script]).ok();
+    let id = begun.json()["task_id"].as_str().unwrap().to_owned();
+    assert_eq!(quietly(&["task", "attach", &id]), (Some(3), "out\n".to_owned()));
+    assert_eq!(quietly(&["task", "logs", &id]), (Some(0), "out\n".to_owned()));
 }
 
 #[test]

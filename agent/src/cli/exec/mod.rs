@@ -22,7 +22,7 @@ mod shell;
 mod signals;
 mod stdin;
 mod stream;
-mod writer;
+pub(super) mod writer;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -36,7 +36,7 @@ pub(super) enum WriterEvent {
 #[derive(Debug)]
 pub(super) enum Sink {
     /// To our own standard output and error, byte for byte.
-    Pass { stdout: File, stderr: File },
+    Pass([File; 2]),
     /// Into memory, up to a limit.
     Capture(Captured),
 }
@@ -64,11 +64,11 @@ impl Captured {
 
 /// Our own standard output and error, byte for byte: descriptors of their own, because the standard
 /// library's buffer lines where bytes must pass.
-pub(super) fn pass() -> io::Result<(File, File)> {
-    Ok((
+pub(super) fn pass() -> io::Result<[File; 2]> {
+    Ok([
         File::from(io::stdout().as_fd().try_clone_to_owned()?),
         File::from(io::stderr().as_fd().try_clone_to_owned()?),
-    ))
+    ])
 }
 
 /// Where a command's conversation puts its output. Never waits.
@@ -83,8 +83,7 @@ pub(super) trait OutputTo: Send {
 impl Sink {
     /// To our own standard output and error.
     pub(super) fn pass() -> io::Result<Self> {
-        let (stdout, stderr) = pass()?;
-        Ok(Self::Pass { stdout, stderr })
+        Ok(Self::Pass(pass()?))
     }
 
     /// Into memory.
@@ -93,18 +92,34 @@ impl Sink {
     }
 
     fn write(&mut self, stream: OutputStream, data: &[u8]) -> io::Result<()> {
-        match (self, stream) {
-            (Self::Pass { stdout, .. }, OutputStream::Stdout) => write_all(stdout, data),
-            (Self::Pass { stderr, .. }, OutputStream::Stderr) => match write_all(stderr, data) {
-                // Somebody who closed our standard error does not want to read it.
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-                result => result,
-            },
-            (Self::Capture(captured), stream) => {
+        match self {
+            Self::Pass(ours) => write_ours(ours, stream, data),
+            Self::Capture(captured) => {
                 captured.take(stream, data, MAX_CAPTURED_BYTES);
                 Ok(())
             }
         }
+    }
+}
+
+/// What came of writing to our standard error: somebody who closed it does not want to read it.
+pub(in crate::cli) fn unless_closed(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
+}
+
+/// Writes to one of our own outputs, as [`pass`] gives them.
+pub(super) fn write_ours(
+    ours: &mut [File; 2],
+    stream: OutputStream,
+    data: &[u8],
+) -> io::Result<()> {
+    let [stdout, stderr] = ours;
+    match stream {
+        OutputStream::Stdout => write_all(stdout, data),
+        OutputStream::Stderr => unless_closed(write_all(stderr, data)),
     }
 }
 
@@ -266,7 +281,7 @@ pub(super) fn write_output(
     }
     let captured = match sink {
         Sink::Capture(captured) => captured,
-        Sink::Pass { .. } => Captured::default(),
+        Sink::Pass(_) => Captured::default(),
     };
     (check, captured)
 }
@@ -314,7 +329,7 @@ mod tests {
         let (reader, pipe) = rustix::pipe::pipe().unwrap();
         drop(reader);
         let stderr = File::options().write(true).open("/dev/null").unwrap();
-        let sink = Sink::Pass { stdout: File::from(pipe), stderr };
+        let sink = Sink::Pass([File::from(pipe), stderr]);
         let queue = OutputQueue::default();
         queue.push(piece(0, b"12"), 8);
         queue.push(piece(2, b"34"), 8);
@@ -325,6 +340,20 @@ mod tests {
         assert!(matches!(told.try_recv(), Ok(WriterEvent::Written(2))));
         assert!(matches!(told.try_recv(), Ok(WriterEvent::Written(2))));
         assert!(told.try_recv().is_err());
+    }
+
+    #[test]
+    fn errors_that_nobody_reads_count_as_written_and_output_does_not() {
+        let (reader, pipe) = rustix::pipe::pipe().unwrap();
+        drop(reader);
+        let closed = File::from(pipe);
+        let mut ours = [closed.try_clone().unwrap(), closed];
+        assert!(write_ours(&mut ours, OutputStream::Stderr, b"x").is_ok());
+        let error = write_ours(&mut ours, OutputStream::Stdout, b"x").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        // One that cannot be written for another reason is a failure still.
+        ours[1] = File::options().write(true).open("/dev/full").unwrap();
+        assert!(write_ours(&mut ours, OutputStream::Stderr, b"x").is_err());
     }
 
     #[test]

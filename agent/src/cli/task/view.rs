@@ -7,6 +7,7 @@ use tonic::{Status, Streaming};
 use super::no_task;
 use crate::cli::error::{CliError, Exit};
 use crate::cli::exec::check;
+use crate::cli::exec::writer::unless_closed;
 use crate::cli::persist::Persistence;
 use crate::cli::printer::{ColorWhen, complain};
 use crate::cli::{Global, hub};
@@ -110,8 +111,11 @@ async fn pass(
                     stdout.write_all(&output.data).await?;
                     stdout.flush().await?;
                 } else {
-                    stderr.write_all(&output.data).await?;
-                    stderr.flush().await?;
+                    let written = match stderr.write_all(&output.data).await {
+                        Ok(()) => stderr.flush().await,
+                        error => error,
+                    };
+                    unless_closed(written)?;
                 }
             }
             Some(Frame::Interrupted(news)) => {

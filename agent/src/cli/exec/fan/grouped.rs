@@ -12,9 +12,9 @@ use std::os::unix::fs::FileExt as _;
 use cortex_proto::v1::OutputStream;
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 
-use super::lines::index;
+use super::lines::{STREAMS, index};
 use super::output::Destination;
-use crate::cli::exec::writer::{Captured, pass, write_all};
+use crate::cli::exec::writer::{Captured, pass, write_ours};
 
 /// Output that is gathered in memory before it is written to the file.
 const PIECE_BYTES: usize = 64 * 1024;
@@ -46,14 +46,13 @@ pub(super) struct Grouped {
 
 impl Grouped {
     pub(super) fn new() -> io::Result<Self> {
-        let (stdout, stderr) = pass()?;
         Ok(Self {
             file: unnamed_file()?,
             file_end: 0,
             running: HashMap::new(),
             groups: Vec::new(),
             by_hash: HashMap::new(),
-            out: [stdout, stderr],
+            out: pass()?,
         })
     }
 
@@ -62,21 +61,21 @@ impl Grouped {
         let nodes = if count == 1 { String::new() } else { format!(" ({count} nodes)") };
         let heading = format!("== {}{nodes}\n", group.nodes.join(", "));
         let mut buffer = vec![0; PIECE_BYTES];
-        for (index, places) in group.places.iter().enumerate() {
+        for (stream, places) in STREAMS.into_iter().zip(&group.places) {
             // Nodes that wrote nothing at all are still named.
-            if index == 1 && places.is_empty() {
+            if stream == OutputStream::Stderr && places.is_empty() {
                 continue;
             }
-            write_all(&mut self.out[index], heading.as_bytes())?;
+            write_ours(&mut self.out, stream, heading.as_bytes())?;
             let mut last = b'\n';
             for (offset, length) in places {
                 let piece = &mut buffer[..*length];
                 self.file.read_exact_at(piece, *offset)?;
-                write_all(&mut self.out[index], piece)?;
+                write_ours(&mut self.out, stream, piece)?;
                 last = piece.last().copied().unwrap_or(last);
             }
             if last != b'\n' {
-                write_all(&mut self.out[index], b"\n")?;
+                write_ours(&mut self.out, stream, b"\n")?;
             }
         }
         Ok(())

@@ -7,7 +7,7 @@ use std::io;
 use cortex_proto::v1::OutputStream;
 
 use super::output::Destination;
-use crate::cli::exec::writer::{Captured, pass, write_all};
+use crate::cli::exec::writer::{Captured, pass, write_ours};
 
 /// Longest line that is kept together; of a longer one each part is a line.
 const MAX_LINE_BYTES: usize = 16 * 1024;
@@ -26,9 +26,8 @@ pub(super) struct Lines {
 
 impl Lines {
     pub(super) fn new(prefix: bool) -> io::Result<Self> {
-        let (stdout, stderr) = pass()?;
         let nodes = HashMap::new();
-        Ok(Self { prefix, out: [stdout, stderr], gathered: Default::default(), nodes })
+        Ok(Self { prefix, out: pass()?, gathered: Default::default(), nodes })
     }
 }
 
@@ -58,8 +57,8 @@ impl Destination for Lines {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        for (gathered, out) in self.gathered.iter_mut().zip(&mut self.out) {
-            let written = write_all(out, gathered);
+        for (gathered, stream) in self.gathered.iter_mut().zip(STREAMS) {
+            let written = write_ours(&mut self.out, stream, gathered);
             gathered.clear();
             written?;
         }
@@ -70,6 +69,9 @@ impl Destination for Lines {
         Ok(())
     }
 }
+
+/// In the order of [`index`].
+pub(super) const STREAMS: [OutputStream; 2] = [OutputStream::Stdout, OutputStream::Stderr];
 
 pub(super) fn index(stream: OutputStream) -> usize {
     match stream {
