@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use cortex_tests::is_root;
 use cortex_tests::mesh::{As, Mesh, Operator};
-use cortex_tests::process::{Outcome, run};
+use cortex_tests::process::{Daemon, Outcome, run};
 use cortex_tests::wait::until;
 use rustix::process::Signal;
 use serde_json::json;
@@ -112,6 +112,34 @@ pub(super) fn closed() -> Stdio {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     writer.into()
+}
+
+#[test]
+fn signals_that_were_ignored_from_the_start_end_nothing() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let _node = mesh.node("a", As::Me);
+    // Cancelled by somebody else: a code of its own.
+    for (targets, code) in [(&["a"] as &[&str], 143), (&["a", "a", "--prefix", "never"], 1)] {
+        let arguments = [&["exec"], targets, &["-s", "echo started; sleep 300"]].concat();
+        let exec = operator.command(&arguments);
+        // As `nohup` does, and a script with what it runs in the background.
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' HUP INT; exec \"$0\" \"$@\""]).arg(exec.get_program());
+        command.args(exec.get_args()).env_remove("CORTEX_TOKEN").env_remove("CORTEX_STATE");
+        command.envs(exec.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let log = mesh.path("client.log");
+        let mut client = Daemon::start("client", &mut command, &log);
+        client.line("that it started", |line| (line == "started").then_some(()));
+        client.signal(Signal::HUP);
+        client.signal(Signal::INT);
+        let status = std::fs::read_to_string(format!("/proc/{}/status", client.id())).unwrap();
+        assert!(status.lines().any(|line| line.starts_with("SigIgn:") && line.ends_with("3")));
+        let listed = operator.agent(&["task", "list", "--limit", "1", "-o", "json"]).ok().json();
+        let id = listed[0]["task_id"].as_str().unwrap().to_owned();
+        let _cancelled: Outcome = operator.agent(&["task", "cancel", &id]).ok();
+        assert_eq!(client.wait().code(), Some(code), "{}", std::fs::read_to_string(log).unwrap());
+    }
 }
 
 #[test]

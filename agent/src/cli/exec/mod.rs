@@ -19,7 +19,7 @@ mod keyboard;
 pub(super) mod one;
 pub(super) mod request;
 mod shell;
-mod signals;
+pub(super) mod signals;
 mod stdin;
 mod stream;
 pub(super) mod writer;

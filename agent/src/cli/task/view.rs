@@ -7,6 +7,7 @@ use tonic::{Status, Streaming};
 use super::no_task;
 use crate::cli::error::{CliError, Exit};
 use crate::cli::exec::check;
+use crate::cli::exec::signals::Signals;
 use crate::cli::exec::writer::unless_closed;
 use crate::cli::persist::Persistence;
 use crate::cli::printer::{ColorWhen, complain};
@@ -32,10 +33,10 @@ pub(super) async fn write(
 
 /// The same, to the end of the task; its exit code becomes ours.
 pub(super) async fn attach(global: &Global, task: String) -> Result<u8, CliError> {
+    let mut signals = Signals::new()?;
     let (info, written) = tokio::select! {
         read = read(global, task, true) => read?,
-        interrupted = tokio::signal::ctrl_c() => {
-            interrupted?;
+        () = signals.next() => {
             return Err(CliError::new(Exit::Code(130), "left; the task goes on")
                 .hint("cortex-agent task cancel ends it"));
         }
