@@ -1,5 +1,6 @@
 //! Running commands: output, exit codes, cancelling, losing the node.
 
+use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -140,6 +141,19 @@ fn signals_that_were_ignored_from_the_start_end_nothing() {
         let _cancelled: Outcome = operator.agent(&["task", "cancel", &id]).ok();
         assert_eq!(client.wait().code(), Some(code), "{}", std::fs::read_to_string(log).unwrap());
     }
+}
+
+#[test]
+fn input_that_cannot_be_read_is_not_taken_for_its_end() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let _node = mesh.node("a", As::Me);
+    let mut command = operator.command(&["exec", "a", "-i", "-s", "cat; echo all"]);
+    let outcome = command.stdin(File::open("/").unwrap()).output().unwrap();
+    let said = String::from_utf8_lossy(&outcome.stderr);
+    assert_eq!(outcome.status.code(), Some(125), "{said}");
+    assert!(said.contains("cannot read standard input"), "{said}");
+    assert!(outcome.stdout.is_empty(), "it waited for the end");
 }
 
 #[test]

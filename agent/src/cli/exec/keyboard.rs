@@ -115,11 +115,13 @@ pub(super) struct Keyboard {
     raw: RawMode,
     keys: Input,
     keys_end: bool,
+    /// Why they ended, where that was not their end; the command is told after the last of them.
+    failure: Option<std::io::Error>,
     escapes: Escapes,
     waiting: BytesMut,
     dropped: bool,
     /// To the command; gone once the keys have ended and are all sent.
-    forward: Option<mpsc::Sender<Bytes>>,
+    forward: Option<Forward>,
     resized: Signal,
     stopped: Signal,
     ending: Vec<Signal>,
@@ -143,6 +145,7 @@ impl Keyboard {
             raw: RawMode::enter().map_err(failed)?,
             keys: read_stdin(),
             keys_end: false,
+            failure: None,
             escapes: Escapes::default(),
             waiting: BytesMut::new(),
             dropped: false,
@@ -160,12 +163,12 @@ impl Keyboard {
     /// The next event; keys are passed on meanwhile. Cancelling it loses nothing.
     pub(super) async fn next(&mut self) -> KeyEvent {
         loop {
-            if self.keys_end && self.waiting.is_empty() {
+            if self.keys_end && self.waiting.is_empty() && self.failure.is_none() {
                 self.forward = None;
             }
             tokio::select! {
                 piece = self.keys.recv(), if !self.keys_end => match piece {
-                    Some(piece) => {
+                    Some(Ok(piece)) => {
                         let escape = self.escapes.take(&piece, &mut self.waiting);
                         if self.waiting.len() > MAX_WAITING_BYTES {
                             self.waiting.truncate(MAX_WAITING_BYTES);
@@ -180,16 +183,26 @@ impl Keyboard {
                             None => {}
                         }
                     }
+                    Some(Err(error)) => (self.keys_end, self.failure) = (true, Some(error)),
                     None => self.keys_end = true,
                 },
-                permit = room(&self.forward), if !self.waiting.is_empty() => match permit {
+                permit = room(&self.forward),
+                    if !self.waiting.is_empty() || self.failure.is_some() => match permit {
+                    Some(permit) if self.waiting.is_empty() => {
+                        if let Some(error) = self.failure.take() {
+                            permit.send(Err(error));
+                        }
+                    }
                     Some(permit) => {
                         let most = self.waiting.len().min(STDIN_PIECE_BYTES);
-                        permit.send(self.waiting.split_to(most).freeze());
+                        permit.send(Ok(self.waiting.split_to(most).freeze()));
                         self.dropped = false;
                     }
                     // The command takes no more.
-                    None => self.waiting.clear(),
+                    None => {
+                        self.waiting.clear();
+                        self.failure = None;
+                    }
                 },
                 _ = self.resized.recv() => return KeyEvent::Resized(size()),
                 _ = self.stopped.recv() => return self.suspend(),
@@ -220,7 +233,10 @@ async fn next_of(signals: &mut [Signal]) {
     .await;
 }
 
-async fn room(forward: &Option<mpsc::Sender<Bytes>>) -> Option<mpsc::Permit<'_, Bytes>> {
+/// Where keys go to the command.
+type Forward = mpsc::Sender<std::io::Result<Bytes>>;
+
+async fn room(forward: &Option<Forward>) -> Option<mpsc::Permit<'_, std::io::Result<Bytes>>> {
     match forward {
         Some(forward) => forward.reserve().await.ok(),
         None => None,

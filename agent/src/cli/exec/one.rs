@@ -29,6 +29,7 @@ struct Outcome {
     interrupted: bool,
     reader_gone: bool,
     unwritable: Option<std::io::Error>,
+    unreadable: Option<std::io::Error>,
 }
 
 /// What is known of the end.
@@ -193,6 +194,7 @@ async fn run(
         interrupted,
         reader_gone: stream.reader_gone,
         unwritable: stream.unwritable,
+        unreadable: stream.unreadable,
     })
 }
 
@@ -212,10 +214,10 @@ impl Outcome {
     fn code(&self) -> u8 {
         match &self.ended {
             _ if self.interrupted => 130,
-            Ended::GaveUp => 130,
-            _ if self.unwritable.is_some() => 125,
+            _ if self.unwritable.is_some() || self.unreadable.is_some() => 125,
             // As a command whose own pipe broke.
             _ if self.reader_gone => 141,
+            Ended::GaveUp => 130,
             _ if self.incomplete.is_some() => 125,
             Ended::Exit(exit) => check::exit_code(exit),
         }
@@ -226,6 +228,11 @@ impl Outcome {
         if let Some(error) = &self.unwritable {
             return Some(format!(
                 "error: cannot write the output; the command was ended\ncause: {error}\n"
+            ));
+        }
+        if let Some(error) = &self.unreadable {
+            return Some(format!(
+                "error: cannot read standard input; the command was ended\ncause: {error}\n"
             ));
         }
         if self.reader_gone {

@@ -99,6 +99,8 @@ pub(super) struct TaskStream {
     pub(super) too_much: bool,
     /// Our standard output or error cannot be written.
     pub(super) unwritable: Option<std::io::Error>,
+    /// Our standard input cannot be read.
+    pub(super) unreadable: Option<std::io::Error>,
 }
 
 impl TaskStream {
@@ -151,6 +153,7 @@ impl TaskStream {
             reader_gone: false,
             too_much: false,
             unwritable: None,
+            unreadable: None,
         }
     }
 
@@ -460,12 +463,18 @@ impl TaskStream {
         }
     }
 
-    fn take_input(&mut self, piece: Option<Bytes>) {
+    fn take_input(&mut self, piece: Option<std::io::Result<Bytes>>) {
         match piece {
-            Some(data) => {
+            Some(Ok(data)) => {
                 let offset = self.input_read;
                 self.input_read += data.len() as u64;
                 self.input.push(Piece { stream: 0, offset, data });
+            }
+            // The command is not told that this is the end: it would take what it has for the whole.
+            Some(Err(error)) => {
+                self.stdin = None;
+                self.unreadable = Some(error);
+                self.cancel();
             }
             None => {
                 self.stdin = None;
@@ -509,7 +518,7 @@ fn call(
     (up, Box::pin(async move { client.exec(ReceiverStream::new(up_frames)).await }))
 }
 
-async fn next_piece(stdin: &mut Option<Input>) -> Option<Bytes> {
+async fn next_piece(stdin: &mut Option<Input>) -> Option<std::io::Result<Bytes>> {
     match stdin {
         Some(stdin) => stdin.recv().await,
         None => std::future::pending().await,
