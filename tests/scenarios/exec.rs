@@ -157,6 +157,26 @@ fn input_that_cannot_be_read_is_not_taken_for_its_end() {
 }
 
 #[test]
+fn documents_that_cannot_be_written_are_told_as_output_is() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let _nodes = [mesh.node("a", As::Me), mesh.node("b", As::Me)];
+    let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
+    for nodes in [&["a"] as &[&str], &["a", "b"]] {
+        for more in [&["-o", "json"] as &[&str], &["-o", "jsonl"], &["-o", "json", "--detach"]] {
+            let arguments = [&["exec"], nodes, more, &["--", "true"]].concat();
+            let ended = |output: Stdio| {
+                let mut command = operator.command(&arguments);
+                command.stdout(output).stderr(Stdio::null()).status().unwrap().code()
+            };
+            assert_eq!(ended(closed()), Some(141), "{arguments:?}");
+            assert_eq!(ended(full()), Some(125), "{arguments:?}");
+            assert_eq!(ended(Stdio::null()), Some(0), "{arguments:?}");
+        }
+    }
+}
+
+#[test]
 fn a_viewer_runs_nothing_and_an_agent_token_only_in_workspaces() {
     let mut mesh = Mesh::start();
     let (viewer, token) = (mesh.operator("viewer"), mesh.operator("agent-token"));

@@ -79,13 +79,14 @@ pub(in crate::cli) async fn exec(global: &Global, attached: Attached) -> Result<
     .await
     .map_err(of_the_mesh)?;
     let code = outcome.code();
-    if output.format != Format::Table {
-        global.printer(output).show(&outcome.document(code), &[])?;
-    }
+    let shown = match output.format {
+        Format::Table => Ok(()),
+        Format::Json | Format::Jsonl => global.printer(output).show(&outcome.document(code), &[]),
+    };
     if let Some(text) = outcome.complaint() {
         complain(&text, global.color);
     }
-    Ok(code)
+    of_the_output(shown, code)
 }
 
 /// A command that was begun and left to itself.
@@ -102,8 +103,7 @@ pub(super) struct Detached {
 async fn detach(global: &Global, output: Output, start: v1::ExecStart) -> Result<u8, CliError> {
     let detached = begin_detached(hub::operator(global).await?, start).await?;
     let lines = [("task", detached.task_id.clone())];
-    global.printer(output).show(&detached, &lines)?;
-    Ok(0)
+    of_the_output(global.printer(output).show(&detached, &lines), 0)
 }
 
 /// Begins a command that nobody stays with.
@@ -136,6 +136,16 @@ pub(super) fn of_the_mesh(error: CliError) -> CliError {
         Exit::Code(_) | Exit::ReaderGone => error,
         Exit::Forbidden => error.with_exit(Exit::Code(126)),
         _ => error.with_exit(Exit::Code(125)),
+    }
+}
+
+/// What this process ends with, where it is `code` if what it has to say could be written. As with the output
+/// itself, a reader that went away is told as a broken pipe, and anything else is a failure of the mesh.
+pub(super) fn of_the_output(shown: Result<(), CliError>, code: u8) -> Result<u8, CliError> {
+    match shown {
+        Ok(()) => Ok(code),
+        Err(error) if error.exit() == Exit::ReaderGone => Ok(141),
+        Err(error) => Err(of_the_mesh(error)),
     }
 }
 

@@ -12,7 +12,7 @@ use tonic::transport::Channel;
 use super::targets::Target;
 use super::{FanArgs, Prefix, Targets, dry_run, start_for};
 use crate::cli::error::{CliError, Exit};
-use crate::cli::exec::one::{begin_detached, of_the_mesh};
+use crate::cli::exec::one::{begin_detached, of_the_mesh, of_the_output};
 use crate::cli::printer::{Row, complain};
 use crate::cli::{Global, Output, hub};
 
@@ -88,13 +88,14 @@ pub(in crate::cli::exec) async fn detach(
     }
     let max_fail = args.max_fail.map_or(usize::MAX, std::num::NonZeroUsize::get);
     let began = begin_all(&client, &start, &nodes, args.parallel.get(), max_fail).await;
-    global.printer(output).list(&began)?;
+    let shown = global.printer(output).list(&began);
     if let Some(text) = summary(&began, nodes.len()) {
         complain(&text, global.color);
     }
     // What was not even tried is not known to be well either.
     let code = |wanted| began.iter().any(|began| began.code == wanted);
-    Ok(if code(125) || began.len() < nodes.len() { 125 } else { u8::from(code(126)) })
+    let code = if code(125) || began.len() < nodes.len() { 125 } else { u8::from(code(126)) };
+    of_the_output(shown, code)
 }
 
 /// In the order of the nodes; without those that were not tried because it had failed often enough.

@@ -37,7 +37,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tonic::transport::Channel;
 
 use super::document::Document;
-use super::one::of_the_mesh;
+use super::one::{of_the_mesh, of_the_output};
 use super::signals::Signals;
 use super::stream::TaskStream;
 use crate::cli::error::{CliError, Exit};
@@ -182,23 +182,24 @@ pub(super) async fn exec(
     complain(&summary::text(&reports), global.color);
     let lost = || super::stream::lost("the output was not written");
     written.map_err(|error| lost().because(error))?;
-    printed.map_err(|error| lost().because(error))??;
+    let printed = printed.map_err(|error| lost().because(error))?;
     // Part of the output may be written only when all is over.
     if let Ok(error) = failure.try_recv() {
         stop = Stop::Unwritable(error);
     }
-    match stop {
-        Stop::Unwritable(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(141),
+    let code = match stop {
+        Stop::Unwritable(error) if error.kind() == std::io::ErrorKind::BrokenPipe => 141,
         Stop::Unwritable(error) => {
-            Err(super::stream::lost("cannot write the output; the commands were ended")
-                .because(error))
+            return Err(super::stream::lost("cannot write the output; the commands were ended")
+                .because(error));
         }
-        stop => Ok(match (targets.single(), reports.as_slice()) {
+        stop => match (targets.single(), reports.as_slice()) {
             // One that was named: its own code, however its output is shown.
             (Some(_), [report]) if !stop.is_interrupted() => report.fate.code(),
             _ => summary::exit_code(&reports, stop.is_interrupted()),
-        }),
-    }
+        },
+    };
+    of_the_output(printed, code)
 }
 
 /// The request for one of the nodes.
