@@ -1,15 +1,17 @@
 //! Running commands: output, exit codes, cancelling, losing the node.
 
 use std::fs::File;
+use std::io::Read as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use cortex_tests::is_root;
 use cortex_tests::mesh::{As, Mesh, Operator};
-use cortex_tests::process::{Daemon, Outcome, run};
+use cortex_tests::process::{Daemon, Outcome, end, run};
+use cortex_tests::proxy::{Proxy, Towards};
 use cortex_tests::wait::until;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 fn exec(operator: &Operator, node: &str, script: &str) -> Outcome {
@@ -174,6 +176,88 @@ fn documents_that_cannot_be_written_are_told_as_output_is() {
             assert_eq!(ended(Stdio::null()), Some(0), "{arguments:?}");
         }
     }
+}
+
+#[test]
+fn what_had_come_outlives_the_failure_of_the_mesh_and_its_task_is_named() {
+    // Without a grace a broken connection is the end of it.
+    let mut mesh = Mesh::start_with(&["--resume-grace", "0s"]);
+    let proxy = Proxy::start(mesh.address().parse().unwrap());
+    let operator = mesh.operator_through("operator", &proxy.address().to_string());
+    let _node = mesh.node("a", As::Me);
+    let newest = |operator: &Operator| {
+        let listed = operator.agent(&["task", "list", "--limit", "1", "-o", "json"]).ok().json();
+        listed[0].clone()
+    };
+    let script = "head -c 3000000 /dev/zero | tr '\\0' x; sleep 300";
+    for format in ["json", "table"] {
+        proxy.cut_after(Towards::Client, 2_000_000);
+        let mut command = operator.command(&["exec", "a", "-o", format, "-s", script]);
+        let mut client = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        until("the cut", || proxy.has_cut());
+        until("that it is noticed", || newest(&operator)["state"] == "cancelled");
+        let id = newest(&operator)["task_id"].as_str().unwrap().to_owned();
+        // Nobody has read anything before.
+        let mut output = Vec::new();
+        client.stdout.take().unwrap().read_to_end(&mut output).unwrap();
+        let (status, said) = end(client, "client");
+        assert_eq!(status.code(), Some(125), "{said}");
+        let hint = format!("cortex-agent task show {id}");
+        assert!(said.contains(&format!("hint: {hint}\n")), "{said}");
+        let shown = if format == "json" {
+            let document: serde_json::Value = serde_json::from_slice(&output).unwrap();
+            assert_eq!((&document["task_id"], &document["hint"]), (&json!(id), &json!(hint)));
+            assert_eq!((&document["verdict"], &document["code"]), (&json!("unknown"), &json!(125)));
+            assert_eq!(document["complete"], false);
+            assert!(document["reason"].as_str().unwrap().contains("lost"), "{document}");
+            document["stdout"].as_str().unwrap().to_owned().into_bytes()
+        } else {
+            output
+        };
+        // More than any pipe holds; a part of the rest was still under way.
+        assert!(shown.len() > 200_000, "{}", shown.len());
+        assert!(shown.iter().all(|byte| *byte == b'x'));
+    }
+}
+
+#[test]
+fn who_interrupts_twice_waits_for_no_reader() {
+    let mut mesh = Mesh::start();
+    let operator = mesh.operator("operator");
+    let _node = mesh.node("a", As::Me);
+    let mut command = operator.command(&["exec", "a", "--", "yes"]);
+    let mut stalled = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let pid = Pid::from_raw(stalled.id().try_into().unwrap()).unwrap();
+    let state = || operator.agent(&["task", "list", "-o", "json"]).ok().json()[0]["state"].clone();
+    until("that it runs", || state() == "running");
+    kill_process(pid, Signal::INT).unwrap();
+    until("that it is cancelled", || state() == "cancelled");
+    assert!(stalled.try_wait().unwrap().is_none(), "what came is still to be read");
+    kill_process(pid, Signal::INT).unwrap();
+    assert_eq!(end(stalled, "client").0.code(), Some(130));
+}
+
+#[test]
+fn a_document_tells_of_a_command_that_did_not_begin() {
+    let mut mesh = Mesh::start();
+    let (operator, viewer) = (mesh.operator("operator"), mesh.operator("viewer"));
+    let mut node = mesh.node("a", As::Me);
+    let told = |operator: &Operator, code: i32, verdict: &str| {
+        let outcome = operator.agent(&["exec", "a", "-o", "json", "--", "true"]);
+        assert_eq!(outcome.code, code, "{}", outcome.stderr);
+        assert!(outcome.stderr.contains("error: "), "{}", outcome.stderr);
+        let document = outcome.json();
+        let found = (&document["verdict"], &document["node"], &document["task_id"]);
+        assert_eq!(found, (&json!(verdict), &json!("a"), &json!("")), "{document}");
+        assert_eq!((&document["code"], &document["complete"]), (&json!(code), &json!(false)));
+        assert!(!document["reason"].as_str().unwrap().is_empty(), "{document}");
+    };
+    told(&viewer, 126, "refused");
+    node.stop();
+    until("the hub knows", || mesh.shown("a")["online"] == false);
+    told(&operator, 125, "not_reached");
+    mesh.kill_hub();
+    told(&operator, 125, "not_reached");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::check::{own_exit_code, verdict_name};
 use super::writer::Captured;
+use crate::cli::error::CliError;
 
 /// One command on one node.
 #[derive(Debug, Default, Serialize)]
@@ -13,7 +14,8 @@ pub(super) struct Document {
     pub(super) task_id: String,
     pub(super) node: String,
     pub(super) node_id: String,
-    /// How it ended; `not_reached` and `not_started` where it did not begin.
+    /// How it ended; `not_reached`, `not_started` or `refused` where it did not begin, `unknown` where that
+    /// is not known.
     pub(super) verdict: &'static str,
     /// What `exec` ends with if this is its only target.
     pub(super) code: u8,
@@ -22,7 +24,7 @@ pub(super) struct Document {
     pub(super) signal: u32,
     /// All output has arrived.
     pub(super) complete: bool,
-    /// Not all of it is in this document; the counts are of all.
+    /// Not all of it is in this document; the counts are of all, as far as that is known.
     pub(super) truncated: bool,
     pub(super) stdout_bytes: u64,
     pub(super) stderr_bytes: u64,
@@ -43,7 +45,12 @@ impl Document {
         code: u8,
     ) -> Self {
         let id = |text: Option<String>| text.unwrap_or_default();
-        let unknown = v1::TaskExit::default();
+        let length = |kept: &[u8]| u64::try_from(kept.len()).unwrap_or(u64::MAX);
+        let unknown = v1::TaskExit {
+            stdout_bytes: length(&captured.stdout),
+            stderr_bytes: length(&captured.stderr),
+            ..v1::TaskExit::default()
+        };
         let exit = exit.unwrap_or(&unknown);
         Self {
             task_id: id(TaskId::from_slice(&accepted.task_id).ok().map(|id| id.to_string())),
@@ -63,5 +70,16 @@ impl Document {
             stdout: String::from_utf8_lossy(&captured.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&captured.stderr).into_owned(),
         }
+    }
+
+    /// The same where there is an error in place of an end.
+    pub(super) fn with_error(self, error: &CliError) -> Self {
+        let verdict = match self.code {
+            _ if !self.task_id.is_empty() => self.verdict,
+            126 => "refused",
+            _ => "not_reached",
+        };
+        let hint = error.help().unwrap_or_default();
+        Self { verdict, reason: error.message(), hint, ..self }
     }
 }

@@ -12,14 +12,14 @@ use super::document::Document;
 use super::keyboard::{self, KeyEvent, Keyboard};
 use super::signals::Signals;
 use super::stdin::read_stdin;
-use super::stream::{TaskStream, lost};
+use super::stream::{TaskStream, lost, with_task};
 use super::writer::{Captured, LateWriter, Sink, Written};
 use crate::cli::error::{CliError, Exit};
-use crate::cli::printer::{ColorWhen, Format, complain, progress_is_visible};
+use crate::cli::printer::{ColorWhen, Format, Printer, complain, progress_is_visible};
 use crate::cli::{Global, Output, hub};
 
 /// How it went.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Outcome {
     accepted: v1::ExecAccepted,
     ended: Ended,
@@ -33,12 +33,15 @@ struct Outcome {
 }
 
 /// What is known of the end.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 enum Ended {
     /// The node or the hub said how.
     Exit(v1::TaskExit),
     /// Interrupted here, and nothing was heard in time.
+    #[default]
     GaveUp,
+    /// The mesh refused the command, failed it, or was left: why.
+    Broken(CliError),
 }
 
 /// What runs, and how it is attached to this process.
@@ -61,10 +64,12 @@ pub(in crate::cli) async fn exec(global: &Global, attached: Attached) -> Result<
     };
     let with_keyboard =
         start.spec.as_ref().is_some_and(|spec| spec.terminal.is_some()) && keyboard::is_there();
+    let node = start.node.clone();
+    let mut listening = None;
     // From here on everything that fails is a failure of the mesh, told from the command's own.
     let outcome = async {
         let client = hub::operator(global).await?;
-        let signals = Signals::new()?;
+        let signals = listening.insert(Signals::new()?);
         let (events, writer_events) = mpsc::channel(64);
         let (writer, written) = LateWriter::new(sink, events);
         let (keyboard, input) = if with_keyboard {
@@ -74,14 +79,16 @@ pub(in crate::cli) async fn exec(global: &Global, attached: Attached) -> Result<
             (None, stdin.then(read_stdin))
         };
         let stream = TaskStream::new(client, start, input, Box::new(writer), writer_events);
-        run(stream, signals, keyboard, written).await
+        run(stream, signals, keyboard, written, output.format).await
     }
     .await
-    .map_err(of_the_mesh)?;
+    .unwrap_or_else(|error| Outcome::broken(of_the_mesh(error)));
     let code = outcome.code();
     let shown = match output.format {
         Format::Table => Ok(()),
-        Format::Json | Format::Jsonl => global.printer(output).show(&outcome.document(code), &[]),
+        Format::Json | Format::Jsonl => {
+            show(global.printer(output), outcome.document(node, code), listening).await
+        }
     };
     if let Some(text) = outcome.complaint() {
         complain(&text, global.color);
@@ -149,21 +156,50 @@ pub(super) fn of_the_output(shown: Result<(), CliError>, code: u8) -> Result<u8,
     }
 }
 
+/// Prints a document. Whoever interrupts us does not wait for a slow reader of it.
+async fn show(
+    mut printer: Printer,
+    document: Document,
+    signals: Option<Signals>,
+) -> Result<(), CliError> {
+    let printing = tokio::task::spawn_blocking(move || printer.show(&document, &[]));
+    let interrupted = async {
+        match signals {
+            Some(mut signals) => signals.next().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        shown = printing => {
+            shown.map_err(|error| lost("the output was not written").because(error))?
+        }
+        () = interrupted => Err(unwritten()),
+    }
+}
+
+fn unwritten() -> CliError {
+    CliError::new(Exit::Code(130), "interrupted before all output was written")
+}
+
 /// Until the command has ended and its output is written. A signal ends the command, a second one
 /// leaves at once.
 async fn run(
     mut stream: TaskStream,
-    mut signals: Signals,
+    signals: &mut Signals,
     mut keyboard: Option<Keyboard>,
     mut written: Written,
+    format: Format,
 ) -> Result<Outcome, CliError> {
-    let mut interrupted = false;
+    let (mut interrupted, mut left) = (false, false);
     let exit = loop {
         tokio::select! {
             exit = stream.until_exit() => break exit,
             event = next_event(&mut keyboard) => match event {
                 KeyEvent::Resized(size) => stream.resize(size),
-                KeyEvent::Leave if interrupted => return Err(left()),
+                KeyEvent::Leave if interrupted => {
+                    left = true;
+                    break Err(leaving());
+                }
                 KeyEvent::Leave => {
                     interrupted = true;
                     stream.leave();
@@ -171,7 +207,8 @@ async fn run(
             },
             () = signals.next() => {
                 if interrupted {
-                    return Err(left());
+                    left = true;
+                    break Err(leaving());
                 }
                 interrupted = true;
                 let text = "ending the command; Ctrl-C again to leave at once";
@@ -185,21 +222,36 @@ async fn run(
         }
     };
     stream.close_output();
-    let exit = exit?;
-    // A slow reader may delay the last bytes.
-    let (check, captured) = tokio::select! {
-        written = stream.hear_until(&mut written) => {
-            written.map_err(|error| lost("the output was not written").because(error))?
-        }
-        () = signals.next() => {
-            let text = "interrupted before all output was written";
-            return Err(CliError::new(Exit::Code(130), text));
+    let ended = match exit {
+        Ok(Some(exit)) => Ended::Exit(exit),
+        Ok(None) => Ended::GaveUp,
+        Err(error) => Ended::Broken(of_the_mesh(with_task(error, &stream.accepted))),
+    };
+    let (check, captured) = if left && format == Format::Table {
+        // Who leaves waits for no reader. What is kept for a document has none.
+        Default::default()
+    } else {
+        // However it ended, what came of its output has come; a slow reader may delay the last bytes.
+        tokio::select! {
+            written = stream.hear_until(&mut written) => {
+                written.map_err(|error| lost("the output was not written").because(error))?
+            }
+            () = signals.next() => {
+                return Err(match ended {
+                    Ended::Broken(error) => error,
+                    Ended::Exit(_) | Ended::GaveUp => unwritten(),
+                });
+            }
         }
     };
+    let incomplete = match &ended {
+        Ended::Exit(exit) => check.incomplete(exit),
+        Ended::GaveUp | Ended::Broken(_) => None,
+    };
     Ok(Outcome {
-        incomplete: exit.as_ref().and_then(|exit| check.incomplete(exit)),
+        incomplete,
         accepted: stream.accepted,
-        ended: exit.map_or(Ended::GaveUp, Ended::Exit),
+        ended,
         captured,
         interrupted,
         reader_gone: stream.reader_gone,
@@ -208,7 +260,7 @@ async fn run(
     })
 }
 
-fn left() -> CliError {
+fn leaving() -> CliError {
     CliError::new(Exit::Code(130), "left at once; the command may still be running")
 }
 
@@ -220,9 +272,15 @@ async fn next_event(keyboard: &mut Option<Keyboard>) -> KeyEvent {
 }
 
 impl Outcome {
+    /// Of a command that was not even asked for.
+    fn broken(error: CliError) -> Self {
+        Self { ended: Ended::Broken(error), ..Self::default() }
+    }
+
     /// What this process ends with.
     fn code(&self) -> u8 {
         match &self.ended {
+            Ended::Broken(error) => error.exit().code(),
             _ if self.interrupted => 130,
             _ if self.unwritable.is_some() || self.unreadable.is_some() => 125,
             // As a command whose own pipe broke.
@@ -235,6 +293,11 @@ impl Outcome {
 
     /// What to say on standard error.
     fn complaint(&self) -> Option<String> {
+        let exit = match &self.ended {
+            Ended::Exit(exit) => Some(exit),
+            Ended::GaveUp => None,
+            Ended::Broken(error) => return Some(error.render()),
+        };
         if let Some(error) = &self.unwritable {
             return Some(format!(
                 "error: cannot write the output; the command was ended\ncause: {error}\n"
@@ -248,13 +311,10 @@ impl Outcome {
         if self.reader_gone {
             return None;
         }
-        match &self.ended {
-            Ended::GaveUp => Some(
-                "error: interrupted, and the end of the command was not heard of in time\n"
-                    .to_owned(),
-            ),
-            Ended::Exit(_) if self.interrupted => None,
-            Ended::Exit(exit) => match &self.incomplete {
+        match exit {
+            None => Some(self.gave_up().render()),
+            Some(_) if self.interrupted => None,
+            Some(exit) => match &self.incomplete {
                 Some(problem) => Some(format!(
                     "error: the output is incomplete\ncause: {problem}\nhint: the command itself ended ({}, exit code {}); run it again if it may run twice\n",
                     check::verdict_name(exit.verdict),
@@ -265,12 +325,26 @@ impl Outcome {
         }
     }
 
-    fn document(&self, code: u8) -> Document {
-        let exit = match &self.ended {
-            Ended::Exit(exit) => Some(exit),
-            Ended::GaveUp => None,
+    /// For programs. `node` is what the node was called by whoever asked for it.
+    fn document(&self, node: String, code: u8) -> Document {
+        let of =
+            |exit, complete| Document::new(&self.accepted, exit, &self.captured, complete, code);
+        let mut document = match &self.ended {
+            Ended::Exit(exit) => of(Some(exit), self.incomplete.is_none()),
+            Ended::GaveUp => of(None, false).with_error(&self.gave_up()),
+            Ended::Broken(error) => of(None, false).with_error(error),
         };
-        let complete = self.incomplete.is_none() && exit.is_some();
-        Document::new(&self.accepted, exit, &self.captured, complete, code)
+        if let Some(error) = &self.unreadable {
+            document.reason = format!("cannot read standard input: {error}");
+        }
+        if document.node.is_empty() {
+            document.node = node;
+        }
+        document
+    }
+
+    fn gave_up(&self) -> CliError {
+        let text = "interrupted, and the end of the command was not heard of in time";
+        with_task(CliError::new(Exit::Code(130), text), &self.accepted)
     }
 }

@@ -19,6 +19,7 @@ use cortex_proto::{
     CODE_DRAINING, CODE_TASK_ENDING, CODE_TRAILER, LEAST_OUTPUT_CREDIT, STDIN_WINDOW_BYTES,
 };
 use cortex_shared::clock::sleep_until;
+use cortex_shared::ids::TaskId;
 use cortex_shared::replay::{Piece, Replay};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -491,6 +492,14 @@ fn frame(frame: exec_up::Frame) -> v1::ExecUp {
 /// The mesh failed the command.
 pub(super) fn lost(what: &str) -> CliError {
     CliError::new(Exit::Code(125), what)
+}
+
+/// With where to look for the command's end, if the hub has taken it.
+pub(super) fn with_task(error: CliError, accepted: &v1::ExecAccepted) -> CliError {
+    match TaskId::from_slice(&accepted.task_id) {
+        Ok(task) => error.hint(format!("cortex-agent task show {task}")),
+        Err(_) => error,
+    }
 }
 
 async fn open(opening: &mut Option<Pin<Box<dyn Future<Output = Opened> + Send>>>) -> Opened {

@@ -39,7 +39,7 @@ use tonic::transport::Channel;
 use super::document::Document;
 use super::one::{of_the_mesh, of_the_output};
 use super::signals::Signals;
-use super::stream::TaskStream;
+use super::stream::{TaskStream, with_task};
 use crate::cli::error::{CliError, Exit};
 use crate::cli::printer::{ColorWhen, Format, Printer, complain, progress_is_visible};
 use crate::cli::units::parse_size;
@@ -368,8 +368,8 @@ impl Fan {
                 captured: end.captured,
                 too_much: stream.too_much,
                 interrupted,
+                exit: exit.map_err(|error| with_task(error, &stream.accepted)),
                 accepted: stream.accepted,
-                exit,
             };
             Report::new(node, course)
         }

@@ -62,14 +62,11 @@ impl Report {
         let complete = exit.is_some() && course.incomplete.is_none();
         let mut document = Document::new(&accepted, exit, &course.captured, complete, fate.code());
         document.truncated |= course.too_much;
-        if let Some(verdict) = fate.verdict() {
-            document.verdict = verdict;
-        }
         if let Some(why) = fate.why().filter(|_| document.reason.is_empty()) {
             document.reason = why.to_owned();
         }
         if let Err(error) = &course.exit {
-            document.hint = error.help().unwrap_or_default();
+            document = document.with_error(error);
         }
         Self { target, fate, document }
     }
@@ -149,11 +146,6 @@ impl Fate {
             Self::Failed(_, why) | Self::Lost(why) | Self::NotReached(why) => Some(why),
             Self::Succeeded | Self::NotStarted | Self::Interrupted => None,
         }
-    }
-
-    /// The verdict where none came from the node.
-    fn verdict(&self) -> Option<&'static str> {
-        matches!(self, Self::NotReached(_)).then_some("not_reached")
     }
 }
 
@@ -323,15 +315,17 @@ mod tests {
             Report::new(target("b"), exited(3)),
             Report::new(target("c"), not_accepted(Exit::Unreachable)),
             Report::not_started(target("d")),
+            Report::new(target("e"), not_accepted(Exit::Forbidden)),
         ];
         assert_eq!(
             text(&reports),
-            "1 of 4 succeeded, 1 failed, 1 not reached, 1 not started\n\
+            "1 of 5 succeeded, 2 failed, 1 not reached, 1 not started\n\
              failed: b (exit code 3)\n\
+             failed: e (node \"a\" is offline)\n\
              not reached: c (node \"a\" is offline)\n\
              not started: d\n"
         );
         let verdicts: Vec<_> = reports.iter().map(|report| report.document.verdict).collect();
-        assert_eq!(verdicts, ["exited", "exited", "not_reached", "not_started"]);
+        assert_eq!(verdicts, ["exited", "exited", "not_reached", "not_started", "refused"]);
     }
 }
