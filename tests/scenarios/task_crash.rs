@@ -54,6 +54,38 @@ fn check(operator: &Operator, root: &Path, point: &str, code: Option<i32>, log: 
 }
 
 #[test]
+fn a_detached_command_whose_acceptance_was_lost_is_asked_for_again_and_runs_once() {
+    let mut mesh = Mesh::start();
+    let mut node = mesh.node("box", As::Me);
+    let operator = mesh.operator("admin");
+    for targets in [&["box"] as &[&str], &["box", "box"]] {
+        mesh.hub().terminate();
+        mesh.start_hub_that_crashes_at("task.dispatched");
+        node.stop();
+        node.run();
+        mesh.wait_online("box");
+        let before = tasks(&operator).len();
+        let arguments =
+            [&["exec", "--detach", "-o", "jsonl"], targets, &["--", "sleep", "1"]].concat();
+        let log = mesh.path("detached.log");
+        let mut client = Daemon::start("exec", &mut operator.command(&arguments), &log);
+        assert_eq!(mesh.hub().wait().signal(), Some(9));
+        mesh.start_hub();
+        let begun: serde_json::Value =
+            client.line("its id", |line| serde_json::from_str(line).ok());
+        assert_eq!(client.wait().code(), Some(0), "{:?}", fs::read_to_string(log));
+        let tasks = tasks(&operator);
+        assert_eq!(tasks.len(), before + 1, "{tasks:?}");
+        assert_eq!(begun["task_id"], tasks[0]["task_id"]);
+        assert_eq!(begun["known"], false, "it was begun by this very command line");
+    }
+}
+
+fn tasks(operator: &Operator) -> Vec<serde_json::Value> {
+    operator.agent(&["task", "list", "-o", "json"]).ok().json().as_array().unwrap().clone()
+}
+
+#[test]
 fn a_command_runs_at_most_once_wherever_hub_or_node_die() {
     let mut mesh = Mesh::start();
     let mut node = mesh.node("box", As::Me);

@@ -12,7 +12,7 @@ use cortex_tests::process::{Daemon, Outcome};
 use cortex_tests::program;
 use cortex_tests::tree;
 use cortex_tests::wait::until;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::sync::noise;
 
@@ -203,6 +203,34 @@ fn a_hub_that_drains_lets_commands_end_and_hands_new_ones_to_the_next() {
     assert!(waiting.wait().success());
     let listed = mesh.hubd(&["audit", "list", "-o", "json", "--action", "hub.drained"]).ok();
     assert_eq!(listed.json().as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn who_begins_commands_on_several_nodes_and_waits_for_a_hub_can_leave_and_is_told_what_is_known() {
+    let mut mesh = Mesh::start_with_socket(&[]);
+    let operator = mesh.operator("operator");
+    let _node = mesh.node("a", As::Me);
+    let (_running, _keyboard) = long(&operator, &mesh);
+    let _drain = begin_drain(&mesh);
+    let log = mesh.path("waiting.log");
+    let said = || fs::read_to_string(&log).unwrap();
+    let mut client = operator
+        .command(&["exec", "a", "a", "--detach", "-o", "json", "--", "true"])
+        .stdout(std::process::Stdio::piped())
+        .stderr(fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    until("it is told", || said().contains("the hub is being restarted"));
+    let pid = Pid::from_raw(client.id().try_into().unwrap()).unwrap();
+    // The first begins no more, a second one leaves.
+    until("that it leaves", || {
+        kill_process(pid, Signal::INT).unwrap();
+        client.try_wait().unwrap().is_some()
+    });
+    let ended = client.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(130), "{}", said());
+    assert_eq!(ended.stdout, b"[]\n");
+    assert!(said().contains("0 of 1 accepted, 1 asked and not waited for"), "{}", said());
 }
 
 #[test]

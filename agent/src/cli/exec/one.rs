@@ -13,7 +13,7 @@ use super::keyboard::{self, KeyEvent, Keyboard};
 use super::signals::Signals;
 use super::stdin::read_stdin;
 use super::stream::{TaskStream, lost, with_task};
-use super::writer::{Captured, LateWriter, Sink, Written};
+use super::writer::{Captured, LateWriter, NoOutput, Sink, Written};
 use crate::cli::error::{CliError, Exit};
 use crate::cli::printer::{ColorWhen, Format, Printer, complain, progress_is_visible};
 use crate::cli::{Global, Output, hub};
@@ -115,20 +115,20 @@ async fn detach(global: &Global, output: Output, start: v1::ExecStart) -> Result
 
 /// Begins a command that nobody stays with.
 pub(super) async fn begin_detached(
-    mut client: OperatorClient<Channel>,
+    client: OperatorClient<Channel>,
     start: v1::ExecStart,
 ) -> Result<Detached, CliError> {
-    let first = v1::ExecUp { frame: Some(v1::exec_up::Frame::Start(start)) };
-    let mut down = client.exec(tokio_stream::once(first)).await?.into_inner();
-    let answer = down.message().await?.and_then(|message| message.frame);
-    let Some(v1::exec_down::Frame::Accepted(accepted)) = answer else {
-        return Err(lost("the hub did not say that it accepted the command"));
-    };
+    // That a key of our own making led to the task only means that an answer was lost.
+    let keyed = !start.idempotency_key.is_empty();
+    let (_, no_events) = mpsc::channel(1);
+    let mut stream = TaskStream::new(client, start, None, Box::new(NoOutput), no_events);
+    stream.until_accepted().await?;
+    let accepted = stream.accepted;
     Ok(Detached {
         task_id: id_text(&accepted.task_id),
         node: accepted.node_name,
         node_id: id_text(&accepted.node_id),
-        known: accepted.known,
+        known: keyed && accepted.known,
     })
 }
 

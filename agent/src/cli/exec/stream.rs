@@ -164,38 +164,57 @@ impl TaskStream {
     /// If the hub refuses the command, or the conversation breaks before the end.
     pub(super) async fn until_exit(&mut self) -> Result<Option<v1::TaskExit>, CliError> {
         loop {
-            let sendable = self.has_frame();
-            let up = self.up.clone();
-            let wants_input = !self.input.has_next();
-            tokio::select! {
-                opened = open(&mut self.opening) => {
-                    self.opening = None;
-                    match opened {
-                        Ok(response) => self.down = Some(response.into_inner()),
-                        Err(status) => self.broke(status)?,
-                    }
-                }
-                message = read(&mut self.down) => match message {
-                    Ok(Some(message)) => if let Some(exit) = self.accept(message)? {
-                        return Ok(Some(exit));
-                    },
-                    Ok(None) => {
-                        let text = "the hub closed the stream before the command's end";
-                        self.broke(Status::unavailable(text))?;
-                    }
-                    Err(status) => self.broke(status)?,
-                },
-                Ok(permit) = up.reserve(), if sendable => {
-                    if let Some(next) = self.next_frame() {
-                        permit.send(frame(next));
-                    }
-                }
-                Some(event) = self.writer_events.recv() => self.hear(event),
-                piece = next_piece(&mut self.stdin), if wants_input => self.take_input(piece),
-                () = sleep_until(self.retry.map(|(at, _)| at)) => self.reconnect(),
-                () = sleep_until(self.give_up_at) => return Ok(None),
+            if let Some(end) = self.turn().await? {
+                return Ok(end);
             }
         }
+    }
+
+    /// Until the hub has said that it took the command.
+    ///
+    /// # Errors
+    /// If it refuses the command, or cannot be asked.
+    pub(super) async fn until_accepted(&mut self) -> Result<(), CliError> {
+        while self.start.is_some() {
+            if self.turn().await?.is_some() {
+                return Err(lost("the hub did not say that it accepted the command"));
+            }
+        }
+        Ok(())
+    }
+
+    /// One thing of all that may happen. The end, which is `None` if it did not come in time after a cancel.
+    async fn turn(&mut self) -> Result<Option<Option<v1::TaskExit>>, CliError> {
+        let sendable = self.has_frame();
+        let up = self.up.clone();
+        let wants_input = !self.input.has_next();
+        tokio::select! {
+            opened = open(&mut self.opening) => {
+                self.opening = None;
+                match opened {
+                    Ok(response) => self.down = Some(response.into_inner()),
+                    Err(status) => self.broke(status)?,
+                }
+            }
+            message = read(&mut self.down) => match message {
+                Ok(Some(message)) => return Ok(self.accept(message)?.map(Some)),
+                Ok(None) => {
+                    let text = "the hub closed the stream before the command's end";
+                    self.broke(Status::unavailable(text))?;
+                }
+                Err(status) => self.broke(status)?,
+            },
+            Ok(permit) = up.reserve(), if sendable => {
+                if let Some(next) = self.next_frame() {
+                    permit.send(frame(next));
+                }
+            }
+            Some(event) = self.writer_events.recv() => self.hear(event),
+            piece = next_piece(&mut self.stdin), if wants_input => self.take_input(piece),
+            () = sleep_until(self.retry.map(|(at, _)| at)) => self.reconnect(),
+            () = sleep_until(self.give_up_at) => return Ok(Some(None)),
+        }
+        Ok(None)
     }
 
     /// The stream broke. What is gone for good is an error; otherwise another one is opened soon.

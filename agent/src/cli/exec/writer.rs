@@ -80,6 +80,17 @@ pub(super) trait OutputTo: Send {
     fn close(&self);
 }
 
+/// Where there is none: of a command that is left to itself.
+pub(super) struct NoOutput;
+
+impl OutputTo for NoOutput {
+    fn push(&self, _: Output, _: u64) -> bool {
+        true
+    }
+
+    fn close(&self) {}
+}
+
 impl Sink {
     /// To our own standard output and error.
     pub(super) fn pass() -> io::Result<Self> {

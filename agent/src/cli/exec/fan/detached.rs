@@ -13,7 +13,8 @@ use super::targets::Target;
 use super::{FanArgs, Prefix, Targets, dry_run, start_for};
 use crate::cli::error::{CliError, Exit};
 use crate::cli::exec::one::{begin_detached, of_the_mesh, of_the_output};
-use crate::cli::printer::{Row, complain};
+use crate::cli::exec::signals::Signals;
+use crate::cli::printer::{Format, Printer, Row, complain};
 use crate::cli::{Global, Output, hub};
 
 /// What came of it on one node.
@@ -86,55 +87,99 @@ pub(in crate::cli::exec) async fn detach(
     if args.dry_run {
         return dry_run(&mut global.printer(output), &nodes).map(|()| 0);
     }
-    let max_fail = args.max_fail.map_or(usize::MAX, std::num::NonZeroUsize::get);
-    let began = begin_all(&client, &start, &nodes, args.parallel.get(), max_fail).await;
-    let shown = global.printer(output).list(&began);
-    if let Some(text) = summary(&began, nodes.len()) {
+    let mut printer = global.printer(output);
+    let Begun { began, unheard, interrupted, shown } =
+        begin_all(&client, &start, &nodes, &args, &mut printer, output.format).await?;
+    if let Some(text) = summary(&began, unheard, nodes.len()) {
         complain(&text, global.color);
     }
     // What was not even tried is not known to be well either.
-    let code = |wanted| began.iter().any(|began| began.code == wanted);
-    let code = if code(125) || began.len() < nodes.len() { 125 } else { u8::from(code(126)) };
+    let any = |wanted| began.iter().any(|began| began.code == wanted);
+    let code = if interrupted {
+        130
+    } else if any(125) || began.len() < nodes.len() {
+        125
+    } else {
+        u8::from(any(126))
+    };
     of_the_output(shown, code)
 }
 
-/// In the order of the nodes; without those that were not tried because it had failed often enough.
+/// What came of it on all nodes.
+struct Begun {
+    /// In the order of the nodes; without those that were not tried because it had failed often enough or
+    /// somebody interrupted.
+    began: Vec<Began>,
+    /// Nodes whose answer was not waited for.
+    unheard: usize,
+    interrupted: bool,
+    /// Whether all of it could be printed.
+    shown: Result<(), CliError>,
+}
+
+/// Begins the command on all nodes and prints what comes of it. A signal begins no more, a second one leaves at
+/// once.
 async fn begin_all(
     client: &OperatorClient<Channel>,
     start: &v1::ExecStart,
     nodes: &[Target],
-    parallel: usize,
-    max_fail: usize,
-) -> Vec<Began> {
+    args: &FanArgs,
+    printer: &mut Printer,
+    format: Format,
+) -> Result<Begun, CliError> {
+    let max_fail = args.max_fail.map_or(usize::MAX, std::num::NonZeroUsize::get);
+    let mut signals = Signals::new().map_err(of_the_mesh)?;
     let mut waiting = nodes.iter().enumerate();
     let mut running = FuturesUnordered::new();
     let (mut began, mut failed) = (Vec::new(), 0);
+    let (mut interrupted, mut shown) = (false, Ok(()));
     loop {
         while failed < max_fail
-            && running.len() < parallel
+            && !interrupted
+            && shown.is_ok()
+            && running.len() < args.parallel.get()
             && let Some((index, node)) = waiting.next()
         {
             let begin = begin_detached(client.clone(), start_for(start, node));
             running.push(async move { (index, Began::of(node, begin.await)) });
         }
-        let Some(one) = running.next().await else { break };
+        let one = tokio::select! {
+            one = running.next() => one,
+            () = signals.next() => match std::mem::replace(&mut interrupted, true) {
+                true => None,
+                false => continue,
+            },
+        };
+        let Some(one) = one else { break };
         failed += usize::from(one.1.code != 0);
+        // Programs hear of each at once: what is printed is not lost, however this process ends.
+        if format != Format::Table && shown.is_ok() {
+            shown = printer.item(began.len(), &one.1);
+        }
         began.push(one);
     }
     began.sort_by_key(|(index, _)| *index);
-    began.into_iter().map(|(_, began)| began).collect()
+    let began: Vec<_> = began.into_iter().map(|(_, began)| began).collect();
+    let shown = shown.and_then(|()| match format {
+        Format::Table => printer.list(&began),
+        Format::Json | Format::Jsonl => printer.end_items(began.len()),
+    });
+    Ok(Begun { began, unheard: running.len(), interrupted, shown })
 }
 
 /// Names every node where nothing was begun; nothing if there is none.
-fn summary(began: &[Began], nodes: usize) -> Option<String> {
+fn summary(began: &[Began], unheard: usize, nodes: usize) -> Option<String> {
     let accepted = began.iter().filter(|began| began.code == 0).count();
     if accepted == nodes {
         return None;
     }
     let mut text = format!("{accepted} of {nodes} accepted");
-    if began.len() < nodes {
-        // Writing to a string does not fail, here and below.
-        write!(text, ", {} not started", nodes - began.len()).ok();
+    // Writing to a string does not fail, here and below.
+    if unheard > 0 {
+        write!(text, ", {unheard} asked and not waited for").ok();
+    }
+    if began.len() + unheard < nodes {
+        write!(text, ", {} not started", nodes - began.len() - unheard).ok();
     }
     text.push('\n');
     for began in began.iter().filter(|began| began.code != 0) {
