@@ -1,5 +1,7 @@
 //! The end of a command as a document for programs.
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use cortex_proto::v1;
 use cortex_shared::ids::{NodeId, TaskId};
 use serde::Serialize;
@@ -31,8 +33,18 @@ pub(super) struct Document {
     pub(super) duration_ms: u64,
     pub(super) reason: String,
     pub(super) hint: String,
+    /// Where it is no text, as far as it is.
     pub(super) stdout: String,
     pub(super) stderr: String,
+    /// The bytes of one that is no text; absent otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) stdout_base64: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) stderr_base64: Option<String>,
+}
+
+fn base64_unless_text(bytes: &[u8]) -> Option<String> {
+    std::str::from_utf8(bytes).is_err().then(|| STANDARD.encode(bytes))
 }
 
 impl Document {
@@ -69,6 +81,8 @@ impl Document {
             hint: exit.hint.clone(),
             stdout: String::from_utf8_lossy(&captured.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&captured.stderr).into_owned(),
+            stdout_base64: base64_unless_text(&captured.stdout),
+            stderr_base64: base64_unless_text(&captured.stderr),
         }
     }
 
@@ -81,5 +95,27 @@ impl Document {
         };
         let hint = error.help().unwrap_or_default();
         Self { verdict, reason: error.message(), hint, ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn captured(stdout: &[u8]) -> serde_json::Value {
+        let captured = Captured { stdout: stdout.to_vec(), ..Captured::default() };
+        let document = Document::new(&v1::ExecAccepted::default(), None, &captured, false, 125);
+        serde_json::to_value(document).unwrap()
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_there_beside_what_can_be_shown_of_them() {
+        let text = captured("äö\0\u{1b}\n".as_bytes());
+        assert_eq!(text["stdout"], "äö\0\u{1b}\n");
+        assert!(text.get("stdout_base64").is_none() && text.get("stderr_base64").is_none());
+        let bytes = captured(b"a\xff\xfeb");
+        assert_eq!(bytes["stdout"], "a\u{fffd}\u{fffd}b");
+        assert_eq!(bytes["stdout_base64"], "Yf/+Yg==");
+        assert!(bytes.get("stderr_base64").is_none());
     }
 }
