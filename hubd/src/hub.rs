@@ -20,8 +20,8 @@ use cortex_shared::peer::CaPin;
 use cortex_shared::tasks::TaskScope;
 use rustls_pki_types::CertificateDer;
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio::time::timeout;
-use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::transport::Server;
@@ -41,7 +41,7 @@ use crate::events::{EventBus, EventFeed, Kind, Knowledge, NewEvent};
 use crate::grpc::accept::{self, Incoming};
 use crate::grpc::auth::AuthLayer;
 use crate::grpc::enroll::EnrollService;
-use crate::grpc::guests::Guests;
+use crate::grpc::guests::{Bounded, Guests};
 use crate::grpc::handshakes::Handshakes;
 use crate::grpc::node::NodeService;
 use crate::grpc::operator::{HubAddress, OperatorService};
@@ -65,6 +65,10 @@ use crate::worker::{self, Supervisor, WorkOf};
 
 /// Streams one connection may have open: a node's running tasks, or an operator's commands.
 const STREAMS_PER_CONNECTION: u32 = 4096;
+/// The same for a guest, whose business is one call, and what it may send before somebody reads: else what it
+/// begins and never ends would be the hub's memory.
+const STREAMS_OF_GUEST: u32 = 2;
+const GUEST_WINDOW: u32 = 65_535;
 /// The first of the nodes told to go away comes back after this time, which the next hub takes to start.
 const FIRST_RECONNECT: Duration = Duration::from_millis(200);
 /// How long a hub that stops waits for nodes at which commands are just beginning: for a slow sandbox, but not
@@ -567,27 +571,52 @@ fn limited_operator(server: OperatorServer<OperatorService>) -> OperatorServer<O
     server.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES)
 }
 
-fn serve(incoming: Incoming, guests: Guests, routes: Routes, auth: AuthLayer, scope: &TaskScope) {
-    let incoming = ReceiverStream::new(incoming)
-        .filter_map(move |accepted| accepted.map(|stream| guests.let_in(stream)).transpose());
-    let stop = scope.token().clone().cancelled_owned();
-    let server = Server::builder()
-        .initial_stream_window_size(BULK_STREAM_WINDOW)
-        .initial_connection_window_size(BULK_CONNECTION_WINDOW)
-        .max_frame_size(HTTP2_FRAME_BYTES)
-        .max_concurrent_streams(STREAMS_PER_CONNECTION)
-        .http2_keepalive_interval(Some(Duration::from_secs(20)))
-        // A ping waits behind what the kernel has taken for a slow line. Dead sessions are found by
-        // their heartbeats.
-        .http2_keepalive_timeout(Some(Duration::from_secs(60)))
-        .layer(auth)
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(incoming, stop);
-    scope.spawn("server", async move {
-        if let Err(error) = server.await {
-            tracing::error!(%error, "server ended");
+fn serve(
+    mut incoming: Incoming,
+    guests: Guests,
+    routes: Routes,
+    auth: AuthLayer,
+    scope: &TaskScope,
+) {
+    let (to_guests, for_guests) = mpsc::channel(1);
+    let (to_known, for_known) = mpsc::channel(1);
+    scope.spawn("guests apart", async move {
+        while let Some(accepted) = incoming.recv().await {
+            let Some(accepted) = accepted.map(|stream| guests.let_in(stream)).transpose() else {
+                continue;
+            };
+            let is_guest = accepted.as_ref().is_ok_and(Bounded::is_guest);
+            let sent = if is_guest { to_guests.send(accepted) } else { to_known.send(accepted) };
+            if sent.await.is_err() {
+                return;
+            }
         }
     });
+    let of_guests = Server::builder()
+        .initial_stream_window_size(GUEST_WINDOW)
+        .initial_connection_window_size(GUEST_WINDOW)
+        .max_concurrent_streams(STREAMS_OF_GUEST);
+    let of_known = Server::builder()
+        .initial_stream_window_size(BULK_STREAM_WINDOW)
+        .initial_connection_window_size(BULK_CONNECTION_WINDOW)
+        .max_concurrent_streams(STREAMS_PER_CONNECTION);
+    for (server, incoming) in [(of_guests, for_guests), (of_known, for_known)] {
+        let stop = scope.token().clone().cancelled_owned();
+        let server = server
+            .max_frame_size(HTTP2_FRAME_BYTES)
+            .http2_keepalive_interval(Some(Duration::from_secs(20)))
+            // A ping waits behind what the kernel has taken for a slow line. Dead sessions are found by
+            // their heartbeats.
+            .http2_keepalive_timeout(Some(Duration::from_secs(60)))
+            .layer(auth.clone())
+            .add_routes(routes.clone())
+            .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop);
+        scope.spawn("server", async move {
+            if let Err(error) = server.await {
+                tracing::error!(%error, "server ended");
+            }
+        });
+    }
 }
 
 /// Hints at newer versions to the members that are connected.

@@ -159,6 +159,11 @@ pub(crate) struct Bounded {
 }
 
 impl Bounded {
+    /// Whether it is nobody's that is known.
+    pub(crate) fn is_guest(&self) -> bool {
+        self.guest.is_some()
+    }
+
     /// Fails when the connection is to end: whatever is done with it then, for one that does not read may
     /// be waited for in writing. As an error, so that nothing is left to be written.
     fn check(&mut self, context: &mut Context<'_>) -> io::Result<()> {

@@ -3,11 +3,15 @@
 use cortex_proto::v1;
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::sync_client::SyncClient;
+use cortex_shared::peer::HUB_SERVER_NAME;
+use rustls_pki_types::ServerName;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tonic::client::Grpc;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
-use super::support::{Login, TestHub, script, word};
+use super::support::{Login, TestHub, script, tls, word};
 use super::*;
 use crate::grpc::auth::expected::may_call;
 use crate::grpc::auth::{Level, TABLE};
@@ -137,5 +141,30 @@ async fn a_node_that_lies_in_the_body_gets_nothing() {
     let mut own = NodeClient::clone(&honest.client);
     own.task_io(tokio_stream::iter([hello, exit])).await.unwrap();
     assert_eq!(running.end().await.unwrap().verdict(), v1::TaskVerdict::Exited);
+    hub.hub.shutdown().await;
+}
+
+/// The most streams that the hub lets a connection have, as its greeting says.
+async fn streams_of(hub: &TestHub, login: Option<&Login>) -> u32 {
+    let tcp = TcpStream::connect(hub.hub.address()).await.unwrap();
+    let name = ServerName::try_from(HUB_SERVER_NAME).unwrap();
+    let mut tls = tls(&[hub.authority()], login, b"h2").connect(name, tcp).await.unwrap();
+    tls.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let mut head = [0; 9];
+    tls.read_exact(&mut head).await.unwrap();
+    assert_eq!(head[3], 4, "settings come first");
+    let mut settings = vec![0; usize::from(head[2])];
+    tls.read_exact(&mut settings).await.unwrap();
+    let streams = settings.chunks(6).find(|setting| setting[..2] == [0, 3]).unwrap();
+    u32::from_be_bytes(streams[2..].try_into().unwrap())
+}
+
+/// What a stranger begins and never ends is the hub's memory.
+#[tokio::test]
+async fn a_connection_without_a_certificate_has_room_for_its_one_call() {
+    let hub = TestHub::start().await;
+    let admin = hub.login("ann", "admin").await;
+    assert_eq!(streams_of(&hub, None).await, 2);
+    assert_eq!(streams_of(&hub, Some(&admin)).await, 4096);
     hub.hub.shutdown().await;
 }
