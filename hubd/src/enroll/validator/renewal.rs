@@ -104,6 +104,8 @@ impl Validator {
         request: RenewalRequest,
         proof: RenewalProof,
     ) -> Result<(Node, Issued), EnrollError> {
+        // By now the caller has shown the node's certificate or its key: a stranger uses up nothing of it.
+        self.renewed.check(request.node, Instant::now())?;
         let now_ms = unix_ms();
         // The one that signs is the one that is recorded, even if another takes over meanwhile.
         let ring = self.authorities.ring();
@@ -119,10 +121,7 @@ impl Validator {
             now_ms,
         };
         let (places, access) = match proof {
-            RenewalProof::Certificate => {
-                self.renewed.check(request.node, Instant::now())?;
-                (&self.renewals, &self.renewals_in_store)
-            }
+            RenewalProof::Certificate => (&self.renewals, &self.renewals_in_store),
             RenewalProof::Key { .. } => (&self.places, &self.access),
         };
         let (store, registry) = (Arc::clone(&self.store), Arc::clone(&self.admitted.registry));

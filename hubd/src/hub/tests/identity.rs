@@ -240,6 +240,26 @@ async fn a_key_alone_is_good_for_thirty_days_after_its_last_certificate() {
 }
 
 #[tokio::test]
+async fn a_node_that_recovers_in_a_loop_has_to_wait_and_strangers_use_nothing_of_it_up() {
+    let hub = TestHub::start().await;
+    let node = hub.join("box", &[]).await;
+    let thief = TestNode { login: Login { chain: Vec::new(), key: request().0 }, ..node.clone() };
+    for _ in 0..4 {
+        assert_eq!(word(&thief.recover(&hub).await.err().unwrap()), "node_unknown");
+    }
+    for _ in 0..8 {
+        node.recover(&hub).await.unwrap();
+    }
+    let refused = node.recover(&hub).await.err().unwrap();
+    assert_eq!(word(&refused), "rate_limited");
+    // By a certificate it is the same allowance.
+    assert_eq!(word(&node.renew(&hub).await.err().unwrap()), "rate_limited");
+    let lines = audit(&hub).await.1;
+    assert_eq!(lines.iter().filter(|line| line.action == "node.recovered").count(), 8);
+    hub.hub.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_node_that_leaves_is_revoked_by_itself() {
     let hub = TestHub::start().await;
     let (node, stays) = (hub.join("box", &[]).await, hub.join("stays", &[]).await);
