@@ -18,16 +18,20 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroize as _;
 
+use crate::rate::{Bucket, Rate};
 use crate::store::KeyHash;
 
 /// How long a code is good for: time to follow a link, and no more.
 pub const CODE_LIFE: Duration = Duration::from_secs(5 * 60);
 /// A session that nobody uses ends after this time.
 pub const IDLE: Duration = Duration::from_secs(60 * 60);
-/// Sessions of one operator. Beyond them, its oldest ends.
+/// Codes, and sessions, of one operator. Beyond them, its oldest ends.
 const MAX_OF_ONE: usize = 16;
 /// Codes and sessions of everybody. Beyond them, none are given out.
 const MAX_ALL: usize = 4096;
+/// How often one operator gets a code: each is a line of the audit log, and one that asks in a loop must
+/// not fill it.
+const OFFERS: Rate = Rate { burst: 64, per_second: 0.1 };
 const SECRET_BYTES: usize = 32;
 const CODE_PREFIX: &str = "cxl_";
 const SESSION_PREFIX: &str = "cxs_";
@@ -90,10 +94,25 @@ impl Drop for SessionSecret {
 #[error("too many logins are open")]
 pub struct TooMany;
 
+/// Why somebody gets no code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum OfferRefusal {
+    /// Everybody together has too many.
+    #[error(transparent)]
+    TooMany(#[from] TooMany),
+    /// This one asks too often.
+    #[error("too many logins were asked for")]
+    TooOften {
+        /// When it may again.
+        wait: Duration,
+    },
+}
+
 type Hash = [u8; 32];
 
 struct Code {
     holder: SessionHolder,
+    begun: Instant,
     until: Instant,
 }
 
@@ -137,16 +156,31 @@ impl Session {
     }
 }
 
+/// Makes room for one more of somebody, by what says when one of its own has begun: of so many as it may
+/// have, the oldest goes.
+fn make_room<T>(all: &mut HashMap<Hash, T>, begun: impl Fn(&T) -> Option<Instant>) {
+    let own = all.iter().filter_map(|(hash, one)| Some((begun(one)?, *hash)));
+    let own: Vec<_> = own.collect();
+    if own.len() >= MAX_OF_ONE
+        && let Some((_, oldest)) = own.iter().min()
+    {
+        all.remove(oldest);
+    }
+}
+
 #[derive(Default)]
 struct Memory {
     codes: HashMap<Hash, Code>,
     sessions: HashMap<Hash, Session>,
+    /// See [`OFFERS`]: by name, of those who have asked of late.
+    offers: HashMap<String, Bucket>,
 }
 
 impl Memory {
     fn forget_what_is_over(&mut self, now: Instant) {
         self.codes.retain(|_, code| now < code.until);
         self.sessions.retain(|_, session| !session.is_over(now));
+        self.offers.retain(|_, bucket| !bucket.is_full(OFFERS, now));
     }
 }
 
@@ -174,18 +208,29 @@ impl Sessions {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A code that opens one session of this holder, for [`CODE_LIFE`].
+    /// A code that opens one session of this holder, for [`CODE_LIFE`]. Beyond so many of one holder, its
+    /// oldest is good no longer: whoever asks for many keeps nobody else from logging in.
     ///
     /// # Errors
-    /// [`TooMany`].
-    pub fn offer(&self, holder: SessionHolder, now: Instant) -> Result<SessionSecret, TooMany> {
+    /// See [`OfferRefusal`].
+    pub fn offer(
+        &self,
+        holder: SessionHolder,
+        now: Instant,
+    ) -> Result<SessionSecret, OfferRefusal> {
         let mut memory = self.lock();
         memory.forget_what_is_over(now);
+        let fresh = || Bucket::full(OFFERS, now);
+        let offers = memory.offers.entry(holder.name().to_owned()).or_insert_with(fresh);
+        offers.take(OFFERS, now).map_err(|wait| OfferRefusal::TooOften { wait })?;
+        make_room(&mut memory.codes, |one| {
+            (one.holder.name() == holder.name()).then_some(one.begun)
+        });
         if memory.codes.len() >= MAX_ALL {
-            return Err(TooMany);
+            return Err(TooMany.into());
         }
         let (secret, hash) = secret(CODE_PREFIX);
-        memory.codes.insert(hash, Code { holder, until: now + CODE_LIFE });
+        memory.codes.insert(hash, Code { holder, begun: now, until: now + CODE_LIFE });
         Ok(secret)
     }
 
@@ -204,14 +249,9 @@ impl Sessions {
     pub fn open(&self, holder: SessionHolder, now: Instant) -> Result<SessionSecret, TooMany> {
         let mut memory = self.lock();
         memory.forget_what_is_over(now);
-        let own = memory.sessions.iter().filter(|(_, one)| one.holder.name() == holder.name());
-        let (count, oldest) = own.fold((0, None), |(count, oldest), (hash, one)| {
-            let older = oldest.is_none_or(|(_, begun)| one.begun < begun);
-            (count + 1, if older { Some((*hash, one.begun)) } else { oldest })
+        make_room(&mut memory.sessions, |one| {
+            (one.holder.name() == holder.name()).then_some(one.begun)
         });
-        if let Some((hash, _)) = oldest.filter(|_| count >= MAX_OF_ONE) {
-            memory.sessions.remove(&hash);
-        }
         if memory.sessions.len() >= MAX_ALL {
             return Err(TooMany);
         }
@@ -335,6 +375,28 @@ mod tests {
         assert!(sessions.find(of_bob.expose(), now).is_some());
         sessions.close_all_of(&ann());
         assert_eq!(sessions.count(now), 1);
+    }
+
+    #[test]
+    fn one_operator_has_so_many_codes_and_keeps_nobody_else_from_logging_in() {
+        let (sessions, mut now) = (Sessions::new(LIFE), Instant::now());
+        let of_root = sessions.offer(SessionHolder::Local { uid: 0 }, now).unwrap();
+        let mut all = Vec::new();
+        for _ in 0..=MAX_OF_ONE {
+            now += Duration::from_millis(1);
+            all.push(sessions.offer(ann(), now).unwrap());
+        }
+        assert_eq!(sessions.take_code(all[0].expose(), now), None, "the oldest went");
+        assert!(all[1..].iter().all(|c| sessions.take_code(c.expose(), now).is_some()));
+        // However often it asks, its share stays the same, and after a while it has to wait.
+        let refused = (0..MAX_ALL).find_map(|_| sessions.offer(ann(), now).err()).unwrap();
+        assert!(matches!(refused, OfferRefusal::TooOften { wait } if wait.as_secs() >= 9));
+        assert_eq!(sessions.lock().codes.len(), MAX_OF_ONE + 1);
+        assert!(sessions.take_code(of_root.expose(), now).is_some());
+        assert!(sessions.offer(SessionHolder::Local { uid: 0 }, now).is_ok());
+        now += Duration::from_secs(10);
+        assert!(sessions.offer(ann(), now).is_ok());
+        assert!(sessions.offer(ann(), now).is_err());
     }
 
     #[test]

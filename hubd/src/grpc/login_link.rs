@@ -8,8 +8,8 @@ use tonic::{Code, Status};
 
 use super::auth::AdmittedOperator;
 use super::operator::OperatorService;
-use super::status::{from_store, refuse, with_hint};
-use crate::authority::sessions::{CODE_LIFE, SessionHolder};
+use super::status::{from_store, refuse, too_often, with_hint};
+use crate::authority::sessions::{CODE_LIFE, OfferRefusal, SessionHolder};
 
 /// The pin of the HTTP side's key, or nothing.
 pub(super) fn pin(service: &OperatorService) -> String {
@@ -31,12 +31,19 @@ pub(super) async fn create(
         return Err(refuse(Code::PermissionDenied, "wrong_kind_of_caller", text));
     };
     let now = unix_ms();
+    // First the code: what is refused must not fill the audit log.
+    let code = service.sessions.offer(holder, Instant::now()).map_err(|refusal| match refusal {
+        OfferRefusal::TooOften { wait } => too_often(wait),
+        OfferRefusal::TooMany(error) => {
+            refuse(Code::ResourceExhausted, "too_many_logins", error.to_string())
+        }
+    })?;
     let line = caller.actor().audit(now, "session.offered", &caller.name, json!({}));
-    service.store.record_audit(line).await.map_err(from_store)?;
-    let code = service
-        .sessions
-        .offer(holder, Instant::now())
-        .map_err(|error| refuse(Code::ResourceExhausted, "too_many_logins", error.to_string()))?;
+    if let Err(error) = service.store.record_audit(line).await {
+        // Nobody has seen it, and nothing was written down of it.
+        drop(service.sessions.take_code(code.expose(), Instant::now()));
+        return Err(from_store(error));
+    }
     Ok(v1::CreateLoginLinkResponse {
         url: format!("{}/login#{}", http.url(), code.expose()),
         code: code.expose().to_owned(),

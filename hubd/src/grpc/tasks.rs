@@ -279,11 +279,11 @@ pub(super) async fn cancel(
                 }
             }
         }
+        let detail = serde_json::json!({ "signal": request.signal, "node": record.node_name });
+        let at_ms = cortex_shared::clock::unix_ms();
+        let audit = caller.actor().audit(at_ms, "task.cancel", record.id.to_string(), detail);
+        service.store.record_audit(audit).await.map_err(from_store)?;
     }
-    let detail = serde_json::json!({ "signal": request.signal, "node": record.node_name });
-    let at_ms = cortex_shared::clock::unix_ms();
-    let audit = caller.actor().audit(at_ms, "task.cancel", record.id.to_string(), detail);
-    service.store.record_audit(audit).await.map_err(from_store)?;
     let cancel_wanted = record.may_run();
     Ok(info(service, TaskRecord { cancel_wanted, ..record }))
 }

@@ -601,3 +601,54 @@ async fn what_is_outside_a_scope_shows_in_no_name_and_no_watch() {
     assert_eq!(word(&end), "workspace_not_found");
     hub.hub.shutdown().await;
 }
+
+/// How many lines of this action are in the audit log.
+async fn lines_of(hub: &TestHub, action: &str) -> usize {
+    audit(hub).await.0.iter().filter(|(_, other, _)| other == action).count()
+}
+
+#[tokio::test]
+async fn whoever_asks_for_logins_in_a_loop_fills_no_log_and_keeps_nobody_out() {
+    let hub = TestHub::start().await;
+    let viewer = hub.login("eve", "viewer").await;
+    let mut viewer = hub.operator(&viewer).await;
+    let link = || v1::CreateLoginLinkRequest {};
+    let mut links = 0;
+    let refused = loop {
+        match viewer.create_login_link(link()).await {
+            Ok(_) => links += 1,
+            Err(refused) => break refused,
+        }
+        assert!(links < 1000);
+    };
+    assert_eq!(word(&refused), "rate_limited");
+    hub.local().await.create_login_link(link()).await.unwrap();
+    assert_eq!(lines_of(&hub, "session.offered").await, links + 1);
+    hub.hub.shutdown().await;
+}
+
+#[tokio::test]
+async fn whoever_cancels_what_has_ended_writes_nothing_down() {
+    let hub = TestHub::start().await;
+    let node = hub.join("box", &[]).await;
+    let mut session = node.connect(&hub).await.unwrap();
+    let mut admin = hub.local().await;
+    let running = hub.exec(&mut admin, "box", script()).await.unwrap();
+    let task = cortex_shared::ids::TaskId::from_slice(&running.task_id).unwrap();
+    let cancel = || v1::CancelTaskRequest { task: task.to_string(), ..Default::default() };
+    let command = session.attach_task().await;
+    admin.cancel_task(cancel()).await.unwrap();
+    command.exit().await;
+    running.end().await.unwrap();
+    let ended = async {
+        while hub.hub.store.task(task).await.unwrap().unwrap().may_run() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), ended).await.expect("its end is written down");
+    for _ in 0..3 {
+        admin.cancel_task(cancel()).await.unwrap();
+    }
+    assert_eq!(lines_of(&hub, "task.cancel").await, 1);
+    hub.hub.shutdown().await;
+}

@@ -124,10 +124,11 @@ impl TestTask {
         self.send(task_io_up::Frame::Output(v1::Output { stream, offset, data })).await;
     }
 
-    /// The command ends.
+    /// The command ends. By the hash of its output it is the node's word.
     pub(super) async fn exit(&self) {
-        let verdict = v1::TaskVerdict::Exited.into();
-        self.send(task_io_up::Frame::Exit(v1::TaskExit { verdict, ..Default::default() })).await;
+        let (verdict, stdout_hash) = (v1::TaskVerdict::Exited.into(), vec![7; 32].into());
+        let exit = v1::TaskExit { verdict, stdout_hash, ..Default::default() };
+        self.send(task_io_up::Frame::Exit(exit)).await;
     }
 }
 
