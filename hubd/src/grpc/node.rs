@@ -165,6 +165,7 @@ impl Node for NodeService {
         let guard = SessionGuard::new(
             ends.handle.clone(),
             Arc::clone(&self.registry),
+            Arc::clone(&self.members.membership),
             Arc::clone(&self.relay),
             Arc::clone(&self.events),
         );

@@ -5,6 +5,7 @@
 
 mod convert;
 
+use std::collections::HashSet;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ use cortex_shared::ids::{NodeId, WorkspaceId};
 use cortex_shared::wire_path::WirePath;
 use futures_util::stream::{self, Stream, StreamExt as _, TryStreamExt as _};
 use prost::Message as _;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
@@ -24,7 +26,7 @@ use super::status::{disk_full, from_database, internal, invalid, no_room, over_q
 use crate::counters;
 use crate::events::{EventBus, Kind, NewEvent};
 use crate::node::registry::Registry;
-use crate::store::workspace::{Found, StoreError};
+use crate::store::workspace::{CommitResult, Found, StoreError};
 use crate::sync::{SyncError, WorkspaceHub, Workspaces};
 
 /// Packs of one stream that are worked on at the same time: while one is flushed to disk, others
@@ -69,6 +71,16 @@ struct Member {
     workspace: Arc<WorkspaceHub>,
 }
 
+/// A conflict copy: its place in the commit, the path that kept its name, and the copy's.
+type ConflictCopy = (u32, (WirePath, WirePath));
+
+/// The places in a commit of the operations that changed something.
+fn changed(result: &CommitResult) -> HashSet<u32> {
+    let rejected: HashSet<u32> = result.rejected.iter().map(|other| other.index).collect();
+    let accepted = (0_u32..).filter(|index| !rejected.contains(index));
+    accepted.zip(&result.seqs).filter(|(_, seq)| **seq != 0).map(|(index, _)| index).collect()
+}
+
 impl SyncService {
     /// Serves these workspaces to their members.
     #[must_use]
@@ -82,11 +94,21 @@ impl SyncService {
     }
 
     /// Tells of conflicts, once for each commit: names of members are for those who see them to look up.
-    fn tell_conflicts(&self, workspace: WorkspaceId, copies: &[(WirePath, WirePath)]) {
-        let Some((path, copy)) = copies.first() else { return };
+    /// Not of copies that were there before, nor more often than one node is heard.
+    fn tell_conflicts(&self, of: &Member, copies: &[ConflictCopy], result: &CommitResult) {
+        if copies.is_empty() {
+            return;
+        }
+        let changed = changed(result);
+        let made: Vec<_> = copies.iter().filter(|(index, _)| changed.contains(index)).collect();
+        let Some((_, (path, copy))) = made.first() else { return };
+        if !self.registry.may_tell(of.node, Instant::now()) {
+            return;
+        }
+        let workspace = of.workspace.id();
         let name = self.membership.workspace_name(workspace).unwrap_or_default();
         let shown = |path: &WirePath| String::from_utf8_lossy(path.as_bytes()).into_owned();
-        let about = NewEvent::of_workspace(workspace, &name).with("copies", copies.len());
+        let about = NewEvent::of_workspace(workspace, &name).with("copies", made.len());
         let about = about.with("path", shown(path)).with("copy", shown(copy));
         self.events.publish(Kind::WorkspaceConflict, about);
     }
@@ -238,9 +260,7 @@ impl Sync for SyncService {
         drop(room);
         counters::COMMITS.add(1);
         counters::CHANGES_REJECTED.add(result.rejected.len() as u64);
-        let made = |index: &u32| !result.rejected.iter().any(|other| other.index == *index);
-        let made = copies.into_iter().filter(|(index, _)| made(index)).map(|(_, copy)| copy);
-        self.tell_conflicts(workspace.id(), &made.collect::<Vec<_>>());
+        self.tell_conflicts(&Member { node, workspace }, &copies, &result);
         Ok(Response::new(convert::wire_result(result)))
     }
 

@@ -21,6 +21,7 @@ use cortex_shared::labels::Labels;
 use cortex_shared::policy::Bound;
 use cortex_shared::text::shorten;
 use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub use self::authority::{ForgetRefusal, NodeRefusal, policy_update};
@@ -28,6 +29,7 @@ use self::identity::Arrived;
 pub use self::identity::{Arrival, ArrivalRefusal};
 use self::nodes::Nodes;
 use crate::counters;
+use crate::rate::{Bucket, Rate};
 use crate::store::{Node, Presented};
 
 /// Frames that may wait for a node on its control stream. They are small and the node always reads
@@ -36,6 +38,11 @@ pub const OUTBOX_FRAMES: usize = 512;
 
 /// Of a longer reason the beginning is told.
 const MAX_REASON_BYTES: usize = 512;
+
+/// How often one node's word of its workspaces becomes an event. At once as much as all the workspaces of
+/// a node may have to say; and in the seven days that events are kept 60,000 more, so that no node alone
+/// pushes the others' out of the 100,000 that are kept. Its sessions share it: a new one is soon begun.
+const NEWS: Rate = Rate { burst: 256, per_second: 0.1 };
 
 /// Longest text that can name a node: a name of 63 characters, or an id.
 const MAX_WANTED_BYTES: usize = 64;
@@ -123,6 +130,8 @@ struct Known {
     sandbox: Option<SandboxReport>,
     arrived: Arrived,
     sync: HashMap<WorkspaceId, SyncStatus>,
+    /// See [`NEWS`].
+    news: Bucket,
     /// Cancelled when the node is revoked or forgotten: its calls end with it.
     calls: CancellationToken,
     /// The record has changed since it was last written to the store.
@@ -329,12 +338,13 @@ impl Registry {
     }
 
     /// Keeps what a node reports of its workspaces, if the report is of its current session. Returns what
-    /// of it somebody may have to do something about.
+    /// of it somebody may have to do something about, unless the node has had too much to say.
     pub fn report_sync(
         &self,
         node: NodeId,
         session: SessionId,
         reports: Vec<SyncStatus>,
+        now: Instant,
     ) -> Vec<(WorkspaceId, SyncNews)> {
         let mut nodes = self.lock();
         let Some(known) = of_session(&mut nodes, node, session) else { return Vec::new() };
@@ -342,15 +352,23 @@ impl Registry {
             .into_iter()
             .filter_map(|r| Some((WorkspaceId::from_slice(&r.workspace_id).ok()?, r)))
             .collect();
-        let news = reports.iter().flat_map(|(id, now)| {
-            let news = sync_news(known.sync.get(id), now);
+        let news = reports.iter().flat_map(|(id, status)| {
+            let news = sync_news(known.sync.get(id), status);
             news.into_iter().map(|news| (*id, news))
         });
-        let news = news.collect();
+        let mut news: Vec<_> = news.collect();
+        news.retain(|_| known.news.take(NEWS, now).is_ok());
         known.sync = reports;
         drop(nodes);
         self.notify();
         news
+    }
+
+    /// Whether something that a node has done to a workspace may be told as an event; counts it.
+    #[must_use]
+    pub fn may_tell(&self, node: NodeId, now: Instant) -> bool {
+        let mut nodes = self.lock();
+        nodes.get_mut(node).is_some_and(|known| known.news.take(NEWS, now).is_ok())
     }
 
     /// What a node last reported of a workspace in its current session.
@@ -449,6 +467,7 @@ impl Known {
             sandbox: None,
             arrived: Arrived::default(),
             sync: HashMap::new(),
+            news: Bucket::full(NEWS, Instant::now()),
             calls: CancellationToken::new(),
             unsaved: false,
         }
@@ -572,7 +591,7 @@ mod tests {
                 halted_reason: "x".repeat(10_000),
                 ..SyncStatus::default()
             };
-            let news = registry.report_sync(id, session, vec![status]);
+            let news = registry.report_sync(id, session, vec![status], Instant::now());
             news.into_iter().map(|(_, news)| news).collect::<Vec<_>>()
         };
         assert_eq!(report(0, SyncState::Idle), []);
@@ -581,6 +600,39 @@ mod tests {
         let halted = SyncNews::Halted("x".repeat(MAX_REASON_BYTES));
         assert_eq!(report(0, SyncState::Halted), [SyncNews::Released, halted]);
         assert_eq!(report(0, SyncState::Halted), []);
+    }
+
+    #[test]
+    fn a_node_that_always_has_news_is_soon_heard_no_more_and_its_status_is_kept() {
+        let (liar, other) = (node("a"), node("b"));
+        let ids = [liar.id, other.id];
+        let registry = Registry::new(vec![liar, other]);
+        let workspaces: Vec<_> = (0..100).map(|_| WorkspaceId::new()).collect();
+        let now = Instant::now();
+        let report = |id: NodeId, session: SessionId, held_deletions| {
+            let status = |workspace: &WorkspaceId| SyncStatus {
+                workspace_id: workspace.as_bytes().to_vec().into(),
+                held_deletions,
+                ..SyncStatus::default()
+            };
+            let reports = workspaces.iter().map(status).collect();
+            registry.report_sync(id, session, reports, now).len()
+        };
+        let mut told = 0;
+        for _ in 0..10 {
+            // A new session does not give it more.
+            let session = begin(&registry, ids[0]).handle.id;
+            told += report(ids[0], session, 7) + report(ids[0], session, 0);
+        }
+        assert_eq!(told, NEWS.burst as usize);
+        let session = begin(&registry, ids[0]).handle.id;
+        assert_eq!(report(ids[0], session, 9), 0);
+        assert_eq!(registry.sync_status(ids[0], workspaces[0]).unwrap().held_deletions, 9);
+        assert!(!registry.may_tell(ids[0], now) && registry.may_tell(ids[1], now));
+        let session = begin(&registry, ids[1]).handle.id;
+        assert_eq!(report(ids[1], session, 9), 100, "others are heard");
+        let later = now + std::time::Duration::from_secs(10);
+        assert!(registry.may_tell(ids[0], later) && !registry.may_tell(ids[0], later));
     }
 
     #[test]

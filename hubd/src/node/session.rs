@@ -5,7 +5,6 @@
 //! stops. Every way out passes [`SessionGuard`], which takes the session out of the registry (if it
 //! is still the current one) and tells everyone who waits for one of its tasks.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +14,7 @@ use futures_util::{Stream, StreamExt as _};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::membership::Membership;
 use super::registry::{Registry, SessionHandle, SyncNews};
 use crate::events::{EventBus, Kind, NewEvent};
 use crate::grpc::convert;
@@ -24,6 +24,7 @@ use crate::task::relay::Relay;
 pub struct SessionGuard {
     handle: SessionHandle,
     registry: Arc<Registry>,
+    membership: Arc<Membership>,
     relay: Arc<Relay>,
     events: Arc<EventBus>,
 }
@@ -34,15 +35,24 @@ impl SessionGuard {
     pub fn new(
         handle: SessionHandle,
         registry: Arc<Registry>,
+        membership: Arc<Membership>,
         relay: Arc<Relay>,
         events: Arc<EventBus>,
     ) -> Self {
-        Self { handle, registry, relay, events }
+        Self { handle, registry, membership, relay, events }
     }
 
-    fn tell(&self, workspace: WorkspaceId, name: &str, news: SyncNews) {
+    /// Whether the node is a member of the workspace of this id. Of others it has nothing to say.
+    fn is_of_member(&self, workspace_id: &[u8]) -> bool {
+        WorkspaceId::from_slice(workspace_id)
+            .is_ok_and(|workspace| self.membership.is_member(self.handle.node, workspace))
+    }
+
+    fn tell(&self, workspace: WorkspaceId, news: SyncNews) {
         let Some(view) = self.registry.get(self.handle.node) else { return };
-        let about = NewEvent::of_workspace(workspace, name).of_member(&view.node);
+        // By the hub's own record: a node may call a workspace what it likes.
+        let name = self.membership.name_of(workspace).unwrap_or_default();
+        let about = NewEvent::of_workspace(workspace, &name).of_member(&view.node);
         match news {
             SyncNews::Held(deletions) => {
                 self.events.publish(Kind::WorkspaceHold, about.with("deletions", deletions));
@@ -130,18 +140,12 @@ fn handle(guard: &SessionGuard, frame: NodeFrame) -> Result<(), super::registry:
                 guard.relay.outcome(task, &guard.handle, exit);
             }
         }
-        Some(node_frame::Frame::SyncReport(report)) => {
-            let names: HashMap<_, _> = report
-                .workspaces
-                .iter()
-                .filter_map(|status| {
-                    let id = WorkspaceId::from_slice(&status.workspace_id).ok()?;
-                    Some((id, status.workspace.clone()))
-                })
-                .collect();
+        Some(node_frame::Frame::SyncReport(mut report)) => {
+            report.workspaces.retain(|status| guard.is_of_member(&status.workspace_id));
             let (node, session) = (guard.handle.node, guard.handle.id);
-            for (id, news) in guard.registry.report_sync(node, session, report.workspaces) {
-                guard.tell(id, names.get(&id).map_or("", String::as_str), news);
+            let now = Instant::now();
+            for (id, news) in guard.registry.report_sync(node, session, report.workspaces, now) {
+                guard.tell(id, news);
             }
         }
         Some(node_frame::Frame::CeilingChanged(changed)) => {

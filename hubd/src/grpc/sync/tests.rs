@@ -43,6 +43,7 @@ struct Fixture {
     members: Arc<Members>,
     workspaces: Arc<Workspaces>,
     registry: Arc<Registry>,
+    events: Arc<EventBus>,
     address: SocketAddr,
     id: WorkspaceId,
 }
@@ -66,12 +67,9 @@ impl Fixture {
         let members = Arc::new(Members::default());
         let workspaces = Arc::new(workspaces);
         let registry = Arc::new(Registry::new(Vec::new()));
-        let service = SyncService::new(
-            workspaces.clone(),
-            members.clone(),
-            registry.clone(),
-            EventBus::in_memory(Default::default()),
-        );
+        let events = EventBus::in_memory(Default::default());
+        let service =
+            SyncService::new(workspaces.clone(), members.clone(), registry.clone(), events.clone());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let identify = |mut request: Request<()>| {
@@ -93,6 +91,7 @@ impl Fixture {
             members,
             workspaces,
             registry,
+            events,
             address,
             id: WorkspaceId::new(),
         }
@@ -399,6 +398,31 @@ async fn who_was_away_for_longer_than_deletions_are_recorded_gets_the_whole_tree
         let pages = member.changes(after).await.unwrap();
         assert!(pages.iter().all(|page| !page.complete), "{after}");
     }
+    fixture.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_conflict_copy_that_is_there_already_is_no_news_nor_is_one_of_too_many() {
+    let fixture = Fixture::new().await;
+    let mut member = fixture.member();
+    let mut known = crate::store::fixtures::node("box");
+    known.id = member.node;
+    fixture.registry.add(known);
+    let dir = || v1::entry::Kind::Dir(v1::DirEntry {});
+    let copy = |path: &str| v1::Op { conflict_of: "kept".into(), ..create(path, dir()) };
+    let published = || fixture.events.counters().published;
+    // The second commit makes one of its two copies only.
+    for (ops, told) in [
+        (vec![create("kept", dir()), copy("a")], 1),
+        (vec![copy("a"), copy("b")], 2),
+        (vec![copy("b"), copy("a")], 2),
+    ] {
+        assert!(member.commit(ops).await.unwrap().rejected.is_empty());
+        assert_eq!(published(), told);
+    }
+    while fixture.registry.may_tell(member.node, Instant::now()) {}
+    member.commit(vec![copy("c")]).await.unwrap();
+    assert_eq!(published(), 2);
     fixture.close().await;
 }
 

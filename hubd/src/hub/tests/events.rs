@@ -120,6 +120,51 @@ async fn everybody_hears_once_of_what_it_may_see_and_goes_on_over_a_restart() {
     hub.hub.shutdown().await;
 }
 
+#[tokio::test]
+async fn a_node_has_nothing_to_say_of_workspaces_of_others_and_gives_its_own_no_names() {
+    let hub = TestHub::start().await;
+    let mut admin = hub.local().await;
+    let box_ = hub.join("box", &[]).await;
+    let mut ids = Vec::new();
+    for name in ["own", "foreign"] {
+        let create = v1::CreateWorkspaceRequest { name: name.into() };
+        ids.push(admin.create_workspace(create).await.unwrap().into_inner().workspace_id);
+    }
+    let attach = v1::AttachWorkspaceRequest { workspace: "own".into(), node: "box".into() };
+    admin.attach_workspace(attach).await.unwrap();
+    // And one that nobody has made.
+    ids.push(vec![7; 16].into());
+    let mut events = admin.watch_events(from(None)).await.unwrap().into_inner();
+    let session = box_.connect(&hub).await.unwrap();
+    let report = |ids: &[bytes::Bytes], held_deletions| {
+        let status = |workspace_id: &bytes::Bytes| v1::SyncStatus {
+            workspace_id: workspace_id.clone(),
+            workspace: "forged".into(),
+            state: v1::SyncState::Halted.into(),
+            held_deletions,
+            ..Default::default()
+        };
+        let workspaces = ids.iter().map(status).collect();
+        let report = v1::node_frame::Frame::SyncReport(v1::SyncReport { workspaces });
+        v1::NodeFrame { frame: Some(report) }
+    };
+    session.up.send(report(&ids, 1)).await.unwrap();
+    // Only its own: what came of the first report has been told before what comes of this one.
+    session.up.send(report(&ids[..1], 0)).await.unwrap();
+    let mut heard = Vec::new();
+    while heard.last().is_none_or(|(kind, _, _)| kind != "workspace.released") {
+        if let Frame::Event(event) = events.message().await.unwrap().unwrap().frame.unwrap()
+            && event.kind.starts_with("workspace.")
+        {
+            heard.push((event.kind, event.workspace, event.workspace_id));
+        }
+    }
+    let own = |kind: &str| (kind.to_owned(), "own".to_owned(), ids[0].clone());
+    let expected = ["workspace.hold", "workspace.halted", "workspace.released"].map(own);
+    assert_eq!(heard, expected);
+    hub.hub.shutdown().await;
+}
+
 /// The cursor of the newest event.
 async fn until_newest(
     admin: &mut v1::operator_client::OperatorClient<tonic::transport::Channel>,
