@@ -195,7 +195,7 @@ fn what_had_come_outlives_the_failure_of_the_mesh_and_its_task_is_named() {
         let mut command = operator.command(&["exec", "a", "-o", format, "-s", script]);
         let mut client = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         until("the cut", || proxy.has_cut());
-        until("that it is noticed", || newest(&operator)["state"] == "cancelled");
+        until("that it is noticed", || newest(&operator)["state"] == "failed");
         let id = newest(&operator)["task_id"].as_str().unwrap().to_owned();
         // Nobody has read anything before.
         let mut output = Vec::new();
