@@ -216,7 +216,7 @@ async fn credit_comes_back_only_for_what_was_written() {
 #[tokio::test]
 async fn hub_that_sends_more_than_was_granted_is_left() {
     let mut mesh = Mesh::new().await;
-    let (child, exec) = mesh.exec().await;
+    let (child, mut exec) = mesh.exec().await;
     let piece = vec![b'x'; 1024 * 1024];
     let granted = cortex_proto::DEFAULT_OUTPUT_CREDIT / piece.len() as u64;
     for n in 0..granted + 2 {
@@ -227,18 +227,12 @@ async fn hub_that_sends_more_than_was_granted_is_left() {
         };
         exec.send(exec_down::Frame::Output(data)).await;
     }
-    // Nobody reads the pipe, so it can only end because of the excess.
-    let output = end_unread(child).await;
-    assert_eq!(output, Some(125));
-}
-
-/// Waits for the end without reading what the process writes.
-async fn end_unread(mut child: Child) -> Option<i32> {
-    let stdout = child.stdout.take();
-    let code =
-        within(tokio::task::spawn_blocking(move || child.wait())).await.unwrap().unwrap().code();
-    drop(stdout);
-    code
+    // Nobody reads the pipe, so the call can only end because of the excess; the process does once somebody
+    // has read what came before.
+    while exec.next().await.is_some() {}
+    let read = tokio::task::spawn_blocking(move || child.wait_with_output());
+    let output = within(read).await.unwrap().unwrap();
+    assert_eq!(output.status.code(), Some(125), "{}", stderr(&output));
 }
 
 #[tokio::test]
@@ -378,20 +372,20 @@ async fn draining_goes_on_where_the_hub_starts_anew() {
 async fn waiting_for_a_node_goes_on_where_the_hub_starts_anew() {
     use support::Presence::{Behind, Offline};
     let mesh = Mesh::new().await;
-    let wait = async |state: &str, watched: &[&[support::Presence]]| {
+    let wait = async |state: &str, timeout: &str, watched: &[&[support::Presence]]| {
         mesh.hub.set(|script| script.watched = watched.iter().map(|one| one.to_vec()).collect());
-        mesh.run(&["node", "wait", "n1", "--for", state, "--timeout", "3s"]).await
+        mesh.run(&["node", "wait", "n1", "--for", state, "--timeout", timeout]).await
     };
-    let online = wait("online", &[&[Offline], &[Offline], &[Offline, Behind]]).await;
+    let online = wait("online", "60s", &[&[Offline], &[Offline], &[Offline, Behind]]).await;
     assert!(online.status.success(), "{}", stderr(&online));
-    let offline = wait("offline", &[&[Behind, Offline]]).await;
+    let offline = wait("offline", "60s", &[&[Behind, Offline]]).await;
     assert!(offline.status.success(), "{}", stderr(&offline));
     // A hub that has started anew has no sessions: that does not mean that a node is away.
-    let back = wait("offline", &[&[Behind], &[Offline, Behind]]).await;
+    let back = wait("offline", "3s", &[&[Behind], &[Offline, Behind]]).await;
     assert_eq!(back.status.code(), Some(6), "{}", stderr(&back));
     assert!(stderr(&back).contains("n1 was not offline within 3s\nhint: "), "{}", stderr(&back));
     // Nor is a refusal waited for.
-    let refused = wait("online", &[]).await;
+    let refused = wait("online", "60s", &[]).await;
     assert_eq!(refused.status.code(), Some(3), "{}", stderr(&refused));
 }
 

@@ -17,9 +17,12 @@ pub const SELF_LABEL_PREFIX: &str = "self/";
 pub enum InvalidName {
     /// Not a node, workspace or operator name.
     #[error(
-        "{0:?} is not a valid name: 1 to 63 of a-z, 0-9, '-', '_' and '.', starting with a letter or digit, and no UUID"
+        "{0:?} is not a valid name: 1 to 63 of a-z, 0-9, '-', '_' and '.', starting with a letter or digit"
     )]
     Name(String),
+    /// A name that would be taken for an id.
+    #[error("{0:?} is an id: choose a name that is none")]
+    Id(String),
     /// Not a label.
     #[error(
         "{0:?} is not a valid label: key=value, both of up to 63 letters, digits, '-', '_', '.' and '/', the key not empty"
@@ -33,15 +36,23 @@ pub enum InvalidName {
 /// Checks the name of a node, workspace or operator.
 ///
 /// # Errors
-/// If it is not 1 to 63 of `a-z 0-9 - _ .`, starting with a letter or digit, or is a UUID.
+/// If it is not 1 to 63 of `a-z 0-9 - _ .`, starting with a letter or digit.
 pub fn check_name(name: &str) -> Result<(), InvalidName> {
     let valid = matches!(name.len(), 1..=63)
         && name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
         && name.bytes().all(|b| {
             b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.')
-        })
-        && !is_id(name);
+        });
     if valid { Ok(()) } else { Err(InvalidName::Name(name.to_owned())) }
+}
+
+/// Checks a name that is to be given.
+///
+/// # Errors
+/// As [`check_name`], and if it is a UUID. One that was given before that was checked goes on being a name.
+pub fn check_new_name(name: &str) -> Result<(), InvalidName> {
+    check_name(name)?;
+    if is_id(name) { Err(InvalidName::Id(name.to_owned())) } else { Ok(()) }
 }
 
 /// What looks like an id would be taken for whatever has that id.
@@ -140,11 +151,12 @@ mod tests {
         for good in ["a", "web-3", "0", "a.b_c", &"x".repeat(63)] {
             assert!(check_name(good).is_ok(), "{good}");
         }
+        for bad in ["", "-a", "A", "a b", "a/b", "ä", &"x".repeat(64), "a\n"] {
+            assert!(check_name(bad).is_err() && check_new_name(bad).is_err(), "{bad}");
+        }
         let id = "0b8d1c3e-2f4a-4c6d-8e9f-a0b1c2d3e4f5";
-        for bad in
-            ["", "-a", "A", "a b", "a/b", "ä", &"x".repeat(64), "a\n", id, &id.replace('-', "")]
-        {
-            assert!(check_name(bad).is_err(), "{bad}");
+        for id in [id, &id.replace('-', "")] {
+            assert!(check_name(id).is_ok() && check_new_name(id).is_err(), "{id}");
         }
     }
 

@@ -198,7 +198,7 @@ async fn fork(global: &Global, args: ForkArgs) -> Result<(), CliError> {
     state.check_owner()?;
     let labels = join::parse_labels(&args.labels)?;
     if let Some(name) = &args.name {
-        cortex_shared::labels::check_name(name)
+        cortex_shared::labels::check_new_name(name)
             .map_err(|error| CliError::usage(error.to_string()))?;
     }
     let old = NodeIdentity::require(&state)?;

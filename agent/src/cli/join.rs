@@ -83,7 +83,7 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<(), CliError
     let pins = hub::parse_pins(&args.ca)?;
     let labels = parse_labels(&args.labels)?;
     if let Some(name) = &args.name {
-        labels::check_name(name).map_err(|error| CliError::usage(error.to_string()))?;
+        labels::check_new_name(name).map_err(|error| CliError::usage(error.to_string()))?;
     }
     let workspace_root = match args.workspace_root {
         Some(path) => std::path::absolute(&path)

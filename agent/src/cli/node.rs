@@ -217,7 +217,7 @@ pub(crate) async fn node(global: &Global, args: NodeArgs) -> Result<(), CliError
         }
         NodeVerb::Label(args) => label(global, args).await,
         NodeVerb::Rename { node, name, output } => {
-            labels::check_name(&name).map_err(|error| CliError::usage(error.to_string()))?;
+            labels::check_new_name(&name).map_err(|error| CliError::usage(error.to_string()))?;
             let mut client = hub::operator(global).await?;
             let request = v1::RenameNodeRequest { node, name };
             let info = client.rename_node(hub::question(request)).await?.into_inner();

@@ -40,6 +40,12 @@ pub(super) fn apply(limits: &Limits, count_processes: bool) -> Result<(), SetupE
             (Resource::Nofile, Some(own)) => wanted.min(own / 2),
             _ => wanted,
         };
+        // Even where the agent has none at all: only root may raise it, and to the kernel it is no more.
+        if resource == Resource::Core
+            && setrlimit(resource, Rlimit { current: Some(1), maximum: Some(1) }).is_ok()
+        {
+            continue;
+        }
         let hard = own.map_or(wanted, |own| own.min(wanted));
         setrlimit(resource, Rlimit { current: Some(hard), maximum: Some(hard) })
             .step(Step::Limits, format_args!("limit {name} to {hard}"))?;

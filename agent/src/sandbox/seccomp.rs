@@ -107,6 +107,9 @@ const KEXEC_FILE_LOAD: i64 = 320;
 const KEXEC_FILE_LOAD: i64 = 294;
 
 const SET_ID_BITS: u32 = 0o6000;
+/// The resource; C libraries differ in its type.
+const CORE: u32 = 4;
+const HALVES: [Half; 2] = [Half::Lower, Half::Upper];
 const NAMESPACE_FLAGS: i32 = libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP
     | libc::CLONE_NEWUTS
@@ -154,15 +157,21 @@ pub(super) fn compile() -> Vec<BpfProgram> {
 /// What is not done, and answered as if it had been: many programs set the size of their core dumps to 0,
 /// and some end if they cannot. To the kernel only 1 means that no program outside is to be given the dump.
 fn pretended() -> Rules {
-    let (own, core) = (is(0, 0), is(1, libc::RLIMIT_CORE));
-    let new_limit = |half| Condition { argument: 2, half, test: Test::IsNot(0) };
+    let [no_old_one, nor_above] =
+        HALVES.map(|half| Condition { argument: 3, half, test: Test::Is(0) });
+    let rules = own_core_limit().map(|rule| [rule, vec![no_old_one, nor_above]].concat());
     Rules::from([
-        (number(libc::SYS_setrlimit), vec![vec![is(0, libc::RLIMIT_CORE)]]),
-        (
-            number(libc::SYS_prlimit64),
-            [Half::Lower, Half::Upper].map(|half| vec![own, core, new_limit(half)]).to_vec(),
-        ),
+        (number(libc::SYS_setrlimit), vec![vec![is(0, CORE)]]),
+        (number(libc::SYS_prlimit64), rules.to_vec()),
     ])
+}
+
+/// Setting one's own limit of core dumps: whether there is a new one, in either half of the pointer to it.
+fn own_core_limit() -> [Rule; 2] {
+    HALVES.map(|half| {
+        let new_one = Condition { argument: 2, half, test: Test::IsNot(0) };
+        vec![is(0, 0), is(1, CORE), new_one]
+    })
 }
 
 /// Installs the filters. Afterwards, this process can do no more than the command.
@@ -231,6 +240,13 @@ fn denied() -> Rules {
     // Limits of others: with no descriptors left, pid 1 could not tell how the command ended. The
     // C library asks for the caller's own as those of process 0.
     deny(libc::SYS_prlimit64, vec![is_not(0, 0)]);
+    // Who also asks for the old one would be left without an answer (see `pretended`).
+    for rule in own_core_limit() {
+        for half in HALVES {
+            let old_one = Condition { argument: 3, half, test: Test::IsNot(0) };
+            deny(libc::SYS_prlimit64, [rule.clone(), vec![old_one]].concat());
+        }
+    }
     // Threads are given processors and priorities by number, pid 1 never.
     for call in [
         libc::SYS_sched_setscheduler,

@@ -322,8 +322,21 @@ impl Surveyor<'_> {
         }
         if hops > 0 {
             for link in self.links_in(name) {
-                self.obeyed(&link, hops - 1);
+                self.linked(&link, hops - 1);
             }
+        }
+    }
+
+    /// A link in a directory that is obeyed, with the file that it leads to. Not a directory: it may be any of
+    /// the workspace, which commands have to write.
+    fn linked(&mut self, link: &Path, hops: usize) {
+        self.keep_way_to(link);
+        self.note(link, Hold::ReadOnly, true);
+        let Some(target) = self.leads_to(link, hops) else { return };
+        match self.tree.kind(&target) {
+            Some(FileType::RegularFile) => self.obeyed(&target, hops - 1),
+            Some(FileType::Symlink) => self.linked(&target, hops - 1),
+            _ => {}
         }
     }
 
@@ -372,10 +385,11 @@ impl Surveyor<'_> {
         let mut at = from.to_owned();
         let mut pending: VecDeque<OsString> = VecDeque::new();
         let mut hops = MAX_HOPS;
+        let host = self.tree.host;
         let enter = |at: &mut PathBuf, pending: &mut VecDeque<OsString>, path: &Path| {
             let path = if path.is_absolute() {
                 at.clear();
-                path.strip_prefix(self.tree.host).ok()?
+                path.strip_prefix(host).ok()?
             } else {
                 path
             };
@@ -399,9 +413,10 @@ impl Surveyor<'_> {
                         hops = hops.checked_sub(1)?;
                         let text = self.tree.link_text(&next)?;
                         enter(&mut at, &mut pending, &text)?;
-                        let seen = Seen::Link { text };
-                        let found = Found { hold: Hold::ReadOnly, seen, obeyed: true };
-                        self.survey.names.insert(next, found);
+                        self.note(&next, Hold::ReadOnly, true);
+                        if self.survey.full {
+                            return None;
+                        }
                     } else {
                         at = next;
                     }

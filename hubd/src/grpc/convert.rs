@@ -143,12 +143,12 @@ pub fn reason(text: String) -> Result<String, Status> {
     Ok(text.trim().to_owned())
 }
 
-/// A name of a node, workspace or operator.
+/// A name for a node, workspace or operator.
 ///
 /// # Errors
 /// If it is not valid.
 pub fn name(name: String) -> Result<String, Status> {
-    labels::check_name(&name).map_err(|error| invalid(error.to_string()))?;
+    labels::check_new_name(&name).map_err(|error| invalid(error.to_string()))?;
     Ok(name)
 }
 

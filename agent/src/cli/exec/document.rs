@@ -91,6 +91,8 @@ impl Document {
         let verdict = match self.code {
             _ if !self.task_id.is_empty() => self.verdict,
             126 => "refused",
+            // Who left before an answer came does not know.
+            130 => "unknown",
             _ => "not_reached",
         };
         let hint = error.help().unwrap_or_default();

@@ -222,6 +222,9 @@ async fn run(
         }
     };
     stream.close_output();
+    if exit.is_err() {
+        stream.hang_up();
+    }
     let ended = match exit {
         Ok(Some(exit)) => Ended::Exit(exit),
         Ok(None) => Ended::GaveUp,

@@ -343,6 +343,12 @@ impl TaskStream {
         self.resize = Some(size);
     }
 
+    /// Ends the call, which has failed: the hub keeps nothing for it while a slow reader is waited for.
+    pub(super) fn hang_up(&mut self) {
+        (self.down, self.opening) = (None, None);
+        self.up = mpsc::channel(1).0;
+    }
+
     /// No more output comes: the writer ends once it has written what waits.
     pub(super) fn close_output(&self) {
         self.output.close();

@@ -77,6 +77,28 @@ async fn a_hub_that_gets_full_between_two_commits_has_the_first_and_is_asked_aga
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_without_room_for_names_keeps_nobody_from_what_others_did() {
+    let mesh = Mesh::new();
+    let a = mesh.node("a");
+    let b = mesh.node("b");
+    settle(&[&a, &b]).await;
+    a.online.send_replace(false);
+    fs::create_dir(a.path("of-a")).unwrap();
+    b.write("of-b", "of b");
+    b.flush().await;
+    mesh.hub.set_crammed(true);
+    a.online.send_replace(true);
+    a.until(|status| says(status, Code::HubFull)).await;
+    a.until(|status| status.applied_seq == 1).await;
+    assert_eq!(a.read("of-b"), "of b");
+    assert_eq!(mesh.hub.tree().into_keys().collect::<Vec<_>>(), [super::path("of-b")]);
+    mesh.hub.set_crammed(false);
+    settle(&[&a, &b]).await;
+    assert_eq!(b.names(), ["of-a", "of-b"]);
+    assert!(a.status().problems.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn deletions_of_several_commits_that_the_hub_holds_are_counted_and_go_together() {
     let mesh = Mesh::new();
     let mut a = one_by_one(&mesh, 5);

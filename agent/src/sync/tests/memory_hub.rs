@@ -51,6 +51,8 @@ pub(super) struct Shared {
     head: watch::Sender<u64>,
     broken: AtomicBool,
     full_after: AtomicUsize,
+    /// There is no room for names either.
+    crammed: AtomicBool,
     /// The line breaks after so many packs of one answer.
     packs_of_an_answer: AtomicUsize,
     /// So many packs are still taken before the line breaks.
@@ -94,6 +96,7 @@ impl MemoryHub {
                 head: watch::Sender::new(0),
                 broken: AtomicBool::new(false),
                 full_after: AtomicUsize::new(usize::MAX),
+                crammed: AtomicBool::new(false),
                 packs_of_an_answer: AtomicUsize::new(usize::MAX),
                 packs_left: AtomicUsize::new(usize::MAX),
                 breaks_after_word: AtomicBool::new(false),
@@ -226,6 +229,11 @@ impl MemoryHub {
     /// From now on there is no room for packs, or there is again.
     pub(super) fn set_full(&self, full: bool) {
         self.full_after(if full { 0 } else { usize::MAX });
+    }
+
+    /// From now on there is no room for names either, or there is again.
+    pub(super) fn set_crammed(&self, crammed: bool) {
+        self.0.crammed.store(crammed, Ordering::SeqCst);
     }
 
     /// There is room until so many packs have come.
@@ -415,6 +423,10 @@ impl Hub for MemoryHub {
             }
         }
         self.check()?;
+        let only_names = commit.ops.iter().all(|op| op.new.is_some());
+        if only_names && self.0.crammed.load(Ordering::SeqCst) {
+            return Err(HubError::Full { message: "the hub's disk is full".to_owned() });
+        }
         let mut state = self.state();
         state.check_history(commit.known)?;
         assert_eq!(commit.epoch, state.epoch);

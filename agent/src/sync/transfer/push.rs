@@ -66,8 +66,17 @@ pub(in crate::sync) async fn push<H: Hub>(
     let no_longer = cancel.child_token();
     let line = Line { hub: *hub, workspace: *workspace, blocking, root, cancel: &no_longer };
     let (pushed, kept) = Default::default();
-    let mut commits =
-        Commits { hub: *hub, workspace: *workspace, core, cancel, progress, epoch, pushed, kept };
+    let mut commits = Commits {
+        hub: *hub,
+        workspace: *workspace,
+        core,
+        cancel,
+        progress,
+        epoch,
+        pushed,
+        kept,
+        full: false,
+    };
     let mut outgoing = Outgoing::new(full);
     let mut ops = ops.into_iter().peekable();
     let most = batches.commit_ops;
@@ -141,6 +150,9 @@ struct Commits<'a, H> {
     pushed: Pushed,
     /// What the hub has at these paths goes on standing there: it did not take its conflict copy.
     kept: HashSet<WirePath>,
+    /// The hub has no room even for names. Nothing more goes then: what was moved must not be deleted
+    /// where it was before it is there under its new name.
+    full: bool,
 }
 
 impl<H: Hub> Commits<'_, H> {
@@ -153,7 +165,7 @@ impl<H: Hub> Commits<'_, H> {
             ops.retain(|op| op.new.is_some());
             self.pushed.held += before - ops.len();
         }
-        if ops.is_empty() {
+        if ops.is_empty() || self.full {
             return Ok(());
         }
         let known =
@@ -175,8 +187,16 @@ impl<H: Hub> Commits<'_, H> {
                 .collect(),
         };
         let committing = self.hub.commit(self.workspace, commit);
-        let committed = waiting(self.cancel, self.hub, committing).await?;
-        self.record(ops, committed).await
+        match waiting(self.cancel, self.hub, committing).await {
+            // What others changed goes on arriving.
+            Err(SyncError::Hub(HubError::Full { message })) => {
+                self.full = true;
+                let finding = ops.first().map(|op| Finding::at(&op.path, Code::HubFull, message));
+                self.pushed.findings.extend(finding);
+                Ok(())
+            }
+            committed => self.record(ops, committed?).await,
+        }
     }
 
     /// Writes down what the hub now has.
