@@ -37,6 +37,8 @@ const MAX_FINDINGS: usize = 200;
 /// Most files and most directories of one scan that are named for another look.
 const MAX_REVISITS: usize = 256;
 
+const DAY_NS: i64 = 24 * 3600 * 1_000_000_000;
+
 /// The file system's own clock: times of files are compared with nothing else.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
@@ -54,10 +56,12 @@ impl Clock {
         meta.ctime_ns.saturating_add(self.tick_ns) > self.now_ns
     }
 
-    /// Whether a write from now on could leave the modification time as it is.
+    /// Whether a write from now on, within a day, could leave the modification time as it is: one of the last
+    /// tick, or one still to come, which somebody has set (other members' clocks go ahead as well).
     #[must_use]
     pub fn may_hide_a_write(&self, mtime_ns: i64) -> bool {
-        mtime_ns.abs_diff(self.now_ns) < self.tick_ns.max(0).unsigned_abs()
+        let ahead = mtime_ns.saturating_sub(self.now_ns);
+        self.tick_ns > 0 && ahead > -self.tick_ns && ahead <= DAY_NS
     }
 }
 

@@ -382,3 +382,24 @@ fn a_directory_that_comes_in_many_parts_is_seen_whole_with_what_is_below_in_betw
     all.retain(|name| !["a0010", "c0256", "f0299", "g/x"].contains(&name.as_str()));
     assert_eq!(seen(&tree), all);
 }
+
+#[test]
+fn a_time_that_is_still_to_come_may_hide_a_write_as_well_as_one_of_the_last_tick() {
+    let tick_ns = 2_000_000_000;
+    let clock = Clock { now_ns: 1_700_000_000_000_000_000, tick_ns };
+    for (ahead, hides) in [
+        (-tick_ns, false),
+        (1 - tick_ns, true),
+        (0, true),
+        (tick_ns, true),
+        (3600 * 1_000_000_000, true),
+        // Displaced files are kept for a day.
+        (25 * 3600 * 1_000_000_000, false),
+        (i64::MIN, false),
+        (i64::MAX, false),
+    ] {
+        let mtime_ns = clock.now_ns.saturating_add(ahead);
+        assert_eq!(clock.may_hide_a_write(mtime_ns), hides, "{ahead}");
+        assert!(!Clock { tick_ns: 0, ..clock }.may_hide_a_write(mtime_ns), "all are told apart");
+    }
+}
