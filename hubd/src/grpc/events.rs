@@ -8,9 +8,9 @@ use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use super::auth::AdmittedOperator;
-use super::listing::until_stopped;
 use super::operator::{BoxStream, OperatorService};
 use super::status::{from_store, invalid, refuse, with_hint};
+use super::stopping::until_stopped;
 use crate::events::{Cursor, Event, Frame, Kind, Viewer};
 
 /// Kinds that one caller may name.
@@ -90,7 +90,7 @@ pub(super) fn watch(
         }
         std::future::ready(frame.map_err(from_store).map(|frame| frame.map(wire)).transpose())
     });
-    Ok(until_stopped(&service.scope, frames))
+    Ok(until_stopped(service.scope.token().clone(), frames))
 }
 
 fn wire(frame: Frame) -> v1::EventFrame {

@@ -6,34 +6,20 @@ use std::time::Duration;
 use cortex_proto::v1;
 use cortex_shared::labels::MAX_LABELS;
 use cortex_shared::tasks::TaskScope;
-use futures_util::{Stream, StreamExt as _, stream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status};
+use tonic::Status;
 
 use super::auth::AdmittedOperator;
 use super::operator::{BoxStream, OperatorService, node_info};
-use super::status::{from_lookup, invalid, refuse};
+use super::status::{from_lookup, invalid};
+use super::stopping::until_stopped;
 use super::workspaces;
 use crate::node::registry::{NodeView, Registry};
 use crate::task::relay::Relay;
 
 /// Least time between two messages of a watched status.
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
-
-/// A stream until the hub stops, which is said, so that the caller comes back to the next one.
-pub(super) fn until_stopped<T: Send + 'static>(
-    scope: &TaskScope,
-    frames: impl Stream<Item = Result<T, Status>> + Send + 'static,
-) -> BoxStream<T> {
-    let end = scope.token().clone().cancelled_owned();
-    let stopped = scope.token().clone();
-    let last = async move {
-        let stops = || refuse(Code::Unavailable, "shutting_down", "the hub is shutting down");
-        stopped.is_cancelled().then(|| Err(stops()))
-    };
-    Box::pin(frames.take_until(end).chain(stream::once(last).filter_map(std::future::ready)))
-}
 
 /// A stream of what `read` gives, at once and after each change, until it is an error or the hub
 /// stops. Between two messages there is at least [`STATUS_INTERVAL`].
@@ -68,7 +54,7 @@ where
             }
         }
     });
-    until_stopped(scope, ReceiverStream::new(receiver))
+    until_stopped(scope.token().clone(), ReceiverStream::new(receiver))
 }
 
 /// Which nodes are meant.

@@ -24,6 +24,7 @@ pub mod place;
 mod rotation;
 mod skills;
 pub mod status;
+mod stopping;
 pub mod sync;
 mod tasks;
 mod workers;

@@ -103,12 +103,15 @@ pub fn from_naming(error: StoreError, scope: &Scope) -> Status {
     }
 }
 
+/// The hub stops; the next one can be asked.
+pub fn shutting_down() -> Status {
+    refuse(Code::Unavailable, "shutting_down", "the hub is shutting down")
+}
+
 /// How errors of a database look to a caller.
 pub fn from_database(error: &DatabaseError) -> Status {
     match error {
-        DatabaseError::Closed => {
-            refuse(Code::Unavailable, "shutting_down", "the hub is shutting down")
-        }
+        DatabaseError::Closed => shutting_down(),
         error if error.is_disk_full() => disk_full(error),
         error => internal(error),
     }

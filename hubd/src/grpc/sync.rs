@@ -18,11 +18,11 @@ use cortex_shared::wire_path::WirePath;
 use futures_util::stream::{self, Stream, StreamExt as _, TryStreamExt as _};
 use prost::Message as _;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::auth::{AdmittedNode, admitted};
 use super::status::{disk_full, from_database, internal, invalid, no_room, over_quota, refuse};
+use super::stopping::until_stopped;
 use crate::counters;
 use crate::events::{EventBus, Kind, NewEvent};
 use crate::node::registry::Registry;
@@ -160,21 +160,6 @@ impl SyncService {
     }
 }
 
-/// Ends a stream with a status when the hub shuts down, so that a member that is silent, or does not
-/// read, does not hold the shutdown up.
-fn until_closing<T: Send + 'static>(
-    closing: CancellationToken,
-    answers: impl Stream<Item = Result<T, Status>> + Send + 'static,
-) -> Answers<T> {
-    let answers = answers.take_until(closing.clone().cancelled_owned());
-    let last =
-        stream::once(async move { closing.is_cancelled() }).filter_map(|closing| async move {
-            let refusal = || refuse(Code::Unavailable, "shutting_down", "the hub is shutting down");
-            closing.then(|| Err(refusal()))
-        });
-    Box::pin(answers.chain(last))
-}
-
 /// Where a reader of changes is.
 struct Reading {
     after: u64,
@@ -242,7 +227,7 @@ impl Sync for SyncService {
                 async move { service.put_pack(node_id, put).await }
             })
             .try_buffered(PACKS_UNDER_WAY);
-        Ok(Response::new(until_closing(self.workspaces.closing(), acks)))
+        Ok(Response::new(until_stopped(self.workspaces.closing(), acks)))
     }
 
     async fn commit(
@@ -292,7 +277,7 @@ impl Sync for SyncService {
                 Ok::<_, Status>(Some((convert::wire_page(page, complete), next)))
             }
         });
-        Ok(Response::new(until_closing(self.workspaces.closing(), pages)))
+        Ok(Response::new(until_stopped(self.workspaces.closing(), pages)))
     }
 
     type GetPacksStream = Answers<v1::Pack>;
@@ -326,7 +311,7 @@ impl Sync for SyncService {
             })
             .buffered(PACKS_AHEAD);
         let packs = stream::iter(unknown).chain(packs);
-        Ok(Response::new(until_closing(self.workspaces.closing(), packs)))
+        Ok(Response::new(until_stopped(self.workspaces.closing(), packs)))
     }
 
     async fn ack_applied(

@@ -22,7 +22,7 @@ use super::convert;
 use super::exec::cancel_grace;
 use super::in_scope::while_seen;
 use super::operator::{BoxStream, OperatorService};
-use super::status::{from_lookup, from_store, invalid, refuse, with_hint};
+use super::status::{from_lookup, from_store, invalid, refuse, shutting_down, with_hint};
 use crate::store::{TaskEndState, TaskQuery, TaskRecord};
 use crate::task::relay::{Relay, Task};
 use crate::task::running::cancel_frame;
@@ -228,7 +228,7 @@ pub(super) async fn wait(
     };
     match service.scope.token().run_until_cancelled(task.ended()).await {
         Some(()) => settled(service, caller, record.id).await,
-        None => Err(refuse(Code::Unavailable, "shutting_down", "the hub is shutting down")),
+        None => Err(shutting_down()),
     }
 }
 

@@ -2,9 +2,9 @@
 //!
 //! Content is taken only while a reserve stays free, so that a hub that is full of content still writes
 //! its databases: deletions above all, which are what makes room; new names only while half of it is free.
-//! Should something else fill the disk to
-//! its end, there is the ballast: a file that is given up for the databases' sake, and put back once there
-//! is room again. A crash loses nothing here; a ballast that is missing is made anew.
+//! Should something else fill the disk to its end, there is the ballast: a file that is given up for the
+//! databases' sake, and put back once there is room again. A crash loses nothing here; a ballast that is
+//! missing is made anew.
 
 use std::fs::{self, OpenOptions};
 use std::io;

@@ -4,14 +4,12 @@ use cortex_proto::v1;
 use cortex_proto::v1::node_client::NodeClient;
 use cortex_proto::v1::sync_client::SyncClient;
 use cortex_shared::peer::HUB_SERVER_NAME;
-use rustls_pki_types::ServerName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tonic::client::Grpc;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
-use super::support::{Login, TestHub, script, tls, word};
+use super::support::{GREETING, Login, TestHub, script, shake, tls, word};
 use super::*;
 use crate::grpc::auth::expected::may_call;
 use crate::grpc::auth::{Level, TABLE};
@@ -146,10 +144,9 @@ async fn a_node_that_lies_in_the_body_gets_nothing() {
 
 /// The most streams that the hub lets a connection have, as its greeting says.
 async fn streams_of(hub: &TestHub, login: Option<&Login>) -> u32 {
-    let tcp = TcpStream::connect(hub.hub.address()).await.unwrap();
-    let name = ServerName::try_from(HUB_SERVER_NAME).unwrap();
-    let mut tls = tls(&[hub.authority()], login, b"h2").connect(name, tcp).await.unwrap();
-    tls.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let connector = tls(&[hub.authority()], login, b"h2");
+    let mut tls = shake(hub.hub.address(), HUB_SERVER_NAME, connector).await;
+    tls.write_all(GREETING).await.unwrap();
     let mut head = [0; 9];
     tls.read_exact(&mut head).await.unwrap();
     assert_eq!(head[3], 4, "settings come first");

@@ -2,18 +2,14 @@
 
 use cortex_proto::v1;
 use cortex_shared::peer::HUB_SERVER_NAME;
-use rustls_pki_types::ServerName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use super::support::{TestHub, tls, word};
+use super::support::{GREETING, TestHub, shake, tls, word};
 use super::*;
 
 /// What a test waits for that is to happen; much less than the grace.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// How a client begins, and that it has no wishes.
-const GREETING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
 #[tokio::test]
 async fn a_stop_waits_for_no_stranger_however_far_it_has_come() {
@@ -31,9 +27,7 @@ async fn a_stop_waits_for_no_stranger_however_far_it_has_come() {
         strangers.push(half_shaken);
     }
     let shake = async |address, name, protocol: &[u8]| {
-        let tcp = TcpStream::connect(address).await.unwrap();
-        let name = ServerName::try_from(name).unwrap();
-        tls(std::slice::from_ref(&authority), None, protocol).connect(name, tcp).await.unwrap()
+        shake(address, name, tls(std::slice::from_ref(&authority), None, protocol)).await
     };
     let mut unheard = shake(grpc, HUB_SERVER_NAME, b"h2").await;
     let mut deaf = shake(grpc, HUB_SERVER_NAME, b"h2").await;

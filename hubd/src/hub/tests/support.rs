@@ -14,6 +14,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Status, Streaming};
 
@@ -67,6 +68,19 @@ pub(super) fn tls(
     };
     tls.alpn_protocols = vec![protocol.to_vec()];
     TlsConnector::from(Arc::new(tls))
+}
+
+/// How a client of HTTP/2 begins, and that it has no wishes.
+pub(super) const GREETING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+/// A connection on which nothing has been said yet, with a side of the hub that calls itself so.
+pub(super) async fn shake(
+    address: std::net::SocketAddr,
+    name: &'static str,
+    connector: TlsConnector,
+) -> TlsStream<TcpStream> {
+    let tcp = TcpStream::connect(address).await.unwrap();
+    connector.connect(ServerName::try_from(name).unwrap(), tcp).await.unwrap()
 }
 
 impl TestHub {

@@ -5,13 +5,12 @@ mod stream;
 mod tasks;
 
 use cortex_proto::v1;
-use rustls_pki_types::ServerName;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 
-use super::support::{Login, TestHub, tls};
+use super::support::{Login, TestHub, shake, tls};
 use super::*;
 use crate::config::HttpConfig;
 use crate::grpc::auth::expected::may_call;
@@ -53,10 +52,8 @@ impl Answer {
 
 /// A connection to the HTTP side, which has to be that of the mesh's authority.
 async fn dial(hub: &TestHub, login: Option<&Login>) -> TlsStream<TcpStream> {
-    let address = hub.hub.http().unwrap().address();
-    let tcp = TcpStream::connect(address).await.unwrap();
-    let name = ServerName::try_from("localhost").unwrap();
-    tls(&[hub.authority()], login, b"http/1.1").connect(name, tcp).await.unwrap()
+    let connector = tls(&[hub.authority()], login, b"http/1.1");
+    shake(hub.hub.http().unwrap().address(), "localhost", connector).await
 }
 
 /// Sends a request on a connection of its own, and reads the answer.

@@ -12,7 +12,8 @@ use super::super::{
 use super::hold::{self, Removed, Verdict};
 use super::schema::ROOT_ID;
 use super::tree::{
-    ENTRY_COLUMNS, Found, Made, Tree, damaged, digest, entry_from_row, signed, unsigned,
+    ENTRY_COLUMNS, Found, Made, Tree, damaged, digest, entry_from_row, kept_recipe, signed,
+    unsigned,
 };
 use super::{HeadRow, content, history, past, read_head};
 
@@ -402,9 +403,8 @@ fn record(
             Some(Entry::Dir) | None => (None, None),
         };
         // The recipe itself rests in its table, under its digest, as long as the result does.
-        let recipe = file
-            .filter(|file| !file.recipe.is_empty())
-            .map(|file| *Digest::of(&file.recipe.encode()).as_bytes());
+        let recipe = file.and_then(|file| kept_recipe(&file.recipe));
+        let recipe = recipe.map(|(digest, _)| *digest.as_bytes());
         insert.execute(params![
             commit.id.as_bytes(),
             rejection.index,

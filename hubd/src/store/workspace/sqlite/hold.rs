@@ -13,7 +13,7 @@ use cortex_shared::mass_delete::{WINDOW, is_too_many};
 use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::super::{HeldMember, StoreError};
-use super::tree::{damaged, signed, unsigned};
+use super::tree::{damaged, kept_recipe, signed, unsigned};
 
 /// How long a word of an operator waits for the member to hear of it.
 const WORD_WAITS: Duration = Duration::from_secs(24 * 3600);
@@ -41,8 +41,8 @@ impl Removed {
         if let Entry::File(file) = entry
             && file.size > 0
         {
-            let recipe = Some(&file.recipe).filter(|recipe| !recipe.is_empty());
-            self.contents.push((file.content, recipe.map(|recipe| Digest::of(&recipe.encode()))));
+            let recipe = kept_recipe(&file.recipe).map(|(digest, _)| digest);
+            self.contents.push((file.content, recipe));
         }
     }
 

@@ -34,6 +34,12 @@ pub(super) fn signed(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
+/// A recipe as its table keeps it, with the digest that names it there; none of a single chunk or none.
+pub(super) fn kept_recipe(recipe: &Recipe) -> Option<(Digest, Vec<u8>)> {
+    let bytes = (!recipe.is_empty()).then(|| recipe.encode())?;
+    Some((Digest::of(&bytes), bytes))
+}
+
 pub(super) fn kind(number: i64) -> Result<Kind, StoreError> {
     [Kind::File, Kind::ExecutableFile, Kind::Link, Kind::Dir]
         .into_iter()
@@ -222,11 +228,7 @@ impl<'a> Tree<'a> {
     }
 
     fn put_recipe(&self, recipe: &Recipe) -> Result<Option<Digest>, StoreError> {
-        if recipe.is_empty() {
-            return Ok(None);
-        }
-        let bytes = recipe.encode();
-        let digest = Digest::of(&bytes);
+        let Some((digest, bytes)) = kept_recipe(recipe) else { return Ok(None) };
         self.connection
             .prepare_cached("INSERT OR IGNORE INTO recipes (digest, recipe) VALUES (?1, ?2)")?
             .execute(params![digest.as_bytes(), bytes])?;
