@@ -33,8 +33,9 @@ use crate::link::workspaces::Workspaces;
 /// How long an orderly stop may take.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What is logged unless the owner says.
-pub const DEFAULT_LOG: &str = "info";
+/// What is logged unless the owner says. `notify` warns of each directory that is removed, which is nothing to
+/// worry about; what it fails at comes back as an error.
+pub const DEFAULT_LOG: &str = "info,notify=error";
 
 /// Why the daemon did not start, or did not end in order.
 #[derive(Debug, thiserror::Error)]

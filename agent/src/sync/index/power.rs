@@ -38,6 +38,7 @@ impl Index {
             if known.is_none() {
                 return Ok(0);
             }
+            writer.forget_sent()?;
             let in_memory = i64::try_from(IN_MEMORY.as_nanos()).unwrap_or(i64::MAX);
             // A time that is still to come is none of those.
             Ok(writer.database.execute(

@@ -251,3 +251,58 @@ fn after_a_loss_of_power_what_is_as_it_was_before_gives_way_and_what_was_changed
     index.batch(|w| w.set_local(&path("f"), seen)).unwrap();
     assert_eq!(index.get(&path("f")).unwrap().unwrap().row.base, Some(file("new")));
 }
+
+#[test]
+fn what_was_sent_and_not_answered_is_known_again_until_it_no_longer_holds() {
+    let (folder, mut index) = open();
+    let (a, b) = (path("a"), path("d/b"));
+    let send = |index: &mut Index, text: &str| {
+        let entry = file(text);
+        let ops = [(&a, Some(&entry)), (&b, None)];
+        index.batch(|w| w.note_sent(ops.into_iter())).unwrap();
+    };
+    let holds = |index: &Index, text: &str| index.sent().unwrap().holds(&a, Some(&file(text)));
+    send(&mut index, "one");
+    drop(index);
+    let mut index = Index::open(folder.path()).unwrap();
+    assert!(holds(&index, "one") && !holds(&index, "other"));
+    let sent = index.sent().unwrap();
+    assert!(sent.holds(&b, None) && !sent.holds(&b, Some(&Entry::Dir)) && !sent.holds(&a, None));
+    for text in ["two", "three", "four", "five"] {
+        send(&mut index, text);
+    }
+    assert!(!holds(&index, "one"), "so many and no more");
+    assert!(holds(&index, "two") && holds(&index, "five"));
+    // A process that starts again on the same machine knows it, after a loss of power it says nothing.
+    index.begin_boot("first", 0).unwrap();
+    assert!(holds(&index, "five"));
+    index.begin_boot("second", 0).unwrap();
+    assert!(!holds(&index, "five"));
+    send(&mut index, "six");
+    index.batch(|w| w.forget_history()).unwrap();
+    assert!(!holds(&index, "six"), "the hub's history is another one");
+
+    index.batch(|w| w.set_local(&a, seen("later"))).unwrap();
+    index.batch(|w| w.set_taken(&a, Some(file("sent")))).unwrap();
+    let row = index.get(&a).unwrap().unwrap().row;
+    let expected = (Some(file("sent")), Some(file("later")), Some(file("sent")));
+    assert_eq!((row.base, row.local, row.remote), expected, "somebody here has changed it since");
+}
+
+#[test]
+fn a_damaged_note_of_what_was_sent_is_found_out() {
+    let entry = file("x");
+    for cut in 0.. {
+        let (_folder, mut index) = open();
+        index.batch(|w| w.note_sent([(&path("a"), Some(&entry))].into_iter())).unwrap();
+        let cut_off = "UPDATE sent SET ops = substr(ops, 1, length(ops) - ?1 - 1)";
+        index.database.execute(cut_off, [cut]).unwrap();
+        let length: i64 =
+            index.database.query_row("SELECT length(ops) FROM sent", [], |row| row.get(0)).unwrap();
+        if length == 0 {
+            assert!(cut > 32);
+            break;
+        }
+        assert!(index.sent().is_err_and(|error| error.is_damage()), "{length} bytes left");
+    }
+}

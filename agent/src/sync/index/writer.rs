@@ -165,7 +165,7 @@ impl<'a> Writer<'a> {
             [],
         )?;
         self.counts.base = 0;
-        Ok(())
+        self.forget_sent()
     }
 
     /// Applies the rules of what is left out to a row that was written under others.
@@ -196,7 +196,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    fn change(
+    pub(super) fn change(
         &mut self,
         path: &WirePath,
         change: impl FnOnce(&mut IndexRow),

@@ -2,7 +2,9 @@
 //!
 //! A commit is only made once its packs are acknowledged, which means durable. While it is made and
 //! written down, the content of the next one is on its way. If the answer to a commit is lost, the next
-//! refresh tells what became of it.
+//! refresh tells what became of it: what it was to do is noted before it goes ([`Sent`]).
+//!
+//! [`Sent`]: crate::sync::index::Sent
 
 use std::collections::HashSet;
 use std::iter::Peekable;
@@ -19,7 +21,7 @@ use super::packing::Parcel;
 use super::{Epoch, Session};
 use crate::sync::core::{Core, CoreCell, SyncError, waiting};
 use crate::sync::hub::{Commit, CommitOp, Committed, Hub, HubError, RejectReason, Rejected};
-use crate::sync::index::Cursor;
+use crate::sync::index::{Cursor, Sent};
 use crate::sync::plan::PushOp;
 use crate::sync::problem::{Code, Finding};
 use crate::sync::scan::Scope;
@@ -168,9 +170,12 @@ impl<H: Hub> Commits<'_, H> {
         if ops.is_empty() || self.full {
             return Ok(());
         }
-        let known =
-            |core: &mut Core| Ok::<_, SyncError>((core.index.known_head()?, core.rules_base));
-        let (known, rules) = self.core.run(known).await?;
+        let note = move |core: &mut Core| {
+            let sent = ops.iter().map(|op| (&op.path, op.new.as_ref()));
+            core.index.batch(|writer| writer.note_sent(sent))?;
+            Ok::<_, SyncError>((ops, core.index.known_head()?, core.rules_base))
+        };
+        let (ops, known, rules) = self.core.run(note).await?;
         let commit = Commit {
             id: CommitId::new(),
             epoch: self.epoch,
@@ -250,12 +255,19 @@ impl<H: Hub> Commits<'_, H> {
             .core
             .run(move |core| {
                 let cursor = core.index.cursor()?;
+                let sent = if learned.is_empty() { Sent::default() } else { core.index.sent()? };
                 core.index.batch(|writer| {
+                    writer.forget_sent()?;
                     for (path, entry) in accepted {
                         writer.set_remote(&path, entry)?;
                     }
                     for (path, _, current) in learned {
-                        writer.set_remote(&path, current)?;
+                        // An earlier commit came late.
+                        if sent.holds(&path, current.as_ref()) {
+                            writer.set_taken(&path, current)?;
+                        } else {
+                            writer.set_remote(&path, current)?;
+                        }
                     }
                     // Nobody else committed in between: these changes need not be fetched.
                     let next = cursor

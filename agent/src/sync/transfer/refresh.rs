@@ -88,6 +88,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
             .core
             .run(move |core| {
                 let ignore = Ignore::default();
+                let sent = core.index.sent()?;
                 core.index.batch(|writer| {
                     if begins {
                         writer.begin_listing()?;
@@ -98,7 +99,12 @@ pub(in crate::sync) async fn refresh<H: Hub>(
                         if complete && change.entry.is_some() {
                             writer.list(&change.path)?;
                         }
-                        if !ignore.ignores(&change.path, false) {
+                        if ignore.ignores(&change.path, false) {
+                            continue;
+                        }
+                        if sent.holds(&change.path, change.entry.as_ref()) {
+                            writer.set_taken(&change.path, change.entry)?;
+                        } else {
                             writer.set_remote(&change.path, change.entry)?;
                         }
                     }

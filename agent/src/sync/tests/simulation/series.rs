@@ -20,6 +20,15 @@ struct Part(u64);
 impl Part {
     /// Passes all storms of this part that an ordinary test run has, or those that are asked for.
     fn storms(self) {
+        self.seeds(|seed| drop(simulate(seed)));
+    }
+
+    /// The same of those who work alone.
+    fn alone(self) {
+        self.seeds(|seed| run(World::work_alone(seed)));
+    }
+
+    fn seeds(self, one: impl Fn(u64)) {
         let asked = |name| std::env::var(name).ok().map(|text: String| text.parse().unwrap());
         let seeds = match (asked("CORTEX_SIM_SEED"), asked("CORTEX_SIM_SEEDS")) {
             (Some(seed), count) => seed..seed + count.unwrap_or(1),
@@ -27,7 +36,7 @@ impl Part {
         };
         let mut failed = Vec::new();
         for seed in seeds.filter(|seed| seed % PARTS == self.0) {
-            if catch_unwind(|| simulate(seed)).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| one(seed))).is_err() {
                 tell(&format!("CORTEX_SIM_SEED={seed} fails"));
                 failed.push(seed);
             }
@@ -106,6 +115,8 @@ macro_rules! parts {
 
 parts! {
     meshes_in_a_storm_converge_and_lose_nothing: |part| part.storms();
+
+    who_works_alone_is_left_alone: |part| part.alone();
 
     /// D1 to D8 of the crash matrix.
     d1_to_d8_a_process_may_end_at_every_change_it_makes_while_it_applies: |part| part.ends(false, true);

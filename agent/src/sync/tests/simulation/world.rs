@@ -285,6 +285,40 @@ impl World {
         world
     }
 
+    /// Only one member's user works, while messages get lost and processes end: what he made is never touched,
+    /// and nothing of it is a conflict. What the hub took without being able to say so came from him.
+    pub(super) async fn work_alone(seed: u64) {
+        const ALONE: usize = 1;
+        let mut world = Self::new(seed);
+        for _ in 0..world.random.random_range(20..60) {
+            let (choice, chance) =
+                (world.random.random_range(0..100), world.random.random_bool(0.5));
+            let member = &mut world.members[ALONE];
+            match choice {
+                0..60 => member.user.act(&member.disk, &mut world.random),
+                60..75 => member.line.set_loss(if chance { choice - 57 } else { 0 }),
+                75..80 => {
+                    member.line.set_up(chance);
+                    member.online.send_replace(chance);
+                }
+                80..90 => {
+                    world.note("it is killed".to_owned());
+                    world.crash(ALONE, false).await;
+                }
+                _ => sleep(Duration::from_secs(10)).await,
+            }
+            let made = world.members[ALONE].tree();
+            let pause = [20, 100, 1000][world.random.random_range(0..3)];
+            sleep(Duration::from_millis(world.random.random_range(0..=pause))).await;
+            world.tend().await;
+            let (found, deeds) = (world.members[ALONE].tree(), &world.ledger().deeds);
+            assert_eq!(made, found, "nobody else has done anything\n{deeds:#?}");
+        }
+        let made = world.members[ALONE].tree();
+        world.end().await;
+        assert_eq!(made, world.members[ALONE].tree(), "{:#?}", world.ledger().deeds);
+    }
+
     /// Many small files, and then a few: how often a member waits for its disk while it makes them.
     pub(super) async fn sync_small_files(files: usize, directories: usize) -> u64 {
         let mut world = Self::new(7);
