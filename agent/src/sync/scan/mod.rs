@@ -167,18 +167,19 @@ impl Scanner<'_> {
     pub fn scan(self, scope: &Scope, threads: bool) -> Result<Report, ScanError> {
         let Self { root, index, ignore, clock, hot, directories, cancel } = self;
         let mount = root.top().mount().map_err(ScanError::Root)?;
-        let (directory, handle) = match root.open_dir(scope.directory()) {
-            Ok(handle) => (scope.directory().cloned(), handle),
-            Err(error) => match scope.directory() {
-                None => return Err(ScanError::Root(error)),
-                // It vanished since; what happened is seen from further up.
-                Some(path) => {
-                    let above = Scope::Children(path.parent());
-                    let scanner = Self { root, index, ignore, clock, hot, directories, cancel };
-                    return scanner.scan(&above, threads);
-                }
-            },
+        let opened = match scope.directory() {
+            None => Some(root.open_dir(None).map_err(ScanError::Root)?),
+            Some(path) if is_known(index, path)? => root.open_dir(Some(path)).ok(),
+            Some(_) => None,
         };
+        let Some(handle) = opened else {
+            // It vanished since, or is new: what happened is seen from further up. What is below a directory is
+            // never known without it, or it would be taken for what keeps the directory alive.
+            let above = Scope::Children(scope.directory().and_then(WirePath::parent));
+            let scanner = Self { root, index, ignore, clock, hot, directories, cancel };
+            return scanner.scan(&above, threads);
+        };
+        let directory = scope.directory().cloned();
         let directories = Mutex::new(directories);
         let rules = Rules { directories: &directories, ignore, mount, cancel };
         let deep = matches!(scope, Scope::Tree(_));
@@ -195,6 +196,12 @@ impl Scanner<'_> {
             })
         })
     }
+}
+
+/// Whether a directory is known to stand at a path.
+fn is_known(index: &Index, path: &WirePath) -> Result<bool, IndexError> {
+    let found = index.get(path)?;
+    Ok(found.is_some_and(|found| !found.row.unknown && found.row.local == Some(Entry::Dir)))
 }
 
 enum Write {

@@ -403,3 +403,28 @@ fn a_time_that_is_still_to_come_may_hide_a_write_as_well_as_one_of_the_last_tick
         assert!(!Clock { tick_ns: 0, ..clock }.may_hide_a_write(mtime_ns), "all are told apart");
     }
 }
+
+/// A hint of it may come from what had its name before.
+#[test]
+fn what_is_in_a_directory_is_not_known_before_the_directory_is() {
+    let mut tree = Fixture::new();
+    tree.write("d", "x");
+    tree.write("e/f", "x");
+    tree.scan_all();
+    fs::remove_file(tree.path("d")).unwrap();
+    tree.write("d/below/deep", "x");
+    tree.scan(&children("d"));
+    assert_eq!(tree.seen(), ["d/", "d/below/", "d/below/deep", "e/", "e/f"]);
+    fs::remove_dir_all(tree.path("e")).unwrap();
+    fs::write(tree.path("e"), "x").unwrap();
+    tree.scan(&Scope::Children(None));
+    fs::remove_file(tree.path("e")).unwrap();
+    fs::create_dir(tree.path("e")).unwrap();
+    tree.write("e/new/file", "x");
+    for looked_at in [children("e/new"), children("e"), Scope::Children(None)] {
+        tree.scan(&looked_at);
+        fs::remove_dir_all(tree.path("e")).ok();
+        fs::write(tree.path("e"), "x").unwrap();
+    }
+    assert_eq!(tree.seen(), ["d/", "d/below/", "d/below/deep", "e"]);
+}
