@@ -118,15 +118,20 @@ impl ExactDir {
     fn is_spelled(&self, name: &[u8]) -> io::Result<bool> {
         let meta = self.inner.meta()?;
         let mut spelled = self.spelled.lock().unwrap_or_else(PoisonError::into_inner);
-        let fresh = spelled.as_ref().is_some_and(|spelled| {
+        let is_known = spelled.as_ref().is_some_and(|spelled| {
             (spelled.mtime_ns, spelled.ctime_ns) == (meta.mtime_ns, meta.ctime_ns)
+                && spelled.names.contains(name)
         });
-        if !fresh {
-            let names = self.inner.iter()?.collect::<io::Result<_>>()?;
-            let Meta { mtime_ns, ctime_ns, .. } = meta;
-            *spelled = Some(Spelled { mtime_ns, ctime_ns, names });
+        if is_known {
+            return Ok(true);
         }
-        Ok(spelled.as_ref().is_some_and(|spelled| spelled.names.contains(name)))
+        // Also if nothing seems to have changed: where the clock is coarse (2 s on vfat), what is made right
+        // after a look leaves the directory's times as they were.
+        let names: HashSet<_> = self.inner.iter()?.collect::<io::Result<_>>()?;
+        let is_spelled = names.contains(name);
+        let Meta { mtime_ns, ctime_ns, .. } = meta;
+        *spelled = Some(Spelled { mtime_ns, ctime_ns, names });
+        Ok(is_spelled)
     }
 
     /// Fails unless a name is found exactly so, or not at all.

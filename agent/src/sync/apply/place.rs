@@ -175,8 +175,12 @@ impl Applier<'_> {
             Err(error) if exists(&error) => return Ok(Placed::Surprise),
             result => result?,
         }
-        if let Some((uid, gid)) = self.owner {
-            parent.set_owner(leaf, uid, gid)?;
+        if let Some((uid, gid)) = self.owner
+            && let Err(error) = parent.set_owner(leaf, uid, gid)
+        {
+            // Left behind, it would be taken for somebody's.
+            parent.remove_dir(leaf).ok();
+            return Err(error.into());
         }
         Ok(Placed::Done)
     }

@@ -239,6 +239,17 @@ fn a_disk_that_does_not_tell_case_is_found_out_and_seen_exactly() {
             top.make_dir(b"Dir", 0o755).unwrap();
             assert_eq!(folds_case, crate::root_dir::folds_case(&top).unwrap());
         }
+        // What is made within one step of a coarse clock is there at once.
+        let kind = Kind { grain_ns: 2_000_000_000, reuses_numbers: false, folds_case: true };
+        let disk = SimDisk::new(kind, 0);
+        disk.make_all(Path::new("/root/seen"), 0o755).unwrap();
+        let exact = crate::root_dir::exact(disk.open(Path::new("/root")).unwrap());
+        assert!(exact.try_lstat(b"seen").unwrap().is_some());
+        exact.make_dir(b"made", 0o755).unwrap();
+        assert!(exact.try_lstat(b"made").unwrap().is_some());
+        assert!(
+            exact.try_lstat(b"Made").unwrap().is_none() && exact.other_spelling(b"Made").unwrap()
+        );
         // One that ended while it tried leaves nothing in the tree for good, and what is in use stays.
         let kind = Kind { grain_ns: 1, reuses_numbers: false, folds_case: false };
         let disk = SimDisk::new(kind, 0);
