@@ -383,7 +383,7 @@ pub struct Settings {
     pub sandbox: SandboxSettings,
     /// About commands.
     pub commands: CommandSettings,
-    /// What the daemon logs, such as `debug` or `info,cortex_agent::sync=debug`; `info` if it is not said.
+    /// What the daemon logs, such as `debug` or `info,cortex_agent::sync=debug`; `info,notify=error` if it is not said.
     /// `CORTEX_LOG` goes before it. Read again on SIGHUP.
     pub log: Option<String>,
 }

@@ -153,8 +153,16 @@ pub struct Committed {
     pub root: Digest,
     /// What was not applied, in the order of the request.
     pub rejected: Vec<Rejected>,
-    /// How many changes the commit made: those operations that were applied and not already so.
-    pub changes: u64,
+    /// The number of each operation that was applied, in order; 0 where all was so already.
+    pub seqs: Vec<u64>,
+}
+
+impl Committed {
+    /// How many changes the commit made.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.seqs.iter().filter(|seq| **seq != 0).count() as u64
+    }
 }
 
 /// A commit.

@@ -10,7 +10,7 @@ use std::io;
 use cortex_shared::entry::Entry;
 use cortex_shared::wire_path::WirePath;
 
-use super::apply::ApplyError;
+use super::apply::{ApplyError, make_owned};
 use super::core::Core;
 use super::index::{IndexError, IndexRow, Seen, Stamp};
 use super::plan::{Move, MoveFinder};
@@ -115,10 +115,7 @@ impl Mover<'_> {
             if !wanted {
                 return Err(io::Error::from(io::ErrorKind::NotFound).into());
             }
-            parent.make_dir(leaf, 0o777)?;
-            if let Some((uid, gid)) = self.core.owner {
-                parent.set_owner(leaf, uid, gid)?;
-            }
+            make_owned(&parent, leaf, self.core.owner)?;
             self.touched.insert(directory.parent(), parent);
             self.made.push(directory);
         }

@@ -275,9 +275,8 @@ impl Hub for TonicHub {
         let answer = self.client().commit(request).await?.into_inner();
         let rejected =
             answer.rejected.into_iter().map(domain_rejected).collect::<Result<_, _>>()?;
-        let changes = answer.seqs.iter().filter(|seq| **seq != 0).count() as u64;
         let root = digest(&answer.root_digest, "root digest")?;
-        Ok(Committed { seq: answer.seq, root, rejected, changes })
+        Ok(Committed { seq: answer.seq, root, rejected, seqs: answer.seqs })
     }
 
     async fn changes(

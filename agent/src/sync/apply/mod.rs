@@ -21,6 +21,7 @@ mod tests;
 
 pub use attributes::Attributes;
 pub use late::{LateWrites, rescue_late_writes};
+pub(super) use place::make_owned;
 pub use record::Print;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -171,18 +171,10 @@ impl Applier<'_> {
     }
 
     fn make_directory(&self, parent: &DirHandle, leaf: &[u8]) -> Result<Placed, PlaceError> {
-        match parent.make_dir(leaf, 0o777) {
-            Err(error) if exists(&error) => return Ok(Placed::Surprise),
-            result => result?,
+        match make_owned(parent, leaf, self.owner) {
+            Err(error) if exists(&error) => Ok(Placed::Surprise),
+            result => Ok(result.map(|()| Placed::Done)?),
         }
-        if let Some((uid, gid)) = self.owner
-            && let Err(error) = parent.set_owner(leaf, uid, gid)
-        {
-            // Left behind, it would be taken for somebody's.
-            parent.remove_dir(leaf).ok();
-            return Err(error.into());
-        }
-        Ok(Placed::Done)
     }
 
     pub(super) fn place_new(
@@ -199,6 +191,18 @@ impl Applier<'_> {
             }
         }
     }
+}
+
+/// Makes a directory for the owner of the tree. One that cannot be given to him is removed again: left behind, it
+/// would be taken for somebody's.
+pub(in crate::sync) fn make_owned(
+    parent: &DirHandle,
+    leaf: &[u8],
+    owner: Option<(u32, u32)>,
+) -> io::Result<()> {
+    parent.make_dir(leaf, 0o777)?;
+    let Some((uid, gid)) = owner else { return Ok(()) };
+    parent.set_owner(leaf, uid, gid).inspect_err(|_| drop(parent.remove_dir(leaf)))
 }
 
 /// Removes a directory if it is empty.

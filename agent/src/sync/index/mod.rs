@@ -16,9 +16,9 @@ mod listing;
 mod peek;
 mod power;
 mod replica;
-mod sent;
 #[cfg(test)]
 mod tests;
+mod unanswered;
 mod writer;
 
 use std::io;
@@ -34,7 +34,7 @@ use super::hub::Head;
 use super::ignore::Ignore;
 use super::plan::Row;
 use crate::root_dir::{DirIdentity, Meta};
-pub use sent::Sent;
+pub use unanswered::{SentOp, Unanswered};
 pub use writer::Writer;
 
 const FILE_NAME: &str = "index.db";
@@ -59,7 +59,7 @@ const LATER_SCHEMA: &str = "
         name BLOB PRIMARY KEY, path BLOB NOT NULL, size INTEGER NOT NULL, mtime INTEGER NOT NULL,
         content BLOB
     ) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS sent (number INTEGER PRIMARY KEY, ops BLOB NOT NULL);
+    CREATE TABLE IF NOT EXISTS unanswered (id BLOB NOT NULL, ops BLOB NOT NULL);
 ";
 /// The same for a table that has been there for longer than one of its columns.
 const LATER_COLUMN: (&str, &str) = (

@@ -1,7 +1,9 @@
 use cortex_shared::chunk::Recipe;
 use cortex_shared::entry::File;
+use cortex_shared::ids::CommitId;
 
 use super::*;
+use crate::sync::plan::PushOp;
 
 fn path(text: &str) -> WirePath {
     WirePath::new(text).unwrap()
@@ -252,57 +254,71 @@ fn after_a_loss_of_power_what_is_as_it_was_before_gives_way_and_what_was_changed
     assert_eq!(index.get(&path("f")).unwrap().unwrap().row.base, Some(file("new")));
 }
 
-#[test]
-fn what_was_sent_and_not_answered_is_known_again_until_it_no_longer_holds() {
-    let (folder, mut index) = open();
-    let (a, b) = (path("a"), path("d/b"));
-    let send = |index: &mut Index, text: &str| {
-        let entry = file(text);
-        let ops = [(&a, Some(&entry)), (&b, None)];
-        index.batch(|w| w.note_sent(ops.into_iter())).unwrap();
-    };
-    let holds = |index: &Index, text: &str| index.sent().unwrap().holds(&a, Some(&file(text)));
-    send(&mut index, "one");
-    drop(index);
-    let mut index = Index::open(folder.path()).unwrap();
-    assert!(holds(&index, "one") && !holds(&index, "other"));
-    let sent = index.sent().unwrap();
-    assert!(sent.holds(&b, None) && !sent.holds(&b, Some(&Entry::Dir)) && !sent.holds(&a, None));
-    for text in ["two", "three", "four", "five"] {
-        send(&mut index, text);
-    }
-    assert!(!holds(&index, "one"), "so many and no more");
-    assert!(holds(&index, "two") && holds(&index, "five"));
-    // A process that starts again on the same machine knows it, after a loss of power it says nothing.
-    index.begin_boot("first", 0).unwrap();
-    assert!(holds(&index, "five"));
-    index.begin_boot("second", 0).unwrap();
-    assert!(!holds(&index, "five"));
-    send(&mut index, "six");
-    index.batch(|w| w.forget_history()).unwrap();
-    assert!(!holds(&index, "six"), "the hub's history is another one");
-
-    index.batch(|w| w.set_local(&a, seen("later"))).unwrap();
-    index.batch(|w| w.set_taken(&a, Some(file("sent")))).unwrap();
-    let row = index.get(&a).unwrap().unwrap().row;
-    let expected = (Some(file("sent")), Some(file("later")), Some(file("sent")));
-    assert_eq!((row.base, row.local, row.remote), expected, "somebody here has changed it since");
+fn op(at: &str, new: Option<Entry>, ours: bool) -> PushOp {
+    PushOp { path: path(at), expected: None, new, conflict_of: None, ours }
 }
 
 #[test]
-fn a_damaged_note_of_what_was_sent_is_found_out() {
-    let entry = file("x");
+fn a_commit_that_was_not_answered_is_known_until_it_no_longer_holds() {
+    let (folder, mut index) = open();
+    let (first, second) = (CommitId::new(), CommitId::new());
+    let ops =
+        [op("a", Some(file("x")), true), op("d/b", None, true), op("d", Some(Entry::Dir), false)];
+    index.batch(|w| w.note_sent(first, &[op("other", None, true)])).unwrap();
+    index.batch(|w| w.note_sent(second, &ops)).unwrap();
+    drop(index);
+    let mut index = Index::open(folder.path()).unwrap();
+    let sent = ops.map(|PushOp { path, new, ours, .. }| SentOp { path, new, ours });
+    let noted = Unanswered { id: second, ops: sent.to_vec() };
+    assert_eq!(index.unanswered().unwrap(), Some(noted), "the last one alone");
+    // A process that starts again on the same machine knows it; after a loss of power it says nothing.
+    index.begin_boot("first", 0).unwrap();
+    assert!(index.unanswered().unwrap().is_some());
+    index.begin_boot("second", 0).unwrap();
+    assert_eq!(index.unanswered().unwrap(), None);
+    index.batch(|w| w.note_sent(first, &[])).unwrap();
+    index.batch(|w| w.forget_history()).unwrap();
+    assert_eq!(index.unanswered().unwrap(), None, "the hub's history is another one");
+}
+
+#[test]
+fn what_the_hub_took_is_what_both_sides_had_but_of_what_is_left_out_here() {
+    let (_folder, mut index) = open();
+    let (kept, left_out) = (path("a"), path("left.out"));
+    for at in [&kept, &left_out] {
+        index.batch(|w| w.set_local(at, seen("later"))).unwrap();
+    }
+    index.set_ignore(Ignore::parse(b"*.out")).unwrap();
+    for at in [&kept, &left_out] {
+        index.batch(|w| w.set_taken(at, Some(file("sent")))).unwrap();
+    }
+    let trees = |index: &Index, at| {
+        let row = index.get(at).unwrap().unwrap().row;
+        (row.base, row.local, row.remote)
+    };
+    let (sent, later) = (Some(file("sent")), Some(file("later")));
+    assert_eq!(trees(&index, &kept), (sent.clone(), later, sent.clone()));
+    assert_eq!(
+        trees(&index, &left_out),
+        (None, None, sent),
+        "it is merged like new once it is let in"
+    );
+}
+
+#[test]
+fn a_damaged_note_of_a_commit_is_found_out() {
     for cut in 0.. {
         let (_folder, mut index) = open();
-        index.batch(|w| w.note_sent([(&path("a"), Some(&entry))].into_iter())).unwrap();
-        let cut_off = "UPDATE sent SET ops = substr(ops, 1, length(ops) - ?1 - 1)";
+        let ops = [op("a", Some(file("x")), true)];
+        index.batch(|w| w.note_sent(CommitId::new(), &ops)).unwrap();
+        let cut_off = "UPDATE unanswered SET ops = substr(ops, 1, length(ops) - ?1 - 1)";
         index.database.execute(cut_off, [cut]).unwrap();
-        let length: i64 =
-            index.database.query_row("SELECT length(ops) FROM sent", [], |row| row.get(0)).unwrap();
+        let length = "SELECT length(ops) FROM unanswered";
+        let length: i64 = index.database.query_row(length, [], |row| row.get(0)).unwrap();
         if length == 0 {
             assert!(cut > 32);
             break;
         }
-        assert!(index.sent().is_err_and(|error| error.is_damage()), "{length} bytes left");
+        assert!(index.unanswered().is_err_and(|error| error.is_damage()), "{length} bytes left");
     }
 }

@@ -15,7 +15,7 @@ use crate::sync::plan::{Row, settled_base};
 pub struct Writer<'a> {
     pub(super) database: &'a Connection,
     counts: Counts,
-    ignore: &'a Ignore,
+    pub(super) ignore: &'a Ignore,
 }
 
 impl<'a> Writer<'a> {

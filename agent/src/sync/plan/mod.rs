@@ -93,6 +93,9 @@ pub struct PushOp {
     pub new: Option<Entry>,
     /// If this is a conflict copy: the path whose name its content lost.
     pub conflict_of: Option<WirePath>,
+    /// It stands there here as well. What is put together of both sides does not yet, nor does the conflict copy
+    /// of somebody else's.
+    pub ours: bool,
 }
 
 /// How to plan.
@@ -356,6 +359,7 @@ impl Planner<'_> {
                         expected: None,
                         new: Some(loser.clone()),
                         conflict_of: Some(row.path.clone()),
+                        ours: false,
                     }),
                     Copy::Exists => {}
                     Copy::Impossible => continue,
@@ -375,6 +379,7 @@ impl Planner<'_> {
                     expected: row.remote.clone(),
                     new: to.clone(),
                     conflict_of,
+                    ours: same(row.local.as_ref(), to.as_ref()),
                 });
             }
             if !same(row.local.as_ref(), to.as_ref()) {

@@ -158,8 +158,8 @@ pub enum ScanError {
 }
 
 impl Scanner<'_> {
-    /// Looks at `scope` and brings the index up to date; reads files on threads of its own, or by
-    /// itself.
+    /// Looks at `scope`, or further up if its directory is not known or gone, and brings the index up to date;
+    /// reads files on threads of its own, or by itself.
     ///
     /// # Errors
     /// If the index fails or the root cannot be read. Anything else concerns single paths and is in

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use cortex_shared::entry::{Digest, Entry, same};
-use cortex_shared::ids::{WorkspaceEpoch, WorkspaceId};
+use cortex_shared::ids::{CommitId, WorkspaceEpoch, WorkspaceId};
 use cortex_shared::pack::Pack;
 use cortex_shared::wire_path::{RULES_NAME, WirePath};
 use futures_util::StreamExt as _;
@@ -37,6 +37,8 @@ struct State {
     changed_at: HashMap<WirePath, u64>,
     packs: HashMap<Digest, Bytes>,
     chunks: HashMap<Digest, Digest>,
+    /// Those of commits that changed something, by their keys.
+    results: HashMap<CommitId, Committed>,
     /// Chunks that were lost.
     wanted: BTreeSet<Digest>,
     /// Deletions up to this one are no longer recorded.
@@ -46,10 +48,19 @@ struct State {
     word: bool,
 }
 
+/// Whether a commit whose answer is lost has been taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taken {
+    Yes,
+    No,
+}
+
 pub(super) struct Shared {
     state: Mutex<State>,
     head: watch::Sender<u64>,
     broken: AtomicBool,
+    /// The line breaks with the next commit: before it is taken, or before it is answered.
+    loses_commit: watch::Sender<Option<Taken>>,
     full_after: AtomicUsize,
     /// There is no room for names either.
     crammed: AtomicBool,
@@ -88,6 +99,7 @@ impl MemoryHub {
                     changed_at: HashMap::new(),
                     packs: HashMap::new(),
                     chunks: HashMap::new(),
+                    results: HashMap::new(),
                     wanted: BTreeSet::new(),
                     log_floor: 0,
                     holds_deletions: false,
@@ -95,6 +107,7 @@ impl MemoryHub {
                 }),
                 head: watch::Sender::new(0),
                 broken: AtomicBool::new(false),
+                loses_commit: watch::Sender::new(None),
                 full_after: AtomicUsize::new(usize::MAX),
                 crammed: AtomicBool::new(false),
                 packs_of_an_answer: AtomicUsize::new(usize::MAX),
@@ -244,6 +257,24 @@ impl MemoryHub {
     /// The line breaks right after the next word that deletions may go.
     pub(super) fn break_after_word(&self) {
         self.0.breaks_after_word.store(true, Ordering::SeqCst);
+    }
+
+    /// The line breaks with the next commit.
+    pub(super) fn lose_commit(&self, taken: Taken) {
+        self.0.loses_commit.send_replace(Some(taken));
+    }
+
+    /// Waits until it has.
+    pub(super) async fn commit_lost(&self) {
+        self.0.loses_commit.subscribe().wait_for(Option::is_none).await.unwrap();
+    }
+
+    fn lose(&self, commit: Taken) -> Result<(), HubError> {
+        let loses = |lost: &mut Option<Taken>| lost.take_if(|lost| *lost == commit).is_some();
+        if self.0.loses_commit.send_if_modified(loses) {
+            self.set_broken(true);
+        }
+        self.check()
     }
 
     /// The line breaks after so many more packs.
@@ -427,12 +458,15 @@ impl Hub for MemoryHub {
         if only_names && self.0.crammed.load(Ordering::SeqCst) {
             return Err(HubError::Full { message: "the hub's disk is full".to_owned() });
         }
+        self.lose(Taken::No)?;
         let mut state = self.state();
         state.check_history(commit.known)?;
         assert_eq!(commit.epoch, state.epoch);
         self.0.commits.fetch_add(1, Ordering::SeqCst);
-        let mut rejected = Vec::new();
-        let mut changes = 0;
+        if let Some(first) = state.results.get(&commit.id) {
+            return Ok(first.clone());
+        }
+        let (mut rejected, mut seqs) = (Vec::new(), Vec::new());
         let rules = WirePath::new(RULES_NAME).unwrap();
         let now = match state.entries.get(&rules) {
             Some(Entry::File(file)) => Some(file.content),
@@ -443,7 +477,7 @@ impl Hub for MemoryHub {
                 || [Some(&op.path), op.conflict_of.as_ref()].contains(&Some(&rules));
             match if may { state.apply(op) } else { Err(RejectReason::Rules) } {
                 Ok(changed) => {
-                    changes += u64::from(changed);
+                    seqs.push(if changed { state.seq } else { 0 });
                     if let Some(original) = &op.conflict_of {
                         self.0.conflicts.lock().unwrap().push((original.clone(), op.path.clone()));
                     }
@@ -454,12 +488,19 @@ impl Hub for MemoryHub {
                 }
             }
         }
-        if changes > 0 {
+        let changes = seqs.iter().any(|seq| *seq != 0);
+        if changes {
             state.note_head();
         }
         self.0.head.send_replace(state.seq);
         let Head { seq, root, .. } = state.head();
-        Ok(Committed { seq, root, rejected, changes })
+        let result = Committed { seq, root, rejected, seqs };
+        if changes {
+            state.results.insert(commit.id, result.clone());
+        }
+        drop(state);
+        self.lose(Taken::Yes)?;
+        Ok(result)
     }
 
     async fn changes(

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use super::super::problem::Code;
+use super::memory_hub::Taken;
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -758,4 +759,90 @@ async fn what_programs_obey_is_not_replaced_while_a_command_runs_and_follows_aft
     b.until(|status| status.problems.is_empty() && status.applied_seq == status.head_seq).await;
     assert_eq!(b.read(".envrc"), "new");
     assert!(!b.path(".profile").exists() && b.path(".vscode/tasks.json").exists());
+}
+
+/// The line breaks when the hub is about to answer, or to take, what happens to a file on `a`.
+async fn lose_commit(mesh: &Mesh, taken: Taken, happens: impl FnOnce()) {
+    mesh.hub.lose_commit(taken);
+    happens();
+    tokio::time::timeout(LIMIT, mesh.hub.commit_lost()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_changed_again_before_a_lost_answer_is_asked_for_is_no_conflict() {
+    for taken in [Taken::Yes, Taken::No] {
+        let mesh = Mesh::new();
+        let (a, b) = (mesh.node("a"), mesh.node("b"));
+        for name in ["edited", "gone", "back"] {
+            a.write(name, "one");
+        }
+        settle(&[&a, &b]).await;
+        lose_commit(&mesh, taken, || a.write("edited", "two")).await;
+        a.write("edited", "three");
+        mesh.hub.set_broken(false);
+        settle(&[&a, &b]).await;
+        lose_commit(&mesh, taken, || a.write("new", "one")).await;
+        fs::remove_file(a.path("new")).unwrap();
+        mesh.hub.set_broken(false);
+        settle(&[&a, &b]).await;
+        lose_commit(&mesh, taken, || fs::remove_file(a.path("gone")).unwrap()).await;
+        a.write("gone", "again");
+        mesh.hub.set_broken(false);
+        settle(&[&a, &b]).await;
+        lose_commit(&mesh, taken, || a.write("back", "two")).await;
+        a.write("back", "one");
+        mesh.hub.set_broken(false);
+        settle(&[&a, &b]).await;
+        assert_eq!(b.names(), ["back", "edited", "gone"], "{taken:?}");
+        assert_eq!(["back", "edited", "gone"].map(|name| b.read(name)), ["one", "three", "again"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_not_here_when_its_answer_was_lost_is_not_taken_for_ours() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    a.write("run", "one");
+    a.write("d/below", "one");
+    settle(&[&a, &b]).await;
+    // Put together of both sides: the content is fetched after that.
+    a.online.send_replace(false);
+    b.write("run", "two");
+    b.flush().await;
+    fs::set_permissions(a.path("run"), fs::Permissions::from_mode(0o755)).unwrap();
+    lose_commit(&mesh, Taken::Yes, || {
+        a.online.send_replace(true);
+    })
+    .await;
+    mesh.hub.set_broken(false);
+    settle(&[&a, &b]).await;
+    assert_eq!(b.read("run"), "two");
+    assert_eq!(fs::metadata(b.path("run")).unwrap().permissions().mode() & 0o111, 0o111);
+
+    // The conflict copy of what lost its name to a directory.
+    a.online.send_replace(false);
+    fs::remove_dir_all(b.path("d")).unwrap();
+    b.write("d", "file");
+    b.flush().await;
+    a.write("d/below", "two");
+    lose_commit(&mesh, Taken::Yes, || {
+        a.online.send_replace(true);
+    })
+    .await;
+    mesh.hub.set_broken(false);
+    settle(&[&a, &b]).await;
+    assert_eq!(b.read("d/below"), "two");
+    let copy = b.names().into_iter().find(|name| name.starts_with("d.conflict-")).unwrap();
+    assert_eq!((a.read(&copy), b.read(&copy)), ("file".to_owned(), "file".to_owned()));
+
+    // The same from somebody else, after it had gone here.
+    lose_commit(&mesh, Taken::No, || a.write("same", "same")).await;
+    a.online.send_replace(false);
+    fs::remove_file(a.path("same")).unwrap();
+    mesh.hub.set_broken(false);
+    b.write("same", "same");
+    b.flush().await;
+    a.online.send_replace(true);
+    settle(&[&a, &b]).await;
+    assert_eq!((a.read("same"), b.read("same")), ("same".to_owned(), "same".to_owned()));
 }

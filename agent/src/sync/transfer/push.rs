@@ -2,9 +2,7 @@
 //!
 //! A commit is only made once its packs are acknowledged, which means durable. While it is made and
 //! written down, the content of the next one is on its way. If the answer to a commit is lost, the next
-//! refresh tells what became of it: what it was to do is noted before it goes ([`Sent`]).
-//!
-//! [`Sent`]: crate::sync::index::Sent
+//! refresh asks what became of it: what it was to do is noted before it goes.
 
 use std::collections::HashSet;
 use std::iter::Peekable;
@@ -21,7 +19,7 @@ use super::packing::Parcel;
 use super::{Epoch, Session};
 use crate::sync::core::{Core, CoreCell, SyncError, waiting};
 use crate::sync::hub::{Commit, CommitOp, Committed, Hub, HubError, RejectReason, Rejected};
-use crate::sync::index::{Cursor, Sent};
+use crate::sync::index::Cursor;
 use crate::sync::plan::PushOp;
 use crate::sync::problem::{Code, Finding};
 use crate::sync::scan::Scope;
@@ -170,14 +168,14 @@ impl<H: Hub> Commits<'_, H> {
         if ops.is_empty() || self.full {
             return Ok(());
         }
+        let id = CommitId::new();
         let note = move |core: &mut Core| {
-            let sent = ops.iter().map(|op| (&op.path, op.new.as_ref()));
-            core.index.batch(|writer| writer.note_sent(sent))?;
+            core.index.batch(|writer| writer.note_sent(id, &ops))?;
             Ok::<_, SyncError>((ops, core.index.known_head()?, core.rules_base))
         };
         let (ops, known, rules) = self.core.run(note).await?;
         let commit = Commit {
-            id: CommitId::new(),
+            id,
             epoch: self.epoch,
             known,
             rules,
@@ -207,7 +205,8 @@ impl<H: Hub> Commits<'_, H> {
     /// Writes down what the hub now has.
     async fn record(&mut self, ops: Vec<PushOp>, committed: Committed) -> Result<(), SyncError> {
         let (epoch, pushed) = (self.epoch, &mut self.pushed);
-        let Committed { seq, root, rejected, changes } = committed;
+        let changes = committed.changes();
+        let Committed { seq, root, rejected, .. } = committed;
         if rejected.iter().any(|rejected| rejected.index >= ops.len()) {
             return Err(HubError::protocol("rejected an operation that was not sent").into());
         }
@@ -255,19 +254,13 @@ impl<H: Hub> Commits<'_, H> {
             .core
             .run(move |core| {
                 let cursor = core.index.cursor()?;
-                let sent = if learned.is_empty() { Sent::default() } else { core.index.sent()? };
                 core.index.batch(|writer| {
                     writer.forget_sent()?;
                     for (path, entry) in accepted {
                         writer.set_remote(&path, entry)?;
                     }
                     for (path, _, current) in learned {
-                        // An earlier commit came late.
-                        if sent.holds(&path, current.as_ref()) {
-                            writer.set_taken(&path, current)?;
-                        } else {
-                            writer.set_remote(&path, current)?;
-                        }
+                        writer.set_remote(&path, current)?;
                     }
                     // Nobody else committed in between: these changes need not be fetched.
                     let next = cursor

@@ -1,13 +1,15 @@
 //! Learning what changed at the hub.
 
+use std::collections::HashSet;
+
 use cortex_shared::entry::Digest;
 use futures_util::StreamExt as _;
 
 use super::Session;
-use crate::sync::core::{SyncError, waiting};
-use crate::sync::hub::{ChangesPage, Contact, Head, Hub, HubError};
+use crate::sync::core::{Core, SyncError, waiting};
+use crate::sync::hub::{ChangesPage, Commit, Committed, Contact, Head, Hub, HubError};
 use crate::sync::ignore::Ignore;
-use crate::sync::index::{Cursor, IndexError, Writer};
+use crate::sync::index::{Cursor, IndexError, SentOp, Unanswered, Writer};
 
 /// How far the hub is known now.
 #[derive(Clone, Debug)]
@@ -30,6 +32,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
     session: &mut Session<'_, H>,
     confirmed: &mut bool,
 ) -> Result<Refreshed, SyncError> {
+    ask_for_answer(session).await?;
     let (cursor, known) = session
         .core
         .run(|core| Ok::<_, IndexError>((core.index.cursor()?, core.index.known_head()?)))
@@ -88,7 +91,6 @@ pub(in crate::sync) async fn refresh<H: Hub>(
             .core
             .run(move |core| {
                 let ignore = Ignore::default();
-                let sent = core.index.sent()?;
                 core.index.batch(|writer| {
                     if begins {
                         writer.begin_listing()?;
@@ -99,12 +101,7 @@ pub(in crate::sync) async fn refresh<H: Hub>(
                         if complete && change.entry.is_some() {
                             writer.list(&change.path)?;
                         }
-                        if ignore.ignores(&change.path, false) {
-                            continue;
-                        }
-                        if sent.holds(&change.path, change.entry.as_ref()) {
-                            writer.set_taken(&change.path, change.entry)?;
-                        } else {
+                        if !ignore.ignores(&change.path, false) {
                             writer.set_remote(&change.path, change.entry)?;
                         }
                     }
@@ -122,6 +119,51 @@ pub(in crate::sync) async fn refresh<H: Hub>(
         }
     }
     Ok(Refreshed { cursor, anew, wanted })
+}
+
+/// Asks what became of a commit whose answer was lost: the hub knows the result of what it has taken by its
+/// idempotency key, whatever is asked for under it now, and that is nothing.
+async fn ask_for_answer<H: Hub>(session: &mut Session<'_, H>) -> Result<(), SyncError> {
+    let noted = |core: &mut Core| {
+        let unanswered = core.index.unanswered()?;
+        Ok::<_, SyncError>(unanswered.zip(core.index.cursor()?))
+    };
+    let Some((Unanswered { id, ops }, cursor)) = session.core.run(noted).await? else {
+        return Ok(());
+    };
+    let nothing = Commit { id, epoch: cursor.epoch, ops: Vec::new(), known: None, rules: None };
+    let committing = session.hub.commit(session.workspace, nothing);
+    let answer = match waiting(session.cancel, session.hub, committing).await {
+        Ok(answer) => Some(answer),
+        Err(SyncError::Hub(HubError::Refused { .. } | HubError::Full { .. })) => None,
+        Err(error) => return Err(error),
+    };
+    let taken = answer.map(|answer| taken(ops, &answer)).unwrap_or_default();
+    let record = move |core: &mut Core| {
+        core.index.batch(|writer| {
+            for (op, seq) in taken {
+                // Otherwise it may have come from somebody else, after it had gone here.
+                if op.ours && seq != 0 {
+                    writer.set_taken(&op.path, op.new)?;
+                } else {
+                    writer.set_remote(&op.path, op.new)?;
+                }
+            }
+            writer.forget_sent()
+        })
+    };
+    session.core.run(record).await?;
+    Ok(())
+}
+
+/// Which operations a commit has applied, with their numbers; none if it was never taken.
+fn taken(ops: Vec<SentOp>, answer: &Committed) -> Vec<(SentOp, u64)> {
+    if answer.seqs.len() + answer.rejected.len() != ops.len() {
+        return Vec::new();
+    }
+    let rejected: HashSet<_> = answer.rejected.iter().map(|rejected| rejected.index).collect();
+    let applied = ops.into_iter().enumerate().filter(|(index, _)| !rejected.contains(index));
+    applied.map(|(_, op)| op).zip(answer.seqs.iter().copied()).collect()
 }
 
 /// Notes the newest head the hub told of: should the hub ever lose it, this is the proof.
