@@ -391,6 +391,7 @@ async fn a_full_hub_takes_no_content_but_deletions_which_make_room() {
     assert!(hub.readable(b"content").await);
     let named = hub.try_commit(vec![op("g", None, Some(content.clone()))]).await;
     assert!(matches!(named, Err(SyncError::Full)), "names fill a disk as well: {named:?}");
+    assert_eq!(hub.commit(Vec::new()).await.rejected, [], "what became of a commit is told");
     let deleted = hub.commit(vec![op("f", Some(&content), None)]).await;
     assert_eq!(deleted.rejected, []);
     hub.close().await;

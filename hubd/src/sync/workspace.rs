@@ -396,9 +396,9 @@ impl WorkspaceHub {
     pub async fn commit(&self, commit: Commit) -> Result<CommitResult, SyncError> {
         let _moving = self.still.read().await;
         let author = commit.author.clone();
-        // Names and recipes need room as well; what also deletes may make some.
+        // Names and recipes need room as well; what also deletes may make some, and a question needs none.
         let only_names = commit.ops.iter().flatten().all(|op| op.new.is_some());
-        if only_names && !self.space.has_room_for_names() {
+        if only_names && !commit.ops.is_empty() && !self.space.has_room_for_names() {
             self.pressure.no_room();
             return Err(SyncError::Full);
         }

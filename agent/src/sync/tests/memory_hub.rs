@@ -61,6 +61,8 @@ pub(super) struct Shared {
     broken: AtomicBool,
     /// The line breaks with the next commit: before it is taken, or before it is answered.
     loses_commit: watch::Sender<Option<Taken>>,
+    /// The line breaks right after the next answer that was lost.
+    breaks_after_answer: watch::Sender<bool>,
     full_after: AtomicUsize,
     /// There is no room for names either.
     crammed: AtomicBool,
@@ -108,6 +110,7 @@ impl MemoryHub {
                 head: watch::Sender::new(0),
                 broken: AtomicBool::new(false),
                 loses_commit: watch::Sender::new(None),
+                breaks_after_answer: watch::Sender::new(false),
                 full_after: AtomicUsize::new(usize::MAX),
                 crammed: AtomicBool::new(false),
                 packs_of_an_answer: AtomicUsize::new(usize::MAX),
@@ -269,12 +272,20 @@ impl MemoryHub {
         self.0.loses_commit.subscribe().wait_for(Option::is_none).await.unwrap();
     }
 
+    /// The line works again and breaks right after the next answer that was lost, and this waits until it has.
+    pub(super) async fn break_after_answer(&self) {
+        self.0.breaks_after_answer.send_replace(true);
+        self.set_broken(false);
+        self.0.breaks_after_answer.subscribe().wait_for(|breaks| !breaks).await.unwrap();
+    }
+
     fn lose(&self, commit: Taken) -> Result<(), HubError> {
-        let loses = |lost: &mut Option<Taken>| lost.take_if(|lost| *lost == commit).is_some();
-        if self.0.loses_commit.send_if_modified(loses) {
-            self.set_broken(true);
-        }
-        self.check()
+        let lost = self.0.loses_commit.send_if_modified(|lost| {
+            let loses = lost.take_if(|lost| *lost == commit).is_some();
+            // Whoever waits for this may mend it at once.
+            loses.then(|| self.set_broken(true)).is_some()
+        });
+        if lost { Err(Self::broken()) } else { Ok(()) }
     }
 
     /// The line breaks after so many more packs.
@@ -284,9 +295,13 @@ impl MemoryHub {
 
     fn check(&self) -> Result<(), HubError> {
         if self.0.broken.load(Ordering::SeqCst) {
-            return Err(HubError::Unavailable { message: "broken by the test".to_owned() });
+            return Err(Self::broken());
         }
         Ok(())
+    }
+
+    fn broken() -> HubError {
+        HubError::Unavailable { message: "broken by the test".to_owned() }
     }
 
     fn take_pack(&self, bytes: Bytes) -> Result<Digest, HubError> {
@@ -455,13 +470,17 @@ impl Hub for MemoryHub {
         }
         self.check()?;
         let only_names = commit.ops.iter().all(|op| op.new.is_some());
-        if only_names && self.0.crammed.load(Ordering::SeqCst) {
+        if only_names && !commit.ops.is_empty() && self.0.crammed.load(Ordering::SeqCst) {
             return Err(HubError::Full { message: "the hub's disk is full".to_owned() });
         }
         self.lose(Taken::No)?;
         let mut state = self.state();
         state.check_history(commit.known)?;
         if let Some(first) = state.results.get(&commit.id) {
+            self.0.breaks_after_answer.send_if_modified(|breaks| {
+                let breaks = std::mem::take(breaks);
+                breaks.then(|| self.set_broken(true)).is_some()
+            });
             return Ok(first.clone());
         }
         if commit.epoch != state.epoch {

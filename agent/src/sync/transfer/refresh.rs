@@ -1,7 +1,5 @@
 //! Learning what changed at the hub.
 
-use std::collections::HashSet;
-
 use cortex_shared::entry::Digest;
 use futures_util::StreamExt as _;
 
@@ -134,13 +132,27 @@ async fn ask_for_answer<H: Hub>(session: &mut Session<'_, H>) -> Result<(), Sync
     let nothing = Commit { id, epoch: cursor.epoch, ops: Vec::new(), known: None, rules: None };
     let committing = session.hub.commit(session.workspace, nothing);
     let answer = match waiting(session.cancel, session.hub, committing).await {
-        Ok(answer) => Some(answer),
-        Err(SyncError::Hub(HubError::Refused { .. } | HubError::Full { .. })) => None,
+        Ok(answer) => Some(answer).filter(|answer| answer.seq > cursor.seq),
+        Err(SyncError::Hub(HubError::Unavailable { message })) => {
+            return Err(HubError::Unavailable { message }.into());
+        }
+        Err(SyncError::Hub(error)) => {
+            tracing::info!(%error, "what became of the last commit is not known");
+            None
+        }
         Err(error) => return Err(error),
     };
-    let taken = answer.map(|answer| taken(ops, &answer)).unwrap_or_default();
+    let answered = answer.as_ref().map(|answer| (answer.seq, answer.root));
+    let taken = answer.and_then(|answer| taken(ops, &answer)).unwrap_or_default();
     let record = move |core: &mut Core| {
+        let known = core.index.known_head()?;
         core.index.batch(|writer| {
+            // Should the hub be put back to before it was taken, this is the proof.
+            if let Some((seq, root)) = answered.filter(|_| !taken.is_empty())
+                && known.is_none_or(|known| known.seq < seq)
+            {
+                writer.set_known_head(seq, &root)?;
+            }
             for (op, seq) in taken {
                 // Otherwise it may have come from somebody else, after it had gone here.
                 if op.ours && seq != 0 {
@@ -157,13 +169,14 @@ async fn ask_for_answer<H: Hub>(session: &mut Session<'_, H>) -> Result<(), Sync
 }
 
 /// Which operations a commit has applied, with their numbers; none if it was never taken.
-fn taken(ops: Vec<SentOp>, answer: &Committed) -> Vec<(SentOp, u64)> {
-    if answer.seqs.len() + answer.rejected.len() != ops.len() {
-        return Vec::new();
+fn taken(ops: Vec<SentOp>, answer: &Committed) -> Option<Vec<(SentOp, u64)>> {
+    let mut applied: Vec<_> = ops.into_iter().map(Some).collect();
+    for rejected in &answer.rejected {
+        applied.get_mut(rejected.index)?.take()?;
     }
-    let rejected: HashSet<_> = answer.rejected.iter().map(|rejected| rejected.index).collect();
-    let applied = ops.into_iter().enumerate().filter(|(index, _)| !rejected.contains(index));
-    applied.map(|(_, op)| op).zip(answer.seqs.iter().copied()).collect()
+    let applied: Vec<_> = applied.into_iter().flatten().collect();
+    let is_it = applied.len() == answer.seqs.len();
+    is_it.then(|| applied.into_iter().zip(answer.seqs.iter().copied()).collect())
 }
 
 /// Notes the newest head the hub told of: should the hub ever lose it, this is the proof.
