@@ -193,16 +193,20 @@ impl Applier<'_> {
     }
 }
 
-/// Makes a directory for the owner of the tree. One that cannot be given to him is removed again: left behind, it
-/// would be taken for somebody's.
+/// Makes a directory for the owner of the tree. One that cannot be given to him stays nevertheless, as his files cannot
+/// either and say so: removed again it would be seen coming and going, and made again at once.
 pub(in crate::sync) fn make_owned(
     parent: &DirHandle,
     leaf: &[u8],
     owner: Option<(u32, u32)>,
 ) -> io::Result<()> {
     parent.make_dir(leaf, 0o777)?;
-    let Some((uid, gid)) = owner else { return Ok(()) };
-    parent.set_owner(leaf, uid, gid).inspect_err(|_| drop(parent.remove_dir(leaf)))
+    let given = owner.map_or(Ok(()), |(uid, gid)| parent.set_owner(leaf, uid, gid));
+    if let Err(error) = given {
+        let name = leaf.escape_ascii();
+        tracing::warn!(%name, ?owner, %error, "a new directory cannot be given to the owner of the tree");
+    }
+    Ok(())
 }
 
 /// Removes a directory if it is empty.

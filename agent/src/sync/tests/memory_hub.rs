@@ -59,6 +59,7 @@ pub(super) struct Shared {
     state: Mutex<State>,
     head: watch::Sender<u64>,
     broken: AtomicBool,
+    refuses: AtomicBool,
     /// The line breaks with the next commit: before it is taken, or before it is answered.
     loses_commit: watch::Sender<Option<Taken>>,
     /// The line breaks right after the next answer that was lost.
@@ -109,6 +110,7 @@ impl MemoryHub {
                 }),
                 head: watch::Sender::new(0),
                 broken: AtomicBool::new(false),
+                refuses: AtomicBool::new(false),
                 loses_commit: watch::Sender::new(None),
                 breaks_after_answer: watch::Sender::new(false),
                 full_after: AtomicUsize::new(usize::MAX),
@@ -237,6 +239,11 @@ impl MemoryHub {
         self.0.broken.store(broken, Ordering::SeqCst);
     }
 
+    /// From now on nobody is a member, or all are again.
+    pub(super) fn set_refuses(&self, refuses: bool) {
+        self.0.refuses.store(refuses, Ordering::SeqCst);
+    }
+
     /// From now on the line breaks after so many packs of each answer.
     pub(super) fn break_answers_after(&self, packs: usize) {
         self.0.packs_of_an_answer.store(packs, Ordering::SeqCst);
@@ -296,6 +303,10 @@ impl MemoryHub {
     fn check(&self) -> Result<(), HubError> {
         if self.0.broken.load(Ordering::SeqCst) {
             return Err(Self::broken());
+        }
+        if self.0.refuses.load(Ordering::SeqCst) {
+            let (code, message) = ("not_a_member".to_owned(), "refused by the test".to_owned());
+            return Err(HubError::Refused { code, message });
         }
         Ok(())
     }

@@ -890,3 +890,20 @@ async fn a_full_hub_tells_what_it_took() {
     settle(&[&a, &b]).await;
     assert_eq!((b.names(), b.read("f")), (vec!["f".to_owned()], "three".to_owned()));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_let_in_again_is_told_what_was_taken() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    a.write("f", "one");
+    settle(&[&a, &b]).await;
+    lose_commit(&mesh, Taken::Yes, || a.write("f", "two")).await;
+    mesh.hub.set_refuses(true);
+    line_works(&mesh, [&a, &b]).await;
+    a.write("f", "three");
+    assert!(a.handle().flush().await.is_err());
+    mesh.hub.set_refuses(false);
+    line_works(&mesh, [&a, &b]).await;
+    settle(&[&a, &b]).await;
+    assert_eq!((b.names(), b.read("f")), (vec!["f".to_owned()], "three".to_owned()));
+}

@@ -133,11 +133,12 @@ async fn ask_for_answer<H: Hub>(session: &mut Session<'_, H>) -> Result<(), Sync
     let committing = session.hub.commit(session.workspace, nothing);
     let answer = match waiting(session.cancel, session.hub, committing).await {
         Ok(answer) => Some(answer).filter(|answer| answer.seq > cursor.seq),
-        Err(SyncError::Hub(HubError::Unavailable { message })) => {
-            return Err(HubError::Unavailable { message }.into());
-        }
-        Err(SyncError::Hub(error)) => {
+        Err(SyncError::Hub(error)) if !matches!(error, HubError::Unavailable { .. }) => {
             tracing::info!(%error, "what became of the last commit is not known");
+            // Who may not ask now may be let in again. If it is this only, what changed goes on arriving.
+            if matches!(error, HubError::Refused { .. }) && !error.is_other_history() {
+                return Ok(());
+            }
             None
         }
         Err(error) => return Err(error),
