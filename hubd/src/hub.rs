@@ -45,6 +45,7 @@ use crate::grpc::guests::{Bounded, Guests};
 use crate::grpc::handshakes::Handshakes;
 use crate::grpc::node::NodeService;
 use crate::grpc::operator::{HubAddress, OperatorService};
+use crate::grpc::receiving::ReceivingLayer;
 use crate::grpc::sync::SyncService;
 use crate::http::{Ground, HttpError, HttpSide};
 use crate::node::files::FileExchange;
@@ -420,8 +421,10 @@ impl Hub {
         }
         let incoming = accept::accept_tls(listener, handshakes, tls, mesh, &scope);
         let guests = || Guests::new(config.join_deadline, scope.token().clone());
-        serve(incoming, guests(), routes.clone(), auth.clone(), &scope);
-        serve(accept::accept_local(local, &scope), guests(), routes, auth, &scope);
+        let receiving = ReceivingLayer::default();
+        let layers = || (auth.clone(), receiving.clone());
+        serve(incoming, guests(), routes.clone(), layers(), &scope);
+        serve(accept::accept_local(local, &scope), guests(), routes, layers(), &scope);
         hint_heads(&content, Arc::clone(&members), &scope);
         let work = WorkOf {
             registry: Arc::clone(&registry),
@@ -575,7 +578,7 @@ fn serve(
     mut incoming: Incoming,
     guests: Guests,
     routes: Routes,
-    auth: AuthLayer,
+    (auth, receiving): (AuthLayer, ReceivingLayer),
     scope: &TaskScope,
 ) {
     let (to_guests, for_guests) = mpsc::channel(1);
@@ -609,6 +612,7 @@ fn serve(
             // their heartbeats.
             .http2_keepalive_timeout(Some(Duration::from_secs(60)))
             .layer(auth.clone())
+            .layer(receiving.clone())
             .add_routes(routes.clone())
             .serve_with_incoming_shutdown(ReceiverStream::new(incoming), stop);
         scope.spawn("server", async move {

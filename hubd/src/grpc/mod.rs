@@ -21,6 +21,7 @@ pub mod node;
 pub mod operator;
 mod past;
 pub mod place;
+pub(crate) mod receiving;
 mod rotation;
 mod skills;
 pub mod status;

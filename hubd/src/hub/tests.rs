@@ -6,6 +6,7 @@ mod invites;
 mod joining;
 mod logs;
 mod matrix;
+mod receiving;
 mod rotation;
 mod stall;
 mod stopping;
